@@ -1,0 +1,168 @@
+"""From a source to batches: global shuffling, sharding by process, workers, prefetch and exact resumption (Grain).
+
+Batch number b of a run is a pure function of (seed, batch size, number of records, b): the records b * B .. (b + 1) * B
+of the shuffled epochs, one epoch after the other, each in another order. Process p of P gives out the p-th of P equal
+blocks of it. So the global batches, and their order, do not depend on the numbers of processes and workers, and the
+state to save is one number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from contextdiff_jax.data.tokenizer import Tokenizer
+
+Batch = dict[str, Any]
+_NUM_THREADS = 2  # a process: pictures decode outside of the GIL, all else does not
+
+
+class RandomAccessSource(Protocol):
+    """Records by number: dicts with `image` uint8 [H, W, 3] and `caption` str. Picklable."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadBatch:
+    """Batch number -> this process's block of that batch. Travels to the workers, so it is picklable."""
+
+    source: RandomAccessSource
+    order: grain.MapDataset  # shuffled record numbers, over all epochs
+    batch_size: int
+    process_index: int
+    process_count: int
+    tokenizer: Tokenizer | None
+    max_length: int
+
+    def __call__(self, number: int) -> Batch:
+        local = self.batch_size // self.process_count
+        start = int(number) * self.batch_size + self.process_index * local
+        records = [self.source[int(self.order[i])] for i in range(start, start + local)]
+        captions = [record["caption"] for record in records]
+        batch: Batch = {"image": np.stack([record["image"] for record in records]), "caption": captions}
+        if self.tokenizer is not None:
+            batch["token_ids"], batch["token_mask"] = self.tokenizer.encode(captions, self.max_length)
+        return batch
+
+
+class Loader(Iterator[Batch]):
+    """An endless iterator over batches whose place can be saved and restored. Made by `make_loader`."""
+
+    def __init__(self, load: _LoadBatch, identity: dict[str, int], num_workers: int, prefetch: int):
+        self._load = load
+        self._identity = identity
+        self._num_workers = num_workers
+        self._prefetch = prefetch
+        self._next_batch = 0
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = next(self._iterator)
+        self._next_batch += 1
+        if self._num_workers:  # workers hand over views of shared memory, which ends with them
+            batch = {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
+        return batch
+
+    def _start(self) -> grain.DatasetIterator:
+        # Grain's own buffer default is 500 elements; here an element is a whole batch.
+        options = grain.ReadOptions(num_threads=_NUM_THREADS, prefetch_buffer_size=self._prefetch)
+        numbers = grain.MapDataset.range(self._next_batch, sys.maxsize)
+        batches = numbers.map(self._load).to_iter_dataset(options)
+        if self._num_workers:
+            if not flags.FLAGS.is_parsed():  # Grain asks absl flags, which only an absl app has parsed
+                flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=self._prefetch)
+            )
+        return iter(batches)
+
+    def get_state(self) -> dict[str, int]:
+        """The place in the data: JSON-able, and the same in every process, whatever the number of workers."""
+        return {**self._identity, "next_batch": self._next_batch}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on from where `get_state` was called.
+
+        Raises:
+            ValueError: if the state is of a loader with another seed, batch size or number of records.
+        """
+        for name, value in self._identity.items():
+            if state.get(name) != value:
+                raise ValueError(f"data.{name}={value}: the saved data state has {name}={state.get(name)}")
+        self.close()
+        self._next_batch = int(state["next_batch"])
+
+    def close(self) -> None:
+        """Stops workers and prefetching; the next `next` starts them again where it stopped."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def make_loader(
+    source: RandomAccessSource,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    tokenizer: Tokenizer | None = None,
+    max_length: int = 32,
+    prefetch: int = 2,
+) -> Loader:
+    """Endless shuffled batches of this process's share.
+
+    With B = batch_size // process_count, a batch has `image` uint8 [B, H, W, 3], `caption` (list of B str) and, with a
+    tokenizer, `token_ids` int32 [B, max_length] and `token_mask` bool [B, max_length].
+
+    Args:
+        source: where the records are.
+        batch_size: the *global* batch size, over all processes.
+        seed: of the order of the records.
+        num_workers: loader processes; 0 loads in threads of this process.
+        process_index: which block of each global batch to give out (`jax.process_index()`).
+        process_count: number of blocks (`jax.process_count()`).
+        tokenizer: encodes the captions; None leaves them as text only.
+        max_length: tokens a caption.
+        prefetch: batches kept ready, by each worker.
+
+    Raises:
+        ValueError: for a batch that the processes do not divide, an empty source, or numbers out of range.
+    """
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size}: must be a positive multiple of {process_count} processes")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index}: must lie in 0..{process_count - 1}")
+    if num_workers < 0:
+        raise ValueError(f"data.num_workers={num_workers}: must not be negative")
+    if prefetch < 1:
+        raise ValueError(f"prefetch={prefetch}: must be at least 1")
+    if not len(source):
+        raise ValueError("data.source: holds no records")
+    load = _LoadBatch(
+        source=source,
+        # `repeat` reseeds the shuffle in each epoch.
+        order=grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(),
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        tokenizer=tokenizer,
+        max_length=max_length,
+    )
+    identity = {"seed": seed, "batch_size": batch_size, "num_records": len(source)}
+    return Loader(load, identity, num_workers, prefetch)

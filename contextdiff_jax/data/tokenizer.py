@@ -1,0 +1,136 @@
+"""The bundled caption tokenizer: byte-level BPE, lowercased, so any text has tokens and nothing is downloaded.
+
+`tokenizer.json` beside this file (4096 tokens; a Hugging Face `tokenizers` file) was trained on captions of the
+`shapes` and emoji data sets and general English text. Train another one with
+
+    python -m contextdiff_jax.data.tokenizer --corpus FILE [--corpus FILE ...] --out tokenizer.json
+
+where a FILE is plain text, one document a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from jaxtyping import Bool, Int32
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+PAD, BOS, EOS = 0, 1, 2
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")  # in the order of their ids
+BUNDLED = pathlib.Path(__file__).with_name("tokenizer.json")
+
+
+class Tokenizer:
+    """Captions to arrays of token ids. Picklable, so loader workers can hold it."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        """Wraps a tokenizer whose ids 0, 1, 2 are `<pad>`, `<bos>`, `<eos>`; ValueError if they are not."""
+        found = tuple(tokenizer.id_to_token(i) for i in range(len(SPECIAL_TOKENS)))
+        if found != SPECIAL_TOKENS:
+            raise ValueError(f"tokenizer: its first tokens are {found}; must be {SPECIAL_TOKENS}")
+        tokenizer.encode_special_tokens = True  # a caption that contains "<eos>" is text, not an end
+        self._tokenizer = tokenizer
+
+    def __reduce__(self):
+        # `encode_special_tokens` is no part of what the wrapped tokenizer pickles: build anew.
+        return _from_json, (self._tokenizer.to_str(),)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return self._tokenizer.get_vocab_size()
+
+    def encode(
+        self, captions: Sequence[str], max_length: int
+    ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
+        """Token ids and the mask of those that are not padding; L = `max_length`.
+
+        A row is <bos>, the caption's tokens (as many as fit), <eos>, padding. An empty caption is <bos>, <eos>.
+
+        Raises:
+            ValueError: if `max_length` is below 2, or captions is one string.
+        """
+        if max_length < 2:
+            raise ValueError(f"max_length={max_length}: must be at least 2 (<bos> and <eos>)")
+        if isinstance(captions, str):
+            raise ValueError(f"captions={captions!r}: must be a sequence of strings, not one string")
+        ids = np.full((len(captions), max_length), PAD, np.int32)
+        encodings = self._tokenizer.encode_batch([" ".join(c.split()) for c in captions], add_special_tokens=False)
+        for row, encoding in zip(ids, encodings):
+            tokens = [BOS, *encoding.ids[: max_length - 2], EOS]
+            row[: len(tokens)] = tokens
+        return ids, ids != PAD
+
+    def decode(self, ids: Int32[np.ndarray, "B L"]) -> list[str]:
+        """The (lowercased) text of each row, without special tokens."""
+        return [text.strip() for text in self._tokenizer.decode_batch(np.asarray(ids).tolist())]
+
+
+def _from_json(text: str) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(text))
+
+
+def load_tokenizer(path: str | pathlib.Path | None = None) -> Tokenizer:
+    """Loads a tokenizer file written by `train_tokenizer`; the bundled one if `path` is None.
+
+    Raises:
+        ValueError: if the file is missing or no such tokenizer, in one line.
+    """
+    path = BUNDLED if path is None else pathlib.Path(path)
+    try:
+        return _from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"tokenizer={path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # `tokenizers` raises bare Exception for a file that it cannot parse
+        raise ValueError(f"tokenizer={path}: is not a tokenizer file ({error})") from error
+
+
+def train_tokenizer(lines: Iterable[str], vocab_size: int = 4096) -> tokenizers.Tokenizer:
+    """Trains a lowercased byte-level BPE of exactly `vocab_size` tokens, if the text offers as many.
+
+    All 256 bytes are tokens, so nothing is ever unknown.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    # A leading space makes a caption's first word the same token as inside of a caption.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    return tokenizer
+
+
+def _read_lines(paths: Sequence[pathlib.Path]) -> Iterable[str]:
+    for path in paths:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from file
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Trains the caption tokenizer.")
+    parser.add_argument("--corpus", type=pathlib.Path, nargs="+", action="extend", required=True, help="text files")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="tokenizer file to write")
+    parser.add_argument("--vocab_size", type=int, default=4096)
+    args = parser.parse_args(argv)
+    missing = [str(path) for path in args.corpus if not path.is_file()]
+    if missing:
+        parser.error(f"--corpus={missing[0]}: is not a file")
+    tokenizer = train_tokenizer(_read_lines(args.corpus), args.vocab_size)
+    tokenizer.save(str(args.out))
+    print(f"{args.out}: {tokenizer.get_vocab_size()} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""From networks to denoise functions: estimates of the context, guidance, thresholding.
+
+`predict(x_t, t)` is a network with its text bound; `context_fn(x0, t)` is r_phi with its text bound.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from contextdiff_jax.diffusion.process import bcast, predict_x0
+from contextdiff_jax.diffusion.samplers import Denoised, DenoiseFn
+from contextdiff_jax.diffusion.schedule import NoiseSchedule
+
+
+def plugin_denoise(
+    predict: Callable, context_fn: Callable, schedule: NoiseSchedule, prediction_type: str, clip: float | None = None
+) -> DenoiseFn:
+    """The paper's estimate: r_hat = r_phi(x0_hat, c, .) at t and at s. `clip` bounds |x0_hat|."""
+
+    def denoise(x_t, t, s):
+        x0 = _clip(predict_x0(schedule, predict(x_t, t), x_t, t, prediction_type), clip)
+        # k = 0 at s = -1, whatever r is: index 0 keeps the network inside the times that it knows.
+        return Denoised(x0, context_fn(x0, t), context_fn(x0, jnp.maximum(s, 0)))
+
+    return denoise
+
+
+def posterior_mean_denoise(
+    predict: Callable, schedule: NoiseSchedule, prediction_type: str, clip: float | None = None
+) -> DenoiseFn:
+    """Ours: `predict` returns (output, E[r | x_t, c]), the second head's regression; r doesn't depend on t."""
+
+    def denoise(x_t, t, s):
+        output, context = predict(x_t, t)
+        x0 = _clip(predict_x0(schedule, output, x_t, t, prediction_type), clip)
+        return Denoised(x0, context, context)
+
+    return denoise
+
+
+def _clip(x0: Float[Array, "B *D"], clip: float | None) -> Float[Array, "B *D"]:
+    return x0 if clip is None else jnp.clip(x0, -clip, clip)
+
+
+def guide(
+    conditional: Denoised, unconditional: Denoised, guidance_scale: float, rescale: float = 0.0
+) -> Denoised:
+    """Classifier-free guidance (Ho & Salimans 2022) of x0 and of both contexts: u + g (c - u).
+
+    `rescale` in [0, 1] mixes in the guided x0 with its standard deviation per sample set back to the
+    conditional's (Lin et al. 2023, eq. 15-16). guidance_scale 1 is the conditional branch.
+    """
+    guided = Denoised(*(u + guidance_scale * (c - u) for c, u in zip(conditional, unconditional, strict=True)))
+    axes = tuple(range(1, guided.x0.ndim))
+    std, target = guided.x0.std(axes), conditional.x0.std(axes)
+    factor = 1 + rescale * (target / jnp.maximum(std, 1e-8) - 1)
+    return guided._replace(x0=bcast(factor, guided.x0) * guided.x0) if rescale else guided
+
+
+def dynamic_threshold(x0: Float[Array, "B *D"], percentile: float = 99.5) -> Float[Array, "B *D"]:
+    """Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3): with s the percentile (in 0..100) of
+    |x0| per sample and s >= 1, x0 is clipped to [-s, s] and divided by s."""
+    s = jnp.percentile(jnp.abs(x0).reshape(x0.shape[0], -1), percentile, axis=-1)
+    s = bcast(jnp.maximum(s, 1.0), x0)
+    return jnp.clip(x0, -s, s) / s

@@ -1,0 +1,136 @@
+"""Samplers: the reverse process as one `lax.scan` over timesteps.
+
+Each is a function of a denoise function, a start, a schedule and timesteps. Guidance, thresholding and the
+way the context is estimated belong to the denoise function (`guidance.py`), so a sampler is its equation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from contextdiff_jax.diffusion.process import bcast, marginal_mean, q_posterior
+from contextdiff_jax.diffusion.schedule import NoiseSchedule
+
+
+class Denoised(NamedTuple):
+    """An estimate of the clean sample and of its context at the current and at the next index."""
+
+    x0: Float[Array, "B *D"]
+    context_t: Float[Array, "B *D"]
+    context_s: Float[Array, "B *D"]
+
+
+class DenoiseFn(Protocol):
+    """`denoise(x_t, t, s)`: t, s int [B]; the context is wanted at t (where x_t is) and at s (where it goes)."""
+
+    def __call__(self, x_t: Float[Array, "B *D"], t: Int[Array, "B"], s: Int[Array, "B"]) -> Denoised: ...
+
+
+def check_eta(eta: float) -> None:
+    """Raises ValueError unless 0 <= eta <= 1. A traced eta can't be checked and is not."""
+    if not isinstance(eta, jax.core.Tracer) and not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta}: must lie in [0, 1] (0 is DDIM, 1 is DDPM)")
+
+
+def _reverse(denoise, x_T, schedule, timesteps, eta, key, shift):
+    timesteps = jnp.asarray(timesteps)
+    keys = None if key is None else jax.random.split(key, timesteps.shape[0])
+
+    def step(x, inputs):
+        t, s, step_key = inputs
+        t, s = jnp.full(x.shape[:1], t), jnp.full(x.shape[:1], s)
+        denoised = denoise(x, t, s)
+        mean, variance = q_posterior(
+            schedule, denoised.x0, x, denoised.context_t, denoised.context_s, t, s, eta, shift
+        )
+        if step_key is None:
+            return mean, None
+        return mean + jnp.sqrt(variance) * jax.random.normal(step_key, x.shape, x.dtype), None
+
+    next_timesteps = jnp.append(timesteps[1:], -1)
+    return jax.lax.scan(step, x_T, (timesteps, next_timesteps, keys))[0]
+
+
+def ddpm_sample(
+    denoise: DenoiseFn,
+    x_T: Float[Array, "B *D"],
+    schedule: NoiseSchedule,
+    timesteps: Int[Array, "S"],
+    key: PRNGKeyArray,
+    shift: str = "quadratic",
+) -> Float[Array, "B *D"]:
+    """Ancestral sampling (Ho et al. 2020, alg. 2) with ContextDiff's posterior, (3) at eta = 1.
+
+    `timesteps` descend; the last step goes to clean data (s = -1) and adds no noise.
+    """
+    return _reverse(denoise, x_T, schedule, timesteps, 1.0, key, shift)
+
+
+def ddim_sample(
+    denoise: DenoiseFn,
+    x_T: Float[Array, "B *D"],
+    schedule: NoiseSchedule,
+    timesteps: Int[Array, "S"],
+    eta: float = 0.0,
+    key: PRNGKeyArray | None = None,
+    shift: str = "quadratic",
+) -> Float[Array, "B *D"]:
+    """DDIM (Song et al. 2021, eq. 12) with ContextDiff's shift: (3) at any eta in [0, 1], deterministic at 0.
+
+    `timesteps` descend; the last step goes to clean data (s = -1). `key` is needed when eta > 0.
+    Raises ValueError for eta outside [0, 1] or eta > 0 without a key.
+    """
+    check_eta(eta)
+    deterministic = not isinstance(eta, jax.core.Tracer) and eta == 0
+    if not deterministic and key is None:
+        raise ValueError(f"eta={eta}: sampling with noise needs a key")
+    return _reverse(denoise, x_T, schedule, timesteps, eta, None if deterministic else key, shift)
+
+
+def ddim_invert(
+    denoise: DenoiseFn,
+    x0: Float[Array, "B *D"],
+    schedule: NoiseSchedule,
+    timesteps: Int[Array, "S"],
+    shift: str = "quadratic",
+) -> Float[Array, "B *D"]:
+    """DDIM backwards, from clean data to x at the last of the *ascending* `timesteps` (DESIGN.md, Inversion):
+
+    x_t = a_t x0_hat + k_t r_t + b_t / b_s (x_s - a_s x0_hat - k_s r_s), x0_hat and r_hat from (x_s, s).    (6)
+
+    The first move starts on clean data, where b_s = 0 and the direction is 0/0: the picture is read as a sample
+    at index 0, the least noisy one that the network knows.
+    """
+    timesteps = jnp.asarray(timesteps)
+
+    def step(x, inputs):
+        s, t = (jnp.full(x.shape[:1], index) for index in inputs)
+        denoised = denoise(x, s, t)
+        direction = bcast(jnp.sqrt(schedule.variance(t) / schedule.variance(s)), x)
+        residual = x - marginal_mean(schedule, denoised.x0, denoised.context_t, s, shift)
+        return marginal_mean(schedule, denoised.x0, denoised.context_s, t, shift) + direction * residual, None
+
+    starts = jnp.concatenate([jnp.zeros_like(timesteps[:1]), timesteps[:-1]])
+    return jax.lax.scan(step, x0, (starts, timesteps))[0]
+
+
+SAMPLERS = {
+    "ddpm": lambda denoise, x_T, schedule, timesteps, eta, key, shift: ddpm_sample(
+        denoise, x_T, schedule, timesteps, key, shift
+    ),
+    "ddim": ddim_sample,
+}
+
+
+def get_sampler(name: str):
+    """The sampler by name, with the signature of `ddim_sample` (`ddpm` takes no notice of eta, it is 1).
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler={name!r}: unknown; one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]

@@ -1,0 +1,117 @@
+"""Noise schedules.
+
+abar_t = prod_{i<=t} (1 - beta_i), a_t = sqrt(abar_t), b_t = sqrt(1 - abar_t), for t = 0..T-1.            (1)
+The index -1 means clean data: abar = 1, b = 0.
+
+1 - abar_t is stored beside abar_t: near t = 0 it is about 1e-4, and a float32 subtraction would keep
+only three of its digits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+    """A discrete variance-preserving schedule (a pytree of two arrays)."""
+
+    alphas_cumprod: Float[Array, "T"]
+    variances: Float[Array, "T"]  # 1 - alphas_cumprod, to full precision
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the number of noise levels."""
+        return self.alphas_cumprod.shape[0]
+
+    def alpha_bar(self, t: Int[Array, "*B"]) -> Float[Array, "*B"]:
+        """abar_t; 1 at t = -1."""
+        t = jnp.asarray(t)
+        return jnp.where(t < 0, 1.0, self.alphas_cumprod[jnp.maximum(t, 0)])
+
+    def variance(self, t: Int[Array, "*B"]) -> Float[Array, "*B"]:
+        """b_t^2 = 1 - abar_t; 0 at t = -1."""
+        t = jnp.asarray(t)
+        return jnp.where(t < 0, 0.0, self.variances[jnp.maximum(t, 0)])
+
+
+def _linear(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    return np.linspace(beta_start, beta_end, num_timesteps, dtype=np.float64)
+
+
+def _scaled_linear(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    return np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=np.float64) ** 2
+
+
+def _cosine(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    del beta_start, beta_end  # the cosine schedule has no end points to choose
+    f = np.cos((np.arange(num_timesteps + 1) / num_timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - f[1:] / f[:-1], 0.999)
+
+
+SCHEDULES = {"linear": _linear, "scaled_linear": _scaled_linear, "cosine": _cosine}
+
+
+def make_schedule(
+    name: str = "linear",
+    num_timesteps: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 2e-2,
+    zero_terminal_snr: bool = False,
+) -> NoiseSchedule:
+    """A schedule by name: `linear` (Ho et al. 2020), `scaled_linear` (Stable Diffusion), `cosine` (Nichol &
+    Dhariwal 2021, eq. 17; `beta_start` and `beta_end` have no meaning there).
+
+    `zero_terminal_snr` shifts and scales a_t so that a_{T-1} = 0 and a_0 is kept (Lin et al. 2023, alg. 1).
+    Computed in float64, stored in JAX's default float type.
+
+    Raises ValueError for an unknown name, T < 2, or betas outside 0 < beta_start <= beta_end < 1.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"diffusion.schedule={name!r}: unknown; one of {', '.join(SCHEDULES)}")
+    if num_timesteps < 2:
+        raise ValueError(f"diffusion.num_timesteps={num_timesteps}: must be at least 2")
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}: 0 < beta_start <= beta_end < 1 is needed")
+    betas = SCHEDULES[name](num_timesteps, beta_start, beta_end)
+    log_alphas_cumprod = np.cumsum(np.log1p(-betas))
+    alphas_cumprod, variances = np.exp(log_alphas_cumprod), -np.expm1(log_alphas_cumprod)
+    if zero_terminal_snr:
+        a = np.sqrt(alphas_cumprod)
+        a = (a - a[-1]) * a[0] / (a[0] - a[-1])
+        alphas_cumprod, variances = a**2, 1 - a**2
+    return NoiseSchedule(jnp.asarray(alphas_cumprod, float), jnp.asarray(variances, float))
+
+
+def _trailing(num_timesteps: int, num_steps: int) -> np.ndarray:
+    return np.round(np.arange(num_timesteps, 0, -num_timesteps / num_steps))[:num_steps] - 1
+
+
+def _leading(num_timesteps: int, num_steps: int) -> np.ndarray:
+    return (np.arange(num_steps) * (num_timesteps // num_steps))[::-1]
+
+
+def _linspace(num_timesteps: int, num_steps: int) -> np.ndarray:
+    return np.linspace(0, num_timesteps - 1, num_steps).round()[::-1]
+
+
+SPACINGS = {"leading": _leading, "linspace": _linspace, "trailing": _trailing}
+
+
+def spaced_timesteps(num_timesteps: int, num_steps: int, spacing: str = "trailing") -> Int[Array, "S"]:
+    """`num_steps` descending indices of 0..T-1. `trailing` starts at T-1 (Lin et al. 2023, table 2), `leading`
+    ends at 0, `linspace` does both.
+
+    Raises ValueError for an unknown spacing or num_steps outside 1..T.
+    """
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing={spacing!r}: unknown; one of {', '.join(SPACINGS)}")
+    if not 1 <= num_steps <= num_timesteps:
+        raise ValueError(f"steps={num_steps}: must lie in 1..{num_timesteps}, the schedule's number of timesteps")
+    return jnp.asarray(SPACINGS[spacing](num_timesteps, num_steps).astype(np.int32))

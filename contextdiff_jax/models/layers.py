@@ -1,0 +1,311 @@
+"""Blocks shared by the image and video networks: NHWC, Flax NNX, parameters only.
+
+The functions are those of diffusers' torch modules, and the attribute names follow theirs, so that the name
+map of `contextdiff_jax.pretrained` stays mechanical. Precision: parameters are stored in `param_dtype`,
+products run in `dtype`; the statistics of the normalisations and the softmax are float32 whatever `dtype` is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Shaped
+
+_ZEROS = nnx.initializers.zeros_init()
+_LECUN = nnx.initializers.lecun_normal()
+
+
+def mish(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """x tanh(softplus(x)) (Misra, 2019)."""
+    return x * jnp.tanh(jax.nn.softplus(x))
+
+
+def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """The exact (erf) GELU: the pretrained networks were not trained with the tanh approximation."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": gelu,
+    "relu": jax.nn.relu,
+    "mish": mish,
+}
+
+
+def timestep_embedding(
+    t: Shaped[Array, "*N"], dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+) -> Float[Array, "*N D"]:
+    """Sinusoidal embedding of a (possibly fractional) timestep (Ho et al., 2020), in float32.
+
+    Args:
+      t: timesteps, any shape, integer or float.
+      dim: width D >= 4; an odd width is padded with one zero.
+      flip_sin_to_cos: [cos, sin] if true (Stable Diffusion), else [sin, cos].
+      freq_shift: the lowest frequency is 1e-4^((half - 1) / (half - freq_shift)), half = dim // 2.
+    """
+    half = dim // 2
+    exponents = jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
+    frequencies = jnp.exp(-math.log(10000.0) * exponents)
+    angles = jnp.asarray(t, jnp.float32)[..., None] * frequencies  # [*N, D // 2]
+    parts = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
+    if dim % 2:
+        parts.append(jnp.zeros_like(angles[..., :1]))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def attention(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B M H D"],
+    v: Float[Array, "B M H D"],
+    mask: Bool[Array, "B M"] | None = None,
+) -> Float[Array, "B N H D"]:
+    """softmax(q k^T / sqrt(D)) v per head, logits and softmax in float32: the one attention core.
+
+    Keys whose mask is False get no weight; a row without any valid key attends uniformly, so it stays finite.
+    """
+    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)  # [B, H, N, M]
+    return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
+
+
+def upsample_nearest(
+    x: Float[Array, "B H W C"], size: tuple[int, int] | None = None
+) -> Float[Array, "B H2 W2 C"]:
+    """Twice the height and width by repetition, cropped to `size` (sides of 2n or 2n - 1: a stride-2 skip's).
+
+    The crop equals torch's nearest interpolation to that size: floor(i n / (2n - 1)) = i // 2.
+    """
+    B, H, W, C = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)
+    return x if size is None else x[:, : size[0], : size[1]]
+
+
+def linear(
+    in_features: int, out_features: int, *, use_bias: bool = True, zero_init: bool = False,
+    dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A dense layer; `zero_init` is for the last one of a residual branch, so that it starts as nothing."""
+    return nnx.Linear(
+        in_features, out_features, use_bias=use_bias, kernel_init=_ZEROS if zero_init else _LECUN,
+        dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+    )
+
+
+def conv3x3(
+    in_channels: int, out_channels: int, *, stride: int = 1, zero_init: bool = False,
+    dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """A 3x3 convolution padded by 1 on each side (as torch; XLA's SAME differs from it at stride 2)."""
+    return nnx.Conv(
+        in_channels, out_channels, (3, 3), strides=(stride, stride), padding=((1, 1), (1, 1)),
+        kernel_init=_ZEROS if zero_init else _LECUN, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+    )
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation (Wu & He, 2018) as x * a + b, with a and b [B, C] from per-channel sums in float32.
+
+    The sums over H, W come first and the groups are formed from [B, C]: x is never reshaped, is read once for
+    the statistics and once for the multiply-add, and the backward pass inherits the same form.
+    """
+
+    def __init__(
+        self, channels: int, num_groups: int, *, eps: float = 1e-5,
+        dtype: jnp.dtype = jnp.float32, param_dtype: jnp.dtype = jnp.float32,
+    ):
+        self.num_groups = num_groups
+        self.eps = eps
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones((channels,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((channels,), param_dtype))
+
+    def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
+        B, C = x.shape[0], x.shape[-1]
+        G = self.num_groups
+        x = x.astype(jnp.float32)
+        axes = tuple(range(1, x.ndim - 1))
+        count = math.prod(x.shape[1:-1]) * (C // G)
+        mean = x.sum(axes).reshape(B, G, C // G).sum(-1) / count  # [B, G]
+        square = jnp.square(x).sum(axes).reshape(B, G, C // G).sum(-1) / count
+        rstd = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.eps)
+        a = jnp.repeat(rstd, C // G, axis=1) * self.scale[...].astype(jnp.float32)  # [B, C]
+        b = self.bias[...].astype(jnp.float32) - jnp.repeat(mean, C // G, axis=1) * a
+        shape = (B,) + (1,) * len(axes) + (C,)
+        return (x * a.reshape(shape) + b.reshape(shape)).astype(self.dtype)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Linear, activation, linear: the MLP on top of a sinusoidal (or pooled text) embedding."""
+
+    def __init__(self, in_features: int, out_features: int, *, act_fn: str = "silu", **policy):
+        self.act = ACTIVATIONS[act_fn]
+        self.linear_1 = linear(in_features, out_features, **policy)
+        self.linear_2 = linear(out_features, out_features, **policy)
+
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+class ResnetBlock(nnx.Module):
+    """GroupNorm, activation, conv; time; GroupNorm, activation, conv; plus the (projected) input.
+
+    `time_scale_shift`: "default" adds the projected time embedding before the second norm, "scale_shift"
+    modulates its output (ADM). The last conv starts at zero, so that a new block is its shortcut.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, time_features: int, *, num_groups: int, eps: float,
+        act_fn: str = "silu", time_scale_shift: str = "default",
+        dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
+    ):
+        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        norm = dict(eps=eps, dtype=dtype, param_dtype=param_dtype)
+        self.act = ACTIVATIONS[act_fn]
+        self.time_scale_shift = time_scale_shift
+        self.norm1 = GroupNorm(in_channels, num_groups, **norm)
+        self.conv1 = conv3x3(in_channels, out_channels, **policy)
+        time_out = 2 * out_channels if time_scale_shift == "scale_shift" else out_channels
+        self.time_emb_proj = linear(time_features, time_out, **policy)
+        self.norm2 = GroupNorm(out_channels, num_groups, **norm)
+        self.conv2 = conv3x3(out_channels, out_channels, zero_init=True, **policy)
+        # A 1x1 convolution is a matrix product, which XLA differentiates into matrix products too.
+        same = in_channels == out_channels
+        self.conv_shortcut = None if same else linear(in_channels, out_channels, **policy)
+
+    def __call__(self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"]) -> Float[Array, "B H W D"]:
+        h = self.conv1(self.act(self.norm1(x)))
+        time = self.time_emb_proj(self.act(temb))[:, None, None, :]
+        if self.time_scale_shift == "scale_shift":
+            scale, shift = jnp.split(time, 2, axis=-1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + time)
+        h = self.conv2(self.act(h))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of tokens to `context_features` wide ones (None: to themselves)."""
+
+    def __init__(
+        self, features: int, num_heads: int, *, context_features: int | None = None,
+        dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
+    ):
+        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        source = features if context_features is None else context_features
+        self.num_heads = num_heads
+        self.to_q = linear(features, features, use_bias=False, **policy)
+        self.to_k = linear(source, features, use_bias=False, **policy)
+        self.to_v = linear(source, features, use_bias=False, **policy)
+        self.to_out = linear(features, features, **policy)
+
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        context: Float[Array, "B M E"] | None = None,
+        mask: Bool[Array, "B M"] | None = None,
+    ) -> Float[Array, "B N D"]:
+        context = x if context is None else context
+        q, k, v = (self._heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out(attention(q, k, v, mask).reshape(x.shape))  # [B, N, H, D/H] -> [B, N, D]
+
+    def _heads(self, x: Float[Array, "B N D"]) -> Float[Array, "B N H D2"]:
+        return x.reshape(*x.shape[:-1], self.num_heads, -1)
+
+
+class FeedForward(nnx.Module):
+    """GEGLU feed-forward (Shazeer, 2020), four times as wide inside."""
+
+    def __init__(self, features: int, *, mult: int = 4, **policy):
+        self.proj_in = linear(features, 2 * mult * features, **policy)
+        self.proj_out = linear(mult * features, features, **policy)
+
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        value, gate = jnp.split(self.proj_in(x), 2, axis=-1)
+        return self.proj_out(value * gelu(gate))
+
+
+class TransformerBlock(nnx.Module):
+    """Pre-norm self-attention, cross-attention to the text and feed-forward, each with a residual."""
+
+    def __init__(
+        self, features: int, num_heads: int, text_features: int, *, only_cross_attention: bool = False,
+        dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
+    ):
+        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.only_cross_attention = only_cross_attention
+        self.norm1 = nnx.LayerNorm(features, epsilon=1e-5, **policy)
+        first = text_features if only_cross_attention else None
+        self.attn1 = Attention(features, num_heads, context_features=first, **policy)
+        self.norm2 = nnx.LayerNorm(features, epsilon=1e-5, **policy)
+        self.attn2 = Attention(features, num_heads, context_features=text_features, **policy)
+        self.norm3 = nnx.LayerNorm(features, epsilon=1e-5, **policy)
+        self.ff = FeedForward(features, **policy)
+
+    def __call__(
+        self, x: Float[Array, "B N D"], text: Float[Array, "B L E"], mask: Bool[Array, "B L"] | None
+    ) -> Float[Array, "B N D"]:
+        first = (text, mask) if self.only_cross_attention else ()
+        x = x + self.attn1(self.norm1(x), *first)
+        x = x + self.attn2(self.norm2(x), text, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nnx.Module):
+    """`depth` transformer blocks over the H W pixels as tokens, between two 1x1 projections, with a residual.
+
+    diffusers' `use_linear_projection` only chooses how the projections' weights are stored (1x1 convolution
+    or linear): the function is the same. The last projection starts at zero.
+    """
+
+    def __init__(
+        self, channels: int, num_heads: int, text_features: int, *, depth: int = 1, num_groups: int,
+        only_cross_attention: bool = False, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
+    ):
+        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        block = dict(only_cross_attention=only_cross_attention, **policy)
+        self.norm = GroupNorm(channels, num_groups, eps=1e-6, dtype=dtype, param_dtype=param_dtype)
+        self.proj_in = linear(channels, channels, **policy)
+        self.transformer_blocks = nnx.List(
+            TransformerBlock(channels, num_heads, text_features, **block) for _ in range(depth)
+        )
+        self.proj_out = linear(channels, channels, zero_init=True, **policy)
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], text: Float[Array, "B L E"], mask: Bool[Array, "B L"] | None
+    ) -> Float[Array, "B H W C"]:
+        B, H, W, C = x.shape
+        h = self.proj_in(self.norm(x).reshape(B, H * W, C))  # [B, H*W, C]
+        for block in self.transformer_blocks:
+            h = block(h, text, mask)
+        return x + self.proj_out(h).reshape(B, H, W, C)
+
+
+class Downsample(nnx.Module):
+    """A 3x3 convolution of stride 2: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C]."""
+
+    def __init__(self, channels: int, **policy):
+        self.conv = conv3x3(channels, channels, stride=2, **policy)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Nearest upsampling by 2, cropped to the skip's size, and a 3x3 convolution."""
+
+    def __init__(self, channels: int, **policy):
+        self.conv = conv3x3(channels, channels, **policy)
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "B H2 W2 C"]:
+        return self.conv(upsample_nearest(x, size))

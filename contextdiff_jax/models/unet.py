@@ -1,0 +1,399 @@
+"""The text-conditioned UNet of Stable Diffusion 1.x, 2.x and XL (Rombach et al., 2022), NHWC, in Flax NNX.
+
+The topology, the config's field names and the attribute names are those of diffusers'
+`UNet2DConditionModel`, so that its weights load one to one (`contextdiff_jax.pretrained.unet`) and the torch
+model is the same function. Every size, from two million parameters for a CPU to Stable Diffusion's, is a
+`UNetConfig` of this one class.
+
+Ours: an optional context head, which predicts E[r(x0, c) | x_t, c] from the last features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Shaped
+
+from contextdiff_jax.models.layers import (
+    ACTIVATIONS,
+    Downsample,
+    GroupNorm,
+    ResnetBlock,
+    SpatialTransformer,
+    TimestepEmbedding,
+    Upsample,
+    conv3x3,
+    timestep_embedding,
+)
+
+_CHOICES = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
+    "act_fn": tuple(ACTIVATIONS),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "addition_embed_type": (None, "text_time"),
+}
+
+# diffusers' options that we don't have: a config file may hold them at the value that switches them off.
+_OFF: dict[str, tuple] = {
+    "center_input_sample": (False,), "downsample_padding": (1,), "mid_block_scale_factor": (1,),
+    "dropout": (0.0,), "reverse_transformer_layers_per_block": (None,), "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,), "dual_cross_attention": (False,), "class_embed_type": (None,),
+    "num_class_embeds": (None,), "resnet_skip_time_act": (False,), "resnet_out_scale_factor": (1.0,),
+    "time_embedding_type": ("positional",), "time_embedding_act_fn": (None,), "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
+    "attention_type": ("default",), "class_embeddings_concat": (False,),
+    "mid_block_only_cross_attention": (None, False), "cross_attention_norm": (None,),
+    "addition_embed_type_num_heads": (64,),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Level:
+    """One resolution of the UNet, with every per-level option resolved."""
+
+    channels: int
+    num_layers: int
+    num_heads: int
+    depth: int
+    text_features: int
+    only_cross_attention: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """diffusers' `UNet2DConditionModel` config (names and defaults) and `context_head`.
+
+    A tuple gives one value a level, from the finest. `attention_head_dim` is, for historical reasons, the
+    *number* of heads in diffusers; `num_attention_heads` overrides it. `upcast_attention` is accepted and
+    changes nothing: logits and softmax are always float32. Raises ValueError, one line with field, value and
+    what is allowed.
+    """
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    only_cross_attention: bool | tuple[bool, ...] = False
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    num_attention_heads: int | tuple[int, ...] | None = None
+    use_linear_projection: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    upcast_attention: bool = False
+    resnet_time_scale_shift: str = "default"
+    time_embedding_dim: int | None = None
+    context_head: bool = False
+
+    def __post_init__(self):
+        for field, allowed in _CHOICES.items():
+            value = getattr(self, field)
+            for choice in value if isinstance(value, tuple) else (value,):
+                if choice not in allowed:
+                    names = ", ".join(map(str, allowed))
+                    raise ValueError(f"model.{field}={choice!r}: unknown; one of {names}")
+        for field in ("down_block_types", "up_block_types"):
+            if len(getattr(self, field)) != len(self.block_out_channels):
+                raise ValueError(
+                    f"model.{field}={getattr(self, field)}: needs one entry for each of the "
+                    f"{len(self.block_out_channels)} levels of model.block_out_channels"
+                )
+        if self.addition_embed_type == "text_time":
+            for field in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+                if getattr(self, field) is None:
+                    raise ValueError(f"model.{field}=None: needed by addition_embed_type='text_time'")
+        self._check_divisibility()
+
+    def _check_divisibility(self) -> None:
+        for i, level in enumerate(self.levels()):
+            if min(level.channels, level.num_layers, level.num_heads, level.depth) < 1:
+                raise ValueError(f"model: level {i} is {level}; all its sizes must be at least 1")
+            if level.channels % self.norm_num_groups:
+                raise ValueError(
+                    f"model.norm_num_groups={self.norm_num_groups}: must divide "
+                    f"model.block_out_channels[{i}]={level.channels}"
+                )
+            if level.channels % level.num_heads:
+                raise ValueError(
+                    f"model.attention_head_dim={level.num_heads} (number of heads): must divide "
+                    f"model.block_out_channels[{i}]={level.channels}"
+                )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
+        """A config from a diffusers config.json (or ours). Keys with a leading underscore are metadata.
+
+        Raises ValueError for an unknown key (with the nearest names) and for an option that we lack.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        known = {}
+        for key, value in values.items():
+            value = tuple(value) if isinstance(value, list) else value
+            if key in fields:
+                known[key] = value
+            elif key in _OFF:
+                if value not in _OFF[key]:
+                    names = ", ".join(map(str, _OFF[key]))
+                    raise ValueError(f"model.{key}={value!r}: not supported; only {names}")
+            elif not key.startswith("_"):
+                names = ", ".join(difflib.get_close_matches(key, sorted(fields), n=3, cutoff=0.4)) or "none"
+                raise ValueError(f"model.{key}={value!r}: unknown field; nearest: {names}")
+        return cls(**known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`: diffusers' names, and `context_head` only if it is on."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v or k != "context_head"}
+
+    @property
+    def time_features(self) -> int:
+        """Width of the time embedding inside the network."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    def levels(self) -> tuple[_Level, ...]:
+        """The levels from the finest to the coarsest; ValueError if a per-level tuple has another length."""
+        heads = "attention_head_dim" if self.num_attention_heads is None else "num_attention_heads"
+        names = ("layers_per_block", heads, "transformer_layers_per_block", "cross_attention_dim")
+        columns = [self._per_level(name) for name in (*names, "only_cross_attention")]
+        return tuple(_Level(*row) for row in zip(self.block_out_channels, *columns, strict=True))
+
+    def _per_level(self, field: str) -> tuple:
+        value, n = getattr(self, field), len(self.block_out_channels)
+        if not isinstance(value, tuple):
+            return (value,) * n
+        if len(value) != n or not all(isinstance(v, int) for v in value):
+            raise ValueError(f"model.{field}={value}: must be one int, or {n} of them (one a level)")
+        return value
+
+
+def _resnet(config: UNetConfig, in_channels: int, out_channels: int, policy: dict) -> ResnetBlock:
+    return ResnetBlock(
+        in_channels, out_channels, config.time_features,
+        num_groups=config.norm_num_groups, eps=config.norm_eps, act_fn=config.act_fn,
+        time_scale_shift=config.resnet_time_scale_shift, **policy,
+    )
+
+
+def _transformer(config: UNetConfig, level: _Level, policy: dict, only_cross: bool) -> SpatialTransformer:
+    return SpatialTransformer(
+        level.channels, level.num_heads, level.text_features, depth=level.depth,
+        num_groups=config.norm_num_groups, only_cross_attention=only_cross, **policy,
+    )
+
+
+class DownBlock(nnx.Module):
+    """Resnet (and transformer) layers of one level, then a downsampling; also returns the skips."""
+
+    def __init__(
+        self, config: UNetConfig, level: _Level, in_channels: int,
+        *, cross_attention: bool, downsample: bool, **policy,
+    ):
+        widths = [in_channels] + [level.channels] * level.num_layers
+        self.resnets = nnx.List(_resnet(config, a, b, policy) for a, b in zip(widths[:-1], widths[1:]))
+        self.attentions = nnx.List(
+            _transformer(config, level, policy, level.only_cross_attention)
+            for _ in range(level.num_layers if cross_attention else 0)
+        )
+        self.downsamplers = nnx.List(Downsample(level.channels, **policy) for _ in range(downsample))
+
+    def __call__(self, x: Array, temb: Array, text: Array, mask: Array | None) -> tuple[Array, list[Array]]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, temb)  # [B, H, W, C]
+            if self.attentions:
+                x = self.attentions[i](x, text, mask)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)  # [B, ceil(H/2), ceil(W/2), C]
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nnx.Module):
+    """Resnet, transformer, resnet at the coarsest level; `UNetMidBlock2D` is, as in diffusers, one resnet."""
+
+    def __init__(self, config: UNetConfig, **policy):
+        level = config.levels()[-1]
+        count = 2 if config.mid_block_type == "UNetMidBlock2DCrossAttn" else 1
+        self.resnets = nnx.List(_resnet(config, *[level.channels] * 2, policy) for _ in range(count))
+        # diffusers keeps the self-attention here even where `only_cross_attention` drops it elsewhere.
+        self.attentions = nnx.List(_transformer(config, level, policy, False) for _ in range(count - 1))
+
+    def __call__(self, x: Array, temb: Array, text: Array, mask: Array | None) -> Array:
+        x = self.resnets[0](x, temb)
+        for attention, resnet in zip(self.attentions, self.resnets[1:]):
+            x = resnet(attention(x, text, mask), temb)
+        return x
+
+
+class UpBlock(nnx.Module):
+    """Resnet (and transformer) layers of one level, each fed one more skip, then an upsampling."""
+
+    def __init__(
+        self, config: UNetConfig, level: _Level, in_channels: list[int],
+        *, cross_attention: bool, upsample: bool, **policy,
+    ):
+        self.resnets = nnx.List(_resnet(config, c, level.channels, policy) for c in in_channels)
+        self.attentions = nnx.List(
+            _transformer(config, level, policy, level.only_cross_attention)
+            for _ in range(len(in_channels) if cross_attention else 0)
+        )
+        self.upsamplers = nnx.List(Upsample(level.channels, **policy) for _ in range(upsample))
+
+    def __call__(
+        self, x: Array, skips: list[Array], temb: Array, text: Array, mask: Array | None,
+        size: tuple[int, int] | None,
+    ) -> Array:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(jnp.concatenate([x, skips[-1 - i]], axis=-1), temb)  # [B, H, W, C]
+            if self.attentions:
+                x = self.attentions[i](x, text, mask)
+        for upsample in self.upsamplers:
+            x = upsample(x, size)  # [B, *size, C]
+        return x
+
+
+class ContextHead(nnx.Module):
+    """Own resnet, GroupNorm, activation and zero-initialised convolution: the context estimate starts at 0.
+
+    Its own resnet, because predicting the context competes with predicting the picture for the trunk.
+    """
+
+    def __init__(self, config: UNetConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        width = config.block_out_channels[0]
+        self.act = ACTIVATIONS[config.act_fn]
+        self.resnet = _resnet(config, width, width, policy)
+        norm = dict(eps=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
+        self.norm = GroupNorm(width, config.norm_num_groups, **norm)
+        self.conv = conv3x3(width, config.in_channels, zero_init=True, **policy)
+
+    def __call__(self, h: Float[Array, "B H W C"], temb: Float[Array, "B E"]) -> Float[Array, "B H W I"]:
+        return self.conv(self.act(self.norm(self.resnet(h, temb))))
+
+
+class UNet(nnx.Module):
+    """Denoiser of x_t given t and text tokens; see the module docstring.
+
+    Args:
+      config: topology and widths.
+      rngs: initialisation; residual branches and both outputs start at zero (Dhariwal & Nichol, 2021).
+      dtype: of the products; statistics and softmax stay float32. param_dtype: of the stored parameters.
+    """
+
+    def __init__(
+        self, config: UNetConfig, *, rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32, param_dtype: jnp.dtype = jnp.float32,
+    ):
+        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.config = config
+        self.dtype = dtype
+        widths = config.block_out_channels
+        self.conv_in = conv3x3(config.in_channels, widths[0], **policy)
+        time_features, act_fn = config.time_features, config.act_fn
+        self.time_embedding = TimestepEmbedding(widths[0], time_features, act_fn=act_fn, **policy)
+        # diffusers builds this one with its default activation, silu, whatever act_fn is.
+        self.add_embedding = (
+            TimestepEmbedding(config.projection_class_embeddings_input_dim, time_features, **policy)
+            if config.addition_embed_type == "text_time"
+            else None
+        )
+        self.down_blocks, skips = _down_blocks(config, policy)
+        self.mid_block = MidBlock(config, **policy) if config.mid_block_type is not None else None
+        self.up_blocks = _up_blocks(config, skips, policy)
+        norm = dict(num_groups=config.norm_num_groups, eps=config.norm_eps)
+        self.conv_norm_out = GroupNorm(widths[0], **norm, dtype=dtype, param_dtype=param_dtype)
+        self.conv_out = conv3x3(widths[0], config.out_channels, zero_init=True, **policy)
+        self.context_head = ContextHead(config, **policy) if config.context_head else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Shaped[Array, "*B"],
+        text_tokens: Float[Array, "B L D"],
+        text_mask: Bool[Array, "B L"] | None = None,
+        added: Mapping[str, Array] | None = None,
+    ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], Float[Array, "B H W C"]]:
+        """The network's prediction, float32; with a context head the pair (prediction, context).
+
+        Args:
+          x: noisy image or latent; any height and width, odd ones included.
+          t: timestep, one a sample or one for all; integer or fractional.
+          text_tokens: encoder states to attend to. text_mask: True where a token counts; None: all count.
+          added: for `addition_embed_type="text_time"` (XL) `text_embeds` [B, P] and `time_ids` [B, 6].
+        """
+        temb = self._time(t, x.shape[0], added)  # [B, E]
+        h = self.conv_in(x)  # [B, H, W, C0]
+        skips = [h]
+        for block in self.down_blocks:
+            h, new = block(h, temb, text_tokens, text_mask)
+            skips += new
+        if self.mid_block is not None:
+            h = self.mid_block(h, temb, text_tokens, text_mask)
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            own, skips = skips[-count:], skips[:-count]
+            size = skips[-1].shape[1:3] if skips else None
+            h = block(h, own, temb, text_tokens, text_mask, size)
+        out = self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(h))).astype(jnp.float32)
+        if self.context_head is None:
+            return out
+        return out, self.context_head(h, temb).astype(jnp.float32)
+
+    def _time(self, t: Array, batch: int, added: Mapping[str, Array] | None) -> Float[Array, "B E"]:
+        config = self.config
+        sinusoid = dict(flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
+        t = jnp.broadcast_to(jnp.asarray(t), (batch,))
+        temb = self.time_embedding(timestep_embedding(t, config.block_out_channels[0], **sinusoid))
+        if self.add_embedding is None:
+            return temb
+        missing = sorted({"text_embeds", "time_ids"} - set(added or ()))
+        if missing:
+            raise ValueError(f"added: lacks {', '.join(missing)}; addition_embed_type='text_time' needs it")
+        ids = timestep_embedding(added["time_ids"], config.addition_time_embed_dim, **sinusoid)  # [B, 6, A]
+        pooled = jnp.concatenate([added["text_embeds"], ids.reshape(batch, -1)], axis=-1)
+        return temb + self.add_embedding(pooled)
+
+
+def _down_blocks(config: UNetConfig, policy: dict) -> tuple[nnx.List, list[int]]:
+    """The down path and the widths of its skips, in order."""
+    blocks, skips = nnx.List(), [config.block_out_channels[0]]
+    width = skips[0]
+    for i, (kind, level) in enumerate(zip(config.down_block_types, config.levels())):
+        last = i == len(config.block_out_channels) - 1
+        cross = kind == "CrossAttnDownBlock2D"
+        blocks.append(DownBlock(config, level, width, cross_attention=cross, downsample=not last, **policy))
+        width = level.channels
+        skips += [width] * (level.num_layers + (not last))
+    return blocks, skips
+
+
+def _up_blocks(config: UNetConfig, skips: list[int], policy: dict) -> nnx.List:
+    """The up path, which consumes the skips from the last."""
+    blocks, width = nnx.List(), config.block_out_channels[-1]
+    for kind, level in zip(config.up_block_types, reversed(config.levels())):
+        count = level.num_layers + 1
+        own, skips = skips[-count:][::-1], skips[:-count]
+        inputs = [skip + h for skip, h in zip(own, [width] + [level.channels] * (count - 1))]
+        more = bool(skips)  # the last block has used them up
+        cross = kind == "CrossAttnUpBlock2D"
+        blocks.append(UpBlock(config, level, inputs, cross_attention=cross, upsample=more, **policy))
+        width = level.channels
+    return blocks
