@@ -272,7 +272,7 @@ def test_missing_and_damaged_files_are_named(pairs, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(down_block_types=("AttnDownBlock2D",)), "model.down_block_types='AttnDownBlock2D': unknown; one"),
+        (dict(down_block_types=("AttnDownBlock2D",)), "model.down_block_types='AttnDownBlock2D': unknown"),
         (dict(act_fn="tanh"), "model.act_fn='tanh': unknown; one of silu, swish"),
         (dict(up_block_types=("UpBlock2D",)), "model.up_block_types=.*each of the 2 levels"),
         (dict(norm_num_groups=3), "model.norm_num_groups=3: must divide model.block_out_channels\\[0\\]=8"),

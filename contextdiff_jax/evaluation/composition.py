@@ -178,7 +178,7 @@ def check(image: UInt8[np.ndarray, "S S 3"], wanted: str | Scene) -> dict[str, f
     wanted = parse_caption(wanted) if isinstance(wanted, str) else wanted
     found = find_objects(image)
     candidates: list[Object | None] = [*found[:_MAX_MATCHED], *[None] * len(wanted.objects)]
-    matchings = set(itertools.permutations(candidates, len(wanted.objects)))
+    matchings = dict.fromkeys(itertools.permutations(candidates, len(wanted.objects)))  # distinct, in order
     results = [_compare(wanted, matched) for matched in matchings]
     best = max(results, key=lambda shares: sum(v for v in shares.values() if v == v))
     count = len(found) == len(wanted.objects)

@@ -1,0 +1,103 @@
+"""The whole model: text encoder, UNet, relational network, and how a denoise function is made of them."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from contextdiff_jax import diffusion
+from contextdiff_jax.diffusion.samplers import Denoised, DenoiseFn
+from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
+from contextdiff_jax.models.text import TextConfig, TextEncoder
+from contextdiff_jax.models.unet import UNet, UNetConfig
+
+
+class ContextDiffusion(nnx.Module):
+    """Parameters of a text-to-image model with context: `text`, `unet`, `context`."""
+
+    def __init__(
+        self, text: TextConfig, unet: UNetConfig, context: ContextConfig, *, rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+    ):
+        self.text = TextEncoder(text, rngs=rngs, dtype=dtype)
+        self.unet = UNet(unet, rngs=rngs, dtype=dtype)
+        self.context = RelationalNetwork(context, rngs=rngs, dtype=dtype)
+
+
+def make_denoise(
+    model: ContextDiffusion,
+    schedule: diffusion.NoiseSchedule,
+    tokens: Float[Array, "B L D"],
+    mask: Bool[Array, "B L"],
+    null_tokens: Float[Array, "B L D"],
+    null_mask: Bool[Array, "B L"],
+    *,
+    prediction_type: str,
+    guidance: float = 1.0,
+    guidance_rescale: float = 0.0,
+    dynamic_threshold: float = 0.0,
+) -> DenoiseFn:
+    """The reverse process's denoise function for captions; `model` carries its estimate (a context head or not).
+
+    With guidance other than 1 both branches run as one batch of 2 B. r always reads the true caption, as in the
+    forward process: only the denoiser's text is dropped. x0 is bounded to the pictures' range [-1, 1], by
+    clipping, or by dynamic thresholding at that percentile.
+    """
+    guided = guidance != 1.0
+    text = jnp.concatenate([tokens, null_tokens]) if guided else tokens  # [2B, L, D]
+    text_mask = jnp.concatenate([mask, null_mask]) if guided else mask
+    r_tokens, r_mask = (jnp.concatenate([a, a]) if guided else a for a in (tokens, mask))
+
+    def predict(x, t):
+        return model.unet(x, t, text, text_mask)
+
+    def context_fn(x0, t):
+        return model.context(x0, r_tokens, r_mask, t)
+
+    if model.unet.context_head is not None:
+        branches = diffusion.posterior_mean_denoise(predict, schedule, prediction_type)
+    else:
+        branches = diffusion.plugin_denoise(predict, context_fn, schedule, prediction_type, clip=1.0)
+
+    def bound(x0):
+        return diffusion.dynamic_threshold(x0, dynamic_threshold) if dynamic_threshold else jnp.clip(x0, -1, 1)
+
+    def denoise(x, t, s):
+        if not guided:
+            out = branches(x, t, s)
+            return out._replace(x0=bound(out.x0))
+        both = branches(*(jnp.concatenate([a, a]) for a in (x, t, s)))
+        conditional, unconditional = (Denoised(*part) for part in zip(*(jnp.split(a, 2) for a in both), strict=True))
+        out = diffusion.guide(conditional, unconditional, guidance, guidance_rescale)
+        return out._replace(x0=bound(out.x0))
+
+    return denoise
+
+
+def make_sampler(
+    schedule: diffusion.NoiseSchedule, *, prediction_type: str, shift: str, sampler: str, steps: int, eta: float,
+    spacing: str, guidance: float, guidance_rescale: float = 0.0, dynamic_threshold: float = 0.0,
+) -> Callable:
+    """`sample(model, x_T, key, token_ids, token_mask, null_ids, null_mask) -> x0 [B, H, W, C]`, to be jitted: the
+    text is encoded once, the loop is one scan. Null ids are those of the empty caption, [1, L]."""
+    timesteps = diffusion.spaced_timesteps(schedule.num_timesteps, steps, spacing)
+    run = diffusion.get_sampler(sampler)
+
+    def sample(
+        model: ContextDiffusion, x_T: Float[Array, "B H W C"], key: Array,
+        token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"],
+        null_ids: Int[Array, "1 L"], null_mask: Bool[Array, "1 L"],
+    ) -> Float[Array, "B H W C"]:
+        tokens, null_tokens = model.text(token_ids, token_mask), model.text(null_ids, null_mask)
+        denoise = make_denoise(
+            model, schedule, tokens, token_mask,
+            jnp.broadcast_to(null_tokens, tokens.shape), jnp.broadcast_to(null_mask, token_mask.shape),
+            prediction_type=prediction_type, guidance=guidance, guidance_rescale=guidance_rescale,
+            dynamic_threshold=dynamic_threshold,
+        )
+        return run(denoise, x_T, schedule, timesteps, eta, key, shift)
+
+    return sample

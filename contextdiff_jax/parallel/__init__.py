@@ -1,0 +1,1 @@
+"""Devices: one mesh, and where arrays lie on it."""

@@ -1,0 +1,211 @@
+"""Settings: an ml_collections config, checked once, as frozen dataclasses (one a room).
+
+Commands call `parse`; no room below sees a ConfigDict. Every error is one line with field, value and what is
+allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from typing import Any, Mapping
+
+from contextdiff_jax.data import DataConfig
+from contextdiff_jax.diffusion import NoiseSchedule, get_sampler, make_schedule
+from contextdiff_jax.diffusion.losses import TIMESTEP_SAMPLINGS, WEIGHTINGS
+from contextdiff_jax.diffusion.process import PREDICTION_TYPES, SHIFTS
+from contextdiff_jax.diffusion.samplers import check_eta
+from contextdiff_jax.models.context import ContextConfig
+from contextdiff_jax.models.text import TextConfig
+from contextdiff_jax.models.unet import UNetConfig
+from contextdiff_jax.parallel.mesh import MeshConfig
+
+ESTIMATES = ("plugin", "posterior_mean")
+DECAYS = ("constant", "linear", "cosine")
+PRECISIONS = ("float32", "bfloat16")
+SHIFTS_OF_TEXT_ALONE = ("prior", "data_normalization")
+
+
+def check_choice(field: str, value: Any, allowed: typing.Iterable[str]) -> None:
+    """Raises ValueError, naming `field` and what is allowed, unless value is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{field}={value!r}: unknown; one of {', '.join(allowed)}")
+
+
+def check_at_least(section: Any, name: str, **minima: float) -> None:
+    """Raises ValueError for the first field of the dataclass `section` that is under its minimum."""
+    for field, minimum in minima.items():
+        if getattr(section, field) < minimum:
+            raise ValueError(f"{name}.{field}={getattr(section, field)}: must be at least {minimum}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimisation and its housekeeping. Sizes and counts are global; `*_every` are in steps (0: never)."""
+
+    steps: int = 1000
+    batch_size: int = 64
+    accumulation: int = 1  # equal parts of a batch, one after another
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    decay: str = "cosine"  # after the warm-up, to 0 at `steps`
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.99
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    caption_dropout: float = 0.1
+    precision: str = "float32"  # of products and activations; parameters, statistics, process, loss: float32
+    log_every: int = 50
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    sample_every: int = 500
+
+    def __post_init__(self):
+        check_choice("train.decay", self.decay, DECAYS)
+        check_choice("train.precision", self.precision, PRECISIONS)
+        check_at_least(self, "train", steps=1, batch_size=1, accumulation=1, log_every=1, checkpoint_every=1,
+                       sample_every=0, keep_checkpoints=1, warmup_steps=0, learning_rate=0, clip_norm=0)
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"train.accumulation={self.accumulation}: must divide train.batch_size={self.batch_size}"
+            )
+        for field in ("ema_decay", "caption_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"train.{field}={getattr(self, field)}: must lie in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The process's schedule and the objective's weights."""
+
+    schedule: str = "cosine"
+    num_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    zero_terminal_snr: bool = False
+    prediction_type: str = "v"
+    weighting: str = "uniform"
+    gamma: float = 5.0
+    timestep_sampling: str = "stratified"
+    prior_kl: float = 0.0  # weight of L_T
+
+    def __post_init__(self):
+        check_choice("diffusion.prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_choice("diffusion.weighting", self.weighting, WEIGHTINGS)
+        check_choice("diffusion.timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
+        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "diffusion.prediction_type='epsilon': says nothing of x0 where the SNR is 0; "
+                "with zero_terminal_snr one of x0, v"
+            )
+        self.make_schedule()
+
+    def make_schedule(self) -> NoiseSchedule:
+        """The schedule these fields name."""
+        return make_schedule(
+            self.schedule, self.num_timesteps, self.beta_start, self.beta_end, self.zero_terminal_snr
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShiftConfig(ContextConfig):
+    """The relational network (its own fields) and its use in the process."""
+
+    shift: str = "quadratic"
+    estimate: str = "plugin"
+    head_loss: float = 1.0  # weight of the context head's squared error (`posterior_mean`)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("context.shift", self.shift, SHIFTS)
+        check_choice("context.estimate", self.estimate, ESTIMATES)
+        if self.shift in SHIFTS_OF_TEXT_ALONE and self.kind not in ("text", "none"):
+            raise ValueError(
+                f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = T, so r may not "
+                "read x0; one of text, none"
+            )
+        if self.estimate == "posterior_mean" and self.time_dependent:
+            raise ValueError("context.time_dependent=True: context.estimate='posterior_mean' needs False")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How the pictures in DIR/samples are made, and the `sample` command's defaults."""
+
+    prompts: tuple[str, ...] = ()  # empty: captions of held-out (else training) records
+    sampler: str = "ddim"
+    steps: int = 50
+    eta: float = 0.0
+    guidance: float = 3.0
+    guidance_rescale: float = 0.0
+    dynamic_threshold: float = 0.0  # a percentile; 0: x0 is clipped to [-1, 1]
+    spacing: str = "trailing"
+
+    def __post_init__(self):
+        get_sampler(self.sampler)
+        check_eta(self.eta)
+        if self.guidance < 0:
+            raise ValueError(f"guidance={self.guidance}: must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All of a run."""
+
+    seed: int
+    train: TrainConfig
+    data: DataConfig
+    diffusion: DiffusionConfig
+    context: ShiftConfig
+    text: TextConfig
+    model: UNetConfig
+    mesh: MeshConfig
+    sample: SampleConfig
+
+
+def _strict(cls: type, section: str, values: Mapping[str, Any], **filled: Any) -> Any:
+    """cls(**values), with an unknown or ill-typed field named in one line."""
+    types = typing.get_type_hints(cls)
+    for name, value in values.items():
+        if name not in types:
+            near = difflib.get_close_matches(name, types, n=3, cutoff=0.4)
+            raise ValueError(f"{section}.{name}={value!r}: unknown field; nearest: {', '.join(near) or 'none'}")
+        if types[name] is float and isinstance(value, int) and not isinstance(value, bool):
+            continue
+        if isinstance(types[name], type) and not isinstance(value, types[name]):
+            raise ValueError(f"{section}.{name}={value!r}: must be of type {types[name].__name__}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, **filled)
+
+
+def parse(config: Mapping[str, Any]) -> Settings:
+    """Checks a config (an ml_collections ConfigDict's `to_dict()`, or a run's config.json).
+
+    Raises ValueError, in one line, for an unknown section or field, or a value that is not allowed.
+    """
+    sections = [field.name for field in dataclasses.fields(Settings)]
+    for name in config:
+        if name not in sections:
+            near = difflib.get_close_matches(name, sections, n=3, cutoff=0.4)
+            raise ValueError(f"{name}: unknown field; nearest: {', '.join(near) or 'none'}")
+    for name in sections:
+        if name not in config:
+            raise ValueError(f"{name}: missing; a config has the sections {', '.join(sections)}")
+    data = _strict(DataConfig, "data", config["data"])
+    context = _strict(ShiftConfig, "context", config["context"])
+    # The second head belongs to the estimate: one decision, made in context.estimate.
+    model = UNetConfig.from_dict({**config["model"], "context_head": context.estimate == "posterior_mean"})
+    return Settings(
+        seed=config["seed"],
+        train=_strict(TrainConfig, "train", config["train"]),
+        data=data,
+        diffusion=_strict(DiffusionConfig, "diffusion", config["diffusion"]),
+        context=dataclasses.replace(
+            context, in_channels=model.in_channels, text_width=model.cross_attention_dim
+        ),
+        text=_strict(TextConfig, "text", config["text"]),
+        model=model,
+        mesh=_strict(MeshConfig, "mesh", config["mesh"]),
+        sample=_strict(SampleConfig, "sample", config["sample"]),
+    )
