@@ -144,6 +144,19 @@ def test_output_equals_diffusers_at_odd_sizes_with_a_text_mask(pairs, name, size
     assert_close(run(unet, **values), expected)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_norm_has_the_epsilon_of_diffusers(pairs, name):
+    # Compared as numbers: 1e-5 for 1e-6 hardly changes the output of a network with random weights.
+    model, _, unet = pairs(name)
+    theirs = {path: module.eps for path, module in model.named_modules() if hasattr(module, "eps")}
+    ours = {
+        ".".join(map(str, path)): getattr(module, "epsilon", None) or module.eps
+        for path, module in nnx.iter_modules(unet)
+        if isinstance(module, GroupNorm | nnx.LayerNorm)
+    }
+    assert ours == theirs
+
+
 def test_one_timestep_serves_the_whole_batch_and_may_be_fractional(pairs):
     model, _, unet = pairs("sd1")
     values = inputs(CONFIGS["sd1"])

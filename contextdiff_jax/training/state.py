@@ -1,0 +1,82 @@
+"""The training state: one pytree holds everything that a resumed run needs, except the place in the data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+
+from contextdiff_jax.models.contextdiff import ContextDiffusion
+from contextdiff_jax.settings import Settings, TrainConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Parameters, their moving average, the optimizer's state, the random key, and the sums of metrics since the
+    last logged step (in the state so that a resumed run's log equals an uninterrupted one's)."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    ema: PyTree
+    opt_state: optax.OptState
+    key: PRNGKeyArray
+    metric_sums: dict[str, Array]
+
+
+METRICS = ("count", "loss", "denoise_loss", "context_loss", "prior_kl", "context_gain", "grad_norm")
+
+
+def zero_metrics() -> dict[str, Array]:
+    """Empty sums; the quartile entries are sums over samples by t's quartile, the others over steps."""
+    return {name: jnp.zeros(()) for name in METRICS} | {"quartile_loss": jnp.zeros(4), "quartile_count": jnp.zeros(4)}
+
+
+def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up, then `config.decay` to 0 at the last step."""
+    rest = max(config.steps - config.warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(config.learning_rate),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+    }[config.decay]
+    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW on clipped gradients."""
+    adamw = optax.adamw(
+        learning_rate_schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def make_model(settings: Settings) -> ContextDiffusion:
+    """The model with parameters drawn from `settings.seed`."""
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[settings.train.precision]
+    return ContextDiffusion(
+        settings.text, settings.model, settings.context, rngs=nnx.Rngs(settings.seed), dtype=dtype
+    )
+
+
+def model_graph(settings: Settings) -> nnx.GraphDef:
+    """The model's structure, without its parameters: `nnx.merge(model_graph(s), params)` is the model."""
+    return nnx.split(nnx.eval_shape(lambda: make_model(settings)))[0]
+
+
+def init_state(settings: Settings) -> TrainState:
+    """Step 0. Pure: jit it with output shardings, or `jax.eval_shape` it."""
+    params = nnx.state(make_model(settings), nnx.Param)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=make_optimizer(settings.train).init(params),
+        key=jax.random.key_data(jax.random.key(settings.seed)),
+        metric_sums=zero_metrics(),
+    )

@@ -1,0 +1,128 @@
+"""One training step, from a batch of pictures and token ids to the next state.
+
+    x0, text -> r = r_phi(x0, c, t) -> x_t = a_t x0 + k_t r + b_t noise -> network -> weighted squared error
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Num, PyTree
+
+from contextdiff_jax import diffusion
+from contextdiff_jax.models.contextdiff import ContextDiffusion
+from contextdiff_jax.settings import Settings
+from contextdiff_jax.training.state import TrainState, make_optimizer, model_graph
+
+Batch = dict[str, Num[Array, "B ..."]]
+RANDOM_USES = ("timestep", "noise", "dropout")  # appending a name leaves the draws of the others as they are
+
+
+def _keys(key: Array) -> dict[str, Array]:
+    return {name: jax.random.fold_in(key, i) for i, name in enumerate(RANDOM_USES)}
+
+
+def draw(key: Array, batch: Batch, settings: Settings) -> Batch:
+    """Adds a step's randomness to a batch: `t`, `noise`, and `dropped` (captions hidden from the denoiser).
+
+    Drawn for the whole batch at once, so that accumulation and sharding don't change the step.
+    """
+    keys, shape = _keys(key), batch["image"].shape
+    config = settings.diffusion
+    return batch | {
+        "t": diffusion.sample_timesteps(keys["timestep"], shape[0], config.num_timesteps, config.timestep_sampling),
+        "noise": jax.random.normal(keys["noise"], shape),
+        "dropped": jax.random.bernoulli(keys["dropout"], settings.train.caption_dropout, shape[:1]),
+    }
+
+
+def loss_fn(
+    model: ContextDiffusion, batch: Batch, null: Batch, schedule: diffusion.NoiseSchedule, settings: Settings
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The objective on a batch with its randomness (`draw`); `null`: the empty caption's ids and mask, [1, L]."""
+    config, context = settings.diffusion, settings.context
+    x0 = batch["image"].astype(jnp.float32) / 127.5 - 1
+    t, mask = batch["t"], batch["token_mask"]
+    tokens = model.text(batch["token_ids"], mask)  # [B, L, D]
+    r = model.context(x0, tokens, mask, t)
+    x_t = diffusion.q_sample(schedule, x0, r, t, batch["noise"], context.shift)
+    target = diffusion.training_target(schedule, x0, x_t, t, config.prediction_type)
+
+    # The shift above always used the true caption; from here on the denoiser's text may be the empty one.
+    dropped = batch["dropped"][:, None]
+    null_tokens = model.text(null["token_ids"], null["token_mask"])
+    tokens = jnp.where(dropped[..., None], null_tokens, tokens)
+    output = model.unet(x_t, t, tokens, jnp.where(dropped, null["token_mask"], mask))
+
+    context_loss = jnp.zeros(())
+    if model.unet.context_head is not None:
+        output, r_hat = output
+        context_loss = jnp.mean((r_hat - jax.lax.stop_gradient(r)) ** 2)
+    weight = diffusion.loss_weight(schedule, t, config.prediction_type, config.weighting, config.gamma)
+    error = jnp.mean((output - target) ** 2, axis=(1, 2, 3))  # [B]
+    denoise_loss = jnp.mean(weight * error)
+    prior = jnp.zeros(())
+    if config.prior_kl:
+        r_T = model.context(x0, model.text(batch["token_ids"], mask), mask, jnp.full_like(t, config.num_timesteps - 1))
+        prior = diffusion.prior_kl(schedule, x0, r_T, context.shift).mean()
+    loss = denoise_loss + context.head_loss * context_loss + config.prior_kl * prior
+
+    quartile = jax.nn.one_hot(t * 4 // config.num_timesteps, 4)  # [B, 4]
+    return loss, {
+        "count": jnp.ones(()),
+        "loss": loss,
+        "denoise_loss": denoise_loss,
+        "context_loss": context_loss,
+        "prior_kl": prior,
+        "context_gain": jnp.asarray(model.context.gain, jnp.float32),
+        "quartile_loss": error @ quartile,
+        "quartile_count": quartile.sum(0),
+    }
+
+
+def _accumulated(value_and_grad: Callable, params: PyTree, batch: Batch, parts: int):
+    """Mean gradient and metrics over `parts` equal parts of the batch, one after another."""
+    if parts == 1:
+        (_, metrics), grads = value_and_grad(params, batch)
+        return metrics, grads
+    split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+
+    def add(total, part):
+        (_, metrics), grads = value_and_grad(params, part)
+        return jax.tree.map(jnp.add, total, (metrics, grads)), None
+
+    first = jax.tree.map(lambda a: a[0], split)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(value_and_grad, params, first))
+    (metrics, grads), _ = jax.lax.scan(add, (zeros[0][1], zeros[1]), split)
+    by_sample = ("quartile_loss", "quartile_count")
+    metrics = {name: value if name in by_sample else value / parts for name, value in metrics.items()}
+    return metrics, jax.tree.map(lambda g: g / parts, grads)
+
+
+def make_train_step(settings: Settings) -> Callable[[TrainState, Batch, Batch], TrainState]:
+    """`step(state, batch, null) -> state`, pure; metrics are summed in the state. To be jitted, state donated."""
+    graph, optimizer = model_graph(settings), make_optimizer(settings.train)
+    schedule = settings.diffusion.make_schedule()
+
+    def step(state: TrainState, batch: Batch, null: Batch) -> TrainState:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        value_and_grad = jax.value_and_grad(
+            lambda params, part: loss_fn(nnx.merge(graph, params), part, null, schedule, settings), has_aux=True
+        )
+        metrics, grads = _accumulated(
+            value_and_grad, state.params, draw(key, batch, settings), settings.train.accumulation
+        )
+        metrics["grad_norm"] = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # Starts as a plain average, so that the first steps' random weights are soon forgotten.
+        decay = jnp.minimum(settings.train.ema_decay, (1 + state.step) / (10 + state.step))
+        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        sums = jax.tree.map(jnp.add, state.metric_sums, metrics)
+        return TrainState(state.step + 1, params, ema, opt_state, state.key, sums)
+
+    return step
