@@ -6,8 +6,8 @@
 `file_name` is relative to the metadata file. Fields other than `file_name` and the caption are kept as attributes.
 
 Broken records never pass silently: what can be told without decoding (not JSON, no caption, no such picture) is
-skipped, counted and logged when the source is made; a picture that fails to decode is counted, logged, and stands in
-for by the next good record. A share of broken records above `max_broken_fraction` raises.
+skipped, counted and logged when the source is made; a picture that fails to decode is counted, logged, and replaced by the
+next good record. A share of broken records above `max_broken_fraction` raises.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def load_image(path: str, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
     width, height = image.size
     if min(width, height) != image_size:
         scale = image_size / min(width, height)
-        # Box averaging halves cleanly when shrinking by a lot; Lanczos then filters the rest (reducing_gap).
+        # reducing_gap: large pictures are box-averaged first, which costs little; Lanczos does the rest.
         size = max(round(width * scale), image_size), max(round(height * scale), image_size)
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     left, top = (image.width - image_size) // 2, (image.height - image_size) // 2

@@ -160,10 +160,17 @@ def _compare(wanted: Scene, matched: Sequence[Object | None]) -> dict[str, float
     return shares
 
 
+def _quality(shares: dict[str, float]) -> tuple[float, float]:
+    """How good a matching is: by what the objects are; by where they are only between equals."""
+    known = {name: 0.0 if np.isnan(value) else value for name, value in shares.items()}
+    return known["shape"] + known["colour"] + known["size"], known["relation"]
+
+
 def check(image: UInt8[np.ndarray, "S S 3"], wanted: str | Scene) -> dict[str, float | bool]:
     """Compares a picture with a caption, or with a scene (then the objects' centres count too).
 
-    The objects found are matched with those asked for so that as many attributes as possible are right.
+    The objects found are matched with those asked for so that as many shapes, colours and sizes as possible are
+    right, and of equally good matchings, places. So a swapped pair is a wrong relation, not two wrong objects.
 
     Returns:
         `exact`: all of the following hold, and nothing else is in the picture.
@@ -180,7 +187,7 @@ def check(image: UInt8[np.ndarray, "S S 3"], wanted: str | Scene) -> dict[str, f
     candidates: list[Object | None] = [*found[:_MAX_MATCHED], *[None] * len(wanted.objects)]
     matchings = dict.fromkeys(itertools.permutations(candidates, len(wanted.objects)))  # distinct, in order
     results = [_compare(wanted, matched) for matched in matchings]
-    best = max(results, key=lambda shares: sum(v for v in shares.values() if v == v))
+    best = max(results, key=_quality)
     count = len(found) == len(wanted.objects)
     exact = count and all(v == 1 for v in best.values() if v == v)
     return {"exact": exact, "count": count, **best}

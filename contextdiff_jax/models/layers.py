@@ -68,12 +68,15 @@ def attention(
     """softmax(q k^T / sqrt(D)) v per head, logits and softmax in float32: the one attention core.
 
     Keys whose mask is False get no weight; a row without any valid key attends uniformly, so it stays finite.
+    Heads go in front of tokens before the products: XLA's CPU backend runs the same einsums over the B N H D
+    layout four times slower (forward at B 16, N 256, H 8, D 16: 55 ms against 13).
     """
-    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    q, k, v = (jnp.swapaxes(y, 1, 2) for y in (q, k, v))  # [B, H, N, D]
+    logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if mask is not None:
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)  # [B, H, N, M]
-    return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
+    return jnp.swapaxes(jnp.einsum("bhnm,bhmd->bhnd", weights, v), 1, 2)  # [B, N, H, D]
 
 
 def upsample_nearest(

@@ -1,0 +1,71 @@
+"""What the commands share: flags, errors in one line with exit status 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+from typing import Any, Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = None
+
+
+class RunError(RuntimeError):
+    """A run that can't go on; its text is the one line for the person at the terminal."""
+
+
+def define_config() -> None:
+    """Defines --config=FILE with overrides --config.a.b=c. Read it with `read_config` in the command."""
+    global CONFIG
+    CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; a field is set by --config.a.b=c.")
+
+
+def read_config() -> dict[str, Any]:
+    """The config with its overrides, as plain JSON-able values."""
+    if CONFIG is None or CONFIG.value is None:
+        raise ValueError("--config: missing; name a config file, as in --config=configs/shapes.py")
+    return json.loads(json.dumps(CONFIG.value.to_dict()))
+
+
+def set_compilation_cache(workdir: pathlib.Path) -> None:
+    """Compiled programs are kept in DIR/compiled, unless JAX_COMPILATION_CACHE_DIR says where."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses flags and calls `main`. What the user can put right is one line on stderr and exit status 2."""
+
+    def parse(argv):
+        try:
+            left = flags.FLAGS(argv)
+        except AttributeError as error:  # what ml_collections raises for an override of an unknown field
+            raise flags.Error(f"--config: unknown field: {error}") from error
+        if left[1:]:
+            raise flags.Error(f"{left[1]!r}: unexpected argument; options start with --")
+        return left
+
+    def guarded(_):
+        try:
+            main()
+        except (ValueError, RunError, OSError) as error:
+            logging.debug("%s", error, exc_info=True)
+            _fail(error)
+
+    try:
+        app.run(guarded, argv=sys.argv, flags_parser=parse)
+    except (flags.Error, ValueError, KeyError, TypeError, OSError) as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> None:
+    if os.environ.get("CONTEXTDIFF_TRACEBACK"):
+        raise error
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,62 @@
+"""From prompts to pictures: one compiled program for any number of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import PyTree, UInt8
+
+from contextdiff_jax.data import Tokenizer
+from contextdiff_jax.models.contextdiff import make_sampler
+from contextdiff_jax.settings import SampleConfig, Settings
+from contextdiff_jax.training.state import model_graph
+
+
+class Generator:
+    """`generator(params, prompts, seed) -> uint8 [N, H, W, 3]` with the options of a SampleConfig."""
+
+    def __init__(self, settings: Settings, tokenizer: Tokenizer, options: SampleConfig | None = None):
+        self._settings, self._tokenizer = settings, tokenizer
+        self.options = options = options or settings.sample
+        chosen = dataclasses.asdict(options)
+        del chosen["prompts"]
+        sample = make_sampler(
+            settings.diffusion.make_schedule(), prediction_type=settings.diffusion.prediction_type,
+            shift=settings.context.shift, **chosen,
+        )
+        graph = model_graph(settings)
+        self._sample = jax.jit(lambda params, *rest: _to_uint8(sample(nnx.merge(graph, params), *rest)))
+
+    def __call__(
+        self, params: PyTree, prompts: Sequence[str], seed: int, batch_size: int = 64
+    ) -> UInt8[np.ndarray, "N H W 3"]:
+        """One picture a prompt. Picture i's noise depends on (seed, i) alone, not on the number of prompts.
+
+        Raises ValueError for an empty list of prompts.
+        """
+        if not prompts:
+            raise ValueError("--prompt: the list is empty; give at least one, as in --prompt='a large red circle'")
+        length, size = self._settings.data.max_length, self._settings.data.image_size
+        null_ids, null_mask = self._tokenizer.encode([""], length)
+        noise_key, sampler_key = jax.random.split(jax.random.key(seed))
+        shape = (size, size, self._settings.model.in_channels)
+        images = []
+        for start in range(0, len(prompts), batch_size):
+            part = list(prompts[start : start + batch_size])
+            real, width = len(part), min(batch_size, len(prompts))
+            part += [""] * (width - real)  # one shape, one compilation
+            ids, mask = self._tokenizer.encode(part, length)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(noise_key, start + jnp.arange(width))
+            x_T = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+            key = jax.random.fold_in(sampler_key, start)
+            images.append(np.asarray(self._sample(params, x_T, key, ids, mask, null_ids, null_mask))[:real])
+        return np.concatenate(images)
+
+
+def _to_uint8(x):
+    return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)

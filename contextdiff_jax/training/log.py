@@ -1,0 +1,76 @@
+"""A run's log: metrics.jsonl, TensorBoard events, and the terminal."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+from absl import logging
+from tensorboardX import SummaryWriter
+
+from contextdiff_jax.training.state import METRICS
+
+# Dense bf16 FLOP/s of a chip, from the vendors' data sheets; keys are `jax.Device.device_kind`.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class MetricsLog:
+    """Appends one JSON object a logged step; on resume the lines after `step` are cut off, as if not yet run."""
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        self.path = workdir / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self._events = SummaryWriter(str(workdir / "events"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Logs `values` at `step`."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        logging.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
+    def close(self) -> None:
+        """Flushes the events."""
+        self._events.close()
+
+
+def averages(sums: dict[str, jax.Array]) -> dict[str, float]:
+    """Means from a state's metric sums; a quartile of t without samples has no entry."""
+    sums = jax.device_get(sums)
+    means = {name: float(sums[name] / sums["count"]) for name in METRICS if name != "count"}
+    for i, (loss, count) in enumerate(zip(sums["quartile_loss"], sums["quartile_count"], strict=True), start=1):
+        if count:
+            means[f"loss_q{i}"] = float(loss / count)
+    return means
+
+
+def speed(images: int, seconds: float, steps: int, flops: float | None) -> dict[str, float]:
+    """Examples a second, model FLOP/s, and utilisation where the device's peak is known."""
+    values = {"images_per_second": images / seconds, "seconds_per_step": seconds / steps}
+    if flops:
+        values["model_flops_per_second"] = flops * steps / seconds
+        peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        if peak:
+            values["utilization"] = values["model_flops_per_second"] / (peak * jax.device_count())
+    return values
+
+
+def is_finite(values: dict[str, float]) -> bool:
+    """Whether every value is a finite number."""
+    return bool(np.isfinite(list(values.values())).all())

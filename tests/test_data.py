@@ -1,0 +1,533 @@
+"""Sources, the tokenizer, and the loader."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from contextdiff_jax.data import (
+    DataConfig,
+    FolderConfig,
+    FolderSource,
+    ShapesConfig,
+    ShapesSource,
+    load_tokenizer,
+    make_loader,
+    make_source,
+    train_tokenizer,
+)
+from contextdiff_jax.data import tokenizer as tokenizer_module
+from contextdiff_jax.data.folder import load_image
+from contextdiff_jax.data.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Object,
+    Scene,
+    caption,
+    diameter,
+    heldout_triples,
+    parse_caption,
+    relation_of,
+    render,
+    template,
+)
+
+TRIPLES = set(itertools.product(SHAPES, COLOURS, SIZES))
+
+
+def _one_line(error: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- shapes
+
+
+def _triples(split: str, count: int = 1500) -> list[set]:
+    source = ShapesSource(ShapesConfig(split=split))
+    return [{o.triple for o in source.scene(i).objects} for i in range(count)]
+
+
+def test_training_scenes_never_show_a_heldout_combination_but_every_other():
+    heldout = set(heldout_triples(0.125))
+    assert len(heldout) == 6
+    assert set().union(*_triples("train")) == TRIPLES - heldout
+
+
+def test_every_heldout_scene_shows_a_heldout_combination_in_any_place():
+    heldout = set(heldout_triples(0.125))
+    assert all(triples & heldout for triples in _triples("heldout"))
+    source = ShapesSource(ShapesConfig(split="heldout", num_objects=(3, 3)))
+    places = [[o.triple in heldout for o in source.scene(i).objects].index(True) for i in range(100)]
+    assert set(places) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.125, 0.3, 0.5])
+def test_every_attribute_value_occurs_in_training(fraction):
+    train = TRIPLES - set(heldout_triples(fraction))
+    assert len(train) == len(TRIPLES) - round(fraction * len(TRIPLES))
+    for values in (SHAPES, COLOURS, SIZES):
+        assert all(any(value in triple for triple in train) for value in values)
+
+
+def test_a_scene_is_a_function_of_seed_split_and_number():
+    one, same = ShapesSource(ShapesConfig()), ShapesSource(ShapesConfig())
+    list(map(one.scene, range(5)))  # earlier reads must not matter
+    assert one.scene(123) == same.scene(123)
+    np.testing.assert_array_equal(one[123]["image"], same[123]["image"])
+    others = (ShapesConfig(seed=1), ShapesConfig(split="all"))
+    assert all(ShapesSource(other).scene(123) != one.scene(123) for other in others)
+    assert len({one.scene(i) for i in range(200)}) == 200
+
+
+@pytest.mark.parametrize("image_size", [16, 32, 64])
+def test_objects_keep_apart_within_the_picture(image_size):
+    source = ShapesSource(ShapesConfig(image_size=image_size, num_objects=(3, 3), split="all"))
+    for i in range(200):
+        scene = source.scene(i)
+        assert len({o.triple for o in scene.objects}) == 3
+        image = render(scene, image_size)
+        areas = [template(o.shape, diameter(o.size, image_size)).sum() for o in scene.objects]
+        assert (image != BACKGROUNDS["dark"]).any(-1).sum() == sum(areas)  # nothing hidden, nothing cut off
+        for a, b in itertools.combinations(scene.objects, 2):
+            gap = np.abs(np.subtract(a.centre, b.centre)).max() * image_size
+            assert gap - (diameter(a.size, image_size) + diameter(b.size, image_size)) / 2 >= image_size // 16
+
+
+def test_templates_of_a_size_all_differ():
+    for width in {diameter(size, s) for size in SIZES for s in (16, 32, 64)}:
+        assert len({template(shape, width).tobytes() for shape in SHAPES}) == len(SHAPES)
+
+
+def test_relations_are_true_and_clear_of_the_diagonal():
+    source = ShapesSource(ShapesConfig(num_objects=(2, 2)))
+    scenes = [source.scene(i) for i in range(300)]
+    assert {s.relation for s in scenes} == {"left of", "right of", "above", "below"}
+    for scene in scenes:
+        (x0, y0), (x1, y1) = (o.centre for o in scene.objects)
+        true = {"left of": x1 - x0, "right of": x0 - x1, "above": y1 - y0, "below": y0 - y1}[scene.relation]
+        assert true == max(abs(x1 - x0), abs(y1 - y0))
+        assert abs(abs(x1 - x0) - abs(y1 - y0)) > 1 / 16
+        assert scene.relation == relation_of(*(o.centre for o in scene.objects))
+
+
+def test_captions_read_as_documented():
+    def obj(words: str) -> Object:
+        size, colour, shape = words.split()
+        return Object(shape=shape, colour=colour, size=size)
+
+    red, blue, green = obj("large red circle"), obj("small blue square"), obj("small green cross")
+    assert caption(Scene(objects=(red,))) == "a large red circle"
+    assert caption(Scene(objects=(blue,), position="top left")) == "a small blue square at the top left"
+    two = Scene(objects=(blue, red), relation="left of")
+    assert caption(two) == "a small blue square left of a large red circle"
+    three = "a large red circle, a small blue square and a small green cross"
+    assert caption(Scene(objects=(red, blue, green))) == three
+
+
+def test_parsing_inverts_captions():
+    source = ShapesSource(ShapesConfig(split="all"))
+    for i in range(300):
+        scene = source.scene(i)
+        parsed = parse_caption(source[i]["caption"])
+        assert [o.triple for o in parsed.objects] == [o.triple for o in scene.objects]
+        assert (parsed.relation, parsed.position) == (scene.relation, scene.position)
+        assert caption(parsed) == source[i]["caption"]
+    assert parse_caption(" A  red Circle ") == Scene(objects=(Object(shape="circle", colour="red"),))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a horse",
+        "a large red",
+        "a red circle left of",
+        "a red circle at the moon",
+        "a red circle and a red circle and a red circle and a red circle",
+        "a red circle left of a blue circle at the top",
+    ],
+)
+def test_captions_that_are_not_of_this_world_are_refused(text):
+    with pytest.raises(ValueError) as error:
+        parse_caption(text)
+    assert "caption=" in _one_line(error)
+
+
+def test_attributes_are_json_and_describe_the_picture():
+    record = ShapesSource(ShapesConfig())[5]
+    attributes = json.loads(json.dumps(record["attributes"]))
+    assert attributes == record["attributes"]
+    assert record["image"].shape == (32, 32, 3) and record["image"].dtype == np.uint8
+    for obj in attributes["objects"]:
+        x, y = (int(v * 32) for v in obj["centre"])
+        assert tuple(record["image"][y, x]) == COLOURS[obj["colour"]]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_objects": (0, 2)},
+        {"num_objects": (1, 4)},
+        {"image_size": 8},
+        {"length": 0},
+        {"split": "test"},
+        {"heldout_fraction": 0.6},
+        {"split": "heldout", "heldout_fraction": 0.0},
+        {"backgrounds": ("pink",)},
+        {"seed": -1},
+    ],
+)
+def test_bad_scene_configs_are_refused_with_the_field_and_value(fields):
+    with pytest.raises(ValueError) as error:
+        ShapesConfig(**fields)
+    assert any(_one_line(error).startswith(f"{name}={value!r}") for name, value in fields.items())
+
+
+def test_objects_that_cannot_be_drawn_are_refused():
+    square = {"shape": "square", "colour": "red"}
+    for obj in (Object(**square), Object(**square, size="large", centre=(0.0, 0.5))):
+        with pytest.raises(ValueError):
+            render(Scene(objects=(obj,)), 32)
+
+
+@pytest.mark.parametrize("index", [-1, 100])
+def test_scene_numbers_outside_of_the_epoch_are_refused(index):
+    with pytest.raises(IndexError):
+        ShapesSource(ShapesConfig(length=100))[index]
+
+
+# ---------------------------------------------------------------------------------------------------------- folder
+
+
+def _write_folder(path, count=10, lines=()):
+    """`count` good records, whose pictures are grey of level 10 * i, then `lines`."""
+    (path / "images").mkdir(parents=True)
+    records = []
+    for i in range(count):
+        Image.new("RGB", (12, 8), (10 * i,) * 3).save(path / "images" / f"{i}.png")
+        records.append(json.dumps({"file_name": f"images/{i}.png", "text": f"grey {i}", "level": 10 * i}))
+    (path / "metadata.jsonl").write_text("\n".join([*records, *lines]) + "\n")
+
+
+def test_folder_records_hold_picture_caption_and_other_fields(tmp_path):
+    _write_folder(tmp_path)
+    source = FolderSource(FolderConfig(path=str(tmp_path), image_size=4))
+    assert len(source) == 10 and source.num_broken == 0
+    record = source[3]
+    assert record["caption"] == "grey 3" and record["attributes"] == {"level": 30}
+    np.testing.assert_array_equal(record["image"], np.full((4, 4, 3), 30, np.uint8))
+
+
+def test_broken_lines_are_skipped_counted_and_logged_with_their_place(tmp_path, caplog):
+    lines = ["{", "[1]", '{"text": "x"}', '{"file_name": "images/0.png"}', '{"file_name": "no.png", "text": "x"}']
+    _write_folder(tmp_path, lines=["", *lines])
+    with caplog.at_level("WARNING", logger="absl"):
+        source = FolderSource(FolderConfig(path=str(tmp_path), image_size=4, max_broken_fraction=0.5))
+    assert len(source) == 10 and source.num_broken == 5
+    for number, reason in zip(range(12, 17), ("not JSON", "not a JSON object", "'file_name'", "'text'", "no.png")):
+        assert any(f"metadata.jsonl:{number}: " in m and reason in m for m in caplog.messages)
+    assert any("5 of 15" in m for m in caplog.messages)
+
+
+def test_at_most_twenty_broken_lines_are_logged(tmp_path, caplog):
+    _write_folder(tmp_path, lines=["{"] * 30)
+    with caplog.at_level("WARNING", logger="absl"):
+        FolderSource(FolderConfig(path=str(tmp_path), max_broken_fraction=1.0))
+    assert sum("not JSON" in m for m in caplog.messages) == 20
+
+
+def test_too_many_broken_lines_stop_the_run(tmp_path):
+    _write_folder(tmp_path, lines=["{"])
+    with pytest.raises(ValueError) as error:
+        FolderSource(FolderConfig(path=str(tmp_path), max_broken_fraction=0.05))
+    assert "1 of 11" in _one_line(error) and "max_broken_fraction=0.05" in _one_line(error)
+
+
+def test_a_picture_that_fails_to_decode_is_replaced_by_the_next_good_one(tmp_path, caplog):
+    _write_folder(tmp_path)
+    (tmp_path / "images" / "4.png").write_bytes(b"no picture")
+    good = (tmp_path / "images" / "5.png").read_bytes()
+    (tmp_path / "images" / "5.png").write_bytes(good[: len(good) // 2])  # cut off
+    source = FolderSource(FolderConfig(path=str(tmp_path), image_size=4, max_broken_fraction=0.2))
+    with caplog.at_level("WARNING", logger="absl"):
+        assert source[4]["caption"] == "grey 6"
+    assert source.num_broken == 2 and sum("fails to decode" in m for m in caplog.messages) == 2
+    assert source[4]["caption"] == source[5]["caption"] == "grey 6" and source.num_broken == 2
+
+
+def test_too_many_pictures_that_fail_to_decode_stop_the_run(tmp_path):
+    _write_folder(tmp_path)
+    for i in (3, 4):
+        (tmp_path / "images" / f"{i}.png").write_bytes(b"no picture")
+    source = FolderSource(FolderConfig(path=str(tmp_path), image_size=4, max_broken_fraction=0.1))
+    with pytest.raises(ValueError) as error:
+        source[3]
+    assert "2 of 10" in _one_line(error)
+
+
+def test_transparent_pixels_are_white(tmp_path):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[:, 4:, 3] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = load_image(str(tmp_path / "a.png"), 8)
+    assert (image[:, :4] == 255).all() and (image[:, 4:] == 0).all()
+
+
+def test_pictures_are_scaled_to_the_shorter_side_and_cut_to_the_centre(tmp_path):
+    pixels = np.zeros((16, 48, 3), np.uint8)
+    pixels[:, :16, 0] = pixels[:, 16:32, 1] = pixels[:, 32:, 2] = 200
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = load_image(str(tmp_path / "a.png"), 8)
+    assert image.shape == (8, 8, 3)
+    assert (np.abs(image[:, 2:6].astype(int) - (0, 200, 0)) <= 8).all()
+
+
+def test_folders_and_metadata_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="data.path"):
+        FolderSource(FolderConfig(path=str(tmp_path / "no")))
+    with pytest.raises(ValueError, match="data.metadata"):
+        FolderSource(FolderConfig(path=str(tmp_path), metadata="no.jsonl"))
+    (tmp_path / "metadata.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="holds no records"):
+        FolderSource(FolderConfig(path=str(tmp_path)))
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_rows_are_bos_tokens_eos_padding():
+    ids, mask = load_tokenizer().encode(["a small red circle", ""], 10)
+    assert ids.shape == mask.shape == (2, 10) and ids.dtype == np.int32 and mask.dtype == bool
+    assert ids[0, 0] == 1 and ids[0, 5] == 2 and (ids[0, 1:5] > 2).all() and (ids[0, 6:] == 0).all()
+    assert ids[1].tolist() == [1, 2] + [0] * 8
+    np.testing.assert_array_equal(mask.sum(1), [6, 2])
+
+
+def test_long_captions_are_cut_and_still_end():
+    tokenizer = load_tokenizer()
+    ids, mask = tokenizer.encode(["a small red circle left of a large blue square"], 5)
+    assert mask.all() and ids[0, -1] == 2
+    full, _ = tokenizer.encode(["a small red circle"], 6)
+    np.testing.assert_array_equal(ids[0, :4], full[0, :4])
+
+
+def test_the_bundled_tokenizer_has_one_token_a_word_of_scene_captions_and_knows_any_text():
+    tokenizer = load_tokenizer()
+    assert tokenizer.vocab_size == 4096
+    texts = [ShapesSource(ShapesConfig(split="all"))[i]["caption"] for i in range(200)]
+    _, mask = tokenizer.encode(texts, 64)
+    words = [len(text.replace(",", " ,").split()) for text in texts]
+    np.testing.assert_array_equal(mask.sum(1), np.add(words, 2))
+    odd = ["zebra über 日本 🙂", "x < y <eos> <pad>"]
+    ids, mask = tokenizer.encode(odd, 64)
+    assert tokenizer.decode(ids) == odd
+    np.testing.assert_array_equal((ids == 2).sum(1), 1)  # "<eos>" in a caption ends nothing
+    np.testing.assert_array_equal(mask, np.arange(64) <= ids.argmin(1, keepdims=True) - 1)
+
+
+def test_case_and_white_space_do_not_count():
+    ids, _ = load_tokenizer().encode(["A Red\n circle ", "a red circle"], 8)
+    np.testing.assert_array_equal(ids[0], ids[1])
+
+
+def test_a_pickled_tokenizer_is_the_same():
+    tokenizer = load_tokenizer()
+    texts = ["a red circle", "<eos> in a text"]
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    np.testing.assert_array_equal(copy.encode(texts, 16)[0], tokenizer.encode(texts, 16)[0])
+
+
+def test_the_command_trains_a_tokenizer_that_loads(tmp_path, capsys):
+    corpus, out = tmp_path / "corpus.txt", tmp_path / "tokenizer.json"
+    corpus.write_text("a red circle\na blue circle\n" * 20)
+    assert tokenizer_module.main(["--corpus", str(corpus), "--out", str(out), "--vocab_size", "270"]) == 0
+    tokenizer = load_tokenizer(out)
+    assert 259 < tokenizer.vocab_size <= 270 and f"{tokenizer.vocab_size} tokens" in capsys.readouterr().out
+    assert tokenizer.decode(tokenizer.encode(["a red circle"], 16)[0]) == ["a red circle"]
+
+
+def test_bad_tokenizer_input_is_refused(tmp_path):
+    (tmp_path / "bad.json").write_text("{}")
+    for path in (tmp_path / "no.json", tmp_path / "bad.json"):
+        with pytest.raises(ValueError) as error:
+            load_tokenizer(path)
+        assert _one_line(error).startswith(f"tokenizer={path}")
+    with pytest.raises(ValueError, match="max_length=1"):
+        load_tokenizer().encode(["a"], 1)
+    with pytest.raises(ValueError, match="not one string"):
+        load_tokenizer().encode("a", 4)
+    assert train_tokenizer(["a b"], 300).token_to_id("<eos>") == 2
+
+
+# ---------------------------------------------------------------------------------------------------------- loader
+
+
+class Numbers:
+    """Record i is a picture of i, so that batches tell which records they hold."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return {"image": np.full((2, 2, 3), index, np.uint8), "caption": f"number {index}"}
+
+
+def _take(loader, count: int) -> list[dict]:
+    return [next(loader) for _ in range(count)]
+
+
+def _numbers(batches) -> np.ndarray:
+    return np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
+
+
+def _assert_equal(left: list[dict], right: list[dict]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right):
+        assert a.keys() == b.keys() and a["caption"] == b["caption"]
+        for name in a.keys() - {"caption"}:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_restored_loader_goes_on_with_the_very_next_batch(num_workers):
+    options = {"batch_size": 4, "seed": 3, "tokenizer": load_tokenizer(), "max_length": 8}
+    source = ShapesSource(ShapesConfig(image_size=16, length=50))
+    loader = make_loader(source, num_workers=num_workers, **options)
+    _take(loader, 3)
+    state = json.loads(json.dumps(loader.get_state()))
+    expected = _take(loader, 12)  # past the end of the first epoch: the states of both shuffles count
+    loader.set_state(state)  # in place, also after more was read
+    _assert_equal(_take(loader, 2), expected[:2])
+    loader.close()
+    restored = make_loader(source, num_workers=2 - num_workers, **options)
+    restored.set_state(state)
+    _assert_equal(_take(restored, 12), expected)
+    restored.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_have_the_contracts_shapes_and_types(num_workers):
+    source = ShapesSource(ShapesConfig(image_size=16, length=20))
+    loader = make_loader(source, batch_size=4, num_workers=num_workers, tokenizer=load_tokenizer(), max_length=24)
+    batch = next(loader)
+    loader.close()
+    shapes = {name: (type(v), v.shape, v.dtype) for name, v in batch.items() if name != "caption"}
+    assert shapes == {
+        "image": (np.ndarray, (4, 16, 16, 3), np.uint8),
+        "token_ids": (np.ndarray, (4, 24), np.int32),
+        "token_mask": (np.ndarray, (4, 24), bool),
+    }
+    assert isinstance(batch["caption"], list)
+    ids, mask = load_tokenizer().encode(batch["caption"], 24)
+    np.testing.assert_array_equal(batch["token_ids"], ids)
+    np.testing.assert_array_equal(batch["token_mask"], mask)
+
+
+def test_each_epoch_shows_every_record_once_in_another_order():
+    numbers = _numbers(_take(make_loader(Numbers(30), batch_size=6), 15)).reshape(3, 30)
+    assert all(sorted(epoch) == list(range(30)) for epoch in numbers)
+    assert len({tuple(epoch) for epoch in numbers}) == 3
+    assert tuple(numbers[0]) != tuple(range(30))
+
+
+def test_epochs_are_joined_without_dropping_records():
+    numbers = _numbers(_take(make_loader(Numbers(10), batch_size=4), 5))
+    assert sorted(numbers[:10]) == sorted(numbers[10:]) == list(range(10))
+
+
+def test_the_seed_decides_the_order():
+    first, same, other = (_numbers(_take(make_loader(Numbers(100), batch_size=10, seed=s), 5)) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first, same)
+    assert (first != other).any()
+
+
+def test_processes_share_each_global_batch_in_order():
+    whole = _take(make_loader(Numbers(30), batch_size=8, seed=5), 6)
+    shares = [
+        _take(make_loader(Numbers(30), batch_size=8, seed=5, process_index=p, process_count=4), 6) for p in range(4)
+    ]
+    for step, batch in enumerate(whole):
+        np.testing.assert_array_equal(_numbers([share[step] for share in shares]), _numbers([batch]))
+
+
+def test_the_state_does_not_depend_on_the_number_of_processes():
+    one = make_loader(Numbers(30), batch_size=4, process_index=0, process_count=2)
+    _take(one, 3)
+    whole = make_loader(Numbers(30), batch_size=4)
+    whole.set_state(one.get_state())
+    np.testing.assert_array_equal(_numbers([next(whole)])[:2], _numbers([next(one)]))
+
+
+def test_the_state_of_another_run_is_refused():
+    state = make_loader(Numbers(30), batch_size=4, seed=1).get_state()
+    for source, options in ((Numbers(31), {}), (Numbers(30), {"batch_size": 8}), (Numbers(30), {"seed": 2})):
+        loader = make_loader(source, **{"batch_size": 4, "seed": 1, **options})
+        with pytest.raises(ValueError) as error:
+            loader.set_state(state)
+        assert "the saved data state has" in _one_line(error)
+
+
+def test_bad_loader_options_are_refused():
+    for options, field in (
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 5, "process_count": 2}, "batch_size=5"),
+        ({"batch_size": 4, "process_count": 2, "process_index": 2}, "process_index=2"),
+        ({"batch_size": 4, "num_workers": -1}, "num_workers=-1"),
+        ({"batch_size": 4, "prefetch": 0}, "prefetch=0"),
+    ):
+        with pytest.raises(ValueError) as error:
+            make_loader(Numbers(10), **options)
+        assert field in _one_line(error)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_data_set_with_too_many_broken_pictures_stops_the_loader(tmp_path, num_workers):
+    _write_folder(tmp_path)
+    for i in range(5):
+        (tmp_path / "images" / f"{i}.png").write_bytes(b"no picture")
+    source = FolderSource(FolderConfig(path=str(tmp_path), image_size=4, max_broken_fraction=0.2))
+    loader = make_loader(source, batch_size=5, num_workers=num_workers)
+    with pytest.raises(Exception, match="max_broken_fraction=0.2"):
+        _take(loader, 4)
+    loader.close()
+
+
+# --------------------------------------------------------------------------------------------------------- sources
+
+
+def test_sources_are_made_by_name(tmp_path):
+    _write_folder(tmp_path)
+    (tmp_path / "metadata.jsonl").rename(tmp_path / "metadata_train.jsonl")
+    first = (tmp_path / "metadata_train.jsonl").read_text().splitlines()[0]
+    (tmp_path / "metadata_test.jsonl").write_text(first)
+    emoji = DataConfig(source="emoji", path=str(tmp_path), image_size=8)
+    lengths = {split: len(make_source(emoji, split)) for split in ("train", "heldout", "all")}
+    assert lengths == {"train": 10, "heldout": 1, "all": 11}
+    folder = DataConfig(source="folder", path=str(tmp_path), metadata="metadata_test.jsonl", image_size=8)
+    assert len(make_source(folder)) == 1 and make_source(folder)[0]["image"].shape == (8, 8, 3)
+    shapes = make_source(DataConfig(num_scenes=7, image_size=16), "heldout")
+    assert len(shapes) == 7 and shapes.config.split == "heldout"
+
+
+def test_unknown_sources_and_splits_are_refused_in_one_line(tmp_path):
+    _write_folder(tmp_path)
+    for config, split, words in (
+        (DataConfig(source="emojis"), "train", "data.source='emojis': unknown; one of shapes, folder, emoji"),
+        (DataConfig(source="folder", path=str(tmp_path)), "heldout", "data.heldout_metadata"),
+        (DataConfig(source="folder"), "train", "data.path=''"),
+        (DataConfig(), "test", "split='test'"),
+    ):
+        with pytest.raises(ValueError) as error:
+            make_source(config, split)
+        assert words in _one_line(error)
