@@ -2,7 +2,7 @@
 
     source = make_source(DataConfig(source="shapes", image_size=32), split="train")
     loader = make_loader(source, batch_size=64, seed=0, tokenizer=load_tokenizer(), max_length=32)
-    batch = next(loader)   # image uint8 [64, 32, 32, 3], token_ids int32 [64, 32], token_mask bool [64, 32], caption
+    batch = next(loader)  # image uint8 [64, 32, 32, 3], token_ids and token_mask [64, 32], caption
 
 To add a source, add a function to `SOURCES`.
 """
@@ -100,7 +100,9 @@ def _folder_with(metadata: dict[str, str]) -> Callable[[DataConfig, str], Random
         name = configured.get(split) or metadata.get(split)
         if name is None:
             field = "data.heldout_metadata" if split == "heldout" else "split"
-            raise ValueError(f"{field}: data.source={config.source!r} has no metadata file for split={split!r}")
+            raise ValueError(
+                f"{field}: data.source={config.source!r} has no metadata file for split={split!r}"
+            )
         if not config.path:
             raise ValueError(f"data.path={config.path!r}: data.source={config.source!r} needs a folder")
         return FolderSource(

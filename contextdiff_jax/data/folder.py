@@ -3,11 +3,12 @@
     path/metadata.jsonl     {"file_name": "images/1.png", "text": "a horse", ...}     one record a line
     path/images/1.png
 
-`file_name` is relative to the metadata file. Fields other than `file_name` and the caption are kept as attributes.
+`file_name` is relative to the metadata file. Fields other than `file_name` and the caption are kept as
+attributes.
 
-Broken records never pass silently: what can be told without decoding (not JSON, no caption, no such picture) is
-skipped, counted and logged when the source is made; a picture that fails to decode is counted, logged, and replaced by the
-next good record. A share of broken records above `max_broken_fraction` raises.
+Broken records never pass silently: what can be told without decoding (not JSON, no caption, no such
+picture) is skipped, counted and logged when the source is made; a picture that fails to decode is counted,
+logged, and replaced by the next good record. A share of broken records above `max_broken_fraction` raises.
 """
 
 from __future__ import annotations

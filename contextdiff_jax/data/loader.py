@@ -1,9 +1,9 @@
-"""From a source to batches: global shuffling, sharding by process, workers, prefetch and exact resumption (Grain).
+"""From a source to batches: shuffling, sharding by process, workers, prefetch, exact resumption (Grain).
 
-Batch number b of a run is a pure function of (seed, batch size, number of records, b): the records b * B .. (b + 1) * B
-of the shuffled epochs, one epoch after the other, each in another order. Process p of P gives out the p-th of P equal
-blocks of it. So the global batches, and their order, do not depend on the numbers of processes and workers, and the
-state to save is one number.
+Batch number b of a run is a pure function of (seed, batch size, number of records, b): the records b * B ..
+(b + 1) * B of the shuffled epochs, one epoch after the other, each in another order. Process p of P gives
+out the p-th of P equal blocks of it. So the global batches, and their order, do not depend on the numbers
+of processes and workers, and the state to save is one number.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class Loader(Iterator[Batch]):
             if not flags.FLAGS.is_parsed():  # Grain asks absl flags, which only an absl app has parsed
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=self._prefetch)
+                grain.MultiprocessingOptions(
+                    num_workers=self._num_workers, per_worker_buffer_size=self._prefetch
+                )
             )
         return iter(batches)
 
@@ -127,8 +129,8 @@ def make_loader(
 ) -> Loader:
     """Endless shuffled batches of this process's share.
 
-    With B = batch_size // process_count, a batch has `image` uint8 [B, H, W, 3], `caption` (list of B str) and, with a
-    tokenizer, `token_ids` int32 [B, max_length] and `token_mask` bool [B, max_length].
+    With B = batch_size // process_count, a batch has `image` uint8 [B, H, W, 3], `caption` (list of B str)
+    and, with a tokenizer, `token_ids` int32 [B, max_length] and `token_mask` bool [B, max_length].
 
     Args:
         source: where the records are.

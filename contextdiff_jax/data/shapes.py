@@ -1,17 +1,18 @@
 """Procedural captioned scenes: the embedded data set and the compositional benchmark.
 
-A scene holds one to three objects, each with a shape, a colour, a size and a place; two objects also stand in a
-relation. Everything lies on the pixel grid and is drawn without anti-aliasing, with free pixels around every object,
-so that `contextdiff_jax.evaluation.composition` can read a scene back from its pixels exactly.
+A scene holds one to three objects, each with a shape, a colour, a size and a place; two objects also stand
+in a relation. Everything lies on the pixel grid and is drawn without anti-aliasing, with free pixels around
+every object, so that `contextdiff_jax.evaluation.composition` can read a scene back from its pixels
+exactly.
 
 Captions:
     one object      a large red circle | a small blue square at the top left
     two objects     a small blue square left of a large green triangle
     three objects   a small red circle, a large blue cross and a small green square
 
-Held-out combinations: a fixed share of the (shape, colour, size) triples never occurs in split `train`, though every
-value of every attribute does. Every scene of split `heldout` contains at least one of them, so a model that is right
-there composes attributes that it has never seen together.
+Held-out combinations: a fixed share of the (shape, colour, size) triples never occurs in split `train`,
+though every value of every attribute does. Every scene of split `heldout` contains at least one of them, so
+a model that is right there composes attributes that it has never seen together.
 """
 
 from __future__ import annotations
@@ -136,7 +137,9 @@ class ShapesConfig:
         if not 0 <= self.heldout_fraction <= 0.5:
             raise ValueError(f"heldout_fraction={self.heldout_fraction}: must lie in [0, 0.5]")
         if self.split == "heldout" and not heldout_triples(self.heldout_fraction):
-            raise ValueError(f"heldout_fraction={self.heldout_fraction}: holds out nothing for split='heldout'")
+            raise ValueError(
+                f"heldout_fraction={self.heldout_fraction}: holds out nothing for split='heldout'"
+            )
         unknown = set(self.backgrounds) - set(BACKGROUNDS)
         if unknown or not self.backgrounds:
             raise ValueError(f"backgrounds={self.backgrounds}: must be some of {', '.join(BACKGROUNDS)}")
@@ -144,9 +147,9 @@ class ShapesConfig:
 
 @functools.lru_cache
 def heldout_triples(fraction: float) -> tuple[Triple, ...]:
-    """The (shape, colour, size) triples that split `train` never shows; they depend on nothing but `fraction`.
+    """The (shape, colour, size) triples that split `train` never shows; decided by `fraction` alone.
 
-    They are spread evenly over the values and pairs of values, so each of those that can occurs in `train`.
+    They are spread evenly, so that every value, and every pair of values, still occurs in `train`.
     """
     order = [_TRIPLES[i] for i in np.random.default_rng(2402_16627).permutation(len(_TRIPLES))]
     chosen: list[Triple] = []

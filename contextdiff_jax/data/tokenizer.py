@@ -1,7 +1,7 @@
-"""The bundled caption tokenizer: byte-level BPE, lowercased, so any text has tokens and nothing is downloaded.
+"""The bundled caption tokenizer: byte-level BPE, lowercased, so any text has tokens, offline.
 
-`tokenizer.json` beside this file (4096 tokens; a Hugging Face `tokenizers` file) was trained on captions of the
-`shapes` and emoji data sets and general English text. Train another one with
+`tokenizer.json` beside this file (4096 tokens; a Hugging Face `tokenizers` file) was trained on captions of
+the `shapes` and emoji data sets and general English text. Train another one with
 
     python -m contextdiff_jax.data.tokenizer --corpus FILE [--corpus FILE ...] --out tokenizer.json
 
@@ -50,7 +50,8 @@ class Tokenizer:
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
         """Token ids and the mask of those that are not padding; L = `max_length`.
 
-        A row is <bos>, the caption's tokens (as many as fit), <eos>, padding. An empty caption is <bos>, <eos>.
+        A row is <bos>, the caption's tokens (as many as fit), <eos>, padding. An empty caption is <bos>,
+        <eos>.
 
         Raises:
             ValueError: if `max_length` is below 2, or captions is one string.
@@ -60,7 +61,9 @@ class Tokenizer:
         if isinstance(captions, str):
             raise ValueError(f"captions={captions!r}: must be a sequence of strings, not one string")
         ids = np.full((len(captions), max_length), PAD, np.int32)
-        encodings = self._tokenizer.encode_batch([" ".join(c.split()) for c in captions], add_special_tokens=False)
+        encodings = self._tokenizer.encode_batch(
+            [" ".join(c.split()) for c in captions], add_special_tokens=False
+        )
         for row, encoding in zip(ids, encodings):
             tokens = [BOS, *encoding.ids[: max_length - 2], EOS]
             row[: len(tokens)] = tokens
@@ -119,7 +122,9 @@ def _read_lines(paths: Sequence[pathlib.Path]) -> Iterable[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description="Trains the caption tokenizer.")
-    parser.add_argument("--corpus", type=pathlib.Path, nargs="+", action="extend", required=True, help="text files")
+    parser.add_argument(
+        "--corpus", type=pathlib.Path, nargs="+", action="extend", required=True, help="text files"
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="tokenizer file to write")
     parser.add_argument("--vocab_size", type=int, default=4096)
     args = parser.parse_args(argv)

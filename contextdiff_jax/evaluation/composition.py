@@ -1,11 +1,11 @@
-"""Does a picture of the `shapes` data set show what its caption says? Decided from the pixels alone, without a network.
+"""Does a picture of the `shapes` data set show what its caption says? Decided from the pixels alone.
 
-    1. Each pixel takes the nearest colour of the palette and the picture's background; a pixel far from all of these
-       is foreground of unknown colour.
-    2. Connected foreground pixels are a blob. A blob with one dominant colour is one object (the off-colour fringe of a
-       generated picture belongs to it); other blobs are split by colour. Specks are ignored.
-    3. An object's shape and size are those of the renderer's own template that overlaps it best (IoU), within a
-       pixel or so of its place; below `MIN_IOU` its shape is `unknown`.
+    1. Each pixel takes the nearest colour of the palette and the picture's background; a pixel far from all
+       of these is foreground of unknown colour.
+    2. Connected foreground pixels are a blob. A blob with one dominant colour is one object (the off-colour
+       fringe of a generated picture belongs to it); other blobs are split by colour. Specks are ignored.
+    3. An object's shape and size are those of the renderer's own template that overlaps it best (IoU),
+       within a pixel or so of its place; below `MIN_IOU` its shape is `unknown`.
 
 Pictures from the renderer are read back exactly, also under noise (see the tests).
 """
@@ -47,7 +47,7 @@ def _nearest_colours(image: UInt8[np.ndarray, "H W 3"]) -> Int[np.ndarray, "H W"
     pixels = image.astype(np.float32)
     palette = np.array([*BACKGROUNDS.values(), *COLOURS.values()], np.float32)
     distances = np.linalg.norm(pixels[:, :, None] - palette, axis=-1)  # [H, W, backgrounds + colours]
-    # The background is the one that covers most; the others count as any other colour that is not in the palette.
+    # The background is the one that covers most; another counts as a colour that is not in the palette.
     nearest = distances.argmin(-1)
     background = np.bincount(nearest.ravel(), minlength=len(palette))[: len(BACKGROUNDS)].argmax()
     distances = np.concatenate([distances[:, :, len(BACKGROUNDS) :], distances[:, :, [background]]], axis=-1)
@@ -76,7 +76,9 @@ def _parts(labels: Int[np.ndarray, "H W"], min_area: float) -> Iterator[tuple[in
                 yield int(colour), pieces == piece
 
 
-def _overlap(mask: Bool[np.ndarray, "H W"], shape_mask: Bool[np.ndarray, "d d"], left: int, top: int) -> float:
+def _overlap(
+    mask: Bool[np.ndarray, "H W"], shape_mask: Bool[np.ndarray, "d d"], left: int, top: int
+) -> float:
     """IoU of a mask with a template whose box starts at (left, top), which may reach out of the picture."""
     height, width = mask.shape
     size = len(shape_mask)
@@ -138,7 +140,9 @@ def _place_matches(wanted: Scene, matched: Sequence[Object | None]) -> list[bool
         answers.append(matched[0] is not None and matched[0].position == wanted.position)
     for target, obj in zip(wanted.objects, matched):
         if target.centre is not None:
-            close = obj is not None and np.abs(np.subtract(target.centre, obj.centre)).max() <= CENTRE_TOLERANCE
+            close = (
+                obj is not None and np.abs(np.subtract(target.centre, obj.centre)).max() <= CENTRE_TOLERANCE
+            )
             answers.append(bool(close))
     return answers
 
@@ -151,7 +155,9 @@ def _compare(wanted: Scene, matched: Sequence[Object | None]) -> dict[str, float
 
     pairs = list(zip(wanted.objects, matched))
     shares = {
-        name: share([obj is not None and getattr(obj, name) == getattr(target, name) for target, obj in pairs])
+        name: share(
+            [obj is not None and getattr(obj, name) == getattr(target, name) for target, obj in pairs]
+        )
         for name in ("shape", "colour")
     }
     sized = [(target, obj) for target, obj in pairs if target.size is not None]
@@ -169,8 +175,9 @@ def _quality(shares: dict[str, float]) -> tuple[float, float]:
 def check(image: UInt8[np.ndarray, "S S 3"], wanted: str | Scene) -> dict[str, float | bool]:
     """Compares a picture with a caption, or with a scene (then the objects' centres count too).
 
-    The objects found are matched with those asked for so that as many shapes, colours and sizes as possible are
-    right, and of equally good matchings, places. So a swapped pair is a wrong relation, not two wrong objects.
+    The objects found are matched with those asked for so that as many shapes, colours and sizes as possible
+    are right, and of equally good matchings, places. So a swapped pair is a wrong relation, not two wrong
+    objects.
 
     Returns:
         `exact`: all of the following hold, and nothing else is in the picture.
@@ -200,13 +207,15 @@ def composition(
 
     Returns:
         `exact`, `count`, `shape`, `colour`, `size`, `relation` (means over the pictures that ask for it), and
-        `exact_1`, `exact_2`, `exact_3`: `exact` by the number of objects asked for. Only what occurs is there.
+        `exact_1`, `exact_2`, `exact_3`: `exact` by the number of objects asked for. Only what occurs.
 
     Raises:
         ValueError: if there are no pictures, or not as many as captions, or a caption is refused.
     """
     if not len(images) or len(images) != len(captions):
-        raise ValueError(f"images={len(images)}, captions={len(captions)}: must be equally many, and at least one")
+        raise ValueError(
+            f"images={len(images)}, captions={len(captions)}: must be equally many, and at least one"
+        )
     values: dict[str, list[float]] = {}
     for image, text in zip(images, captions):
         wanted = parse_caption(text)

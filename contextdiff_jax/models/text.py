@@ -1,0 +1,68 @@
+"""The embedded text encoder: a small bidirectional transformer, trained from scratch with the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from contextdiff_jax.models.layers import Attention, FeedForward
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Sizes of the text encoder."""
+
+    vocab_size: int = 4096
+    max_length: int = 32
+    width: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+
+    def __post_init__(self):
+        for field in ("vocab_size", "max_length", "width", "num_layers", "num_heads"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"text.{field}={getattr(self, field)}: must be at least 1")
+        if self.width % self.num_heads:
+            raise ValueError(f"text.width={self.width}: must be a multiple of num_heads={self.num_heads}")
+
+
+class TextBlock(nnx.Module):
+    """Pre-norm self-attention and feed-forward."""
+
+    def __init__(self, config: TextConfig, **policy):
+        self.norm1, self.norm2 = (nnx.LayerNorm(config.width, **policy) for _ in range(2))
+        self.attention = Attention(config.width, config.num_heads, **policy)
+        self.ff = FeedForward(config.width, **policy)
+
+    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+        x = x + self.attention(self.norm1(x), mask=mask)
+        return x + self.ff(self.norm2(x))
+
+
+class TextEncoder(nnx.Module):
+    """Token ids to token states; padding has no influence on the tokens that count."""
+
+    def __init__(
+        self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+    ):
+        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        small = jax.nn.initializers.normal(0.02)
+        self.tokens = nnx.Embed(config.vocab_size, config.width, embedding_init=small, **policy)
+        self.positions = nnx.Param(small(rngs.params(), (config.max_length, config.width), param_dtype))
+        self.blocks = nnx.List([TextBlock(config, **policy) for _ in range(config.num_layers)])
+        self.norm = nnx.LayerNorm(config.width, **policy)
+
+    def __call__(
+        self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"]
+    ) -> Float[Array, "B L D"]:
+        """States of the tokens; those of padding are meaningless and masked by every reader."""
+        x = self.tokens(token_ids)
+        x = x + self.positions[: token_ids.shape[1]].astype(x.dtype)
+        for block in self.blocks:
+            x = block(x, token_mask)
+        return self.norm(x)
