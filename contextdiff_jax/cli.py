@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pathlib
 import sys
 from typing import Any, Callable
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 CONFIG = None
@@ -52,10 +53,11 @@ def run(main: Callable[[], None]) -> None:
         return left
 
     def guarded(_):
+        # Ours at INFO; the libraries' own (Orbax logs dozens of lines a save) at WARNING.
+        logging.getLogger("contextdiff_jax").setLevel(logging.INFO)
         try:
             main()
         except (ValueError, RunError, OSError) as error:
-            logging.debug("%s", error, exc_info=True)
             _fail(error)
 
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pathlib
 
-from absl import flags, logging
+from absl import flags
 
 from contextdiff_jax import cli
 
@@ -27,7 +27,6 @@ def main() -> None:
     settings = parse(config)
     workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
-    logging.set_verbosity(logging.INFO)
     train(settings, config, workdir)
 
 

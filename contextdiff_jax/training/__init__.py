@@ -1,0 +1,1 @@
+"""Training: state, step, checkpoints, log, and their story in loop.py."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import pathlib
 from typing import Any, Mapping
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 from jaxtyping import PyTree
 
 from contextdiff_jax.training.state import TrainState
 
+LOGGER = logging.getLogger(__name__)
 # Fields that a run may change when it goes on: they don't alter what a step computes.
 FREE_FIELDS = (
     "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every",
@@ -95,5 +96,5 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState) -> tuple[Train
     restored = manager.restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
     )
-    logging.info("restored step %d", step)
+    LOGGER.info("restored step %d", step)
     return restored["state"], restored["data"]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import pathlib
 
 import jax
 import numpy as np
-from absl import logging
 from tensorboardX import SummaryWriter
 
 from contextdiff_jax.training.state import METRICS
 
+LOGGER = logging.getLogger(__name__)
 # Dense bf16 FLOP/s of a chip, from the vendors' data sheets; keys are `jax.Device.device_kind`.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -43,7 +44,7 @@ class MetricsLog:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
-        logging.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        LOGGER.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
     def close(self) -> None:
         """Flushes the events."""

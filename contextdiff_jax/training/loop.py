@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
 import signal
 import time
@@ -10,7 +11,6 @@ from typing import Any, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from contextdiff_jax.training.log import MetricsLog, averages, is_finite, speed
 from contextdiff_jax.training.state import TrainState, init_state, learning_rate_schedule, zero_metrics
 from contextdiff_jax.training.step import make_train_step
 
+LOGGER = logging.getLogger(__name__)
 ARRAYS = ("image", "token_ids", "token_mask")
 
 
@@ -71,7 +72,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
     compiled = step_fn.lower(state, batch, null).compile()
     flops = (compiled.cost_analysis() or {}).get("flops", 0) * settings.train.accumulation * jax.device_count()
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-    logging.info("%d parameters, compiled in %.1f s, mesh %s", num_parameters, time.perf_counter() - start, mesh.shape)
+    LOGGER.info("%d parameters, compiled in %.1f s, mesh %s", num_parameters, time.perf_counter() - start, mesh.shape)
 
     # Loop
     log = MetricsLog(workdir, int(state.step))
@@ -142,7 +143,7 @@ class StopSignal:
             signal.signal(number, self._note)
 
     def _note(self, number, _):
-        logging.info("%s: saving, then stopping", signal.Signals(number).name)
+        LOGGER.info("%s: saving, then stopping", signal.Signals(number).name)
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
         self._came = True
 

@@ -1,0 +1,52 @@
+"""A trained run read back from its folder, for the commands that use it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+from jaxtyping import PyTree
+
+from contextdiff_jax.data import Tokenizer, load_tokenizer
+from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
+from contextdiff_jax.settings import Settings, parse
+from contextdiff_jax.training import checkpoints
+from contextdiff_jax.training.state import init_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Settings, tokenizer and parameters of a run's newest checkpoint."""
+
+    settings: Settings
+    tokenizer: Tokenizer
+    params: PyTree
+    step: int
+
+
+def load_run(workdir: str, weights: str = "ema") -> Run:
+    """Reads DIR/config.json and the newest checkpoint; `weights`: `ema` or `params`.
+
+    Raises ValueError for a folder without a run or without a finished checkpoint.
+    """
+    if weights not in ("ema", "params"):
+        raise ValueError(f"--weights={weights!r}: unknown; one of ema, params")
+    if not workdir:
+        raise ValueError("--workdir: missing; name the folder of a trained run")
+    folder = pathlib.Path(workdir)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"--workdir={workdir}: holds no run (no config.json); train one with contextdiff_jax.train")
+    config = json.loads((folder / "config.json").read_text())
+    # A run trained on many devices is read on those that are here.
+    settings = parse(config | {"mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1}})
+    with checkpoints.open_manager(folder, read_only=True) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ValueError(f"--workdir={workdir}: has no finished checkpoint yet")
+        abstract = jax.eval_shape(lambda: init_state(settings))
+        shardings = state_shardings(make_mesh(settings.mesh), abstract)
+        placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+        state, _ = checkpoints.restore(manager, placed)
+    return Run(settings, load_tokenizer(settings.data.tokenizer or None), getattr(state, weights), step)
