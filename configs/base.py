@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
+    """The defaults."""
     return ConfigDict(
         dict(
             seed=0,

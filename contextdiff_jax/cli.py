@@ -47,7 +47,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             left = flags.FLAGS(argv)
         except AttributeError as error:  # what ml_collections raises for an override of an unknown field
-            raise flags.Error(f"--config: unknown field: {error}") from error
+            raise flags.Error(f"--config: unknown field: {error.args[0]}".replace("\\n", "; ")) from error
         if left[1:]:
             raise flags.Error(f"{left[1]!r}: unexpected argument; options start with --")
         return left

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Environment and the whole test suite; arguments go to pytest. The tests marked slow: bash launch/test.sh -m slow
+source "$(dirname "$0")/environment.sh" requirements-test.txt
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+# Programs compiled by one test serve the next; the folder is this run's own.
+JAX_COMPILATION_CACHE_DIR="$(mktemp -d)"
+export JAX_COMPILATION_CACHE_DIR
+trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
+"$PYTHON" -m pytest --durations=15 "$@"

@@ -1,0 +1,53 @@
+"""What the tests share: a tiny model that trains in seconds, and a way to run commands as a user does."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+TINY = {
+    "train.batch_size": 8, "train.warmup_steps": 2, "train.log_every": 1, "train.sample_every": 0,
+    "train.checkpoint_every": 3, "train.steps": 9, "data.image_size": 16, "data.max_length": 12,
+    "text.width": 16, "text.num_layers": 1, "text.num_heads": 2, "model.cross_attention_dim": 16,
+    "model.block_out_channels": "(8,16)", "model.norm_num_groups": 4, "model.attention_head_dim": 2,
+    "model.down_block_types": "('DownBlock2D','CrossAttnDownBlock2D')",
+    "model.up_block_types": "('CrossAttnUpBlock2D','UpBlock2D')",
+    "context.width": 16, "context.num_blocks": 1, "context.num_heads": 2, "sample.steps": 4,
+    "diffusion.num_timesteps": 50,
+}
+
+
+def config_dict(**changes):
+    """configs/base.py with TINY and `changes` ("section.field": value) as plain values."""
+    from configs.base import get_config
+
+    config = get_config()
+    for name, value in (TINY | changes).items():
+        section, field = name.split(".")
+        config[section][field] = eval(value) if isinstance(value, str) and value.startswith("(") else value
+    return config.to_dict()
+
+
+def command(name: str, *arguments: str, tiny: bool = False, **options) -> subprocess.CompletedProcess:
+    """Runs `python -m contextdiff_jax.NAME`, with the tiny config's overrides if asked for."""
+    overrides = [f"--config.{field}={value}" for field, value in TINY.items()] if tiny else []
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    return subprocess.run(
+        [sys.executable, "-m", f"contextdiff_jax.{name}", *overrides, *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_settings():
+    """Settings of the tiny model."""
+    from contextdiff_jax.settings import parse
+
+    return parse(config_dict())

@@ -1,0 +1,120 @@
+"""The relational network and the embedded text encoder."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from contextdiff_jax.models.context import KINDS, ContextConfig, RelationalNetwork, compact_bilinear
+from contextdiff_jax.models.text import TextConfig, TextEncoder
+
+CONFIG = ContextConfig(width=16, num_blocks=1, num_heads=2, text_width=12, patch_size=4)
+
+
+def network(gamma=0.5, **changes):
+    model = RelationalNetwork(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
+    if gamma and model.config.kind != "none":
+        model.gamma[...] = jnp.asarray(gamma)
+    return model
+
+
+def inputs(batch=2, height=8, width=12):
+    rng = np.random.default_rng(0)
+    x0 = jnp.asarray(rng.normal(size=(batch, height, width, 3)), jnp.float32)
+    text = jnp.asarray(rng.normal(size=(batch, 5, 12)), jnp.float32)
+    mask = jnp.asarray(np.arange(5) < np.array([[3], [5]]))
+    return x0, text, mask, jnp.array([3, 40])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_context_is_exactly_zero_at_the_start_yet_its_gain_learns(kind):
+    model, (x0, text, mask, t) = network(gamma=0, kind=kind), inputs()
+    assert (model(x0, text, mask, t) == 0).all()
+    graph, state = nnx.split(model)
+    grads = jax.grad(lambda state: jnp.sum((nnx.merge(graph, state)(x0, text, mask, t) - 1) ** 2))(state)
+    assert float(jnp.abs(grads["gamma"][...])) > 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_context_has_the_gain_as_root_mean_square_per_sample(kind):
+    model, (x0, text, mask, t) = network(kind=kind, max_gain=0.7), inputs()
+    rms = jnp.sqrt(jnp.mean(model(x0, text, mask, t) ** 2, axis=(1, 2, 3)))
+    np.testing.assert_allclose(rms, 0.7 * np.tanh(0.5), rtol=1e-5)
+    np.testing.assert_allclose(model.gain, 0.7 * np.tanh(0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_kind_text_ignores_the_picture_and_every_kind_reads_the_text(kind):
+    model, (x0, text, mask, t) = network(kind=kind), inputs()
+    other_picture = float(jnp.abs(model(x0, text, mask, t) - model(jnp.cos(3 * x0), text, mask, t)).max())
+    other_text = float(jnp.abs(model(x0, text, mask, t) - model(x0, jnp.cos(3 * text), mask, t)).max())
+    assert (other_picture == 0) == (kind == "text")
+    assert other_text > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_tokens_have_no_influence(kind):
+    model, (x0, text, mask, t) = network(kind=kind), inputs()
+    garbage = jnp.where(mask[..., None], text, 1e3)
+    np.testing.assert_allclose(model(x0, text, mask, t), model(x0, garbage, mask, t), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_time_enters_only_if_asked_for(kind):
+    x0, text, mask, t = inputs()
+    fixed, timed = network(kind=kind), network(kind=kind, time_dependent=True)
+    if timed.config.kind in ("cross_attention", "text"):  # adaLN starts at zero: give it weights
+        block = timed.raw.blocks[0].modulation
+        block.kernel[...] = jax.random.normal(jax.random.key(0), block.kernel.shape)
+    assert (fixed(x0, text, mask, t) == fixed(x0, text, mask, t + 5)).all()
+    assert float(jnp.abs(timed(x0, text, mask, t) - timed(x0, text, mask, t + 5)).max()) > 1e-4
+
+
+def test_kind_none_is_zero_without_parameters():
+    model, (x0, text, mask, t) = network(kind="none"), inputs()
+    assert (model(x0, text, mask, t) == 0).all() and float(model.gain) == 0
+    assert not jax.tree.leaves(nnx.state(model, nnx.Param))
+
+
+def test_gradients_are_finite_on_an_empty_picture():
+    model, (x0, text, mask, t) = network(), inputs()
+    graph, state = nnx.split(model)
+    grads = jax.grad(lambda s: jnp.sum(nnx.merge(graph, s)(0 * x0, text, mask, t) ** 3))(state)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+
+
+def test_compact_bilinear_keeps_products_of_inner_products():
+    rng = np.random.default_rng(1)
+    a, b, c, d = (jnp.asarray(rng.normal(size=8), jnp.float32) for _ in range(4))
+    # Exact as the width grows: E<phi(a, b), phi(c, d)> = <a, c><b, d>, variance ~ 1 / width.
+    got = float(compact_bilinear(a, b, 1 << 16) @ compact_bilinear(c, d, 1 << 16))
+    np.testing.assert_allclose(got, float((a @ c) * (b @ d)), atol=0.5)
+    assert abs(float((a @ c) * (b @ d))) > 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"kind": "foo"}, "context.kind='foo'.*cross_attention"), ({"max_gain": -1.0}, "context.max_gain=-1.0"),
+     ({"width": 10}, "context.width=10"), ({"patch_size": 0}, "context.patch_size=0")],
+)
+def test_a_wrong_field_is_named_with_what_is_allowed(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_a_picture_that_patches_do_not_fit_is_refused():
+    _, text, mask, t = inputs()
+    with pytest.raises(ValueError, match="context.patch_size=4.*6 x 8"):
+        network()(jnp.zeros((2, 6, 8, 3)), text, mask, t)
+
+
+def test_text_states_do_not_depend_on_the_amount_of_padding():
+    encoder = TextEncoder(TextConfig(vocab_size=20, max_length=9, width=16, num_layers=2, num_heads=2), rngs=nnx.Rngs(0))
+    ids = jnp.array([[1, 5, 7, 2]])
+    short = encoder(ids, jnp.ones((1, 4), bool))
+    long = encoder(jnp.pad(ids, ((0, 0), (0, 5))), jnp.arange(9)[None] < 4)
+    np.testing.assert_allclose(short, long[:, :4], atol=1e-5)
+    assert float(jnp.abs(short - encoder(ids.at[0, 1].set(6), jnp.ones((1, 4), bool)))[:, 3].max()) > 1e-4

@@ -1,0 +1,201 @@
+"""The step, the state, resumption; and that the context does what the method says."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import command, config_dict
+from flax import nnx
+
+from contextdiff_jax.data import load_tokenizer, make_loader, make_source
+from contextdiff_jax.generation import Generator
+from contextdiff_jax.settings import parse
+from contextdiff_jax.training.loop import null_caption, train
+from contextdiff_jax.training.state import init_state, model_graph
+from contextdiff_jax.training.step import draw, loss_fn, make_train_step
+
+
+def batch_of(settings):
+    tokenizer = load_tokenizer()
+    loader = make_loader(
+        make_source(settings.data), batch_size=settings.train.batch_size, tokenizer=tokenizer,
+        max_length=settings.data.max_length,
+    )
+    batch = next(loader)
+    loader.close()
+    del batch["caption"]
+    return batch, null_caption(tokenizer, settings.data.max_length)
+
+
+def with_gamma(params, value):
+    params = jax.tree.map(jnp.copy, params)
+    params["context"]["gamma"].set_value(jnp.asarray(value, jnp.float32))
+    return params
+
+
+def randomised(params):
+    """Weights away from their zero-initialised branches, so that an effect anywhere reaches the output."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def params(tiny_settings):
+    return randomised(jax.jit(lambda: init_state(tiny_settings))().params)
+
+
+def test_gain_zero_is_plain_diffusion_in_loss_and_samples_exactly(tiny_settings, params):
+    plain = parse(config_dict(**{"context.shift": "none"}))
+    batch, null = batch_of(tiny_settings)
+    batch = draw(jax.random.key(0), {k: jnp.asarray(v) for k, v in batch.items()}, tiny_settings)
+    schedule = tiny_settings.diffusion.make_schedule()
+
+    def loss(settings, gamma):
+        model = nnx.merge(model_graph(settings), with_gamma(params, gamma))
+        return float(loss_fn(model, batch, null, schedule, settings)[0])
+
+    assert loss(tiny_settings, 0.0) == loss(plain, 0.0)
+    assert loss(tiny_settings, 1.0) != loss(plain, 1.0)
+    prompts = ["a large red circle", "a small blue square"]
+    shifted, unshifted = (Generator(s, load_tokenizer()) for s in (tiny_settings, plain))
+    zero = with_gamma(params, 0.0)
+    np.testing.assert_array_equal(shifted(zero, prompts, 0), unshifted(zero, prompts, 0))
+
+
+@pytest.mark.parametrize("estimate", ["plugin", "posterior_mean"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_a_context_with_gain_changes_the_samples(estimate, sampler):
+    settings = parse(config_dict(**{"context.estimate": estimate, "sample.sampler": sampler}))
+    params = with_gamma(randomised(jax.jit(lambda: init_state(settings))().params), 1.5)
+    with_shift = Generator(settings, load_tokenizer())(params, ["a large red circle"] * 4, 0)
+    without = dataclasses.replace(settings, context=dataclasses.replace(settings.context, shift="none"))
+    difference = np.abs(with_shift.astype(int) - Generator(without, load_tokenizer())(params, ["a large red circle"] * 4, 0))
+    assert difference.mean() > 1
+
+
+def test_the_shift_sees_the_true_caption_where_the_denoiser_does_not(tiny_settings, params):
+    batch, null = batch_of(tiny_settings)
+    batch = draw(jax.random.key(0), {k: jnp.asarray(v) for k, v in batch.items()}, tiny_settings)
+    batch["dropped"] = jnp.ones_like(batch["dropped"])
+    other = batch | {"token_ids": jnp.roll(batch["token_ids"], 1, axis=0)}
+    schedule = tiny_settings.diffusion.make_schedule()
+
+    def loss(batch, gamma):
+        model = nnx.merge(model_graph(tiny_settings), with_gamma(params, gamma))
+        return float(loss_fn(model, batch, null, schedule, tiny_settings)[0])
+
+    assert loss(batch, 0.0) == loss(other, 0.0)  # no text reaches a denoiser whose captions are all dropped
+    assert loss(batch, 1.0) != loss(other, 1.0)  # but the context still reads it
+
+
+def test_a_step_is_the_same_whatever_the_accumulation(tiny_settings):
+    batch, null = batch_of(tiny_settings)
+    states = []
+    for parts in (1, 4):
+        settings = parse(config_dict(**{"train.accumulation": parts}))
+        state = jax.jit(lambda: init_state(settings))()
+        state = dataclasses.replace(state, params=randomised(state.params))
+        states.append(jax.jit(make_train_step(settings))(state, batch, null))
+    np.testing.assert_allclose(states[0].metric_sums["loss"], states[1].metric_sums["loss"], rtol=1e-5)
+    np.testing.assert_allclose(states[0].metric_sums["grad_norm"], states[1].metric_sums["grad_norm"], rtol=1e-4)
+    np.testing.assert_allclose(states[0].metric_sums["quartile_loss"], states[1].metric_sums["quartile_loss"], rtol=1e-4)
+    np.testing.assert_array_equal(states[0].metric_sums["quartile_count"], states[1].metric_sums["quartile_count"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"context.estimate": "posterior_mean"}, {"context.kind": "text", "context.shift": "prior", "diffusion.prior_kl": 0.1},
+     {"context.kind": "bilinear", "train.precision": "bfloat16", "diffusion.weighting": "min_snr"},
+     {"context.kind": "none", "context.shift": "none", "diffusion.prediction_type": "epsilon"}],
+    ids=["posterior_mean", "text-prior", "bilinear-bf16", "plain-epsilon"],
+)
+def test_the_loss_falls_for_every_kind_of_run(changes):
+    settings = parse(config_dict(**changes, **{"train.learning_rate": 3e-3}))
+    batch, null = batch_of(settings)
+    step = jax.jit(make_train_step(settings), donate_argnums=0)
+    state, losses = jax.jit(lambda: init_state(settings))(), []
+    for _ in range(40):
+        before = float(state.metric_sums["denoise_loss"])
+        state = step(state, batch, null)
+        losses.append(float(state.metric_sums["denoise_loss"]) - before)
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4])
+    if settings.context.kind != "none":
+        assert float(jnp.abs(state.params["context"]["gamma"][...])) > 1e-3
+
+
+def losses(workdir):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in map(json.loads, (workdir / "metrics.jsonl").open())]
+
+
+def test_a_killed_run_resumes_to_the_uninterrupted_losses_bit_for_bit(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    config = config_dict(**{"train.log_every": 2})
+    train(parse(config), config, whole)
+
+    class Killed(BaseException):
+        """Stands for the end of the process: nothing catches it."""
+
+    # Dies in step 8, after the checkpoint of step 6 and the log line of step 6; the log has lines past a checkpoint.
+    from contextdiff_jax.training import loop
+
+    calls, real = [], loop.to_devices
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == 9:  # the first call is for shapes
+            raise Killed
+        return real(*arguments)
+
+    loop.to_devices = dying
+    try:
+        with pytest.raises(Killed):
+            train(parse(config), config, parts)
+    finally:
+        loop.to_devices = real
+    for _ in range(50):  # the asynchronous save of step 6 may still be under way
+        if (parts / "checkpoints" / "6").exists():
+            break
+        __import__("time").sleep(0.2)
+    train(parse(config), config, parts)
+    assert losses(parts) == losses(whole)
+    assert [step for step, *_ in losses(whole)] == [2, 4, 6, 8, 9]
+
+
+def test_a_run_of_another_config_or_model_is_not_resumed(tmp_path):
+    done = tmp_path / "run"
+    first = command("train", "--config=configs/base.py", f"--workdir={done}", "--config.train.steps=3", tiny=True)
+    assert first.returncode == 0, first.stderr
+    for name in ("config.json", "metrics.jsonl", "checkpoints/3"):
+        assert (done / name).exists()
+    assert list((done / "events").iterdir()) and list((done / "samples").iterdir())
+    other = command("train", "--config=configs/base.py", f"--workdir={done}", "--config.seed=4", tiny=True)
+    assert other.returncode == 2 and "another config's run, seed is 0 there and 4 here" in other.stderr
+    model = command(
+        "train", "--config=configs/base.py", f"--workdir={done}", "--config.context.width=32", tiny=True
+    )
+    assert model.returncode == 2 and "of another model: context/" in model.stderr and "(16," in model.stderr
+    assert len(model.stderr.strip().splitlines()[-1]) and "Traceback" not in model.stderr + other.stderr
+
+    # The same run's samples: the grid, each picture with what made it, and a wrong flag.
+    out, images = tmp_path / "grid.png", tmp_path / "images"
+    made = command(
+        "sample", f"--workdir={done}", "--prompt=a large red circle", "--prompt=a small blue square", "--num=2",
+        "--sampler=ddim", "--steps=3", "--guidance=2", "--seed=7", f"--out={out}", f"--images={images}",
+    )
+    assert made.returncode == 0, made.stderr
+    from contextdiff_jax.pictures import read_png_metadata
+
+    assert out.exists() and len(list(images.iterdir())) == 4
+    metadata = read_png_metadata(images / "0003.png")
+    assert metadata["prompt"] == "a small blue square" and metadata["seed"] == "7" and metadata["guidance"] == "2.0"
+    wrong = command("sample", f"--workdir={done}", "--prompt=a", "--sampler=foo")
+    assert wrong.returncode == 2 and "sampler='foo': unknown; one of ddpm, ddim" in wrong.stderr
+    scored = command("evaluate", f"--workdir={done}", "--metrics=composition", "--num=4", "--steps=2")
+    assert scored.returncode == 0, scored.stderr
+    assert "held-out combinations" in scored.stdout and "exact" in json.loads((done / "metrics.json").read_text())["composition"]["seen combinations"]
