@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
                 heldout_fraction=0.125, seed=0, max_length=32, tokenizer="", num_workers=0, prefetch=2,
             ),
             diffusion=dict(
-                schedule="cosine", num_timesteps=1000, zero_terminal_snr=False, prediction_type="v",
+                schedule="cosine", num_timesteps=1000, beta_start=1e-4, beta_end=2e-2, zero_terminal_snr=False,
+                prediction_type="v",
                 weighting="uniform", gamma=5.0, timestep_sampling="stratified", prior_kl=0.0,
             ),
             context=dict(
