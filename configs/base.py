@@ -19,11 +19,11 @@ def get_config() -> ConfigDict:
             ),
             diffusion=dict(
                 schedule="cosine", num_timesteps=1000, beta_start=1e-4, beta_end=2e-2, zero_terminal_snr=False,
-                prediction_type="v",
-                weighting="uniform", gamma=5.0, timestep_sampling="stratified", prior_kl=0.0,
+                prediction_type="v", weighting="uniform", gamma=5.0, timestep_sampling="stratified",
+                prior_kl=0.0,
             ),
             context=dict(
-                kind="cross_attention", shift="quadratic", estimate="plugin", max_gain=1.0, head_loss=1.0,
+                kind="cross_attention", shift="quadratic", estimate="plugin", max_gain=0.2, head_loss=1.0,
                 time_dependent=False, patch_size=4, width=64, num_blocks=2, num_heads=4,
             ),
             text=dict(vocab_size=4096, max_length=32, width=128, num_layers=2, num_heads=4),

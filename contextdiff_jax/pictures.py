@@ -93,7 +93,9 @@ def plot_curves(metrics: str | pathlib.Path, out: str | pathlib.Path) -> None:
         axis.remove()
     for axis, (title, keys) in zip(axes.flat, panels.items()):
         for key in keys:
-            points = np.array([(row["step"], row[key]) for row in rows if key in row]).reshape(-1, 2)
+            points = np.array([(row["step"], row[key]) for row in rows if key in row])
+            if not len(points):
+                continue
             smooth = _smoothed(points[:, 1])
             line = axis.plot(points[:, 0], smooth, label=key if len(keys) > 1 else None)[0]
             if key.startswith("loss"):

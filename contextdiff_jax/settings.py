@@ -196,6 +196,16 @@ def parse(config: Mapping[str, Any]) -> Settings:
     context = _strict(ShiftConfig, "context", config["context"])
     # The second head belongs to the estimate: one decision, made in context.estimate.
     model = UNetConfig.from_dict({**config["model"], "context_head": context.estimate == "posterior_mean"})
+    text = _strict(TextConfig, "text", config["text"])
+    if model.cross_attention_dim != text.width:
+        raise ValueError(f"model.cross_attention_dim={model.cross_attention_dim}: must be text.width={text.width}")
+    if model.addition_embed_type == "text_time":
+        wanted = text.width + 6 * model.addition_time_embed_dim
+        if model.projection_class_embeddings_input_dim != wanted:
+            raise ValueError(
+                f"model.projection_class_embeddings_input_dim={model.projection_class_embeddings_input_dim}: must be "
+                f"text.width + 6 model.addition_time_embed_dim = {wanted}"
+            )
     return Settings(
         seed=config["seed"],
         train=_strict(TrainConfig, "train", config["train"]),
@@ -204,7 +214,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
         context=dataclasses.replace(
             context, in_channels=model.in_channels, text_width=model.cross_attention_dim
         ),
-        text=_strict(TextConfig, "text", config["text"]),
+        text=text,
         model=model,
         mesh=_strict(MeshConfig, "mesh", config["mesh"]),
         sample=_strict(SampleConfig, "sample", config["sample"]),

@@ -8,5 +8,5 @@ out="${QUICKSTART_DIR:-quickstart}"
 "$PYTHON" -m contextdiff_jax.sample --workdir="$out" --num=4 --seed=1 --out="$out/grid.png" \
   --prompt="a large red circle" --prompt="a small blue square" \
   --prompt="a large green triangle" --prompt="a large yellow cross"
-"$PYTHON" -m contextdiff_jax.evaluate --workdir="$out" --metrics=composition
+"$PYTHON" -m contextdiff_jax.evaluate --workdir="$out" --metrics=composition --num=96
 echo "Look at $out/grid.png and $out/curves.png"

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from contextdiff_jax.diffusion.process import marginal_mean, q_posterior, q_sample
+from contextdiff_jax.diffusion.process import check_prediction_type, marginal_mean, q_posterior, q_sample
 from contextdiff_jax.diffusion.samplers import DenoiseFn
 from contextdiff_jax.diffusion.schedule import NoiseSchedule
 
@@ -53,8 +53,9 @@ def loss_weight(
 ) -> Float[Array, "*B"]:
     """The weight of the squared error on the target at t: `uniform` 1; `min_snr` min(snr, gamma)/snr on epsilon
     (Hang et al. 2023); `p2` (1 + snr)^-gamma on epsilon (Choi et al. 2022, k = 1); both carried over to the same
-    loss on x0 and v. Finite at SNR 0. Raises ValueError for an unknown weighting.
+    loss on x0 and v. Finite at SNR 0. Raises ValueError for an unknown weighting or prediction type.
     """
+    check_prediction_type(prediction_type)
     if weighting not in WEIGHTINGS:
         raise ValueError(f"diffusion.weighting={weighting!r}: unknown; one of {', '.join(WEIGHTINGS)}")
     return WEIGHTINGS[weighting](snr(schedule, t), prediction_type, gamma)

@@ -150,12 +150,12 @@ PREDICTION_TYPES = {
 }
 
 
-def _prediction(prediction_type: str):
+def check_prediction_type(prediction_type: str) -> None:
+    """Raises ValueError unless `prediction_type` is a name in `PREDICTION_TYPES`."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
             f"diffusion.prediction_type={prediction_type!r}: unknown; one of {', '.join(PREDICTION_TYPES)}"
         )
-    return PREDICTION_TYPES[prediction_type]
 
 
 def training_target(
@@ -169,7 +169,8 @@ def training_target(
 
     Raises ValueError for an unknown prediction type.
     """
-    target, _ = _prediction(prediction_type)
+    check_prediction_type(prediction_type)
+    target, _ = PREDICTION_TYPES[prediction_type]
     a, b = bcast(jnp.sqrt(schedule.alpha_bar(t)), x0), bcast(jnp.sqrt(schedule.variance(t)), x0)
     return target(x0, (x_t - a * x0) / b, a, b)
 
@@ -186,7 +187,8 @@ def predict_x0(
 
     Raises ValueError for an unknown prediction type.
     """
-    _, inverse = _prediction(prediction_type)
+    check_prediction_type(prediction_type)
+    _, inverse = PREDICTION_TYPES[prediction_type]
     return inverse(
         output, x_t, bcast(jnp.sqrt(schedule.alpha_bar(t)), x_t), bcast(jnp.sqrt(schedule.variance(t)), x_t)
     )

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.samplers import Denoised, DenoiseFn
-from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
+from contextdiff_jax.models.context import ContextConfig, RelationalNetwork, pool
 from contextdiff_jax.models.text import TextConfig, TextEncoder
 from contextdiff_jax.models.unet import UNet, UNetConfig
 
@@ -25,6 +25,16 @@ class ContextDiffusion(nnx.Module):
         self.text = TextEncoder(text, rngs=rngs, dtype=dtype)
         self.unet = UNet(unet, rngs=rngs, dtype=dtype)
         self.context = RelationalNetwork(context, rngs=rngs, dtype=dtype)
+
+    def predict(
+        self, x: Float[Array, "B H W C"], t: Int[Array, "B"], tokens: Float[Array, "B L D"], mask: Bool[Array, "B L"]
+    ) -> Array | tuple[Array, Array]:
+        """The UNet's output. One of the XL kind also reads the pooled text and the picture's size (SDXL, 2.2)."""
+        if self.unet.config.addition_embed_type != "text_time":
+            return self.unet(x, t, tokens, mask)
+        B, H, W, _ = x.shape
+        time_ids = jnp.broadcast_to(jnp.array([H, W, 0, 0, H, W], jnp.float32), (B, 6))
+        return self.unet(x, t, tokens, mask, {"text_embeds": pool(tokens, mask)[:, 0], "time_ids": time_ids})
 
 
 def make_denoise(
@@ -52,7 +62,7 @@ def make_denoise(
     r_tokens, r_mask = (jnp.concatenate([a, a]) if guided else a for a in (tokens, mask))
 
     def predict(x, t):
-        return model.unet(x, t, text, text_mask)
+        return model.predict(x, t, text, text_mask)
 
     def context_fn(x0, t):
         return model.context(x0, r_tokens, r_mask, t)

@@ -56,7 +56,7 @@ def loss_fn(
     dropped = batch["dropped"][:, None]
     null_tokens = model.text(null["token_ids"], null["token_mask"])
     tokens = jnp.where(dropped[..., None], null_tokens, tokens)
-    output = model.unet(x_t, t, tokens, jnp.where(dropped, null["token_mask"], mask))
+    output = model.predict(x_t, t, tokens, jnp.where(dropped, null["token_mask"], mask))
 
     context_loss = jnp.zeros(())
     if model.unet.context_head is not None:
