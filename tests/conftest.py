@@ -40,7 +40,7 @@ def command(name: str, *arguments: str, tiny: bool = False, **options) -> subpro
     overrides = [f"--config.{field}={value}" for field, value in TINY.items()] if tiny else []
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | options.pop("env", {})
     return subprocess.run(
-        [sys.executable, "-m", f"contextdiff_jax.{name}", *overrides, *arguments],
+        [sys.executable, "-m", f"contextdiff_jax.{name}", *arguments[:1], *overrides, *arguments[1:]],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **options,
     )
 

@@ -56,7 +56,9 @@ def claim_workdir(workdir: pathlib.Path, config: Mapping[str, Any], free: tuple[
 def open_manager(workdir: pathlib.Path, keep: int = 1, read_only: bool = False) -> ocp.CheckpointManager:
     """Orbax's manager of `workdir`/checkpoints, newest `keep` kept."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, create=not read_only)
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+    # Named, so that a fresh process can read the saved shapes before it restores anything.
+    handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options, item_handlers=handlers)
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, data_state: Mapping[str, Any]) -> None:
