@@ -9,143 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import (
+    FLOAT32,
+    NEAR_CLEAN,
+    SCHEDULES,
+    SHIFTS,
+    assert_error_lists,
+    column,
+    draws,
+    every_schedule,
+    expanded,
+    index_pairs,
+    reference_coefficients,
+)
 
 from contextdiff_jax import diffusion
-
-FLOAT32 = 2e-5
-NEAR_CLEAN = 2e-3
-SHIFTS = ("quadratic", "prior", "data_normalization", "none")
-SCHEDULES = {
-    "linear": dict(name="linear"),
-    "stable_diffusion": dict(name="scaled_linear", beta_start=0.00085, beta_end=0.012),
-    "cosine": dict(name="cosine"),
-    "linear_short": dict(name="linear", num_timesteps=20, beta_start=1e-3, beta_end=0.4),
-}
-ALL_SCHEDULES = [dict(kwargs, zero_terminal_snr=zero) for kwargs in SCHEDULES.values() for zero in (False, True)]
-ALL_IDS = [f"{name}{suffix}" for name in SCHEDULES for suffix in ("", "-zero_snr")]
-every_schedule = pytest.mark.parametrize("kwargs", ALL_SCHEDULES, ids=ALL_IDS)
-
-
-def reference_alphas_cumprod(
-    name: str = "linear",
-    num_timesteps: int = 1000,
-    beta_start: float = 1e-4,
-    beta_end: float = 2e-2,
-    zero_terminal_snr: bool = False,
-) -> np.ndarray:
-    """abar in float64, written from the papers (Ho 2020; Rombach 2022; Nichol & Dhariwal 2021; Lin 2023, alg. 1)."""
-    if name == "linear":
-        betas = np.linspace(beta_start, beta_end, num_timesteps)
-    elif name == "scaled_linear":
-        betas = np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps) ** 2
-    else:
-        u = np.arange(num_timesteps + 1) / num_timesteps
-        f = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
-        betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
-    abar = np.cumprod(1 - betas)
-    if zero_terminal_snr:
-        root = np.sqrt(abar)
-        abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return abar
-
-
-def reference_coefficients(kwargs: dict, index: np.ndarray, shift: str) -> tuple[np.ndarray, ...]:
-    """(abar, a, b, k) at integer indices, with -1 the clean picture (abar = 1, k = 0 by definition)."""
-    abar = np.append(reference_alphas_cumprod(**kwargs), 1.0)[index]  # numpy's index -1 is the appended 1
-    a, b = np.sqrt(abar), np.sqrt(1 - abar)
-    k = {"quadratic": a * (1 - a), "prior": 1 - a, "data_normalization": -a, "none": 0 * a}[shift]
-    return abar, a, b, np.where(np.asarray(index) < 0, 0.0, k)
-
-
-def index_pairs(num_timesteps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs t > s >= -1: every pair of a short schedule, a sample with the edge cases of a long one."""
-    if num_timesteps <= 20:
-        pairs = [(t, s) for t in range(num_timesteps) for s in range(-1, t)]
-    else:
-        rng = np.random.default_rng(0)
-        t = rng.integers(1, num_timesteps, size=200)
-        edges = [(0, -1), (1, -1), (1, 0), (num_timesteps - 1, num_timesteps - 2), (num_timesteps - 1, -1)]
-        pairs = edges + [(int(i), int(rng.integers(-1, i))) for i in t] + [(int(i), int(i) - 1) for i in t]
-    t, s = np.array(pairs).T
-    return t, s
-
-
-def column(values: np.ndarray) -> np.ndarray:
-    return np.asarray(values)[:, None]
-
-
-def expanded(values: jax.Array, ndim: int) -> np.ndarray:
-    """A per-sample coefficient in whatever trailing ones the library chose, as [B, 1, ...]."""
-    values = np.asarray(values)
-    return values.reshape(values.shape + (1,) * (ndim - values.ndim))
-
-
-def draws(count: int, width: int = 3, seed: int = 1, number: int = 4) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.normal(size=(count, width)).astype(np.float32) for _ in range(number)]
-
-
-def assert_error_lists(error: pytest.ExceptionInfo, value: str, allowed: tuple[str, ...]) -> None:
-    message = str(error.value)
-    assert "\n" not in message
-    assert all(name in message for name in (value, *allowed)), message
-
-
-# ---------------------------------------------------------------- schedules
-
-
-@every_schedule
-def test_alphas_cumprod_equals_the_float64_reference(kwargs):
-    schedule = diffusion.make_schedule(**kwargs)
-    expected = reference_alphas_cumprod(**kwargs)
-    assert schedule.num_timesteps == len(expected)
-    assert schedule.alphas_cumprod.shape == expected.shape
-    np.testing.assert_allclose(schedule.alphas_cumprod, expected, rtol=FLOAT32)
-
-
-@every_schedule
-def test_alphas_cumprod_decreases_strictly_inside_the_unit_interval(kwargs):
-    abar = np.asarray(diffusion.make_schedule(**kwargs).alphas_cumprod)
-    assert np.all(np.diff(abar) < 0)
-    assert abar[0] < 1
-    assert np.all(abar[:-1] > 0)
-
-
-@pytest.mark.parametrize("name", list(SCHEDULES))
-def test_zero_terminal_snr_ends_at_exactly_zero_and_keeps_the_start(name):
-    plain = diffusion.make_schedule(**SCHEDULES[name])
-    zero = diffusion.make_schedule(**SCHEDULES[name], zero_terminal_snr=True)
-    assert float(zero.alphas_cumprod[-1]) == 0.0
-    assert float(plain.alphas_cumprod[-1]) > 0.0
-    np.testing.assert_allclose(zero.alphas_cumprod[0], plain.alphas_cumprod[0], rtol=1e-6)
-
-
-def test_cosine_clips_the_last_beta_at_0_999():
-    abar = np.asarray(diffusion.make_schedule("cosine").alphas_cumprod, np.float64)
-    betas = 1 - abar[1:] / abar[:-1]
-    assert betas.max() == pytest.approx(0.999, abs=1e-5)
-
-
-def test_make_schedule_defaults_to_the_linear_ddpm_schedule():
-    schedule = diffusion.make_schedule()
-    np.testing.assert_allclose(schedule.alphas_cumprod, reference_alphas_cumprod(), rtol=FLOAT32)
-    assert schedule.num_timesteps == 1000
-
-
-def test_unknown_schedule_raises_and_lists_the_allowed_names():
-    with pytest.raises(ValueError) as error:
-        diffusion.make_schedule("sigmoid_of_foo")
-    assert_error_lists(error, "sigmoid_of_foo", ("linear", "scaled_linear", "cosine"))
-
-
-def test_schedule_is_a_pytree_whose_length_is_static_under_jit():
-    schedule = diffusion.make_schedule("cosine", num_timesteps=20)
-    leaves, structure = jax.tree.flatten(schedule)
-    rebuilt = jax.tree.unflatten(structure, leaves)
-    assert rebuilt.num_timesteps == 20
-    lengths = jax.jit(lambda tree: jnp.arange(tree.num_timesteps) + 0 * tree.alphas_cumprod)(schedule)
-    np.testing.assert_array_equal(lengths, np.arange(20))
-
 
 # ---------------------------------------------------------------- shift coefficient
 
@@ -411,38 +289,3 @@ def test_unknown_prediction_type_raises_and_lists_the_allowed_names():
         with pytest.raises(ValueError) as error:
             function(schedule, zeros, zeros, t, "score")
         assert_error_lists(error, "score", ("x0", "epsilon", "v"))
-
-
-# ---------------------------------------------------------------- timesteps
-
-
-@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("num_timesteps,num_steps", [(1000, 50), (1000, 30), (1000, 7), (1000, 1000), (50, 13), (100, 2)])
-def test_spaced_timesteps_equal_diffusers(spacing, num_timesteps, num_steps):
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDIMScheduler(num_timesteps, timestep_spacing=spacing, steps_offset=0)
-    scheduler.set_timesteps(num_steps)
-    actual = np.asarray(diffusion.spaced_timesteps(num_timesteps, num_steps, spacing))
-    np.testing.assert_array_equal(actual, scheduler.timesteps.numpy())
-
-
-@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-def test_spaced_timesteps_are_distinct_descending_and_in_range_for_every_number_of_steps(spacing):
-    for num_steps in range(2, 101):
-        steps = np.asarray(diffusion.spaced_timesteps(100, num_steps, spacing))
-        assert steps.shape == (num_steps,) and steps.dtype.kind == "i"
-        assert np.all(np.diff(steps) < 0)
-        assert 0 <= steps[-1] and steps[0] <= 99
-
-
-def test_spaced_timesteps_default_to_trailing_which_starts_at_the_last_index():
-    np.testing.assert_array_equal(diffusion.spaced_timesteps(1000, 4), [999, 749, 499, 249])
-    np.testing.assert_array_equal(diffusion.spaced_timesteps(1000, 4, "leading"), [750, 500, 250, 0])
-    np.testing.assert_array_equal(diffusion.spaced_timesteps(1000, 4, "linspace"), [999, 666, 333, 0])
-    np.testing.assert_array_equal(diffusion.spaced_timesteps(1000, 1), [999])
-
-
-def test_unknown_spacing_raises_and_lists_the_allowed_names():
-    with pytest.raises(ValueError) as error:
-        diffusion.spaced_timesteps(1000, 50, "karras")
-    assert_error_lists(error, "karras", ("leading", "linspace", "trailing"))

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
