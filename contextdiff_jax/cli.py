@@ -10,6 +10,7 @@ import sys
 from typing import Any, Callable
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 CONFIG = None
@@ -54,6 +55,7 @@ def run(main: Callable[[], None]) -> None:
 
     def guarded(_):
         # Ours at INFO; the libraries' own (Orbax logs dozens of lines a save) at WARNING.
+        absl_logging.set_verbosity(absl_logging.WARNING)
         logging.getLogger("contextdiff_jax").setLevel(logging.INFO)
         try:
             main()
