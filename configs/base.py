@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
                 in_channels=3, out_channels=3, block_out_channels=(32, 64, 128), layers_per_block=1,
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                 up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                attention_head_dim=4, cross_attention_dim=128, norm_num_groups=16,
+                attention_head_dim=4, cross_attention_dim=128, norm_num_groups=16, resnet_time_scale_shift="default",
             ),
             mesh=dict(data=-1, fsdp=1, tensor=1, sequence=1),
             sample=dict(

@@ -48,7 +48,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             left = flags.FLAGS(argv)
         except AttributeError as error:  # what ml_collections raises for an override of an unknown field
-            raise flags.Error(f"--config: unknown field: {error.args[0]}".replace("\\n", "; ")) from error
+            raise flags.Error(f"--config: unknown field: {_innermost(error)}") from error
         if left[1:]:
             raise flags.Error(f"{left[1]!r}: unexpected argument; options start with --")
         return left
@@ -64,8 +64,17 @@ def run(main: Callable[[], None]) -> None:
 
     try:
         app.run(guarded, argv=sys.argv, flags_parser=parse)
-    except (flags.Error, ValueError, KeyError, TypeError, OSError) as error:
+    except KeyError as error:  # the same, for an unknown section
+        _fail(flags.Error(f"--config: unknown section: {_innermost(error)}"))
+    except (flags.Error, ValueError, TypeError, OSError) as error:
         _fail(error)
+
+
+def _innermost(error: Exception) -> str:
+    """The text of an exception that may wrap others in its first argument, without the quotes that KeyError adds."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    return str(error.args[0] if error.args else error).replace("\n", "; ")
 
 
 def _fail(error: Exception) -> None:
