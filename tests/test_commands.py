@@ -13,6 +13,7 @@ TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")
     "arguments, message",
     [
         ((*TRAIN, "--config.train.stepz=5"), "stepz.*steps"),
+        ((*TRAIN, "--config.trian.steps=5"), "unknown section.*trian"),
         ((*TRAIN, "--config.context.shift=foo"), "context.shift='foo': unknown; one of quadratic, prior"),
         ((*TRAIN, "--config.diffusion.schedule=foo"), "diffusion.schedule='foo': unknown; one of linear"),
         ((*TRAIN, "--config.data.source=foo"), "data.source='foo': unknown; one of shapes, folder"),

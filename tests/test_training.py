@@ -10,9 +10,11 @@ import pytest
 from conftest import command, config_dict
 from flax import nnx
 
+from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
 from contextdiff_jax.generation import Generator
 from contextdiff_jax.settings import parse
+from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.loop import null_caption, train
 from contextdiff_jax.training.state import init_state, model_graph
 from contextdiff_jax.training.step import draw, loss_fn, make_train_step
@@ -99,7 +101,7 @@ def test_a_step_is_the_same_whatever_the_accumulation(tiny_settings):
         settings = parse(config_dict(**{"train.accumulation": parts}))
         state = jax.jit(lambda: init_state(settings))()
         state = dataclasses.replace(state, params=randomised(state.params))
-        states.append(jax.jit(make_train_step(settings))(state, batch, null))
+        states.append(jax.jit(make_train_step(settings))(state, batch, null)[0])
     np.testing.assert_allclose(states[0].metric_sums["loss"], states[1].metric_sums["loss"], rtol=1e-5)
     np.testing.assert_allclose(states[0].metric_sums["grad_norm"], states[1].metric_sums["grad_norm"], rtol=1e-4)
     np.testing.assert_allclose(states[0].metric_sums["quartile_loss"], states[1].metric_sums["quartile_loss"], rtol=1e-4)
@@ -120,7 +122,7 @@ def test_the_loss_falls_for_every_kind_of_run(changes):
     state, losses = jax.jit(lambda: init_state(settings))(), []
     for _ in range(40):
         before = float(state.metric_sums["denoise_loss"])
-        state = step(state, batch, null)
+        state, _ = step(state, batch, null)
         losses.append(float(state.metric_sums["denoise_loss"]) - before)
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4])
     if settings.context.kind != "none":
@@ -163,6 +165,21 @@ def test_a_killed_run_resumes_to_the_uninterrupted_losses_bit_for_bit(tmp_path):
     train(parse(config), config, parts)
     assert losses(parts) == losses(whole)
     assert [step for step, *_ in losses(whole)] == [2, 4, 6, 8, 9]
+
+
+def test_a_non_finite_step_ends_the_run_with_a_dump_and_leaves_what_is_saved_finite(tmp_path):
+    """A learning rate that throws the weights away: the step after it has no finite loss."""
+    config = config_dict(**{"train.learning_rate": 1e30, "train.warmup_steps": 0, "train.clip_norm": 0.0,
+                            "train.checkpoint_every": 1, "train.log_every": 100})
+    with pytest.raises(RunError, match=r"step (\d+): the loss or the gradient is not finite") as error:
+        train(parse(config), config, tmp_path)
+    bad = int(str(error.value).split()[1].rstrip(":"))
+    dumped = np.load(tmp_path / f"nonfinite_{bad}.npz")
+    assert dumped["image"].shape == (8, 16, 16, 3) and dumped["token_ids"].shape == (8, 12)
+    with checkpoints.open_manager(tmp_path, read_only=True) as manager:
+        assert manager.latest_step() == bad - 1
+        state, _ = checkpoints.restore(manager, jax.eval_shape(lambda: init_state(parse(config))))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
 def test_a_run_of_another_config_or_model_is_not_resumed(tmp_path):

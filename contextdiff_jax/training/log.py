@@ -7,7 +7,6 @@ import logging
 import pathlib
 
 import jax
-import numpy as np
 from tensorboardX import SummaryWriter
 
 from contextdiff_jax.training.state import METRICS
@@ -70,8 +69,3 @@ def speed(images: int, seconds: float, steps: int, flops: float | None) -> dict[
         if peak:
             values["utilization"] = values["model_flops_per_second"] / (peak * jax.device_count())
     return values
-
-
-def is_finite(values: dict[str, float]) -> bool:
-    """Whether every value is a finite number."""
-    return bool(np.isfinite(list(values.values())).all())

@@ -6,21 +6,22 @@ import logging
 import pathlib
 import signal
 import time
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
 
 from contextdiff_jax import pictures
 from contextdiff_jax.cli import RunError
-from contextdiff_jax.data import DataConfig, Tokenizer, load_tokenizer, make_loader, make_source
+from contextdiff_jax.data import DataConfig, Loader, Tokenizer, load_tokenizer, make_loader, make_source
 from contextdiff_jax.generation import Generator
 from contextdiff_jax.parallel.mesh import batch_sharding, make_mesh, state_shardings
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training import checkpoints
-from contextdiff_jax.training.log import MetricsLog, averages, is_finite, speed
+from contextdiff_jax.training.log import MetricsLog, averages, speed
 from contextdiff_jax.training.state import TrainState, init_state, learning_rate_schedule, zero_metrics
 from contextdiff_jax.training.step import make_train_step
 
@@ -33,78 +34,100 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
 
     Raises ValueError for what the user must change, RunError for a run that broke down.
     """
-    # Mesh, data
     mesh = make_mesh(settings.mesh, settings.train.batch_size)
-    tokenizer = load_tokenizer(settings.data.tokenizer or None)
+    tokenizer, loader = open_data(settings)
+    manager, state, shardings = open_state(settings, config, workdir, mesh, loader)
+    place = batch_sharding(mesh)
+    null = jax.device_put(null_caption(tokenizer, settings.data.max_length), NamedSharding(mesh, PartitionSpec()))
+    compiled, flops = compile_step(settings, state, shardings, peek(loader, int(state.step), place), null)
+
+    every, first = settings.train, int(state.step)
+    log, guard, asked_to_stop = MetricsLog(workdir, first), FiniteGuard(workdir), StopSignal()
+    reporter = Reporter(settings, workdir, tokenizer)
+    window_start, window_steps = time.perf_counter(), 0
+    for step in tqdm(range(first + 1, every.steps + 1), initial=first, total=every.steps, disable=None):
+        batch = to_devices(next(loader), place)
+        state, finite = compiled(state, batch, null)
+        guard.watch(step, batch, finite)
+        window_steps += 1
+        end = step == every.steps
+        last = end or asked_to_stop()
+        if step % every.log_every == 0 or end:
+            guard.check()  # waits for the step
+            seconds = time.perf_counter() - window_start
+            values = averages(state.metric_sums) | {"learning_rate": float(learning_rate_schedule(every)(step - 1))}
+            log.write(step, values | speed(window_steps * every.batch_size, seconds, window_steps, flops))
+            state = with_empty_metrics(state, shardings)
+            window_start, window_steps = time.perf_counter(), 0
+        if step % every.checkpoint_every == 0 or last:
+            guard.check()
+            checkpoints.save(manager, state, loader.get_state())
+        if every.sample_every and step % every.sample_every == 0 or end:
+            reporter(state, step)
+            window_start, window_steps = time.perf_counter(), 0
+        if last:
+            break
+    for resource in (manager, loader, log):  # the manager's waits for its saves
+        resource.close()
+    return state
+
+
+def open_data(settings: Settings) -> tuple[Tokenizer, Loader]:
+    """The tokenizer, and this process's share of the training batches."""
+    data = settings.data
+    tokenizer = load_tokenizer(data.tokenizer or None)
     if tokenizer.vocab_size > settings.text.vocab_size:
         raise ValueError(f"text.vocab_size={settings.text.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids")
-    source = make_source(settings.data, "train")
-    loader = make_loader(
-        source, batch_size=settings.train.batch_size, seed=settings.data.seed, tokenizer=tokenizer,
-        num_workers=settings.data.num_workers, max_length=settings.data.max_length, prefetch=settings.data.prefetch,
+    return tokenizer, make_loader(
+        make_source(data, "train"), batch_size=settings.train.batch_size, seed=data.seed, tokenizer=tokenizer,
+        num_workers=data.num_workers, max_length=data.max_length, prefetch=data.prefetch,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )
 
-    # State: new, or the newest checkpoint of the same run
+
+def open_state(
+    settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path, mesh: Mesh, loader: Loader
+) -> tuple[CheckpointManager, TrainState, TrainState]:
+    """(manager, state, the state's shardings): a new state, or the newest checkpoint of the same run, whose place in
+    the data the loader then takes."""
     abstract = jax.eval_shape(lambda: init_state(settings))
     shardings = state_shardings(mesh, abstract)
     manager = checkpoints.open_manager(workdir, settings.train.keep_checkpoints)
     checkpoints.check_shapes(manager, workdir, abstract)
     checkpoints.claim_workdir(workdir, config)
     if manager.latest_step() is None:
-        state = jax.jit(lambda: init_state(settings), out_shardings=shardings)()
-    else:
-        placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-        state, data_state = checkpoints.restore(manager, placed)
-        loader.set_state(data_state)
+        return manager, jax.jit(lambda: init_state(settings), out_shardings=shardings)(), shardings
+    placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+    state, data_state = checkpoints.restore(manager, placed)
+    loader.set_state(data_state)
+    return manager, state, shardings
 
-    # Compile the step
-    place, replicated = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    null = jax.device_put(null_caption(tokenizer, settings.data.max_length), replicated)
-    step_fn = jax.jit(
-        make_train_step(settings), donate_argnums=0,
-        in_shardings=(shardings, place, replicated), out_shardings=shardings,
-    )
+
+def peek(loader: Loader, step: int, place: NamedSharding) -> dict[str, jax.Array]:
+    """The next batch, for its shapes; the loader stays where it was."""
     batch = to_devices(next(loader), place)
-    loader.set_state({**loader.get_state(), "next_batch": int(state.step)})  # that one was for its shapes
-    start = time.perf_counter()
-    compiled = step_fn.lower(state, batch, null).compile()
-    flops = (compiled.cost_analysis() or {}).get("flops", 0) * settings.train.accumulation * jax.device_count()
-    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
-    LOGGER.info("%d parameters, compiled in %.1f s, mesh %s", num_parameters, time.perf_counter() - start, mesh.shape)
+    loader.set_state({**loader.get_state(), "next_batch": step})
+    return batch
 
-    # Loop
-    log = MetricsLog(workdir, int(state.step))
-    reporter = Reporter(settings, workdir, tokenizer)
-    first, asked_to_stop = int(state.step), StopSignal()
-    window_start, window_steps = time.perf_counter(), 0
-    for step in tqdm(range(first + 1, settings.train.steps + 1), initial=first, total=settings.train.steps, disable=None):
-        batch = to_devices(next(loader), place)
-        state = compiled(state, batch, null)
-        window_steps += 1
-        last = step == settings.train.steps or asked_to_stop()
-        if step % settings.train.log_every == 0 or step == settings.train.steps:
-            values = averages(state.metric_sums)  # waits for the step
-            seconds = time.perf_counter() - window_start
-            values["learning_rate"] = float(learning_rate_schedule(settings.train)(step - 1))
-            values |= speed(window_steps * settings.train.batch_size, seconds, window_steps, flops)
-            if not is_finite(values):
-                raise RunError(dump(workdir, step, batch))
-            log.write(step, values)
-            state = with_empty_metrics(state, shardings)
-            window_start, window_steps = time.perf_counter(), 0
-        if step % settings.train.checkpoint_every == 0 or last:
-            checkpoints.save(manager, state, loader.get_state())
-        if settings.train.sample_every and step % settings.train.sample_every == 0 or step == settings.train.steps:
-            reporter(state, step)
-            window_start, window_steps = time.perf_counter(), 0
-        if last:
-            break
-    manager.wait_until_finished()
-    manager.close()
-    loader.close()
-    log.close()
-    return state
+
+def compile_step(
+    settings: Settings, state: TrainState, shardings: TrainState, batch: Mapping[str, jax.Array],
+    null: Mapping[str, jax.Array],
+) -> tuple[Callable, float]:
+    """The step's program, and its floating-point operations over all devices."""
+    (place,) = {array.sharding for array in batch.values()}
+    replicated = null["token_ids"].sharding
+    start = time.perf_counter()
+    compiled = jax.jit(
+        make_train_step(settings), donate_argnums=0,
+        in_shardings=(shardings, place, replicated), out_shardings=(shardings, replicated),
+    ).lower(state, batch, null).compile()
+    flops = (compiled.cost_analysis() or {}).get("flops", 0) * settings.train.accumulation * jax.device_count()
+    LOGGER.info(
+        "%d parameters, compiled in %.1f s, mesh %s", sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        time.perf_counter() - start, dict(place.mesh.shape),
+    )
+    return compiled, flops
 
 
 def null_caption(tokenizer: Tokenizer, max_length: int) -> dict[str, np.ndarray]:
@@ -123,14 +146,29 @@ def with_empty_metrics(state: TrainState, shardings: TrainState) -> TrainState:
     return TrainState(**{**vars(state), "metric_sums": jax.device_put(zero_metrics(), shardings.metric_sums)})
 
 
-def dump(workdir: pathlib.Path, step: int, batch: Mapping[str, jax.Array]) -> str:
-    """Saves the batch at which a non-finite value was seen; the message says where."""
-    path = workdir / f"nonfinite_{step}.npz"
-    np.savez(path, **{name: np.asarray(value) for name, value in batch.items()})
-    return (
-        f"step {step}: the loss or a gradient since the last logged step is not finite; this step's inputs are in "
-        f"{path}, the last good checkpoint is kept; lower train.learning_rate or train.clip_norm and run again"
-    )
+class FiniteGuard:
+    """Ends a run whose loss or gradient is not finite. The step itself has left the state as it was, so the answer may
+    come one step late: the host never waits for the step that it has just started."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir, self._watched = workdir, None
+
+    def watch(self, step: int, batch: Mapping[str, jax.Array], finite: jax.Array) -> None:
+        """Checks the step before, then remembers this one."""
+        self.check()
+        self._watched = step, batch, finite
+
+    def check(self) -> None:
+        """Waits for the remembered step. RunError, after a dump of its inputs, if it was not finite."""
+        if self._watched is None or bool(self._watched[2]):
+            return
+        step, batch, _ = self._watched
+        path = self._workdir / f"nonfinite_{step}.npz"
+        np.savez(path, **{name: np.asarray(value) for name, value in batch.items()})
+        raise RunError(
+            f"step {step}: the loss or the gradient is not finite; the step's inputs are in {path}, the last good "
+            "checkpoint is kept; lower train.learning_rate or train.clip_norm and run again"
+        )
 
 
 class StopSignal:

@@ -103,12 +103,15 @@ def _accumulated(value_and_grad: Callable, params: PyTree, batch: Batch, parts: 
     return metrics, jax.tree.map(lambda g: g / parts, grads)
 
 
-def make_train_step(settings: Settings) -> Callable[[TrainState, Batch, Batch], TrainState]:
-    """`step(state, batch, null) -> state`, pure; metrics are summed in the state. To be jitted, state donated."""
+def make_train_step(settings: Settings) -> Callable[[TrainState, Batch, Batch], tuple[TrainState, Array]]:
+    """`step(state, batch, null) -> (state, finite)`, pure; metrics are summed in the state. To be jitted, state donated.
+
+    Where the loss or the gradient is not finite the state comes back as it was: a bad step can't spoil a checkpoint.
+    """
     graph, optimizer = model_graph(settings), make_optimizer(settings.train)
     schedule = settings.diffusion.make_schedule()
 
-    def step(state: TrainState, batch: Batch, null: Batch) -> TrainState:
+    def step(state: TrainState, batch: Batch, null: Batch) -> tuple[TrainState, Array]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         value_and_grad = jax.value_and_grad(
             lambda params, part: loss_fn(nnx.merge(graph, params), part, null, schedule, settings), has_aux=True
@@ -123,6 +126,8 @@ def make_train_step(settings: Settings) -> Callable[[TrainState, Batch, Batch], 
         decay = jnp.minimum(settings.train.ema_decay, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update(params, state.ema, 1 - decay)
         sums = jax.tree.map(jnp.add, state.metric_sums, metrics)
-        return TrainState(state.step + 1, params, ema, opt_state, state.key, sums)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        new = TrainState(state.step + 1, params, ema, opt_state, state.key, sums)
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state), finite
 
     return step
