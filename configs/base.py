@@ -32,7 +32,6 @@ def get_config() -> ConfigDict:
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                 up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
                 attention_head_dim=4, cross_attention_dim=128, norm_num_groups=16, resnet_time_scale_shift="default",
-                coordinates=False,
             ),
             mesh=dict(data=-1, fsdp=1, tensor=1, sequence=1),
             sample=dict(

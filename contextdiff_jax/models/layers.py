@@ -199,7 +199,7 @@ class Attention(nnx.Module):
     """Multi-head attention of tokens to `context_features` wide ones (None: to themselves)."""
 
     def __init__(
-        self, features: int, num_heads: int, *, context_features: int | None = None,
+        self, features: int, num_heads: int, *, context_features: int | None = None, zero_init: bool = False,
         dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -208,7 +208,7 @@ class Attention(nnx.Module):
         self.to_q = linear(features, features, use_bias=False, **policy)
         self.to_k = linear(source, features, use_bias=False, **policy)
         self.to_v = linear(source, features, use_bias=False, **policy)
-        self.to_out = linear(features, features, **policy)
+        self.to_out = linear(features, features, zero_init=zero_init, **policy)
 
     def __call__(
         self,
@@ -227,9 +227,9 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """GEGLU feed-forward (Shazeer, 2020), four times as wide inside."""
 
-    def __init__(self, features: int, *, mult: int = 4, **policy):
+    def __init__(self, features: int, *, mult: int = 4, zero_init: bool = False, **policy):
         self.proj_in = linear(features, 2 * mult * features, **policy)
-        self.proj_out = linear(mult * features, features, **policy)
+        self.proj_out = linear(mult * features, features, zero_init=zero_init, **policy)
 
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         value, gate = jnp.split(self.proj_in(x), 2, axis=-1)

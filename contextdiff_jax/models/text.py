@@ -35,8 +35,8 @@ class TextBlock(nnx.Module):
 
     def __init__(self, config: TextConfig, **policy):
         self.norm1, self.norm2 = (nnx.LayerNorm(config.width, **policy) for _ in range(2))
-        self.attention = Attention(config.width, config.num_heads, **policy)
-        self.ff = FeedForward(config.width, **policy)
+        self.attention = Attention(config.width, config.num_heads, zero_init=True, **policy)
+        self.ff = FeedForward(config.width, zero_init=True, **policy)
 
     def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
         x = x + self.attention(self.norm1(x), mask=mask)

@@ -68,7 +68,7 @@ class _Level:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """diffusers' `UNet2DConditionModel` config (names and defaults), `coordinates` and `context_head`.
+    """diffusers' `UNet2DConditionModel` config (names and defaults) and `context_head`.
 
     A tuple gives one value a level, from the finest. `attention_head_dim` is, for historical reasons, the
     *number* of heads in diffusers; `num_attention_heads` overrides it. `upcast_attention` is accepted and
@@ -101,7 +101,6 @@ class UNetConfig:
     upcast_attention: bool = False
     resnet_time_scale_shift: str = "default"
     time_embedding_dim: int | None = None
-    coordinates: bool = False
     context_head: bool = False
 
     def __post_init__(self):
@@ -160,8 +159,8 @@ class UNetConfig:
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
-        """The inverse of `from_dict`: diffusers' names, and our own only if they are on."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v or k not in ("context_head", "coordinates")}
+        """The inverse of `from_dict`: diffusers' names, and `context_head` only if it is on."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v or k != "context_head"}
 
     @property
     def time_features(self) -> int:
@@ -290,13 +289,6 @@ class ContextHead(nnx.Module):
         return self.conv(self.act(self.norm(self.resnet(h, temb))))
 
 
-def with_coordinates(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C2"]:
-    """x and two more channels, each pixel's row and column in [-1, 1] (CoordConv, Liu et al. 2018)."""
-    rows, columns = jnp.meshgrid(*(jnp.linspace(-1, 1, n, dtype=x.dtype) for n in x.shape[1:3]), indexing="ij")
-    place = jnp.broadcast_to(jnp.stack([rows, columns], axis=-1), (*x.shape[:3], 2))
-    return jnp.concatenate([x, place], axis=-1)
-
-
 class UNet(nnx.Module):
     """Denoiser of x_t given t and text tokens; see the module docstring.
 
@@ -314,7 +306,7 @@ class UNet(nnx.Module):
         self.config = config
         self.dtype = dtype
         widths = config.block_out_channels
-        self.conv_in = conv3x3(config.in_channels + 2 * config.coordinates, widths[0], **policy)
+        self.conv_in = conv3x3(config.in_channels, widths[0], **policy)
         time_features, act_fn = config.time_features, config.act_fn
         self.time_embedding = TimestepEmbedding(widths[0], time_features, act_fn=act_fn, **policy)
         # diffusers builds this one with its default activation, silu, whatever act_fn is.
@@ -348,7 +340,7 @@ class UNet(nnx.Module):
           added: for `addition_embed_type="text_time"` (XL) `text_embeds` [B, P] and `time_ids` [B, 6].
         """
         temb = self._time(t, x.shape[0], added)  # [B, E]
-        h = self.conv_in(with_coordinates(x) if self.config.coordinates else x)  # [B, H, W, C0]
+        h = self.conv_in(x)  # [B, H, W, C0]
         skips = [h]
         for block in self.down_blocks:
             h, new = block(h, temb, text_tokens, text_mask)

@@ -6,6 +6,7 @@ import logging
 import pathlib
 import signal
 import time
+from contextlib import closing
 from typing import Any, Callable, Mapping
 
 import jax
@@ -41,34 +42,34 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
     null = jax.device_put(null_caption(tokenizer, settings.data.max_length), NamedSharding(mesh, PartitionSpec()))
     compiled, flops = compile_step(settings, state, shardings, peek(loader, int(state.step), place), null)
 
-    every, first = settings.train, int(state.step)
-    log, guard, asked_to_stop = MetricsLog(workdir, first), FiniteGuard(workdir), StopSignal()
-    reporter = Reporter(settings, workdir, tokenizer)
-    window_start, window_steps = time.perf_counter(), 0
-    for step in tqdm(range(first + 1, every.steps + 1), initial=first, total=every.steps, disable=None):
-        batch = to_devices(next(loader), place)
-        state, finite = compiled(state, batch, null)
-        guard.watch(step, batch, finite)
-        window_steps += 1
-        end = step == every.steps
-        last = end or asked_to_stop()
-        if step % every.log_every == 0 or end:
-            guard.check()  # waits for the step
-            seconds = time.perf_counter() - window_start
-            values = averages(state.metric_sums) | {"learning_rate": float(learning_rate_schedule(every)(step - 1))}
-            log.write(step, values | speed(window_steps * every.batch_size, seconds, window_steps, flops))
-            state = with_empty_metrics(state, shardings)
-            window_start, window_steps = time.perf_counter(), 0
-        if step % every.checkpoint_every == 0 or last:
-            guard.check()
-            checkpoints.save(manager, state, loader.get_state())
-        if every.sample_every and step % every.sample_every == 0 or end:
-            reporter(state, step)
-            window_start, window_steps = time.perf_counter(), 0
-        if last:
-            break
-    for resource in (manager, loader, log):  # the manager's waits for its saves
-        resource.close()
+    log, reporter = MetricsLog(workdir, int(state.step)), Reporter(settings, workdir, tokenizer)
+    # Closed whatever happens: the manager's `close` waits for the save that is under way.
+    with closing(manager), closing(loader), closing(log):
+        every, guard, asked_to_stop = settings.train, FiniteGuard(workdir), StopSignal()
+        first = int(state.step)
+        window_start, window_steps = time.perf_counter(), 0
+        for step in tqdm(range(first + 1, every.steps + 1), initial=first, total=every.steps, disable=None):
+            batch = to_devices(next(loader), place)
+            state, finite = compiled(state, batch, null)
+            guard.watch(step, batch, finite)
+            window_steps += 1
+            end = step == every.steps
+            last = end or asked_to_stop()
+            if step % every.log_every == 0 or end:
+                guard.check()  # waits for the step
+                seconds = time.perf_counter() - window_start
+                values = averages(state.metric_sums) | {"learning_rate": float(learning_rate_schedule(every)(step - 1))}
+                log.write(step, values | speed(window_steps * every.batch_size, seconds, window_steps, flops))
+                state = with_empty_metrics(state, shardings)
+                window_start, window_steps = time.perf_counter(), 0
+            if step % every.checkpoint_every == 0 or last:
+                guard.check()
+                checkpoints.save(manager, state, loader.get_state())
+            if every.sample_every and step % every.sample_every == 0 or end:
+                reporter(state, step)
+                window_start, window_steps = time.perf_counter(), 0
+            if last:
+                break
     return state
 
 
