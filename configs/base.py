@@ -15,7 +15,8 @@ def get_config() -> ConfigDict:
             ),
             data=dict(
                 source="shapes", path="", metadata="", image_size=32, num_objects=(1, 1), max_broken_fraction=0.01,
-                heldout_fraction=0.125, seed=0, max_length=32, tokenizer="", num_workers=0, prefetch=2,
+                heldout_fraction=0.125, position_fraction=0.5, seed=0, max_length=32, tokenizer="",
+                num_workers=0, prefetch=2,
             ),
             diffusion=dict(
                 schedule="cosine", num_timesteps=1000, beta_start=1e-4, beta_end=2e-2, zero_terminal_snr=False,

@@ -51,6 +51,7 @@ class DataConfig:
         num_scenes: scenes in an epoch (`shapes`).
         heldout_fraction: share of attribute combinations kept from training (`shapes`).
         backgrounds: of the scenes (`shapes`).
+        position_fraction: share of the captions of one object that state its place (`shapes`).
         scene_seed: another seed gives other scenes (`shapes`).
         seed: of the order of the records.
         max_length: tokens a caption.
@@ -70,6 +71,7 @@ class DataConfig:
     num_scenes: int = 100_000
     heldout_fraction: float = 0.125
     backgrounds: tuple[str, ...] = ("dark",)
+    position_fraction: float = 0.5
     scene_seed: int = 0
     seed: int = 0
     max_length: int = 32
@@ -88,6 +90,7 @@ def _shapes(config: DataConfig, split: str) -> RandomAccessSource:
             seed=config.scene_seed,
             heldout_fraction=config.heldout_fraction,
             backgrounds=tuple(config.backgrounds),
+            position_fraction=config.position_fraction,
         )
     )
 

@@ -112,6 +112,7 @@ class ShapesConfig:
         seed: another seed gives other scenes (the held-out combinations stay).
         heldout_fraction: share of the (shape, colour, size) triples that `train` never shows, in [0, 0.5].
         backgrounds: names in `BACKGROUNDS`, drawn uniformly.
+        position_fraction: share of the captions of one object that also state its place.
     """
 
     num_objects: tuple[int, int] = (1, 3)
@@ -121,6 +122,7 @@ class ShapesConfig:
     seed: int = 0
     heldout_fraction: float = 0.125
     backgrounds: tuple[str, ...] = ("dark",)
+    position_fraction: float = 0.5
 
     def __post_init__(self):
         low, high = self.num_objects
@@ -140,6 +142,8 @@ class ShapesConfig:
             raise ValueError(
                 f"heldout_fraction={self.heldout_fraction}: holds out nothing for split='heldout'"
             )
+        if not 0 <= self.position_fraction <= 1:
+            raise ValueError(f"position_fraction={self.position_fraction}: must lie in [0, 1]")
         unknown = set(self.backgrounds) - set(BACKGROUNDS)
         if unknown or not self.backgrounds:
             raise ValueError(f"backgrounds={self.backgrounds}: must be some of {', '.join(BACKGROUNDS)}")
@@ -277,7 +281,8 @@ def sample_scene(rng: np.random.Generator, config: ShapesConfig) -> Scene:
         for (shape, colour, size_name), centre in zip(triples, centres)
     )
     relation = relation_of(*centres) if len(objects) == 2 else None
-    position = objects[0].position if len(objects) == 1 and rng.integers(2) else None
+    stated = len(objects) == 1 and rng.random() < config.position_fraction
+    position = objects[0].position if stated else None
     return Scene(objects=objects, relation=relation, position=position, background=background)
 
 
