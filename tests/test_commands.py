@@ -23,7 +23,7 @@ TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")
         (("sample", "--workdir=unused"), "--prompt: the list is empty"),
         (("sample", "--workdir=nowhere", "--prompt=a"), "--workdir=nowhere: holds no run"),
         (("sample", "--workdir=nowhere", "--prompt=a", "--eta=2"), "eta=2.0: must lie in"),
-        (("evaluate", "--workdir=nowhere", "--metrics=foo"), "--metrics='foo': unknown; one of composition"),
+        (("evaluate", "--workdir=nowhere", "--metrics=foo"), "--metrics='foo': unknown; one of composition, bound, fid, kid, precision_recall, attributes"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )

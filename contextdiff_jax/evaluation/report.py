@@ -22,7 +22,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; m
 h1, h2, h3 { line-height: 1.2; margin: 1.6em 0 .4em } h1 { margin-top: 0 }
 table { border-collapse: collapse; margin: .5em 0 } th, td { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap } td small, p.note { color: #666 }
-img { max-width: 100%; border: 1px solid #eee } pre { background: #f6f6f6; padding: .8em; overflow: auto; font-size: 13px }
+img { max-width: 100%; border: 1px solid #eee } pre { background: #f6f6f6; padding: .8em; white-space: pre-wrap; font-size: 13px }
 """
 
 
@@ -103,7 +103,7 @@ def plot_shares(scores: Scores, path: pathlib.Path) -> None:
     axis.set_xticks(range(len(names)), names)
     axis.set(ylim=(0, 1.05), ylabel="share")
     axis.grid(alpha=0.3, axis="y")
-    axis.legend()
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(2, len(scores)), frameon=False, fontsize=8)
     _save(plt, figure, path)
 
 
