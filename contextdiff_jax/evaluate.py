@@ -1,7 +1,7 @@
 """python -m contextdiff_jax.evaluate --workdir=DIR --metrics=composition,bound,fid,kid,precision_recall,attributes
 
-Scores of a run's samples and of its likelihood with 95% intervals: a table on the terminal, DIR/metrics.json, and the page
-DIR/report/index.html. What each metric is, and what it needs: docs/evaluation.md.
+Scores of a run's samples and of its likelihood with 95% intervals: a table on the terminal, DIR/metrics.json, and the
+page DIR/report/index.html. What each metric is, and what it needs: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ METRICS = flags.DEFINE_list("metrics", ["composition"], "Comma-separated names o
 NUM = flags.DEFINE_integer("num", 256, "Samples, and pictures of the bound, a split.", lower_bound=2)
 REFERENCE = flags.DEFINE_integer("reference", 2048, "Real pictures a split to compare with.", lower_bound=2)
 FEATURES = flags.DEFINE_string("features", "", "A classifier's folder or Inception's weights; default: DIR/classifier.")
-BOUND_TIMESTEPS = flags.DEFINE_integer("bound_timesteps", 50, "KL terms a picture, drawn by strata; 0: all.", lower_bound=0)
+BOUND_TIMESTEPS = flags.DEFINE_integer("bound_timesteps", 50, "KL terms a picture; 0: all.", lower_bound=0)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the run's config.")
 SAMPLER = flags.DEFINE_string("sampler", None, "ddim or ddpm; default: the run's config.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's config.")
@@ -39,6 +39,7 @@ def main() -> None:
 
     from contextdiff_jax.generation import Generator
     from contextdiff_jax.run import load_run
+    from contextdiff_jax.training.state import model_graph
 
     run = load_run(WORKDIR.value, WEIGHTS.value)
     given = {"sampler": SAMPLER.value, "steps": STEPS.value, "guidance": GUIDANCE.value}
@@ -49,8 +50,10 @@ def main() -> None:
     cli.set_compilation_cache(workdir)
     generator = Generator(run.settings, run.tokenizer, options)
     evaluation = metrics.Evaluation(
-        run=run, generate=lambda captions: generator(run.params, captions, SEED.value), workdir=workdir, num=NUM.value,
-        seed=SEED.value, reference=REFERENCE.value, bound_timesteps=BOUND_TIMESTEPS.value, features=FEATURES.value,
+        settings=run.settings, tokenizer=run.tokenizer, graph=model_graph(run.settings), params=run.params,
+        generate=lambda captions: generator(run.params, captions, SEED.value),
+        features=FEATURES.value or str(workdir / "classifier"), num=NUM.value, seed=SEED.value,
+        reference=REFERENCE.value, bound_timesteps=BOUND_TIMESTEPS.value,
     )
     metrics.check(METRICS.value, evaluation)
     results = {}

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import command, config_dict
+from conftest import ROOT, command, config_dict
 from flax import nnx
+from PIL import Image
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import make_source
@@ -54,7 +55,10 @@ def workdir(tmp_path_factory):
 def evaluation(workdir):
     """Samples here are the real pictures of the captions: what a perfect model would make."""
     run = load_run(str(workdir))
-    made = metrics.Evaluation(run=run, generate=lambda captions: None, workdir=workdir, num=24, reference=40, bound_timesteps=7)
+    made = metrics.Evaluation(
+        settings=run.settings, tokenizer=run.tokenizer, graph=model_graph(run.settings), params=run.params,
+        generate=lambda captions: None, features=str(workdir / "classifier"), num=24, reference=40, bound_timesteps=7,
+    )
 
     def generate(captions):
         records = next(made.records(row) for row in made.sources if made.captions(row) == captions)
@@ -78,20 +82,25 @@ def test_a_perfect_model_is_exact_in_every_split_and_part(evaluation):
 
 
 def test_wrong_pictures_lower_each_metric(evaluation):
-    shuffled = dataclasses.replace(evaluation)
-    object.__setattr__(shuffled, "generate", lambda captions: np.roll(evaluation.generate(captions), 1, axis=0))
-    noise = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
-    noisy = dataclasses.replace(evaluation)
-    object.__setattr__(noisy, "generate", lambda captions: noise)
     row = "seen combinations"
+    noise = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+
+    def with_samples(generate):
+        changed = dataclasses.replace(evaluation, generate=generate)
+        changed.__dict__["sources"] = {row: evaluation.sources[row]}  # one split is enough
+        return changed
+
+    perfect_model = with_samples(evaluation.generate)
+    noisy = with_samples(lambda captions: noise)
+    shuffled = with_samples(lambda captions: np.roll(evaluation.generate(captions), 1, axis=0))
     assert value(metrics.composition(shuffled), row, "exact") < 0.3
     for metric, name in ((metrics.fid, "fid"), (metrics.kid, "kid")):
-        perfect, bad = metric(evaluation), metric(noisy)
+        perfect, bad = metric(perfect_model), metric(noisy)
         floor = value(perfect, f"{row}, {metrics.FLOOR}", name)
         assert value(bad, row, name) > 1.5 * max(value(perfect, row, name), floor)
-        # Distances are of distributions: pictures under the wrong captions are as near.
-        assert value(metric(shuffled), row, name) == pytest.approx(value(perfect, row, name), rel=1e-4)
-    assert value(metrics.precision_recall(evaluation), row, "precision") == 1
+    # Distances are of distributions: pictures under the wrong captions are as near.
+    assert value(metrics.kid(shuffled), row, "kid") == pytest.approx(value(perfect, row, "kid"), rel=1e-4)
+    assert value(metrics.precision_recall(perfect_model), row, "precision") == 1
     assert value(metrics.precision_recall(noisy), row, "precision") < 0.5
 
 
@@ -109,21 +118,22 @@ def test_attributes_are_judged_against_the_records_of_the_captions(evaluation):
 
 
 def test_bound_with_all_timesteps_is_vlb_of_the_model_by_hand(evaluation):
-    run = evaluation.run
-    settings, row = run.settings, "seen combinations"
+    settings, row = evaluation.settings, "seen combinations"
     exact = dataclasses.replace(evaluation, bound_timesteps=0, num=6)
     result = metrics.bound(exact)
     images = np.stack([record["image"] for record in exact.records(row)])
-    ids, mask = run.tokenizer.encode(exact.captions(row), settings.data.max_length)
+    ids, mask = evaluation.tokenizer.encode(exact.captions(row), settings.data.max_length)
     schedule = settings.diffusion.make_schedule()
 
     def by_hand(params, x0, key):
         model = nnx.merge(model_graph(settings), params)
         tokens = model.text(ids, mask)
-        denoise = make_denoise(model, schedule, tokens, mask, tokens, mask, prediction_type=settings.diffusion.prediction_type)
-        return diffusion.vlb(denoise, x0, lambda x, t: model.context(x, tokens, mask, t), schedule, key, settings.context.shift)
+        target, shift = settings.diffusion.prediction_type, settings.context.shift
+        denoise = make_denoise(model, schedule, tokens, mask, tokens, mask, prediction_type=target)
+        return diffusion.vlb(denoise, x0, lambda x, t: model.context(x, tokens, mask, t), schedule, key, shift)
 
-    terms = jax.jit(by_hand)(run.params, images / np.float32(127.5) - 1, jax.random.fold_in(jax.random.key(0), 0))
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    terms = jax.jit(by_hand)(evaluation.params, images / np.float32(127.5) - 1, key)
     assert value(result, row, "total") == pytest.approx(float(terms["total"].mean()), rel=1e-4)
     assert value(result, row, "kl") == pytest.approx(float(terms["kl"].sum(0).mean()), rel=1e-4)
     np.testing.assert_allclose(result.details["kl_by_t"][row], terms["kl"][1:].mean(1), rtol=1e-3)
@@ -145,40 +155,45 @@ def test_judge_keeps_every_picture_s_answer(evaluation):
     "name, changes, message",
     [
         ("composition", {"source": "folder"}, "judges scenes of data.source='shapes'; the run's is 'folder'"),
-        ("fid", {"workdir": "elsewhere"}, "--features: missing; name a folder that contextdiff_jax.train_classifier wrote"),
-        ("fid", {"features": "nowhere.safetensors"}, "nowhere.safetensors: no such file"),
-        ("kid", {"image_size": 32}, "its classifier reads pictures of 16 pixels, the run's have 32"),
+        ("fid", {"features": "nowhere"}, "--features=nowhere: no such folder or file; name one that"),
+        ("attributes", {"features": str(ROOT / "README.md")}, "README.md: truncated or not a safetensors file"),
+        ("kid", {"image_size": 32}, "reads pictures of 16 pixels, the run's have 32"),
         ("bound", {"bound_timesteps": 50}, "--bound_timesteps=50: must lie in 1..49"),
     ],
 )
-def test_what_a_run_cannot_have_is_refused_before_sampling(evaluation, tmp_path, name, changes, message):
+def test_what_a_run_cannot_have_is_refused_before_sampling(evaluation, name, changes, message):
     data = {key: changes[key] for key in ("source", "image_size") if key in changes}
     rest = {key: v for key, v in changes.items() if key not in data}
-    settings = evaluation.run.settings
-    run = dataclasses.replace(
-        evaluation.run, settings=dataclasses.replace(settings, data=dataclasses.replace(settings.data, **data))
-    )
-    if "workdir" in rest:
-        rest["workdir"] = tmp_path
+    settings = evaluation.settings
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, **data))
     with pytest.raises(ValueError, match=message.replace(".", r"\.")) as error:
-        metrics.check([name], dataclasses.replace(evaluation, run=run, **rest))
+        metrics.check([name], dataclasses.replace(evaluation, settings=settings, **rest))
     assert "\n" not in str(error.value)
 
 
 def test_splits_have_held_out_rows_only_where_there_are_held_out_records(evaluation, tmp_path):
-    data = evaluation.run.settings.data
+    data = evaluation.settings.data
     assert list(metrics.splits(data)) == ["seen combinations", "held-out combinations"]
     assert list(metrics.splits(dataclasses.replace(data, heldout_fraction=0.0))) == ["seen combinations"]
     trained_on = make_source(data, "train")
     seen = metrics.splits(data)["seen combinations"]
     assert any(seen.scene(i) != trained_on.scene(i) for i in range(5))
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    for name in ("metadata.jsonl", "heldout.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"file_name": "a.png", "text": name}) + "\n")
+    folder = dataclasses.replace(data, source="folder", path=str(tmp_path))
+    assert list(metrics.splits(folder)) == ["training records"]
+    rows = metrics.splits(dataclasses.replace(folder, heldout_metadata="heldout.jsonl"))
+    captions = {row: source[0]["caption"] for row, source in rows.items()}
+    assert captions == {"training records": "metadata.jsonl", "held-out records": "heldout.jsonl"}
 
 
 def test_tables_show_values_with_intervals_and_dashes():
-    scores = {"a": {"exact": Estimate(0.5, 0.4, 0.625)}, "b": {"exact": Estimate(1, 1, 1), "more": Estimate(0.25, 0, 1)}}
+    second = {"exact": Estimate(1, 1, 1), "more": Estimate(0.25, 0, 1)}
+    scores = {"a": {"exact": Estimate(0.5, 0.4, 0.625)}, "b": second}
     lines = report.table(scores, "%").splitlines()
     assert lines[0].split() == ["a", "b"]
-    assert lines[1].split("  ")[0] == "exact" and "50.0% [40.0, 62.5]" in lines[1] and "100.0% [100.0, 100.0]" in lines[1]
+    assert lines[1].split() == ["exact", "50.0%", "[40.0,", "62.5]", "100.0%", "[100.0,", "100.0]"]
     assert lines[2].split() == ["more", "-", "25.0%", "[0.0,", "100.0]"]
     assert "0.01235 [-1.5, 2e-06]" in report.table({"a": {"kid": Estimate(0.012345678, -1.5, 2e-6)}}, "")
 
@@ -222,7 +237,8 @@ def test_the_command_writes_table_json_and_a_page_that_needs_no_network(workdir)
     for address in page.addresses:
         assert "/" not in address and (workdir / "report" / address).read_bytes().startswith(b"\x89PNG")
     text = " ".join(page.text)
-    for wanted in ("--bound_timesteps=4", "held-out combinations", "num_timesteps", "training", saved["machine"]["cpu"]):
+    cpu = saved["machine"]["cpu"]
+    for wanted in ("--bound_timesteps=4", "held-out combinations", "num_timesteps", "training", cpu):
         assert wanted in text
     exact = saved["composition"]["seen combinations"]["exact"]
     assert f"{100 * exact:.1f}%" in text

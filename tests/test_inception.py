@@ -46,19 +46,21 @@ class TorchInception:
 
     def a(self, x, p, pool):
         five = self.chain(x, p, ("branch5x5_1", 48, (1, 1)), ("branch5x5_2", 64, (5, 5)))
-        double = self.chain(x, p, ("branch3x3dbl_1", 64, (1, 1)), ("branch3x3dbl_2", 96, (3, 3)), ("branch3x3dbl_3", 96, (3, 3)))
+        double = self.chain(x, p, ("branch3x3dbl_1", 64, (1, 1)), ("branch3x3dbl_2", 96, (3, 3)),
+                            ("branch3x3dbl_3", 96, (3, 3)))
         return torch.cat([self.conv(x, f"{p}.branch1x1", 64), five, double, self.pool(x, p, pool)], 1)
 
     def b(self, x, p):
         three = self.chain(x, p, ("branch3x3", 384, (3, 3), 2))
-        double = self.chain(x, p, ("branch3x3dbl_1", 64, (1, 1)), ("branch3x3dbl_2", 96, (3, 3)), ("branch3x3dbl_3", 96, (3, 3), 2))
+        double = self.chain(x, p, ("branch3x3dbl_1", 64, (1, 1)), ("branch3x3dbl_2", 96, (3, 3)),
+                            ("branch3x3dbl_3", 96, (3, 3), 2))
         return torch.cat([three, double, F.max_pool2d(x, 3, 2)], 1)
 
     def c(self, x, p, w):
         wide, tall = (1, 7), (7, 1)
         seven = self.chain(x, p, ("branch7x7_1", w, (1, 1)), ("branch7x7_2", w, wide), ("branch7x7_3", 192, tall))
-        double = self.chain(x, p, ("branch7x7dbl_1", w, (1, 1)), ("branch7x7dbl_2", w, tall), ("branch7x7dbl_3", w, wide),
-                            ("branch7x7dbl_4", w, tall), ("branch7x7dbl_5", 192, wide))
+        double = self.chain(x, p, ("branch7x7dbl_1", w, (1, 1)), ("branch7x7dbl_2", w, tall),
+                            ("branch7x7dbl_3", w, wide), ("branch7x7dbl_4", w, tall), ("branch7x7dbl_5", 192, wide))
         return torch.cat([self.conv(x, f"{p}.branch1x1", 192), seven, double, self.pool(x, p, 192)], 1)
 
     def d(self, x, p):
@@ -70,8 +72,11 @@ class TorchInception:
     def e(self, x, p, maximum):
         three = self.conv(x, f"{p}.branch3x3_1", 384)
         double = self.chain(x, p, ("branch3x3dbl_1", 448, (1, 1)), ("branch3x3dbl_2", 384, (3, 3)))
-        halves = [self.chain(y, p, (f"{name}{half}", 384, kernel)) for y, name in ((three, "branch3x3_2"), (double, "branch3x3dbl_3"))
-                  for half, kernel in (("a", (1, 3)), ("b", (3, 1)))]
+        halves = [
+            self.chain(y, p, (f"{name}{half}", 384, kernel))
+            for y, name in ((three, "branch3x3_2"), (double, "branch3x3dbl_3"))
+            for half, kernel in (("a", (1, 3)), ("b", (3, 1)))
+        ]
         return torch.cat([self.conv(x, f"{p}.branch1x1", 320), *halves, self.pool(x, p, 192, maximum)], 1)
 
     @torch.no_grad()
@@ -96,7 +101,8 @@ def pictures(size):
     """Noise and a gradient: neither constant nor symmetric."""
     rng = np.random.default_rng(size)
     noise = rng.integers(0, 256, (1, size, size, 3))
-    ramp = np.stack([*np.meshgrid(np.linspace(0, 255, size), np.linspace(30, 200, size)), np.full((size, size), 77)], -1)
+    ramps = np.meshgrid(np.linspace(0, 255, size), np.linspace(30, 200, size))
+    ramp = np.stack([*ramps, np.full((size, size), 77)], -1)
     return np.concatenate([noise, ramp[None]]).astype(np.uint8)
 
 

@@ -14,7 +14,7 @@ pictures' totals differ by anyway; their standard error covers both. K = T - 1 i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -79,7 +79,7 @@ def bound_terms(
     return {"prior": prior, "kl": kl, "decoder": decoder}
 
 
-def collect(parts: Iterator[dict[str, Array]], edges: Int[np.ndarray, "K1"]) -> Bound:
+def collect(parts: Iterable[dict[str, Array]], edges: Int[np.ndarray, "K1"]) -> Bound:
     """One Bound from the `bound_terms` of all batches."""
     rows = [{name: np.asarray(value, np.float64) for name, value in part.items()} for part in parts]
     prior, kl, decoder = (np.concatenate([row[name] for row in rows], axis=-1) for name in ("prior", "kl", "decoder"))
@@ -87,7 +87,9 @@ def collect(parts: Iterator[dict[str, Array]], edges: Int[np.ndarray, "K1"]) -> 
     return Bound(prior + summed + decoder, prior, summed, decoder, edges, kl.mean(1))
 
 
-def make_model_bound(graph: nnx.GraphDef, schedule: diffusion.NoiseSchedule, prediction_type: str, shift: str) -> Callable:
+def make_model_bound(
+    graph: nnx.GraphDef, schedule: diffusion.NoiseSchedule, prediction_type: str, shift: str
+) -> Callable:
     """`terms(params, images, ids, mask, null_ids, null_mask, key, edges)`: `bound_terms` of the model as it samples at
     guidance 1, jitted; images are uint8 [B, H, W, C]."""
 

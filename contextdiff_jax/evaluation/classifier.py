@@ -2,7 +2,8 @@
 
 Attributes are read from the records: of a scene, its objects' shapes, colours and sizes; of a folder's record, every
 metadata field with a few frequent values. Its penultimate features serve FID, KID, precision and recall, its answers
-the attribute accuracy. Distances in such features compare runs on one data set; they mean nothing beside published FIDs.
+the attribute accuracy. Distances in such features compare runs on one data set; they mean nothing beside published
+FIDs.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ OTHER, NONE = "other", "none"
 _OBJECT_FIELDS = ("shape", "colour", "size")
 _MAX_VALUES = 64  # a field with more is no attribute, it is a name
 _MIN_SHARE = 0.003  # of the records; rarer values are one, `other`
-_MAX_NOISE = 0.15  # of training pictures in [-1, 1]: generated ones are not as clean as the data
+_MIN_COVERED = 0.9  # of the records have a frequent value; else the field tells records apart, not kinds
+_MAX_NOISE = 0.05  # of training pictures in [-1, 1]: generated ones are not as clean as the data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +64,15 @@ def choose_attributes(labels: Sequence[Labels]) -> tuple[Attribute, ...]:
         answers = [row[name] for row in labels if name in row]
         counts = collections.Counter(value for values in answers for value in values)
         frequent = sorted(value for value, count in counts.items() if count >= _MIN_SHARE * len(labels))
-        if not 2 <= len(frequent) <= _MAX_VALUES or len(answers) < len(labels):
+        covered = sum(counts[value] for value in frequent) / max(1, sum(counts.values()))
+        if not 2 <= len(frequent) <= _MAX_VALUES or covered < _MIN_COVERED or len(answers) < len(labels):
             continue
         multiple = any(len(values) != 1 for values in answers)
         rest = (OTHER,) if len(frequent) < len(counts) and not multiple else ()
         chosen.append(Attribute(name, (*frequent, *rest), multiple))
     if not chosen:
         raise ValueError(
-            f"data.source: its records have no attribute with 2 to {_MAX_VALUES} frequent values to train a classifier on"
+            f"data.source: no attribute of its records has 2 to {_MAX_VALUES} frequent values to train a classifier on"
         )
     return tuple(chosen)
 
@@ -91,7 +94,9 @@ class Classifier(nnx.Module):
     """Stages of two 3x3 convolutions, each but the first at half the size, down to about 4x4; mean and maximum over
     the places; a hidden layer of unit variance (the features); logits of all attributes' values side by side."""
 
-    def __init__(self, attributes: Sequence[Attribute], image_size: int, width: int = 32, features: int = 64, *, rngs: nnx.Rngs):
+    def __init__(
+        self, attributes: Sequence[Attribute], image_size: int, width: int = 32, features: int = 64, *, rngs: nnx.Rngs
+    ):
         self.attributes, self.image_size = tuple(attributes), image_size
         widths = [min(width * 2**i, 4 * width) for i in range(max(1, round(math.log2(image_size / 4))) + 1)]
         convs = []
@@ -192,7 +197,9 @@ def load_classifier(folder: str | pathlib.Path) -> Classifier:
     folder = pathlib.Path(folder)
     for name in (WEIGHTS_FILE, REPORT_FILE):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder}: holds no classifier (no {name}); train one with contextdiff_jax.train_classifier")
+            raise ValueError(
+                f"{folder}: holds no classifier (no {name}); train one with contextdiff_jax.train_classifier"
+            )
     report = json.loads((folder / REPORT_FILE).read_text())
     attributes = [Attribute(a["name"], tuple(a["values"]), a["multiple"]) for a in report["attributes"]]
     model = nnx.eval_shape(lambda: Classifier(attributes, report["image_size"], rngs=nnx.Rngs(0)))

@@ -7,8 +7,8 @@ Weights: the ports' checkpoint `pt_inception-2015-12-05-6726825d.pth` as safeten
 not read: it can run code. Batch normalisation is folded into the convolutions when they are loaded.
 
 Pictures: uint8 -> [-1, 1], resized to 299 x 299 bilinearly, half-pixel centres, no antialiasing: pytorch-fid's choice.
-TensorFlow 1's own resize (torch-fidelity, torchmetrics) aligns corners at 0 and clean-fid antialiases with PIL's bicubic:
-figures of different resizes don't compare, and small pictures are mostly resize. See docs/evaluation.md.
+TensorFlow 1's own resize (torch-fidelity, torchmetrics) aligns corners at 0 and clean-fid antialiases with PIL's
+bicubic: figures of different resizes don't compare, and small pictures are mostly resize. See docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ TO_SAFETENSORS = (
 class ConvReLU(nnx.Conv):
     """Convolution, bias (of the folded batch normalisation), ReLU. `padding` is on both sides, as in torch."""
 
-    def __init__(self, features_in: int, features: int, kernel=(1, 1), stride: int = 1, padding=(0, 0), *, rngs: nnx.Rngs):
+    def __init__(
+        self, features_in: int, features: int, kernel=(1, 1), stride: int = 1, padding=(0, 0), *, rngs: nnx.Rngs
+    ):
         super().__init__(
             features_in, features, kernel, strides=(stride, stride), padding=tuple((p, p) for p in padding), rngs=rngs
         )
@@ -55,8 +57,7 @@ def _average_pool(x):
 
 
 class _Block(nnx.Module):
-    """Convolutions by name, from `(name, width, kernel, stride, padded)` rows; a name ending in _2, _3, ... follows its
-    predecessor, all else reads the block's input."""
+    """Convolutions by the checkpoint's names: those of stride 1 keep the size, those of stride 2 are not padded."""
 
     def _add(self, name, features_in, features, kernel=(1, 1), stride=1, *, rngs):
         padding = tuple(k // 2 for k in kernel) if stride == 1 else (0, 0)
@@ -255,7 +256,9 @@ def load_inception(path: str | pathlib.Path) -> Inception:
     with path.open("rb") as file:
         start = file.read(2)
     if start in (b"PK", b"\x80\x02"):
-        raise ValueError(f"{path}: a torch pickle, which can run code when read; write it as safetensors: {TO_SAFETENSORS}")
+        raise ValueError(
+            f"{path}: a torch pickle, which can run code when read; write it as safetensors: {TO_SAFETENSORS}"
+        )
     try:
         tensors = safetensors.numpy.load_file(path)
     except safetensors.SafetensorError as error:

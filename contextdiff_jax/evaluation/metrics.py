@@ -1,4 +1,4 @@
-"""The evaluate command's metrics by name: a function of an `Evaluation`, which makes once what several of them share."""
+"""The evaluate command's metrics by name: functions of an `Evaluation`, which makes once what several of them share."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, PyTree, UInt8
 
-from contextdiff_jax.data import DataConfig, RandomAccessSource, make_source
+from contextdiff_jax.data import DataConfig, RandomAccessSource, Tokenizer, make_source
 from contextdiff_jax.data.shapes import heldout_triples
 from contextdiff_jax.evaluation import bound as bounds
 from contextdiff_jax.evaluation import distances
-from contextdiff_jax.evaluation.classifier import REPORT_FILE, Classifier, correct, load_classifier, read_labels
+from contextdiff_jax.evaluation.classifier import Classifier, correct, load_classifier, read_labels
 from contextdiff_jax.evaluation.composition import is_main, judge
 from contextdiff_jax.evaluation.features import batches, extract
 from contextdiff_jax.evaluation.inception import Inception, load_inception, resize
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
-from contextdiff_jax.run import Run
-from contextdiff_jax.training.state import model_graph
+from contextdiff_jax.settings import Settings
 
 Scores = dict[str, dict[str, Estimate]]  # {row: {name: estimate}}
 FLOOR = "real pictures instead"
@@ -82,39 +81,44 @@ def feature_fns(network: Inception | Classifier) -> dict[str, Callable]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A run, what to ask of it, and (cached) its samples and their features.
+    """A trained model, what to ask of it, and (cached) its samples and their features.
 
-    `features`: a classifier's folder or Inception's weights; empty: DIR/classifier. `reference`: real pictures.
-    `bound_timesteps`: strata of the bound's sum, 0: every timestep.
+    `graph`, `params`: the model, split. `generate`: captions to pictures. `features`: a classifier's folder or
+    Inception's weights. `num`: samples a split. `reference`: real pictures a split. `bound_timesteps`: strata of the
+    bound's sum, 0: every timestep.
     """
 
-    run: Run
+    settings: Settings
+    tokenizer: Tokenizer
+    graph: nnx.GraphDef
+    params: PyTree
     generate: Callable[[Sequence[str]], UInt8[np.ndarray, "N H W 3"]]
-    workdir: pathlib.Path
+    features: str
     num: int = 256
     seed: int = 0
     reference: int = 2048
     bound_timesteps: int = 50
-    features: str = ""
 
     @functools.cached_property
     def sources(self) -> dict[str, RandomAccessSource]:
-        return splits(self.run.settings.data)
+        return splits(self.settings.data)
 
     @functools.cached_property
     def network(self) -> Inception | Classifier:
-        path = pathlib.Path(self.features or self.workdir / "classifier")
-        if not self.features and not (path / REPORT_FILE).exists():
+        path = pathlib.Path(self.features)
+        if not path.exists():
             raise ValueError(
-                "--features: missing; name a folder that contextdiff_jax.train_classifier wrote, or Inception's weights "
-                f"as safetensors (or have a classifier in {path})"
+                f"--features={path}: no such folder or file; name one that contextdiff_jax.train_classifier wrote, or "
+                "Inception's weights as safetensors"
             )
-        if path.is_dir() or not path.suffix:
-            network, size = load_classifier(path), self.run.settings.data.image_size
-            if network.image_size != size:
-                raise ValueError(f"{path}: its classifier reads pictures of {network.image_size} pixels, the run's have {size}")
-            return network
-        return load_inception(path)
+        if path.is_file():
+            return load_inception(path)
+        network, size = load_classifier(path), self.settings.data.image_size
+        if network.image_size != size:
+            raise ValueError(
+                f"--features={path}: reads pictures of {network.image_size} pixels, the run's have {size}"
+            )
+        return network
 
     @functools.cached_property
     def _cache(self) -> dict:
@@ -160,7 +164,7 @@ class Evaluation:
 
 def check(names: Sequence[str], evaluation: Evaluation) -> None:
     """Raises ValueError for a metric that this run can't have, before anything is sampled."""
-    settings = evaluation.run.settings
+    settings = evaluation.settings
     for name in names:
         if name == "composition" and settings.data.source != "shapes":
             raise ValueError(
@@ -187,10 +191,10 @@ def composition(evaluation: Evaluation) -> Result:
 
 def bound(evaluation: Evaluation) -> Result:
     """The bound on -log2 p(picture | caption) of `num` real pictures a split."""
-    settings, tokenizer = evaluation.run.settings, evaluation.run.tokenizer
+    settings, tokenizer = evaluation.settings, evaluation.tokenizer
     schedule, length = settings.diffusion.make_schedule(), settings.data.max_length
     terms = bounds.make_model_bound(
-        model_graph(settings), schedule, settings.diffusion.prediction_type, settings.context.shift
+        evaluation.graph, schedule, settings.diffusion.prediction_type, settings.context.shift
     )
     edges = bounds.make_strata(schedule.num_timesteps, evaluation.bound_timesteps or None)
     null = tokenizer.encode([""], length)
@@ -202,7 +206,7 @@ def bound(evaluation: Evaluation) -> Result:
         images = np.stack([record["image"] for record in records])
         parts = []
         for number, (batch, real) in enumerate(batches((images, ids, mask), _BOUND_BATCH, "bound")):
-            values = terms(evaluation.run.params, *batch, *null, jax.random.fold_in(key, number), edges)
+            values = terms(evaluation.params, *batch, *null, jax.random.fold_in(key, number), edges)
             parts.append({name: np.asarray(value)[..., :real] for name, value in values.items()})
         result = bounds.collect(parts, edges)
         named = {"total": result.total, "prior": result.prior, "kl": result.kl, "decoder": result.decoder}

@@ -18,11 +18,14 @@ from contextdiff_jax.evaluation.metrics import Result, Scores
 
 _SHOWN = 24  # samples a split
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; max-width: 1100px; margin: 2em auto; padding: 0 1em }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff }
+body { max-width: 1100px; margin: 2em auto; padding: 0 1em }
 h1, h2, h3 { line-height: 1.2; margin: 1.6em 0 .4em } h1 { margin-top: 0 }
-table { border-collapse: collapse; margin: .5em 0 } th, td { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; margin: .5em 0 }
+th, td { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap } td small, p.note { color: #666 }
-img { max-width: 100%; border: 1px solid #eee } pre { background: #f6f6f6; padding: .8em; white-space: pre-wrap; font-size: 13px }
+img { max-width: 100%; border: 1px solid #eee }
+pre { background: #f6f6f6; padding: .8em; white-space: pre-wrap; font-size: 13px }
 """
 
 
@@ -31,7 +34,8 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        lines = info.read_text().splitlines()
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         cpu = f"{len(models)} x {models[0]}" if models else cpu
     devices = jax.devices()
     return {
@@ -70,7 +74,9 @@ def as_json(results: Mapping[str, Result]) -> dict[str, Any]:
     values, intervals, details = {}, {}, {}
     for metric, result in results.items():
         values[metric] = {row: {n: e.value for n, e in names.items()} for row, names in result.scores.items()}
-        intervals[metric] = {row: {n: [e.low, e.high] for n, e in names.items()} for row, names in result.scores.items()}
+        intervals[metric] = {
+            row: {n: [e.low, e.high] for n, e in names.items()} for row, names in result.scores.items()
+        }
         if result.details:
             details[metric] = result.details  # an Estimate inside is written as [value, low, high]
     return {**values, "intervals": intervals, "details": details}
@@ -141,7 +147,8 @@ def write_report(
             body.append(_image(f"{metric}.png", f"{metric} with 95% intervals"))
         if "parts" in result.details:
             parts = _html_table(result.details["parts"], result.unit)
-            body.append(f"<details><summary>by number of objects, and exact by what is asked for</summary>{parts}</details>")
+            summary = "<summary>by number of objects, and exact by what is asked for</summary>"
+            body.append(f"<details>{summary}{parts}</details>")
     marks = results["composition"].details["exact_by_sample"] if "composition" in results else {}
     body.append("<h2>samples</h2>" if samples else "")
     for i, (row, (images, captions)) in enumerate(samples.items()):
@@ -152,9 +159,11 @@ def write_report(
         body += [f"<h3>{html.escape(row)}</h3>", _image(f"samples_{i}.png", f"samples for captions of {row}")]
     if (workdir / "metrics.jsonl").exists():
         pictures.plot_curves(workdir / "metrics.jsonl", folder / "curves.png")
-        body += ["<h2>training</h2>", _image("curves.png", "training curves")] if (folder / "curves.png").exists() else []
+        if (folder / "curves.png").exists():  # a log without any known curve has none
+            body += ["<h2>training</h2>", _image("curves.png", "training curves")]
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in _flat(facts).items())
-    body += ["<h2>how it was made</h2>", f"<table>{rows}</table>", "<h3>config</h3>", _pre(json.dumps(config, indent=1))]
+    body += ["<h2>how it was made</h2>", f"<table>{rows}</table>"]
+    body += ["<h3>config</h3>", _pre(json.dumps(config, indent=1))]
     page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>evaluation</title><style>{_STYLE}</style>"
     partial = folder / "index.html.partial"
     partial.write_text(page + "\n".join(body) + "</html>\n", encoding="utf-8")
