@@ -95,7 +95,7 @@ def test_attributes_are_the_fields_with_a_few_frequent_values():
     rows[5]["tone"] = "rare"
     attributes = c.choose_attributes([c.read_labels(row) for row in rows])
     assert {a.name: a.values for a in attributes} == {"style": ("a", "b"), "tone": ("c", "d", "other")}
-    with pytest.raises(ValueError, match="no attribute with 2 to 64 frequent values"):
+    with pytest.raises(ValueError, match="no attribute of its records has 2 to 64 frequent"):
         c.choose_attributes([{"same": ("x",)}] * 10)
 
 

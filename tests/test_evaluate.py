@@ -158,6 +158,7 @@ def test_judge_keeps_every_picture_s_answer(evaluation):
         ("fid", {"features": "nowhere"}, "--features=nowhere: no such folder or file; name one that"),
         ("attributes", {"features": str(ROOT / "README.md")}, "README.md: truncated or not a safetensors file"),
         ("kid", {"image_size": 32}, "reads pictures of 16 pixels, the run's have 32"),
+        ("precision_recall", {"num": 3}, "--num=3, --reference=40: 3 neighbours need more"),
         ("bound", {"bound_timesteps": 50}, "--bound_timesteps=50: must lie in 1..49"),
     ],
 )

@@ -72,6 +72,6 @@ def extract(
     if not len(images):
         raise ValueError("images: the list is empty")
     parts = []
-    for (batch,), real in batches((np.asarray(images),), batch_size, label):
+    for (batch,), real in batches((images,), batch_size, label):
         parts.append(np.asarray(feature_fn(batch), np.float32)[:real])
     return np.concatenate(parts)

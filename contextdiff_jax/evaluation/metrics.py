@@ -28,6 +28,7 @@ from contextdiff_jax.settings import Settings
 Scores = dict[str, dict[str, Estimate]]  # {row: {name: estimate}}
 FLOOR = "real pictures instead"
 _BOUND_BATCH = 32
+_NEIGHBOURS = 3  # of precision and recall, the paper's
 _MAX_FOR_MANY_RESAMPLES = 256  # features: a Frechet distance of 2048 takes a second or more
 
 
@@ -77,6 +78,19 @@ def feature_fns(network: Inception | Classifier) -> dict[str, Callable]:
         return lambda images: compiled(params, images)
 
     return {name: bind(method) for name, method in methods.items()}
+
+
+class _Pictures:
+    """Up to `count` pictures of a source from `start` on, read when sliced: all at once may not fit the memory."""
+
+    def __init__(self, source: RandomAccessSource, start: int, count: int):
+        self._source, self._numbers = source, range(start, min(start + count, len(source)))
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, part: slice) -> UInt8[np.ndarray, "N H W 3"]:
+        return np.stack([self._source[i]["image"] for i in self._numbers[part]])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,11 +147,10 @@ class Evaluation:
     def _feature_fns(self) -> dict[str, Callable]:
         return feature_fns(self.network)
 
-    def records(self, row: str, start: int = 0, count: int | None = None) -> list[dict[str, Any]]:
-        """`count` (`num`) records of a split from `start` on, or as many as there are."""
+    def records(self, row: str) -> list[dict[str, Any]]:
+        """The first `num` records of a split, or as many as there are."""
         source = self.sources[row]
-        stop = min(start + (count or self.num), len(source))
-        return self._once(("records", row, start, stop), lambda: [source[i] for i in range(start, stop)])
+        return self._once(("records", row), lambda: [source[i] for i in range(min(self.num, len(source)))])
 
     def captions(self, row: str) -> list[str]:
         """Those that the samples are made for."""
@@ -158,7 +171,7 @@ class Evaluation:
 
     def real_features(self, row: str, start: int, count: int) -> Float[np.ndarray, "N D"]:
         """Of the split's pictures from `start` on."""
-        images = [record["image"] for record in self.records(row, start, count)]
+        images = _Pictures(self.sources[row], start, count)
         return self._once(("real", row, start, count), lambda: extract(self._feature_fns["features"], images))
 
 
@@ -172,6 +185,10 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
             )
         if name == "bound":
             bounds.make_strata(settings.diffusion.num_timesteps, evaluation.bound_timesteps or None)
+        if name == "precision_recall" and min(evaluation.num, evaluation.reference) <= _NEIGHBOURS:
+            raise ValueError(
+                f"--num={evaluation.num}, --reference={evaluation.reference}: {_NEIGHBOURS} neighbours need more"
+            )
         if name in ("fid", "kid", "precision_recall", "attributes"):
             network = evaluation.network
             if name == "attributes" and not isinstance(network, Classifier):
@@ -258,10 +275,10 @@ def precision_recall(evaluation: Evaluation) -> Result:
     """Share of samples near real pictures, and of real pictures near samples."""
 
     def distance(x, y):
-        inside = distances.precision_recall(x, y)
+        inside = distances.precision_recall(x, y, _NEIGHBOURS)
         return {name: mean_interval(v) for name, v in zip(("precision", "recall"), inside, strict=True)}
 
-    return Result(_against_real(evaluation, distance), "%", _note(evaluation) + ", k = 3")
+    return Result(_against_real(evaluation, distance), "%", _note(evaluation) + f", k = {_NEIGHBOURS}")
 
 
 def attributes(evaluation: Evaluation) -> Result:
