@@ -1,7 +1,7 @@
-"""python -m contextdiff_jax.evaluate --workdir=DIR --metrics=composition [--num=256] [--guidance=3]
+"""python -m contextdiff_jax.evaluate --workdir=DIR --metrics=composition,bound,fid,kid,precision_recall,attributes
 
-Scores of a run's samples, as a table on the terminal and in DIR/metrics.json. `composition`: pictures for captions of
-training and of held-out attribute combinations, judged from their pixels (data.source=shapes).
+Scores of a run's samples and of its likelihood with 95% intervals: a table on the terminal, DIR/metrics.json, and the
+page DIR/report/index.html. What each metric is, and what it needs: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shlex
+import sys
 
 from absl import flags
 
@@ -16,54 +18,28 @@ from contextdiff_jax import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 METRICS = flags.DEFINE_list("metrics", ["composition"], "Comma-separated names of metrics.")
-NUM = flags.DEFINE_integer("num", 256, "Captions a split.", lower_bound=1)
+NUM = flags.DEFINE_integer("num", 256, "Samples, and pictures of the bound, a split.", lower_bound=2)
+REFERENCE = flags.DEFINE_integer("reference", 2048, "Real pictures a split to compare with.", lower_bound=2)
+FEATURES = flags.DEFINE_string("features", "", "A classifier's folder or Inception's weights; default: DIR/classifier.")
+BOUND_TIMESTEPS = flags.DEFINE_integer("bound_timesteps", 50, "KL terms a picture; 0: all.", lower_bound=0)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the run's config.")
 SAMPLER = flags.DEFINE_string("sampler", None, "ddim or ddpm; default: the run's config.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's config.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the samples' noise.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the samples' noise, the bound's, and the bootstrap.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or params.")
 
 
-def composition(run, generator, num: int, seed: int) -> dict[str, dict[str, float]]:
-    """{split: {exact, shape, colour, ...}} over `num` captions of each split of `shapes`."""
-    from contextdiff_jax.data import make_source
-    from contextdiff_jax.evaluation.composition import composition as score
-
-    if run.settings.data.source != "shapes":
-        raise ValueError(
-            f"--metrics=composition: judges scenes of data.source='shapes'; the run's is {run.settings.data.source!r}"
-        )
-    scores = {}
-    for split, name in (("train", "seen combinations"), ("heldout", "held-out combinations")):
-        # Other scenes than those trained on, of the same combinations.
-        source = make_source(dataclasses.replace(run.settings.data, scene_seed=run.settings.data.scene_seed + 1), split)
-        captions = [source[i]["caption"] for i in range(num)]
-        scores[name] = score(generator(run.params, captions, seed), captions)
-    return scores
-
-
-COMMAND_METRICS = {"composition": composition}
-
-
-def table(scores: dict[str, dict[str, float]]) -> str:
-    """Rows of scores as text, a column a name, in per cent."""
-    columns = list(dict.fromkeys(name for row in scores.values() for name in row))
-    width = max(len(row) for row in scores)
-    lines = [" " * width + "".join(f"{name:>10}" for name in columns)]
-    for row, values in scores.items():
-        cells = (f"{100 * values[c]:9.1f}%" if c in values else " " * 9 + "-" for c in columns)
-        lines.append(f"{row:<{width}}" + "".join(cells))
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Parses, samples, scores."""
+    """Parses, samples, scores, reports."""
+    from contextdiff_jax.evaluation import metrics, report
+
     for name in METRICS.value:
-        if name not in COMMAND_METRICS:
-            raise ValueError(f"--metrics={name!r}: unknown; one of {', '.join(COMMAND_METRICS)}")
+        if name not in metrics.METRICS:
+            raise ValueError(f"--metrics={name!r}: unknown; one of {', '.join(metrics.METRICS)}")
 
     from contextdiff_jax.generation import Generator
     from contextdiff_jax.run import load_run
+    from contextdiff_jax.training.state import model_graph
 
     run = load_run(WORKDIR.value, WEIGHTS.value)
     given = {"sampler": SAMPLER.value, "steps": STEPS.value, "guidance": GUIDANCE.value}
@@ -73,12 +49,30 @@ def main() -> None:
     workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
     generator = Generator(run.settings, run.tokenizer, options)
-    report = {"step": run.step, "num": NUM.value, "seed": SEED.value, "sample": dataclasses.asdict(options)}
+    evaluation = metrics.Evaluation(
+        settings=run.settings, tokenizer=run.tokenizer, graph=model_graph(run.settings), params=run.params,
+        generate=lambda captions: generator(run.params, captions, SEED.value),
+        features=FEATURES.value or str(workdir / "classifier"), num=NUM.value, seed=SEED.value,
+        reference=REFERENCE.value, bound_timesteps=BOUND_TIMESTEPS.value,
+    )
+    metrics.check(METRICS.value, evaluation)
+    results = {}
     for name in METRICS.value:
-        report[name] = COMMAND_METRICS[name](run, generator, NUM.value, SEED.value)
-        print(f"{name}, step {run.step}, {NUM.value} captions a row, {options.sampler} {options.steps} steps, "
-              f"guidance {options.guidance}\n{table(report[name])}")
-    (workdir / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+        result = results[name] = metrics.METRICS[name](evaluation)
+        print(f"{name}, step {run.step}, {NUM.value} a column, {options.sampler} {options.steps} steps, guidance "
+              f"{options.guidance}: {result.note}\n{report.table(result.scores, result.unit)}\n", flush=True)
+
+    facts = {
+        "command": shlex.join(["python", "-m", "contextdiff_jax.evaluate", *sys.argv[1:]]), "step": run.step,
+        "weights": WEIGHTS.value, "num": NUM.value, "seed": SEED.value, "sample": dataclasses.asdict(options),
+        "machine": report.machine(),
+    }
+    partial = workdir / "metrics.json.partial"
+    partial.write_text(json.dumps({**facts, **report.as_json(results)}, indent=2) + "\n")
+    partial.replace(workdir / "metrics.json")
+    config = json.loads((workdir / "config.json").read_text())
+    samples = {row: (images, evaluation.captions(row)) for row, images in evaluation.sampled.items()}
+    print(f"{report.write_report(workdir, results, samples, facts, config)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import PyTree, UInt8
+from tqdm import tqdm
 
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.models.contextdiff import make_sampler
@@ -46,7 +47,8 @@ class Generator:
         noise_key, sampler_key = jax.random.split(jax.random.key(seed))
         shape = (size, size, self._settings.model.in_channels)
         images = []
-        for start in range(0, len(prompts), batch_size):
+        starts = range(0, len(prompts), batch_size)
+        for start in tqdm(starts, desc="samples", leave=False, disable=None if len(starts) > 1 else True):
             part = list(prompts[start : start + batch_size])
             real, width = len(part), min(batch_size, len(prompts))
             part += [""] * (width - real)  # one shape, one compilation

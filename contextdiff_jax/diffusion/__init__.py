@@ -1,7 +1,7 @@
 """The mathematics of contextualized diffusion: pure functions on arrays (jax only)."""
 
 from contextdiff_jax.diffusion.guidance import dynamic_threshold, guide, plugin_denoise, posterior_mean_denoise
-from contextdiff_jax.diffusion.losses import loss_weight, prior_kl, sample_timesteps, snr, vlb
+from contextdiff_jax.diffusion.losses import loss_weight, prior_kl, sample_timesteps, snr, vlb, vlb_ends, vlb_kl
 from contextdiff_jax.diffusion.process import (
     Gaussian,
     predict_x0,
@@ -37,4 +37,6 @@ __all__ = [
     "spaced_timesteps",
     "training_target",
     "vlb",
+    "vlb_ends",
+    "vlb_kl",
 ]

@@ -124,40 +124,56 @@ def _discretised_gaussian_nll(x0, mean, variance):
     return -jnp.where(x0 < -0.999, first, jnp.where(x0 > 0.999, last, inner))
 
 
+ContextFn = Callable[[Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B *D"]]
+
+
+def _denoised_at(denoise, x0, context_fn, schedule, key, t, shift):
+    r_t, r_s = context_fn(x0, t), context_fn(x0, jnp.maximum(t - 1, 0))
+    x_t = q_sample(schedule, x0, r_t, t, jax.random.normal(key, x0.shape, x0.dtype), shift)
+    return x_t, r_t, r_s, denoise(x_t, t, t - 1)
+
+
+def vlb_kl(
+    denoise: DenoiseFn, x0: Float[Array, "B *D"], context_fn: ContextFn, schedule: NoiseSchedule, key: PRNGKeyArray,
+    t: Int[Array, "B"], shift: str = "quadratic",
+) -> Float[Array, "B"]:
+    """(8) at t in 1..T-1, each sample's own, with one noise draw, in bits/dim."""
+    x_t, r_t, r_s, hat = _denoised_at(denoise, x0, context_fn, schedule, key, t, shift)
+    true = q_posterior(schedule, x0, x_t, r_t, r_s, t, t - 1, shift=shift)
+    model = q_posterior(schedule, hat.x0, x_t, hat.context_t, hat.context_s, t, t - 1, shift=shift)
+    return _bits_per_dim((true.mean - model.mean) ** 2 / (2 * true.variance))
+
+
+def vlb_ends(
+    denoise: DenoiseFn, x0: Float[Array, "B *D"], context_fn: ContextFn, schedule: NoiseSchedule, key: PRNGKeyArray,
+    shift: str = "quadratic",
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """(L_T, L_0) of (7) in bits/dim; L_0 (9) with one noise draw and the posterior variance of t = 1 (Nichol &
+    Dhariwal 2021), as DDPM's own is 0 at t = 0."""
+    t = jnp.zeros(x0.shape[:1], jnp.int32)
+    *_, hat = _denoised_at(denoise, x0, context_fn, schedule, key, t, shift)
+    decoder_variance = q_posterior(schedule, x0, x0, x0, x0, jnp.int32(1), jnp.int32(0)).variance
+    decoder = _bits_per_dim(_discretised_gaussian_nll(x0, hat.x0, decoder_variance))
+    prior = prior_kl(schedule, x0, context_fn(x0, jnp.full_like(t, schedule.num_timesteps - 1)), shift)
+    return prior, decoder
+
+
 def vlb(
-    denoise: DenoiseFn,
-    x0: Float[Array, "B *D"],
-    context_fn: Callable[[Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B *D"]],
-    schedule: NoiseSchedule,
-    key: PRNGKeyArray,
+    denoise: DenoiseFn, x0: Float[Array, "B *D"], context_fn: ContextFn, schedule: NoiseSchedule, key: PRNGKeyArray,
     shift: str = "quadratic",
 ) -> dict[str, Float[Array, "..."]]:
     """The bound (7) on -log2 p(x0 | c) a dimension, one noise draw for each t; x0 holds pixels in {-1, ..., 1}, 256
     levels. With a shift, (8) contains the errors of the context too.
 
-    Returns `total` [B], `prior` [B] (L_T), `kl` [T, B] (row 0 is 0: that step is the decoder) and `decoder` [B]
-    (L_0, with the posterior variance of t = 1, Nichol & Dhariwal 2021, as DDPM's own is 0 at t = 0).
+    Returns `total` [B], `prior` [B] (L_T), `kl` [T, B] (row 0 is 0: that step is the decoder) and `decoder` [B] (L_0).
     """
     batch = x0.shape[:1]
 
-    def denoised_at(index):
-        t = jnp.full(batch, index)
-        r_t, r_s = context_fn(x0, t), context_fn(x0, jnp.maximum(t - 1, 0))
-        noise = jax.random.normal(jax.random.fold_in(key, index), x0.shape, x0.dtype)
-        x_t = q_sample(schedule, x0, r_t, t, noise, shift)
-        return t, x_t, r_t, r_s, denoise(x_t, t, t - 1)
+    def row(_, index):
+        step_key = jax.random.fold_in(key, index)
+        return None, vlb_kl(denoise, x0, context_fn, schedule, step_key, jnp.full(batch, index), shift)
 
-    def kl_term(_, index):
-        t, x_t, r_t, r_s, hat = denoised_at(index)
-        true = q_posterior(schedule, x0, x_t, r_t, r_s, t, t - 1, shift=shift)
-        model = q_posterior(schedule, hat.x0, x_t, hat.context_t, hat.context_s, t, t - 1, shift=shift)
-        return None, _bits_per_dim((true.mean - model.mean) ** 2 / (2 * true.variance))
-
-    _, kl = jax.lax.scan(kl_term, None, jnp.arange(1, schedule.num_timesteps))
+    _, kl = jax.lax.scan(row, None, jnp.arange(1, schedule.num_timesteps))
     kl = jnp.concatenate([jnp.zeros((1, *batch)), kl])
-    *_, hat = denoised_at(jnp.int32(0))
-    decoder_variance = q_posterior(schedule, x0, x0, x0, x0, jnp.int32(1), jnp.int32(0)).variance
-    decoder = _bits_per_dim(_discretised_gaussian_nll(x0, hat.x0, decoder_variance))
-    T = jnp.full(batch, schedule.num_timesteps - 1)
-    prior = prior_kl(schedule, x0, context_fn(x0, T), shift)
+    prior, decoder = vlb_ends(denoise, x0, context_fn, schedule, jax.random.fold_in(key, 0), shift)
     return {"total": prior + kl.sum(0) + decoder, "prior": prior, "kl": kl, "decoder": decoder}

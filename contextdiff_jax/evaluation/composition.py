@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from scipy import ndimage
 
 from contextdiff_jax.data.shapes import (
@@ -200,6 +200,39 @@ def check(image: UInt8[np.ndarray, "S S 3"], wanted: str | Scene) -> dict[str, f
     return {"exact": exact, "count": count, **best}
 
 
+def judge(
+    images: Sequence[UInt8[np.ndarray, "S S 3"]] | UInt8[np.ndarray, "N S S 3"], captions: Sequence[str]
+) -> dict[str, Float[np.ndarray, "N"]]:
+    """`check` of every picture and its caption, an array a name; nan where the caption asks for nothing of the kind.
+
+    Beside the names of `check`, each also by the number of objects asked for (`exact_2`), and `exact` by what is
+    asked for (`exact circle`). Only what occurs.
+
+    Raises:
+        ValueError: if there are no pictures, or not as many as captions, or a caption is refused.
+    """
+    if not len(images) or len(images) != len(captions):
+        raise ValueError(
+            f"images={len(images)}, captions={len(captions)}: must be equally many, and at least one"
+        )
+    values: dict[str, Float[np.ndarray, "N"]] = {}
+
+    def note(name: str, index: int, value: float) -> None:
+        if value == value:  # not nan
+            values.setdefault(name, np.full(len(images), np.nan))[index] = value
+
+    for i, (image, text) in enumerate(zip(images, captions)):
+        wanted = parse_caption(text)
+        result = check(image, wanted)
+        for name, value in result.items():
+            note(name, i, float(value))
+            note(f"{name}_{len(wanted.objects)}", i, float(value))
+        words = {word for o in wanted.objects for word in (o.shape, o.colour, o.size) if word}
+        for word in words | ({wanted.relation} if wanted.relation else set()):
+            note(f"exact {word}", i, float(result["exact"]))
+    return {name: values[name] for name in sorted(values)}
+
+
 def composition(
     images: Sequence[UInt8[np.ndarray, "S S 3"]] | UInt8[np.ndarray, "N S S 3"], captions: Sequence[str]
 ) -> dict[str, float]:
@@ -210,18 +243,11 @@ def composition(
         `exact_1`, `exact_2`, `exact_3`: `exact` by the number of objects asked for. Only what occurs.
 
     Raises:
-        ValueError: if there are no pictures, or not as many as captions, or a caption is refused.
+        ValueError: as `judge`.
     """
-    if not len(images) or len(images) != len(captions):
-        raise ValueError(
-            f"images={len(images)}, captions={len(captions)}: must be equally many, and at least one"
-        )
-    values: dict[str, list[float]] = {}
-    for image, text in zip(images, captions):
-        wanted = parse_caption(text)
-        result = check(image, wanted)
-        result[f"exact_{len(wanted.objects)}"] = result["exact"]
-        for name, value in result.items():
-            if value == value:  # not nan
-                values.setdefault(name, []).append(float(value))
-    return {name: float(np.mean(values[name])) for name in sorted(values)}
+    return {name: float(np.nanmean(values)) for name, values in judge(images, captions).items() if is_main(name)}
+
+
+def is_main(name: str) -> bool:
+    """Whether one of `judge`'s names is a headline: all but attributes by number of objects and `exact` by value."""
+    return name.startswith("exact_") or not any(c in name for c in " _")

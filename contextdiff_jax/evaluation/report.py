@@ -1,0 +1,200 @@
+"""What a person reads of an evaluation: text tables, plots, and one static page that needs no network."""
+
+from __future__ import annotations
+
+import html
+import json
+import pathlib
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from contextdiff_jax import pictures
+from contextdiff_jax.evaluation.intervals import Estimate
+from contextdiff_jax.evaluation.metrics import Result, Scores
+
+_SHOWN = 24  # samples a split
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff }
+body { max-width: 1100px; margin: 2em auto; padding: 0 1em }
+h1, h2, h3 { line-height: 1.2; margin: 1.6em 0 .4em } h1 { margin-top: 0 }
+table { border-collapse: collapse; margin: .5em 0 }
+th, td { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap } td small, p.note { color: #666 }
+img { max-width: 100%; border: 1px solid #eee }
+pre { background: #f6f6f6; padding: .8em; white-space: pre-wrap; font-size: 13px }
+"""
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures were made."""
+    cpu = platform.processor() or platform.machine()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        cpu = f"{len(models)} x {models[0]}" if models else cpu
+    devices = jax.devices()
+    return {
+        "devices": f"{len(devices)} x {devices[0].device_kind}", "cpu": cpu, "system": platform.platform(),
+        "python": platform.python_version(), "jax": jax.__version__,
+    }
+
+
+def number(value: float, unit: str) -> str:
+    """A value as a person writes it."""
+    return f"{100 * value:.1f}%" if unit == "%" else f"{value:.4g}"
+
+
+def _names(scores: Scores) -> list[str]:
+    return list(dict.fromkeys(name for row in scores.values() for name in row))
+
+
+def cell(estimate: Estimate | None, unit: str) -> str:
+    """`81.2% [72.9, 88.5]`, or a dash."""
+    if estimate is None:
+        return "-"
+    low, high = (number(v, unit).rstrip("%") for v in estimate[1:])
+    return f"{number(estimate.value, unit)} [{low}, {high}]"
+
+
+def table(scores: Scores, unit: str) -> str:
+    """Rows of scores as lines of text: a line a name, a column a row, with 95% intervals."""
+    rows, names = list(scores), _names(scores)
+    cells = [["", *rows]] + [[name, *(cell(scores[row].get(name), unit) for row in rows)] for name in names]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(rows) + 1)]
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def as_json(results: Mapping[str, Result]) -> dict[str, Any]:
+    """metrics.json's part: {metric: {row: {name: value}}}, the same of `intervals`, and `details`."""
+    values, intervals, details = {}, {}, {}
+    for metric, result in results.items():
+        values[metric] = {row: {n: e.value for n, e in names.items()} for row, names in result.scores.items()}
+        intervals[metric] = {
+            row: {n: [e.low, e.high] for n, e in names.items()} for row, names in result.scores.items()
+        }
+        if result.details:
+            details[metric] = result.details  # an Estimate inside is written as [value, low, high]
+    return {**values, "intervals": intervals, "details": details}
+
+
+def plot_bound(details: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Bits/dim of each timestep's KL term, a line a split."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    for row, values in details["kl_by_t"].items():
+        axis.stairs(values, details["edges"], baseline=None, label=row, linewidth=1.5)
+    axis.set(xlabel="t (1: nearly clean)", ylabel="bits/dim a timestep", title="KL terms of the bound")
+    axis.set(xscale="log", yscale="log")  # the terms fall by orders of magnitude over the first timesteps
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(plt, figure, path)
+
+
+def plot_shares(scores: Scores, path: pathlib.Path) -> None:
+    """Bars with intervals, a colour a row."""
+    plt = _pyplot()
+    names, width = _names(scores), 0.8 / len(scores)
+    figure, axis = plt.subplots(figsize=(max(5, 1.1 * len(names)), 3.5))
+    for i, (row, estimates) in enumerate(scores.items()):
+        found = [(x, estimates[name]) for x, name in enumerate(names) if name in estimates]
+        middle = np.array([e.value for _, e in found])
+        reach = [middle - [e.low for _, e in found], [e.high for _, e in found] - middle]
+        axis.bar([x + (i - (len(scores) - 1) / 2) * width for x, _ in found], middle, width, label=row,
+                 yerr=np.maximum(reach, 0), capsize=2)
+    axis.set_xticks(range(len(names)), names)
+    axis.set(ylim=(0, 1.05), ylabel="share")
+    axis.grid(alpha=0.3, axis="y")
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(2, len(scores)), frameon=False, fontsize=8)
+    _save(plt, figure, path)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(plt, figure, path: pathlib.Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_report(
+    workdir: pathlib.Path, results: Mapping[str, Result], samples: Mapping[str, tuple[np.ndarray, Sequence[str]]],
+    facts: Mapping[str, Any], config: Mapping[str, Any],
+) -> pathlib.Path:
+    """Writes DIR/report/index.html and its pictures: tables, plots, the `samples` ({row: (pictures, captions)}) and
+    the run's curves, then `facts` (command, step, machine) and the config. Returns the page's path."""
+    folder = workdir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    body = [f"<h1>{html.escape(workdir.absolute().name)}, step {facts['step']}</h1>", _pre(facts["command"])]
+    for metric, result in results.items():
+        body += [f"<h2>{metric}</h2>", _paragraph(result.note), _html_table(result.scores, result.unit)]
+        if "kl_by_t" in result.details:
+            plot_bound(result.details, folder / f"{metric}.png")
+            body.append(_image(f"{metric}.png", "bits per dimension by timestep"))
+        elif result.unit == "%":
+            plot_shares(result.scores, folder / f"{metric}.png")
+            body.append(_image(f"{metric}.png", f"{metric} with 95% intervals"))
+        if "parts" in result.details:
+            parts = _html_table(result.details["parts"], result.unit)
+            summary = "<summary>by number of objects, and exact by what is asked for</summary>"
+            body.append(f"<details>{summary}{parts}</details>")
+    marks = results["composition"].details["exact_by_sample"] if "composition" in results else {}
+    body.append("<h2>samples</h2>" if samples else "")
+    for i, (row, (images, captions)) in enumerate(samples.items()):
+        captions = list(captions)[:_SHOWN]
+        if row in marks:
+            captions = [f"{'✓' if right else '✗'} {text}" for right, text in zip(marks[row], captions)]
+        pictures.caption_grid(images[:_SHOWN], captions, columns=6).save(folder / f"samples_{i}.png")
+        body += [f"<h3>{html.escape(row)}</h3>", _image(f"samples_{i}.png", f"samples for captions of {row}")]
+    if (workdir / "metrics.jsonl").exists():
+        pictures.plot_curves(workdir / "metrics.jsonl", folder / "curves.png")
+        if (folder / "curves.png").exists():  # a log without any known curve has none
+            body += ["<h2>training</h2>", _image("curves.png", "training curves")]
+    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in _flat(facts).items())
+    body += ["<h2>how it was made</h2>", f"<table>{rows}</table>"]
+    body += ["<h3>config</h3>", _pre(json.dumps(config, indent=1))]
+    page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>evaluation</title><style>{_STYLE}</style>"
+    partial = folder / "index.html.partial"
+    partial.write_text(page + "\n".join(body) + "</html>\n", encoding="utf-8")
+    partial.replace(folder / "index.html")
+    return folder / "index.html"
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for name, value in facts.items():
+        flat |= {f"{name}: {k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _pre(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def _paragraph(text: str) -> str:
+    return f"<p class='note'>{html.escape(text)}; 95% bootstrap intervals in brackets</p>"
+
+
+def _image(name: str, alt: str) -> str:
+    return f"<p><img src='{name}' alt='{html.escape(alt)}'></p>"
+
+
+def _html_table(scores: Scores, unit: str) -> str:
+    head = "".join(f"<th>{html.escape(row)}</th>" for row in scores)
+    lines = [f"<tr><th></th>{head}</tr>"]
+    for name in _names(scores):
+        cells = (cell(scores[row].get(name), unit).partition(" ") for row in scores)
+        tds = "".join(f"<td class='number'>{value} <small>{interval}</small></td>" for value, _, interval in cells)
+        lines.append(f"<tr><th>{html.escape(name)}</th>{tds}</tr>")
+    return f"<table>{''.join(lines)}</table>"

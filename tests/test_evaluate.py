@@ -1,0 +1,245 @@
+"""The evaluate command and its metrics on a run of the tiny model; the report."""
+
+import dataclasses
+import html.parser
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, command, config_dict
+from flax import nnx
+from PIL import Image
+
+from contextdiff_jax import diffusion
+from contextdiff_jax.data import make_source
+from contextdiff_jax.evaluation import classifier, metrics, report
+from contextdiff_jax.evaluation.composition import composition, judge
+from contextdiff_jax.evaluation.intervals import Estimate
+from contextdiff_jax.models.contextdiff import make_denoise
+from contextdiff_jax.run import load_run
+from contextdiff_jax.settings import parse
+from contextdiff_jax.training import checkpoints
+from contextdiff_jax.training.state import init_state, model_graph
+
+ALL = "composition,bound,fid,kid,precision_recall,attributes"
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run as it stands in its folder, and a classifier, both of random weights: compiling and training them would
+    take most of a minute."""
+    folder = tmp_path_factory.mktemp("evaluate") / "run"
+    config = config_dict(**{"data.num_objects": "(1,2)"})
+    settings = parse(config)
+    checkpoints.claim_workdir(folder, config)
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        drawn = rng.normal(scale=0.1, size=leaf.shape) if leaf.dtype == np.float32 else np.full(leaf.shape, 3)
+        return jnp.asarray(drawn, leaf.dtype)  # the step is 3
+
+    state = jax.tree.map(fill, jax.eval_shape(lambda: init_state(settings)))
+    with checkpoints.open_manager(folder) as manager:
+        checkpoints.save(manager, state, {"next_batch": 3})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1 / i}) + "\n" for i in (1, 2, 3)))
+    source = metrics.classifier_source(settings.data)
+    labels = [classifier.read_labels(source[i]["attributes"]) for i in range(200)]
+    model = classifier.Classifier(classifier.choose_attributes(labels), settings.data.image_size, rngs=nnx.Rngs(0))
+    classifier.save_classifier(model, folder / "classifier", {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluation(workdir):
+    """Samples here are the real pictures of the captions: what a perfect model would make."""
+    run = load_run(str(workdir))
+    made = metrics.Evaluation(
+        settings=run.settings, tokenizer=run.tokenizer, graph=model_graph(run.settings), params=run.params,
+        generate=lambda captions: None, features=str(workdir / "classifier"), num=24, reference=40, bound_timesteps=7,
+    )
+
+    def generate(captions):
+        records = next(made.records(row) for row in made.sources if made.captions(row) == captions)
+        return np.stack([record["image"] for record in records])
+
+    object.__setattr__(made, "generate", generate)
+    return made
+
+
+def value(result, row, name):
+    return result.scores[row][name].value
+
+
+def test_a_perfect_model_is_exact_in_every_split_and_part(evaluation):
+    result = metrics.composition(evaluation)
+    for row in ("seen combinations", "held-out combinations"):
+        assert {value(result, row, name) for name in result.scores[row]} == {1.0}
+        assert {"exact", "exact_1", "exact_2", "shape", "colour", "size"} <= result.scores[row].keys()
+        assert {"shape_1", "shape_2", "exact red", "exact circle", "exact large"} <= result.details["parts"][row].keys()
+        assert result.details["exact_by_sample"][row] == [True] * 24
+
+
+def test_wrong_pictures_lower_each_metric(evaluation):
+    row = "seen combinations"
+    noise = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+
+    def with_samples(generate):
+        changed = dataclasses.replace(evaluation, generate=generate)
+        changed.__dict__["sources"] = {row: evaluation.sources[row]}  # one split is enough
+        return changed
+
+    perfect_model = with_samples(evaluation.generate)
+    noisy = with_samples(lambda captions: noise)
+    shuffled = with_samples(lambda captions: np.roll(evaluation.generate(captions), 1, axis=0))
+    assert value(metrics.composition(shuffled), row, "exact") < 0.3
+    for metric, name in ((metrics.fid, "fid"), (metrics.kid, "kid")):
+        perfect, bad = metric(perfect_model), metric(noisy)
+        floor = value(perfect, f"{row}, {metrics.FLOOR}", name)
+        assert value(bad, row, name) > 1.5 * max(value(perfect, row, name), floor)
+    # Distances are of distributions: pictures under the wrong captions are as near.
+    assert value(metrics.kid(shuffled), row, "kid") == pytest.approx(value(perfect, row, "kid"), rel=1e-4)
+    assert value(metrics.precision_recall(perfect_model), row, "precision") == 1
+    assert value(metrics.precision_recall(noisy), row, "precision") < 0.5
+
+
+def test_attributes_are_judged_against_the_records_of_the_captions(evaluation):
+    logits = evaluation.sample_features("seen combinations", "logits")
+    attributes = evaluation.network.attributes
+    parts = classifier.split_by_attribute(logits, attributes)
+    for attribute, z in zip(attributes, parts, strict=True):
+        expected = []
+        for record, row in zip(evaluation.records("seen combinations"), z, strict=True):
+            wanted = {o[attribute.name] for o in record["attributes"]["objects"]}
+            expected.append({v for v, x in zip(attribute.values, row) if x > 0} == wanted)
+        assert attribute.multiple
+        assert value(metrics.attributes(evaluation), "seen combinations", attribute.name) == np.mean(expected)
+
+
+def test_bound_with_all_timesteps_is_vlb_of_the_model_by_hand(evaluation):
+    settings, row = evaluation.settings, "seen combinations"
+    exact = dataclasses.replace(evaluation, bound_timesteps=0, num=6)
+    result = metrics.bound(exact)
+    images = np.stack([record["image"] for record in exact.records(row)])
+    ids, mask = evaluation.tokenizer.encode(exact.captions(row), settings.data.max_length)
+    schedule = settings.diffusion.make_schedule()
+
+    def by_hand(params, x0, key):
+        model = nnx.merge(model_graph(settings), params)
+        tokens = model.text(ids, mask)
+        target, shift = settings.diffusion.prediction_type, settings.context.shift
+        denoise = make_denoise(model, schedule, tokens, mask, tokens, mask, prediction_type=target)
+        return diffusion.vlb(denoise, x0, lambda x, t: model.context(x, tokens, mask, t), schedule, key, shift)
+
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    terms = jax.jit(by_hand)(evaluation.params, images / np.float32(127.5) - 1, key)
+    assert value(result, row, "total") == pytest.approx(float(terms["total"].mean()), rel=1e-4)
+    assert value(result, row, "kl") == pytest.approx(float(terms["kl"].sum(0).mean()), rel=1e-4)
+    np.testing.assert_allclose(result.details["kl_by_t"][row], terms["kl"][1:].mean(1), rtol=1e-3)
+
+
+def test_judge_keeps_every_picture_s_answer(evaluation):
+    images, captions = evaluation.samples("seen combinations").copy(), evaluation.captions("seen combinations")
+    images[3] = 0
+    answers = judge(images, captions)
+    assert np.flatnonzero(answers["exact"] == 0).tolist() == [3]
+    for name, mean in composition(images, captions).items():
+        assert mean == pytest.approx(np.nanmean(answers[name]))
+    both = np.stack([answers["exact_1"], answers["exact_2"]])
+    assert (np.isnan(both).sum(0) == 1).all()
+    np.testing.assert_array_equal(np.nanmax(both, axis=0), answers["exact"])
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("composition", {"source": "folder"}, "judges scenes of data.source='shapes'; the run's is 'folder'"),
+        ("fid", {"features": "nowhere"}, "--features=nowhere: no such folder or file; name one that"),
+        ("attributes", {"features": str(ROOT / "README.md")}, "README.md: truncated or not a safetensors file"),
+        ("kid", {"image_size": 32}, "reads pictures of 16 pixels, the run's have 32"),
+        ("precision_recall", {"num": 3}, "--num=3, --reference=40: 3 neighbours need more"),
+        ("bound", {"bound_timesteps": 50}, "--bound_timesteps=50: must lie in 1..49"),
+    ],
+)
+def test_what_a_run_cannot_have_is_refused_before_sampling(evaluation, name, changes, message):
+    data = {key: changes[key] for key in ("source", "image_size") if key in changes}
+    rest = {key: v for key, v in changes.items() if key not in data}
+    settings = evaluation.settings
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, **data))
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")) as error:
+        metrics.check([name], dataclasses.replace(evaluation, settings=settings, **rest))
+    assert "\n" not in str(error.value)
+
+
+def test_splits_have_held_out_rows_only_where_there_are_held_out_records(evaluation, tmp_path):
+    data = evaluation.settings.data
+    assert list(metrics.splits(data)) == ["seen combinations", "held-out combinations"]
+    assert list(metrics.splits(dataclasses.replace(data, heldout_fraction=0.0))) == ["seen combinations"]
+    trained_on = make_source(data, "train")
+    seen = metrics.splits(data)["seen combinations"]
+    assert any(seen.scene(i) != trained_on.scene(i) for i in range(5))
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    for name in ("metadata.jsonl", "heldout.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"file_name": "a.png", "text": name}) + "\n")
+    folder = dataclasses.replace(data, source="folder", path=str(tmp_path))
+    assert list(metrics.splits(folder)) == ["training records"]
+    rows = metrics.splits(dataclasses.replace(folder, heldout_metadata="heldout.jsonl"))
+    captions = {row: source[0]["caption"] for row, source in rows.items()}
+    assert captions == {"training records": "metadata.jsonl", "held-out records": "heldout.jsonl"}
+
+
+def test_tables_show_values_with_intervals_and_dashes():
+    second = {"exact": Estimate(1, 1, 1), "more": Estimate(0.25, 0, 1)}
+    scores = {"a": {"exact": Estimate(0.5, 0.4, 0.625)}, "b": second}
+    lines = report.table(scores, "%").splitlines()
+    assert lines[0].split() == ["a", "b"]
+    assert lines[1].split() == ["exact", "50.0%", "[40.0,", "62.5]", "100.0%", "[100.0,", "100.0]"]
+    assert lines[2].split() == ["more", "-", "25.0%", "[0.0,", "100.0]"]
+    assert "0.01235 [-1.5, 2e-06]" in report.table({"a": {"kid": Estimate(0.012345678, -1.5, 2e-6)}}, "")
+
+
+class Page(html.parser.HTMLParser):
+    """Collects the addresses and the text of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses, self.text = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [v for k, v in attrs if k in ("src", "href")]
+        assert tag not in ("script", "link", "iframe")
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_command_writes_table_json_and_a_page_that_needs_no_network(workdir):
+    done = command(
+        "evaluate", f"--workdir={workdir}", f"--metrics={ALL}", "--num=6", "--steps=2", "--reference=12",
+        "--bound_timesteps=4", "--guidance=1.5",
+    )
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((workdir / "metrics.json").read_text())
+    for metric in ALL.split(","):
+        assert f"{metric}, step 3" in done.stdout
+        for row in ("seen combinations", "held-out combinations"):
+            assert row in done.stdout
+            for name, number in saved[metric][row].items():
+                low, high = saved["intervals"][metric][row][name]
+                assert low <= number <= high and np.isfinite([low, number, high]).all()
+    assert set(saved["bound"]["seen combinations"]) == {"total", "prior", "kl", "decoder"}
+    assert len(saved["details"]["bound"]["kl_by_t"]["seen combinations"]) == 4
+    assert saved["sample"]["guidance"] == 1.5 and saved["step"] == 3 and saved["machine"]["jax"] == jax.__version__
+
+    page = Page()
+    page.feed((workdir / "report" / "index.html").read_text())
+    assert len(page.addresses) == len(set(page.addresses)) >= 5
+    for address in page.addresses:
+        assert "/" not in address and (workdir / "report" / address).read_bytes().startswith(b"\x89PNG")
+    text = " ".join(page.text)
+    cpu = saved["machine"]["cpu"]
+    for wanted in ("--bound_timesteps=4", "held-out combinations", "num_timesteps", "training", cpu):
+        assert wanted in text
+    exact = saved["composition"]["seen combinations"]["exact"]
+    assert f"{100 * exact:.1f}%" in text
