@@ -77,3 +77,46 @@ def edit_config(folder: Path, **changes) -> None:
     path = folder / "config.json"
     values = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def clip_tokenizer(folder: Path, max_length: int = 9):
+    """A CLIPTokenizer of 56 words: the letters, inside and at the end of a word, "re", "red" and the special ones."""
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(letter + "</w>" for letter in letters), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
+    return CLIPTokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=max_length
+    )
+
+
+def stable_diffusion(folder: Path, **scheduler):
+    """A tiny StableDiffusionPipeline with random weights; `folder` is for the tokenizer's files."""
+    import diffusers
+    import transformers
+
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=4, sample_size=16, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    text = transformers.CLIPTextConfig(
+        vocab_size=56, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=9, eos_token_id=55, bos_token_id=54, pad_token_id=55,
+    )
+    return diffusers.StableDiffusionPipeline(
+        unet=randomised(unet), vae=randomised(vae), text_encoder=randomised(transformers.CLIPTextModel(text)),
+        tokenizer=clip_tokenizer(folder),
+        scheduler=diffusers.DDIMScheduler(
+            **dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                   set_alpha_to_one=False, steps_offset=1) | scheduler
+        ),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-_PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
+PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 
 
 class LazyTensor:
@@ -98,7 +98,7 @@ def _shards(folder: Path, file_name: str) -> list[tuple[Path, list[str] | None]]
             return _indexed(folder, index)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ValueError(
             f"{folder / pickles[0]}: refused, a pickle can run any code when it is read; convert it to "

@@ -1,8 +1,5 @@
-"""Our folder of one model: Orbax parameters in `params/`, by dotted path, and `model.json`, which is written last.
-
-model.json holds the kind, the module's config, and `source`: the config.json of the Hugging Face folder that it
-came from, so that this goes back as it was.
-"""
+"""Our folder of one model: Orbax parameters in `params/`, by dotted path; config.json, as it was in the Hugging Face
+folder that it came from; and model.json, written last, with the kind and the module's config."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ from flax import nnx
 from contextdiff_jax.pretrained.files import read_json, write_json
 from contextdiff_jax.pretrained.model import Model, Options, abstract, shardings_of
 
+CONFIG_FILE = "config.json"
 MODEL_FILE = "model.json"
 PARAMS_FOLDER = "params"
 
@@ -28,9 +26,9 @@ def is_native(folder: Path) -> bool:
 
 
 def description(folder: Path) -> dict[str, Any]:
-    """model.json's values: `kind`, `config`, `source`. ValueError for what isn't ours."""
+    """model.json's values, `kind` and `config`. ValueError for what isn't ours."""
     values = read_json(folder / MODEL_FILE, "a folder that contextdiff_jax.convert wrote")
-    lacking = sorted({"kind", "config", "source"} - values.keys())
+    lacking = sorted({"kind", "config"} - values.keys())
     if lacking:
         raise ValueError(f"{folder / MODEL_FILE}: lacks {', '.join(lacking)}")
     return values
@@ -42,7 +40,8 @@ def save(model: Model, module: nnx.Module, folder: Path, source: Mapping[str, An
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / PARAMS_FOLDER).absolute(), _flat(nnx.state(module, nnx.Param)))
     config = dataclasses.asdict(module.config)
-    write_json(folder / MODEL_FILE, {"kind": model.kind, "config": config, "source": dict(source)})
+    write_json(folder / CONFIG_FILE, source)
+    write_json(folder / MODEL_FILE, {"kind": model.kind, "config": config})
 
 
 def load(model: Model, folder: Path, options: Options) -> nnx.Module:
