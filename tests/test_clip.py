@@ -25,12 +25,12 @@ TEXT = {
                       layer_norm_eps=1e-3)),
 }  # fmt: skip
 VISION = {
-    "plain": (False, dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, image_size=12,
-                          patch_size=4, hidden_act="quick_gelu")),
+    "plain": (False, dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                          image_size=12, patch_size=4, hidden_act="quick_gelu")),
     "projection": (True, dict(hidden_size=12, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
                               image_size=9, patch_size=3, projection_dim=10, hidden_act="gelu", layer_norm_eps=1e-3)),
-    "remainder": (True, dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=11,
-                             patch_size=4, projection_dim=5, num_channels=4, hidden_act="gelu_pytorch_tanh")),
+    "remainder": (True, dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+                             image_size=11, patch_size=4, projection_dim=5, num_channels=4, hidden_act="gelu_pytorch_tanh")),
 }  # fmt: skip
 
 

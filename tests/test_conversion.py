@@ -92,7 +92,8 @@ def test_of_a_whole_t5_the_encoder_is_kept(tmp_path):
     assert torch.equal(encoder.encoder.block[0].layer[1].DenseReluDense.wi.weight,
                        model.encoder.block[0].layer[1].DenseReluDense.wi.weight)  # fmt: skip
     assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == ["T5EncoderModel"]
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_t5(tmp_path / "ours")), nnx.state(load_t5(tmp_path / "again")))
+    ours, again = (nnx.state(load_t5(tmp_path / name)) for name in ("ours", "again"))
+    jax.tree.map(np.testing.assert_array_equal, ours, again)
 
 
 def test_pickles_of_models_that_we_do_not_have_are_left_out(pipeline, tmp_path):
@@ -103,7 +104,8 @@ def test_pickles_of_models_that_we_do_not_have_are_left_out(pipeline, tmp_path):
     (source / "safety_checker" / "model.safetensors").write_bytes(b"weights")
     (source / "model_index.json").write_text('{"safety_checker": ["a", "b"], "vae": [null, null], "_class_name": "c"}')
     assert convert(source, tmp_path / "ours") == ["safety_checker: copied"]
-    assert sorted(p.name for p in (tmp_path / "ours" / "safety_checker").iterdir()) == ["config.json", "model.safetensors"]
+    copied = sorted(path.name for path in (tmp_path / "ours" / "safety_checker").iterdir())
+    assert copied == ["config.json", "model.safetensors"]
 
 
 def test_a_failed_conversion_leaves_nothing_behind(pipeline, tmp_path):

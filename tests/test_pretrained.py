@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +17,12 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import transformers
+from conftest import ROOT
+from diffusers import UNet2DConditionModel
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from torch_models import assert_same_tensors, edit_config, randomised, stored
+from torch_models import assert_close, assert_same_tensors, edit_config, nchw, nhwc, normal, randomised, stored
 
 from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh, state_shardings
 from contextdiff_jax.pretrained import load_clip_text, load_t5, load_unet, load_vae, save_clip_text
@@ -181,7 +186,8 @@ def test_weights_that_are_not_finite_are_named(folder, value, dtype):
 def test_the_largest_finite_weights_are_read(folder):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         limit = torch.finfo(dtype).max
-        rewritten(folder, lambda tensors: tensors.update({TENSOR: torch.full((16, 24), -limit, dtype=dtype)}))  # noqa: B023
+        largest = torch.full((16, 24), -limit, dtype=dtype)
+        rewritten(folder, lambda tensors: tensors.update({TENSOR: largest}))  # noqa: B023
         assert float(load_clip_text(folder).layers[1].fc2.kernel[0, 0]) == -limit
 
 
@@ -211,6 +217,39 @@ def test_a_folder_of_another_architecture_is_refused(folder, load):
 def test_a_config_of_another_model_or_with_an_unknown_option_is_refused(folder, changes, part):
     edit_config(folder, **changes)
     assert_refused(load_clip_text, folder, str(folder / "config.json"), part)
+
+
+FULL_SIZE = """
+import pathlib, resource, sys, time
+import jax
+from flax import nnx
+from contextdiff_jax.pretrained import load_unet
+folder = pathlib.Path(sys.argv[1])
+start = time.time()
+jax.block_until_ready(jax.tree.leaves(nnx.state(load_unet(folder))))
+peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(time.time() - start, peak / (folder / "diffusion_pytorch_model.safetensors").stat().st_size)
+"""
+
+
+@pytest.mark.slow
+def test_a_full_size_half_precision_unet_is_loaded_fast_in_little_memory_and_equals_torch(tmp_path):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    unet = randomised(unet.half().to_empty(device="cpu"))
+    unet.save_pretrained(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_SIZE, tmp_path], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
+        capture_output=True, text=True,
+    )
+    seconds, memory = map(float, result.stdout.split())
+    assert seconds < 30 and memory < 2.2, result.stdout
+    x, tokens = normal(1, 16, 24, 4), normal(1, 77, 768)
+    with torch.no_grad():
+        expected = nhwc(unet.float()(nchw(x), torch.tensor([981]), torch.tensor(tokens)).sample)
+    output = nnx.jit(lambda unet, *inputs: unet(*inputs))(load_unet(tmp_path), x, np.array([981]), tokens)
+    print(result.stdout, np.abs(np.asarray(output) - expected).max() / np.abs(expected).max())
+    assert_close(output, expected)
 
 
 def test_a_config_that_is_no_json_object_and_an_absent_folder_are_named(folder, tmp_path):

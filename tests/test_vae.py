@@ -20,8 +20,8 @@ from contextdiff_jax.pretrained import load_vae, save_vae
 
 CASES = {
     # name: (size of the pictures, config)
-    "sd": ((16, 24), dict(block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4, sample_size=16)),
-    "no_quant": ((9, 14), dict(block_out_channels=(6, 12), layers_per_block=1, norm_num_groups=3, latent_channels=16,
+    "sd": ((16, 24), dict(block_out_channels=(8, 16), layers_per_block=2, norm_num_groups=4, sample_size=16)),
+    "no_quant": ((17, 14), dict(block_out_channels=(6, 12, 6), layers_per_block=1, norm_num_groups=3, latent_channels=16,
                                use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159,
                                scaling_factor=0.3611, sample_size=12)),
     "gelu": ((8, 6), dict(block_out_channels=(8,), layers_per_block=1, norm_num_groups=8, act_fn="gelu", in_channels=4,
@@ -86,7 +86,7 @@ def test_decoded_pictures_equal_diffusers(pairs, name):
     assert_close(decode(vae, jnp.asarray(z)), torch_decode(model, z))
 
 
-@pytest.mark.parametrize("name, size", [("sd", (36, 17)), ("no_quant", (31, 22)), ("gelu", (7, 11))])
+@pytest.mark.parametrize("name, size", [("sd", (36, 17)), ("gelu", (7, 11))])
 def test_tiles_equal_those_of_diffusers(pairs, name, size):
     model, _, vae = pairs[name]
     images = normal(1, *size, vae.config.in_channels)

@@ -36,7 +36,7 @@ def check_eta(eta: float) -> None:
         raise ValueError(f"eta={eta}: must lie in [0, 1] (0 is DDIM, 1 is DDPM)")
 
 
-def _reverse(denoise, x_T, schedule, timesteps, eta, key, shift):
+def _reverse(denoise, x_T, schedule, timesteps, eta, key, shift, next_timesteps=None):
     timesteps = jnp.asarray(timesteps)
     keys = None if key is None else jax.random.split(key, timesteps.shape[0])
 
@@ -51,7 +51,8 @@ def _reverse(denoise, x_T, schedule, timesteps, eta, key, shift):
             return mean, None
         return mean + jnp.sqrt(variance) * jax.random.normal(step_key, x.shape, x.dtype), None
 
-    next_timesteps = jnp.append(timesteps[1:], -1)
+    if next_timesteps is None:
+        next_timesteps = jnp.append(timesteps[1:], -1)
     return jax.lax.scan(step, x_T, (timesteps, next_timesteps, keys))[0]
 
 
@@ -78,17 +79,19 @@ def ddim_sample(
     eta: float = 0.0,
     key: PRNGKeyArray | None = None,
     shift: str = "quadratic",
+    next_timesteps: Int[Array, "S"] | None = None,
 ) -> Float[Array, "B *D"]:
     """DDIM (Song et al. 2021, eq. 12) with ContextDiff's shift: (3) at any eta in [0, 1], deterministic at 0.
 
-    `timesteps` descend; the last step goes to clean data (s = -1). `key` is needed when eta > 0.
+    `timesteps` descend; the last step goes to clean data (s = -1), unless `next_timesteps` says where each goes
+    (other implementations' steps don't all end where the next begins). `key` is needed when eta > 0.
     Raises ValueError for eta outside [0, 1] or eta > 0 without a key.
     """
     check_eta(eta)
     deterministic = not isinstance(eta, jax.core.Tracer) and eta == 0
     if not deterministic and key is None:
         raise ValueError(f"eta={eta}: sampling with noise needs a key")
-    return _reverse(denoise, x_T, schedule, timesteps, eta, None if deterministic else key, shift)
+    return _reverse(denoise, x_T, schedule, timesteps, eta, None if deterministic else key, shift, next_timesteps)
 
 
 def ddim_invert(

@@ -46,7 +46,9 @@ def _vision_rules(config: CLIPVisionConfig) -> Rules:
     )
 
 
-def _values(values: Mapping[str, Any], names: Collection[str], part: str, prefix: str, projection: str) -> dict[str, Any]:
+def _values(
+    values: Mapping[str, Any], names: Collection[str], part: str, prefix: str, projection: str
+) -> dict[str, Any]:
     """The encoder's fields: the config's own, or those of `part` in a whole CLIP's; ours are read off the names."""
     own = dict(values)
     if values.get("model_type") == "clip" or part in values:

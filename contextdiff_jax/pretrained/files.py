@@ -42,7 +42,7 @@ class FolderTensors(Mapping):
         for path, names in _shards(folder, file_name):
             # Reads, not a mapping: a mapped file's pages stay resident while it is open, and peak memory was the
             # parameters' size plus the file's.
-            file = _open(path)
+            file = open_tensors(path)
             stored = set(file.keys())
             lacking = sorted(set(names or ()) - stored)
             if lacking:
@@ -57,6 +57,14 @@ class FolderTensors(Mapping):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def open_tensors(path: Path) -> safetensors.safe_open:
+    """A file to be read one tensor at a time; ValueError says what is wrong with a damaged one."""
+    try:
+        return safetensors.safe_open(path, framework="np", backend="pread")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: {_damage(path) or f'not a safetensors file ({error})'}") from None
 
 
 def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -129,13 +137,6 @@ def _indexed(folder: Path, index: Path) -> list[tuple[Path, list[str]]]:
         if not (folder / file).is_file():
             raise ValueError(f"{folder / file}: missing shard, named by {index.name}; it holds {names[0]}")
     return [(folder / file, names) for file, names in sorted(shards.items())]
-
-
-def _open(path: Path):
-    try:
-        return safetensors.safe_open(path, framework="np", backend="pread")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: {_damage(path) or f'not a safetensors file ({error})'}") from None
 
 
 def _damage(path: Path) -> str | None:
