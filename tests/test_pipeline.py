@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import DDIMScheduler
 from flax import nnx
 from torch_models import nchw, normal, stable_diffusion
@@ -142,7 +144,9 @@ def test_what_does_not_fit_is_named(pair, tmp_path):
 
 def test_the_product_never_imports_torch(pair):
     code = (
-        "import sys; from contextdiff_jax import pretrained; from contextdiff_jax.pretrained import pipeline, lora;"
-        "assert not {'torch', 'transformers', 'diffusers'} & sys.modules.keys()"
+        "import sys; from contextdiff_jax.pretrained import conversion, lora, pipeline\n"
+        "assert not {'torch', 'transformers', 'diffusers'} & sys.modules.keys()\n"
+        "pipeline.load_pipeline(sys.argv[1]).token_ids(['a red circle'])\n"
+        "assert not {'torch', 'diffusers'} & sys.modules.keys()\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code, pair[1]], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)

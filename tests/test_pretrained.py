@@ -128,6 +128,37 @@ def test_parameters_go_straight_to_their_shards(folder):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(load_clip_text(folder, shardings=rule)), nnx.state(plain))
 
 
+EIGHT_DEVICES = """
+import functools, pathlib, sys
+import jax, numpy as np
+from flax import nnx
+from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh, state_shardings
+from contextdiff_jax.pretrained import conversion, load_clip_text
+from contextdiff_jax.pretrained.model import Options
+source, target = map(pathlib.Path, sys.argv[1:])
+rule = functools.partial(state_shardings, make_mesh(MeshConfig(data=2, fsdp=4)))
+conversion.to_native(source, target, Options())
+plain = nnx.state(load_clip_text(source))
+for folder in (source, target):
+    state = nnx.state(load_clip_text(folder, shardings=rule))
+    jax.tree.map(np.testing.assert_array_equal, state, plain)
+    for leaf in jax.tree.leaves(state):
+        divisible = any(side % 4 == 0 for side in leaf.shape)
+        assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 4 if divisible else leaf.size}
+print("8 devices", jax.device_count())
+"""
+
+
+def test_on_eight_devices_each_gets_its_part_from_either_format(folder, tmp_path):
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES, folder, tmp_path / "ours"], env=environment, capture_output=True, text=True
+    )
+    assert "8 devices 8" in result.stdout, result.stderr
+
+
 def test_missing_unknown_and_wrong_tensors_are_all_listed_in_one_line(folder):
     def change(tensors):
         del tensors["text_projection.weight"]
@@ -136,7 +167,7 @@ def test_missing_unknown_and_wrong_tensors_are_all_listed_in_one_line(folder):
 
     rewritten(folder, change)
     assert_refused(
-        load_clip_text, folder, str(folder), "3 tensors", "text_projection.weight: missing", "extra.weight: unknown",
+        load_clip_text, folder, str(folder / WEIGHTS), "3 tensors", "text_projection.weight: missing", "extra.weight: unknown",
         "text_model.final_layer_norm.bias: shape (5,), the config asks for (16,)",
     )
 
@@ -180,7 +211,7 @@ def test_weights_that_are_not_finite_are_named(folder, value, dtype):
         tensors[TENSOR][3, 5] = value
 
     rewritten(folder, change)
-    assert_refused(load_clip_text, folder, str(folder), TENSOR, "holds NaN or infinity")
+    assert_refused(load_clip_text, folder, str(folder / WEIGHTS), TENSOR, "holds NaN or infinity")
 
 
 def test_the_largest_finite_weights_are_read(folder):

@@ -16,30 +16,32 @@ PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 
 
 class LazyTensor:
-    """A stored tensor: its shape at once, its values by `np.asarray`."""
+    """A stored tensor: its file and shape at once, its values by `np.asarray`."""
 
-    def __init__(self, file, name: str, path: Path):
-        self._file, self._name, self._path = file, name, path
+    def __init__(self, file: safetensors.safe_open, name: str, path: Path):
+        self._file, self._name, self.path = file, name, path
         self.shape = tuple(file.get_slice(name).get_shape())
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         try:
             array = self._file.get_tensor(self._name)
         except (safetensors.SafetensorError, TypeError) as error:
-            raise ValueError(f"{self._path}: {self._name}: can't be read ({error})") from None
+            raise ValueError(f"{self.path}: {self._name}: can't be read ({error})") from None
         return array if dtype is None else array.astype(dtype)
 
 
 class FolderTensors(Mapping):
     """torch name -> `LazyTensor`, from a folder's single file or its shards.
 
-    Raises ValueError for a folder without weights (with the reason, if only pickles are there), a missing shard,
+    `source` is the file, or the folder of the shards. Raises ValueError for a folder without weights (with the reason, if only pickles are there), a missing shard,
     and a truncated file, with the first tensor that it lacks.
     """
 
     def __init__(self, folder: Path, file_name: str):
         self._tensors = {}
-        for path, names in _shards(folder, file_name):
+        shards = _shards(folder, file_name)
+        self.source = shards[0][0] if len(shards) == 1 else folder
+        for path, names in shards:
             # Reads, not a mapping: a mapped file's pages stay resident while it is open, and peak memory was the
             # parameters' size plus the file's.
             file = open_tensors(path)
@@ -95,9 +97,9 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _shards(folder: Path, file_name: str) -> list[tuple[Path, list[str] | None]]:
-    """The files to read and, from an index, the names each must hold. The plain name first, then its fp16 variant."""
+    """The files to read and, from an index, the names each must hold. The plain name first, then its half variants."""
     stem = file_name.removesuffix(".safetensors")
-    for variant in ("", ".fp16"):
+    for variant in ("", ".fp16", ".bf16"):
         single = folder / f"{stem}{variant}.safetensors"
         if single.is_file():
             return [(single, None)]

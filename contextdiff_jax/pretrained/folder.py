@@ -37,7 +37,7 @@ def load(model: Model, folder: str | Path, options: Options = Options()) -> nnx.
         raise ValueError(f"{path}: {error}") from None
     module = abstract(model, config, options)
     state = state_from_torch(
-        tensors, module, model.rules(config), what=str(folder), param_dtype=options.param_dtype,
+        tensors, module, model.rules(config), what=str(tensors.source), param_dtype=options.param_dtype,
         shardings=shardings_of(module, options), progress=options.progress,
     )
     nnx.update(module, state)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -115,8 +116,9 @@ def state_from_torch(
     places = {} if shardings is None else dict(nnx.to_flat_state(shardings))
     flat = {}
     for name, entry in progress(entries.items()):
-        array = np.asarray(tensors[named[name]])
-        _check_finite(array, named[name], what)
+        tensor = tensors[named[name]]
+        array = np.asarray(tensor)
+        _check_finite(array, named[name], getattr(tensor, "path", what))
         array = entry.from_torch(array)
         dtype = array.dtype if param_dtype is None else param_dtype
         flat[entry.path] = params[entry.path].replace(_placed(array, dtype, _sharding(places.get(entry.path))))
@@ -146,7 +148,7 @@ def _check(entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], 
         raise ValueError(f"{what}: {len(problems)} tensors do not fit: " + "; ".join(problems))
 
 
-def _check_finite(array: np.ndarray, name: str, what: str) -> None:
+def _check_finite(array: np.ndarray, name: str, what: str | Path) -> None:
     if array.dtype.name not in _FLOATS:
         raise ValueError(f"{what}: {name}: holds {array.dtype}; weights must be one of {', '.join(_FLOATS)}")
     if array.size and not _finite(array):
