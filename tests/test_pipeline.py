@@ -1,4 +1,4 @@
-"""Text to image from a Stable Diffusion folder against diffusers' pipeline, from the same noise."""
+"""Pictures from a Stable Diffusion folder against diffusers' pipelines, from the same noise."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from flax import nnx
-from torch_models import nchw, normal, stable_diffusion
+from PIL import Image
+from torch_models import nchw, nhwc, normal, stable_diffusion
 
 from contextdiff_jax.pretrained import conversion
 from contextdiff_jax.pretrained.model import Options
@@ -35,7 +37,7 @@ def pair(tmp_path_factory):
 
 
 def check(pipe, folder, *, scheduler=None, size=(8, 8), **options):
-    """The same pictures within 1/255 for 99.9% of the values; they must not be all black, white or alike."""
+    """The pictures of both pipelines from the same noise are the same."""
     if scheduler is not None:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **scheduler)
         pipe.scheduler.save_pretrained(folder / "scheduler")
@@ -47,13 +49,18 @@ def check(pipe, folder, *, scheduler=None, size=(8, 8), **options):
             PROMPTS, latents=nchw(latents), height=2 * size[0], width=2 * size[1], output_type="np",
             negative_prompt=negative and [negative] * len(PROMPTS), **theirs,
         ).images
-    images = load_pipeline(folder)(PROMPTS, latents=latents, **options)
+    images = load_pipeline(folder).text_to_image(PROMPTS, noise=latents, size=(2 * size[0], 2 * size[1]), **options)
+    assert_same_pictures(images, expected)
+    return expected
+
+
+def assert_same_pictures(images, expected) -> None:
+    """Within 1/255 for 99.9% of the values; and they must not be all black, white or alike."""
     inside = (expected > 0.02) & (expected < 0.98)
     assert inside.mean() > 0.3 and np.abs(expected[0] - expected[1]).mean() > 0.02
     assert images.shape == expected.shape and images.dtype == np.uint8
     difference = np.abs(images.astype(int) - np.round(255 * expected).astype(int))
     assert (difference <= 1).mean() >= 0.999, difference.max()
-    return expected
 
 
 def test_fifty_steps_with_guidance_give_the_pictures_of_diffusers(pair):
@@ -77,6 +84,57 @@ def test_every_spacing_gives_the_pictures_of_diffusers(pair, prediction_type):
         pictures.append(check(pipe, folder, scheduler=scheduler, steps=20))
     # Or one spacing would do for all.
     assert min(np.abs(pictures[i] - pictures[j]).max() for i, j in ((0, 1), (0, 2), (1, 2))) > 0.02
+
+
+@pytest.fixture
+def same_noise(monkeypatch):
+    """diffusers draws the latents around their mean, which we take, and its noise is given to us."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
+    return nhwc(torch.randn((2, 4, 8, 12), generator=torch.Generator().manual_seed(3)))
+
+
+def pictures() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3)).astype(np.uint8)
+
+
+def theirs_from(pipe, torch_class, **options) -> np.ndarray:
+    """diffusers' pictures from `pictures()`."""
+    pipe = torch_class(**pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        return pipe(
+            PROMPTS, image=[Image.fromarray(image) for image in pictures()], num_inference_steps=10, output_type="np",
+            generator=torch.Generator().manual_seed(3), **options,
+        ).images
+
+
+def test_image_to_image_gives_the_pictures_of_diffusers(pair, same_noise):
+    pipe, folder = pair
+    expected = theirs_from(pipe, StableDiffusionImg2ImgPipeline, strength=0.65, guidance_scale=5.0)
+    options = dict(steps=10, guidance=5.0, noise=same_noise)
+    images = load_pipeline(folder).image_to_image(PROMPTS, pictures(), strength=0.65, **options)
+    assert_same_pictures(images, expected)
+
+
+@pytest.mark.parametrize("in_channels, strength", [(4, 1.0), (4, 0.6), (9, 1.0)])
+def test_inpainting_gives_the_pictures_of_diffusers(pair, same_noise, tmp_path, in_channels, strength):
+    pipe, folder = pair
+    if in_channels == 9:  # a network that reads the mask and the rest of the picture
+        pipe, folder = stable_diffusion(tmp_path / "words", in_channels), tmp_path / "sd"
+        pipe.save_pretrained(folder)
+    masks = np.zeros((2, 16, 24), np.float32)
+    masks[0, 3:11, 5:20] = 1
+    masks[1, :, 12:] = 1
+    expected = theirs_from(
+        pipe, StableDiffusionInpaintPipeline, strength=strength, height=16, width=24,
+        mask_image=[Image.fromarray((255 * mask).astype(np.uint8)) for mask in masks],
+    )
+    ours = load_pipeline(folder)
+    images = ours.inpaint(PROMPTS, pictures(), masks, strength=strength, steps=10, noise=same_noise)
+    assert_same_pictures(images, expected)
+    if in_channels == 9:
+        with pytest.raises(ValueError, match="the UNet has 9 channels in: it is only for inpainting"):
+            ours.text_to_image(PROMPTS)
 
 
 def test_a_converted_pipeline_is_the_same(pair, tmp_path):
@@ -109,7 +167,7 @@ def test_schedule_and_steps_equal_those_of_diffusers(tmp_path, steps, spacing, m
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(_class_name="FlowMatchEulerDiscreteScheduler"), "_class_name='FlowMatchEulerDiscreteScheduler': not supported"),
+    (dict(_class_name="FlowMatchScheduler"), "_class_name='FlowMatchScheduler': not supported"),
     (dict(beta_schedule="sigmoid"), "beta_schedule='sigmoid': unknown; one of linear, scaled_linear"),
     (dict(prediction_type="flow"), "prediction_type='flow': unknown; one of epsilon, sample, v_prediction"),
     (dict(timestep_spacing="log"), "timestep_spacing='log': unknown; one of leading, linspace, trailing"),
@@ -133,9 +191,19 @@ def test_what_does_not_fit_is_named(pair, tmp_path):
     _, folder = pair
     pipeline = load_pipeline(folder)
     with pytest.raises(ValueError, match=r"size=\(16, 15\): height and width must be multiples of 2"):
-        pipeline(PROMPTS, size=(16, 15))
-    with pytest.raises(ValueError, match="prompts: 2, negative: 1"):
-        pipeline(PROMPTS, negative=["a"])
+        pipeline.text_to_image(PROMPTS, size=(16, 15))
+    with pytest.raises(ValueError, match="negative: 1 texts; must be one, or as many as prompts, 2"):
+        pipeline.text_to_image(PROMPTS, negative=["a"])
+    with pytest.raises(ValueError, match="prompts='red': must be a list of at least one text"):
+        pipeline.text_to_image("red")
+    with pytest.raises(ValueError, match=r"noise: shape \(2, 8, 7, 4\); must be \(2, 8, 8, 4\)"):
+        pipeline.text_to_image(PROMPTS, noise=normal(2, 8, 7, 4))
+    with pytest.raises(ValueError, match="images: 1; one for each of the 2 prompts"):
+        pipeline.image_to_image(PROMPTS, pictures()[:1])
+    with pytest.raises(ValueError, match="strength=0.05: must lie in .* at least one of 10 steps"):
+        pipeline.image_to_image(PROMPTS, pictures(), strength=0.05, steps=10)
+    with pytest.raises(ValueError, match=r"masks: shape \(2, 16, 16\); must be the images', \(2, 16, 24\)"):
+        pipeline.inpaint(PROMPTS, pictures(), np.zeros((2, 16, 16)))
     assert pipeline.latent_shape() == (8, 8, 4)
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     with pytest.raises(ValueError, match="_class_name='StableDiffusionXLPipeline': another pipeline"):

@@ -93,13 +93,14 @@ def clip_tokenizer(folder: Path, max_length: int = 9):
     )
 
 
-def stable_diffusion(folder: Path, **scheduler):
+def stable_diffusion(folder: Path, in_channels: int = 4, **scheduler):
     """A tiny StableDiffusionPipeline with random weights; `folder` is for the tokenizer's files."""
     import diffusers
     import transformers
 
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        sample_size=8, in_channels=in_channels, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        attention_head_dim=2,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=16,
     )

@@ -33,8 +33,8 @@ class LazyTensor:
 class FolderTensors(Mapping):
     """torch name -> `LazyTensor`, from a folder's single file or its shards.
 
-    `source` is the file, or the folder of the shards. Raises ValueError for a folder without weights (with the reason, if only pickles are there), a missing shard,
-    and a truncated file, with the first tensor that it lacks.
+    `source` is the file, or the folder of the shards. Raises ValueError for a folder without weights (with the
+    reason, if only pickles are there), a missing shard, and a truncated file, with the first tensor that it lacks.
     """
 
     def __init__(self, folder: Path, file_name: str):
@@ -118,8 +118,7 @@ def _shards(folder: Path, file_name: str) -> list[tuple[Path, list[str] | None]]
 
 
 def _index(folder: Path, stem: str, variant: str) -> Path | None:
-    # diffusers writes stem.safetensors.index.fp16.json, transformers stem.safetensors.index.fp16.json too; older
-    # diffusers stem.fp16.safetensors.index.json.
+    # Today's writers put the variant before .json; older diffusers put it after the stem.
     for name in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
         if (folder / name).is_file():
             return folder / name
@@ -132,7 +131,7 @@ def _indexed(folder: Path, index: Path) -> list[tuple[Path, list[str]]]:
         raise ValueError(f"{index}: has no weight_map")
     shards: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        if Path(file).name != file or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{index}: {name}: lies in {file!r}; must be a safetensors file of the same folder")
         shards.setdefault(file, []).append(name)
     for file, names in sorted(shards.items()):
@@ -155,9 +154,9 @@ def _damage(path: Path) -> str | None:
             return f"truncated within its header: {size} bytes of at least {8 + length}"
         try:
             header = json.loads(data.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            ends = {name: int(value["data_offsets"][1]) for name, value in header.items() if name != "__metadata__"}
+        except (ValueError, TypeError, LookupError, AttributeError):
             return None
-    ends = {name: value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"}
     lacking = sorted((end, name) for name, end in ends.items() if 8 + length + end > size)
     if not lacking:
         return None

@@ -1,9 +1,8 @@
-"""A Stable Diffusion folder (1.x and 2.x: model_index.json and its parts) as a text-to-image function."""
+"""A Stable Diffusion folder (1.x, 2.x; model_index.json and its parts): text to image, image to image, inpainting."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,79 +10,113 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from contextdiff_jax.diffusion import Denoised, NoiseSchedule, ddim_sample, predict_x0
+from contextdiff_jax.diffusion import q_sample
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.pretrained.clip import load_clip_text
 from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.sampling import Known, StableDiffusion, encode_images, sample_images
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import load_unet
 from contextdiff_jax.pretrained.vae import load_vae
 
 INDEX_FILE = "model_index.json"
-CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+Latents = Float[Array, "B H W Z"]
+Pictures = UInt8[np.ndarray, "B H W 3"]
 
 
-class StableDiffusion(nnx.Module):
-    """The three networks, to be handed to a jitted function together."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What every way to sample reads.
 
-    def __init__(self, unet: UNet, vae: VAE, text: CLIPText):
-        self.unet = unet
-        self.vae = vae
-        self.text = text
-
-
-@functools.partial(nnx.jit, static_argnames=("prediction_type", "guided", "tile"))
-def text_to_image(
-    model: StableDiffusion,
-    schedule: NoiseSchedule,
-    timesteps: Int[Array, "S"],
-    next_timesteps: Int[Array, "S"],
-    token_ids: Int[Array, "B L"],
-    negative_ids: Int[Array, "B L"],
-    x_T: Float[Array, "B H W Z"],
-    guidance: Float[Array, ""],
-    *,
-    prediction_type: str,
-    guided: bool,
-    tile: bool = False,
-) -> Float[Array, "B H2 W2 3"]:
-    """Pictures in [0, 1] of the texts by DDIM from the latent noise x_T: one compiled program.
-
-    Args:
-      next_timesteps: where each step goes. guidance: of the output, u + g (c - u), read only if `guided`.
-      tile: decodes large pictures in tiles.
+    Attributes:
+      prompts: one picture each.
+      negative: what guidance leads away from, one text for all or one a prompt.
+      guidance: its scale; 1 or less is none.
+      seed: draws the noise, unless `noise` gives it.
+      tile: large pictures go through the autoencoder in tiles.
     """
-    text = model.text(token_ids).last  # [B, L, D]
-    if guided:
-        text = jnp.concatenate([model.text(negative_ids).last, text])  # [2B, L, D]
 
-    def denoise(x, t, s):
-        if not guided:
-            output = model.unet(x, t, text)
-        else:
-            both = model.unet(jnp.concatenate([x, x]), jnp.concatenate([t, t]), text)
-            without, with_text = jnp.split(both, 2)
-            output = without + guidance * (with_text - without)
-        x0 = predict_x0(schedule, output, x, t, prediction_type)
-        return Denoised(x0, jnp.zeros_like(x0), jnp.zeros_like(x0))
+    prompts: Sequence[str]
+    negative: str | Sequence[str] = ""
+    steps: int = 50
+    guidance: float = 7.5
+    seed: int = 0
+    noise: Latents | None = None
+    tile: bool = False
 
-    latents = ddim_sample(denoise, x_T, schedule, timesteps, shift="none", next_timesteps=next_timesteps)
-    images = model.vae.decode(model.vae.from_diffusion(latents), tile=tile)
-    return jnp.clip(0.5 * images + 0.5, 0.0, 1.0)
+    def __post_init__(self):
+        if isinstance(self.prompts, str) or not self.prompts:
+            raise ValueError(f"prompts={self.prompts!r}: must be a list of at least one text")
+        if not isinstance(self.negative, str) and len(self.negative) != len(self.prompts):
+            count = len(self.prompts)
+            raise ValueError(f"negative: {len(self.negative)} texts; must be one, or as many as prompts, {count}")
+
+    @property
+    def negatives(self) -> list[str]:
+        """One a prompt."""
+        return [self.negative] * len(self.prompts) if isinstance(self.negative, str) else list(self.negative)
+
+    def draw(self, shape: tuple[int, int, int]) -> Latents:
+        """The noise [B, *shape]. Raises ValueError if the one that is given has another shape."""
+        shape = (len(self.prompts), *shape)
+        if self.noise is None:
+            return jax.random.normal(jax.random.key(self.seed), shape)
+        if tuple(self.noise.shape) != shape:
+            raise ValueError(f"noise: shape {tuple(self.noise.shape)}; must be {shape}")
+        return jnp.asarray(self.noise, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """The networks, the scheduler, and transformers' tokenizer."""
+    """The networks, the scheduler, and transformers' tokenizer. The options of all three ways: `Request`."""
 
     model: StableDiffusion
     scheduler: Scheduler
     tokenizer: Any
+
+    def text_to_image(
+        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, **options
+    ) -> Pictures:
+        """Pictures of `size` (height, width), by default the UNet's own, from noise."""
+        request = Request(prompts=prompts, **options)
+        return self._sample(request, request.draw(self.latent_shape(size)), self.scheduler.steps(request.steps))
+
+    def image_to_image(
+        self, prompts: Sequence[str], images: Pictures, *, strength: float = 0.8, **options
+    ) -> Pictures:
+        """Pictures from `images`, one a prompt, noised to where the last `strength` of the steps begins."""
+        request = Request(prompts=prompts, **options)
+        latents = self._encode(images, request)
+        timesteps, following = self._last_steps(request.steps, strength)
+        noised = self._noised(latents, request.draw(latents.shape[1:]), timesteps[0])
+        return self._sample(request, noised, (timesteps, following))
+
+    def inpaint(
+        self, prompts: Sequence[str], images: Pictures, masks: Float[np.ndarray, "B H W"], *, strength: float = 1.0,
+        **options,
+    ) -> Pictures:
+        """`images` painted anew where `masks` are at least 0.5. At strength 1 the hole begins as noise.
+
+        A network made for inpainting reads the mask and the rest of the picture; for another the rest is put back,
+        noised, after each step.
+        """
+        request = Request(prompts=prompts, **options)
+        if tuple(masks.shape) != tuple(images.shape[:3]):
+            raise ValueError(f"masks: shape {tuple(masks.shape)}; must be the images', {tuple(images.shape[:3])}")
+        hole = (np.asarray(masks) >= 0.5)[..., None]
+        latents = self._encode(images, request)
+        noise = request.draw(latents.shape[1:])
+        masked = self._encode(images, request, hole)
+        factor = self.model.vae.config.downscale
+        known = Known(latents, noise, jnp.asarray(hole[:, ::factor, ::factor], jnp.float32), masked)
+        timesteps, following = self._last_steps(request.steps, strength)
+        x = noise if strength == 1 else self._noised(latents, noise, timesteps[0])
+        return self._sample(request, x, (timesteps, following), known)
 
     def token_ids(self, texts: Sequence[str]) -> Int[np.ndarray, "B L"]:
         """Ids padded (and cut) to the encoder's length."""
@@ -91,7 +124,7 @@ class Pipeline:
         return np.array(self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True).input_ids)
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """[H, W, Z] of pictures of `size` (height, width), by default the UNet's own.
+        """[H, W, Z] of pictures of `size`, by default the UNet's own.
 
         Raises ValueError for a size that the autoencoder's factor doesn't divide.
         """
@@ -103,31 +136,36 @@ class Pipeline:
                 raise ValueError("size: missing; the UNet's config has no sample_size")
             return (*(side if isinstance(side, tuple) else (side, side)), channels)
         if any(side < factor or side % factor for side in size):
-            raise ValueError(f"size={size}: height and width must be multiples of {factor}")
+            raise ValueError(f"size={tuple(size)}: height and width must be multiples of {factor}")
         return size[0] // factor, size[1] // factor, channels
 
-    def __call__(
-        self, prompts: Sequence[str], *, negative: str | Sequence[str] = "", steps: int = 50, guidance: float = 7.5,
-        size: tuple[int, int] | None = None, seed: int = 0, latents: Float[Array, "B H W Z"] | None = None,
-        tile: bool = False,
-    ) -> UInt8[np.ndarray, "B H2 W2 3"]:
-        """One picture a prompt.
+    def _encode(self, images: Pictures, request: Request, hole: np.ndarray | bool = False) -> Latents:
+        if len(images) != len(request.prompts):
+            raise ValueError(f"images: {len(images)}; one for each of the {len(request.prompts)} prompts")
+        self.latent_shape(images.shape[1:3])  # refuses a size that doesn't fit
+        pixels = np.where(hole, 0.0, np.asarray(images, np.float32) / 127.5 - 1).astype(np.float32)
+        return encode_images(self.model.vae, pixels, tile=request.tile)
 
-        Args:
-          negative: what guidance leads away from, one text for all or one a prompt.
-          guidance: 1 or less is none. size: height and width.
-          latents: the noise to start from, instead of a draw by `seed`.
-        """
-        negative = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-        if not prompts or len(negative) != len(prompts):
-            raise ValueError(f"prompts: {len(prompts)}, negative: {len(negative)}; at least one, and one for each")
-        if latents is None:
-            latents = jax.random.normal(jax.random.key(seed), (len(prompts), *self.latent_shape(size)))
+    def _last_steps(self, steps: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
+        count = min(int(steps * strength), steps)
+        if not 0 < strength <= 1 or count < 1:
+            raise ValueError(f"strength={strength}: must lie in (0, 1] and leave at least one of {steps} steps")
         timesteps, following = self.scheduler.steps(steps)
-        images = text_to_image(
-            self.model, self.scheduler.schedule(), timesteps, following, self.token_ids(prompts),
-            self.token_ids(negative), jnp.asarray(latents, jnp.float32), jnp.float32(guidance),
-            prediction_type=self.scheduler.prediction, guided=guidance > 1, tile=tile,
+        return timesteps[-count:], following[-count:]
+
+    def _noised(self, latents: Latents, noise: Latents, t: int) -> Latents:
+        return q_sample(self.scheduler.schedule(), latents, jnp.zeros_like(latents), t, noise, shift="none")
+
+    def _sample(
+        self, request: Request, x: Latents, steps: tuple[np.ndarray, np.ndarray], known: Known | None = None
+    ) -> Pictures:
+        if known is None and self.model.unet.config.in_channels != x.shape[-1]:
+            channels = self.model.unet.config.in_channels
+            raise ValueError(f"the UNet has {channels} channels in: it is only for inpainting")
+        images = sample_images(
+            self.model, self.scheduler.schedule(), *steps, self.token_ids(request.prompts),
+            self.token_ids(request.negatives), x, jnp.float32(request.guidance), known,
+            prediction_type=self.scheduler.prediction, guided=request.guidance > 1, tile=request.tile,
         )
         return np.asarray(jnp.round(255 * images)).astype(np.uint8)
 
@@ -155,10 +193,10 @@ def load_pipeline(folder: str | Path, **options) -> Pipeline:
 
 def _check_fit(folder: Path, unet: UNet, vae: VAE, text: CLIPText) -> None:
     channels, width = vae.config.latent_channels, text.config.hidden_size
-    if (unet.config.in_channels, unet.config.out_channels) != (channels, channels):
+    if unet.config.in_channels not in (channels, 2 * channels + 1) or unet.config.out_channels != channels:
         raise ValueError(
-            f"{folder}: the UNet has {unet.config.in_channels} channels in and {unet.config.out_channels} out, the "
-            f"autoencoder's latents have {channels}: not a text-to-image network"
+            f"{folder}: the UNet has {unet.config.in_channels} channels in and {unet.config.out_channels} out; must be "
+            f"{channels} (or {2 * channels + 1}, for inpainting) and {channels}, as the autoencoder's latents have"
         )
     if any(level.text_features != width for level in unet.config.levels()):
         raise ValueError(f"{folder}: the UNet's cross_attention_dim differs from the text encoder's width, {width}")
