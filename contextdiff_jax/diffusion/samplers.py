@@ -6,6 +6,7 @@ way the context is estimated belong to the denoise function (`guidance.py`), so 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -36,23 +37,25 @@ def check_eta(eta: float) -> None:
         raise ValueError(f"eta={eta}: must lie in [0, 1] (0 is DDIM, 1 is DDPM)")
 
 
-def _reverse(denoise, x_T, schedule, timesteps, eta, key, shift):
+def _reverse(denoise, x_T, schedule, timesteps, eta, key, shift, next_timesteps=None, project=None):
     timesteps = jnp.asarray(timesteps)
     keys = None if key is None else jax.random.split(key, timesteps.shape[0])
 
     def step(x, inputs):
-        t, s, step_key = inputs
+        t, s, start, step_key = inputs
         t, s = jnp.full(x.shape[:1], t), jnp.full(x.shape[:1], s)
         denoised = denoise(x, t, s)
         mean, variance = q_posterior(
             schedule, denoised.x0, x, denoised.context_t, denoised.context_s, t, s, eta, shift
         )
-        if step_key is None:
-            return mean, None
-        return mean + jnp.sqrt(variance) * jax.random.normal(step_key, x.shape, x.dtype), None
+        x = mean
+        if step_key is not None:
+            x = mean + jnp.sqrt(variance) * jax.random.normal(step_key, x.shape, x.dtype)
+        return x if project is None else project(x, start), None
 
-    next_timesteps = jnp.append(timesteps[1:], -1)
-    return jax.lax.scan(step, x_T, (timesteps, next_timesteps, keys))[0]
+    starts = jnp.append(timesteps[1:], -1)
+    ends = starts if next_timesteps is None else jnp.asarray(next_timesteps)
+    return jax.lax.scan(step, x_T, (timesteps, ends, starts, keys))[0]
 
 
 def ddpm_sample(
@@ -78,17 +81,22 @@ def ddim_sample(
     eta: float = 0.0,
     key: PRNGKeyArray | None = None,
     shift: str = "quadratic",
+    next_timesteps: Int[Array, "S"] | None = None,
+    project: Callable[[Float[Array, "B *D"], Int[Array, ""]], Float[Array, "B *D"]] | None = None,
 ) -> Float[Array, "B *D"]:
     """DDIM (Song et al. 2021, eq. 12) with ContextDiff's shift: (3) at any eta in [0, 1], deterministic at 0.
 
-    `timesteps` descend; the last step goes to clean data (s = -1). `key` is needed when eta > 0.
+    `timesteps` descend; the last step goes to clean data (s = -1), unless `next_timesteps` says where each goes
+    (other implementations' steps don't all end where the next begins). `project(x, t)` replaces x after each step, t
+    being the index where the next begins, -1 at the end (inpainting). `key` is needed when eta > 0.
     Raises ValueError for eta outside [0, 1] or eta > 0 without a key.
     """
     check_eta(eta)
     deterministic = not isinstance(eta, jax.core.Tracer) and eta == 0
     if not deterministic and key is None:
         raise ValueError(f"eta={eta}: sampling with noise needs a key")
-    return _reverse(denoise, x_T, schedule, timesteps, eta, None if deterministic else key, shift)
+    key = None if deterministic else key
+    return _reverse(denoise, x_T, schedule, timesteps, eta, key, shift, next_timesteps, project)
 
 
 def ddim_invert(

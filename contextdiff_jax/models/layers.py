@@ -29,6 +29,16 @@ def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     return jax.nn.gelu(x, approximate=False)
 
 
+def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """x sigmoid(1.702 x): the GELU of OpenAI's CLIP."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """The tanh approximation of GELU, as T5 1.1 was trained with."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -36,6 +46,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "mish": mish,
 }
+# transformers' names; diffusers' networks know only those above.
+TEXT_ACTIVATIONS = ACTIVATIONS | {
+    "quick_gelu": quick_gelu, "gelu_python": gelu,
+    "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh, "gelu_fast": gelu_tanh,
+}  # fmt: skip
 
 
 def timestep_embedding(
@@ -63,18 +78,26 @@ def attention(
     q: Float[Array, "B N H D"],
     k: Float[Array, "B M H D"],
     v: Float[Array, "B M H D"],
-    mask: Bool[Array, "B M"] | None = None,
+    mask: Bool[Array, "B *N M"] | None = None,
+    *,
+    bias: Float[Array, "H N M"] | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "B N H D"]:
-    """softmax(q k^T / sqrt(D)) v per head, logits and softmax in float32: the one attention core.
+    """softmax(scale q k^T + bias) v per head, logits and softmax in float32: the one attention core.
 
-    Keys whose mask is False get no weight; a row without any valid key attends uniformly, so it stays finite.
+    `scale` is 1 / sqrt(D) unless given. Keys whose mask is False (for every query, or with an axis N for each)
+    get no weight; a row without any valid key attends uniformly, so it stays finite.
     Heads go in front of tokens before the products: XLA's CPU backend runs the same einsums over the B N H D
     layout four times slower (forward at B 16, N 256, H 8, D 16: 60 ms against 15).
     """
     q, k, v = (jnp.swapaxes(y, 1, 2) for y in (q, k, v))  # [B, H, N, D]
-    logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
+    logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)
     if mask is not None:
-        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+        mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]  # [B, 1, 1 or N, M]
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)  # [B, H, N, M]
     return jnp.swapaxes(jnp.einsum("bhnm,bhmd->bhnd", weights, v), 1, 2)  # [B, N, H, D]
 
@@ -103,12 +126,12 @@ def linear(
 
 
 def conv3x3(
-    in_channels: int, out_channels: int, *, stride: int = 1, zero_init: bool = False,
+    in_channels: int, out_channels: int, *, stride: int = 1, padding: tuple[int, int] = (1, 1), zero_init: bool = False,
     dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
 ) -> nnx.Conv:
     """A 3x3 convolution padded by 1 on each side (as torch; XLA's SAME differs from it at stride 2)."""
     return nnx.Conv(
-        in_channels, out_channels, (3, 3), strides=(stride, stride), padding=((1, 1), (1, 1)),
+        in_channels, out_channels, (3, 3), strides=(stride, stride), padding=(padding, padding),
         kernel_init=_ZEROS if zero_init else _LECUN, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
     )
 
@@ -162,10 +185,11 @@ class ResnetBlock(nnx.Module):
 
     `time_scale_shift`: "default" adds the projected time embedding before the second norm, "scale_shift"
     modulates its output (ADM). The last conv starts at zero, so that a new block is its shortcut.
+    Without `time_features` (autoencoders) there is no time.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, time_features: int, *, num_groups: int, eps: float,
+        self, in_channels: int, out_channels: int, time_features: int | None, *, num_groups: int, eps: float,
         act_fn: str = "silu", time_scale_shift: str = "default",
         dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
     ):
@@ -176,49 +200,64 @@ class ResnetBlock(nnx.Module):
         self.norm1 = GroupNorm(in_channels, num_groups, **norm)
         self.conv1 = conv3x3(in_channels, out_channels, **policy)
         time_out = 2 * out_channels if time_scale_shift == "scale_shift" else out_channels
-        self.time_emb_proj = linear(time_features, time_out, **policy)
+        self.time_emb_proj = None if time_features is None else linear(time_features, time_out, **policy)
         self.norm2 = GroupNorm(out_channels, num_groups, **norm)
         self.conv2 = conv3x3(out_channels, out_channels, zero_init=True, **policy)
         # A 1x1 convolution is a matrix product, which XLA differentiates into matrix products too.
         same = in_channels == out_channels
         self.conv_shortcut = None if same else linear(in_channels, out_channels, **policy)
 
-    def __call__(self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"]) -> Float[Array, "B H W D"]:
-        h = self.conv1(self.act(self.norm1(x)))
-        time = self.time_emb_proj(self.act(temb))[:, None, None, :]
-        if self.time_scale_shift == "scale_shift":
-            scale, shift = jnp.split(time, 2, axis=-1)
-            h = self.norm2(h) * (1 + scale) + shift
-        else:
-            h = self.norm2(h + time)
+    def __call__(
+        self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"] | None = None
+    ) -> Float[Array, "B H W D"]:
+        h = self._second_norm(self.conv1(self.act(self.norm1(x))), temb)
         h = self.conv2(self.act(h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
+    def _second_norm(self, h: Float[Array, "B H W D"], temb: Float[Array, "B E"] | None) -> Float[Array, "B H W D"]:
+        if self.time_emb_proj is None:
+            return self.norm2(h)
+        time = self.time_emb_proj(self.act(temb))[:, None, None, :]
+        if self.time_scale_shift == "scale_shift":
+            scale, shift = jnp.split(time, 2, axis=-1)
+            return self.norm2(h) * (1 + scale) + shift
+        return self.norm2(h + time)
+
 
 class Attention(nnx.Module):
-    """Multi-head attention of tokens to `context_features` wide ones (None: to themselves)."""
+    """Multi-head attention of tokens to `context_features` wide ones (None: to themselves).
+
+    The heads are `features` wide together, unless `head_features` gives the width of each (T5). `scale`: of the
+    logits, 1 / sqrt(head width) unless given.
+    """
 
     def __init__(
-        self, features: int, num_heads: int, *, context_features: int | None = None, zero_init: bool = False,
+        self, features: int, num_heads: int, *, context_features: int | None = None,
+        head_features: int | None = None, qkv_bias: bool = False, out_bias: bool = True, scale: float | None = None,
+        zero_init: bool = False,
         dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         source = features if context_features is None else context_features
+        inner = features if head_features is None else num_heads * head_features
         self.num_heads = num_heads
-        self.to_q = linear(features, features, use_bias=False, **policy)
-        self.to_k = linear(source, features, use_bias=False, **policy)
-        self.to_v = linear(source, features, use_bias=False, **policy)
-        self.to_out = linear(features, features, zero_init=zero_init, **policy)
+        self.scale = scale
+        self.to_q = linear(features, inner, use_bias=qkv_bias, **policy)
+        self.to_k = linear(source, inner, use_bias=qkv_bias, **policy)
+        self.to_v = linear(source, inner, use_bias=qkv_bias, **policy)
+        self.to_out = linear(inner, features, use_bias=out_bias, zero_init=zero_init, **policy)
 
     def __call__(
         self,
         x: Float[Array, "B N D"],
         context: Float[Array, "B M E"] | None = None,
-        mask: Bool[Array, "B M"] | None = None,
+        mask: Bool[Array, "B *N M"] | None = None,
+        bias: Float[Array, "H N M"] | None = None,
     ) -> Float[Array, "B N D"]:
         context = x if context is None else context
         q, k, v = (self._heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        return self.to_out(attention(q, k, v, mask).reshape(x.shape))  # [B, N, H, D/H] -> [B, N, D]
+        out = attention(q, k, v, mask, bias=bias, scale=self.scale)  # [B, N, H, D/H]
+        return self.to_out(out.reshape(*out.shape[:2], -1))  # [B, N, D]
 
     def _heads(self, x: Float[Array, "B N D"]) -> Float[Array, "B N H D2"]:
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
@@ -293,10 +332,13 @@ class SpatialTransformer(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """A 3x3 convolution of stride 2: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C]."""
+    """A 3x3 convolution of stride 2: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C].
 
-    def __init__(self, channels: int, **policy):
-        self.conv = conv3x3(channels, channels, stride=2, **policy)
+    `pad_end` (autoencoders) pads only below and on the right: [B, floor(H/2), floor(W/2), C].
+    """
+
+    def __init__(self, channels: int, *, pad_end: bool = False, **policy):
+        self.conv = conv3x3(channels, channels, stride=2, padding=(0, 1) if pad_end else (1, 1), **policy)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
         return self.conv(x)

@@ -1,0 +1,41 @@
+"""python -m contextdiff_jax.convert --source=DIR --target=DIR [--reverse]
+
+A Hugging Face / diffusers folder, of one model or of a whole pipeline, in our format (Orbax parameters); --reverse
+goes back, with the same tensors bit for bit. Tokenizers, schedulers and models that we don't have are copied.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+from absl import flags
+
+from contextdiff_jax import cli
+
+SOURCE = flags.DEFINE_string("source", None, "Folder to read: with config.json, or with model_index.json.")
+TARGET = flags.DEFINE_string("target", None, "Folder to write; must be new.")
+REVERSE = flags.DEFINE_boolean("reverse", False, "From our format to Hugging Face's.")
+
+
+def main() -> None:
+    """Parses and converts."""
+    for name, value in (("source", SOURCE.value), ("target", TARGET.value)):
+        if not value:
+            raise ValueError(f"--{name}: missing; name a folder")
+
+    import jax
+    import tqdm
+
+    from contextdiff_jax.pretrained import conversion
+    from contextdiff_jax.pretrained.model import Options
+
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: an accelerator's memory isn't needed
+    progress = functools.partial(tqdm.tqdm, unit="tensor", leave=False, disable=None)  # None: only on a terminal
+    convert = conversion.from_native if REVERSE.value else conversion.to_native
+    convert(pathlib.Path(SOURCE.value), pathlib.Path(TARGET.value), Options(progress=progress))
+    print(f"written: {TARGET.value}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,132 @@
+"""Folders of a model, or of a whole pipeline (model_index.json), from Hugging Face's format to ours and back."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from contextdiff_jax.pretrained import clip, native, t5, unet, vae
+from contextdiff_jax.pretrained import folder as folders
+from contextdiff_jax.pretrained.files import PICKLES, read_json
+from contextdiff_jax.pretrained.model import Model, Options, identity_problem
+
+MODELS = {model.kind: model for model in (unet.MODEL, vae.MODEL, clip.TEXT, clip.VISION, t5.MODEL)}
+INDEX_FILE = "model_index.json"
+
+Report = Callable[[str], None]
+
+
+def to_native(source: Path, target: Path, options: Options, report: Report = print) -> None:
+    """A Hugging Face folder in our format; `target` is complete or isn't there.
+
+    Raises ValueError for a folder that can't be read, a kind that we don't have, or a target that holds something.
+    """
+    if native.is_native(source):
+        raise ValueError(f"--source={source}: is in our format already; --reverse writes it back")
+    _convert(source, target, lambda folder: _read_foreign(folder, options), _write_native, report)
+
+
+def from_native(source: Path, target: Path, options: Options, report: Report = print) -> None:
+    """The inverse of `to_native`: the same tensors, bit for bit, and the same configs."""
+    _convert(source, target, lambda folder: _read_native(folder, options), _write_foreign, report)
+
+
+def _convert(source: Path, target: Path, read: Callable, write: Callable, report: Report) -> None:
+    if not source.is_dir():
+        raise ValueError(f"--source={source}: no such folder")
+    with _complete_or_absent(target) as partial:
+        if not (source / INDEX_FILE).is_file():
+            report(_one(source, partial, read, write) or _refuse(source))
+            return
+        for name in _components(source):
+            line = _one(source / name, partial / name, read, write)
+            if line is None:
+                shutil.copytree(source / name, partial / name, ignore=shutil.ignore_patterns(*PICKLES))
+            report(f"{name}: {line or 'copied'}")
+        shutil.copy(source / INDEX_FILE, partial / INDEX_FILE)
+
+
+def _one(source: Path, target: Path, read: Callable, write: Callable) -> str | None:
+    """Converts one model and says what it was; None for a folder that holds none of ours."""
+    start = time.time()
+    found = read(source)
+    if found is None:
+        return None
+    model, module, config = found
+    write(model, module, target, config)
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))]
+    return f"{model.kind}, {len(sizes)} tensors, {sum(sizes) / 1e6:.1f} M parameters, {time.time() - start:.1f} s"
+
+
+def _read_foreign(folder: Path, options: Options) -> tuple[Model, nnx.Module, Mapping[str, Any]] | None:
+    if not (folder / folders.CONFIG_FILE).is_file():
+        return None
+    values = read_json(folder / folders.CONFIG_FILE, "a model's config")
+    fitting = [model for model in MODELS.values() if identity_problem(model, values) is None]
+    if len(fitting) > 1:
+        kinds = " and ".join(model.kind for model in fitting)
+        raise ValueError(f"{folder / folders.CONFIG_FILE}: may be {kinds}; convert a folder of one of them")
+    if not fitting:
+        return None
+    module = folders.load(fitting[0], folder, options)
+    own = fitting[0].to_json(module)
+    # Of a whole T5 we keep the encoder: its config.json would promise more than there is.
+    same = all(values.get(field) == own.get(field) for field in ("_class_name", "architectures"))
+    return fitting[0], module, values if same else own
+
+
+def _read_native(folder: Path, options: Options) -> tuple[Model, nnx.Module, Mapping[str, Any]] | None:
+    if not native.is_native(folder):
+        return None
+    values = native.description(folder)
+    if values["kind"] not in MODELS:
+        raise ValueError(f"{folder / native.MODEL_FILE}: kind={values['kind']!r}: unknown; one of {', '.join(MODELS)}")
+    model = MODELS[values["kind"]]
+    config = read_json(folder / native.CONFIG_FILE, "the config.json of the Hugging Face folder")
+    return model, native.load(model, folder, options), config
+
+
+def _write_native(model: Model, module: nnx.Module, folder: Path, config: Mapping[str, Any]) -> None:
+    native.save(model, module, folder, config)
+
+
+def _write_foreign(model: Model, module: nnx.Module, folder: Path, config: Mapping[str, Any]) -> None:
+    folders.save(model, module, folder, config)
+
+
+def _refuse(source: Path) -> str:
+    raise ValueError(f"--source={source}: holds no model of ours ({', '.join(MODELS)}) and no {INDEX_FILE}")
+
+
+def _components(source: Path) -> list[str]:
+    """The pipeline's folders, as its index names them."""
+    index = read_json(source / INDEX_FILE, "a pipeline's index")
+    names = [name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None]
+    for name in names:
+        if not (source / name).is_dir():
+            raise ValueError(f"{source / name}: no such folder, though {INDEX_FILE} names it")
+    return names
+
+
+@contextlib.contextmanager
+def _complete_or_absent(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write to, which takes its name when all is written."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"--target={target}: exists already; name a new folder")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    partial.replace(target)

@@ -1,0 +1,57 @@
+"""Hugging Face folders of one model (config.json, safetensors) <-> an NNX module; our own are read as well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from contextdiff_jax.pretrained import native
+from contextdiff_jax.pretrained.files import FolderTensors, read_json, save_tensors, write_json
+from contextdiff_jax.pretrained.model import Model, Options, abstract, identity_problem, shardings_of
+from contextdiff_jax.pretrained.names import state_from_torch, state_to_torch
+
+CONFIG_FILE = "config.json"
+
+
+def load(model: Model, folder: str | Path, options: Options = Options()) -> nnx.Module:
+    """The module in `folder`, Hugging Face's or ours.
+
+    Raises ValueError, one line with file and field or tensor: a file is missing, damaged or refused, the config is
+    of another model or not supported, tensors don't fit it or are not finite.
+    """
+    folder = Path(folder)
+    if native.is_native(folder):
+        return native.load(model, folder, options)
+    path = folder / CONFIG_FILE
+    values = read_json(path, f"a {model.kind} folder of diffusers or transformers")
+    problem = identity_problem(model, values)
+    if problem:
+        raise ValueError(f"{path}: {problem}")
+    tensors = FolderTensors(folder, model.weights_file)
+    try:
+        config = model.make_config(values, tensors.keys())
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    module = abstract(model, config, options)
+    state = state_from_torch(
+        tensors, module, model.rules(config), what=str(tensors.source), param_dtype=options.param_dtype,
+        shardings=shardings_of(module, options), progress=options.progress,
+    )
+    nnx.update(module, state)
+    return module
+
+
+def save(model: Model, module: nnx.Module, folder: str | Path, config: Mapping[str, Any] | None = None) -> None:
+    """Writes `module` as a Hugging Face folder, in the parameters' own types.
+
+    Args:
+      config: config.json's values, if they are known better than from the module (a converted folder's).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = model.to_json(module) if config is None else config
+    write_json(folder / CONFIG_FILE, values)
+    save_tensors(state_to_torch(module, model.rules(module.config)), folder / model.weights_file)

@@ -1,0 +1,94 @@
+"""What is particular about a kind of model, and how one is read.
+
+One `Model` is declared in each of unet.py, vae.py, clip.py and t5.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import PyTree
+
+from contextdiff_jax.pretrained.names import Rules
+
+# The fields by which a config.json says what the folder holds.
+IDENTITY = ("_class_name", "architectures", "model_type")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A kind of model: how its folder is recognised, configured, built and named.
+
+    Attributes:
+      kind: its name in our folders.
+      weights_file: its name of the single safetensors file.
+      classes: names that its config.json may have in `_class_name` or `architectures`.
+      model_types: names that it may have in `model_type`.
+      make_config: (config.json's values, the stored tensors' names) -> config.
+      restore_config: the fields of a config -> config.
+      to_json: module -> config.json's values.
+      build: (config, rngs=, dtype=, param_dtype=) -> module.
+      rules: config -> the name map's rules.
+    """
+
+    kind: str
+    weights_file: str
+    classes: tuple[str, ...]
+    model_types: tuple[str, ...] = ()
+    make_config: Callable[[Mapping[str, Any], Collection[str]], Any]
+    restore_config: Callable[..., Any]
+    to_json: Callable[[nnx.Module], dict[str, Any]]
+    build: Callable[..., nnx.Module]
+    rules: Callable[[Any], Rules]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a folder is read.
+
+    Attributes:
+      dtype: of the module's products.
+      param_dtype: of the parameters; None: each tensor as it is stored, so that saving gives the same bits.
+      shardings: the module's abstract parameters -> a tree of shardings like them, for example
+        `functools.partial(state_shardings, mesh)`: each tensor goes straight to its shards.
+      progress: wraps the loop over the tensors (tqdm).
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype | None = None
+    shardings: Callable[[PyTree], PyTree] | None = None
+    progress: Callable[[Collection], Iterable] = iter
+
+
+def identity_problem(model: Model, values: Mapping[str, Any]) -> str | None:
+    """Why config.json's `values` are not of `model`, or None."""
+    for field in IDENTITY:
+        value = values.get(field)
+        allowed = model.model_types if field == "model_type" else model.classes
+        wrong = [name for name in (value if isinstance(value, list) else [value]) if name not in (None, *allowed)]
+        if wrong:
+            wanted = ", ".join(allowed or model.classes)
+            return f"{field}={wrong[0]!r}: another architecture; a {model.kind} folder has {wanted}"
+    return None
+
+
+def abstract(model: Model, config: Any, options: Options) -> nnx.Module:
+    """The module without arrays: the random initialisation of a large one would cost more than reading the file."""
+    policy = dict(dtype=options.dtype, param_dtype=options.param_dtype or jnp.float32)
+    return nnx.eval_shape(lambda: model.build(config, rngs=nnx.Rngs(0), **policy))
+
+
+def shardings_of(module: nnx.Module, options: Options) -> PyTree | None:
+    """The tree of shardings that the options ask for."""
+    return None if options.shardings is None else options.shardings(nnx.state(module, nnx.Param))
+
+
+def common_dtype(module: nnx.Module) -> dict[str, str]:
+    """{"dtype": name}, transformers' field, if all parameters have one type."""
+    names = {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))}
+    return {"dtype": names.pop()} if len(names) == 1 else {}

@@ -1,0 +1,177 @@
+"""The declarative name map: what a parameter is called, and how its array lies, in torch.
+
+A parameter's torch name is its path here, with a model's `Rules.renames` applied (regular expressions, in order),
+and the leaf `weight` for our `kernel`, `scale` and `embedding`. Arrays change layout: convolutions OIHW <-> HWIO,
+dense layers transposed, and those that torch stores as 1x1 convolutions (`Rules.pointwise`) (O, I, 1, 1) <-> (I, O).
+All changes are views, so that only what is used is copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding
+from jaxtyping import PyTree
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """One model's names: `renames` are (pattern, replacement) on the dotted torch name, `pointwise` a pattern of
+    our dotted paths, `aliases` renames of tensors in files of older writers, `unread` patterns of stored tensors
+    that are no parameters of ours (buffers, the half of a model that isn't loaded)."""
+
+    renames: tuple[tuple[str, str], ...] = ()
+    pointwise: str | None = None
+    aliases: tuple[tuple[str, str], ...] = ()
+    unread: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One parameter: where it is here, its shape there, and the layout change in both directions."""
+
+    path: tuple
+    torch_shape: tuple[int, ...]
+    from_torch: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+
+
+def renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:
+    """`name` after each rename, in order."""
+    for pattern, replacement in renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def name_map(module: nnx.Module, rules: Rules) -> dict[str, Entry]:
+    """torch name -> entry, for every parameter of `module` (concrete or abstract)."""
+    entries = {}
+    for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        ours = ".".join(map(str, path))
+        theirs = ".".join(map(str, (*path[:-1], _LEAVES.get(path[-1], path[-1]))))
+        pointwise = rules.pointwise is not None and re.search(rules.pointwise, ours) is not None
+        change = _layout(path[-1], tuple(param.shape), pointwise)
+        entries[renamed(theirs, rules.renames)] = Entry(path=path, **change)
+    return entries
+
+
+def _layout(leaf: str, shape: tuple[int, ...], pointwise: bool) -> dict[str, Any]:
+    if len(shape) == 4:  # HWIO <-> OIHW
+        return dict(
+            torch_shape=(shape[3], shape[2], shape[0], shape[1]),
+            from_torch=lambda w: w.transpose(2, 3, 1, 0),
+            to_torch=lambda w: w.transpose(3, 2, 0, 1),
+        )
+    if leaf == "kernel" and pointwise:  # IO <-> OI11
+        return dict(
+            torch_shape=(*shape[::-1], 1, 1),
+            from_torch=lambda w: w[:, :, 0, 0].T,
+            to_torch=lambda w: w.T[:, :, None, None],
+        )
+    if leaf == "kernel":  # IO <-> OI
+        return dict(torch_shape=shape[::-1], from_torch=np.transpose, to_torch=np.transpose)
+    return dict(torch_shape=shape, from_torch=np.asarray, to_torch=np.asarray)
+
+
+def state_from_torch(
+    tensors: Mapping[str, Any],
+    module: nnx.Module,
+    rules: Rules,
+    *,
+    what: str,
+    param_dtype: jnp.dtype | None = None,
+    shardings: PyTree[Sharding] | None = None,
+    progress: Callable[[Collection], Iterable] = iter,
+) -> nnx.State:
+    """The parameters of `module`, for `nnx.update(module, state)`, one tensor at a time.
+
+    Args:
+      tensors: torch names -> arrays in torch layout, or what has a `shape` and becomes an array by `np.asarray`.
+      module: gives names and shapes; may be abstract (`nnx.eval_shape`).
+      what: begins the error's line.
+      param_dtype: of the parameters; None: each as it is stored.
+      shardings: where the parameters go, a tree like `nnx.state(module, nnx.Param)`; None: the default device.
+      progress: wraps the loop over the tensors (tqdm).
+
+    Raises:
+      ValueError: one line with every missing, unknown and wrongly shaped tensor, or with the first that is not
+        finite.
+    """
+    entries = name_map(module, rules)
+    named = {renamed(name, rules.aliases): name for name in tensors if not _matches(name, rules.unread)}
+    _check(entries, {name: tuple(tensors[stored].shape) for name, stored in named.items()}, what)
+    state = nnx.state(module, nnx.Param)
+    params = dict(nnx.to_flat_state(state))
+    places = {} if shardings is None else dict(nnx.to_flat_state(shardings))
+    flat = {}
+    for name, entry in progress(entries.items()):
+        tensor = tensors[named[name]]
+        array = np.asarray(tensor)
+        _check_finite(array, named[name], getattr(tensor, "path", what))
+        array = entry.from_torch(array)
+        dtype = array.dtype if param_dtype is None else param_dtype
+        flat[entry.path] = params[entry.path].replace(_placed(array, dtype, _sharding(places.get(entry.path))))
+    return nnx.from_flat_state(flat)
+
+
+def state_to_torch(module: nnx.Module, rules: Rules) -> dict[str, np.ndarray]:
+    """The inverse of `state_from_torch`: torch names -> contiguous arrays in torch layout."""
+    params = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
+    return {
+        name: np.ascontiguousarray(entry.to_torch(np.asarray(jax.device_get(params[entry.path][...]))))
+        for name, entry in name_map(module, rules).items()
+    }
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _check(entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    problems = [f"{name}: missing" for name in sorted(entries.keys() - shapes.keys())]
+    problems += [f"{name}: unknown" for name in sorted(shapes.keys() - entries.keys())]
+    for name in sorted(entries.keys() & shapes.keys()):
+        if shapes[name] != entries[name].torch_shape:
+            problems.append(f"{name}: shape {shapes[name]}, the config asks for {entries[name].torch_shape}")
+    if problems:
+        raise ValueError(f"{what}: {len(problems)} tensors do not fit: " + "; ".join(problems))
+
+
+def _check_finite(array: np.ndarray, name: str, what: str | Path) -> None:
+    if array.dtype.name not in _FLOATS:
+        raise ValueError(f"{what}: {name}: holds {array.dtype}; weights must be one of {', '.join(_FLOATS)}")
+    if array.size and not _finite(array):
+        raise ValueError(f"{what}: {name}: holds NaN or infinity")
+
+
+def _finite(array: np.ndarray) -> bool:
+    if array.dtype.itemsize != 2:
+        return bool(np.isfinite(array).all())
+    # numpy's isfinite converts the half types one by one; their exponents can be read as integers.
+    exponent = 0x7C00 if array.dtype == np.float16 else 0x7F80  # all ones: NaN or infinity
+    return int((array.view(np.uint16) & exponent).max()) != exponent
+
+
+def _sharding(place: Any) -> Sharding | None:
+    """The leaf of a tree of shardings, which nnx wraps as it does parameters."""
+    return place.get_value() if isinstance(place, nnx.Variable) else place
+
+
+def _placed(array: np.ndarray, dtype: jnp.dtype, sharding: Sharding | None) -> jax.Array:
+    # Copies that are ours alone: jax may use a numpy array's memory as it is.
+    if sharding is None:
+        return jnp.asarray(np.array(array, dtype, order="C"))
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: np.array(array[index], dtype, order="C")
+    )

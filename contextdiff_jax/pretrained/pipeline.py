@@ -1,0 +1,212 @@
+"""A Stable Diffusion folder (1.x, 2.x; model_index.json and its parts): text to image, image to image, inpainting."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from contextdiff_jax.diffusion import q_sample
+from contextdiff_jax.models.clip import CLIPText
+from contextdiff_jax.models.unet import UNet
+from contextdiff_jax.models.vae import VAE
+from contextdiff_jax.pretrained.clip import load_clip_text
+from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.sampling import Known, StableDiffusion, encode_images, sample_images
+from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
+from contextdiff_jax.pretrained.unet import load_unet
+from contextdiff_jax.pretrained.vae import load_vae
+
+INDEX_FILE = "model_index.json"
+CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+Latents = Float[Array, "B H W Z"]
+Pictures = UInt8[np.ndarray, "B H W 3"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What every way to sample reads.
+
+    Attributes:
+      prompts: one picture each.
+      negative: what guidance leads away from, one text for all or one a prompt.
+      guidance: its scale; 1 or less is none.
+      seed: draws the noise, unless `noise` gives it.
+      tile: large pictures go through the autoencoder in tiles.
+    """
+
+    prompts: Sequence[str]
+    negative: str | Sequence[str] = ""
+    steps: int = 50
+    guidance: float = 7.5
+    seed: int = 0
+    noise: Latents | None = None
+    tile: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.prompts, str) or not self.prompts:
+            raise ValueError(f"prompts={self.prompts!r}: must be a list of at least one text")
+        if not isinstance(self.negative, str) and len(self.negative) != len(self.prompts):
+            count = len(self.prompts)
+            raise ValueError(f"negative: {len(self.negative)} texts; must be one, or as many as prompts, {count}")
+
+    @property
+    def negatives(self) -> list[str]:
+        """One a prompt."""
+        return [self.negative] * len(self.prompts) if isinstance(self.negative, str) else list(self.negative)
+
+    def draw(self, shape: tuple[int, int, int]) -> Latents:
+        """The noise [B, *shape]. Raises ValueError if the one that is given has another shape."""
+        shape = (len(self.prompts), *shape)
+        if self.noise is None:
+            return jax.random.normal(jax.random.key(self.seed), shape)
+        if tuple(self.noise.shape) != shape:
+            raise ValueError(f"noise: shape {tuple(self.noise.shape)}; must be {shape}")
+        return jnp.asarray(self.noise, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """The networks, the scheduler, and transformers' tokenizer. The options of all three ways: `Request`."""
+
+    model: StableDiffusion
+    scheduler: Scheduler
+    tokenizer: Any
+
+    def text_to_image(
+        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, **options
+    ) -> Pictures:
+        """Pictures of `size` (height, width), by default the UNet's own, from noise."""
+        request = Request(prompts=prompts, **options)
+        return self._sample(request, request.draw(self.latent_shape(size)), self.scheduler.steps(request.steps))
+
+    def image_to_image(
+        self, prompts: Sequence[str], images: Pictures, *, strength: float = 0.8, **options
+    ) -> Pictures:
+        """Pictures from `images`, one a prompt, noised to where the last `strength` of the steps begins."""
+        request = Request(prompts=prompts, **options)
+        latents = self._encode(images, request)
+        timesteps, following = self._last_steps(request.steps, strength)
+        noised = self._noised(latents, request.draw(latents.shape[1:]), timesteps[0])
+        return self._sample(request, noised, (timesteps, following))
+
+    def inpaint(
+        self, prompts: Sequence[str], images: Pictures, masks: Float[np.ndarray, "B H W"], *, strength: float = 1.0,
+        **options,
+    ) -> Pictures:
+        """`images` painted anew where `masks` are at least 0.5. At strength 1 the hole begins as noise.
+
+        A network made for inpainting reads the mask and the rest of the picture; for another the rest is put back,
+        noised, after each step.
+        """
+        request = Request(prompts=prompts, **options)
+        if tuple(masks.shape) != tuple(images.shape[:3]):
+            raise ValueError(f"masks: shape {tuple(masks.shape)}; must be the images', {tuple(images.shape[:3])}")
+        hole = (np.asarray(masks) >= 0.5)[..., None]
+        latents = self._encode(images, request)
+        noise = request.draw(latents.shape[1:])
+        masked = self._encode(images, request, hole)
+        factor = self.model.vae.config.downscale
+        known = Known(latents, noise, jnp.asarray(hole[:, ::factor, ::factor], jnp.float32), masked)
+        timesteps, following = self._last_steps(request.steps, strength)
+        x = noise if strength == 1 else self._noised(latents, noise, timesteps[0])
+        return self._sample(request, x, (timesteps, following), known)
+
+    def token_ids(self, texts: Sequence[str]) -> Int[np.ndarray, "B L"]:
+        """Ids padded (and cut) to the encoder's length."""
+        length = min(self.tokenizer.model_max_length, self.model.text.config.max_position_embeddings)
+        return np.array(self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True).input_ids)
+
+    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """[H, W, Z] of pictures of `size`, by default the UNet's own.
+
+        Raises ValueError for a size that the autoencoder's factor doesn't divide.
+        """
+        factor = self.model.vae.config.downscale
+        channels = self.model.vae.config.latent_channels
+        if size is None:
+            side = self.model.unet.config.sample_size
+            if side is None:
+                raise ValueError("size: missing; the UNet's config has no sample_size")
+            return (*(side if isinstance(side, tuple) else (side, side)), channels)
+        if any(side < factor or side % factor for side in size):
+            raise ValueError(f"size={tuple(size)}: height and width must be multiples of {factor}")
+        return size[0] // factor, size[1] // factor, channels
+
+    def _encode(self, images: Pictures, request: Request, hole: np.ndarray | bool = False) -> Latents:
+        if len(images) != len(request.prompts):
+            raise ValueError(f"images: {len(images)}; one for each of the {len(request.prompts)} prompts")
+        self.latent_shape(images.shape[1:3])  # refuses a size that doesn't fit
+        pixels = np.where(hole, 0.0, np.asarray(images, np.float32) / 127.5 - 1).astype(np.float32)
+        return encode_images(self.model.vae, pixels, tile=request.tile)
+
+    def _last_steps(self, steps: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
+        count = min(int(steps * strength), steps)
+        if not 0 < strength <= 1 or count < 1:
+            raise ValueError(f"strength={strength}: must lie in (0, 1] and leave at least one of {steps} steps")
+        timesteps, following = self.scheduler.steps(steps)
+        return timesteps[-count:], following[-count:]
+
+    def _noised(self, latents: Latents, noise: Latents, t: int) -> Latents:
+        return q_sample(self.scheduler.schedule(), latents, jnp.zeros_like(latents), t, noise, shift="none")
+
+    def _sample(
+        self, request: Request, x: Latents, steps: tuple[np.ndarray, np.ndarray], known: Known | None = None
+    ) -> Pictures:
+        if known is None and self.model.unet.config.in_channels != x.shape[-1]:
+            channels = self.model.unet.config.in_channels
+            raise ValueError(f"the UNet has {channels} channels in: it is only for inpainting")
+        images = sample_images(
+            self.model, self.scheduler.schedule(), *steps, self.token_ids(request.prompts),
+            self.token_ids(request.negatives), x, jnp.float32(request.guidance), known,
+            prediction_type=self.scheduler.prediction, guided=request.guidance > 1, tile=request.tile,
+        )
+        return np.asarray(jnp.round(255 * images)).astype(np.uint8)
+
+
+def load_pipeline(folder: str | Path, **options) -> Pipeline:
+    """A Stable Diffusion 1.x or 2.x folder, as diffusers wrote it or converted.
+
+    `options` of all three networks: see `contextdiff_jax.pretrained.model.Options`. The tokenizer is transformers',
+    which is imported here and nowhere else.
+
+    Raises ValueError, one line, for a folder of another pipeline, a part that is missing, damaged or doesn't fit.
+    """
+    folder = Path(folder)
+    path = folder / INDEX_FILE
+    name = read_json(path, "a diffusers pipeline folder").get("_class_name")
+    if name not in CLASSES:
+        raise ValueError(f"{path}: _class_name={name!r}: another pipeline; one of {', '.join(CLASSES)}")
+    scheduler = load_scheduler(folder / "scheduler")
+    unet = load_unet(folder / "unet", **options)
+    vae = load_vae(folder / "vae", **options)
+    text = load_clip_text(folder / "text_encoder", **options)
+    _check_fit(folder, unet, vae, text)
+    return Pipeline(model=StableDiffusion(unet, vae, text), scheduler=scheduler, tokenizer=_tokenizer(folder))
+
+
+def _check_fit(folder: Path, unet: UNet, vae: VAE, text: CLIPText) -> None:
+    channels, width = vae.config.latent_channels, text.config.hidden_size
+    if unet.config.in_channels not in (channels, 2 * channels + 1) or unet.config.out_channels != channels:
+        raise ValueError(
+            f"{folder}: the UNet has {unet.config.in_channels} channels in and {unet.config.out_channels} out; must be "
+            f"{channels} (or {2 * channels + 1}, for inpainting) and {channels}, as the autoencoder's latents have"
+        )
+    if any(level.text_features != width for level in unet.config.levels()):
+        raise ValueError(f"{folder}: the UNet's cross_attention_dim differs from the text encoder's width, {width}")
+    if unet.config.addition_embed_type is not None or unet.config.context_head:
+        raise ValueError(f"{folder}: a UNet with added conditions or a context head is not sampled here")
+
+
+def _tokenizer(folder: Path) -> Any:
+    if not (folder / "tokenizer").is_dir():
+        raise ValueError(f"{folder / 'tokenizer'}: no such folder")
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder / "tokenizer")

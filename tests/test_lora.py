@@ -1,0 +1,257 @@
+"""LoRA: merged weights against torch layers applied beside the frozen ones, and the names that files have."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+from diffusers import UNet2DConditionModel
+from flax import nnx
+from torch_models import assert_close, nchw, nhwc, normal, randomised
+
+from contextdiff_jax.models.unet import UNetConfig
+from contextdiff_jax.pretrained import load_clip_text, load_unet
+from contextdiff_jax.pretrained.ldm import ldm_name
+from contextdiff_jax.pretrained.lora import LoraLayer, load_lora, merge_lora, save_lora
+
+UNET = dict(
+    block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2, cross_attention_dim=12,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)
+TEXT = dict(vocab_size=30, hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=3)
+ALPHA = 3.0
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of the UNet and the text encoder, and their torch models."""
+    folder = tmp_path_factory.mktemp("models")
+    unet = randomised(UNet2DConditionModel(sample_size=8, **UNET))
+    text = randomised(transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)))
+    unet.save_pretrained(folder / "unet")
+    text.save_pretrained(folder / "text")
+    return folder, unet, text
+
+
+def targets(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Every dense and convolutional layer."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
+
+
+def random_lora(model: torch.nn.Module, rank: int = 2) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """layer -> (down, up), convolutions with their kernel in down."""
+    rng = np.random.default_rng(0)
+    pairs = {}
+    for name, layer in targets(model).items():
+        weight = layer.weight
+        down = rng.standard_normal((rank, *weight.shape[1:])) / weight[0].numel() ** 0.5
+        up = rng.standard_normal((weight.shape[0], rank, *(1,) * (weight.ndim - 2))) / rank**0.5
+        pairs[name] = down.astype(np.float32), up.astype(np.float32)
+    return pairs
+
+
+def hooked(model: torch.nn.Module, pairs, scale: float):
+    """Adds scale up(down(x)) to every layer's output, as LoRA is trained."""
+    def hook(down, up):
+        def add(layer, inputs, output):
+            down_there, up_there = torch.tensor(down), torch.tensor(up)
+            if isinstance(layer, torch.nn.Linear):
+                inner = torch.nn.functional.linear(inputs[0], down_there)
+                return output + scale * torch.nn.functional.linear(inner, up_there)
+            inner = torch.nn.functional.conv2d(inputs[0], down_there, stride=layer.stride, padding=layer.padding)
+            return output + scale * torch.nn.functional.conv2d(inner, up_there)
+
+        return add
+
+    return [layer.register_forward_hook(hook(*pairs[name])) for name, layer in targets(model).items()]
+
+
+def kohya(pairs, start: str) -> dict[str, np.ndarray]:
+    tensors = {}
+    for name, (down, up) in pairs.items():
+        stem = start + name.replace(".", "_")
+        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": np.float32(ALPHA)}
+    return {name: np.asarray(tensor) for name, tensor in tensors.items()}
+
+
+@nnx.jit
+def run(module, *inputs):
+    return module(*inputs)
+
+
+def test_a_merged_unet_equals_torch_with_the_lora_layers_beside_its_own(models, tmp_path):
+    folder, unet, _ = models
+    pairs = random_lora(unet)
+    safetensors.numpy.save_file(kohya(pairs, "lora_unet_"), tmp_path / "lora.safetensors")
+    ours = load_unet(folder / "unet")
+    lora = load_lora(tmp_path / "lora.safetensors", {"unet": ours})
+    assert lora["unet"].keys() == pairs.keys()
+    before = nnx.state(ours)
+    x, t, tokens = normal(2, 8, 8, 4), np.array([3, 500]), normal(2, 5, 12)
+    merge_lora(ours, lora["unet"], 0.7)
+    hooks = hooked(unet, pairs, 0.7 * ALPHA / 2)
+    with torch.no_grad():
+        expected = nhwc(unet(nchw(x), torch.tensor(t), torch.tensor(tokens)).sample)
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        plain = nhwc(unet(nchw(x), torch.tensor(t), torch.tensor(tokens)).sample)
+    assert np.abs(plain - expected).max() > 0.1
+    assert_close(run(ours, jnp.asarray(x), jnp.asarray(t), jnp.asarray(tokens)), expected)
+    merge_lora(ours, lora["unet"], -0.7)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), nnx.state(ours), before)
+
+
+def test_a_merged_text_encoder_equals_torch_with_the_lora_layers_beside_its_own(models, tmp_path):
+    folder, _, text = models
+    pairs = random_lora(text)
+    safetensors.numpy.save_file(kohya(pairs, "lora_te_text_model_"), tmp_path / "lora.safetensors")
+    ours = load_clip_text(folder / "text")
+    lora = load_lora(tmp_path / "lora.safetensors", {"text_encoder": ours})
+    merge_lora(ours, lora["text_encoder"])
+    ids = np.random.default_rng(0).integers(1, 30, (2, 6))
+    hooks = hooked(text, pairs, ALPHA / 2)
+    with torch.no_grad():
+        expected = text(torch.tensor(ids)).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    assert_close(run(ours, jnp.asarray(ids)).last, expected)
+
+
+def test_every_writers_names_mean_the_same_layer(models, tmp_path):
+    folder, unet, _ = models
+    ours = load_unet(folder / "unet")
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    old = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out"
+    down, up = random_lora(unet)[layer]
+    flat = "lora_unet_" + layer.replace(".", "_")
+    for first, second in [
+        (f"unet.{layer}.lora_A.weight", f"unet.{layer}.lora_B.weight"),
+        (f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"),
+        (f"base_model.model.{layer}.lora_A.weight", f"base_model.model.{layer}.lora_B.weight"),
+        (f"unet.{layer}.lora.down.weight", f"unet.{layer}.lora.up.weight"),
+        (f"unet.{old}_lora.down.weight", f"unet.{old}_lora.up.weight"),
+        (f"{flat}.lora_down.weight", f"{flat}.lora_up.weight"),
+        ("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0.lora_down.weight",
+         "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0.lora_up.weight"),
+    ]:  # fmt: skip
+        safetensors.numpy.save_file({first: down, second: up}, tmp_path / "lora.safetensors")
+        layers = load_lora(tmp_path / "lora.safetensors", {"unet": ours})["unet"]
+        assert layers.keys() == {layer}, first
+        np.testing.assert_array_equal(layers[layer].down, down)
+        np.testing.assert_array_equal(layers[layer].up, up)
+        assert layers[layer].alpha == 2  # no alpha: the rank, a scale of 1
+
+
+def test_both_styles_are_written_and_read_back_as_the_same_change(models, tmp_path):
+    folder, unet, text = models
+    modules = {"unet": load_unet(folder / "unet"), "text_encoder": load_clip_text(folder / "text")}
+    lora = {
+        "unet": {name: LoraLayer(*pair, ALPHA) for name, pair in random_lora(unet).items()},
+        "text_encoder": {name: LoraLayer(*pair, ALPHA) for name, pair in random_lora(text).items()},
+    }
+    for style in ("kohya", "diffusers"):
+        path = tmp_path / f"{style}.safetensors"
+        save_lora(lora, path, style)
+        again = load_lora(path, modules)
+        assert {c: layers.keys() for c, layers in again.items()} == {c: layers.keys() for c, layers in lora.items()}
+        for component, layers in lora.items():
+            for name, layer in layers.items():
+                np.testing.assert_allclose(again[component][name].delta(), layer.delta(), rtol=1e-5, atol=1e-5)
+        assert load_lora(path, {"unet": modules["unet"]}).keys() == {"unet"}
+    names = safetensors.numpy.load_file(tmp_path / "diffusers.safetensors")
+    assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight" in names
+    assert "unet.mid_block.attentions.0.proj_in.lora_B.weight" in names
+    names = safetensors.numpy.load_file(tmp_path / "kohya.safetensors")
+    assert "lora_te_text_model_encoder_layers_1_mlp_fc1.alpha" in names
+
+
+def test_the_original_codes_names_of_a_full_size_xl_unet():
+    # https://github.com/Stability-AI/generative-models numbers its blocks so; levels of 0, 2 and 10 transformer layers.
+    config = UNetConfig(
+        block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    for ours, original in {
+        "conv_in": "input_blocks.0.0",
+        "down_blocks.0.resnets.1.conv1": "input_blocks.2.0.in_layers.2",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+        "down_blocks.1.attentions.0.transformer_blocks.1.ff.net.2": "input_blocks.4.1.transformer_blocks.1.ff.net.2",
+        "down_blocks.2.resnets.1.conv2": "input_blocks.8.0.out_layers.3",
+        "mid_block.attentions.0.proj_in": "middle_block.1.proj_in",
+        "mid_block.resnets.1.time_emb_proj": "middle_block.2.emb_layers.1",
+        "up_blocks.0.attentions.2.proj_out": "output_blocks.2.1.proj_out",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+        "up_blocks.1.attentions.0.proj_in": "output_blocks.3.1.proj_in",
+        "up_blocks.2.resnets.2.conv_shortcut": "output_blocks.8.0.skip_connection",
+        "context_head.conv": None,
+    }.items():
+        assert ldm_name(ours, config) == original
+
+
+def test_alphas_in_the_metadata_count_and_what_they_cannot_say_is_refused(models, tmp_path):
+    folder, unet, _ = models
+    modules = {"unet": load_unet(folder / "unet")}
+    down, up = random_lora(unet)["conv_in"]
+    tensors = {"unet.conv_in.lora_A.weight": down, "unet.conv_in.lora_B.weight": up}
+    path = tmp_path / "lora.safetensors"
+    for values, alpha in (({"unet.lora_alpha": 8, "unet.r": 2, "unet.use_dora": False}, 8), ({}, 2)):
+        safetensors.numpy.save_file(tensors, path, metadata={"lora_adapter_metadata": json.dumps(values)})
+        assert load_lora(path, modules)["unet"]["conv_in"].alpha == alpha
+    safetensors.numpy.save_file(tensors, path, metadata={"lora_adapter_metadata": '{"unet.use_rslora": true}'})
+    with pytest.raises(ValueError, match="unet.use_rslora=True in its metadata: not supported"):
+        load_lora(path, modules)
+
+
+def test_half_weights_are_merged_in_float32_and_keep_their_type(models, tmp_path):
+    folder, unet, _ = models
+    ours = load_unet(folder / "unet", param_dtype=jnp.bfloat16)
+    before = np.asarray(ours.conv_out.kernel[...], np.float32)
+    down, up = random_lora(unet)["conv_out"]
+    layer = LoraLayer(down, up, 2.0)
+    merge_lora(ours, {"conv_out": layer})
+    assert ours.conv_out.kernel[...].dtype == jnp.bfloat16
+    delta = layer.delta().reshape(4, 8, 3, 3).transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(np.asarray(ours.conv_out.kernel[...]), (before + delta).astype(jnp.bfloat16))
+
+
+def test_layers_that_do_not_fit_are_all_named_in_one_line(models, tmp_path):
+    folder, unet, _ = models
+    modules = {"unet": load_unet(folder / "unet")}
+    good = kohya({"conv_in": random_lora(unet)["conv_in"]}, "lora_unet_")
+    path = tmp_path / "lora.safetensors"
+
+    def refused(tensors, *parts):
+        safetensors.numpy.save_file(tensors, path)
+        with pytest.raises(ValueError) as error:
+            load_lora(path, modules)
+        assert "\n" not in str(error.value)
+        for part in (str(path), *parts):
+            assert part in str(error.value)
+
+    wrong = {f"lora_unet_conv_out.lora_{part}.weight": np.ones((2, 3), np.float32) for part in ("down", "up")}
+    half = {"lora_unet_time_embedding_linear_1.lora_down.weight": np.ones((2, 8), np.float32)}
+    unknown = {"lora_unet_conv_middle.lora_up.weight": np.ones((2, 8), np.float32)}
+    refused(good | wrong | half | unknown, "3 layers do not fit", "unet conv_out: up (2, 3), down (2, 3); the layer's",
+            "unet time_embedding_linear_1: lacks up or down", "unet conv_middle: unknown layer")  # fmt: skip
+    refused(good | {"lora_unet_conv_in.hada_w1_a": np.ones((2, 2), np.float32)}, "1 tensors are unknown", "hada_w1_a")
+    dora = {"lora_unet_conv_in.dora_scale": np.ones((2, 2), np.float32)}
+    refused(good | dora, "not LoHa, LoKr or DoRA", "dora_scale")
+    refused({k.replace("_unet_", "_te_"): v for k, v in good.items()}, "holds no layers for unet")
+    nan = dict(good)
+    nan["lora_unet_conv_in.lora_up.weight"] = np.full_like(nan["lora_unet_conv_in.lora_up.weight"], np.nan)
+    refused(nan, "lora_unet_conv_in.lora_up.weight: holds NaN or infinity")
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match="truncated"):
+        load_lora(path, modules)
+    with pytest.raises(ValueError, match="nowhere.safetensors: no such file"):
+        load_lora(tmp_path / "nowhere.safetensors", modules)
+    with pytest.raises(ValueError, match="style='peft': unknown; one of diffusers, kohya"):
+        save_lora({}, path, "peft")

@@ -1,0 +1,220 @@
+"""Pictures from a Stable Diffusion folder against diffusers' pipelines, from the same noise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from flax import nnx
+from PIL import Image
+from torch_models import nchw, nhwc, normal, stable_diffusion
+
+from contextdiff_jax.pretrained import conversion
+from contextdiff_jax.pretrained.model import Options
+from contextdiff_jax.pretrained.pipeline import load_pipeline
+from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
+
+PROMPTS = ["a red circle", "the blue square is left of a rather long description"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """diffusers' pipeline and its folder."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipe = stable_diffusion(folder / "words")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder / "sd")
+    return pipe, folder / "sd"
+
+
+def check(pipe, folder, *, scheduler=None, size=(8, 8), **options):
+    """The pictures of both pipelines from the same noise are the same."""
+    if scheduler is not None:
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **scheduler)
+        pipe.scheduler.save_pretrained(folder / "scheduler")
+    latents = normal(len(PROMPTS), *size, 4)
+    theirs = {"num_inference_steps": options.get("steps", 50), "guidance_scale": options.get("guidance", 7.5)}
+    negative = options.get("negative")
+    with torch.no_grad():
+        expected = pipe(
+            PROMPTS, latents=nchw(latents), height=2 * size[0], width=2 * size[1], output_type="np",
+            negative_prompt=negative and [negative] * len(PROMPTS), **theirs,
+        ).images
+    images = load_pipeline(folder).text_to_image(PROMPTS, noise=latents, size=(2 * size[0], 2 * size[1]), **options)
+    assert_same_pictures(images, expected)
+    return expected
+
+
+def assert_same_pictures(images, expected) -> None:
+    """Within 1/255 for 99.9% of the values; and they must not be all black, white or alike."""
+    inside = (expected > 0.02) & (expected < 0.98)
+    assert inside.mean() > 0.3 and np.abs(expected[0] - expected[1]).mean() > 0.02
+    assert images.shape == expected.shape and images.dtype == np.uint8
+    difference = np.abs(images.astype(int) - np.round(255 * expected).astype(int))
+    assert (difference <= 1).mean() >= 0.999, difference.max()
+
+
+def test_fifty_steps_with_guidance_give_the_pictures_of_diffusers(pair):
+    check(*pair, scheduler={})
+
+
+def test_a_negative_prompt_and_another_size_give_the_pictures_of_diffusers(pair):
+    check(*pair, size=(12, 8), steps=5, negative="blue")
+
+
+def test_without_guidance_the_pictures_are_those_of_diffusers(pair):
+    check(*pair, steps=5, guidance=1.0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_every_spacing_gives_the_pictures_of_diffusers(pair, prediction_type):
+    pipe, folder = pair
+    pictures = []
+    for spacing, more in (("leading", {}), ("trailing", dict(set_alpha_to_one=True)), ("linspace", {})):
+        scheduler = dict(timestep_spacing=spacing, prediction_type=prediction_type, **more)
+        pictures.append(check(pipe, folder, scheduler=scheduler, steps=20))
+    # Or one spacing would do for all.
+    assert min(np.abs(pictures[i] - pictures[j]).max() for i, j in ((0, 1), (0, 2), (1, 2))) > 0.02
+
+
+@pytest.fixture
+def same_noise(monkeypatch):
+    """diffusers draws the latents around their mean, which we take, and its noise is given to us."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
+    return nhwc(torch.randn((2, 4, 8, 12), generator=torch.Generator().manual_seed(3)))
+
+
+def pictures() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3)).astype(np.uint8)
+
+
+def theirs_from(pipe, torch_class, **options) -> np.ndarray:
+    """diffusers' pictures from `pictures()`."""
+    pipe = torch_class(**pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        return pipe(
+            PROMPTS, image=[Image.fromarray(image) for image in pictures()], num_inference_steps=10, output_type="np",
+            generator=torch.Generator().manual_seed(3), **options,
+        ).images
+
+
+def test_image_to_image_gives_the_pictures_of_diffusers(pair, same_noise):
+    pipe, folder = pair
+    expected = theirs_from(pipe, StableDiffusionImg2ImgPipeline, strength=0.65, guidance_scale=5.0)
+    options = dict(steps=10, guidance=5.0, noise=same_noise)
+    images = load_pipeline(folder).image_to_image(PROMPTS, pictures(), strength=0.65, **options)
+    assert_same_pictures(images, expected)
+
+
+@pytest.mark.parametrize("in_channels, strength", [(4, 1.0), (4, 0.6), (9, 1.0)])
+def test_inpainting_gives_the_pictures_of_diffusers(pair, same_noise, tmp_path, in_channels, strength):
+    pipe, folder = pair
+    if in_channels == 9:  # a network that reads the mask and the rest of the picture
+        pipe, folder = stable_diffusion(tmp_path / "words", in_channels), tmp_path / "sd"
+        pipe.save_pretrained(folder)
+    masks = np.zeros((2, 16, 24), np.float32)
+    masks[0, 3:11, 5:20] = 1
+    masks[1, :, 12:] = 1
+    expected = theirs_from(
+        pipe, StableDiffusionInpaintPipeline, strength=strength, height=16, width=24,
+        mask_image=[Image.fromarray((255 * mask).astype(np.uint8)) for mask in masks],
+    )
+    ours = load_pipeline(folder)
+    images = ours.inpaint(PROMPTS, pictures(), masks, strength=strength, steps=10, noise=same_noise)
+    assert_same_pictures(images, expected)
+    if in_channels == 9:
+        with pytest.raises(ValueError, match="the UNet has 9 channels in: it is only for inpainting"):
+            ours.text_to_image(PROMPTS)
+
+
+def test_a_converted_pipeline_is_the_same(pair, tmp_path):
+    _, folder = pair
+    conversion.to_native(folder, tmp_path / "ours", Options(), lambda line: None)
+    theirs, ours = load_pipeline(folder), load_pipeline(tmp_path / "ours")
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(ours.model), nnx.state(theirs.model))
+    assert ours.scheduler == theirs.scheduler
+    np.testing.assert_array_equal(ours.token_ids(PROMPTS), theirs.token_ids(PROMPTS))
+
+
+@pytest.mark.parametrize("steps", [1, 6, 20, 50, 999])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("more", [
+    dict(), dict(steps_offset=1, set_alpha_to_one=False, beta_schedule="scaled_linear", beta_start=0.00085),
+    dict(beta_schedule="squaredcos_cap_v2", num_train_timesteps=1200, prediction_type="v_prediction"),
+    dict(rescale_betas_zero_snr=True, prediction_type="sample"),
+])  # fmt: skip
+def test_schedule_and_steps_equal_those_of_diffusers(tmp_path, steps, spacing, more):
+    theirs = DDIMScheduler(clip_sample=False, timestep_spacing=spacing, **more)
+    theirs.save_pretrained(tmp_path)
+    theirs.set_timesteps(steps)
+    ours = load_scheduler(tmp_path)
+    timesteps, following = ours.steps(steps)
+    np.testing.assert_array_equal(timesteps, theirs.timesteps.numpy())
+    before = theirs.timesteps - theirs.config.num_train_timesteps // steps
+    alphas = torch.where(before >= 0, theirs.alphas_cumprod[before.clamp(min=0)], theirs.final_alpha_cumprod)
+    np.testing.assert_allclose(ours.schedule().alpha_bar(following), alphas, rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(ours.schedule().alphas_cumprod, theirs.alphas_cumprod, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(_class_name="FlowMatchScheduler"), "_class_name='FlowMatchScheduler': not supported"),
+    (dict(beta_schedule="sigmoid"), "beta_schedule='sigmoid': unknown; one of linear, scaled_linear"),
+    (dict(prediction_type="flow"), "prediction_type='flow': unknown; one of epsilon, sample, v_prediction"),
+    (dict(timestep_spacing="log"), "timestep_spacing='log': unknown; one of leading, linspace, trailing"),
+    (dict(clip_sample=True), "clip_sample=True: not supported"),
+    (dict(thresholding=True), "thresholding=True: not supported"),
+    (dict(trained_betas=[0.1]), "trained_betas: not supported"),
+])  # fmt: skip
+def test_a_scheduler_that_is_not_supported_is_refused(tmp_path, change, message):
+    values = dict(_class_name="DDIMScheduler", clip_sample=False) | change
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"scheduler_config.json: {message}"):
+        load_scheduler(tmp_path)
+
+
+def test_steps_after_the_schedules_end_are_refused():
+    with pytest.raises(ValueError, match="steps=1000: with steps_offset=1 they start at 1000; must be below 1000"):
+        Scheduler(steps_offset=1).steps(1000)
+
+
+def test_what_does_not_fit_is_named(pair, tmp_path):
+    _, folder = pair
+    pipeline = load_pipeline(folder)
+    with pytest.raises(ValueError, match=r"size=\(16, 15\): height and width must be multiples of 2"):
+        pipeline.text_to_image(PROMPTS, size=(16, 15))
+    with pytest.raises(ValueError, match="negative: 1 texts; must be one, or as many as prompts, 2"):
+        pipeline.text_to_image(PROMPTS, negative=["a"])
+    with pytest.raises(ValueError, match="prompts='red': must be a list of at least one text"):
+        pipeline.text_to_image("red")
+    with pytest.raises(ValueError, match=r"noise: shape \(2, 8, 7, 4\); must be \(2, 8, 8, 4\)"):
+        pipeline.text_to_image(PROMPTS, noise=normal(2, 8, 7, 4))
+    with pytest.raises(ValueError, match="images: 1; one for each of the 2 prompts"):
+        pipeline.image_to_image(PROMPTS, pictures()[:1])
+    with pytest.raises(ValueError, match="strength=0.05: must lie in .* at least one of 10 steps"):
+        pipeline.image_to_image(PROMPTS, pictures(), strength=0.05, steps=10)
+    with pytest.raises(ValueError, match=r"masks: shape \(2, 16, 16\); must be the images', \(2, 16, 24\)"):
+        pipeline.inpaint(PROMPTS, pictures(), np.zeros((2, 16, 16)))
+    assert pipeline.latent_shape() == (8, 8, 4)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(ValueError, match="_class_name='StableDiffusionXLPipeline': another pipeline"):
+        load_pipeline(tmp_path)
+
+
+def test_the_product_never_imports_torch(pair):
+    code = (
+        "import sys; from contextdiff_jax.pretrained import conversion, lora, pipeline\n"
+        "assert not {'torch', 'transformers', 'diffusers'} & sys.modules.keys()\n"
+        "pipeline.load_pipeline(sys.argv[1]).token_ids(['a red circle'])\n"
+        "assert not {'torch', 'diffusers'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code, pair[1]], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
