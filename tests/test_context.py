@@ -113,8 +113,20 @@ def test_a_picture_that_patches_do_not_fit_is_refused():
 
 def test_text_states_do_not_depend_on_the_amount_of_padding():
     encoder = TextEncoder(TextConfig(vocab_size=20, max_length=9, width=16, num_layers=2, num_heads=2), rngs=nnx.Rngs(0))
+    keys = iter(jax.random.split(jax.random.key(1), 99))  # away from the zeros that its branches start with
+    nnx.update(encoder, jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), nnx.state(encoder)))
     ids = jnp.array([[1, 5, 7, 2]])
     short = encoder(ids, jnp.ones((1, 4), bool))
     long = encoder(jnp.pad(ids, ((0, 0), (0, 5))), jnp.arange(9)[None] < 4)
     np.testing.assert_allclose(short, long[:, :4], atol=1e-5)
     assert float(jnp.abs(short - encoder(ids.at[0, 1].set(6), jnp.ones((1, 4), bool)))[:, 3].max()) > 1e-4
+
+
+def test_the_text_encoder_starts_as_a_lookup_of_its_words():
+    """A changed word changes its own state, by about its norm, and no other word's."""
+    encoder = TextEncoder(TextConfig(vocab_size=50, max_length=8, width=32, num_layers=2, num_heads=4), rngs=nnx.Rngs(0))
+    mask = jnp.ones((2, 8), bool)
+    states = np.asarray(encoder(jnp.array([[1, 7, 8, 9, 10, 11, 12, 2], [1, 7, 8, 9, 10, 11, 13, 2]]), mask))
+    changed = np.linalg.norm(states[0] - states[1], axis=-1)
+    assert changed[6] > 0.7 * np.linalg.norm(states[0, 6])
+    assert not np.delete(changed, 6).any()
