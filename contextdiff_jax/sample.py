@@ -1,7 +1,8 @@
 """python -m contextdiff_jax.sample --workdir=DIR --prompt="a large red circle" [--prompt=...] --num=4 --out=grid.png
+python -m contextdiff_jax.sample --model=FOLDER --prompt="..." [--negative=... --image=FILE --strength=0.8 --mask=FILE]
 
-Pictures for prompts, from a run's EMA weights, as one grid with the prompts under them; --images=FOLDER writes each
-alone too, with its prompt, seed, sampler, steps and guidance in the PNG's text.
+Pictures for prompts, from a run's EMA weights or from a Stable Diffusion folder, as one grid with the prompts under
+them; --images=FOLDER writes each alone too, with its prompt, seed, sampler, steps and guidance in the PNG's text.
 """
 
 from __future__ import annotations
@@ -14,18 +15,60 @@ from absl import flags
 from contextdiff_jax import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
+MODEL = flags.DEFINE_string("model", None, "A Stable Diffusion 1.x or 2.x folder, instead of --workdir.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; may be given many times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with one caption a line.")
 NUM = flags.DEFINE_integer("num", 1, "Pictures a prompt.", lower_bound=1)
-SAMPLER = flags.DEFINE_string("sampler", None, "ddim or ddpm; default: the run's config.")
-STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's config.")
-ETA = flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1; default: the run's config.")
-GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none; default: the run's config.")
+SAMPLER = flags.DEFINE_string("sampler", None, "ddim or ddpm; default: the run's config. With --model: ddim.")
+STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's config. With --model: 50.")
+ETA = flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1; default: the run's config. With --model: 0.")
+GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none; default: the run's. With --model: 7.5.")
 SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same pictures.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or params.")
 OUT = flags.DEFINE_string("out", "grid.png", "The grid.")
 IMAGES = flags.DEFINE_string("images", None, "A folder for the pictures one by one.")
 COLUMNS = flags.DEFINE_integer("columns", 4, "Pictures a row.", lower_bound=1)
+NEGATIVE = flags.DEFINE_string("negative", "", "With --model: the text that guidance leads away from.")
+SIZE = flags.DEFINE_list("size", None, "With --model: HEIGHT,WIDTH of the pictures; default: the model's, or --image's.")
+IMAGE = flags.DEFINE_string("image", None, "With --model: the picture to start from.")
+STRENGTH = flags.DEFINE_float("strength", None, "With --image: share of the steps made; default 0.8, with --mask 1.")
+MASK = flags.DEFINE_string("mask", None, "With --image: paint anew where this picture is white.")
+OF_MODELS = (NEGATIVE, SIZE, IMAGE, STRENGTH, MASK)
+
+
+def from_run(prompts: list[str]):
+    """(pictures, how they were made, of which step)."""
+    from contextdiff_jax.generation import Generator
+    from contextdiff_jax.run import load_run
+    from contextdiff_jax.settings import SampleConfig
+
+    for flag in OF_MODELS:
+        if flag.value:
+            raise ValueError(f"--{flag.name}={flag.value}: needs --model")
+    given = {"sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value, "guidance": GUIDANCE.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    SampleConfig(**given)  # refuses a wrong flag before a checkpoint is read
+    run = load_run(WORKDIR.value, WEIGHTS.value)
+    options = dataclasses.replace(run.settings.sample, **given)
+    cli.set_compilation_cache(pathlib.Path(WORKDIR.value))
+    images = Generator(run.settings, run.tokenizer, options)(run.params, prompts, SEED.value)
+    made = {name: getattr(options, name) for name in ("sampler", "steps", "eta", "guidance")}
+    return images, made, f"step {run.step}"
+
+
+def from_model(prompts: list[str]):
+    """(pictures, how they were made, of which folder): text to image, or from --image, or inside its --mask."""
+    from contextdiff_jax.pretrained.command import FolderRequest, sample_folder
+
+    if WORKDIR.value:
+        raise ValueError(f"--model={MODEL.value}: can't be given with --workdir={WORKDIR.value}")
+    made = {"sampler": SAMPLER.value or "ddim", "steps": STEPS.value or 50, "eta": ETA.value or 0.0,
+            "guidance": 7.5 if GUIDANCE.value is None else GUIDANCE.value}
+    request = FolderRequest(
+        **made, negative=NEGATIVE.value, size=SIZE.value, image=IMAGE.value, mask=MASK.value, strength=STRENGTH.value,
+        seed=SEED.value,
+    )
+    return sample_folder(MODEL.value, prompts, request), made, MODEL.value
 
 
 def main() -> None:
@@ -35,31 +78,20 @@ def main() -> None:
         prompts += [line.strip() for line in pathlib.Path(PROMPTS_FILE.value).read_text().splitlines() if line.strip()]
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("--prompt: the list is empty; give at least one, as in --prompt='a large red circle'")
+    prompts = [prompt for prompt in prompts for _ in range(NUM.value)]
+    images, made, source = from_model(prompts) if MODEL.value else from_run(prompts)
 
     from contextdiff_jax import pictures
-    from contextdiff_jax.generation import Generator
-    from contextdiff_jax.run import load_run
-    from contextdiff_jax.settings import SampleConfig
-
-    given = {"sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value, "guidance": GUIDANCE.value}
-    given = {name: value for name, value in given.items() if value is not None}
-    SampleConfig(**given)  # refuses a wrong flag before a checkpoint is read
-    run = load_run(WORKDIR.value, WEIGHTS.value)
-    options = dataclasses.replace(run.settings.sample, **given)
-    prompts = [prompt for prompt in prompts for _ in range(NUM.value)]
-    cli.set_compilation_cache(pathlib.Path(WORKDIR.value))
-    images = Generator(run.settings, run.tokenizer, options)(run.params, prompts, SEED.value)
 
     out = pathlib.Path(OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures.caption_grid(images, prompts, columns=COLUMNS.value).save(out)
-    print(f"{len(images)} pictures of step {run.step}: {out}")
+    print(f"{len(images)} pictures of {source}: {out}")
     if IMAGES.value:
         folder = pathlib.Path(IMAGES.value)
         folder.mkdir(parents=True, exist_ok=True)
-        common = {name: getattr(options, name) for name in ("sampler", "steps", "eta", "guidance")}
         for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            metadata = {"prompt": prompt, "seed": SEED.value, "index": i, "step": run.step, **common}
+            metadata = {"prompt": prompt, "seed": SEED.value, "index": i, "source": source, **made}
             pictures.save_png(image, folder / f"{i:04d}.png", metadata)
         print(f"each alone: {folder}")
 

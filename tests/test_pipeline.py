@@ -11,13 +11,14 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, command
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from flax import nnx
 from PIL import Image
 from torch_models import nchw, nhwc, normal, stable_diffusion
 
+from contextdiff_jax.pictures import read_png_metadata
 from contextdiff_jax.pretrained import conversion
 from contextdiff_jax.pretrained.model import Options
 from contextdiff_jax.pretrained.pipeline import load_pipeline
@@ -218,3 +219,45 @@ def test_the_product_never_imports_torch(pair):
         "assert not {'torch', 'diffusers'} & sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", code, pair[1]], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
+def test_the_sample_command_makes_pictures_from_a_folder_a_picture_and_a_mask(pair, tmp_path):
+    _, folder = pair
+    Image.fromarray(pictures()[0]).save(tmp_path / "image.png")
+    mask = np.zeros((16, 24), np.uint8)
+    mask[4:12, 8:16] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+
+    def sample(*flags):
+        run = command("sample", f"--model={folder}", "--prompt=a red circle", "--steps=3", f"--out={tmp_path}/grid.png",
+                      f"--images={tmp_path}/images", *flags)
+        assert run.returncode == 0, run.stderr
+        return np.asarray(Image.open(tmp_path / "images" / "0000.png")).astype(int)
+
+    assert sample("--size=16,24", "--negative=blue").shape == (16, 24, 3)
+    metadata = read_png_metadata(tmp_path / "images" / "0000.png")
+    assert metadata["prompt"] == "a red circle" and metadata["steps"] == "3" and metadata["guidance"] == "7.5"
+    expected = load_pipeline(folder).image_to_image(["a red circle"], pictures()[:1], strength=0.7, steps=3)
+    again = sample(f"--image={tmp_path}/image.png", "--strength=0.7")
+    assert np.abs(again - expected[0]).max() <= 1
+    expected = load_pipeline(folder).inpaint(["a red circle"], pictures()[:1], mask[None] / 255, steps=3)
+    assert np.abs(sample(f"--image={tmp_path}/image.png", f"--mask={tmp_path}/mask.png") - expected[0]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--model=nowhere", "--sampler=ddpm"), "with --model only ddim"),
+        (("--model=nowhere", "--mask=m.png"), "--mask=m.png: needs --image"),
+        (("--model=nowhere", "--size=12"), "--size=12: must be HEIGHT,WIDTH"),
+        (("--model=nowhere", "--workdir=there"), "can't be given with --workdir"),
+        (("--model=nowhere",), "nowhere/model_index.json: no such file"),
+        (("--model=nowhere", "--image=gone.png"), "--image=gone.png: can't be read as a picture"),
+        (("--workdir=there", "--negative=blue"), "--negative=blue: needs --model"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value[-1],
+)
+def test_flags_that_do_not_fit_a_folder_are_refused_in_one_line(flags, message):
+    run = command("sample", "--prompt=a", *flags)
+    assert run.returncode == 2 and message in run.stderr, run.stderr
+    assert "Traceback" not in run.stderr
