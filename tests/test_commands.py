@@ -1,6 +1,7 @@
 """Bad input: one line that names the field, the value and what is allowed, exit status 2."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT, command
@@ -32,8 +33,6 @@ TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")
 )
 def test_bad_input_gets_one_line_and_status_2(arguments, message):
     result = command(*arguments, env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
-    import re
-
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and re.search(message, lines[0]), result.stderr

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from flax import nnx
 from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
 from contextdiff_jax.generation import Generator
+from contextdiff_jax.pictures import read_png_metadata
 from contextdiff_jax.settings import parse
-from contextdiff_jax.training import checkpoints
+from contextdiff_jax.training import checkpoints, loop
 from contextdiff_jax.training.loop import null_caption, train
 from contextdiff_jax.training.state import init_state, model_graph
 from contextdiff_jax.training.step import draw, loss_fn, make_train_step
@@ -142,8 +144,6 @@ def test_a_killed_run_resumes_to_the_uninterrupted_losses_bit_for_bit(tmp_path):
         """Stands for the end of the process: nothing catches it."""
 
     # Dies in step 8, after the checkpoint of step 6 and the log line of step 6; the log has lines past a checkpoint.
-    from contextdiff_jax.training import loop
-
     calls, real = [], loop.to_devices
 
     def dying(*arguments):
@@ -161,7 +161,7 @@ def test_a_killed_run_resumes_to_the_uninterrupted_losses_bit_for_bit(tmp_path):
     for _ in range(50):  # the asynchronous save of step 6 may still be under way
         if (parts / "checkpoints" / "6").exists():
             break
-        __import__("time").sleep(0.2)
+        time.sleep(0.2)
     train(parse(config), config, parts)
     assert losses(parts) == losses(whole)
     assert [step for step, *_ in losses(whole)] == [2, 4, 6, 8, 9]
@@ -204,8 +204,6 @@ def test_a_run_of_another_config_or_model_is_not_resumed(tmp_path):
         "--sampler=ddim", "--steps=3", "--guidance=2", "--seed=7", f"--out={out}", f"--images={images}",
     )
     assert made.returncode == 0, made.stderr
-    from contextdiff_jax.pictures import read_png_metadata
-
     assert out.exists() and len(list(images.iterdir())) == 4
     metadata = read_png_metadata(images / "0003.png")
     assert metadata["prompt"] == "a small blue square" and metadata["seed"] == "7" and metadata["guidance"] == "2.0"
