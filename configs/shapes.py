@@ -26,5 +26,5 @@ def get_config() -> ConfigDict:
         norm_num_groups=8, resnet_time_scale_shift="scale_shift",
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=96 + 6 * 8,
     )
-    config.sample.update(steps=25, guidance=2.0)
+    config.sample.steps = 25
     return config
