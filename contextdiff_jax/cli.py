@@ -49,6 +49,8 @@ def run(main: Callable[[], None]) -> None:
             left = flags.FLAGS(argv)
         except AttributeError as error:  # what ml_collections raises for an override of an unknown field
             raise flags.Error(f"--config: unknown field: {_innermost(error)}") from error
+        except KeyError as error:  # the same, for an unknown section
+            raise flags.Error(f"--config: unknown section: {_innermost(error)}") from error
         if left[1:]:
             raise flags.Error(f"{left[1]!r}: unexpected argument; options start with --")
         return left
@@ -64,9 +66,7 @@ def run(main: Callable[[], None]) -> None:
 
     try:
         app.run(guarded, argv=sys.argv, flags_parser=parse)
-    except KeyError as error:  # the same, for an unknown section
-        _fail(flags.Error(f"--config: unknown section: {_innermost(error)}"))
-    except (flags.Error, ValueError, TypeError, OSError) as error:
+    except (flags.Error, ValueError, KeyError, TypeError, OSError) as error:
         _fail(error)
 
 

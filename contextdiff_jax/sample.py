@@ -29,7 +29,7 @@ OUT = flags.DEFINE_string("out", "grid.png", "The grid.")
 IMAGES = flags.DEFINE_string("images", None, "A folder for the pictures one by one.")
 COLUMNS = flags.DEFINE_integer("columns", 4, "Pictures a row.", lower_bound=1)
 NEGATIVE = flags.DEFINE_string("negative", "", "With --model: the text that guidance leads away from.")
-SIZE = flags.DEFINE_list("size", None, "With --model: HEIGHT,WIDTH of the pictures; default: the model's, or --image's.")
+SIZE = flags.DEFINE_list("size", None, "With --model: HEIGHT,WIDTH; default: the model's, or --image's.")
 IMAGE = flags.DEFINE_string("image", None, "With --model: the picture to start from.")
 STRENGTH = flags.DEFINE_float("strength", None, "With --image: share of the steps made; default 0.8, with --mask 1.")
 MASK = flags.DEFINE_string("mask", None, "With --image: paint anew where this picture is white.")
@@ -62,8 +62,8 @@ def from_model(prompts: list[str]):
 
     if WORKDIR.value:
         raise ValueError(f"--model={MODEL.value}: can't be given with --workdir={WORKDIR.value}")
-    made = {"sampler": SAMPLER.value or "ddim", "steps": STEPS.value or 50, "eta": ETA.value or 0.0,
-            "guidance": 7.5 if GUIDANCE.value is None else GUIDANCE.value}
+    made = {"sampler": SAMPLER.value or "ddim", "steps": 50 if STEPS.value is None else STEPS.value,
+            "eta": ETA.value or 0.0, "guidance": 7.5 if GUIDANCE.value is None else GUIDANCE.value}
     request = FolderRequest(
         **made, negative=NEGATIVE.value, size=SIZE.value, image=IMAGE.value, mask=MASK.value, strength=STRENGTH.value,
         seed=SEED.value,
