@@ -9,19 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import PyTree, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.models.contextdiff import make_sampler
+from contextdiff_jax.parallel.mesh import Feed, replicated
 from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.training.state import model_graph
 
 
 class Generator:
-    """`generator(params, prompts, seed) -> uint8 [N, H, W, 3]` with the options of a SampleConfig."""
+    """`generator(params, prompts, seed) -> uint8 [N, H, W, 3]` with the options of a SampleConfig.
 
-    def __init__(self, settings: Settings, tokenizer: Tokenizer, options: SampleConfig | None = None):
+    On a `mesh` the pictures are spread over it as a training batch is, and every process gets them all.
+    """
+
+    def __init__(
+        self, settings: Settings, tokenizer: Tokenizer, options: SampleConfig | None = None, mesh: Mesh | None = None
+    ):
         self._settings, self._tokenizer = settings, tokenizer
         self.options = options = options or settings.sample
         chosen = dataclasses.asdict(options)
@@ -31,7 +38,17 @@ class Generator:
             shift=settings.context.shift, **chosen,
         )
         graph = model_graph(settings)
-        self._sample = jax.jit(lambda params, *rest: _to_uint8(sample(nnx.merge(graph, params), *rest)))
+        size, channels = settings.data.image_size, settings.model.in_channels
+
+        def pictures(params, noise_key, numbers, key, *text):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(noise_key), numbers)
+            x_T = jax.vmap(lambda key: jax.random.normal(key, (size, size, channels)))(keys)
+            if mesh is not None:
+                place = Feed(mesh, len(numbers), settings.mesh.rules).sharding(x_T.shape)
+                x_T = jax.lax.with_sharding_constraint(x_T, place)
+            return _to_uint8(sample(nnx.merge(graph, params), x_T, jax.random.wrap_key_data(key), *text))
+
+        self._sample = jax.jit(pictures, out_shardings=None if mesh is None else replicated(mesh))
 
     def __call__(
         self, params: PyTree, prompts: Sequence[str], seed: int, batch_size: int = 64
@@ -42,10 +59,9 @@ class Generator:
         """
         if not prompts:
             raise ValueError("--prompt: the list is empty; give at least one, as in --prompt='a large red circle'")
-        length, size = self._settings.data.max_length, self._settings.data.image_size
+        length = self._settings.data.max_length
         null_ids, null_mask = self._tokenizer.encode([""], length)
         noise_key, sampler_key = jax.random.split(jax.random.key(seed))
-        shape = (size, size, self._settings.model.in_channels)
         images = []
         starts = range(0, len(prompts), batch_size)
         for start in tqdm(starts, desc="samples", leave=False, disable=None if len(starts) > 1 else True):
@@ -53,10 +69,10 @@ class Generator:
             real, width = len(part), min(batch_size, len(prompts))
             part += [""] * (width - real)  # one shape, one compilation
             ids, mask = self._tokenizer.encode(part, length)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(noise_key, start + jnp.arange(width))
-            x_T = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-            key = jax.random.fold_in(sampler_key, start)
-            images.append(np.asarray(self._sample(params, x_T, key, ids, mask, null_ids, null_mask))[:real])
+            # numpy, which every process has alike: arrays of one device can't enter a program of many processes.
+            keys = [np.asarray(jax.random.key_data(k)) for k in (noise_key, jax.random.fold_in(sampler_key, start))]
+            numbers = np.arange(start, start + width)
+            images.append(np.asarray(self._sample(params, keys[0], numbers, keys[1], ids, mask, null_ids, null_mask))[:real])
         return np.concatenate(images)
 
 

@@ -41,12 +41,7 @@ def load_run(workdir: str, weights: str = "ema") -> Run:
     config = json.loads((folder / "config.json").read_text())
     # A run trained on many devices is read on those that are here.
     settings = parse(config | {"mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1}})
-    with checkpoints.open_manager(folder, read_only=True) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise ValueError(f"--workdir={workdir}: has no finished checkpoint yet")
-        abstract = jax.eval_shape(lambda: init_state(settings))
-        shardings = state_shardings(make_mesh(settings.mesh), abstract)
-        placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-        state, _ = checkpoints.restore(manager, placed)
-    return Run(settings, load_tokenizer(settings.data.tokenizer or None), getattr(state, weights), step)
+    abstract = jax.eval_shape(lambda: init_state(settings)).params
+    shardings = state_shardings(make_mesh(settings.mesh), abstract)
+    params, step = checkpoints.restore_weights(folder, checkpoints.placed(abstract, shardings), weights)
+    return Run(settings, load_tokenizer(settings.data.tokenizer or None), params, step)

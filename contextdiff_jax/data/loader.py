@@ -2,8 +2,8 @@
 
 Batch number b of a run is a pure function of (seed, batch size, number of records, b): the records b * B ..
 (b + 1) * B of the shuffled epochs, one epoch after the other, each in another order. Process p of P gives
-out the p-th of P equal blocks of it. So the global batches, and their order, do not depend on the numbers
-of processes and workers, and the state to save is one number.
+out the p-th of P equal blocks of it, or the `rows` that the mesh gives to its devices. So the global batches, and
+their order, do not depend on the numbers of processes and workers, and the state to save is one number.
 """
 
 from __future__ import annotations
@@ -38,15 +38,13 @@ class _LoadBatch:
     source: RandomAccessSource
     order: grain.MapDataset  # shuffled record numbers, over all epochs
     batch_size: int
-    process_index: int
-    process_count: int
+    rows: np.ndarray  # this process's part of each batch
     tokenizer: Tokenizer | None
     max_length: int
 
     def __call__(self, number: int) -> Batch:
-        local = self.batch_size // self.process_count
-        start = int(number) * self.batch_size + self.process_index * local
-        records = [self.source[int(self.order[i])] for i in range(start, start + local)]
+        start = int(number) * self.batch_size
+        records = [self.source[int(self.order[start + int(row)])] for row in self.rows]
         captions = [record["caption"] for record in records]
         batch: Batch = {"image": np.stack([record["image"] for record in records]), "caption": captions}
         if self.tokenizer is not None:
@@ -123,6 +121,7 @@ def make_loader(
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    rows: np.ndarray | None = None,
     tokenizer: Tokenizer | None = None,
     max_length: int = 32,
     prefetch: int = 2,
@@ -139,6 +138,7 @@ def make_loader(
         num_workers: loader processes; 0 loads in threads of this process.
         process_index: which block of each global batch to give out (`jax.process_index()`).
         process_count: number of blocks (`jax.process_count()`).
+        rows: instead of a block, the examples of each global batch to give out (`parallel.mesh.Feed.rows`).
         tokenizer: encodes the captions; None leaves them as text only.
         max_length: tokens a caption.
         prefetch: batches kept ready, by each worker.
@@ -156,13 +156,13 @@ def make_loader(
         raise ValueError(f"prefetch={prefetch}: must be at least 1")
     if not len(source):
         raise ValueError("data.source: holds no records")
+    local = batch_size // process_count
     load = _LoadBatch(
         source=source,
         # `repeat` reseeds the shuffle in each epoch.
         order=grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(),
         batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
+        rows=np.arange(process_index * local, (process_index + 1) * local) if rows is None else rows,
         tokenizer=tokenizer,
         max_length=max_length,
     )

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pathlib
-import signal
 import time
 from contextlib import closing
 from typing import Any, Callable, Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
 
 from contextdiff_jax import pictures
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import DataConfig, Loader, Tokenizer, load_tokenizer, make_loader, make_source
 from contextdiff_jax.generation import Generator
-from contextdiff_jax.parallel.mesh import batch_sharding, make_mesh, state_shardings
+from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
+from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, is_first
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog, averages, speed
+from contextdiff_jax.training.nonfinite import FiniteGuard
 from contextdiff_jax.training.state import TrainState, init_state, learning_rate_schedule, zero_metrics
 from contextdiff_jax.training.step import make_train_step
 
 LOGGER = logging.getLogger(__name__)
-ARRAYS = ("image", "token_ids", "token_mask")
 
 
 def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) -> TrainState:
@@ -35,45 +36,52 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
 
     Raises ValueError for what the user must change, RunError for a run that broke down.
     """
-    mesh = make_mesh(settings.mesh, settings.train.batch_size)
-    tokenizer, loader = open_data(settings)
+    every = settings.train
+    mesh = make_mesh(settings.mesh, every.batch_size, every.accumulation)
+    feed = Feed(mesh, every.batch_size, settings.mesh.rules)
+    tokenizer, loader = open_data(settings, feed)
     manager, state, shardings = open_state(settings, config, workdir, mesh, loader)
-    place = batch_sharding(mesh)
-    null = jax.device_put(null_caption(tokenizer, settings.data.max_length), NamedSharding(mesh, PartitionSpec()))
-    compiled, flops = compile_step(settings, state, shardings, peek(loader, int(state.step), place), null)
+    null = jax.device_put(null_caption(tokenizer, settings.data.max_length), replicated(mesh))
+    compiled, flops = compile_step(settings, state, shardings, peek(loader, int(state.step), feed), null)
 
-    log, reporter = MetricsLog(workdir, int(state.step)), Reporter(settings, workdir, tokenizer)
+    log, reporter = MetricsLog(workdir, int(state.step)), Reporter(settings, workdir, tokenizer, mesh)
+    guard, asked_to_stop = FiniteGuard(settings, config, workdir, state), StopSignal()
     # Closed whatever happens: the manager's `close` waits for the save that is under way.
-    with closing(manager), closing(loader), closing(log):
-        every, guard, asked_to_stop = settings.train, FiniteGuard(workdir), StopSignal()
+    with PeerWatch(every.peer_timeout) as watch, closing(loader), closing(log), checkpoints.closing(manager, workdir):
         first = int(state.step)
         window_start, window_steps = time.perf_counter(), 0
-        for step in tqdm(range(first + 1, every.steps + 1), initial=first, total=every.steps, disable=None):
-            batch = to_devices(next(loader), place)
-            state, finite = compiled(state, batch, null)
-            guard.watch(step, batch, finite)
+        steps = range(first + 1, every.steps + 1)
+        for step in tqdm(steps, initial=first, total=every.steps, disable=None if is_first() else True):
+            watch(f"reading the batch of step {step}")
+            batch = to_devices(next(loader), feed)
+            watch(f"in step {step}")
+            state, nonfinite = compiled(state, batch, null)
+            guard.watch(step, state, batch, nonfinite)
             window_steps += 1
             end = step == every.steps
-            last = end or asked_to_stop()
+            last = end or asked_to_stop(step)
             if step % every.log_every == 0 or end:
-                guard.check()  # waits for the step
+                guard.check(state)  # waits for the step
                 seconds = time.perf_counter() - window_start
                 values = averages(state.metric_sums) | {"learning_rate": float(learning_rate_schedule(every)(step - 1))}
                 log.write(step, values | speed(window_steps * every.batch_size, seconds, window_steps, flops))
                 state = with_empty_metrics(state, shardings)
                 window_start, window_steps = time.perf_counter(), 0
             if step % every.checkpoint_every == 0 or last:
-                guard.check()
-                checkpoints.save(manager, state, loader.get_state())
+                guard.check(state)
+                watch(f"saving step {step}")
+                checkpoints.save(manager, state, loader.get_state(), log.last)
             if every.sample_every and step % every.sample_every == 0 or end:
+                watch(f"sampling after step {step}")
                 reporter(state, step)
                 window_start, window_steps = time.perf_counter(), 0
             if last:
                 break
+        watch("finishing the last save")
     return state
 
 
-def open_data(settings: Settings) -> tuple[Tokenizer, Loader]:
+def open_data(settings: Settings, feed: Feed) -> tuple[Tokenizer, Loader]:
     """The tokenizer, and this process's share of the training batches."""
     data = settings.data
     tokenizer = load_tokenizer(data.tokenizer or None)
@@ -81,8 +89,7 @@ def open_data(settings: Settings) -> tuple[Tokenizer, Loader]:
         raise ValueError(f"text.vocab_size={settings.text.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids")
     return tokenizer, make_loader(
         make_source(data, "train"), batch_size=settings.train.batch_size, seed=data.seed, tokenizer=tokenizer,
-        num_workers=data.num_workers, max_length=data.max_length, prefetch=data.prefetch,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        num_workers=data.num_workers, max_length=data.max_length, prefetch=data.prefetch, rows=feed.rows,
     )
 
 
@@ -92,21 +99,24 @@ def open_state(
     """(manager, state, the state's shardings): a new state, or the newest checkpoint of the same run, whose place in
     the data the loader then takes."""
     abstract = jax.eval_shape(lambda: init_state(settings))
-    shardings = state_shardings(mesh, abstract)
-    manager = checkpoints.open_manager(workdir, settings.train.keep_checkpoints)
+    shardings = state_shardings(mesh, abstract, settings.mesh.rules)
+    if is_first():
+        checkpoints.set_damaged_aside(workdir)
+    multihost_utils.sync_global_devices("checkpoints verified")
+    keep = settings.train
+    manager = checkpoints.open_manager(workdir, keep.keep_checkpoints, best=keep.keep_best, metric=keep.best_metric)
     checkpoints.check_shapes(manager, workdir, abstract)
-    checkpoints.claim_workdir(workdir, config)
+    checkpoints.claim_workdir(workdir, config, write=is_first())
     if manager.latest_step() is None:
         return manager, jax.jit(lambda: init_state(settings), out_shardings=shardings)(), shardings
-    placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-    state, data_state = checkpoints.restore(manager, placed)
+    state, data_state = checkpoints.restore(manager, checkpoints.placed(abstract, shardings))
     loader.set_state(data_state)
     return manager, state, shardings
 
 
-def peek(loader: Loader, step: int, place: NamedSharding) -> dict[str, jax.Array]:
+def peek(loader: Loader, step: int, feed: Feed) -> dict[str, jax.Array]:
     """The next batch, for its shapes; the loader stays where it was."""
-    batch = to_devices(next(loader), place)
+    batch = to_devices(next(loader), feed)
     loader.set_state({**loader.get_state(), "next_batch": step})
     return batch
 
@@ -116,17 +126,17 @@ def compile_step(
     null: Mapping[str, jax.Array],
 ) -> tuple[Callable, float]:
     """The step's program, and its floating-point operations over all devices."""
-    (place,) = {array.sharding for array in batch.values()}
-    replicated = null["token_ids"].sharding
+    whole = null["token_ids"].sharding
     start = time.perf_counter()
     compiled = jax.jit(
         make_train_step(settings), donate_argnums=0,
-        in_shardings=(shardings, place, replicated), out_shardings=(shardings, replicated),
+        in_shardings=(shardings, jax.tree.map(lambda array: array.sharding, batch), whole),
+        out_shardings=(shardings, whole),
     ).lower(state, batch, null).compile()
     flops = (compiled.cost_analysis() or {}).get("flops", 0) * settings.train.accumulation * jax.device_count()
     LOGGER.info(
         "%d parameters, compiled in %.1f s, mesh %s", sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        time.perf_counter() - start, dict(place.mesh.shape),
+        time.perf_counter() - start, dict(whole.mesh.shape),
     )
     return compiled, flops
 
@@ -137,68 +147,29 @@ def null_caption(tokenizer: Tokenizer, max_length: int) -> dict[str, np.ndarray]
     return {"token_ids": ids, "token_mask": mask}
 
 
-def to_devices(batch: Mapping[str, Any], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """This process's share of a global batch as global arrays."""
-    return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in ARRAYS}
+def to_devices(batch: Mapping[str, Any], feed: Feed) -> dict[str, jax.Array]:
+    """This process's share of a global batch as global arrays; captions stay behind."""
+    return feed.put({name: value for name, value in batch.items() if isinstance(value, np.ndarray)})
 
 
 def with_empty_metrics(state: TrainState, shardings: TrainState) -> TrainState:
-    """The state with its metric sums at 0."""
-    return TrainState(**{**vars(state), "metric_sums": jax.device_put(zero_metrics(), shardings.metric_sums)})
-
-
-class FiniteGuard:
-    """Ends a run whose loss or gradient is not finite. The step itself has left the state as it was, so the answer may
-    come one step late: the host never waits for the step that it has just started."""
-
-    def __init__(self, workdir: pathlib.Path):
-        self._workdir, self._watched = workdir, None
-
-    def watch(self, step: int, batch: Mapping[str, jax.Array], finite: jax.Array) -> None:
-        """Checks the step before, then remembers this one."""
-        self.check()
-        self._watched = step, batch, finite
-
-    def check(self) -> None:
-        """Waits for the remembered step. RunError, after a dump of its inputs, if it was not finite."""
-        if self._watched is None or bool(self._watched[2]):
-            return
-        step, batch, _ = self._watched
-        path = self._workdir / f"nonfinite_{step}.npz"
-        np.savez(path, **{name: np.asarray(value) for name, value in batch.items()})
-        raise RunError(
-            f"step {step}: the loss or the gradient is not finite; the step's inputs are in {path}, the last good "
-            "checkpoint is kept; lower train.learning_rate or train.clip_norm and run again"
-        )
-
-
-class StopSignal:
-    """Turns SIGTERM and SIGINT into an orderly stop: called, it says whether one came."""
-
-    def __init__(self):
-        self._came = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number, _):
-        LOGGER.info("%s: saving, then stopping", signal.Signals(number).name)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        self._came = True
-
-    def __call__(self) -> bool:
-        return self._came
+    """The state with its metric sums at 0; non-finite steps are counted through the whole run."""
+    zeros = jax.device_put(jax.device_get(zero_metrics()), shardings.metric_sums)
+    return dataclasses.replace(state, metric_sums=zeros | {"nonfinite": state.metric_sums["nonfinite"]})
 
 
 class Reporter:
     """Every `sample_every` steps: a grid of captioned samples of the EMA weights, and the curves."""
 
-    def __init__(self, settings: Settings, workdir: pathlib.Path, tokenizer: Tokenizer):
+    def __init__(self, settings: Settings, workdir: pathlib.Path, tokenizer: Tokenizer, mesh: Mesh):
         self._settings, self._workdir = settings, workdir
-        self._generator = Generator(settings, tokenizer)
+        self._generator = Generator(settings, tokenizer, mesh=mesh)
         self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
 
     def __call__(self, state: TrainState, step: int) -> None:
         images = self._generator(state.ema, self._prompts, seed=self._settings.seed)
+        if not is_first():
+            return
         folder = self._workdir / "samples"
         folder.mkdir(exist_ok=True)
         grid = pictures.caption_grid(images, self._prompts, columns=4, scale=None)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Callable
 
 import jax
@@ -89,7 +90,8 @@ def _accumulated(value_and_grad: Callable, params: PyTree, batch: Batch, parts: 
     if parts == 1:
         (_, metrics), grads = value_and_grad(params, batch)
         return metrics, grads
-    split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+    # A part takes every parts-th example, so that each device's own examples are spread over all parts.
+    split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, part):
         (_, metrics), grads = value_and_grad(params, part)
@@ -104,9 +106,10 @@ def _accumulated(value_and_grad: Callable, params: PyTree, batch: Batch, parts: 
 
 
 def make_train_step(settings: Settings) -> Callable[[TrainState, Batch, Batch], tuple[TrainState, Array]]:
-    """`step(state, batch, null) -> (state, finite)`, pure; metrics are summed in the state. To be jitted, state donated.
+    """`step(state, batch, null) -> (state, nonfinite)`, pure; metrics are summed in the state. To be jitted, state donated.
 
-    Where the loss or the gradient is not finite the state comes back as it was: a bad step can't spoil a checkpoint.
+    Where the loss or the gradient is not finite only the step's number and the count `nonfinite` go on: a bad step can't
+    spoil a checkpoint. Past `train.max_nonfinite` nothing does, so that what went wrong last is there to be looked at.
     """
     graph, optimizer = model_graph(settings), make_optimizer(settings.train)
     schedule = settings.diffusion.make_schedule()
@@ -125,9 +128,15 @@ def make_train_step(settings: Settings) -> Callable[[TrainState, Batch, Batch], 
         # Starts as a plain average, so that the first steps' random weights are soon forgotten.
         decay = jnp.minimum(settings.train.ema_decay, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update(params, state.ema, 1 - decay)
-        sums = jax.tree.map(jnp.add, state.metric_sums, metrics)
+        sums = jax.tree.map(jnp.add, state.metric_sums, metrics | {"nonfinite": jnp.zeros(())})
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         new = TrainState(state.step + 1, params, ema, opt_state, state.key, sums)
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state), finite
+        nonfinite = state.metric_sums["nonfinite"]
+        skipped = dataclasses.replace(state, step=new.step, metric_sums=state.metric_sums | {"nonfinite": nonfinite + 1})
+        frozen = nonfinite > settings.train.max_nonfinite
+        new = jax.tree.map(
+            lambda new, skipped, old: jnp.where(frozen, old, jnp.where(finite, new, skipped)), new, skipped, state
+        )
+        return new, new.metric_sums["nonfinite"]
 
     return step

