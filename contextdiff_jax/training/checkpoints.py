@@ -20,10 +20,11 @@ from typing import Any, Mapping
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
-from contextdiff_jax.cli import RunError
+from contextdiff_jax.cli import RunError, is_remote
 from contextdiff_jax.training.state import TrainState
 
 LOGGER = logging.getLogger(__name__)
@@ -131,16 +132,21 @@ def damage(folder: pathlib.Path) -> str:
     return ""
 
 
+def _folder(workdir: pathlib.Path) -> epath.Path:
+    workdir = epath.Path(workdir)
+    return (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
+
+
 def _steps(workdir: pathlib.Path) -> list[int]:
     """Steps with a finished checkpoint, newest first."""
-    folder = workdir / "checkpoints"
+    folder = _folder(workdir)
     return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True) if folder.exists() else []
 
 
 def newest_good(workdir: pathlib.Path) -> int | None:
     """The newest checkpoint that is whole; those that are skipped are said."""
     for step in _steps(workdir):
-        problem = damage(workdir / "checkpoints" / str(step))
+        problem = damage(_folder(workdir) / str(step))
         if not problem:
             return step
         LOGGER.warning("checkpoint %d is skipped: %s", step, problem)
@@ -158,14 +164,14 @@ def set_damaged_aside(workdir: pathlib.Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         while target.exists():
             target = target.with_name(target.name + "_")
-        (workdir / "checkpoints" / str(step)).rename(target)
+        (_folder(workdir) / str(step)).rename(target)
 
 
 def open_manager(
     workdir: pathlib.Path, keep: int = 1, read_only: bool = False, best: int = 0, metric: str = "loss"
 ) -> ocp.CheckpointManager:
     """Orbax's manager of `workdir`/checkpoints: the newest `keep` are kept, and the `best` with the lowest `metric`."""
-    folder = (workdir / "checkpoints").absolute()
+    folder = _folder(workdir)
     lowest = checkpoint_managers.BestN(
         get_metric_fn=lambda metrics: -metrics[metric], n=best, keep_checkpoints_without_metrics=False
     )
@@ -274,7 +280,7 @@ def restore_weights(workdir: pathlib.Path, abstract: PyTree, weights: str = "ema
     wanted = {weights: abstract}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         restored = reader.restore(
-            (workdir / "checkpoints" / str(step) / "state").absolute(),
+            _folder(workdir) / str(step) / "state",
             args=ocp.args.PyTreeRestore(
                 wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
             ),

@@ -9,6 +9,7 @@ import pathlib
 import jax
 from tensorboardX import SummaryWriter
 
+from contextdiff_jax.cli import is_remote
 from contextdiff_jax.parallel.processes import is_first
 from contextdiff_jax.training.state import METRICS
 
@@ -38,7 +39,8 @@ class MetricsLog:
             return
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        self._text = "".join(line + "\n" for line in kept)
+        self.path.write_text(self._text)
         self._events = SummaryWriter(str(workdir / "events"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -46,8 +48,13 @@ class MetricsLog:
         self.last = values
         if not is_first():
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **values}) + "\n"
+        self._text += line
+        if is_remote(self.path):  # an object can't be added to
+            self.path.write_text(self._text)
+        else:
+            with self.path.open("a") as file:
+                file.write(line)
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         LOGGER.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))

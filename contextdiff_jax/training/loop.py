@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
+import tempfile
 import time
 from contextlib import closing
 from typing import Any, Callable, Mapping
@@ -173,8 +174,16 @@ class Reporter:
         folder = self._workdir / "samples"
         folder.mkdir(exist_ok=True)
         grid = pictures.caption_grid(images, self._prompts, columns=4, scale=None)
-        grid.save(folder / f"{step:08d}.png")
-        pictures.plot_curves(self._workdir / "metrics.jsonl", self._workdir / "curves.png")
+        with (folder / f"{step:08d}.png").open("wb") as file:
+            grid.save(file, format="PNG")
+        with tempfile.TemporaryDirectory() as scratch:  # drawn from and to local files, wherever the workdir is
+            local = pathlib.Path(scratch)
+            (local / "metrics.jsonl").write_text((self._workdir / "metrics.jsonl").read_text())
+            pictures.plot_curves(local / "metrics.jsonl", local / "curves.png")
+            for drawn in local.glob("curves.png"):
+                partial = self._workdir / "curves.png.partial"  # a viewer never sees half a picture
+                partial.write_bytes(drawn.read_bytes())
+                partial.replace(self._workdir / "curves.png")
 
 
 def default_prompts(data: DataConfig, count: int = 16) -> list[str]:
