@@ -94,6 +94,13 @@ def make_mesh(
     sizes = {axis: len(devices) // known if size == -1 else size for axis, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"mesh={sizes}: must multiply to the number of devices, {len(devices)}")
+    # XLA's partitioner (jaxlib 0.10.2, also without Shardy) adds up a convolution's result once too often for each device
+    # that holds the same rows: lax.conv of x: P(None, 's') and k: P(None, None, None, 't') on 2 x 2 devices is doubled.
+    if sizes["tensor"] > 1 and sizes["sequence"] > 1:
+        raise ValueError(
+            f"mesh.tensor={sizes['tensor']}, mesh.sequence={sizes['sequence']}: only one of them may be above 1: XLA gets "
+            "convolutions wrong that are split by rows and shared by devices; use mesh.fsdp for the other"
+        )
     axes = _split((RULES | dict(config.rules))["batch"])
     ways = math.prod(sizes[axis] for axis in axes)
     if batch_size is not None and batch_size % (ways * accumulation):
@@ -177,9 +184,13 @@ class Feed:
         return np.unique(np.concatenate([np.arange(self.batch_size)[index] for index in indices]))
 
     def sharding(self, shape: Sequence[int]) -> NamedSharding:
-        """The place of an array [B, ...]; a picture's, [B, H, W, C], is split by rows too."""
-        names = ("batch", "rows") if len(shape) == 4 else ("batch",)
-        return place(self.mesh, shape, names + (None,) * (len(shape) - len(names)), self.rules)
+        """The place of an array [B, ...]; a picture's, [B, H, W, C], is split by rows too, unless some devices would hold
+        the same rows (an odd number of pictures to sample): see `make_mesh`."""
+        batch = place(self.mesh, shape, ("batch",) + (None,) * (len(shape) - 1), self.rules)
+        shards = shape[0] // batch.shard_shape(tuple(shape))[0]
+        if len(shape) != 4 or shards * self.mesh.shape["sequence"] != self.mesh.size:
+            return batch
+        return place(self.mesh, shape, ("batch", "rows", None, None), self.rules)
 
     def put(self, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Global arrays from this process's examples, `rows` of the global batch."""
