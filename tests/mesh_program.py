@@ -1,12 +1,15 @@
 """Run by test_mesh.py in a process of 8 simulated devices: the losses of 20 steps, and a picture, on each mesh.
 
-    python tests/mesh_program.py OUT.json 1x1x1x1 8x1x1x1 ...      sizes of data, fsdp, tensor, sequence
+    python tests/mesh_program.py OUT.json WORKDIR 1x1x1x1 8x1x1x1 ...      sizes of data, fsdp, tensor, sequence
+
+The first mesh to come saves its state after step 10 in WORKDIR; the others also do step 11 from there.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import pathlib
 import sys
 
 import jax
@@ -16,6 +19,7 @@ from contextdiff_jax.data import load_tokenizer, make_loader, make_source
 from contextdiff_jax.generation import Generator
 from contextdiff_jax.parallel.mesh import Feed, MeshConfig, make_mesh, replicated, state_shardings
 from contextdiff_jax.settings import parse
+from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.loop import null_caption, to_devices
 from contextdiff_jax.training.state import init_state
 from contextdiff_jax.training.step import make_train_step
@@ -28,7 +32,7 @@ SMALL = {
 SETTINGS = parse(config_dict(**SMALL))
 
 
-def run(name: str) -> dict:
+def run(name: str, workdir: pathlib.Path) -> dict:
     """Trains on the mesh `name` of the first devices."""
     sizes = dict(zip(("data", "fsdp", "tensor", "sequence"), map(int, name.split("x")), strict=True))
     mesh = make_mesh(MeshConfig(**sizes), 8, devices=jax.devices()[: math.prod(sizes.values())])
@@ -40,18 +44,34 @@ def run(name: str) -> dict:
     null = jax.device_put(null_caption(tokenizer, 12), replicated(mesh))
     state = jax.jit(lambda: init_state(SETTINGS), out_shardings=shardings)()
     step = jax.jit(make_train_step(SETTINGS), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-    losses = []
-    for _ in range(SETTINGS.train.steps):
+
+    def next_loss(state):
         before = float(state.metric_sums["loss"])
         state, _ = step(state, to_devices(next(loader), feed), null)
-        losses.append(float(state.metric_sums["loss"]) - before)
+        return state, float(state.metric_sums["loss"]) - before
+
+    losses, resumed = [], checkpoints.newest_good(workdir) is not None
+    for number in range(SETTINGS.train.steps):
+        state, loss = next_loss(state)
+        losses.append(loss)
+        if number == 9 and not resumed:
+            manager = checkpoints.open_manager(workdir)
+            with checkpoints.closing(manager, workdir):
+                checkpoints.save(manager, state, loader.get_state())
+    if resumed:
+        other, place, _ = checkpoints.restore_newest(workdir, checkpoints.placed(abstract, shardings))
+        loader.set_state(place)
+        resumed = next_loss(other)[1]
     loader.close()
     image = Generator(SETTINGS, tokenizer, mesh=mesh)(state.ema, ["a large red circle"] * 8, seed=0)
     largest = max(jax.tree.leaves(state.opt_state), key=lambda leaf: leaf.size)
-    return {"losses": losses, "image": image.tolist(), "opt_share": largest.addressable_shards[0].data.size / largest.size}
+    return {
+        "losses": losses, "resumed": resumed, "image": image.tolist(),
+        "opt_share": largest.addressable_shards[0].data.size / largest.size,
+    }
 
 
 if __name__ == "__main__":
-    results = {name: run(name) for name in sys.argv[2:]}
+    results = {name: run(name, pathlib.Path(sys.argv[2])) for name in sys.argv[3:]}
     with open(sys.argv[1], "w") as file:
         json.dump(results, file)

@@ -101,9 +101,9 @@ def test_a_process_reads_the_rows_of_its_devices():
     assert jnp.asarray(batch["token_ids"]).shape == (4, 5)
 
 
-def losses_and_pictures(path, *meshes: str) -> dict:
+def losses_and_pictures(path, workdir, *meshes: str) -> dict:
     result = subprocess.run(
-        [sys.executable, ROOT / "tests" / "mesh_program.py", path, *meshes], cwd=ROOT, env=os.environ | QUICK | EIGHT,
+        [sys.executable, ROOT / "tests" / "mesh_program.py", path, workdir, *meshes], cwd=ROOT, env=os.environ | QUICK | EIGHT,
         capture_output=True, text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
@@ -111,8 +111,14 @@ def losses_and_pictures(path, *meshes: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    return losses_and_pictures(tmp_path_factory.mktemp("one") / "out.json", ONE)[ONE]
+def workdir(tmp_path_factory):
+    """Where the one device's run leaves its checkpoint."""
+    return tmp_path_factory.mktemp("one")
+
+
+@pytest.fixture(scope="module")
+def one_device(workdir):
+    return losses_and_pictures(workdir / "out.json", workdir, ONE)[ONE]
 
 
 def assert_same(result: dict, one: dict) -> None:
@@ -126,10 +132,16 @@ def assert_same(result: dict, one: dict) -> None:
     pytest.param("8x1x1x1", 1, marks=pytest.mark.slow), pytest.param("1x8x1x1", 1 / 8, marks=pytest.mark.slow),
     pytest.param("1x1x1x8", 1, marks=pytest.mark.slow),
 ])
-def test_every_mesh_gives_the_losses_and_the_picture_of_one_device(one_device, mesh, share, tmp_path):
-    """20 steps. The slow ones are a program each: bash launch/test.sh -m slow tests/test_mesh.py"""
-    result = losses_and_pictures(tmp_path / "out.json", mesh)[mesh]
+def test_every_mesh_gives_the_losses_and_the_picture_of_one_device_and_reads_its_checkpoint(
+    one_device, workdir, mesh, share, tmp_path
+):
+    """20 steps, and step 11 from what the one device saved.
+
+    The slow ones are a program each: bash launch/test.sh -m slow tests/test_mesh.py
+    """
+    result = losses_and_pictures(tmp_path / "out.json", workdir, mesh)[mesh]
     assert_same(result, one_device)
+    np.testing.assert_allclose(result["resumed"], one_device["losses"][10], rtol=1e-5)
     assert result["opt_share"] == share  # of the largest moment on each device
 
 
@@ -155,3 +167,11 @@ def test_a_batch_that_the_devices_cannot_divide_is_refused_in_one_line(tmp_path)
                      tiny=True, env=EIGHT)
     assert result.returncode == 2 and "train.batch_size=12" in result.stderr and "= 8" in result.stderr
     assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_saved_on_data_8_and_read_on_fsdp_4_by_tensor_2_and_on_one_device(tmp_path):
+    """Three programs: bash launch/test.sh -m slow tests/test_mesh.py"""
+    results = losses_and_pictures(tmp_path / "out.json", tmp_path, "8x1x1x1", "1x4x2x1", ONE)
+    for mesh in ("1x4x2x1", ONE):
+        np.testing.assert_allclose(results[mesh]["resumed"], results["8x1x1x1"]["losses"][10], rtol=1e-5)

