@@ -52,6 +52,20 @@ def test_half_an_answer_is_refused(given, env, message):
         processes.start(*given, env, 5)
 
 
+def test_who_is_behind_is_named_and_a_long_common_wait_is_given_time():
+    watch = processes.PeerWatch(10)
+    watch("in step 5")
+
+    def entries(*counts):
+        return [{"beat": watch._count + time.monotonic(), "count": c, "doing": f"step {c}", "failed": "", "who": f"process {i}"}
+                for i, c in enumerate(counts)]
+
+    now = watch._since
+    assert watch._problem(entries(5, 5), now + 11) == watch._problem(entries(5, 4), now + 9) == ""
+    assert watch._problem(entries(5, 4), now + 11) == "process 1 stands still: step 4 for more than 10 s"
+    assert "stands still" in watch._problem(entries(5, 5), now + 41)
+
+
 @pytest.mark.parametrize("how, message", [
     ("hang", r"process 1 \(\S+, pid \d+\) stands still: reading the batch of step 2 for more than 4 s"),
     ("die", r"process 1 \(\S+, pid \d+\) is lost: not heard of for [24] s, last seen in step 1"),

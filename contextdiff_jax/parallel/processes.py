@@ -176,7 +176,9 @@ class PeerWatch:
                 self._seen[entry["who"]] = entry["beat"], now
             elif now - self._seen[entry["who"]][1] > self._silence:
                 return f"{entry['who']} is lost: not heard of for {self._silence:g} s, last seen {entry['doing']}"
-        if now - self._since > self._timeout:
+        # Where nobody is behind, all may be compiling or saving, which takes what it takes.
+        behind = len({entry["count"] for entry in entries}) > 1
+        if now - self._since > self._timeout * (1 if behind else 4):
             last = min(entries, key=lambda entry: entry["count"])
             return f"{last['who']} stands still: {last['doing']} for more than {self._timeout:g} s"
         return ""
