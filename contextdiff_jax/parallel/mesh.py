@@ -101,6 +101,8 @@ def make_mesh(
             f"mesh.tensor={sizes['tensor']}, mesh.sequence={sizes['sequence']}: only one of them may be above 1: XLA gets "
             "convolutions wrong that are split by rows and shared by devices; use mesh.fsdp for the other"
         )
+    if sizes["sequence"] > 1 and accumulation > 1:
+        raise ValueError(f"train.accumulation={accumulation}: must be 1 with mesh.sequence={sizes['sequence']}")
     axes = _split((RULES | dict(config.rules))["batch"])
     ways = math.prod(sizes[axis] for axis in axes)
     if batch_size is not None and batch_size % (ways * accumulation):
