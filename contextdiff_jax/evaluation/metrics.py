@@ -144,7 +144,7 @@ class Evaluation:
         return self._cache[key]
 
     @functools.cached_property
-    def _feature_fns(self) -> dict[str, Callable]:
+    def feature_fns(self) -> dict[str, Callable]:
         return feature_fns(self.network)
 
     def records(self, row: str) -> list[dict[str, Any]]:
@@ -167,12 +167,12 @@ class Evaluation:
 
     def sample_features(self, row: str, kind: str = "features") -> Float[np.ndarray, "N D"]:
         """Of the samples."""
-        return self._once((kind, row), lambda: extract(self._feature_fns[kind], self.samples(row)))
+        return self._once((kind, row), lambda: extract(self.feature_fns[kind], self.samples(row)))
 
     def real_features(self, row: str, start: int, count: int) -> Float[np.ndarray, "N D"]:
         """Of the split's pictures from `start` on."""
         images = _Pictures(self.sources[row], start, count)
-        return self._once(("real", row, start, count), lambda: extract(self._feature_fns["features"], images))
+        return self._once(("real", row, start, count), lambda: extract(self.feature_fns["features"], images))
 
 
 def check(names: Sequence[str], evaluation: Evaluation) -> None:

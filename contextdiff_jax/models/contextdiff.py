@@ -108,6 +108,10 @@ def make_sampler(
             prediction_type=prediction_type, guidance=guidance, guidance_rescale=guidance_rescale,
             dynamic_threshold=dynamic_threshold,
         )
+        if model.context.config.kind == "text":  # r(c) is known before x0 is, so x_T ~ N(k_T r, I) can be exact
+            t = jnp.full(x_T.shape[:1], timesteps[0])
+            r = model.context(x_T, tokens, token_mask, t)
+            x_T = x_T + diffusion.marginal_mean(schedule, jnp.zeros_like(x_T), r, t, shift)
         return run(denoise, x_T, schedule, timesteps, eta, key, shift)
 
     return sample
