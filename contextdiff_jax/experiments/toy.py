@@ -144,54 +144,81 @@ def train_network(config: dict[str, Any], schedule: diffusion.NoiseSchedule) -> 
         return (optax.apply_updates(params, updates), opt), logged
 
     keys = jax.random.split(jax.random.key(config["seed"]), config["steps"])
-    (params, _), (loss, gain) = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), keys))(params)
+    run = jax.jit(lambda params, keys: jax.lax.scan(step, (params, optimizer.init(params)), keys))
+    (params, _), (loss, gain) = run(params, keys)
     steps = np.linspace(0, config["steps"] - 1, 50).astype(int)
     curves = {"step": steps.tolist(), "loss": np.asarray(loss)[steps].tolist(), "context_gain": np.asarray(gain)[steps].tolist()}
     return nnx.merge(graph, params), curves
 
 
 def toy_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
-    """Total variation from the true weights and the KL terms of the bound, for DDIM and DDPM.
+    """Total variation from the true weights, and the bound's KL terms; nothing is written to `workdir`.
 
     Config: `seed`, `denoiser` (exact | learned), `kind`, `shift`, `estimate`, `max_gain`, and `width`, `steps`,
-    `batch_size`, `learning_rate` of the learned one. Options: `num` samples and `bound` points (of the bound) a class, `samplers` {name: steps}.
+    `batch_size`, `learning_rate` of the learned one. Options: `num` samples and `bound` points (of the bound) a class,
+    `samplers` {name: steps}.
     """
-    config, options = cell.config, cell.options
+    config = cell.config
     schedule = diffusion.make_schedule("cosine")
     curves: dict[str, Any] = {"step": [], "loss": [], "context_gain": []}
     if config["denoiser"] == "exact":
-        context = fixed_context(config["kind"])
-        both = exact_estimates(schedule, context, config["shift"])
+        graph, params, context = None, None, fixed_context(config["kind"])
+        exact = exact_estimates(schedule, context, config["shift"])
     else:
         model, curves = train_network(config, schedule)
-        context = model.context
-        both = model if model.head else lambda x, t, c: (model(x, t, c), None)
+        graph, params = nnx.split(model)
 
-    def denoise_for(c):
+    # Parameters are arguments, so that the seeds of a variant share their compiled programs.
+    def functions(params, c):
+        """(denoise, context_fn) for classes c."""
+        if graph is None:
+            both, r = exact, context
+        else:
+            model = nnx.merge(graph, params)
+            both, r = (model if model.head else lambda x, t, c: (model(x, t, c), None)), model.context
+
         def denoise(x_t, t, s):
-            x0, r = both(x_t, t, c)
-            r = r if config["estimate"] == "posterior_mean" else context(x0, c)
-            return diffusion.Denoised(x0, r, r)
-        return denoise
+            x0, r_hat = both(x_t, t, c)
+            r_hat = r_hat if config["estimate"] == "posterior_mean" else r(x0, c)
+            return diffusion.Denoised(x0, r_hat, r_hat)
 
-    positions, weights, classes = points()
+        return denoise, lambda x0, t: r(x0, c)
+
+    return {"scores": _scores(functions, params, schedule, cell), "marks": {}, "training": curves}
+
+
+def _scores(functions: Callable, params: Any, schedule: diffusion.NoiseSchedule, cell: Cell) -> dict[str, Any]:
+    options, shift, key = cell.options, cell.config["shift"], jax.random.key(cell.seed)
     c = jnp.repeat(jnp.arange(CLASSES), options["num"])
-    key = jax.random.key(config["seed"])
     scores: dict[str, Any] = {"floor": {"tv": total_variation(_draws(key, options["num"]), c)}}
+    noise = jax.random.normal(jax.random.fold_in(key, 1), (len(c), 2))
     for sampler, steps in options["samplers"].items():
-        timesteps = diffusion.spaced_timesteps(schedule.num_timesteps, steps)
-        noise = jax.random.normal(jax.random.fold_in(key, 1), (len(c), 2))
-        # With the text's prior shift x_T ~ N(k_T r, I); k_T is 0 for the quadratic one.
-        last = jnp.full(len(c), schedule.num_timesteps - 1)
-        start = noise + diffusion.shift_coefficient(schedule, last, config["shift"])[:, None] * context(noise, c)
-        run = diffusion.get_sampler(sampler)
-        out = jax.jit(lambda x_T: run(denoise_for(c), x_T, schedule, timesteps, 0.0, key, config["shift"]))(start)
-        scores[sampler] = {"tv": total_variation(np.asarray(out), c), "off": _off_support(np.asarray(out))}
-    c = jnp.repeat(jnp.arange(CLASSES), options["bound"])
+        out = np.asarray(_make_sample(functions, schedule, sampler, steps, shift)(params, noise, key, c))
+        scores[sampler] = {"tv": total_variation(out, c), "off": _off_support(out)}
+
+    @jax.jit
+    def terms(params, x0, key, c):
+        denoise, context_fn = functions(params, c)
+        found = diffusion.vlb(denoise, x0, context_fn, schedule, key, shift)
+        return found["kl"].sum(0).mean(), found["prior"].mean()
+
     x0 = jnp.asarray(_draws(jax.random.fold_in(key, 2), options["bound"]), jnp.float32)
-    terms = jax.jit(lambda x: diffusion.vlb(denoise_for(c), x, lambda x, t: context(x, c), schedule, key, config["shift"]))(x0)
-    scores["bits"] = {"kl": float(terms["kl"].sum(0).mean()), "prior": float(terms["prior"].mean())}
-    return {"scores": scores, "marks": {}, "training": curves}
+    kl, prior = terms(params, x0, key, jnp.repeat(jnp.arange(CLASSES), options["bound"]))
+    return scores | {"bits": {"kl": float(kl), "prior": float(prior)}}
+
+
+def _make_sample(functions: Callable, schedule: diffusion.NoiseSchedule, sampler: str, steps: int, shift: str) -> Callable:
+    timesteps, run = diffusion.spaced_timesteps(schedule.num_timesteps, steps), diffusion.get_sampler(sampler)
+
+    @jax.jit
+    def sample(params, noise, key, c):
+        denoise, context_fn = functions(params, c)
+        # With the text's prior shift x_T ~ N(k_T r, I); with the quadratic one k_T is 0.
+        t = jnp.full(len(c), timesteps[0])
+        x_T = noise + diffusion.marginal_mean(schedule, jnp.zeros_like(noise), context_fn(noise, t), t, shift)
+        return run(denoise, x_T, schedule, timesteps, 0.0, key, shift)
+
+    return sample
 
 
 def _draws(key: Array, num: int) -> Float[np.ndarray, "N 2"]:
