@@ -65,7 +65,7 @@ def main() -> None:
     for name in METRICS.value:
         result = results[name] = metrics.METRICS[name](evaluation)
         if writes:
-            print(f"{name}, step {run.step}, {NUM.value} a column, {options.sampler} {options.steps} steps, guidance "
+            print(f"{name}, step {run.step}, {NUM.value} a split, {options.sampler} {options.steps} steps, guidance "
                   f"{options.guidance}: {result.note}\n{report.table(result.scores, result.unit)}\n", flush=True)
 
     if not writes:

@@ -18,7 +18,9 @@ from contextdiff_jax.data import make_source
 from contextdiff_jax.evaluation import classifier, distances, metrics, report
 from contextdiff_jax.evaluation.clip import load_clip
 from contextdiff_jax.evaluation.composition import composition, judge
+from contextdiff_jax.evaluation.features import batch_sharding
 from contextdiff_jax.evaluation.intervals import Estimate
+from contextdiff_jax.generation import Generator
 from contextdiff_jax.models.contextdiff import make_denoise
 from contextdiff_jax.run import load_run
 from contextdiff_jax.settings import parse
@@ -239,6 +241,24 @@ def test_tables_show_values_with_intervals_and_dashes():
     assert "0.01235 [-1.5, 2e-06]" in report.table({"a": {"kid": Estimate(0.012345678, -1.5, 2e-6)}}, "")
 
 
+def test_distances_are_a_line_a_row_so_that_long_names_fit():
+    scores = {"seen combinations": {"fid": Estimate(1, 0, 2)}, "real pictures instead": {"fid": Estimate(3, 2, 4)}}
+    lines = report.table(scores, "").splitlines()
+    assert [line.split() for line in lines] == [
+        ["fid"], ["seen", "combinations", "1", "[0,", "2]"], ["real", "pictures", "instead", "3", "[2,", "4]"],
+    ]
+
+
+def test_a_share_of_the_captions_gives_the_pictures_that_all_of_them_do(evaluation):
+    settings = evaluation.settings
+    generator = Generator(settings, evaluation.tokenizer, dataclasses.replace(settings.sample, steps=2))
+    captions = ["a red circle", "a blue square", "a large red circle"]
+    whole = generator(evaluation.params, captions, 0, 2)
+    part = generator(evaluation.params, captions[1:], 0, 2, first=1, sharding=batch_sharding())
+    np.testing.assert_allclose(part.astype(int), whole[1:].astype(int), atol=1)  # rounded to uint8
+    assert np.abs(whole[1].astype(int) - whole[2]).max() > 20
+
+
 class Page(html.parser.HTMLParser):
     """Collects the addresses and the text of a page."""
 
@@ -255,11 +275,18 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_command_writes_table_json_and_a_page_that_needs_no_network(workdir, clip_folder):
+    def checkpoints_now():
+        return {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
+
+    before = checkpoints_now()
     done = command(
         "evaluate", f"--workdir={workdir}", f"--metrics={ALL}", "--num=6", "--steps=2", "--reference=12",
         "--bound_timesteps=4", "--guidance=1.5", f"--clip={clip_folder}",
     )
     assert done.returncode == 0, done.stderr
+    # Nothing was written where a training may be going on, and no library warned of anything.
+    assert before and checkpoints_now() == before
+    assert not [line for line in done.stderr.splitlines() if line.startswith("W")], done.stderr
     saved = json.loads((workdir / "metrics.json").read_text())
     for metric in ALL.split(","):
         assert f"{metric}, step 3" in done.stdout

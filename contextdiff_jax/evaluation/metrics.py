@@ -291,7 +291,7 @@ def fid(evaluation: Evaluation) -> Result:
         resamples = 100 if x.shape[1] <= _MAX_FOR_MANY_RESAMPLES else 10
         return {"fid": distances.fid(x, y, resamples, evaluation.seed)}
 
-    return Result(_against_real(evaluation, distance), "", _note(evaluation))
+    return Result(_against_real(evaluation, distance), "", f"{_note(evaluation)}; the lower the better")
 
 
 def kid(evaluation: Evaluation) -> Result:
@@ -300,7 +300,7 @@ def kid(evaluation: Evaluation) -> Result:
     def distance(x, y):
         return {"kid": distances.mmd2(x, y, distances.polynomial_kernel, True, 200, evaluation.seed)}
 
-    return Result(_against_real(evaluation, distance), "", _note(evaluation))
+    return Result(_against_real(evaluation, distance), "", f"{_note(evaluation)}; the lower the better")
 
 
 def precision_recall(evaluation: Evaluation) -> Result:
@@ -310,7 +310,8 @@ def precision_recall(evaluation: Evaluation) -> Result:
         inside = distances.precision_recall(x, y, _NEIGHBOURS)
         return {name: mean_interval(v) for name, v in zip(("precision", "recall"), inside, strict=True)}
 
-    return Result(_against_real(evaluation, distance), "%", _note(evaluation) + f", k = {_NEIGHBOURS}")
+    note = f"{_note(evaluation)}, k = {_NEIGHBOURS}; the higher the better"
+    return Result(_against_real(evaluation, distance), "%", note)
 
 
 def attributes(evaluation: Evaluation) -> Result:
@@ -330,7 +331,7 @@ def cmmd(evaluation: Evaluation) -> Result:
     def distance(x, y):
         return {"cmmd": distances.cmmd(x, y, 200, evaluation.seed)}
 
-    note = f"CLIP of {evaluation.clip_network.name}, {_counts(evaluation)}"
+    note = f"CLIP of {evaluation.clip_network.name}, {_counts(evaluation)}; the lower the better"
     return Result(_against_real(evaluation, distance, "clip"), "", note)
 
 
@@ -347,7 +348,7 @@ def clip_score(evaluation: Evaluation) -> Result:
         difference = rows["clip_score"] - rows[FLOOR]
         scores[row] = {"clip_score": mean_interval(rows["clip_score"]), "minus real": mean_interval(difference)}
         scores[f"{row}, {FLOOR}"] = {"clip_score": mean_interval(rows[FLOOR])}
-    note = f"CLIP of {clip.name}, 100 max(cos, 0) of samples and captions; minus real: paired by caption"
+    note = f"CLIP of {clip.name}, 100 max(cos, 0) of samples and captions, the higher the better; minus real: paired by caption"
     return Result(scores, "", note)
 
 
