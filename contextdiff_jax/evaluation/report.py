@@ -92,7 +92,7 @@ def as_json(results: Mapping[str, Result]) -> dict[str, Any]:
 def plot_bound(details: Mapping[str, Any], path: pathlib.Path) -> None:
     """Bits/dim of each timestep's KL term, a line a split."""
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(7, 3.5))
+    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for row, values in details["kl_by_t"].items():
         axis.stairs(values, details["edges"], baseline=None, label=row, linewidth=1.5)
     axis.set(xlabel="t (1: nearly clean)", ylabel="bits/dim a timestep", title="KL terms of the bound")
@@ -106,7 +106,7 @@ def plot_shares(scores: Scores, path: pathlib.Path) -> None:
     """Bars with intervals, a colour a row."""
     plt = _pyplot()
     names, width = _names(scores), 0.8 / len(scores)
-    figure, axis = plt.subplots(figsize=(max(5, 1.1 * len(names)), 3.5))
+    figure, axis = plt.subplots(figsize=(max(7, 1.1 * len(names)), 3.5), layout="constrained")
     for i, (row, estimates) in enumerate(scores.items()):
         found = [(x, estimates[name]) for x, name in enumerate(names) if name in estimates]
         middle = np.array([e.value for _, e in found])
@@ -116,7 +116,7 @@ def plot_shares(scores: Scores, path: pathlib.Path) -> None:
     axis.set_xticks(range(len(names)), names)
     axis.set(ylim=(0, 1.05), ylabel="share")
     axis.grid(alpha=0.3, axis="y")
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(2, len(scores)), frameon=False, fontsize=8)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8)
     _save(plt, figure, path)
 
 
@@ -130,7 +130,6 @@ def _pyplot():
 
 
 def _save(plt, figure, path: pathlib.Path) -> None:
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
