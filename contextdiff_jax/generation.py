@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import PyTree, UInt8
 from tqdm import tqdm
 
@@ -34,9 +35,13 @@ class Generator:
         self._sample = jax.jit(lambda params, *rest: _to_uint8(sample(nnx.merge(graph, params), *rest)))
 
     def __call__(
-        self, params: PyTree, prompts: Sequence[str], seed: int, batch_size: int = 64
+        self, params: PyTree, prompts: Sequence[str], seed: int, batch_size: int = 64, *, first: int = 0,
+        sharding: NamedSharding | None = None,
     ) -> UInt8[np.ndarray, "N H W 3"]:
         """One picture a prompt. Picture i's noise depends on (seed, i) alone, not on the number of prompts.
+
+        `first`: the number of the first prompt, of one that has a share of a longer list. `sharding`: how a batch lies
+        over the devices that have `params`; None: each of them has all of it.
 
         Raises ValueError for an empty list of prompts.
         """
@@ -51,11 +56,15 @@ class Generator:
         for start in tqdm(starts, desc="samples", leave=False, disable=None if len(starts) > 1 else True):
             part = list(prompts[start : start + batch_size])
             real, width = len(part), min(batch_size, len(prompts))
+            if sharding is not None:
+                width = -(-width // sharding.num_devices) * sharding.num_devices
             part += [""] * (width - real)  # one shape, one compilation
             ids, mask = self._tokenizer.encode(part, length)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(noise_key, start + jnp.arange(width))
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(noise_key, first + start + jnp.arange(width))
             x_T = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-            key = jax.random.fold_in(sampler_key, start)
+            key = jax.random.fold_in(sampler_key, first + start)
+            if sharding is not None:
+                x_T, ids, mask = jax.device_put((x_T, ids, mask), sharding)
             images.append(np.asarray(self._sample(params, x_T, key, ids, mask, null_ids, null_mask))[:real])
         return np.concatenate(images)
 
