@@ -14,11 +14,12 @@ from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
 from contextdiff_jax.settings import Settings, parse
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.state import init_state
+from contextdiff_jax.training.trainable import merge_lora
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Settings, tokenizer and parameters of a run's newest checkpoint."""
+    """Settings, tokenizer and parameters (the model's: LoRA is merged) of a run's newest checkpoint."""
 
     settings: Settings
     tokenizer: Tokenizer
@@ -49,4 +50,4 @@ def load_run(workdir: str, weights: str = "ema") -> Run:
         shardings = state_shardings(make_mesh(settings.mesh), abstract)
         placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
         state, _ = checkpoints.restore(manager, placed)
-    return Run(settings, load_tokenizer(settings.data.tokenizer or None), getattr(state, weights), step)
+    return Run(settings, load_tokenizer(settings.data.tokenizer or None), merge_lora(getattr(state, weights)), step)
