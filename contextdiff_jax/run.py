@@ -19,7 +19,7 @@ from contextdiff_jax.training.trainable import merge_lora
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Settings, tokenizer and parameters (the model's: LoRA is merged) of a run's newest checkpoint."""
+    """Settings, tokenizer and parameters of a run's newest checkpoint."""
 
     settings: Settings
     tokenizer: Tokenizer
@@ -27,8 +27,8 @@ class Run:
     step: int
 
 
-def load_run(workdir: str, weights: str = "ema") -> Run:
-    """Reads DIR/config.json and the newest checkpoint; `weights`: `ema` or `params`.
+def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
+    """Reads DIR/config.json and the newest checkpoint; `weights`: `ema` or `params`; `merged`: LoRA into the UNet.
 
     Raises ValueError for a folder without a run or without a finished checkpoint.
     """
@@ -50,4 +50,6 @@ def load_run(workdir: str, weights: str = "ema") -> Run:
         shardings = state_shardings(make_mesh(settings.mesh), abstract)
         placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
         state, _ = checkpoints.restore(manager, placed)
-    return Run(settings, load_tokenizer(settings.data.tokenizer or None), merge_lora(getattr(state, weights)), step)
+    params = getattr(state, weights)
+    params = merge_lora(params) if merged else params
+    return Run(settings, load_tokenizer(settings.data.tokenizer or None), params, step)

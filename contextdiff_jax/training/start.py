@@ -12,6 +12,7 @@ from flax import nnx
 from contextdiff_jax.pretrained import load_unet
 from contextdiff_jax.run import load_run
 from contextdiff_jax.settings import Settings
+from contextdiff_jax.training.export import context_state
 from contextdiff_jax.training.state import TrainState, init_state
 from contextdiff_jax.training.trainable import LORA
 
@@ -35,10 +36,13 @@ def first_state(settings: Settings, shardings: TrainState) -> TrainState:
 
 
 def _with_unet(params: nnx.State, settings: Settings, shardings: nnx.State) -> nnx.State:
-    """`params` with the folder's UNet, in float32; a context head stays as it is."""
+    """`params` with the folder's UNet, in float32, and with the context that an exported run's folder holds."""
     folder = pathlib.Path(settings.pretrained, "unet")
     unet = load_unet(folder, param_dtype=jnp.float32, shardings=lambda _: shardings)
-    return _replaced(params, nnx.State({"unet": nnx.state(unet, nnx.Param)}), f"model.pretrained={settings.pretrained!r}")
+    source = f"model.pretrained={settings.pretrained!r}"
+    params = _replaced(params, nnx.State({"unet": nnx.state(unet, nnx.Param)}), source)
+    context = context_state(folder.parent)
+    return params if context is None else _replaced(params, context, source)
 
 
 def _with_run(params: nnx.State, workdir: str) -> nnx.State:
@@ -51,13 +55,14 @@ def _with_run(params: nnx.State, workdir: str) -> nnx.State:
 
 def _replaced(params: nnx.State, given: nnx.State, source: str) -> nnx.State:
     old, new = dict(nnx.to_flat_state(params)), dict(nnx.to_flat_state(given))
-    kinds = {path[0] for path in new}
+    kinds = {path[0] for path in new if "context_head" not in path}
     for path in sorted(old.keys() | new.keys(), key=str):
         shapes = [tuple(tree[path].shape) if path in tree else None for tree in (new, old)]
         optional = path[0] == LORA or "context_head" in path or path[0] not in kinds
         if shapes[0] != shapes[1] and not (shapes[0] is None and optional):
             name = "/".join(map(str, path))
-            raise ValueError(f"{source}: holds another model: {name}: {shapes[0] or 'absent'} there, {shapes[1] or 'absent'} here")
+            there, here = (shape or "absent" for shape in shapes)
+            raise ValueError(f"{source}: holds another model: {name}: {there} there, {here} here")
     for path, leaf in new.items():
         value = jax.device_put(leaf.get_value(), old[path].get_value().sharding)
         old[path] = old[path].replace(value.astype(jnp.float32))

@@ -17,14 +17,15 @@ LORA = "lora"
 _LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out")
 
 
-def _of_context(path: tuple) -> bool:
+def of_context(path: tuple) -> bool:
+    """Whether a parameter is the relational network's or the context head's."""
     return path[0] == "context" or "context_head" in path
 
 
 TRAINABLE: dict[str, Callable[[tuple], bool]] = {
     "full": lambda path: True,
-    "lora": lambda path: path[0] == LORA or _of_context(path),
-    "context": _of_context,
+    "lora": lambda path: path[0] == LORA or of_context(path),
+    "context": of_context,
 }
 
 
