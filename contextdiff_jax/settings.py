@@ -279,6 +279,8 @@ def _check_latents(settings: Settings) -> None:
     if train.trainable == "context" and settings.context.kind == "none":
         raise ValueError("train.trainable='context': context.kind='none' has nothing to train")
     if vae is None:
+        if settings.data.source == "cache":
+            raise ValueError("data.source='cache': holds latents; latent.vae (or model.pretrained) must name their autoencoder")
         return
     for field in ("in_channels", "out_channels"):
         if getattr(settings.model, field) != vae.latent_channels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import pathlib
 import signal
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from contextdiff_jax import pictures
 from contextdiff_jax.cli import RunError
-from contextdiff_jax.data import DataConfig, Loader, Tokenizer, load_tokenizer, make_loader, make_source
+from contextdiff_jax.data import CacheSource, DataConfig, Loader, Tokenizer, load_tokenizer, make_loader, make_source
 from contextdiff_jax.generation import Generator
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.parallel.mesh import batch_sharding, make_mesh, state_shardings
@@ -83,8 +84,11 @@ def open_data(settings: Settings) -> tuple[Tokenizer, Loader]:
     tokenizer = load_tokenizer(data.tokenizer or None)
     if not settings.text.pretrained and tokenizer.vocab_size > settings.text.vocab_size:
         raise ValueError(f"text.vocab_size={settings.text.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids")
+    source = make_source(data, "train")
+    if isinstance(source, CacheSource) and source.cache.vae != json.loads(json.dumps(settings.latent.config.to_dict())):
+        raise ValueError(f"latent.vae={settings.latent.vae!r}: the cache in data.path={data.path!r} is another autoencoder's")
     return tokenizer, make_loader(
-        make_source(data, "train"), batch_size=settings.train.batch_size, seed=data.seed, tokenizer=tokenizer,
+        source, batch_size=settings.train.batch_size, seed=data.seed, tokenizer=tokenizer,
         num_workers=data.num_workers, max_length=data.max_length, prefetch=data.prefetch,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )
