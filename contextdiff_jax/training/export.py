@@ -22,7 +22,7 @@ from flax import nnx
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.conversion import complete_or_absent
-from contextdiff_jax.pretrained.files import FolderTensors, PICKLES, read_json, save_tensors, write_json
+from contextdiff_jax.pretrained.files import PICKLES, FolderTensors, read_json, save_tensors, write_json
 from contextdiff_jax.pretrained.lora import LoraLayer, save_lora
 from contextdiff_jax.pretrained.names import name_map
 from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE
