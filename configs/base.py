@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
             ),
             context=dict(
                 kind="cross_attention", shift="quadratic", estimate="plugin", max_gain=0.2, head_loss=1.0,
-                time_dependent=False, patch_size=4, width=64, num_blocks=2, num_heads=4,
+                tokens="patches", clip="", time_dependent=False, patch_size=4, width=64, num_blocks=2, num_heads=4,
             ),
             text=dict(pretrained="", vocab_size=4096, max_length=32, width=128, num_layers=2, num_heads=4),
             model=dict(

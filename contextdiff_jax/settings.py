@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import typing
+from pathlib import Path
 from typing import Any, Mapping
 
 from contextdiff_jax.data import DataConfig
@@ -22,6 +23,7 @@ from contextdiff_jax.models.text import TextConfig
 from contextdiff_jax.models.unet import UNetConfig
 from contextdiff_jax.models.vae import VAEConfig
 from contextdiff_jax.parallel.mesh import MeshConfig
+from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
 
@@ -242,7 +244,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
         data=_strict(DataConfig, "data", config["data"]),
         diffusion=_strict(DiffusionConfig, "diffusion", config["diffusion"]),
         context=dataclasses.replace(
-            context, in_channels=model.in_channels, text_width=model.cross_attention_dim
+            context, in_channels=model.in_channels, text_width=model.cross_attention_dim, visual_width=_visual_width(context)
         ),
         text=_strict(TextConfig, "text", config["text"]),
         model=model,
@@ -254,6 +256,13 @@ def parse(config: Mapping[str, Any]) -> Settings:
     _check_text(settings)
     _check_latents(settings)
     return settings
+
+
+def _visual_width(context: ShiftConfig) -> int:
+    if context.tokens != "clip":
+        return 0
+    values = read_json(Path(context.clip, "config.json"), "a CLIP image encoder's folder")
+    return {**values, **values.get("vision_config", {})}.get("hidden_size", 768)
 
 
 def _check_text(settings: Settings) -> None:
@@ -274,6 +283,8 @@ def _check_text(settings: Settings) -> None:
 
 def _check_latents(settings: Settings) -> None:
     vae, train = settings.latent.config, settings.train
+    if settings.context.tokens == "clip" and settings.data.source == "cache":
+        raise ValueError("context.tokens='clip': reads pictures, and data.source='cache' has none; take the pictures' source")
     if train.trainable == "context" and not (settings.pretrained or train.init_from):
         raise ValueError("train.trainable='context': needs a trained UNet, by model.pretrained or train.init_from")
     if train.trainable == "context" and settings.context.kind == "none":

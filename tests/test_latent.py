@@ -15,6 +15,7 @@ from flax import nnx
 from PIL import Image
 from test_training import randomised, with_gamma
 from torch_models import assert_close, assert_same_tensors, nchw, nhwc, stable_diffusion
+from torch_models import randomised as randomised_torch
 
 from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.generation import Generator
@@ -30,7 +31,7 @@ from contextdiff_jax.training.export import export_run
 from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.loop import train
 from contextdiff_jax.training.state import build_model, init_state, model_graph
-from contextdiff_jax.training.step import clean, draw, make_train_step
+from contextdiff_jax.training.step import clean, draw, loss_fn, make_train_step
 
 PROMPTS = ["a red circle", "the blue square is left of a rather long description"]
 SMALL = {
@@ -92,7 +93,7 @@ def test_latents_are_draws_from_the_autoencoders_gaussian_as_diffusers_has_it(pi
     with torch.no_grad():
         q = pipe[0].vae.encode(nchw(pixels)).latent_dist
         expected = nhwc(q.mean + q.std * nchw(np.array(batch["latent_noise"]))) * pipe[0].vae.config.scaling_factor
-    assert_close(clean(model, batch), expected)
+    assert_close(clean(model, batch)[0], expected)
 
 
 def test_latents_are_not_clipped_to_the_range_of_pictures(pipe):
@@ -275,3 +276,38 @@ def test_an_autoencoder_learns_resumes_and_is_a_diffusers_folder_with_unit_laten
         q = theirs.encode(nchw(pixels)).latent_dist
     std = float((q.mean.var() + q.var.mean()).sqrt()) * theirs.config.scaling_factor
     assert abs(std - 1) < 0.02
+
+
+def test_the_context_reads_the_tokens_of_a_frozen_clip_as_transformers_has_them(pipe, tmp_path):
+    import transformers
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    clip = randomised_torch(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4
+    )))
+    clip.save_pretrained(tmp_path / "clip")
+    changes = {"context.tokens": "clip", "context.clip": str(tmp_path / "clip")}
+    settings = parse(config_of(pipe[1], **changes))
+    model = build_model(model_graph(settings), randomised(init_state(settings).params), load_frozen(settings))
+    batch = draw(jax.random.key(0), batch_of(settings), settings)
+    pixels = np.asarray(batch["image"], np.float32) / 127.5 - 1
+    with torch.no_grad():
+        normed = ((pixels + 1) / 2 - np.array(OPENAI_CLIP_MEAN)) / np.array(OPENAI_CLIP_STD)
+        expected = clip(nchw(normed.astype(np.float32))).last_hidden_state[:, 1:].numpy()
+    assert_close(model.vision(pixels), expected)
+    # In the step the picture is there; in sampling x0 is decoded. Both reach r, and no parameter of CLIP is in the state.
+    null = {k: v[:1] for k, v in batch_of(settings).items() if k != "image"}
+    loss, _ = loss_fn(model, batch, null, settings.diffusion.make_schedule(), settings)
+    assert np.isfinite(float(loss))
+    x0, _ = clean(model, batch)
+    args = model.text(batch["token_ids"], batch["token_mask"]), batch["token_mask"], batch["t"]
+    decoded = model.vae.decode(model.vae.from_diffusion(x0))
+    np.testing.assert_array_equal(model.relate(x0, *args), model.relate(x0, *args, decoded))
+    assert float(jnp.abs(model.relate(x0, *args, pixels) - model.relate(x0, *args, -pixels)).max()) > 1e-3
+    with pytest.raises(ValueError, match="context.patch_size=4: gives 4 patches of x0; CLIP has 16 tokens"):
+        other = parse(config_of(pipe[1], **changes | {"context.patch_size": 4}))
+        build_model(model_graph(other), init_state(other).params, load_frozen(other)).relate(x0, *args)
+    with pytest.raises(ValueError, match="reads pictures, and data.source='cache' has none"):
+        parse(config_of(pipe[1], **changes | {"data.source": "cache"}))
+    with pytest.raises(ValueError, match="context.tokens='clip': needs context.clip"):
+        parse(config_of(pipe[1], **{"context.tokens": "clip"}))

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Callable, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.samplers import Denoised, DenoiseFn
-from contextdiff_jax.models.clip import CLIPText
+from contextdiff_jax.models.clip import CLIPText, CLIPVision
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork, pool
 from contextdiff_jax.models.text import TextConfig, TextEncoder
 from contextdiff_jax.models.unet import UNet, UNetConfig
 from contextdiff_jax.models.vae import VAE
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class FrozenText(nnx.Module):
@@ -29,17 +32,33 @@ class FrozenText(nnx.Module):
         return self.clip(token_ids).last
 
 
+class FrozenVision(nnx.Module):
+    """The patch tokens of a pretrained CLIP image encoder: the paper's visual tokens of x0."""
+
+    def __init__(self, clip: CLIPVision):
+        self.clip = clip
+
+    def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B N V"]:
+        """Of pictures in [-1, 1], brought to CLIP's size and scale (bicubic; its own mean and deviation)."""
+        side = self.clip.config.image_size
+        pixels = jax.image.resize(pixels, (pixels.shape[0], side, side, 3), "bicubic")
+        pixels = (0.5 * jnp.clip(pixels, -1, 1) + 0.5 - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
+        return self.clip(pixels).last[:, 1:]
+
+
 class Frozen(NamedTuple):
     """The networks that a run reads and doesn't train: a pytree, handed to the compiled step beside its state."""
 
     vae: VAE | None = None
     text: FrozenText | None = None
+    vision: FrozenVision | None = None
 
 
 class ContextDiffusion(nnx.Module):
     """Parameters of a text-to-image model with context: `text`, `unet`, `context`.
 
-    `attach` adds the frozen networks: `vae`, without which the data are pixels, and a pretrained `text`.
+    `attach` adds the frozen networks: `vae`, without which the data are pixels, a pretrained `text`, and the `vision` that
+    `relate` needs for context.tokens='clip'.
     """
 
     def __init__(
@@ -49,7 +68,7 @@ class ContextDiffusion(nnx.Module):
         self.text = None if text.pretrained else TextEncoder(text, rngs=rngs, dtype=dtype)
         self.unet = UNet(unet, rngs=rngs, dtype=dtype)
         self.context = RelationalNetwork(context, rngs=rngs, dtype=dtype)
-        self.vae = None
+        self.vae, self.vision = None, None
 
     def attach(self, frozen: Frozen) -> ContextDiffusion:
         """This model, with the frozen networks."""
@@ -57,6 +76,18 @@ class ContextDiffusion(nnx.Module):
             if network is not None:
                 setattr(self, name, nnx.data(network))
         return self
+
+    def relate(
+        self, x0: Float[Array, "B H W C"], tokens: Float[Array, "B L D"], mask: Bool[Array, "B L"], t: Int[Array, "B"],
+        pixels: Float[Array, "B H2 W2 3"] | None = None,
+    ) -> Float[Array, "B H W C"]:
+        """r_phi(x0, c, t). With CLIP's tokens the picture of x0 is needed: `pixels`, or else x0 decoded, which in the plugin
+        estimate is a pass of the autoencoder's decoder and of CLIP's encoder in every sampling step."""
+        if self.vision is None:
+            return self.context(x0, tokens, mask, t)
+        if pixels is None:
+            pixels = x0 if self.vae is None else self.vae.decode(self.vae.from_diffusion(x0))
+        return self.context(x0, tokens, mask, t, self.vision(pixels))
 
     def predict(
         self, x: Float[Array, "B H W C"], t: Int[Array, "B"], tokens: Float[Array, "B L D"], mask: Bool[Array, "B L"]
@@ -98,7 +129,7 @@ def make_denoise(
         return model.predict(x, t, text, text_mask)
 
     def context_fn(x0, t):
-        return model.context(x0, r_tokens, r_mask, t)
+        return model.relate(x0, r_tokens, r_mask, t)
 
     if model.unet.context_head is not None:
         branches = diffusion.posterior_mean_denoise(predict, schedule, prediction_type)

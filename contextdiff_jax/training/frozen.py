@@ -7,13 +7,13 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from contextdiff_jax.models.contextdiff import Frozen, FrozenText
-from contextdiff_jax.pretrained import load_clip_text, load_vae
+from contextdiff_jax.models.contextdiff import Frozen, FrozenText, FrozenVision
+from contextdiff_jax.pretrained import load_clip_text, load_clip_vision, load_vae
 from contextdiff_jax.settings import Settings
 
 
 def load_frozen(settings: Settings, shardings: Callable[[PyTree], PyTree] | None = None) -> Frozen:
-    """The autoencoder and the text encoder of `latent.vae` and `text.pretrained`, in the types that are stored.
+    """The networks of `latent.vae`, `text.pretrained` and `context.clip`, in the types that are stored.
 
     Args:
       shardings: abstract parameters -> where they go, as `pretrained.model.Options`.
@@ -22,8 +22,11 @@ def load_frozen(settings: Settings, shardings: Callable[[PyTree], PyTree] | None
     """
     options = dict(dtype=jnp.dtype(settings.train.precision), shardings=shardings)
     vae = load_vae(settings.latent.vae, **options) if settings.latent.vae else None
+    vision = None
+    if settings.context.tokens == "clip":
+        vision = FrozenVision(load_clip_vision(settings.context.clip, **options))
     if not settings.text.pretrained:
-        return Frozen(vae)
+        return Frozen(vae, None, vision)
     clip = load_clip_text(settings.text.pretrained, **options)
     for field, value, wanted in (
         ("model.cross_attention_dim", settings.model.cross_attention_dim, clip.config.hidden_size),
@@ -31,4 +34,4 @@ def load_frozen(settings: Settings, shardings: Callable[[PyTree], PyTree] | None
     ):
         if value > wanted or (value < wanted and field.startswith("model")):
             raise ValueError(f"{field}={value}: text.pretrained={settings.text.pretrained!r} has {wanted}")
-    return Frozen(vae, FrozenText(clip))
+    return Frozen(vae, FrozenText(clip), vision)

@@ -43,16 +43,18 @@ def draw(key: Array, batch: Batch, settings: Settings) -> Batch:
     }
 
 
-def clean(model: ContextDiffusion, batch: Batch) -> Float[Array, "B H W C"]:
-    """x0: pictures in [-1, 1], or latents drawn from q(z | picture), whose moments the autoencoder or a cache gives."""
+def clean(model: ContextDiffusion, batch: Batch) -> tuple[Float[Array, "B H W C"], Float[Array, "B H2 W2 3"] | None]:
+    """x0 and its picture in [-1, 1], None from a cache. x0 is the picture, or latents drawn from q(z | picture), whose
+    moments the autoencoder or the cache gives."""
+    pixels = batch["image"].astype(jnp.float32) / 127.5 - 1 if "image" in batch else None
     if model.vae is None:
-        return batch["image"].astype(jnp.float32) / 127.5 - 1
-    if "latent_mean" in batch:
+        return pixels, pixels
+    if pixels is None:
         mean, std = (batch[name].astype(jnp.float32) for name in ("latent_mean", "latent_std"))
     else:
-        q = model.vae.encode(batch["image"].astype(jnp.float32) / 127.5 - 1)
+        q = model.vae.encode(pixels)
         mean, std = q.mean, jnp.exp(0.5 * q.logvar)
-    return model.vae.to_diffusion(mean + std * batch["latent_noise"])
+    return model.vae.to_diffusion(mean + std * batch["latent_noise"]), pixels
 
 
 def loss_fn(
@@ -60,10 +62,10 @@ def loss_fn(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The objective on a batch with its randomness (`draw`); `null`: the empty caption's ids and mask, [1, L]."""
     config, context = settings.diffusion, settings.context
-    x0 = clean(model, batch)
+    x0, pixels = clean(model, batch)
     t, mask = batch["t"], batch["token_mask"]
     tokens = model.text(batch["token_ids"], mask)  # [B, L, D]
-    r = model.context(x0, tokens, mask, t)
+    r = model.relate(x0, tokens, mask, t, pixels)
     x_t = diffusion.q_sample(schedule, x0, r, t, batch["noise"], context.shift)
     target = diffusion.training_target(schedule, x0, x_t, t, config.prediction_type)
 
@@ -82,7 +84,8 @@ def loss_fn(
     denoise_loss = jnp.mean(weight * error)
     prior = jnp.zeros(())
     if config.prior_kl:
-        r_T = model.context(x0, model.text(batch["token_ids"], mask), mask, jnp.full_like(t, config.num_timesteps - 1))
+        T = jnp.full_like(t, config.num_timesteps - 1)
+        r_T = model.relate(x0, model.text(batch["token_ids"], mask), mask, T, pixels)
         prior = diffusion.prior_kl(schedule, x0, r_T, context.shift).mean()
     loss = denoise_loss + context.head_loss * context_loss + config.prior_kl * prior
 
