@@ -43,6 +43,7 @@ def main() -> None:
 
     from contextdiff_jax.generation import Generator
     from contextdiff_jax.run import load_run
+    from contextdiff_jax.training.frozen import load_frozen
     from contextdiff_jax.training.state import model_graph
 
     run = load_run(WORKDIR.value, WEIGHTS.value)
@@ -52,8 +53,8 @@ def main() -> None:
     )
     workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
-    generator = Generator(run.settings, run.tokenizer, options)
     params, sharding = replicate(run.params), batch_sharding()
+    generator = Generator(run.settings, run.tokenizer, options, replicate(load_frozen(run.settings)))
     evaluation = metrics.Evaluation(
         settings=run.settings, tokenizer=run.tokenizer, graph=model_graph(run.settings), params=params,
         generate=lambda captions, first: generator(params, captions, SEED.value, first=first, sharding=sharding),

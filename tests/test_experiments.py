@@ -17,6 +17,7 @@ from contextdiff_jax.experiments import results, toy
 from contextdiff_jax.experiments.oracle import OracleGenerator
 from contextdiff_jax.experiments.plan import Plan, load_plan
 from contextdiff_jax.generation import Generator
+from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import make_model
 
@@ -127,7 +128,7 @@ def test_the_oracle_at_gain_0_is_the_sampler_and_otherwise_reads_the_picture():
     null = tokenizer.encode([""], settings.data.max_length)
     noise_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
     x_T = jax.random.normal(noise_key, (2, 16, 16, 3))
-    expected = sample(nnx.state(model, nnx.Param), x_T, step_key, ids, mask, *null)
+    expected = sample(nnx.state(model, nnx.Param), Frozen(), x_T, step_key, ids, mask, *null)
     assert np.abs(plain.astype(int) - np.asarray(expected).astype(int)).max() <= 1
 
 

@@ -195,6 +195,8 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
                 f"--metrics=composition: judges scenes of data.source='shapes'; the run's is {settings.data.source!r}"
             )
         if name == "bound":
+            if settings.latent.vae:
+                raise ValueError("--metrics=bound: is a likelihood of pixels; this run's x0 are latents (latent.vae)")
             bounds.make_strata(settings.diffusion.num_timesteps, evaluation.bound_timesteps or None)
         if name == "precision_recall" and min(evaluation.num, evaluation.reference) <= _NEIGHBOURS:
             raise ValueError(
