@@ -48,7 +48,7 @@ def test_a_plan_that_names_what_is_not_there_says_so(tmp_path):
 
 
 def test_every_plan_of_the_project_has_configs_that_parse():
-    for name in ("shapes_one", "shapes"):
+    for name in ("shapes_one", "shapes", "emoji"):
         plan = load_plan(f"configs/experiments/{name}.py")
         assert {"none", "plugin", "posterior_mean"} <= set(plan.variants)
         for variant in plan.variants:
