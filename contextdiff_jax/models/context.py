@@ -9,6 +9,7 @@ number, the gain, which is logged; at gain 0 the model is plain diffusion.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -195,8 +196,12 @@ class RelationalNetwork(nnx.Module):
         text_tokens: Float[Array, "B L D"],
         text_mask: Bool[Array, "B L"],
         t: Int[Array, "B"] | None = None,
+        mix: Callable[[Float[Array, "B N D"]], Float[Array, "B N D"]] = lambda tokens: tokens,
     ) -> Float[Array, "B H W C"]:
-        """r, float32. `t` is read only if `time_dependent`. ValueError if patches don't fit the picture."""
+        """r, float32. `t` is read only if `time_dependent`; `mix` lets the tokens of a clip's frames see each other.
+
+        ValueError if patches don't fit the picture.
+        """
         config = self.config
         if config.kind == "none":
             return jnp.zeros(x0.shape, jnp.float32)
@@ -204,7 +209,7 @@ class RelationalNetwork(nnx.Module):
         tokens = patches(x0, p)  # [B, N, p*p*C]
         position = position_embedding(x0.shape[1] // p, x0.shape[2] // p, config.width)
         temb = self.time(timestep_embedding(t, config.width)) if self.time is not None else None  # [B, D]
-        raw = self.unembed(self.raw(tokens, position, text_tokens, text_mask, temb))
+        raw = self.unembed(mix(self.raw(tokens, position, text_tokens, text_mask, temb)))
         raw = unpatch(raw, p, x0.shape).astype(jnp.float32)
         # eps inside the root: finite value and gradient at raw = 0.
         rms = jnp.sqrt(jnp.mean(raw**2, axis=(1, 2, 3), keepdims=True) + 1e-8)
