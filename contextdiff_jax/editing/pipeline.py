@@ -36,24 +36,26 @@ LOGGER = logging.getLogger(__name__)
 Clip = UInt8[np.ndarray, "F H W 3"]
 
 
-class Costs:
-    """What each stage takes: seconds of running it (compilation apart), and the program's memory on a device."""
+class Programs:
+    """Compiles each stage once; notes what it takes: seconds (compilation apart) and memory on a device."""
 
     def __init__(self):
-        self.stages: dict[str, dict[str, float]] = {}
+        self.costs: dict[str, dict[str, float]] = {}
+        self._compiled: dict[str, Callable[..., Any]] = {}
 
     def run(self, stage: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """function(*arguments), jitted."""
+        """function(*arguments), compiled at the stage's first call: later ones must have the same shapes."""
+        if stage not in self._compiled:
+            start = time.perf_counter()
+            self._compiled[stage] = compiled = jax.jit(function).lower(*arguments).compile()
+            memory = compiled.memory_analysis()
+            self.costs[stage] = {
+                "compile_seconds": time.perf_counter() - start,
+                "memory_megabytes": (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**20,
+            }
         start = time.perf_counter()
-        compiled = jax.jit(function).lower(*arguments).compile()
-        compiled_in = time.perf_counter() - start
-        memory = compiled.memory_analysis()
-        start = time.perf_counter()
-        result = jax.block_until_ready(compiled(*arguments))
-        self.stages[stage] = {
-            "seconds": time.perf_counter() - start, "compile_seconds": compiled_in,
-            "memory_megabytes": (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**20,
-        }
+        result = jax.block_until_ready(self._compiled[stage](*arguments))
+        self.costs[stage]["seconds"] = time.perf_counter() - start
         return result
 
 
@@ -74,36 +76,33 @@ class Edited:
 
 
 def edit_clip(
-    editor: Editor, model: VideoDiffusion, clip: Clip, x0: Float[Array, "1 F H W C"], settings: EditSettings, costs: Costs
+    editor: Editor, model: VideoDiffusion, clip: Clip, x0: Float[Array, "1 F H W C"], settings: EditSettings,
+    programs: Programs,
 ) -> Edited:
     """Inversion, reconstruction and all edits of a clip, x0 as the networks see it, by a tuned model."""
     video, edit, process = settings.video, settings.edit, editor.process
-    text = editor.encode_text([video.prompt, *video.edit_prompts])
-    null = editor.encode_text([""])
+    text, null = editor.encode_text([video.prompt, *video.edit_prompts]), editor.encode_text([""])
     alignment = align(video.prompt, video.edit_prompts, editor.count_tokens, editor.text_length, edit)
     graph, state = nnx.split(model)
-    source = first_row(text)
 
-    def inversion(state, x0):
+    def inversion(state, x0, source):
         return invert(nnx.merge(graph, state), process, x0, source, video, edit)
 
-    def reconstruction(state, x):
+    def reconstruction(state, x, source):
         return reconstruct(nnx.merge(graph, state), process, x, source, video, edit)
 
-    def editing(state, path):
+    def editing(state, path, text, null, alignment):
         return sample_edits(nnx.merge(graph, state), process, path, text, null, alignment, video, edit)
 
-    path = costs.run("inversion", inversion, state, x0)
-    again = editor.decode(costs.run("reconstruction", reconstruction, state, path[-1]))
+    path = programs.run("inversion", inversion, state, x0, first_row(text))
+    again = editor.decode(programs.run("reconstruction", reconstruction, state, path[-1], first_row(text)))
     LOGGER.info("reconstruction: PSNR %.2f dB, SSIM %.4f", scores.psnr(again, clip), scores.ssim(again, clip))
-    clips, maps = costs.run("editing", editing, state, path)
+    clips, maps = programs.run("editing", editing, state, path, text, null, alignment)
     frames = [editor.decode(clip[None]) for clip in clips[1:]]
-    size = frames[0].shape[1:3]
-    full = jax.image.resize(maps, (*maps.shape[:2], *size), "linear")
+    full = jax.image.resize(maps, (*maps.shape[:2], *frames[0].shape[1:3]), "linear")
     inside = blend_mask(full, edit.blend_threshold) if edit.blend else jnp.ones((*full.shape, 1))
     return Edited(
-        reconstruction=again, clips=frames, masks=list(np.asarray(inside[1:, ..., 0]) > 0),
-        maps=np.asarray(full),
+        reconstruction=again, clips=frames, masks=list(np.asarray(inside[1:, ..., 0]) > 0), maps=np.asarray(full)
     )
 
 
@@ -113,7 +112,7 @@ def run_edit(settings: EditSettings, config: Mapping[str, Any], workdir: pathlib
 
     Raises ValueError for what the user must change.
     """
-    video, costs = settings.video, Costs()
+    video, programs = settings.video, Programs()
     size = tuple(video.size) if max(video.size) else None
     clip = read_clip(video.path, num_frames=video.num_frames, start=video.start, stride=video.stride, size=size)
     mesh = make_mesh(settings.base.mesh)
@@ -130,11 +129,11 @@ def run_edit(settings: EditSettings, config: Mapping[str, Any], workdir: pathlib
     start = time.perf_counter()
     text, null = editor.encode_text([video.prompt]), editor.encode_text([""])
     model = tune(editor.model, editor.process, x0, text, null, settings, config, workdir)
-    costs.stages["tuning"] = {"seconds": time.perf_counter() - start}
-    edited = edit_clip(editor, model, clip, x0, settings, costs)
+    programs.costs["tuning"] = {"seconds": time.perf_counter() - start}
+    edited = edit_clip(editor, model, clip, x0, settings, programs)
     metrics = measure(clip, edited, settings, scorer) | {
         "context_gain": float(model.context.gain), "frames": len(clip), "size": list(clip.shape[1:3]),
-        "costs": costs.stages,
+        "costs": programs.costs,
     }
     write(clip, edited, settings, metrics, workdir)
     return metrics

@@ -118,6 +118,22 @@ def make_tuning_step(
     return step
 
 
+def tune_quickly(
+    model: VideoDiffusion, process: Process, x0: Float[Array, "1 F H W C"], text: Text, null: Text,
+    settings: EditSettings, run: Callable[..., Any],
+) -> VideoDiffusion:
+    """As `tune`, all steps as one program, which `run(name, function, *arguments)` compiles; nothing is written."""
+    train = settings.base.train
+    graph, params, frozen = nnx.split(model, trainable(settings.video.tune), ...)
+    step = make_tuning_step(graph, process, train, settings.video.window)
+
+    def steps(params, *rest):
+        state = init_tuning(params, train, settings.base.seed)
+        return jax.lax.fori_loop(0, train.steps, lambda _, state: step(state, *rest)[0], state).ema
+
+    return nnx.merge(graph, run("tuning", steps, params, frozen, x0, text, null), frozen)
+
+
 def tune(
     model: VideoDiffusion, process: Process, x0: Float[Array, "1 F H W C"], text: Text, null: Text,
     settings: EditSettings, config: Mapping[str, Any], workdir: pathlib.Path,
