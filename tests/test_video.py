@@ -96,7 +96,8 @@ def test_the_control_sees_the_weights_and_its_answer_is_used():
             seen.append(("self", weights.shape, grid))
             return weights
 
-    np.testing.assert_allclose(nnx.jit(lambda m: m.predict(x, t, text, mask, Record()))(video), plain, atol=2e-5 * np.abs(plain).max())
+    watched = nnx.jit(lambda m: m.predict(x, t, text, mask, Record()))(video)
+    np.testing.assert_allclose(watched, plain, atol=2e-5 * np.abs(plain).max())
     assert ("cross", (B, 2, F, 24, L), (4, 6)) in seen and ("self", (B, F, 2, 24, 48), (4, 6)) in seen
 
     class Uniform(Record):

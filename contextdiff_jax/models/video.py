@@ -74,6 +74,13 @@ def _attend(
     return module.to_out(out.reshape(*out.shape[:2], -1))
 
 
+def _rematerialised(method: Callable[..., Array], module: nnx.Module, *arguments: Array) -> Array:
+    """method(module, *arguments), whose activations the backward pass computes anew. Not `nnx.remat`, which writes the
+    parameters back: inside a scan they belong to another trace."""
+    graph, state = nnx.split(module)
+    return jax.checkpoint(lambda state, *rest: method(nnx.merge(graph, state), *rest))(state, *arguments)
+
+
 class TemporalAttention(nnx.Module):
     """Attention over the frames at each place, with a residual; starts as the identity.
 
@@ -118,7 +125,7 @@ class VideoResnet(nnx.Module):
         self.remat = remat
 
     def __call__(self, x: Float[Array, "BF H W C"], temb: Float[Array, "B E"]) -> Float[Array, "BF H W D"]:
-        return nnx.remat(VideoResnet._run)(self, x, temb) if self.remat else self._run(x, temb)
+        return _rematerialised(VideoResnet._run, self, x, temb) if self.remat else self._run(x, temb)
 
     def _run(self, x, temb):
         batch = temb.shape[0]
@@ -140,8 +147,7 @@ class VideoTransformer(nnx.Module):
         self, x: Float[Array, "BF H W C"], text: VideoText, mask: Bool[Array, "B L"] | None
     ) -> Float[Array, "BF H W C"]:
         if self.remat and text.control is None:
-            run = nnx.remat(lambda module, x, tokens, mask: module._run(x, VideoText(tokens), mask))
-            return run(self, x, text.tokens, mask)
+            return _rematerialised(VideoTransformer._run, self, x, text, mask)
         return self._run(x, text, mask)
 
     def _run(self, x, text, mask):
