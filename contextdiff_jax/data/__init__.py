@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from contextdiff_jax.data.cached import CacheSource
 from contextdiff_jax.data.folder import FolderConfig, FolderSource
 from contextdiff_jax.data.loader import Batch, Loader, RandomAccessSource, make_loader
 from contextdiff_jax.data.shapes import ShapesConfig, ShapesSource
@@ -20,6 +21,7 @@ from contextdiff_jax.data.tokenizer import Tokenizer, load_tokenizer, train_toke
 __all__ = [
     "SOURCES",
     "Batch",
+    "CacheSource",
     "DataConfig",
     "FolderConfig",
     "FolderSource",
@@ -41,7 +43,7 @@ class DataConfig:
 
     Attributes:
         source: a name in `SOURCES`.
-        path: the folder (`folder`, `emoji`).
+        path: the folder (`folder`, `emoji`, `cache`).
         metadata: metadata file name or glob of the training split; empty: the source's default.
         heldout_metadata: the same of the held-out split; empty: the source's default.
         caption_field: metadata field with the caption.
@@ -121,12 +123,24 @@ def _folder_with(metadata: dict[str, str]) -> Callable[[DataConfig, str], Random
     return make
 
 
+def _cache(config: DataConfig, split: str) -> RandomAccessSource:
+    source = CacheSource(config.path)
+    for field in ("image_size", "max_length", "tokenizer"):
+        wanted, found = getattr(config, field), getattr(source.cache, field)
+        if wanted != found:
+            raise ValueError(f"data.{field}={wanted!r}: the cache in data.path={config.path!r} has {found!r}")
+    if source.cache.source["split"] != split:
+        raise ValueError(f"data.path={config.path!r}: a cache of the split {source.cache.source['split']!r}, not of {split!r}")
+    return source
+
+
 SOURCES: dict[str, Callable[[DataConfig, str], RandomAccessSource]] = {
     "shapes": _shapes,
     "folder": _folder_with({"train": "metadata*.jsonl"}),
     "emoji": _folder_with(
         {"train": "metadata_train.jsonl", "heldout": "metadata_test.jsonl", "all": "metadata_*.jsonl"}
     ),
+    "cache": _cache,
 }
 
 

@@ -17,10 +17,10 @@ from contextdiff_jax.models.video import AttentionControl, VideoDiffusion
 
 
 class Text(NamedTuple):
-    """Encoded prompts; no mask: every token is read."""
+    """Encoded prompts, and which of their tokens are not padding."""
 
     tokens: Float[Array, "P L D"]
-    mask: Bool[Array, "P L"] | None
+    mask: Bool[Array, "P L"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,20 +5,15 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Bool, Float, UInt8
-from PIL import Image
 from scipy import ndimage
 
+from contextdiff_jax.evaluation.clip import load_clip
 from contextdiff_jax.evaluation.distances import clip_score
-from contextdiff_jax.pretrained.clip import load_clip_text, load_clip_vision
 
 Clip = UInt8[np.ndarray, "F H W 3"]
 Inside = Bool[np.ndarray, "F H W"]
-# CLIP's preprocessing (Radford et al., 2021).
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def psnr(clip: Clip, reference: Clip, where: Inside | None = None) -> float:
@@ -88,38 +83,14 @@ def warping_error(clip: Clip, reference: Clip | None = None) -> float:
     return float(np.mean(errors)) if errors else float("nan")
 
 
-def clip_pixels(clip: Clip, size: int) -> Float[np.ndarray, "F S S 3"]:
-    """Frames as CLIP reads them: the shorter side to `size` (bicubic), the middle cut out, normalised."""
-    frames = []
-    for frame in clip:
-        height, width = frame.shape[:2]
-        shape = (round(width * size / min(height, width)), round(height * size / min(height, width)))
-        image = Image.fromarray(frame).resize(shape, Image.Resampling.BICUBIC)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        frames.append(np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255)
-    return (np.stack(frames) - np.array(CLIP_MEAN, np.float32)) / np.array(CLIP_STD, np.float32)
-
-
 def make_clip_scorer(folder: str | pathlib.Path) -> Callable[[Clip, str], dict[str, float]]:
     """`score(clip, prompt)` by a CLIP folder: `frame_consistency`, the mean cosine of neighbouring frames, and
-    `text_alignment`, that of frames and text (both times 100, as usual).
-
-    Raises ValueError for a folder without both projections.
-    """
-    from transformers import CLIPTokenizer
-
-    text, vision = load_clip_text(folder), load_clip_vision(folder)
-    if text.text_projection is None or vision.visual_projection is None:
-        raise ValueError(f"edit.clip={folder}: lacks a projection; a whole CLIP model's folder is wanted")
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder))
-    image_fn = nnx.jit(lambda model, pixels: model(pixels).projected)
-    text_fn = nnx.jit(lambda model, ids: model(ids).projected)
-    length = text.config.max_position_embeddings
+    `text_alignment`, that of frames and text (both times 100, as usual). ValueError for a folder that holds no CLIP."""
+    network = load_clip(folder)
 
     def score(clip: Clip, prompt: str) -> dict[str, float]:
-        images = np.asarray(image_fn(vision, jnp.asarray(clip_pixels(clip, vision.config.image_size))))
-        ids = np.array(tokenizer([prompt], padding="max_length", max_length=length, truncation=True).input_ids)
-        words = np.repeat(np.asarray(text_fn(text, ids)), len(images), axis=0)
+        images = network.embed_images(clip)
+        words = np.repeat(network.embed_captions([prompt]), len(images), axis=0)
         scores = {"text_alignment": float(clip_score(images, words).mean())}
         if len(images) > 1:
             scores["frame_consistency"] = float(clip_score(images[:-1], images[1:]).mean())

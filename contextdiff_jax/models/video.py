@@ -254,45 +254,50 @@ class VideoContext(nnx.Module):
         return self.image.gain
 
     def __call__(
-        self, x0: Float[Array, "B F H W C"], text_tokens: Float[Array, "B L D"], text_mask: Bool[Array, "B L"] | None,
+        self, x0: Float[Array, "B F H W C"], text_tokens: Float[Array, "B L D"], text_mask: Bool[Array, "B L"],
         t: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B F H W C"]:
         """r, float32."""
         B, F = x0.shape[:2]
         if self.image.config.kind == "none":
             return jnp.zeros(x0.shape, jnp.float32)
-        if text_mask is None:
-            text_mask = jnp.ones(text_tokens.shape[:2], bool)
         text, mask = (jnp.repeat(a, F, axis=0) for a in (text_tokens, text_mask))
         t = None if t is None else jnp.repeat(t, F, axis=0)
 
         def over_frames(tokens):  # [B*F, N, D]
             return self.temporal(frames_of(tokens, B)).reshape(tokens.shape)
 
-        return frames_of(self.image(x0.reshape(-1, *x0.shape[2:]), text, mask, t, over_frames), B)
+        return frames_of(self.image(x0.reshape(-1, *x0.shape[2:]), text, mask, t, mix=over_frames), B)
 
 
 class VideoDiffusion(nnx.Module):
-    """The networks that are tuned on a clip: `unet` and `context`, for text that is encoded."""
+    """The networks that are tuned on a clip: `unet` and `context`, for text that is encoded.
 
-    def __init__(self, unet: VideoUNet, context: VideoContext):
+    Without `reads_mask` the UNet attends to padding too, as Stable Diffusion's do; the context never does.
+    """
+
+    def __init__(self, unet: VideoUNet, context: VideoContext, reads_mask: bool = True):
         self.unet = unet
         self.context = context
+        self.reads_mask = reads_mask
 
     def predict(
         self, x: Float[Array, "B F H W C"], t: Int[Array, "B"], tokens: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"] | None, control: AttentionControl | None = None,
+        mask: Bool[Array, "B L"], control: AttentionControl | None = None,
     ) -> Array | tuple[Array, Array]:
         """As `ContextDiffusion.predict`."""
+        seen = mask if self.reads_mask else None
         if self.unet.config.addition_embed_type != "text_time":
-            return self.unet(x, t, tokens, mask, control=control)
+            return self.unet(x, t, tokens, seen, control=control)
         B, _, H, W, _ = x.shape
         time_ids = jnp.broadcast_to(jnp.array([H, W, 0, 0, H, W], jnp.float32), (B, 6))
-        pooled = pool(tokens, jnp.ones(tokens.shape[:2], bool) if mask is None else mask)[:, 0]
-        return self.unet(x, t, tokens, mask, {"text_embeds": pooled, "time_ids": time_ids}, control)
+        added = {"text_embeds": pool(tokens, mask)[:, 0], "time_ids": time_ids}
+        return self.unet(x, t, tokens, seen, added, control)
 
 
-def inflate(unet: UNet, context: RelationalNetwork, *, seed: int = 0, remat: bool = False) -> VideoDiffusion:
+def inflate(
+    unet: UNet, context: RelationalNetwork, *, seed: int = 0, remat: bool = False, reads_mask: bool = True
+) -> VideoDiffusion:
     """Video networks that start as the image networks do, frame by frame. The modules that are given are used up."""
     rngs = nnx.Rngs(seed)
-    return VideoDiffusion(VideoUNet(unet, rngs=rngs, remat=remat), VideoContext(context, rngs=rngs))
+    return VideoDiffusion(VideoUNet(unet, rngs=rngs, remat=remat), VideoContext(context, rngs=rngs), reads_mask)
