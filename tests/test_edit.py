@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import command, config_dict
+from conftest import ROOT, command, config_dict
 from torch_models import stable_diffusion
 from transformers import CLIPConfig, CLIPModel
 
@@ -99,3 +102,17 @@ def test_what_does_not_fit_the_command_is_one_line(folder, tmp_path):
         f"error: video.path={tmp_path}/no: no such file or folder"
     )
     assert not (tmp_path / "x").exists()
+
+
+def test_frames_over_eight_devices_give_what_one_device_gives():
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tests/frames_program.py")], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["devices"] == 8 and found["values"] > 20 and found["output_devices"] == 8
+    assert found["error"] < 2e-4

@@ -230,7 +230,8 @@ def test_a_window_that_holds_the_clip_changes_nothing(tiny):
 def test_control_blending_and_windows_act_together(tiny):
     settings = edit_settings(**{
         "edit.control": "refine", "edit.blend": "changed", "edit.blend_range": (0.0, 1.0), "edit.inversion": "exact",
-        "edit.guidance": 1.0, "video.window": 3, "edit.reweight": (("blue", 2.0),), "edit.blend_threshold": 0.9, "edit.strength": 0.6,
+        "edit.guidance": 1.0, "video.window": 3, "edit.reweight": (("blue", 2.0),), "edit.blend_threshold": 0.9,
+        "edit.strength": 0.6,
     })
     path, again, clips = edits(*tiny, settings)
     assert path.shape[0] == 1 + 3 and np.isfinite(clips).all() and np.abs(again - path[0]).mean() < 1e-3

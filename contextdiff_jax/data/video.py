@@ -80,16 +80,17 @@ def read_clip(
         raise ValueError(f"video.path={path}: no such file or folder")
     read = _from_folder if path.is_dir() else _from_gif if path.suffix.lower() == ".gif" else _from_film
     stop = start + (num_frames - 1) * stride + 1 if num_frames else None
-    frames, seen = [], 0
+    frames, seen, first = [], 0, None
     for seen, frame in enumerate(itertools.islice(read(path), stop), start=1):
         if seen > start and (seen - 1 - start) % stride == 0:
-            if frames and frame.shape != frames[0].shape:
-                sizes = ["{} x {}".format(*f.shape[:2]) for f in (frames[0], frame)]
+            first = first or frame.shape
+            if frame.shape != first:
+                sizes = ["{} x {}".format(*shape[:2]) for shape in (first, frame.shape)]
                 raise ValueError(f"video.path={path}: frame {seen - 1} is {sizes[1]}, the first {sizes[0]}; all must agree")
-            frames.append(frame)
+            frames.append(frame if size is None else resize(frame, size))
     if not seen:
         raise ValueError(f"video.path={path}: has no frames ({', '.join(PICTURES)} are read in a folder)")
     if len(frames) < max(num_frames, 1):
         wanted = f"video.num_frames={num_frames} from video.start={start} every video.stride={stride}"
         raise ValueError(f"video.path={path}: has {seen} frames; {wanted} needs at least {stop or start + 1}")
-    return np.stack([frame if size is None else resize(frame, size) for frame in frames])
+    return np.stack(frames)

@@ -63,7 +63,8 @@ def open_editor(settings: EditSettings) -> Editor:
     """The editor of `video.model`. ValueError for a folder that is neither a run nor a Stable Diffusion folder."""
     name, base = settings.video.model, settings.base
     if not name:
-        return _from_model(settings, base, make_model(base).attach(load_frozen(base)), load_tokenizer(base.data.tokenizer or None))
+        tokenizer = load_tokenizer(base.data.tokenizer or None)
+        return _from_model(settings, base, make_model(base).attach(load_frozen(base)), tokenizer)
     if (pathlib.Path(name) / INDEX_FILE).is_file():
         return _from_pipeline(settings, name)
     try:

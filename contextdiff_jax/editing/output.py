@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import textwrap
 from collections.abc import Mapping
+from fractions import Fraction
 
 import numpy as np
 from jaxtyping import UInt8
@@ -28,7 +29,7 @@ def save_mp4(clip: Clip, path: pathlib.Path, fps: float) -> None:
 
     clip = np.pad(clip, [(0, 0), *((0, side % 2) for side in clip.shape[1:3]), (0, 0)], mode="edge")
     with av.open(str(path), "w") as film:
-        stream = film.add_stream("libx264", rate=round(fps), options={"crf": "12"})
+        stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "12"})
         stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for image in clip:

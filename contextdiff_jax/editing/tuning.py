@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
+import signal
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
@@ -171,6 +172,8 @@ def tune(
                 checkpoints.save(manager, state, {})
             if last:
                 break
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be saved: what follows may be ended at once
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if int(state.step) < train.steps:
         raise RunError(f"stopped at step {int(state.step)} of {train.steps}; run again to go on")
     return nnx.merge(graph, state.ema, frozen)
