@@ -9,6 +9,7 @@ number, the gain, which is logged; at gain 0 the model is plain diffusion.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -216,8 +217,10 @@ class RelationalNetwork(nnx.Module):
         text_mask: Bool[Array, "B L"],
         t: Int[Array, "B"] | None = None,
         visual: Float[Array, "B N V"] | None = None,
+        mix: Callable[[Float[Array, "B N D"]], Float[Array, "B N D"]] = lambda tokens: tokens,
     ) -> Float[Array, "B H W C"]:
-        """r, float32. `t` is read only if `time_dependent`, `visual` (CLIP's tokens of x0) only if `tokens` is `clip`.
+        """r, float32. `t` is read only if `time_dependent`, `visual` (CLIP's tokens of x0) only if `tokens` is `clip`;
+        `mix` lets the tokens of a clip's frames see each other.
         ValueError if patches or CLIP's tokens don't fit the picture."""
         config = self.config
         if config.kind == "none":
@@ -231,7 +234,7 @@ class RelationalNetwork(nnx.Module):
             tokens = visual
         position = position_embedding(x0.shape[1] // p, x0.shape[2] // p, config.width)
         temb = self.time(timestep_embedding(t, config.width)) if self.time is not None else None  # [B, D]
-        raw = self.unembed(self.raw(tokens, position, text_tokens, text_mask, temb))
+        raw = self.unembed(mix(self.raw(tokens, position, text_tokens, text_mask, temb)))
         raw = unpatch(raw, p, x0.shape).astype(jnp.float32)
         # eps inside the root: finite value and gradient at raw = 0.
         rms = jnp.sqrt(jnp.mean(raw**2, axis=(1, 2, 3), keepdims=True) + 1e-8)
