@@ -37,7 +37,7 @@ def make_pictures(count: int, height: int, width: int, seed: int = 0, quality: i
 
 def write_folder(path: pathlib.Path, pictures: Sequence[Captioned]) -> pathlib.Path:
     """`folder`: images/N.jpg and metadata.jsonl."""
-    (path / "images").mkdir(parents=True)
+    (path / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for number, (image, caption) in enumerate(pictures):
         (path / "images" / f"{number}.jpg").write_bytes(image)
@@ -48,7 +48,7 @@ def write_folder(path: pathlib.Path, pictures: Sequence[Captioned]) -> pathlib.P
 
 def write_webdataset(path: pathlib.Path, pictures: Sequence[Captioned], per_shard: int = 100) -> pathlib.Path:
     """`webdataset`: NNNNN.tar with .jpg, .txt and .json, as img2dataset writes LAION's."""
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(pictures), per_shard):
         with tarfile.open(path / f"{first // per_shard:05}.tar", "w") as tar:
             for number, (image, caption) in enumerate(pictures[first : first + per_shard], start=first):

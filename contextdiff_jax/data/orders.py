@@ -3,7 +3,7 @@
 Records are counted through in shuffled epochs, one after the other without a gap, each in another order, so that every
 record is seen exactly once before any is seen again. `BucketOrder` does so within each bucket of aspect ratios and
 then shuffles whole batches: a bucket's records that fill no batch in one epoch begin its next one, none is dropped.
-Nothing is enumerated beforehand: any batch of any epoch is found in microseconds, also among millions of records.
+No state: any batch of any epoch is found at once, also among millions of records.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class PlainOrder:
         return Share(None, list(records), list(epochs))
 
 
-@functools.lru_cache(4)
-def _batch_order(count: int, seed: int) -> grain.MapDataset:
-    return grain.MapDataset.range(count).seed(seed).shuffle()
+@functools.lru_cache(4)  # both loader threads, and the epochs they meet in
+def _permutation(count: int, seed: int, epoch: int) -> Int64[np.ndarray, " N"]:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 class BucketOrder:
@@ -92,7 +92,7 @@ class BucketOrder:
         epoch = self.epoch_of(number)
         before, after = self.first_batches(epoch), self.first_batches(epoch + 1)
         place = number - int(before.sum())
-        slot = int(_batch_order(int((after - before).sum()), self._seed + epoch)[place])
+        slot = int(_permutation(int((after - before).sum()), self._seed, epoch)[place])
         ends = np.cumsum(after - before)
         bucket = int(np.searchsorted(ends, slot, side="right"))
         local = int(before[bucket]) + slot - int(ends[bucket] - (after - before)[bucket])

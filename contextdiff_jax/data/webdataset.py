@@ -77,7 +77,7 @@ def _index_shard(path: pathlib.Path, number: int) -> tuple[list[tuple], list[str
             absent = (0, 0)
             entries.append((number, record["image"], record.get("text", absent), record.get("json", absent)))
         else:
-            broken.append(f"{path.name}: {key}, byte {at}: has no {'caption' if 'image' in record else 'picture'}")
+            broken.append(f"{path.name}: byte {at}: {'/'.join(filter(None, key))} has no {'caption' if 'image' in record else 'picture'}")
 
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
