@@ -36,9 +36,9 @@ def test_a_batch_is_of_one_bucket_and_every_record_comes_once_before_any_comes_a
         epochs = collections.defaultdict(list)
         for epoch, record in places:
             epochs[epoch].append(record)
-        # All but the epoch that 60 batches cut short: every member exactly once, and in another order each time.
-        whole = [epochs[epoch] for epoch in sorted(epochs)[:-1]]
-        assert len(whole) > 3 and all(len(e) == len(members) and set(e) == members for e in whole)
+        # All but those that 60 batches cut short: every member exactly once, and in another order each time.
+        whole = [epochs[epoch] for epoch in sorted(epochs)[:-2]]
+        assert len(whole) > 2 and all(len(e) == len(members) and set(e) == members for e in whole)
         assert len({tuple(e) for e in whole}) == len(whole)
 
 
@@ -48,7 +48,7 @@ def test_an_epochs_batches_leave_at_most_a_batch_of_each_bucket_for_the_next():
     for epoch in range(1, 6):
         while number < order.first_batches(epoch).sum():
             assert order.epoch_of(number) == epoch - 1
-            given[order(number, 0, 40).records] += 1
+            np.add.at(given, order(number, 0, 40).records, 1)
             number += 1
         for bucket in range(3):
             late = epoch - given[bucket_of == bucket]
@@ -93,7 +93,7 @@ def test_derived_buckets_fill_the_area_in_steps_up_to_the_ratio():
 def test_the_nearest_bucket_is_by_the_logarithm_of_the_ratio():
     sizes = np.array([[100, 100], [100, 142], [100, 143], [300, 100], [0, 0], [65535, 1]], np.uint16)
     np.testing.assert_array_equal(nearest_bucket(sizes, SIZES), [0, 1, 1, 2, -1, 2])
-    np.testing.assert_array_equal(nearest_bucket(sizes, ((16, 16), (10, 20))), [0, 0, 1, 0, -1, 0])
+    np.testing.assert_array_equal(nearest_bucket(sizes, ((16, 16), (10, 22))), [0, 0, 0, 0, -1, 0])
 
 
 @pytest.fixture(scope="module")
