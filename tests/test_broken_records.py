@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import pathlib
 
 import numpy as np
@@ -113,7 +114,7 @@ def test_a_loader_counts_the_broken_records_of_all_its_workers(tmp_path, num_wor
         source = make_source(DataConfig(source="folder", path=str(tmp_path), image_size=8, max_broken_fraction=limit))
         loader = make_loader(source, batch_size=2, num_workers=num_workers)
         try:
-            captions = sum((next(loader)["caption"] for _ in range(6)), [])
+            captions = itertools.chain(*(next(loader)["caption"] for _ in range(6)))
             return collections.Counter(captions), loader.num_broken
         finally:
             loader.close()

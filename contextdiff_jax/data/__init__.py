@@ -63,6 +63,7 @@ class DataConfig:
         cache: folder of the indices that are computed once from the data; empty: `.contextdiff_jax` in `path`.
         image_size: pixels a side.
         crop: where a picture is longer than asked for, keep the `centre` or a `random` part (by seed, epoch and record).
+        resample: filter that scales pictures: lanczos, bicubic or bilinear.
         buckets: sizes (height, width) to sort pictures into by their aspect ratios, a batch of one of them; empty: none.
         bucket_max_ratio: derives buckets of about image_size squared pixels up to this ratio of the sides; 0: none.
         bucket_step: of the sides of the derived buckets.
@@ -89,6 +90,7 @@ class DataConfig:
     cache: str = ""
     image_size: int = 32
     crop: str = "centre"
+    resample: str = "lanczos"
     buckets: tuple[Size, ...] = ()
     bucket_max_ratio: float = 0.0
     bucket_step: int = 64

@@ -1,8 +1,9 @@
 """From a source to batches: shuffling, sharding by process, workers, prefetch, exact resumption (Grain).
 
 Which records batch number b of a run holds is a pure function of (seed, batch size, records, b): see `orders`. Process
-p of P gives out the p-th of P equal blocks of it. So the global batches, and their order, do not depend on the numbers
-of processes and workers, also when these change on the way, and the state to save is one number.
+p of P gives out the p-th of P equal blocks of it, or the `rows` that the mesh gives to its devices. So the global
+batches, and their order, do not depend on the numbers of processes and workers, also when these change on the way, and
+the state to save is one number.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from contextdiff_jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, Any]
 _BROKEN = "broken"  # (record number, reason) of the records that turned out to be broken: from workers to the loader
-_NUM_THREADS = 2  # a process: pictures decode outside of the GIL, all else does not
 
 
 class RandomAccessSource(Protocol):
@@ -40,15 +40,12 @@ class _LoadBatch:
 
     source: RandomAccessSource
     order: Order
-    batch_size: int
-    process_index: int
-    process_count: int
+    rows: Sequence[int]  # this process's part of each batch
     tokenizer: Tokenizer | None
     max_length: int
 
     def __call__(self, number: int) -> Batch:
-        local = self.batch_size // self.process_count
-        size, indices, epochs = self.order(int(number), self.process_index * local, local)
+        size, indices, epochs = self.order(int(number), self.rows)
         if isinstance(self.source, PictureSource):
             records = [self.source.record(index, epoch, size) for index, epoch in zip(indices, epochs)]
         else:
@@ -65,11 +62,12 @@ class _LoadBatch:
 class Loader(Iterator[Batch]):
     """An endless iterator over batches whose place can be saved and restored. Made by `make_loader`."""
 
-    def __init__(self, load: _LoadBatch, identity: dict[str, Any], num_workers: int, prefetch: int):
+    def __init__(self, load: _LoadBatch, identity: dict[str, Any], num_workers: int, prefetch: int, num_threads: int):
         self._load = load
         self._identity = identity
         self._num_workers = num_workers
         self._prefetch = prefetch
+        self._num_threads = num_threads
         self._next_batch = 0
         self._iterator: grain.DatasetIterator | None = None
 
@@ -89,7 +87,9 @@ class Loader(Iterator[Batch]):
 
     def _start(self) -> grain.DatasetIterator:
         # Grain's own buffer default is 500 elements; here an element is a whole batch.
-        options = grain.ReadOptions(num_threads=_NUM_THREADS, prefetch_buffer_size=self._prefetch)
+        options = grain.ReadOptions(
+            num_threads=self._num_threads, prefetch_buffer_size=self._prefetch if self._num_threads else 0
+        )
         numbers = grain.MapDataset.range(self._next_batch, sys.maxsize)
         batches = numbers.map(self._load).to_iter_dataset(options)
         if self._num_workers:
@@ -138,9 +138,11 @@ def make_loader(
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    rows: np.ndarray | None = None,
     tokenizer: Tokenizer | None = None,
     max_length: int = 32,
     prefetch: int = 2,
+    num_threads: int = 2,  # pictures decode outside of the GIL, all else does not
     buckets: Sequence[Size] = (),
 ) -> Loader:
     """Endless shuffled batches of this process's share.
@@ -156,9 +158,11 @@ def make_loader(
         num_workers: loader processes; 0 loads in threads of this process.
         process_index: which block of each global batch to give out (`jax.process_index()`).
         process_count: number of blocks (`jax.process_count()`).
+        rows: instead of a block, the examples of each global batch to give out (`parallel.mesh.Feed.rows`).
         tokenizer: encodes the captions; None leaves them as text only.
         max_length: tokens a caption.
         prefetch: batches kept ready, by each worker.
+        num_threads: of each process that loads; 0: a batch is loaded when it is asked for, none ahead.
         buckets: sizes (height, width): each picture is given out in that whose aspect ratio is nearest to its own.
 
     Raises:
@@ -174,19 +178,18 @@ def make_loader(
         raise ValueError(f"prefetch={prefetch}: must be at least 1")
     if not len(source):
         raise ValueError("data.source: holds no records")
+    local = batch_size // process_count
     identity = {"seed": seed, "batch_size": batch_size, "num_records": len(source)}
     if buckets:
         identity["buckets"] = [list(size) for size in buckets]
     load = _LoadBatch(
         source=source,
         order=_make_order(source, batch_size, seed, buckets),
-        batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
+        rows=range(process_index * local, (process_index + 1) * local) if rows is None else rows.tolist(),
         tokenizer=tokenizer,
         max_length=max_length,
     )
-    return Loader(load, identity, num_workers, prefetch)
+    return Loader(load, identity, num_workers, prefetch, num_threads)
 
 
 def _make_order(source: RandomAccessSource, batch_size: int, seed: int, buckets: Sequence[Size]) -> Order:

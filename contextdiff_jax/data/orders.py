@@ -21,7 +21,7 @@ Size = tuple[int, int]  # height, width
 
 
 class Share(NamedTuple):
-    """Consecutive places of a global batch: the pictures' size (None: the source's), record numbers, their epochs."""
+    """Some rows of a global batch: the pictures' size (None: the source's), record numbers, their epochs."""
 
     size: Size | None
     records: list[int]
@@ -29,9 +29,9 @@ class Share(NamedTuple):
 
 
 class Order(Protocol):
-    """Says which records the places `start` .. `start + count` of global batch `number` hold."""
+    """Says which records `rows` of global batch `number` are."""
 
-    def __call__(self, number: int, start: int, count: int) -> Share: ...
+    def __call__(self, number: int, rows: Sequence[int]) -> Share: ...
 
 
 class ShuffledEpochs:
@@ -54,9 +54,8 @@ class PlainOrder:
     epochs: ShuffledEpochs
     batch_size: int
 
-    def __call__(self, number: int, start: int, count: int) -> Share:
-        first = number * self.batch_size + start
-        records, epochs = zip(*(self.epochs(position) for position in range(first, first + count)))
+    def __call__(self, number: int, rows: Sequence[int]) -> Share:
+        records, epochs = zip(*(self.epochs(number * self.batch_size + row) for row in rows))
         return Share(None, list(records), list(epochs))
 
 
@@ -88,7 +87,7 @@ class BucketOrder:
             epoch += 1
         return epoch
 
-    def __call__(self, number: int, start: int, count: int) -> Share:
+    def __call__(self, number: int, rows: Sequence[int]) -> Share:
         epoch = self.epoch_of(number)
         before, after = self.first_batches(epoch), self.first_batches(epoch + 1)
         place = number - int(before.sum())
@@ -97,6 +96,5 @@ class BucketOrder:
         bucket = int(np.searchsorted(ends, slot, side="right"))
         local = int(before[bucket]) + slot - int(ends[bucket] - (after - before)[bucket])
         size, members, epochs = self._buckets[bucket]
-        first = local * self._batch_size + start
-        places = [epochs(position) for position in range(first, first + count)]
+        places = [epochs(local * self._batch_size + row) for row in rows]
         return Share(size, [int(members[place]) for place, _ in places], [epoch for _, epoch in places])

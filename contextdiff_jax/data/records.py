@@ -18,7 +18,7 @@ from absl import logging
 from jaxtyping import UInt8, UInt16
 
 from contextdiff_jax.data.cache import cached_array
-from contextdiff_jax.data.decoding import CENTRE, UNDECODABLE, decode, picture_size
+from contextdiff_jax.data.decoding import CENTRE, FILTERS, UNDECODABLE, decode, picture_size
 
 CROPS = ("centre", "random")
 CAPTION_CHOICES = ("first", "random")
@@ -36,6 +36,7 @@ class PictureConfig:
         caption_field: the field that holds the caption, or a list of captions.
         caption_choice: of several captions, the `first` or a `random` one.
         crop: of what hangs over, keep the `centre` or a `random` part.
+        resample: filter that scales pictures, a name in `decoding.FILTERS`.
         seed: of the random choices.
         cache: folder of what is computed once from the data; empty: `.contextdiff_jax` in `path`.
     """
@@ -46,6 +47,7 @@ class PictureConfig:
     caption_field: str = "text"
     caption_choice: str = "first"
     crop: str = "centre"
+    resample: str = "lanczos"
     seed: int = 0
     cache: str = ""
 
@@ -54,7 +56,7 @@ class PictureConfig:
             raise ValueError(f"image_size={self.image_size}: must be at least 1")
         if not 0 <= self.max_broken_fraction <= 1:
             raise ValueError(f"max_broken_fraction={self.max_broken_fraction}: must lie in [0, 1]")
-        for field, allowed in (("crop", CROPS), ("caption_choice", CAPTION_CHOICES)):
+        for field, allowed in (("crop", CROPS), ("caption_choice", CAPTION_CHOICES), ("resample", FILTERS)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"data.{field}={getattr(self, field)!r}: unknown; one of {', '.join(allowed)}")
 
@@ -178,7 +180,7 @@ class PictureSource:
             try:
                 encoded = self.read(position)
                 place, choice = self._draw(position, epoch)
-                image: UInt8[np.ndarray, "H W 3"] = decode(encoded.image, size, place)
+                image: UInt8[np.ndarray, "H W 3"] = decode(encoded.image, size, place, self.config.resample)
             except UNDECODABLE as error:
                 self.broken.replaced(position, f"{self.where(position)}: {error}")
                 continue
