@@ -178,3 +178,22 @@ def test_bad_buckets_are_refused_in_one_line(mixed):
     with pytest.raises(ValueError, match="this data.source has pictures of one size"):
         make_loader(ShapesSource(ShapesConfig()), batch_size=4, buckets=SIZES)
     assert bucket_sizes(DataConfig(buckets=[[16, 16], [8, 32]])) == ((16, 16), (8, 32)) and not bucket_sizes(DataConfig())
+
+
+@pytest.mark.slow  # compiles two training steps, 40 s of one core each: python -m pytest tests/test_buckets.py -m slow
+def test_training_compiles_one_program_a_bucket(mixed, tmp_path, caplog):
+    from conftest import config_dict
+
+    from contextdiff_jax.settings import parse
+    from contextdiff_jax.training.loop import train
+
+    config = config_dict(**{
+        "data.source": "webdataset", "data.path": mixed["webdataset"], "data.buckets": "((8, 8), (8, 16))",
+        "data.image_size": 8, "train.steps": 6, "train.batch_size": 2, "sample.steps": 1, "sample.guidance": 1.0,
+    })  # fmt: skip
+    with caplog.at_level("INFO", logger="contextdiff_jax"):
+        train(parse(config), config, tmp_path)
+    assert sum("compiling for" in message for message in caplog.messages) == 1
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and all(np.isfinite(line["loss"]) for line in lines)
+    assert lines[-1]["broken_records"] == 0

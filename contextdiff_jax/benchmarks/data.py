@@ -8,6 +8,7 @@ asked for and none ahead, so that nobody works in another's time. The first batc
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import statistics
@@ -104,6 +105,13 @@ def _tfds_peer(config: DataConfig) -> Iterator[np.ndarray]:
             yield _resized(Image.fromarray(record["image"]), config)
 
 
+def _start_peer(name: str, config: DataConfig) -> Batches:
+    if importlib.util.find_spec(PACKAGES[name]) is None:
+        raise ValueError(f"--compare={name!r}: the package {PACKAGES[name]} is not installed; see requirements-test.txt")
+    return _batched(PEERS[name](config))
+
+
+PACKAGES = {"webdataset": "webdataset", "tfds": "tensorflow_datasets"}
 PEERS = {"webdataset": _webdataset_peer, "tfds": _tfds_peer}
 
 
@@ -115,8 +123,7 @@ def _pipelines(config: DataConfig, compare: str) -> list[Pipeline]:
         encoded = float(np.mean([len(source.read(index).image) for index in range(min(len(source), 64))]))
     pipelines = [Pipeline(config.source, _ours(source), encoded)]
     if config.source == compare:
-        peer = _batched(PEERS[compare](config))
-        pipelines.append(Pipeline(f"{compare} itself", peer, encoded, peer_of=config.source))
+        pipelines.append(Pipeline(f"{compare} itself", _start_peer(compare, config), encoded, peer_of=config.source))
     return pipelines
 
 

@@ -64,7 +64,7 @@ def write_tfds(path: pathlib.Path, pictures: Sequence[Captioned]) -> pathlib.Pat
     """`tfds`: the features `image`, `caption` and `number` in ArrayRecord, written by tfds itself."""
     import tensorflow_datasets as tfds
 
-    class Pictures(tfds.core.GeneratorBasedBuilder):
+    class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
         code_path = None  # no checksums of downloads beside this file: nothing is downloaded
 

@@ -15,10 +15,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-# What PIL's decoders raise for damaged files, each of them seen in tests/test_broken_records.py or PIL's own issues.
+# What a damaged record raises: OSError, SyntaxError, RuntimeError and DecompressionBombError by PIL in 2,800 mutated JPEG, PNG,
+# WebP, GIF, TIFF, BMP and AVIF files; RuntimeError by ArrayRecord; ValueError by JSON and by ourselves. The others are what the
+# parsing of headers in PIL's Python plugins can come to. No MemoryError: that is the machine's.
 UNDECODABLE = (
-    OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
-    RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
+    OSError, SyntaxError, RuntimeError, Image.DecompressionBombError, ValueError,
+    EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
 
 CENTRE = (0.5, 0.5)

@@ -59,6 +59,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
                 guard.check()  # waits for the step
                 seconds = time.perf_counter() - window_start
                 values = averages(state.metric_sums) | {"learning_rate": float(learning_rate_schedule(every)(step - 1))}
+                values["broken_records"] = loader.num_broken
                 log.write(step, values | speed(window_steps * every.batch_size, seconds, window_steps, flops))
                 state = with_empty_metrics(state, shardings)
                 window_start, window_steps = time.perf_counter(), 0
