@@ -167,7 +167,8 @@ def test_records_without_picture_or_caption_are_counted_with_their_place(tmp_pat
 def test_the_caption_field_may_hold_a_list_to_choose_from(tmp_path):
     picture = _encoded(np.zeros((8, 8, 3)))
     fields = json.dumps({"alt": ["one", "two", "three"]}).encode()
-    _tar(tmp_path / "0.tar", [(f"{i}.{kind}", picture if kind == "png" else fields) for i in range(20) for kind in ("png", "json")])
+    members = [((f"{i}.png", picture), (f"{i}.json", fields)) for i in range(20)]
+    _tar(tmp_path / "0.tar", [member for record in members for member in record])
     (tmp_path / "0.png").write_bytes(picture)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "alt": ["one", "two", "three"]}\n' * 20)
     for name in ("webdataset", "folder"):

@@ -58,12 +58,12 @@ class Result(NamedTuple):
 
 
 class Pipeline(NamedTuple):
-    """Something that gives batches; `peer_of`: the row of ours that it is compared with."""
+    """Something that gives batches; `peer`: the name of the pipeline that it is compared with."""
 
     name: str
     batches: Batches
     bytes_read: float  # a picture, encoded; 0 where none is read
-    peer_of: str = ""
+    peer: str = ""
 
 
 def _ours(source: RandomAccessSource) -> Batches:
@@ -121,10 +121,10 @@ def _pipelines(config: DataConfig, compare: str) -> list[Pipeline]:
     encoded = 0.0
     if isinstance(source, PictureSource):
         encoded = float(np.mean([len(source.read(index).image) for index in range(min(len(source), 64))]))
-    pipelines = [Pipeline(config.source, _ours(source), encoded)]
-    if config.source == compare:
-        pipelines.append(Pipeline(f"{compare} itself", _start_peer(compare, config), encoded, peer_of=config.source))
-    return pipelines
+    if config.source != compare:
+        return [Pipeline(config.source, _ours(source), encoded)]
+    peer = Pipeline(f"{compare} itself", _start_peer(compare, config), encoded)
+    return [Pipeline(config.source, _ours(source), encoded, peer.name), peer]
 
 
 def _measure(pipelines: list[Pipeline], repeats: int, batches: int) -> dict[str, list[float]]:
@@ -193,15 +193,15 @@ def _row(pipeline: Pipeline, seconds: dict[str, list[float]], count: int, size: 
     }  # fmt: skip
     if need:
         row |= {"need": need, "cores_needed": need / rate}
-    if pipeline.peer_of:
-        pairs = zip(seconds[pipeline.name], seconds[pipeline.peer_of])
-        row |= {"peer_of": pipeline.peer_of, "ratio": statistics.median(peer / ours for peer, ours in pairs)}
+    if pipeline.peer:
+        pairs = zip(seconds[pipeline.peer], seconds[pipeline.name])
+        row |= {"peer": pipeline.peer, "ratio": statistics.median(peer / ours for peer, ours in pairs)}
     return row
 
 
 def _table(rows: list[dict[str, Any]], size: int, need: float) -> str:
     head = f"{size} px, per core"
-    lines = [f"{head:<30}{'pictures/s':>12}{'MB/s read':>12}{'MB/s given':>12}{'cores':>9}{'ours is':>12}"]
+    lines = [f"{head:<30}{'pictures/s':>12}{'MB/s read':>12}{'MB/s given':>12}{'cores':>9}{'ahead':>12}"]
     for row in rows:
         cores = f"{row['cores_needed']:.1f}" if need else "-"
         ratio = f"{row['ratio']:.2f} times" if "ratio" in row else ""
