@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from contextdiff_jax import pictures
 from contextdiff_jax.cli import RunError
-from contextdiff_jax.data import CacheSource, DataConfig, Loader, Tokenizer, load_tokenizer, make_loader, make_source
+from contextdiff_jax.data import (
+    CacheSource, DataConfig, Loader, Tokenizer, bucket_sizes, load_tokenizer, make_loader, make_source,
+)
 from contextdiff_jax.generation import Generator
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.parallel.mesh import batch_sharding, make_mesh, state_shardings
@@ -64,6 +66,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
                 guard.check()  # waits for the step
                 seconds = time.perf_counter() - window_start
                 values = averages(state.metric_sums) | {"learning_rate": float(learning_rate_schedule(every)(step - 1))}
+                values["broken_records"] = loader.num_broken
                 log.write(step, values | speed(window_steps * every.batch_size, seconds, window_steps, flops))
                 state = with_empty_metrics(state, shardings)
                 window_start, window_steps = time.perf_counter(), 0
@@ -90,7 +93,7 @@ def open_data(settings: Settings) -> tuple[Tokenizer, Loader]:
     return tokenizer, make_loader(
         source, batch_size=settings.train.batch_size, seed=data.seed, tokenizer=tokenizer,
         num_workers=data.num_workers, max_length=data.max_length, prefetch=data.prefetch,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        process_index=jax.process_index(), process_count=jax.process_count(), buckets=bucket_sizes(data),
     )
 
 
@@ -123,21 +126,39 @@ def compile_step(
     settings: Settings, state: TrainState, shardings: TrainState, batch: Mapping[str, jax.Array],
     null: Mapping[str, jax.Array], frozen: Frozen = Frozen(),
 ) -> tuple[Callable, float]:
-    """The step's program, and its floating-point operations over all devices."""
+    """The step's program, and its floating-point operations over all devices.
+
+    A batch of another shape (`data.buckets`) gets its own program when it first comes.
+    """
     (place,) = {array.sharding for array in batch.values()}
     replicated = null["token_ids"].sharding
     start = time.perf_counter()
-    compiled = jax.jit(
+    jitted = jax.jit(
         make_train_step(settings), donate_argnums=0,
         in_shardings=(shardings, place, replicated, jax.tree.map(lambda leaf: leaf.sharding, frozen)),
         out_shardings=(shardings, replicated),
-    ).lower(state, batch, null, frozen).compile()
+    )
+    compiled = jitted.lower(state, batch, null, frozen).compile()
     flops = (compiled.cost_analysis() or {}).get("flops", 0) * settings.train.accumulation * jax.device_count()
     LOGGER.info(
         "%d parameters, compiled in %.1f s, mesh %s", sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         time.perf_counter() - start, dict(place.mesh.shape),
     )
-    return compiled, flops
+    programs = {shapes_of(batch): compiled}
+
+    def step(state: TrainState, batch: Mapping[str, jax.Array], *rest: Any) -> tuple[TrainState, jax.Array]:
+        shapes = shapes_of(batch)
+        if shapes not in programs:
+            LOGGER.info("compiling for %s", shapes)
+            programs[shapes] = jitted.lower(state, batch, *rest).compile()
+        return programs[shapes](state, batch, *rest)
+
+    return step, flops
+
+
+def shapes_of(batch: Mapping[str, jax.Array]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a batch's arrays, by name."""
+    return tuple(batch[name].shape for name in sorted(batch))
 
 
 def null_caption(tokenizer: Tokenizer, max_length: int) -> dict[str, np.ndarray]:

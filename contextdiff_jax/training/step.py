@@ -33,7 +33,7 @@ def draw(key: Array, batch: Batch, settings: Settings) -> Batch:
 
     Drawn for the whole batch at once, so that accumulation and sharding don't change the step.
     """
-    keys, shape = _keys(key), (batch["token_ids"].shape[0], *settings.shape)
+    keys, shape = _keys(key), x0_shape(batch, settings)
     config = settings.diffusion
     latent = {"latent_noise": jax.random.normal(keys["latent"], shape)} if settings.latent.vae else {}
     return batch | latent | {
@@ -41,6 +41,15 @@ def draw(key: Array, batch: Batch, settings: Settings) -> Batch:
         "noise": jax.random.normal(keys["noise"], shape),
         "dropped": jax.random.bernoulli(keys["dropout"], settings.train.caption_dropout, shape[:1]),
     }
+
+
+def x0_shape(batch: Batch, settings: Settings) -> tuple[int, int, int, int]:
+    """[B, H, W, C]: the pictures' own size, which changes with the bucket, or that of their latents."""
+    if "latent_mean" in batch:
+        return batch["latent_mean"].shape
+    B, H, W, _ = batch["image"].shape
+    factor = settings.data.image_size // settings.shape[0]  # 1 where the data are pixels
+    return B, H // factor, W // factor, settings.shape[2]
 
 
 def clean(model: ContextDiffusion, batch: Batch) -> tuple[Float[Array, "B H W C"], Float[Array, "B H2 W2 3"] | None]:
