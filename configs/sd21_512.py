@@ -1,7 +1,8 @@
 """The paper's scale written out: SD-2.1's UNet (865.9 M parameters) on 512x512 pictures' 64x64x4 latents.
 
-Never run here: it needs a pod slice, latents (data that are not pixels are not read yet) and a frozen CLIP text
-encoder. Published on real chips, for the same UNet's PyTorch/XLA finetune: 1.0 s a step of 2048 on 32 v5p chips.
+Never run here: it needs a pod slice. It is the shapes and the mesh of such a run, from nothing and with our text encoder;
+what is trained in practice, from Stable Diffusion's folder and on its latents, is configs/sd21_latent.py.
+Published on real chips, for the same UNet's PyTorch/XLA finetune: 1.0 s a step of 2048 on 32 v5p chips.
 
     python -m contextdiff_jax.train --config=configs/sd21_512.py --config.data.path=FOLDER --workdir=DIR
 """

@@ -8,20 +8,24 @@ from typing import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import PyTree, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.data import Tokenizer
-from contextdiff_jax.models.contextdiff import make_sampler
+from contextdiff_jax.models.contextdiff import Frozen, make_sampler
 from contextdiff_jax.settings import SampleConfig, Settings
-from contextdiff_jax.training.state import model_graph
+from contextdiff_jax.training.frozen import load_frozen
+from contextdiff_jax.training.state import build_model, model_graph
 
 
 class Generator:
-    """`generator(params, prompts, seed) -> uint8 [N, H, W, 3]` with the options of a SampleConfig."""
+    """`generator(params, prompts, seed) -> uint8 [N, H, W, 3]` with the options of a SampleConfig. The frozen networks
+    are read from their folders unless they are given."""
 
-    def __init__(self, settings: Settings, tokenizer: Tokenizer, options: SampleConfig | None = None):
+    def __init__(
+        self, settings: Settings, tokenizer: Tokenizer, options: SampleConfig | None = None, frozen: Frozen | None = None
+    ):
         self._settings, self._tokenizer = settings, tokenizer
         self.options = options = options or settings.sample
         chosen = dataclasses.asdict(options)
@@ -31,32 +35,42 @@ class Generator:
             shift=settings.context.shift, **chosen,
         )
         graph = model_graph(settings)
-        self._sample = jax.jit(lambda params, *rest: _to_uint8(sample(nnx.merge(graph, params), *rest)))
+        self._frozen = load_frozen(settings) if frozen is None else frozen
+        self._sample = jax.jit(
+            lambda params, frozen, *rest: _to_uint8(sample(build_model(graph, params, frozen), *rest))
+        )
 
     def __call__(
-        self, params: PyTree, prompts: Sequence[str], seed: int, batch_size: int = 64
+        self, params: PyTree, prompts: Sequence[str], seed: int, batch_size: int = 64, *, first: int = 0,
+        sharding: NamedSharding | None = None,
     ) -> UInt8[np.ndarray, "N H W 3"]:
         """One picture a prompt. Picture i's noise depends on (seed, i) alone, not on the number of prompts.
+
+        `first`: the number of the first prompt, of one that has a share of a longer list. `sharding`: how a batch lies
+        over the devices that have `params`; None: each of them has all of it.
 
         Raises ValueError for an empty list of prompts.
         """
         if not prompts:
             raise ValueError("--prompt: the list is empty; give at least one, as in --prompt='a large red circle'")
-        length, size = self._settings.data.max_length, self._settings.data.image_size
+        length, shape = self._settings.data.max_length, self._settings.shape
         null_ids, null_mask = self._tokenizer.encode([""], length)
         noise_key, sampler_key = jax.random.split(jax.random.key(seed))
-        shape = (size, size, self._settings.model.in_channels)
         images = []
         starts = range(0, len(prompts), batch_size)
         for start in tqdm(starts, desc="samples", leave=False, disable=None if len(starts) > 1 else True):
             part = list(prompts[start : start + batch_size])
             real, width = len(part), min(batch_size, len(prompts))
+            if sharding is not None:
+                width = -(-width // sharding.num_devices) * sharding.num_devices
             part += [""] * (width - real)  # one shape, one compilation
             ids, mask = self._tokenizer.encode(part, length)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(noise_key, start + jnp.arange(width))
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(noise_key, first + start + jnp.arange(width))
             x_T = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-            key = jax.random.fold_in(sampler_key, start)
-            images.append(np.asarray(self._sample(params, x_T, key, ids, mask, null_ids, null_mask))[:real])
+            key = jax.random.fold_in(sampler_key, first + start)
+            if sharding is not None:
+                x_T, ids, mask = jax.device_put((x_T, ids, mask), sharding)
+            images.append(np.asarray(self._sample(params, self._frozen, x_T, key, ids, mask, null_ids, null_mask))[:real])
         return np.concatenate(images)
 
 

@@ -21,9 +21,11 @@ def main() -> None:
     if not WORKDIR.value:
         raise ValueError("--workdir: missing; name the folder of the run")
     # Imported when the flags are known to be right: JAX takes seconds to start.
+    from contextdiff_jax.pretrained.finetuning import adopt
     from contextdiff_jax.settings import parse
     from contextdiff_jax.training.loop import train
 
+    config = adopt(config)
     settings = parse(config)
     workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)

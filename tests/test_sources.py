@@ -17,8 +17,8 @@ from PIL import Image
 from contextdiff_jax.benchmarks.layouts import LAYOUTS, make_pictures
 from contextdiff_jax.data import DataConfig, WebDatasetConfig, WebDatasetSource, make_loader, make_source
 from contextdiff_jax.data import webdataset as webdataset_module
-from contextdiff_jax.data.cache import cached_array
 from contextdiff_jax.data.decoding import decode
+from contextdiff_jax.data.kept import kept_array
 
 PICTURES = make_pictures(30, 48, 64)
 
@@ -235,7 +235,7 @@ def test_reduced_jpeg_decoding_is_the_full_decoding_to_40_decibels(height, width
 
 def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeypatch):
     LAYOUTS["webdataset"](tmp_path / "data", PICTURES[:6], per_shard=3)
-    config = WebDatasetConfig(path=str(tmp_path / "data"), cache=str(tmp_path / "cache"), image_size=8)
+    config = WebDatasetConfig(path=str(tmp_path / "data"), index_folder=str(tmp_path / "kept"), image_size=8)
     assert len(WebDatasetSource(config)) == 6
     assert not (tmp_path / "data" / ".contextdiff_jax").exists()
 
@@ -271,8 +271,8 @@ def test_a_damaged_index_is_made_anew(tmp_path, damage, caplog):
 
 def test_a_cache_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="data.cache='.*file': .* cannot be written .*; name a folder that can"):
-        cached_array(str(tmp_path), str(tmp_path / "file"), "x", "key", lambda: (np.zeros(3), {}))
+    with pytest.raises(ValueError, match="data.index_folder='.*file': .* cannot be written .*; name a folder that can"):
+        kept_array(str(tmp_path), str(tmp_path / "file"), "x", "key", lambda: (np.zeros(3), {}))
 
 
 def test_a_million_records_open_and_resume_within_a_second(tmp_path):
@@ -284,7 +284,7 @@ def test_a_million_records_open_and_resume_within_a_second(tmp_path):
     facts, array = (next((tmp_path / ".contextdiff_jax").glob(f"index-*.{kind}")) for kind in ("json", "npy"))
     facts.unlink()
     array.unlink()
-    cached_array(str(tmp_path), "", "index", small.cache_key(), lambda: (entries, {"num_broken": 0, "reasons": []}))
+    kept_array(str(tmp_path), "", "index", small.cache_key(), lambda: (entries, {"num_broken": 0, "reasons": []}))
     start = time.process_time()
     loader = make_loader(WebDatasetSource(config), batch_size=8, seed=1)
     loader.set_state({"seed": 1, "batch_size": 8, "num_records": 1_000_000, "next_batch": 170_003})

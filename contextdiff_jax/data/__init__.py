@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from contextdiff_jax.data.buckets import check_buckets, derive_buckets
+from contextdiff_jax.data.cached import CacheSource
 from contextdiff_jax.data.folder import FolderConfig, FolderSource
 from contextdiff_jax.data.loader import Batch, Loader, RandomAccessSource, make_loader
 from contextdiff_jax.data.orders import Size
@@ -26,6 +27,7 @@ from contextdiff_jax.data.webdataset import WebDatasetConfig, WebDatasetSource
 __all__ = [
     "SOURCES",
     "Batch",
+    "CacheSource",
     "DataConfig",
     "FolderConfig",
     "FolderSource",
@@ -60,7 +62,7 @@ class DataConfig:
         caption_field: field with the caption, or a list of captions.
         caption_choice: of several captions, the `first` or a `random` one (by seed, epoch and record).
         max_broken_fraction: largest share of broken records to go on with.
-        cache: folder of the indices that are computed once from the data; empty: `.contextdiff_jax` in `path`.
+        index_folder: folder of what is computed once from the data; empty: `.contextdiff_jax` in `path`.
         image_size: pixels a side.
         crop: where a picture is longer than asked for, keep the `centre` or a `random` part (by seed, epoch and record).
         resample: filter that scales pictures: lanczos, bicubic or bilinear.
@@ -87,7 +89,7 @@ class DataConfig:
     caption_field: str = "text"
     caption_choice: str = "first"
     max_broken_fraction: float = 0.01
-    cache: str = ""
+    index_folder: str = ""
     image_size: int = 32
     crop: str = "centre"
     resample: str = "lanczos"
@@ -155,6 +157,17 @@ def _tfds(fields: dict[str, Any], split: str) -> TFDSSource:
     return TFDSSource(TFDSConfig(**fields, split=split))
 
 
+def _cache(config: DataConfig, split: str) -> RandomAccessSource:
+    source = CacheSource(config.path)
+    for field in ("image_size", "max_length", "tokenizer"):
+        wanted, found = getattr(config, field), getattr(source.cache, field)
+        if wanted != found:
+            raise ValueError(f"data.{field}={wanted!r}: the cache in data.path={config.path!r} has {found!r}")
+    if source.cache.source["split"] != split:
+        raise ValueError(f"data.path={config.path!r}: a cache of the split {source.cache.source['split']!r}, not of {split!r}")
+    return source
+
+
 SOURCES: dict[str, Callable[[DataConfig, str], RandomAccessSource]] = {
     "shapes": _shapes,
     "folder": _pictures_with(_folder, {"train": "metadata*.jsonl"}),
@@ -163,6 +176,7 @@ SOURCES: dict[str, Callable[[DataConfig, str], RandomAccessSource]] = {
     ),
     "webdataset": _pictures_with(_webdataset, {"train": "*.tar"}),
     "tfds": _pictures_with(_tfds, {"train": "train", "heldout": "test", "all": "all"}),
+    "cache": _cache,
 }
 
 

@@ -1,75 +1,42 @@
-"""Arrays that are computed once from a data set and kept on disk, memory-mapped, checked, never half written."""
+"""python -m contextdiff_jax.data.cache --config=FILE --out=DIR [--split=train --shard_size=1024 --batch_size=16 --dtype=float16]
+
+Latents (mean and standard deviation), token ids and captions of a config's data, for training with --config.data.source=cache
+--config.data.path=DIR. The config is the one to train with: it names the autoencoder (latent.vae, or model.pretrained). A run
+that was killed goes on with the shards that aren't there; processes share the shards.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import pathlib
-import tempfile
-import zlib
-from collections.abc import Callable, Iterable
-from typing import Any
 
-import numpy as np
-from absl import logging
+from absl import flags
 
-_FORMAT = 1  # part of every key: raise it when what is stored changes its meaning
+from contextdiff_jax import cli
 
-
-def fingerprint(files: Iterable[pathlib.Path]) -> str:
-    """Changes with the files' names, sizes and times of change."""
-    facts = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+OUT = flags.DEFINE_string("out", None, "Folder of the cache.")
+SPLIT = flags.DEFINE_string("split", "train", "Of the data.")
+SHARD_SIZE = flags.DEFINE_integer("shard_size", 1024, "Records a file.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures that are encoded at once.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "Of the moments.")
 
 
-def cached_array(
-    path: str, cache: str, name: str, key: str, make: Callable[[], tuple[np.ndarray, dict[str, Any]]]
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """The array and the JSON-able facts that `make` gives, from disk if they were made before under this key.
+def main() -> None:
+    """Parses, encodes, writes shard by shard."""
+    config = cli.read_config()
+    if not OUT.value:
+        raise ValueError("--out: missing; name the folder of the cache")
 
-    An array read from disk is a read-only memory map. A stored one that is incomplete or changed is made anew.
+    from contextdiff_jax.pretrained.finetuning import adopt
+    from contextdiff_jax.settings import parse
+    from contextdiff_jax.training.latents import write_cache
 
-    Args:
-        path: the data set's folder.
-        cache: folder to keep them in; empty: `.contextdiff_jax` in `path`.
-        name: what is stored.
-        key: a `fingerprint` of what it was made from.
-        make: makes it.
-
-    Raises:
-        ValueError: if the folder cannot be written.
-    """
-    folder = pathlib.Path(cache or pathlib.Path(path, ".contextdiff_jax"))
-    # The path is part of the key: several data sets may share a cache folder.
-    place = hashlib.sha256(f"{_FORMAT} {os.path.abspath(path)} {key}".encode()).hexdigest()[:16]
-    array_file, facts_file = folder / f"{name}-{place}.npy", folder / f"{name}-{place}.json"
-    if facts_file.exists():
-        try:
-            facts = json.loads(facts_file.read_text())
-            array = np.load(array_file, mmap_mode="r")
-            if zlib.crc32(array) == facts.pop("crc32"):
-                return array, facts
-            reason = "another checksum"
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            reason = str(error)
-        logging.warning("%s is damaged and is made anew: %s", array_file, reason)
-    array, facts = make()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(array_file, lambda file: np.save(file, array))
-        facts_text = json.dumps({**facts, "crc32": zlib.crc32(np.ascontiguousarray(array))})
-        _write(facts_file, lambda file: file.write(facts_text.encode()))
-    except OSError as error:
-        raise ValueError(
-            f"data.cache={cache!r}: {folder} cannot be written ({error.strerror}); name a folder that can"
-        ) from error
-    return array, facts
+    cache, new = write_cache(
+        parse(adopt(config)), pathlib.Path(OUT.value), split=SPLIT.value, shard_size=SHARD_SIZE.value,
+        batch_size=BATCH_SIZE.value, dtype=DTYPE.value,
+    )
+    print(f"{OUT.value}: {cache.num_shards} shards, {new} of them written now, {cache.num_records} records of {cache.shape}")
 
 
-def _write(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
-    """Visible when complete, also where several processes write the same file."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        write(file)
-    os.chmod(file.name, 0o644)  # temporary files are private; a cache is shared
-    os.replace(file.name, path)
+if __name__ == "__main__":
+    cli.define_config()
+    cli.run(main)

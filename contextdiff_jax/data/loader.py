@@ -51,8 +51,10 @@ class _LoadBatch:
         else:
             records = [self.source[index] for index in indices]
         captions = [record["caption"] for record in records]
-        batch: Batch = {"image": np.stack([record["image"] for record in records]), "caption": captions}
-        if self.tokenizer is not None:
+        arrays = [name for name, value in records[0].items() if isinstance(value, np.ndarray)]
+        batch: Batch = {name: np.stack([record[name] for record in records]) for name in arrays}
+        batch["caption"] = captions
+        if self.tokenizer is not None and "token_ids" not in batch:
             batch["token_ids"], batch["token_mask"] = self.tokenizer.encode(captions, self.max_length)
         if isinstance(self.source, PictureSource):
             batch[_BROKEN] = self.source.broken.drain()
@@ -148,9 +150,10 @@ def make_loader(
 ) -> Loader:
     """Endless shuffled batches of this process's share.
 
-    With B = batch_size // process_count, a batch has `image` uint8 [B, H, W, 3], `caption` (list of B str)
-    and, with a tokenizer, `token_ids` int32 [B, max_length] and `token_mask` bool [B, max_length]. With buckets, H and W
-    are one of them, the same in all processes, and change from batch to batch.
+    With B = batch_size // process_count, a batch has the records' arrays, stacked (`image` uint8 [B, H, W, 3]; a cache's
+    moments and tokens), `caption` (list of B str) and, with a tokenizer, `token_ids` int32 [B, max_length] and
+    `token_mask` bool [B, max_length]. With buckets, H and W are one of them, the same in all processes, and change from
+    batch to batch.
 
     Args:
         source: where the records are.

@@ -6,7 +6,7 @@ The members of a record are neighbours and share the name up to the first dot of
 `PICTURES`; the caption is `caption_field` of the `.json` (a string or a list of them), else the `.txt`, else `caption` of
 the `.json`; the other fields of the `.json` are kept as attributes.
 
-The index is made once from the tar headers, and kept (see `cache`): afterwards a source opens in the time that it
+The index is made once from the tar headers, and kept (see `kept`): afterwards a source opens in the time that it
 takes to map one file into memory. No shard is ever extracted; a record is one `pread` a member.
 """
 
@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from absl import logging
 
-from contextdiff_jax.data.cache import cached_array, fingerprint
+from contextdiff_jax.data.kept import fingerprint, kept_array
 from contextdiff_jax.data.records import BrokenRecords, Encoded, PictureConfig, PictureSource, captions_of
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -157,8 +157,8 @@ class WebDatasetSource(PictureSource):
             raise ValueError(f"data.path={config.path!r}: the shards {config.shards} hold no records")
 
     def _load_index(self) -> None:
-        self._entries, self._facts = cached_array(
-            self.config.path, self.config.cache, "index", self.cache_key(),
+        self._entries, self._facts = kept_array(
+            self.config.path, self.config.index_folder, "index", self.cache_key(),
             lambda: _index(pathlib.Path(self.config.path), self._shards),
         )
 

@@ -17,7 +17,7 @@ LOGGER = logging.getLogger(__name__)
 # Fields that a run may change when it goes on: they don't alter what a step computes.
 FREE_FIELDS = (
     "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every",
-    "data.path", "data.cache", "data.num_workers", "data.prefetch", "mesh.", "sample.",
+    "data.path", "data.index_folder", "data.num_workers", "data.prefetch", "mesh.", "sample.",
 )
 
 
@@ -54,8 +54,10 @@ def claim_workdir(workdir: pathlib.Path, config: Mapping[str, Any], free: tuple[
 
 
 def open_manager(workdir: pathlib.Path, keep: int = 1, read_only: bool = False) -> ocp.CheckpointManager:
-    """Orbax's manager of `workdir`/checkpoints, newest `keep` kept."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, create=not read_only)
+    """Orbax's manager of `workdir`/checkpoints, newest `keep` kept; `read_only`: for a run that another process may be
+    training, all are."""
+    # A manager that is never asked to save writes and deletes nothing. Orbax's own read_only warns, each time, that it is.
+    options = ocp.CheckpointManagerOptions(max_to_keep=None if read_only else keep, create=not read_only)
     # Named, so that a fresh process can read the saved shapes before it restores anything.
     handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options, item_handlers=handlers)

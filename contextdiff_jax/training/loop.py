@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import pathlib
 import signal
@@ -17,17 +19,28 @@ from tqdm import tqdm
 
 from contextdiff_jax import pictures
 from contextdiff_jax.cli import RunError
-from contextdiff_jax.data import DataConfig, Loader, Tokenizer, bucket_sizes, load_tokenizer, make_loader, make_source
+from contextdiff_jax.data import (
+    CacheSource,
+    DataConfig,
+    Loader,
+    Tokenizer,
+    bucket_sizes,
+    load_tokenizer,
+    make_loader,
+    make_source,
+)
 from contextdiff_jax.generation import Generator
+from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.parallel.mesh import batch_sharding, make_mesh, state_shardings
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training import checkpoints
+from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.log import MetricsLog, averages, speed
+from contextdiff_jax.training.start import first_state
 from contextdiff_jax.training.state import TrainState, init_state, learning_rate_schedule, zero_metrics
 from contextdiff_jax.training.step import make_train_step
 
 LOGGER = logging.getLogger(__name__)
-ARRAYS = ("image", "token_ids", "token_mask")
 
 
 def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) -> TrainState:
@@ -37,12 +50,13 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
     """
     mesh = make_mesh(settings.mesh, settings.train.batch_size)
     tokenizer, loader = open_data(settings)
+    frozen = load_frozen(settings, functools.partial(state_shardings, mesh))
     manager, state, shardings = open_state(settings, config, workdir, mesh, loader)
     place = batch_sharding(mesh)
     null = jax.device_put(null_caption(tokenizer, settings.data.max_length), NamedSharding(mesh, PartitionSpec()))
-    compiled, flops = compile_step(settings, state, shardings, peek(loader, int(state.step), place), null)
+    compiled, flops = compile_step(settings, state, shardings, peek(loader, int(state.step), place), null, frozen)
 
-    log, reporter = MetricsLog(workdir, int(state.step)), Reporter(settings, workdir, tokenizer)
+    log, reporter = MetricsLog(workdir, int(state.step)), Reporter(settings, workdir, tokenizer, frozen)
     # Closed whatever happens: the manager's `close` waits for the save that is under way.
     with closing(manager), closing(loader), closing(log):
         every, guard, asked_to_stop = settings.train, FiniteGuard(workdir), StopSignal()
@@ -50,7 +64,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
         window_start, window_steps = time.perf_counter(), 0
         for step in tqdm(range(first + 1, every.steps + 1), initial=first, total=every.steps, disable=None):
             batch = to_devices(next(loader), place)
-            state, finite = compiled(state, batch, null)
+            state, finite = compiled(state, batch, null, frozen)
             guard.watch(step, batch, finite)
             window_steps += 1
             end = step == every.steps
@@ -78,10 +92,13 @@ def open_data(settings: Settings) -> tuple[Tokenizer, Loader]:
     """The tokenizer, and this process's share of the training batches."""
     data = settings.data
     tokenizer = load_tokenizer(data.tokenizer or None)
-    if tokenizer.vocab_size > settings.text.vocab_size:
+    if not settings.text.pretrained and tokenizer.vocab_size > settings.text.vocab_size:
         raise ValueError(f"text.vocab_size={settings.text.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids")
+    source = make_source(data, "train")
+    if isinstance(source, CacheSource) and source.cache.vae != json.loads(json.dumps(settings.latent.config.to_dict())):
+        raise ValueError(f"latent.vae={settings.latent.vae!r}: the cache in data.path={data.path!r} is another autoencoder's")
     return tokenizer, make_loader(
-        make_source(data, "train"), batch_size=settings.train.batch_size, seed=data.seed, tokenizer=tokenizer,
+        source, batch_size=settings.train.batch_size, seed=data.seed, tokenizer=tokenizer,
         num_workers=data.num_workers, max_length=data.max_length, prefetch=data.prefetch,
         process_index=jax.process_index(), process_count=jax.process_count(), buckets=bucket_sizes(data),
     )
@@ -98,7 +115,7 @@ def open_state(
     checkpoints.check_shapes(manager, workdir, abstract)
     checkpoints.claim_workdir(workdir, config)
     if manager.latest_step() is None:
-        return manager, jax.jit(lambda: init_state(settings), out_shardings=shardings)(), shardings
+        return manager, first_state(settings, shardings), shardings
     placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
     state, data_state = checkpoints.restore(manager, placed)
     loader.set_state(data_state)
@@ -114,7 +131,7 @@ def peek(loader: Loader, step: int, place: NamedSharding) -> dict[str, jax.Array
 
 def compile_step(
     settings: Settings, state: TrainState, shardings: TrainState, batch: Mapping[str, jax.Array],
-    null: Mapping[str, jax.Array],
+    null: Mapping[str, jax.Array], frozen: Frozen = Frozen(),
 ) -> tuple[Callable, float]:
     """The step's program, and its floating-point operations over all devices.
 
@@ -125,9 +142,10 @@ def compile_step(
     start = time.perf_counter()
     jitted = jax.jit(
         make_train_step(settings), donate_argnums=0,
-        in_shardings=(shardings, place, replicated), out_shardings=(shardings, replicated),
+        in_shardings=(shardings, place, replicated, jax.tree.map(lambda leaf: leaf.sharding, frozen)),
+        out_shardings=(shardings, replicated),
     )
-    compiled = jitted.lower(state, batch, null).compile()
+    compiled = jitted.lower(state, batch, null, frozen).compile()
     flops = (compiled.cost_analysis() or {}).get("flops", 0) * settings.train.accumulation * jax.device_count()
     LOGGER.info(
         "%d parameters, compiled in %.1f s, mesh %s", sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -158,7 +176,8 @@ def null_caption(tokenizer: Tokenizer, max_length: int) -> dict[str, np.ndarray]
 
 def to_devices(batch: Mapping[str, Any], sharding: NamedSharding) -> dict[str, jax.Array]:
     """This process's share of a global batch as global arrays."""
-    return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in ARRAYS}
+    arrays = {name: value for name, value in batch.items() if isinstance(value, np.ndarray)}
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in arrays.items()}
 
 
 def with_empty_metrics(state: TrainState, shardings: TrainState) -> TrainState:
@@ -211,9 +230,9 @@ class StopSignal:
 class Reporter:
     """Every `sample_every` steps: a grid of captioned samples of the EMA weights, and the curves."""
 
-    def __init__(self, settings: Settings, workdir: pathlib.Path, tokenizer: Tokenizer):
+    def __init__(self, settings: Settings, workdir: pathlib.Path, tokenizer: Tokenizer, frozen: Frozen | None = None):
         self._settings, self._workdir = settings, workdir
-        self._generator = Generator(settings, tokenizer)
+        self._generator = Generator(settings, tokenizer, frozen=frozen)
         self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
 
     def __call__(self, state: TrainState, step: int) -> None:
