@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
             ),
             data=dict(
                 source="shapes", path="", metadata="", heldout_metadata="", caption_field="text", caption_choice="first",
-                max_broken_fraction=0.01, cache="", image_size=32, crop="centre", resample="lanczos", buckets=(),
+                max_broken_fraction=0.01, index_folder="", image_size=32, crop="centre", resample="lanczos", buckets=(),
                 bucket_max_ratio=0.0, bucket_step=64, num_objects=(1, 1),
                 heldout_fraction=0.125, position_fraction=0.5, seed=0, max_length=32, tokenizer="",
                 num_workers=0, prefetch=2,

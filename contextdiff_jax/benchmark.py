@@ -34,7 +34,7 @@ def _data(settings):
             compare=COMPARE.value, repeats=REPEATS.value, need=NEED.value, workdir=WORKDIR.value,
             pictures=PICTURES.value, shape=tuple(int(side) for side in SHAPE.value),
         ),
-    )  # fmt: skip
+    )
 
 
 MODES = {"data": _data}

@@ -60,7 +60,7 @@ def test_the_command_measures_a_configs_own_data_against_the_package(tmp_path):
         "benchmark", "--mode=data", "--config=configs/base.py", "--config.data.source=webdataset",
         f"--config.data.path={path}", "--config.data.image_size=16", "--compare=webdataset", "--need=100",
         "--pictures=16", "--repeats=1", f"--json={tmp_path / 'rows.json'}",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["webdataset", "webdataset itself"] and rows[0]["ratio"] > 0

@@ -146,6 +146,8 @@ def test_the_state_of_other_buckets_is_refused(mixed):
     state = _loader(mixed).get_state()
     with pytest.raises(ValueError, match="the saved data state has buckets"):
         _loader(mixed, buckets=SIZES[:2]).set_state(state)
+    with pytest.raises(ValueError, match="data.buckets=None: the saved data state has buckets"):
+        _loader(mixed, buckets=()).set_state(state)
 
 
 def test_measured_sizes_are_kept_and_pictures_without_a_header_are_in_no_bucket(mixed, tmp_path, monkeypatch):
@@ -190,7 +192,7 @@ def test_training_compiles_one_program_a_bucket(mixed, tmp_path, caplog):
     config = config_dict(**{
         "data.source": "webdataset", "data.path": mixed["webdataset"], "data.buckets": "((8, 8), (8, 16))",
         "data.image_size": 8, "train.steps": 6, "train.batch_size": 2, "sample.steps": 1, "sample.guidance": 1.0,
-    })  # fmt: skip
+    })
     with caplog.at_level("INFO", logger="contextdiff_jax"):
         train(parse(config), config, tmp_path)
     assert sum("compiling for" in message for message in caplog.messages) == 1

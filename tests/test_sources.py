@@ -17,8 +17,8 @@ from PIL import Image
 from contextdiff_jax.benchmarks.layouts import LAYOUTS, make_pictures
 from contextdiff_jax.data import DataConfig, WebDatasetConfig, WebDatasetSource, make_loader, make_source
 from contextdiff_jax.data import webdataset as webdataset_module
-from contextdiff_jax.data.disk_cache import cached_array
 from contextdiff_jax.data.decoding import decode
+from contextdiff_jax.data.kept import kept_array
 
 PICTURES = make_pictures(30, 48, 64)
 
@@ -133,7 +133,7 @@ def test_members_of_all_kinds_make_records_and_other_files_are_passed_over(tmp_p
         ("sub/b.PNG", _encoded(grey)), ("sub/b.txt", b"b"),
         ("c.webp", _encoded(grey, "WEBP")), ("c.json", b'{"caption": "from json", "n": 1}'),
         ("x" * 150 + ".png", _encoded(grey)), ("x" * 150 + ".txt", b"long name"),
-    ])  # fmt: skip
+    ])
     source = WebDatasetSource(WebDatasetConfig(path=str(tmp_path), image_size=8))
     assert [source[i]["caption"] for i in range(len(source))] == ["a text", "b", "from json", "long name"]
     assert source[2]["attributes"] == {"n": 1} and source.num_broken == 0
@@ -153,7 +153,7 @@ def test_records_without_picture_or_caption_are_counted_with_their_place(tmp_pat
     picture = _encoded(np.zeros((8, 8, 3)))
     _tar(tmp_path / "0.tar", [
         ("a.png", picture), ("a.txt", b"a"), ("b.png", picture), ("c.txt", b"c"), ("d.png", b""), ("d.txt", b"d"),
-    ])  # fmt: skip
+    ])
     with caplog.at_level("WARNING", logger="absl"):
         source = WebDatasetSource(WebDatasetConfig(path=str(tmp_path), max_broken_fraction=0.8))
     assert len(source) == 1 and source.num_broken == 3
@@ -235,7 +235,7 @@ def test_reduced_jpeg_decoding_is_the_full_decoding_to_40_decibels(height, width
 
 def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeypatch):
     LAYOUTS["webdataset"](tmp_path / "data", PICTURES[:6], per_shard=3)
-    config = WebDatasetConfig(path=str(tmp_path / "data"), cache=str(tmp_path / "cache"), image_size=8)
+    config = WebDatasetConfig(path=str(tmp_path / "data"), index_folder=str(tmp_path / "kept"), image_size=8)
     assert len(WebDatasetSource(config)) == 6
     assert not (tmp_path / "data" / ".contextdiff_jax").exists()
 
@@ -261,7 +261,7 @@ def test_a_damaged_index_is_made_anew(tmp_path, damage, caplog):
     {
         "cut": lambda: array.write_bytes(content[:-20]), "flip": lambda: array.write_bytes(content),
         "facts": lambda: facts.write_text("{"), "missing": array.unlink,
-    }[damage]()  # fmt: skip
+    }[damage]()
     with caplog.at_level("WARNING", logger="absl"):
         source = WebDatasetSource(config)
     assert "damaged" in caplog.text and source[4]["caption"] == "picture number 4"
@@ -271,8 +271,8 @@ def test_a_damaged_index_is_made_anew(tmp_path, damage, caplog):
 
 def test_a_cache_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="data.cache='.*file': .* cannot be written .*; name a folder that can"):
-        cached_array(str(tmp_path), str(tmp_path / "file"), "x", "key", lambda: (np.zeros(3), {}))
+    with pytest.raises(ValueError, match="data.index_folder='.*file': .* cannot be written .*; name a folder that can"):
+        kept_array(str(tmp_path), str(tmp_path / "file"), "x", "key", lambda: (np.zeros(3), {}))
 
 
 def test_a_million_records_open_and_resume_within_a_second(tmp_path):
@@ -284,11 +284,13 @@ def test_a_million_records_open_and_resume_within_a_second(tmp_path):
     facts, array = (next((tmp_path / ".contextdiff_jax").glob(f"index-*.{kind}")) for kind in ("json", "npy"))
     facts.unlink()
     array.unlink()
-    cached_array(str(tmp_path), "", "index", small.cache_key(), lambda: (entries, {"num_broken": 0, "reasons": []}))
+    kept_array(str(tmp_path), "", "index", small.cache_key(), lambda: (entries, {"num_broken": 0, "reasons": []}))
     start = time.process_time()
     loader = make_loader(WebDatasetSource(config), batch_size=8, seed=1)
     loader.set_state({"seed": 1, "batch_size": 8, "num_records": 1_000_000, "next_batch": 170_003})
     batch = next(loader)
-    assert time.process_time() - start < 1
+    seconds = time.process_time() - start
+    print(f"{seconds:.3f} s of CPU")
+    assert seconds < 1
     loader.close()
     assert loader._load.source._entries.shape == (1_000_000,) and len(batch["caption"]) == 8

@@ -190,7 +190,7 @@ def _row(pipeline: Pipeline, seconds: dict[str, list[float]], count: int, size: 
         "name": pipeline.name, "seconds": median, "all_seconds": seconds[pipeline.name], "pictures": count,
         "pictures_per_second": rate, "megabytes_read_per_second": rate * pipeline.bytes_read / 1e6,
         "megabytes_given_per_second": rate * size * size * 3 / 1e6,
-    }  # fmt: skip
+    }
     if need:
         row |= {"need": need, "cores_needed": need / rate}
     if pipeline.peer:

@@ -71,7 +71,7 @@ def write_tfds(path: pathlib.Path, pictures: Sequence[Captioned]) -> pathlib.Pat
         def _info(self):
             features = {
                 "image": tfds.features.Image(encoding_format="jpeg"), "caption": tfds.features.Text(), "number": np.int64
-            }  # fmt: skip
+            }
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, _):

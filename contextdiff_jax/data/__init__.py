@@ -62,7 +62,7 @@ class DataConfig:
         caption_field: field with the caption, or a list of captions.
         caption_choice: of several captions, the `first` or a `random` one (by seed, epoch and record).
         max_broken_fraction: largest share of broken records to go on with.
-        cache: folder of the indices that are computed once from the data; empty: `.contextdiff_jax` in `path`.
+        index_folder: folder of what is computed once from the data; empty: `.contextdiff_jax` in `path`.
         image_size: pixels a side.
         crop: where a picture is longer than asked for, keep the `centre` or a `random` part (by seed, epoch and record).
         resample: filter that scales pictures: lanczos, bicubic or bilinear.
@@ -89,7 +89,7 @@ class DataConfig:
     caption_field: str = "text"
     caption_choice: str = "first"
     max_broken_fraction: float = 0.01
-    cache: str = ""
+    index_folder: str = ""
     image_size: int = 32
     crop: str = "centre"
     resample: str = "lanczos"
@@ -174,9 +174,9 @@ SOURCES: dict[str, Callable[[DataConfig, str], RandomAccessSource]] = {
     "emoji": _pictures_with(
         _folder, {"train": "metadata_train.jsonl", "heldout": "metadata_test.jsonl", "all": "metadata_*.jsonl"}
     ),
-    "cache": _cache,
     "webdataset": _pictures_with(_webdataset, {"train": "*.tar"}),
     "tfds": _pictures_with(_tfds, {"train": "train", "heldout": "test", "all": "all"}),
+    "cache": _cache,
 }
 
 

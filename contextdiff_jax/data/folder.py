@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from contextdiff_jax.data.disk_cache import fingerprint
 from contextdiff_jax.data.decoding import decode
+from contextdiff_jax.data.kept import fingerprint
 from contextdiff_jax.data.records import BrokenRecords, Encoded, PictureConfig, PictureSource, captions_of
 
 

@@ -119,7 +119,8 @@ class Loader(Iterator[Batch]):
         Raises:
             ValueError: if the state is of a loader with another seed, batch size, buckets or number of records.
         """
-        for name, value in self._identity.items():
+        for name in sorted(self._identity.keys() | state.keys() - {"next_batch"}):
+            value = self._identity.get(name)
             if state.get(name) != value:
                 raise ValueError(f"data.{name}={value}: the saved data state has {name}={state.get(name)}")
         self.close()

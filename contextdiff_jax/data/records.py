@@ -17,8 +17,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import UInt8, UInt16
 
-from contextdiff_jax.data.disk_cache import cached_array
 from contextdiff_jax.data.decoding import CENTRE, FILTERS, UNDECODABLE, decode, picture_size
+from contextdiff_jax.data.kept import kept_array
 
 CROPS = ("centre", "random")
 CAPTION_CHOICES = ("first", "random")
@@ -38,7 +38,7 @@ class PictureConfig:
         crop: of what hangs over, keep the `centre` or a `random` part.
         resample: filter that scales pictures, a name in `decoding.FILTERS`.
         seed: of the random choices.
-        cache: folder of what is computed once from the data; empty: `.contextdiff_jax` in `path`.
+        index_folder: folder of what is computed once from the data; empty: `.contextdiff_jax` in `path`.
     """
 
     path: str
@@ -49,7 +49,7 @@ class PictureConfig:
     crop: str = "centre"
     resample: str = "lanczos"
     seed: int = 0
-    cache: str = ""
+    index_folder: str = ""
 
     def __post_init__(self):
         if self.image_size < 1:
@@ -202,7 +202,7 @@ class PictureSource:
     def picture_sizes(self) -> UInt16[np.ndarray, "N 2"]:
         """(height, width) of each record's picture; (0, 0), and counted as broken, where it has no readable header.
 
-        Reads each record once and keeps the answer in the cache.
+        Reads each record once and keeps the answer in `index_folder`.
         """
 
         def measure():
@@ -217,7 +217,7 @@ class PictureSource:
                     )
             return sizes, {}
 
-        sizes, _ = cached_array(self.config.path, self.config.cache, "sizes", self.cache_key(), measure)
+        sizes, _ = kept_array(self.config.path, self.config.index_folder, "sizes", self.cache_key(), measure)
         for index in np.flatnonzero(sizes[:, 0] == 0):
             self.broken.replaced(int(index), f"{self.where(index)}: no picture's header")
         return sizes

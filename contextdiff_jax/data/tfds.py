@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from contextdiff_jax.data.disk_cache import fingerprint
+from contextdiff_jax.data.kept import fingerprint
 from contextdiff_jax.data.records import BrokenRecords, Encoded, PictureConfig, PictureSource, captions_of
 
 

@@ -6,7 +6,7 @@ The members of a record are neighbours and share the name up to the first dot of
 `PICTURES`; the caption is `caption_field` of the `.json` (a string or a list of them), else the `.txt`, else `caption` of
 the `.json`; the other fields of the `.json` are kept as attributes.
 
-The index is made once from the tar headers, and kept (see `cache`): afterwards a source opens in the time that it
+The index is made once from the tar headers, and kept (see `kept`): afterwards a source opens in the time that it
 takes to map one file into memory. No shard is ever extracted; a record is one `pread` a member.
 """
 
@@ -18,13 +18,14 @@ import json
 import os
 import pathlib
 import tarfile
+import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 from absl import logging
 
-from contextdiff_jax.data.disk_cache import cached_array, fingerprint
+from contextdiff_jax.data.kept import fingerprint, kept_array
 from contextdiff_jax.data.records import BrokenRecords, Encoded, PictureConfig, PictureSource, captions_of
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -77,7 +78,8 @@ def _index_shard(path: pathlib.Path, number: int) -> tuple[list[tuple], list[str
             absent = (0, 0)
             entries.append((number, record["image"], record.get("text", absent), record.get("json", absent)))
         else:
-            broken.append(f"{path.name}: byte {at}: {'/'.join(filter(None, key))} has no {'caption' if 'image' in record else 'picture'}")
+            name, lacks = "/".join(filter(None, key)), "caption" if "image" in record else "picture"
+            broken.append(f"{path.name}: byte {at}: {name} has no {lacks}")
 
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -104,12 +106,14 @@ def _index_shard(path: pathlib.Path, number: int) -> tuple[list[tuple], list[str
 def _index(root: pathlib.Path, shards: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
     """The index of all shards, and what is broken in them."""
     logging.warning("Indexing %d tar shards in %s, once", len(shards), root)
-    parts, broken = [], []
+    start, parts, broken = time.perf_counter(), [], []
     for number, name in enumerate(shards):
         entries, reasons = _index_shard(root / name, number)
         parts.append(np.array(entries, _ENTRY))
         broken += reasons
-    return np.concatenate(parts), {"num_broken": len(broken), "reasons": broken[:20]}
+    index = np.concatenate(parts)
+    logging.warning("Indexed %d records in %.1f s", len(index), time.perf_counter() - start)
+    return index, {"num_broken": len(broken), "reasons": broken[:20]}
 
 
 @functools.lru_cache(_MAX_OPEN)
@@ -153,10 +157,10 @@ class WebDatasetSource(PictureSource):
             raise ValueError(f"data.path={config.path!r}: the shards {config.shards} hold no records")
 
     def _load_index(self) -> None:
-        self._entries, self._facts = cached_array(
-            self.config.path, self.config.cache, "index", self.cache_key(),
+        self._entries, self._facts = kept_array(
+            self.config.path, self.config.index_folder, "index", self.cache_key(),
             lambda: _index(pathlib.Path(self.config.path), self._shards),
-        )  # fmt: skip
+        )
 
     def __getstate__(self):
         # Workers map the index for themselves: pickling a memory map copies it.

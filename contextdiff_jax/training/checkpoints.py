@@ -17,7 +17,7 @@ LOGGER = logging.getLogger(__name__)
 # Fields that a run may change when it goes on: they don't alter what a step computes.
 FREE_FIELDS = (
     "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every",
-    "data.path", "data.cache", "data.num_workers", "data.prefetch", "mesh.", "sample.",
+    "data.path", "data.index_folder", "data.num_workers", "data.prefetch", "mesh.", "sample.",
 )
 
 

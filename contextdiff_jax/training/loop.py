@@ -20,7 +20,14 @@ from tqdm import tqdm
 from contextdiff_jax import pictures
 from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import (
-    CacheSource, DataConfig, Loader, Tokenizer, bucket_sizes, load_tokenizer, make_loader, make_source,
+    CacheSource,
+    DataConfig,
+    Loader,
+    Tokenizer,
+    bucket_sizes,
+    load_tokenizer,
+    make_loader,
+    make_source,
 )
 from contextdiff_jax.generation import Generator
 from contextdiff_jax.models.contextdiff import Frozen

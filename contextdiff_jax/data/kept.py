@@ -23,8 +23,8 @@ def fingerprint(files: Iterable[pathlib.Path]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def cached_array(
-    path: str, cache: str, name: str, key: str, make: Callable[[], tuple[np.ndarray, dict[str, Any]]]
+def kept_array(
+    path: str, index_folder: str, name: str, key: str, make: Callable[[], tuple[np.ndarray, dict[str, Any]]]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """The array and the JSON-able facts that `make` gives, from disk if they were made before under this key.
 
@@ -32,7 +32,7 @@ def cached_array(
 
     Args:
         path: the data set's folder.
-        cache: folder to keep them in; empty: `.contextdiff_jax` in `path`.
+        index_folder: folder to keep them in; empty: `.contextdiff_jax` in `path`.
         name: what is stored.
         key: a `fingerprint` of what it was made from.
         make: makes it.
@@ -40,8 +40,8 @@ def cached_array(
     Raises:
         ValueError: if the folder cannot be written.
     """
-    folder = pathlib.Path(cache or pathlib.Path(path, ".contextdiff_jax"))
-    # The path is part of the key: several data sets may share a cache folder.
+    folder = pathlib.Path(index_folder or pathlib.Path(path, ".contextdiff_jax"))
+    # The path is part of the key: several data sets may share a folder.
     place = hashlib.sha256(f"{_FORMAT} {os.path.abspath(path)} {key}".encode()).hexdigest()[:16]
     array_file, facts_file = folder / f"{name}-{place}.npy", folder / f"{name}-{place}.json"
     if facts_file.exists():
@@ -62,7 +62,7 @@ def cached_array(
         _write(facts_file, lambda file: file.write(facts_text.encode()))
     except OSError as error:
         raise ValueError(
-            f"data.cache={cache!r}: {folder} cannot be written ({error.strerror}); name a folder that can"
+            f"data.index_folder={index_folder!r}: {folder} cannot be written ({error.strerror}); name a folder that can"
         ) from error
     return array, facts
 
@@ -71,5 +71,5 @@ def _write(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
     """Visible when complete, also where several processes write the same file."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
         write(file)
-    os.chmod(file.name, 0o644)  # temporary files are private; a cache is shared
+    os.chmod(file.name, 0o644)  # temporary files are private; this is shared
     os.replace(file.name, path)
