@@ -28,6 +28,14 @@ def _keys(key: Array) -> dict[str, Array]:
     return {name: jax.random.fold_in(key, i) for i, name in enumerate(RANDOM_USES)}
 
 
+def x0_shape(batch: Batch, settings: Settings) -> tuple[int, int, int, int]:
+    """[B, H, W, C] of x0: pictures may have the shape of any of `data.buckets`, a cache's latents have one."""
+    (height, width, channels), size = settings.shape, settings.data.image_size
+    if "image" in batch:
+        height, width = batch["image"].shape[1] * height // size, batch["image"].shape[2] * width // size
+    return batch["token_ids"].shape[0], height, width, channels
+
+
 def draw(key: Array, batch: Batch, settings: Settings) -> Batch:
     """Adds a step's randomness to a batch: `t`, `noise`, `dropped` (captions hidden from the denoiser), and for
     latents `latent_noise` (their place in the autoencoder's Gaussian).
