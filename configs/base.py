@@ -11,11 +11,14 @@ def get_config() -> ConfigDict:
             train=dict(
                 steps=1000, batch_size=64, accumulation=1, learning_rate=1e-3, warmup_steps=100, decay="cosine",
                 weight_decay=0.0, b1=0.9, b2=0.99, clip_norm=1.0, ema_decay=0.999, caption_dropout=0.1,
+                trainable="full", lora_rank=8, init_from="",
                 precision="float32", log_every=50, checkpoint_every=500, keep_checkpoints=2, sample_every=500,
                 keep_best=0, best_metric="loss", max_nonfinite=3, peer_timeout=600,
             ),
             data=dict(
-                source="shapes", path="", metadata="", image_size=32, num_objects=(1, 1), max_broken_fraction=0.01,
+                source="shapes", path="", metadata="", heldout_metadata="", caption_field="text", caption_choice="first",
+                max_broken_fraction=0.01, index_folder="", image_size=32, crop="centre", resample="lanczos", buckets=(),
+                bucket_max_ratio=0.0, bucket_step=64, num_objects=(1, 1),
                 heldout_fraction=0.125, position_fraction=0.5, seed=0, max_length=32, tokenizer="",
                 num_workers=0, prefetch=2,
             ),
@@ -26,11 +29,11 @@ def get_config() -> ConfigDict:
             ),
             context=dict(
                 kind="cross_attention", shift="quadratic", estimate="plugin", max_gain=0.2, head_loss=1.0,
-                time_dependent=False, patch_size=4, width=64, num_blocks=2, num_heads=4,
+                tokens="patches", clip="", time_dependent=False, patch_size=4, width=64, num_blocks=2, num_heads=4,
             ),
-            text=dict(vocab_size=4096, max_length=32, width=128, num_layers=2, num_heads=4),
+            text=dict(pretrained="", vocab_size=4096, max_length=32, width=128, num_layers=2, num_heads=4),
             model=dict(
-                in_channels=3, out_channels=3, block_out_channels=(32, 64, 128), layers_per_block=1,
+                pretrained="", in_channels=3, out_channels=3, block_out_channels=(32, 64, 128), layers_per_block=1,
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                 up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
                 attention_head_dim=4, cross_attention_dim=128, norm_num_groups=16, resnet_time_scale_shift="default",
@@ -45,7 +48,8 @@ def get_config() -> ConfigDict:
             ),
             sample=dict(
                 prompts=(), sampler="ddim", steps=50, eta=0.0, guidance=3.0, guidance_rescale=0.0,
-                dynamic_threshold=0.0, spacing="trailing",
+                dynamic_threshold=0.0, spacing="trailing", steps_offset=0, set_alpha_to_one=True,
             ),
+            latent=dict(vae=""),
         )
     )

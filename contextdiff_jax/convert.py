@@ -2,6 +2,7 @@
 
 A Hugging Face / diffusers folder, of one model or of a whole pipeline, in our format (Orbax parameters); --reverse
 goes back, with the same tensors bit for bit. Tokenizers, schedulers and models that we don't have are copied.
+With --reverse the source may also be a run that began as a diffusers folder (`model.pretrained`): it becomes one again.
 """
 
 from __future__ import annotations
@@ -29,9 +30,14 @@ def main() -> None:
 
     from contextdiff_jax.pretrained import conversion
     from contextdiff_jax.pretrained.model import Options
+    from contextdiff_jax.training import export
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: an accelerator's memory isn't needed
     progress = functools.partial(tqdm.tqdm, unit="tensor", leave=False, disable=None)  # None: only on a terminal
+    if REVERSE.value and export.is_run(pathlib.Path(SOURCE.value)):
+        export.export_run(pathlib.Path(SOURCE.value), pathlib.Path(TARGET.value))
+        print(f"written: {TARGET.value}")
+        return
     convert = conversion.from_native if REVERSE.value else conversion.to_native
     convert(pathlib.Path(SOURCE.value), pathlib.Path(TARGET.value), Options(progress=progress))
     print(f"written: {TARGET.value}")

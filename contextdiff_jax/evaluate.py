@@ -1,4 +1,4 @@
-"""python -m contextdiff_jax.evaluate --workdir=DIR --metrics=composition,bound,fid,kid,precision_recall,attributes
+"""python -m contextdiff_jax.evaluate --workdir=DIR --metrics=composition,bound,fid,kid,precision_recall,attributes,cmmd,clip_score
 
 Scores of a run's samples and of its likelihood with 95% intervals: a table on the terminal, DIR/metrics.json, and the
 page DIR/report/index.html. What each metric is, and what it needs: docs/evaluation.md.
@@ -21,6 +21,7 @@ METRICS = flags.DEFINE_list("metrics", ["composition"], "Comma-separated names o
 NUM = flags.DEFINE_integer("num", 256, "Samples, and pictures of the bound, a split.", lower_bound=2)
 REFERENCE = flags.DEFINE_integer("reference", 2048, "Real pictures a split to compare with.", lower_bound=2)
 FEATURES = flags.DEFINE_string("features", "", "A classifier's folder or Inception's weights; default: DIR/classifier.")
+CLIP = flags.DEFINE_string("clip", "", "Folder of a transformers CLIPModel, for cmmd and clip_score.")
 BOUND_TIMESTEPS = flags.DEFINE_integer("bound_timesteps", 50, "KL terms a picture; 0: all.", lower_bound=0)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the run's config.")
 SAMPLER = flags.DEFINE_string("sampler", None, "ddim or ddpm; default: the run's config.")
@@ -31,14 +32,19 @@ WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or params.")
 
 def main() -> None:
     """Parses, samples, scores, reports."""
+    import jax
+
     from contextdiff_jax.evaluation import metrics, report
+    from contextdiff_jax.evaluation.features import replicate
 
     for name in METRICS.value:
         if name not in metrics.METRICS:
             raise ValueError(f"--metrics={name!r}: unknown; one of {', '.join(metrics.METRICS)}")
 
     from contextdiff_jax.generation import Generator
+    from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh
     from contextdiff_jax.run import load_run
+    from contextdiff_jax.training.frozen import load_frozen
     from contextdiff_jax.training.state import model_graph
 
     run = load_run(WORKDIR.value, WEIGHTS.value)
@@ -48,20 +54,25 @@ def main() -> None:
     )
     workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
-    generator = Generator(run.settings, run.tokenizer, options)
+    params, frozen = replicate(run.params), replicate(load_frozen(run.settings))
+    mesh = make_mesh(MeshConfig(), devices=jax.local_devices())  # each process samples its own share
+    generator = Generator(run.settings, run.tokenizer, options, frozen, mesh)
     evaluation = metrics.Evaluation(
-        settings=run.settings, tokenizer=run.tokenizer, graph=model_graph(run.settings), params=run.params,
-        generate=lambda captions: generator(run.params, captions, SEED.value),
-        features=FEATURES.value or str(workdir / "classifier"), num=NUM.value, seed=SEED.value,
+        settings=run.settings, tokenizer=run.tokenizer, graph=model_graph(run.settings), params=params,
+        generate=lambda captions, first: generator(params, captions, SEED.value, first=first),
+        features=FEATURES.value or str(workdir / "classifier"), clip=CLIP.value, num=NUM.value, seed=SEED.value,
         reference=REFERENCE.value, bound_timesteps=BOUND_TIMESTEPS.value,
     )
     metrics.check(METRICS.value, evaluation)
-    results = {}
+    results, writes = {}, jax.process_index() == 0
     for name in METRICS.value:
         result = results[name] = metrics.METRICS[name](evaluation)
-        print(f"{name}, step {run.step}, {NUM.value} a column, {options.sampler} {options.steps} steps, guidance "
-              f"{options.guidance}: {result.note}\n{report.table(result.scores, result.unit)}\n", flush=True)
+        if writes:
+            print(f"{name}, step {run.step}, {NUM.value} a split, {options.sampler} {options.steps} steps, guidance "
+                  f"{options.guidance}: {result.note}\n{report.table(result.scores, result.unit)}\n", flush=True)
 
+    if not writes:
+        return
     facts = {
         "command": shlex.join(["python", "-m", "contextdiff_jax.evaluate", *sys.argv[1:]]), "step": run.step,
         "weights": WEIGHTS.value, "num": NUM.value, "seed": SEED.value, "sample": dataclasses.asdict(options),

@@ -8,26 +8,28 @@ from typing import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import PyTree, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.data import Tokenizer
-from contextdiff_jax.models.contextdiff import make_sampler
+from contextdiff_jax.models.contextdiff import Frozen, make_sampler
 from contextdiff_jax.parallel.mesh import place, replicated
 from contextdiff_jax.settings import SampleConfig, Settings
-from contextdiff_jax.training.state import model_graph
+from contextdiff_jax.training.frozen import load_frozen
+from contextdiff_jax.training.state import build_model, model_graph
 
 
 class Generator:
-    """`generator(params, prompts, seed) -> uint8 [N, H, W, 3]` with the options of a SampleConfig.
+    """`generator(params, prompts, seed) -> uint8 [N, H, W, 3]` with the options of a SampleConfig. The frozen networks
+    are read from their folders unless they are given.
 
     On a `mesh` the pictures are spread over its batch axes, and every process gets them all.
     """
 
     def __init__(
-        self, settings: Settings, tokenizer: Tokenizer, options: SampleConfig | None = None, mesh: Mesh | None = None
+        self, settings: Settings, tokenizer: Tokenizer, options: SampleConfig | None = None, frozen: Frozen | None = None,
+        mesh: Mesh | None = None,
     ):
         self._settings, self._tokenizer = settings, tokenizer
         self.options = options = options or settings.sample
@@ -38,23 +40,25 @@ class Generator:
             shift=settings.context.shift, **chosen,
         )
         graph = model_graph(settings)
-        size, channels = settings.data.image_size, settings.model.in_channels
+        self._frozen = load_frozen(settings) if frozen is None else frozen
 
-        def pictures(params, noise_key, numbers, key, *text):
+        def pictures(params, frozen, noise_key, numbers, key, *text):
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(noise_key), numbers)
-            x_T = jax.vmap(lambda key: jax.random.normal(key, (size, size, channels)))(keys)
+            x_T = jax.vmap(lambda key: jax.random.normal(key, settings.shape))(keys)
             if mesh is not None:
                 # Not by rows: guidance joins two batches, which XLA spreads so that devices share rows (see make_mesh).
                 spread = place(mesh, x_T.shape, ("batch", None, None, None), settings.mesh.rules)
                 x_T = jax.lax.with_sharding_constraint(x_T, spread)
-            return _to_uint8(sample(nnx.merge(graph, params), x_T, jax.random.wrap_key_data(key), *text))
+            return _to_uint8(sample(build_model(graph, params, frozen), x_T, jax.random.wrap_key_data(key), *text))
 
         self._sample = jax.jit(pictures, out_shardings=None if mesh is None else replicated(mesh))
 
     def __call__(
-        self, params: PyTree, prompts: Sequence[str], seed: int, batch_size: int = 64
+        self, params: PyTree, prompts: Sequence[str], seed: int, batch_size: int = 64, *, first: int = 0
     ) -> UInt8[np.ndarray, "N H W 3"]:
         """One picture a prompt. Picture i's noise depends on (seed, i) alone, not on the number of prompts.
+
+        `first`: the number of the first prompt, of one that has a share of a longer list.
 
         Raises ValueError for an empty list of prompts.
         """
@@ -71,9 +75,10 @@ class Generator:
             part += [""] * (width - real)  # one shape, one compilation
             ids, mask = self._tokenizer.encode(part, length)
             # numpy, which every process has alike: arrays of one device can't enter a program of many processes.
-            keys = [np.asarray(jax.random.key_data(k)) for k in (noise_key, jax.random.fold_in(sampler_key, start))]
-            numbers = np.arange(start, start + width)
-            images.append(np.asarray(self._sample(params, keys[0], numbers, keys[1], ids, mask, null_ids, null_mask))[:real])
+            keys = [np.asarray(jax.random.key_data(k)) for k in (noise_key, jax.random.fold_in(sampler_key, first + start))]
+            numbers = np.arange(first + start, first + start + width)
+            made = self._sample(params, self._frozen, keys[0], numbers, keys[1], ids, mask, null_ids, null_mask)
+            images.append(np.asarray(made)[:real])
         return np.concatenate(images)
 
 

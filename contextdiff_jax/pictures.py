@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 _CELL, _GAP, _FONT_SIZE = 128, 12, 12
 
 
-def _font() -> ImageFont.FreeTypeFont:
+def caption_font() -> ImageFont.FreeTypeFont:
+    """What captions are set in."""
     import matplotlib  # only for the font that it bundles; seconds to import
 
     return ImageFont.truetype(str(pathlib.Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), _FONT_SIZE)
@@ -33,7 +34,7 @@ def caption_grid(
     scale = scale or max(1, -(-_CELL // width))
     cell = max(width * scale, _CELL)
     wrapped = ["\n".join(textwrap.wrap(c, max(8, cell // 7)) or [""]) for c in captions]
-    font, line = _font(), _FONT_SIZE + 4
+    font, line = caption_font(), _FONT_SIZE + 4
     columns = min(columns, len(images))
     rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
     heights = [height * scale + line * max(wrapped[i].count("\n") + 1 for i in row) + 2 * _GAP for row in rows]

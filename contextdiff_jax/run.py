@@ -14,6 +14,7 @@ from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
 from contextdiff_jax.settings import Settings, parse
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.state import init_state
+from contextdiff_jax.training.trainable import merge_lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Run:
     step: int
 
 
-def load_run(workdir: str, weights: str = "ema") -> Run:
-    """Reads DIR/config.json and the newest checkpoint; `weights`: `ema` or `params`.
+def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
+    """Reads DIR/config.json and the newest checkpoint; `weights`: `ema` or `params`; `merged`: LoRA into the UNet.
 
     Raises ValueError for a folder without a run or without a finished checkpoint.
     """
@@ -44,4 +45,5 @@ def load_run(workdir: str, weights: str = "ema") -> Run:
     abstract = jax.eval_shape(lambda: init_state(settings)).params
     shardings = state_shardings(make_mesh(settings.mesh), abstract)
     params, step = checkpoints.restore_weights(folder, checkpoints.placed(abstract, shardings), weights)
+    params = merge_lora(params) if merged else params
     return Run(settings, load_tokenizer(settings.data.tokenizer or None), params, step)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import typing
+from pathlib import Path
 from typing import Any, Mapping
 
 from contextdiff_jax.data import DataConfig
@@ -19,11 +21,16 @@ from contextdiff_jax.diffusion.samplers import check_eta
 from contextdiff_jax.models.context import ContextConfig
 from contextdiff_jax.models.text import TextConfig
 from contextdiff_jax.models.unet import UNetConfig
+from contextdiff_jax.models.vae import VAEConfig
 from contextdiff_jax.parallel.mesh import MeshConfig
+from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.folder import read_config
+from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
 
 ESTIMATES = ("plugin", "posterior_mean")
 DECAYS = ("constant", "linear", "cosine")
 PRECISIONS = ("float32", "bfloat16")
+PARTS = ("full", "lora", "context")
 SHIFTS_OF_TEXT_ALONE = ("prior", "data_normalization")
 
 
@@ -56,6 +63,9 @@ class TrainConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
+    trainable: str = "full"  # lora: LoRA and the context; context: the relational network and the context head
+    lora_rank: int = 8
+    init_from: str = ""  # a run whose EMA weights a new run starts from
     precision: str = "float32"  # of products and activations; parameters, statistics, process, loss: float32
     log_every: int = 50
     checkpoint_every: int = 500
@@ -69,8 +79,11 @@ class TrainConfig:
     def __post_init__(self):
         check_choice("train.decay", self.decay, DECAYS)
         check_choice("train.precision", self.precision, PRECISIONS)
-        check_at_least(self, "train", steps=1, batch_size=1, accumulation=1, log_every=1, checkpoint_every=1,
-                       sample_every=0, keep_checkpoints=1, keep_best=0, max_nonfinite=0, peer_timeout=1, warmup_steps=0, learning_rate=0, clip_norm=0)
+        check_choice("train.trainable", self.trainable, PARTS)
+        check_at_least(
+            self, "train", steps=1, batch_size=1, accumulation=1, lora_rank=1, log_every=1, checkpoint_every=1, sample_every=0,
+            keep_checkpoints=1, keep_best=0, max_nonfinite=0, peer_timeout=1, warmup_steps=0, learning_rate=0, clip_norm=0,
+        )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"train.accumulation={self.accumulation}: must divide train.batch_size={self.batch_size}"
@@ -135,6 +148,21 @@ class ShiftConfig(ContextConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """The space of x0: pixels, or the latents of a frozen autoencoder."""
+
+    vae: str = ""  # a diffusers AutoencoderKL folder, such as train_vae's; empty: pixels
+
+    def __post_init__(self):
+        self.config  # refuses a folder that can't be read before anything else is done
+
+    @functools.cached_property
+    def config(self) -> VAEConfig | None:
+        """The autoencoder's."""
+        return read_config(VAE_MODEL, self.vae) if self.vae else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """How the pictures in DIR/samples are made, and the `sample` command's defaults."""
 
@@ -146,6 +174,8 @@ class SampleConfig:
     guidance_rescale: float = 0.0
     dynamic_threshold: float = 0.0  # a percentile; 0: x0 is clipped to [-1, 1]
     spacing: str = "trailing"
+    steps_offset: int = 0  # as in diffusers' schedulers: all timesteps moved up
+    set_alpha_to_one: bool = True  # as in diffusers' DDIM: False ends at timestep 0, not at clean data
 
     def __post_init__(self):
         get_sampler(self.sampler)
@@ -167,6 +197,14 @@ class Settings:
     model: UNetConfig
     mesh: MeshConfig
     sample: SampleConfig
+    latent: LatentConfig
+    pretrained: str = ""  # model.pretrained: the diffusers pipeline's folder whose UNet a new run starts from
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[H, W, C] of x0: a picture, or its latents."""
+        factor = self.latent.config.downscale if self.latent.vae else 1
+        return self.data.image_size // factor, self.data.image_size // factor, self.model.in_channels
 
 
 def _strict(cls: type, section: str, values: Mapping[str, Any], **filled: Any) -> Any:
@@ -183,12 +221,8 @@ def _strict(cls: type, section: str, values: Mapping[str, Any], **filled: Any) -
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, **filled)
 
 
-def parse(config: Mapping[str, Any]) -> Settings:
-    """Checks a config (an ml_collections ConfigDict's `to_dict()`, or a run's config.json).
-
-    Raises ValueError, in one line, for an unknown section or field, or a value that is not allowed.
-    """
-    sections = [field.name for field in dataclasses.fields(Settings)]
+def _check_sections(config: Mapping[str, Any], sections: typing.Sequence[str]) -> None:
+    """Raises ValueError for a section of the config that is unknown, or one that is missing."""
     for name in config:
         if name not in sections:
             near = difflib.get_close_matches(name, sections, n=3, cutoff=0.4)
@@ -196,30 +230,120 @@ def parse(config: Mapping[str, Any]) -> Settings:
     for name in sections:
         if name not in config:
             raise ValueError(f"{name}: missing; a config has the sections {', '.join(sections)}")
-    data = _strict(DataConfig, "data", config["data"])
+
+
+def parse(config: Mapping[str, Any]) -> Settings:
+    """Checks a config (an ml_collections ConfigDict's `to_dict()`, or a run's config.json).
+
+    Raises ValueError, in one line, for an unknown section or field, or a value that is not allowed.
+    """
+    config = {"latent": {}} | dict(config)  # a run of before latents has no such section
+    _check_sections(config, [field.name for field in dataclasses.fields(Settings) if field.name != "pretrained"])
     context = _strict(ShiftConfig, "context", config["context"])
     # The second head belongs to the estimate: one decision, made in context.estimate.
-    model = UNetConfig.from_dict({**config["model"], "context_head": context.estimate == "posterior_mean"})
-    text = _strict(TextConfig, "text", config["text"])
-    if model.cross_attention_dim != text.width:
+    model = {**config["model"], "context_head": context.estimate == "posterior_mean"}
+    pretrained = model.pop("pretrained", "")
+    model = UNetConfig.from_dict(model)
+    settings = Settings(
+        seed=config["seed"],
+        train=_strict(TrainConfig, "train", config["train"]),
+        data=_strict(DataConfig, "data", config["data"]),
+        diffusion=_strict(DiffusionConfig, "diffusion", config["diffusion"]),
+        context=dataclasses.replace(
+            context, in_channels=model.in_channels, text_width=model.cross_attention_dim, visual_width=_visual_width(context)
+        ),
+        text=_strict(TextConfig, "text", config["text"]),
+        model=model,
+        mesh=_strict(MeshConfig, "mesh", config["mesh"]),
+        sample=_strict(SampleConfig, "sample", config["sample"]),
+        latent=_strict(LatentConfig, "latent", config["latent"]),
+        pretrained=pretrained,
+    )
+    _check_text(settings)
+    _check_latents(settings)
+    return settings
+
+
+def _visual_width(context: ShiftConfig) -> int:
+    if context.tokens != "clip":
+        return 0
+    values = read_json(Path(context.clip, "config.json"), "a CLIP image encoder's folder")
+    return {**values, **values.get("vision_config", {})}.get("hidden_size", 768)
+
+
+def _check_text(settings: Settings) -> None:
+    model, text = settings.model, settings.text
+    if text.pretrained:
+        if not settings.data.tokenizer:
+            raise ValueError("data.tokenizer='': text.pretrained needs the folder of its tokenizer")
+    elif model.cross_attention_dim != text.width:
         raise ValueError(f"model.cross_attention_dim={model.cross_attention_dim}: must be text.width={text.width}")
     if model.addition_embed_type == "text_time":
-        wanted = text.width + 6 * model.addition_time_embed_dim
+        wanted = model.cross_attention_dim + 6 * model.addition_time_embed_dim
         if model.projection_class_embeddings_input_dim != wanted:
             raise ValueError(
                 f"model.projection_class_embeddings_input_dim={model.projection_class_embeddings_input_dim}: must be "
                 f"text.width + 6 model.addition_time_embed_dim = {wanted}"
             )
-    return Settings(
-        seed=config["seed"],
-        train=_strict(TrainConfig, "train", config["train"]),
-        data=data,
-        diffusion=_strict(DiffusionConfig, "diffusion", config["diffusion"]),
-        context=dataclasses.replace(
-            context, in_channels=model.in_channels, text_width=model.cross_attention_dim
-        ),
-        text=text,
-        model=model,
-        mesh=_strict(MeshConfig, "mesh", config["mesh"]),
-        sample=_strict(SampleConfig, "sample", config["sample"]),
+
+
+def _check_latents(settings: Settings) -> None:
+    vae, train = settings.latent.config, settings.train
+    if settings.context.tokens == "clip" and settings.data.source == "cache":
+        raise ValueError("context.tokens='clip': reads pictures, and data.source='cache' has none; take the pictures' source")
+    if train.trainable == "context" and not (settings.pretrained or train.init_from):
+        raise ValueError("train.trainable='context': needs a trained UNet, by model.pretrained or train.init_from")
+    if train.trainable == "context" and settings.context.kind == "none":
+        raise ValueError("train.trainable='context': context.kind='none' has nothing to train")
+    if vae is None:
+        if settings.data.source == "cache":
+            raise ValueError("data.source='cache': holds latents; latent.vae (or model.pretrained) must name their autoencoder")
+        return
+    for field in ("in_channels", "out_channels"):
+        if getattr(settings.model, field) != vae.latent_channels:
+            raise ValueError(
+                f"model.{field}={getattr(settings.model, field)}: must be {vae.latent_channels}, the channels of "
+                f"latent.vae={settings.latent.vae!r}"
+            )
+    if settings.data.image_size % vae.downscale:
+        raise ValueError(
+            f"data.image_size={settings.data.image_size}: must be a multiple of {vae.downscale}, latent.vae's factor"
+        )
+    if settings.sample.dynamic_threshold:
+        raise ValueError("sample.dynamic_threshold: is for pixels; with latent.vae only 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderLoss:
+    """Weights of the terms of an autoencoder's loss (training.autoencoder)."""
+
+    l1: float = 1.0
+    l2: float = 0.0
+    kl: float = 1e-3
+
+    def __post_init__(self):
+        check_at_least(self, "loss", l1=0, l2=0, kl=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderSettings:
+    """All of an autoencoder's training."""
+
+    seed: int
+    train: TrainConfig
+    data: DataConfig
+    loss: AutoencoderLoss
+    vae: VAEConfig
+    mesh: MeshConfig
+
+
+def parse_autoencoder(config: Mapping[str, Any]) -> AutoencoderSettings:
+    """As `parse`, for the config of contextdiff_jax.train_vae."""
+    _check_sections(config, [field.name for field in dataclasses.fields(AutoencoderSettings)])
+    data, vae = _strict(DataConfig, "data", config["data"]), VAEConfig.from_dict(config["vae"])
+    if data.image_size % vae.downscale:
+        raise ValueError(f"data.image_size={data.image_size}: must be a multiple of {vae.downscale}, vae's levels")
+    return AutoencoderSettings(
+        seed=config["seed"], train=_strict(TrainConfig, "train", config["train"]), data=data,
+        loss=_strict(AutoencoderLoss, "loss", config["loss"]), vae=vae, mesh=_strict(MeshConfig, "mesh", config["mesh"]),
     )

@@ -36,9 +36,11 @@ def main() -> None:
     from etils import epath
 
     from contextdiff_jax.parallel import processes
+    from contextdiff_jax.pretrained.finetuning import adopt
     from contextdiff_jax.settings import parse
     from contextdiff_jax.training.loop import train
 
+    config = adopt(config)
     workdir = epath.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
     # Before all else: checking the settings computes, and then it is too late to join.

@@ -83,3 +83,16 @@ def assert_error_lists(error: pytest.ExceptionInfo, value: str, allowed: tuple[s
     message = str(error.value)
     assert "\n" not in message
     assert all(name in message for name in (value, *allowed)), message
+
+
+def mmd2(x, y, kernel, unbiased):
+    """Squared maximum mean discrepancy of two sets, pair by pair; `unbiased`: without the pairs of one with itself."""
+    def mean(a, b, own):
+        return np.mean([kernel(p, q) for i, p in enumerate(a) for j, q in enumerate(b) if not (own and unbiased and i == j)])
+
+    return mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
+
+
+def gaussian_kernel(p, q):
+    """CMMD's, of two vectors: sigma is 10."""
+    return np.exp(-np.sum((p - q) ** 2) / 200)

@@ -8,7 +8,11 @@ import sys
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 from conftest import ROOT
+from references import gaussian_kernel, mmd2
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from contextdiff_jax.evaluation import distances, intervals
 from contextdiff_jax.evaluation.features import Moments, extract
@@ -27,20 +31,8 @@ def reference_fid(x, y):
     return np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * np.real(root))
 
 
-def reference_mmd2(x, y, k, unbiased):
-    def mean(a, b, own):
-        values = [k(p, q) for i, p in enumerate(a) for j, q in enumerate(b) if not (own and unbiased and i == j)]
-        return np.mean(values)
-
-    return mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
-
-
 def cubic(p, q):
     return (p @ q / len(p) + 1) ** 3
-
-
-def gaussian(p, q):
-    return np.exp(-np.sum((p - q) ** 2) / 200)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6], ids=["centred", "far from 0"])
@@ -74,6 +66,31 @@ def test_fid_equals_the_matrix_square_root_formula():
     assert distances.fid(x, y).value > 1
 
 
+class Features(torch.nn.Module):
+    """What torchmetrics calls a network: here the "pictures" are the features."""
+
+    num_features = 7
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:Metric .* will save all extracted features")
+def test_fid_and_kid_equal_torchmetrics():
+    x, y = two_sets(n=90, m=70)
+    metrics = {
+        "fid": FrechetInceptionDistance(feature=Features()),
+        "kid": KernelInceptionDistance(feature=Features(), subsets=1, subset_size=70),
+    }
+    for metric in metrics.values():
+        metric.update(torch.tensor(y), real=True)
+        metric.update(torch.tensor(x[:70]), real=False)
+    fid, (kid, _) = (metric.compute() for metric in metrics.values())
+    assert distances.fid(x[:70], y).value == pytest.approx(float(fid), rel=1e-6)
+    assert distances.mmd2(x[:70], y, distances.polynomial_kernel).value == pytest.approx(float(kid), rel=1e-6)
+    assert distances.kid(x[:70], y, subsets=1, subset_size=70)[0] == pytest.approx(float(kid), rel=1e-6)
+
+
 def test_fid_of_fewer_pictures_than_features_is_finite_and_right():
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(6, 20)), rng.normal(size=(9, 20)) + 1
@@ -87,17 +104,17 @@ def test_fid_of_fewer_pictures_than_features_is_finite_and_right():
 def test_mmd_equals_the_double_sum(monkeypatch):
     x, y = two_sets(n=23, m=31)
     monkeypatch.setattr(distances, "_BLOCK", 10)  # several blocks, the last one partly filled
-    for kernel, k in ((distances.polynomial_kernel, cubic), (distances.gaussian_kernel, gaussian)):
+    for kernel, k in ((distances.polynomial_kernel, cubic), (distances.gaussian_kernel, gaussian_kernel)):
         for unbiased in (True, False):
-            expected = reference_mmd2(x, y, k, unbiased)
+            expected = mmd2(x, y, k, unbiased)
             assert distances.mmd2(x, y, kernel, unbiased).value == pytest.approx(expected, rel=RTOL)
-    assert reference_mmd2(x, y, cubic, True) != pytest.approx(reference_mmd2(x, y, cubic, False), rel=1e-3)
+    assert mmd2(x, y, cubic, True) != pytest.approx(mmd2(x, y, cubic, False), rel=1e-3)
 
 
 def test_cmmd_is_a_thousand_times_the_biased_gaussian_mmd_of_unit_vectors():
     x, y = two_sets(n=20, m=25)
     unit = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, y)]
-    assert distances.cmmd(x, y).value == pytest.approx(1000 * reference_mmd2(*unit, gaussian, False), rel=1e-7)
+    assert distances.cmmd(x, y).value == pytest.approx(1000 * mmd2(*unit, gaussian_kernel, False), rel=1e-7)
     assert distances.cmmd(3 * x, y).value == pytest.approx(distances.cmmd(x, y).value, rel=RTOL)
     assert distances.cmmd(x, x).value == pytest.approx(0, abs=1e-9)
 
@@ -155,9 +172,9 @@ def test_copies_of_one_picture_have_precision_without_recall():
     assert precision.all() and recall.mean() < 0.1
 
 
-def test_clip_score_is_100_cosine():
-    image, text = np.array([[3.0, 4.0], [1.0, 0.0]]), np.array([[3.0, 4.0], [-2.0, 0.0]])
-    np.testing.assert_allclose(distances.clip_score(image, text), [100, -100])
+def test_clip_score_is_100_cosine_and_never_negative():
+    image, text = np.array([[3.0, 4.0], [4.0, 3.0], [1.0, 0.0]]), np.array([[3.0, 4.0], [3.0, 4.0], [-2.0, 0.1]])
+    np.testing.assert_allclose(distances.clip_score(image, text), [100, 96, 0])
 
 
 def test_mean_interval_is_the_normal_one_for_many_values_and_leaves_out_nan():

@@ -11,19 +11,22 @@ import pytest
 from conftest import ROOT, command, config_dict
 from flax import nnx
 from PIL import Image
+from torch_models import clip_model
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import make_source
-from contextdiff_jax.evaluation import classifier, metrics, report
+from contextdiff_jax.evaluation import classifier, distances, metrics, report
+from contextdiff_jax.evaluation.clip import load_clip
 from contextdiff_jax.evaluation.composition import composition, judge
 from contextdiff_jax.evaluation.intervals import Estimate
+from contextdiff_jax.generation import Generator
 from contextdiff_jax.models.contextdiff import make_denoise
 from contextdiff_jax.run import load_run
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.state import init_state, model_graph
 
-ALL = "composition,bound,fid,kid,precision_recall,attributes"
+ALL = "composition,bound,fid,kid,precision_recall,attributes,cmmd,clip_score"
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +60,23 @@ def evaluation(workdir):
     run = load_run(str(workdir))
     made = metrics.Evaluation(
         settings=run.settings, tokenizer=run.tokenizer, graph=model_graph(run.settings), params=run.params,
-        generate=lambda captions: None, features=str(workdir / "classifier"), num=24, reference=40, bound_timesteps=7,
+        generate=lambda captions, first: None, features=str(workdir / "classifier"), num=24, reference=40, bound_timesteps=7,
     )
 
-    def generate(captions):
+    def generate(captions, first):
         records = next(made.records(row) for row in made.sources if made.captions(row) == captions)
         return np.stack([record["image"] for record in records])
 
     object.__setattr__(made, "generate", generate)
     return made
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """With these weights most pairs of these scenes and captions have a positive cosine."""
+    folder = tmp_path_factory.mktemp("clip")
+    clip_model(folder, seed=5)
+    return folder
 
 
 def value(result, row, name):
@@ -91,8 +102,8 @@ def test_wrong_pictures_lower_each_metric(evaluation):
         return changed
 
     perfect_model = with_samples(evaluation.generate)
-    noisy = with_samples(lambda captions: noise)
-    shuffled = with_samples(lambda captions: np.roll(evaluation.generate(captions), 1, axis=0))
+    noisy = with_samples(lambda captions, first: noise)
+    shuffled = with_samples(lambda captions, first: np.roll(evaluation.generate(captions, first), 1, axis=0))
     assert value(metrics.composition(shuffled), row, "exact") < 0.3
     for metric, name in ((metrics.fid, "fid"), (metrics.kid, "kid")):
         perfect, bad = metric(perfect_model), metric(noisy)
@@ -102,6 +113,34 @@ def test_wrong_pictures_lower_each_metric(evaluation):
     assert value(metrics.kid(shuffled), row, "kid") == pytest.approx(value(perfect, row, "kid"), rel=1e-4)
     assert value(metrics.precision_recall(perfect_model), row, "precision") == 1
     assert value(metrics.precision_recall(noisy), row, "precision") < 0.5
+
+
+def test_clip_judges_pictures_by_their_own_captions_and_beside_real_ones(evaluation, clip_folder):
+    row = "seen combinations"
+    clip = load_clip(clip_folder)
+
+    def with_samples(generate):
+        changed = dataclasses.replace(evaluation, generate=generate)
+        changed.__dict__.update(sources={row: evaluation.sources[row]}, clip_network=clip)
+        return changed
+
+    perfect = with_samples(evaluation.generate)
+    shuffled = with_samples(lambda captions, first: evaluation.samples(row)[::-1])
+    grey = with_samples(lambda captions, first: evaluation.samples(row) // 4 + 96)
+    images, captions = (clip.embed_images(evaluation.samples(row)), clip.embed_captions(evaluation.captions(row)))
+    pairs = distances.clip_score(images, captions)
+    assert pairs.std() > 3
+
+    result = metrics.clip_score(perfect)
+    assert value(result, row, "clip_score") == value(result, f"{row}, {metrics.FLOOR}", "clip_score") == pairs.mean()
+    assert result.scores[row]["minus real"] == (0, 0, 0)  # paired: the captions' own spread is not in it
+    worse = metrics.clip_score(shuffled)
+    expected = distances.clip_score(images[::-1], captions)
+    assert value(worse, row, "clip_score") == pytest.approx(expected.mean(), rel=1e-6)
+    assert value(worse, row, "minus real") == pytest.approx((expected - pairs).mean(), rel=1e-6)
+    # CMMD compares distributions: the order is nothing to it, another look is.
+    first, second, third = (value(metrics.cmmd(e), row, "cmmd") for e in (perfect, shuffled, grey))
+    assert first == pytest.approx(second, rel=1e-6) and third > 3 * first
 
 
 def test_attributes_are_judged_against_the_records_of_the_captions(evaluation):
@@ -159,6 +198,8 @@ def test_judge_keeps_every_picture_s_answer(evaluation):
         ("attributes", {"features": str(ROOT / "README.md")}, "README.md: truncated or not a safetensors file"),
         ("kid", {"image_size": 32}, "reads pictures of 16 pixels, the run's have 32"),
         ("precision_recall", {"num": 3}, "--num=3, --reference=40: 3 neighbours need more"),
+        ("cmmd", {}, "--clip: missing; cmmd and clip_score need a folder that transformers' CLIPModel was saved in"),
+        ("clip_score", {"clip": "nowhere"}, "--clip=nowhere: no such folder"),
         ("bound", {"bound_timesteps": 50}, "--bound_timesteps=50: must lie in 1..49"),
     ],
 )
@@ -199,6 +240,24 @@ def test_tables_show_values_with_intervals_and_dashes():
     assert "0.01235 [-1.5, 2e-06]" in report.table({"a": {"kid": Estimate(0.012345678, -1.5, 2e-6)}}, "")
 
 
+def test_distances_are_a_line_a_row_so_that_long_names_fit():
+    scores = {"seen combinations": {"fid": Estimate(1, 0, 2)}, "real pictures instead": {"fid": Estimate(3, 2, 4)}}
+    lines = report.table(scores, "").splitlines()
+    assert [line.split() for line in lines] == [
+        ["fid"], ["seen", "combinations", "1", "[0,", "2]"], ["real", "pictures", "instead", "3", "[2,", "4]"],
+    ]
+
+
+def test_a_share_of_the_captions_gives_the_pictures_that_all_of_them_do(evaluation):
+    settings = evaluation.settings
+    generator = Generator(settings, evaluation.tokenizer, dataclasses.replace(settings.sample, steps=2))
+    captions = ["a red circle", "a blue square", "a large red circle"]
+    whole = generator(evaluation.params, captions, 0, 2)
+    part = generator(evaluation.params, captions[1:], 0, 2, first=1)
+    np.testing.assert_allclose(part.astype(int), whole[1:].astype(int), atol=1)  # rounded to uint8
+    assert np.abs(whole[1].astype(int) - whole[2]).max() > 20
+
+
 class Page(html.parser.HTMLParser):
     """Collects the addresses and the text of a page."""
 
@@ -214,12 +273,19 @@ class Page(html.parser.HTMLParser):
         self.text.append(data)
 
 
-def test_the_command_writes_table_json_and_a_page_that_needs_no_network(workdir):
+def test_the_command_writes_table_json_and_a_page_that_needs_no_network(workdir, clip_folder):
+    def checkpoints_now():
+        return {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
+
+    before = checkpoints_now()
     done = command(
         "evaluate", f"--workdir={workdir}", f"--metrics={ALL}", "--num=6", "--steps=2", "--reference=12",
-        "--bound_timesteps=4", "--guidance=1.5",
+        "--bound_timesteps=4", "--guidance=1.5", f"--clip={clip_folder}",
     )
     assert done.returncode == 0, done.stderr
+    # Nothing was written where a training may be going on, and no library warned of anything.
+    assert before and checkpoints_now() == before
+    assert not [line for line in done.stderr.splitlines() if line.startswith("W")], done.stderr
     saved = json.loads((workdir / "metrics.json").read_text())
     for metric in ALL.split(","):
         assert f"{metric}, step 3" in done.stdout

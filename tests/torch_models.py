@@ -93,6 +93,24 @@ def clip_tokenizer(folder: Path, max_length: int = 9):
     )
 
 
+def clip_model(folder: Path, image_size: int = 20, seed: int = 0, **preprocessing):
+    """A tiny CLIPModel with random weights and its CLIPProcessor, written to `folder` as transformers does."""
+    import transformers
+
+    text = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=56,
+                max_position_embeddings=9, eos_token_id=55, bos_token_id=54, pad_token_id=55)
+    vision = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3,
+                  image_size=image_size, patch_size=5)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    model = randomised(transformers.CLIPModel(config), seed)
+    side = {"height": image_size, "width": image_size}
+    options = {"size": {"shortest_edge": image_size}, "crop_size": side} | preprocessing
+    processor = transformers.CLIPProcessor(transformers.CLIPImageProcessor(**options), clip_tokenizer(folder))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
 def stable_diffusion(folder: Path, in_channels: int = 4, **scheduler):
     """A tiny StableDiffusionPipeline with random weights; `folder` is for the tokenizer's files."""
     import diffusers

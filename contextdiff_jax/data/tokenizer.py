@@ -78,13 +78,44 @@ def _from_json(text: str) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(text))
 
 
-def load_tokenizer(path: str | pathlib.Path | None = None) -> Tokenizer:
-    """Loads a tokenizer file written by `train_tokenizer`; the bundled one if `path` is None.
+class CLIPTokens:
+    """transformers' CLIP tokenizer of a folder (a pipeline's `tokenizer/`), with `Tokenizer`'s methods. Picklable."""
+
+    def __init__(self, folder: str | pathlib.Path):
+        """ValueError if the folder holds none. transformers is imported here and nowhere else in this room."""
+        from transformers import CLIPTokenizer
+
+        self._folder = str(folder)
+        try:
+            self._tokenizer = CLIPTokenizer.from_pretrained(self._folder)
+        except (OSError, TypeError, ValueError) as error:  # TypeError: files are missing
+            raise ValueError(f"tokenizer={folder}: holds no CLIP tokenizer ({' '.join(str(error).split())})") from None
+
+    def __reduce__(self):
+        return CLIPTokens, (self._folder,)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return len(self._tokenizer)
+
+    def encode(
+        self, captions: Sequence[str], max_length: int
+    ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
+        """As `Tokenizer.encode`: <|startoftext|>, the caption's tokens (as many as fit), <|endoftext|>, padding."""
+        rows = self._tokenizer(list(captions), padding="max_length", max_length=max_length, truncation=True)
+        return np.array(rows.input_ids, np.int32), np.array(rows.attention_mask, bool)
+
+
+def load_tokenizer(path: str | pathlib.Path | None = None) -> Tokenizer | CLIPTokens:
+    """Loads a tokenizer file written by `train_tokenizer`, or CLIP's from a folder; the bundled one if `path` is None.
 
     Raises:
         ValueError: if the file is missing or no such tokenizer, in one line.
     """
     path = BUNDLED if path is None else pathlib.Path(path)
+    if path.is_dir():
+        return CLIPTokens(path)
     try:
         return _from_json(path.read_text(encoding="utf-8"))
     except OSError as error:

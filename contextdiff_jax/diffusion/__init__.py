@@ -4,6 +4,7 @@ from contextdiff_jax.diffusion.guidance import dynamic_threshold, guide, plugin_
 from contextdiff_jax.diffusion.losses import loss_weight, prior_kl, sample_timesteps, snr, vlb, vlb_ends, vlb_kl
 from contextdiff_jax.diffusion.process import (
     Gaussian,
+    marginal_mean,
     predict_x0,
     q_posterior,
     q_sample,
@@ -24,6 +25,7 @@ __all__ = [
     "get_sampler",
     "guide",
     "loss_weight",
+    "marginal_mean",
     "make_schedule",
     "plugin_denoise",
     "posterior_mean_denoise",

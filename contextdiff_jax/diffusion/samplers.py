@@ -105,25 +105,60 @@ def ddim_invert(
     schedule: NoiseSchedule,
     timesteps: Int[Array, "S"],
     shift: str = "quadratic",
-) -> Float[Array, "B *D"]:
+    *,
+    iterations: int = 0,
+    tolerance: float = 1e-4,
+    keep: bool = False,
+) -> Float[Array, "B *D"] | tuple[Float[Array, "B *D"], Float[Array, "S B *D"]]:
     """DDIM backwards, from clean data to x at the last of the *ascending* `timesteps` (DESIGN.md, Inversion):
 
     x_t = a_t x0_hat + k_t r_t + b_t / b_s (x_s - a_s x0_hat - k_s r_s), x0_hat and r_hat from (x_s, s).    (6)
 
     The first move starts on clean data, where b_s = 0 and the direction is 0/0: the picture is read as a sample
     at index 0, the least noisy one that the network knows.
+
+    (6) is exact only for x0_hat and r_hat of (x_t, t), which sampling will use. `iterations` > 0 solves for that x_t,
+    from (6) on, up to that many steps of
+
+    x_t <- x_t + (x_s - G(x_t)),   G: one step of DDIM from t to s,                                         (7)
+
+    until the mean of |x_s - G(x_t)| is below `tolerance`. Why not (6) with x0_hat(x_t) again and again (Pan et al.
+    2023): that map's slope is b_t / b_s - 1 times the denoiser's, above 1 in the first moves; (7)'s is
+    1 - b_s / b_t minus a share of the denoiser's, inside (-1, 1) wherever the denoiser's lies in [0, 1].
+    With `keep` also x at each of the timesteps. The sampler that leads back ends at index 0, not at -1.
     """
     timesteps = jnp.asarray(timesteps)
 
-    def step(x, inputs):
-        s, t = (jnp.full(x.shape[:1], index) for index in inputs)
+    def explicit(x, s, t):
         denoised = denoise(x, s, t)
         direction = bcast(jnp.sqrt(schedule.variance(t) / schedule.variance(s)), x)
         residual = x - marginal_mean(schedule, denoised.x0, denoised.context_t, s, shift)
-        return marginal_mean(schedule, denoised.x0, denoised.context_s, t, shift) + direction * residual, None
+        return marginal_mean(schedule, denoised.x0, denoised.context_s, t, shift) + direction * residual
+
+    def solve(x_s, x_t, s, t):
+        def residual(x_t):
+            out = denoise(x_t, t, s)
+            return x_s - q_posterior(schedule, out.x0, x_t, out.context_t, out.context_s, t, s, 0.0, shift).mean
+
+        def unfinished(carry):
+            i, _, error = carry
+            return (i < iterations) & (jnp.mean(jnp.abs(error)) > tolerance)
+
+        def improve(carry):
+            i, x_t, error = carry
+            return i + 1, x_t + error, residual(x_t + error)
+
+        return jax.lax.while_loop(unfinished, improve, (0, x_t, residual(x_t)))[1]
+
+    def step(x, inputs):
+        s, t = (jnp.full(x.shape[:1], index) for index in inputs)
+        x_t = explicit(x, s, t)
+        x_t = solve(x, x_t, s, t) if iterations else x_t
+        return x_t, x_t if keep else None
 
     starts = jnp.concatenate([jnp.zeros_like(timesteps[:1]), timesteps[:-1]])
-    return jax.lax.scan(step, x0, (starts, timesteps))[0]
+    last, path = jax.lax.scan(step, x0, (starts, timesteps))
+    return (last, path) if keep else last
 
 
 SAMPLERS = {

@@ -105,6 +105,6 @@ def make_model_bound(
             model, schedule, tokens, mask, jnp.broadcast_to(null_tokens, tokens.shape),
             jnp.broadcast_to(null_mask, mask.shape), prediction_type=prediction_type, guidance=1.0,
         )
-        return bound_terms(denoise, x0, lambda x, t: model.context(x, tokens, mask, t), schedule, key, edges, shift)
+        return bound_terms(denoise, x0, lambda x, t: model.relate(x, tokens, mask, t), schedule, key, edges, shift)
 
     return terms

@@ -119,8 +119,8 @@ def cmmd(generated: Features, real: Features, resamples: int = 0, seed: int = 0)
 
 
 def clip_score(image: Features, text: Features) -> Float[np.ndarray, "N"]:
-    """100 cos(image, text) of each pair (Hessel et al. 2021 clip it at 0 and scale by 2.5, torchmetrics by 100)."""
-    return 100 * (_normalised(image) * _normalised(text)).sum(1)
+    """100 max(cos(image, text), 0) of each pair: Hessel et al. 2021, whose factor is 2.5, in torchmetrics' scale."""
+    return 100 * np.maximum((_normalised(image) * _normalised(text)).sum(1), 0)
 
 
 def _normalised(x):

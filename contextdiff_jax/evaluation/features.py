@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, PyTree, Shaped
 from tqdm import tqdm
 
-FeatureFn = Callable[[UInt8[Array, "B H W 3"]], Float[Array, "B D"]]
+FeatureFn = Callable[[Shaped[Array, "B ..."]], Float[Array, "B D"]]
+_BLOCK = 4096  # rows in float64 at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,15 @@ class Moments:
 
     @classmethod
     def of(cls, features: Float[np.ndarray, "N D"]) -> Moments:
-        """Those of one batch."""
+        """Those of all rows, block by block: of 50,000 rows of 2048, copies in float64 would take 1.6 GB.
+        ValueError if there are none."""
+        if not len(features):
+            raise ValueError("features: there are none")
+        starts = range(0, len(features), _BLOCK)
+        return functools.reduce(cls.merge, (cls._of_block(features[start : start + _BLOCK]) for start in starts))
+
+    @classmethod
+    def _of_block(cls, features: Float[np.ndarray, "N D"]) -> Moments:
         features = np.asarray(features, np.float64)
         mean = features.mean(0)
         centred = features - mean
@@ -50,12 +62,32 @@ class Moments:
         return self.scatter / (self.count - 1)
 
 
+def batch_sharding() -> NamedSharding:
+    """A batch's rows over the devices of this process; another process has a batch of its own."""
+    return NamedSharding(Mesh(np.array(jax.local_devices()), ("data",)), PartitionSpec("data"))
+
+
+def replicate(tree: PyTree) -> PyTree:
+    """Arrays that every process has whole (numpy's, or replicated over the devices of all), on each of this one's."""
+    sharding = NamedSharding(batch_sharding().mesh, PartitionSpec())
+    # Through the host: no array of a job's mesh can be used beside one on the devices of a single process.
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), sharding), tree)
+
+
+def make_feature_fn(network: nnx.Module, method: Callable[[Any, Array], Array]) -> FeatureFn:
+    """`method(network, batch)`, compiled, with the parameters on every device of this process."""
+    graph, params = nnx.split(network)
+    params = replicate(params)
+    compiled = jax.jit(lambda params, batch: method(nnx.merge(graph, params), batch))
+    return lambda batch: compiled(params, batch)
+
+
 def batches(arrays: Sequence[np.ndarray], batch_size: int, label: str) -> Iterator[tuple[list[jax.Array], int]]:
-    """Batches of the arrays' rows, split over the devices, each with how many of its rows are real: the last is filled
-    up with copies of its first row, so that there is one shape and one compilation."""
-    devices = jax.devices()
-    batch_size = -(-min(batch_size, len(arrays[0])) // len(devices)) * len(devices)
-    sharding = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
+    """Batches of the arrays' rows, split over this process's devices, each with how many of its rows are real: the last
+    is filled up with copies of its first row, so that there is one shape and one compilation."""
+    sharding = batch_sharding()
+    ways = sharding.num_devices
+    batch_size = -(-min(batch_size, len(arrays[0])) // ways) * ways
     starts = range(0, len(arrays[0]), batch_size)
     for start in tqdm(starts, desc=label, leave=False, disable=None if len(starts) > 1 else True):
         parts = [array[start : start + batch_size] for array in arrays]
@@ -65,13 +97,14 @@ def batches(arrays: Sequence[np.ndarray], batch_size: int, label: str) -> Iterat
 
 
 def extract(
-    feature_fn: FeatureFn, images: Sequence[UInt8[np.ndarray, "H W 3"]] | UInt8[np.ndarray, "N H W 3"],
-    batch_size: int = 64, label: str = "features",
+    feature_fn: FeatureFn, rows: Sequence[np.ndarray] | Shaped[np.ndarray, "N ..."], batch_size: int = 64,
+    label: str = "features",
 ) -> Float[np.ndarray, "N D"]:
-    """float32 features of all pictures, in batches over the devices. ValueError if there are none."""
-    if not len(images):
+    """float32 features of all rows (pictures, or what else is read when sliced), in batches over the devices.
+    ValueError if there are none."""
+    if not len(rows):
         raise ValueError("images: the list is empty")
     parts = []
-    for (batch,), real in batches((images,), batch_size, label):
+    for (batch,), real in batches((rows,), batch_size, label):
         parts.append(np.asarray(feature_fn(batch), np.float32)[:real])
     return np.concatenate(parts)

@@ -19,10 +19,12 @@ from contextdiff_jax.data.shapes import heldout_triples
 from contextdiff_jax.evaluation import bound as bounds
 from contextdiff_jax.evaluation import distances
 from contextdiff_jax.evaluation.classifier import Classifier, correct, load_classifier, read_labels
+from contextdiff_jax.evaluation.clip import Clip, load_clip
 from contextdiff_jax.evaluation.composition import is_main, judge
-from contextdiff_jax.evaluation.features import batches, extract
+from contextdiff_jax.evaluation.features import FeatureFn, batches, extract, make_feature_fn
 from contextdiff_jax.evaluation.inception import Inception, load_inception, resize
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
+from contextdiff_jax.evaluation.processes import gather_rows, join, share
 from contextdiff_jax.settings import Settings
 
 Scores = dict[str, dict[str, Estimate]]  # {row: {name: estimate}}
@@ -62,9 +64,8 @@ def classifier_source(data: DataConfig) -> RandomAccessSource:
     return make_source(data, "train")
 
 
-def feature_fns(network: Inception | Classifier) -> dict[str, Callable]:
-    """Jitted functions of uint8 pictures: `features`, and a classifier's `logits`."""
-    graph, params = nnx.split(network)
+def feature_fns(network: Inception | Classifier) -> dict[str, FeatureFn]:
+    """Compiled functions of uint8 pictures: `features`, and a classifier's `logits`."""
     if isinstance(network, Inception):
         methods = {"features": lambda net, images: net(resize(images))}
     else:
@@ -72,19 +73,14 @@ def feature_fns(network: Inception | Classifier) -> dict[str, Callable]:
             "features": lambda net, images: net.features(images.astype(jnp.float32) / 127.5 - 1),
             "logits": lambda net, images: net(images.astype(jnp.float32) / 127.5 - 1),
         }
-
-    def bind(method):
-        compiled = jax.jit(lambda params, images: method(nnx.merge(graph, params), images))
-        return lambda images: compiled(params, images)
-
-    return {name: bind(method) for name, method in methods.items()}
+    return {name: make_feature_fn(network, method) for name, method in methods.items()}
 
 
 class _Pictures:
-    """Up to `count` pictures of a source from `start` on, read when sliced: all at once may not fit the memory."""
+    """The pictures of some of a source's records, read when sliced: all at once may not fit the memory."""
 
-    def __init__(self, source: RandomAccessSource, start: int, count: int):
-        self._source, self._numbers = source, range(start, min(start + count, len(source)))
+    def __init__(self, source: RandomAccessSource, numbers: range):
+        self._source, self._numbers = source, numbers
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -95,19 +91,21 @@ class _Pictures:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A trained model, what to ask of it, and (cached) its samples and their features.
+    """A trained model, what to ask of it, and (cached) this process's share of its samples and their features.
 
-    `graph`, `params`: the model, split. `generate`: captions to pictures. `features`: a classifier's folder or
-    Inception's weights. `num`: samples a split. `reference`: real pictures a split. `bound_timesteps`: strata of the
-    bound's sum, 0: every timestep.
+    `graph`, `params`: the model, split, on this process's devices. `generate`: (captions, number of the first one among
+    all processes') to pictures. `features`: a classifier's folder or Inception's weights. `clip`: a CLIPModel's folder.
+    `num`: samples a split. `reference`: real pictures a split. `bound_timesteps`: strata of the bound's sum, 0: every
+    timestep.
     """
 
     settings: Settings
     tokenizer: Tokenizer
     graph: nnx.GraphDef
     params: PyTree
-    generate: Callable[[Sequence[str]], UInt8[np.ndarray, "N H W 3"]]
+    generate: Callable[[Sequence[str], int], UInt8[np.ndarray, "N H W 3"]]
     features: str
+    clip: str = ""
     num: int = 256
     seed: int = 0
     reference: int = 2048
@@ -135,6 +133,12 @@ class Evaluation:
         return network
 
     @functools.cached_property
+    def clip_network(self) -> Clip:
+        if not self.clip:
+            raise ValueError("--clip: missing; cmmd and clip_score need a folder that transformers' CLIPModel was saved in")
+        return load_clip(self.clip)
+
+    @functools.cached_property
     def _cache(self) -> dict:
         return {}
 
@@ -144,13 +148,16 @@ class Evaluation:
         return self._cache[key]
 
     @functools.cached_property
-    def _feature_fns(self) -> dict[str, Callable]:
+    def feature_fns(self) -> dict[str, Callable]:
         return feature_fns(self.network)
 
+    def numbers(self, row: str) -> range:
+        """Of the split's first `num` records (or as many as there are), those that this process has to do with."""
+        return share(min(self.num, len(self.sources[row])))
+
     def records(self, row: str) -> list[dict[str, Any]]:
-        """The first `num` records of a split, or as many as there are."""
-        source = self.sources[row]
-        return self._once(("records", row), lambda: [source[i] for i in range(min(self.num, len(source)))])
+        """Those records."""
+        return self._once(("records", row), lambda: [self.sources[row][i] for i in self.numbers(row)])
 
     def captions(self, row: str) -> list[str]:
         """Those that the samples are made for."""
@@ -158,21 +165,25 @@ class Evaluation:
 
     def samples(self, row: str) -> UInt8[np.ndarray, "N H W 3"]:
         """One picture a caption."""
-        return self._once(("samples", row), lambda: self.generate(self.captions(row)))
+        return self._once(("samples", row), lambda: self.generate(self.captions(row), self.numbers(row).start))
 
     @property
     def sampled(self) -> dict[str, UInt8[np.ndarray, "N H W 3"]]:
         """The samples made so far, by split."""
         return {row: self.samples(row) for row in self.sources if ("samples", row) in self._cache}
 
-    def sample_features(self, row: str, kind: str = "features") -> Float[np.ndarray, "N D"]:
-        """Of the samples."""
-        return self._once((kind, row), lambda: extract(self._feature_fns[kind], self.samples(row)))
+    def _extract(self, kind: str, images: Sequence[np.ndarray]) -> Float[np.ndarray, "N D"]:
+        return self.clip_network.embed_images(images) if kind == "clip" else extract(self.feature_fns[kind], images)
 
-    def real_features(self, row: str, start: int, count: int) -> Float[np.ndarray, "N D"]:
-        """Of the split's pictures from `start` on."""
-        images = _Pictures(self.sources[row], start, count)
-        return self._once(("real", row, start, count), lambda: extract(self._feature_fns["features"], images))
+    def sample_features(self, row: str, kind: str = "features") -> Float[np.ndarray, "N D"]:
+        """Of the samples; `kind`: features, logits or clip."""
+        return self._once((kind, row), lambda: self._extract(kind, self.samples(row)))
+
+    def real_features(self, row: str, start: int, count: int, kind: str = "features") -> Float[np.ndarray, "N D"]:
+        """Of this process's share of `count` of the split's pictures, or as many as there are, from `start` on."""
+        part = share(min(count, len(self.sources[row]) - start))
+        images = _Pictures(self.sources[row], range(start + part.start, start + part.stop))
+        return self._once(("real", kind, row, start, count), lambda: self._extract(kind, images))
 
 
 def check(names: Sequence[str], evaluation: Evaluation) -> None:
@@ -184,20 +195,30 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
                 f"--metrics=composition: judges scenes of data.source='shapes'; the run's is {settings.data.source!r}"
             )
         if name == "bound":
+            if settings.latent.vae:
+                raise ValueError("--metrics=bound: is a likelihood of pixels; this run's x0 are latents (latent.vae)")
             bounds.make_strata(settings.diffusion.num_timesteps, evaluation.bound_timesteps or None)
         if name == "precision_recall" and min(evaluation.num, evaluation.reference) <= _NEIGHBOURS:
             raise ValueError(
                 f"--num={evaluation.num}, --reference={evaluation.reference}: {_NEIGHBOURS} neighbours need more"
             )
+        if name in ("cmmd", "clip_score"):
+            evaluation.clip_network.check(settings.data.image_size)
         if name in ("fid", "kid", "precision_recall", "attributes"):
             network = evaluation.network
             if name == "attributes" and not isinstance(network, Classifier):
                 raise ValueError(f"--features={evaluation.features}: --metrics=attributes needs a classifier's folder")
+    processes = jax.process_count()
+    for row, source in evaluation.sources.items():
+        fewest = min(evaluation.num, evaluation.reference, len(source))
+        if fewest < processes:
+            raise ValueError(f"--num, --reference: {fewest} pictures of {row} for {processes} processes; each needs one")
 
 
 def composition(evaluation: Evaluation) -> Result:
     """What the scenes' pixels show against what their captions say."""
-    judged = {row: judge(evaluation.samples(row), evaluation.captions(row)) for row in evaluation.sources}
+    rows = evaluation.sources
+    judged = {row: gather_rows(judge(evaluation.samples(row), evaluation.captions(row))) for row in rows}
     estimates = {row: {name: mean_interval(v) for name, v in values.items()} for row, values in judged.items()}
     scores = {row: {n: e for n, e in names.items() if is_main(n)} for row, names in estimates.items()}
     parts = {row: {n: e for n, e in names.items() if not is_main(n)} for row, names in estimates.items()}
@@ -221,11 +242,14 @@ def bound(evaluation: Evaluation) -> Result:
         records = evaluation.records(row)
         ids, mask = tokenizer.encode([record["caption"] for record in records], length)
         images = np.stack([record["image"] for record in records])
-        parts = []
-        for number, (batch, real) in enumerate(batches((images, ids, mask), _BOUND_BATCH, "bound")):
+        parts, number = [], evaluation.numbers(row).start
+        for batch, real in batches((images, ids, mask), _BOUND_BATCH, "bound"):
+            # By the first record's number: no two batches, of any process, have the same noise.
             values = terms(evaluation.params, *batch, *null, jax.random.fold_in(key, number), edges)
-            parts.append({name: np.asarray(value)[..., :real] for name, value in values.items()})
-        result = bounds.collect(parts, edges)
+            parts.append({name: np.asarray(value)[..., :real].T for name, value in values.items()})
+            number += real
+        gathered = gather_rows(join(parts))
+        result = bounds.collect([{name: value.T for name, value in gathered.items()}], edges)
         named = {"total": result.total, "prior": result.prior, "kl": result.kl, "decoder": result.decoder}
         scores[row] = {name: mean_interval(values) for name, values in named.items()}
         details["kl_by_t"][row], details["standard_error"][row] = result.kl_by_t.tolist(), result.standard_error
@@ -234,22 +258,32 @@ def bound(evaluation: Evaluation) -> Result:
     return Result(scores, "bits/dim", note, details)
 
 
-def _against_real(evaluation: Evaluation, distance: Callable[[np.ndarray, np.ndarray], dict[str, Estimate]]) -> Scores:
+def _against_real(
+    evaluation: Evaluation, distance: Callable[[np.ndarray, np.ndarray], dict[str, Estimate]], kind: str = "features"
+) -> Scores:
     """The distance of each split's samples to its real pictures; and of as many other real pictures, what perfect
     samples would get at this number."""
+
+    def whole(features):
+        return gather_rows({"features": features})["features"]
+
     scores = {}
     for row in evaluation.sources:
-        real = evaluation.real_features(row, 0, evaluation.reference)
-        scores[row] = distance(evaluation.sample_features(row), real)
+        real = whole(evaluation.real_features(row, 0, evaluation.reference, kind))
+        scores[row] = distance(whole(evaluation.sample_features(row, kind)), real)
         if len(evaluation.sources[row]) >= evaluation.reference + evaluation.num:
-            other = evaluation.real_features(row, evaluation.reference, evaluation.num)
+            other = whole(evaluation.real_features(row, evaluation.reference, evaluation.num, kind))
             scores[f"{row}, {FLOOR}"] = distance(other, real)
     return scores
 
 
 def _note(evaluation: Evaluation) -> str:
     kind = "Inception-v3" if isinstance(evaluation.network, Inception) else "attribute classifier"
-    return f"{kind} features, {evaluation.num} samples, up to {evaluation.reference} real pictures"
+    return f"{kind} features, {_counts(evaluation)}"
+
+
+def _counts(evaluation: Evaluation) -> str:
+    return f"{evaluation.num} samples, up to {evaluation.reference} real pictures"
 
 
 def fid(evaluation: Evaluation) -> Result:
@@ -259,7 +293,7 @@ def fid(evaluation: Evaluation) -> Result:
         resamples = 100 if x.shape[1] <= _MAX_FOR_MANY_RESAMPLES else 10
         return {"fid": distances.fid(x, y, resamples, evaluation.seed)}
 
-    return Result(_against_real(evaluation, distance), "", _note(evaluation))
+    return Result(_against_real(evaluation, distance), "", f"{_note(evaluation)}; the lower the better")
 
 
 def kid(evaluation: Evaluation) -> Result:
@@ -268,7 +302,7 @@ def kid(evaluation: Evaluation) -> Result:
     def distance(x, y):
         return {"kid": distances.mmd2(x, y, distances.polynomial_kernel, True, 200, evaluation.seed)}
 
-    return Result(_against_real(evaluation, distance), "", _note(evaluation))
+    return Result(_against_real(evaluation, distance), "", f"{_note(evaluation)}; the lower the better")
 
 
 def precision_recall(evaluation: Evaluation) -> Result:
@@ -278,7 +312,8 @@ def precision_recall(evaluation: Evaluation) -> Result:
         inside = distances.precision_recall(x, y, _NEIGHBOURS)
         return {name: mean_interval(v) for name, v in zip(("precision", "recall"), inside, strict=True)}
 
-    return Result(_against_real(evaluation, distance), "%", _note(evaluation) + f", k = {_NEIGHBOURS}")
+    note = f"{_note(evaluation)}, k = {_NEIGHBOURS}; the higher the better"
+    return Result(_against_real(evaluation, distance), "%", note)
 
 
 def attributes(evaluation: Evaluation) -> Result:
@@ -287,9 +322,36 @@ def attributes(evaluation: Evaluation) -> Result:
     for row in evaluation.sources:
         labels = [read_labels(record["attributes"]) for record in evaluation.records(row)]
         answers = correct(evaluation.sample_features(row, "logits"), labels, evaluation.network.attributes)
-        known = {name: values for name, values in answers.items() if not np.isnan(values).all()}
+        known = {name: values for name, values in gather_rows(answers).items() if not np.isnan(values).all()}
         scores[row] = {name: mean_interval(values) for name, values in known.items()}
     return Result(scores, "%", "share of samples in which the classifier sees what the caption's record has")
+
+
+def cmmd(evaluation: Evaluation) -> Result:
+    """Gaussian MMD^2 of CLIP's embeddings of the pictures."""
+
+    def distance(x, y):
+        return {"cmmd": distances.cmmd(x, y, 200, evaluation.seed)}
+
+    note = f"CLIP of {evaluation.clip_network.name}, {_counts(evaluation)}; the lower the better"
+    return Result(_against_real(evaluation, distance, "clip"), "", note)
+
+
+def clip_score(evaluation: Evaluation) -> Result:
+    """How near CLIP finds the samples to their captions, and the captions' own pictures; the difference a caption."""
+    clip, scores = evaluation.clip_network, {}
+    for row in evaluation.sources:
+        captions = clip.embed_captions(evaluation.captions(row))
+        real = clip.embed_images([record["image"] for record in evaluation.records(row)])
+        rows = gather_rows({
+            "clip_score": distances.clip_score(evaluation.sample_features(row, "clip"), captions),
+            FLOOR: distances.clip_score(real, captions),
+        })
+        difference = rows["clip_score"] - rows[FLOOR]
+        scores[row] = {"clip_score": mean_interval(rows["clip_score"]), "minus real": mean_interval(difference)}
+        scores[f"{row}, {FLOOR}"] = {"clip_score": mean_interval(rows[FLOOR])}
+    note = f"CLIP of {clip.name}, 100 max(cos, 0) of samples and captions, the higher the better; minus real: paired by caption"
+    return Result(scores, "", note)
 
 
 METRICS: dict[str, Callable[[Evaluation], Result]] = {
@@ -299,4 +361,6 @@ METRICS: dict[str, Callable[[Evaluation], Result]] = {
     "kid": kid,
     "precision_recall": precision_recall,
     "attributes": attributes,
+    "cmmd": cmmd,
+    "clip_score": clip_score,
 }

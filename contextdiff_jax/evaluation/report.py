@@ -22,7 +22,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff }
 body { max-width: 1100px; margin: 2em auto; padding: 0 1em }
 h1, h2, h3 { line-height: 1.2; margin: 1.6em 0 .4em } h1 { margin-top: 0 }
 table { border-collapse: collapse; margin: .5em 0 }
-th, td { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd }
+th, td { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
+th { white-space: nowrap } details { margin: .5em 0 } summary { cursor: pointer }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap } td small, p.note { color: #666 }
 img { max-width: 100%; border: 1px solid #eee }
 pre { background: #f6f6f6; padding: .8em; white-space: pre-wrap; font-size: 13px }
@@ -61,11 +62,17 @@ def cell(estimate: Estimate | None, unit: str) -> str:
     return f"{number(estimate.value, unit)} [{low}, {high}]"
 
 
+def _cells(scores: Scores, unit: str) -> list[list[str]]:
+    """A line a name and a column a row; the other way round where rows are more, as those of a distance."""
+    lines = [[name, *(cell(scores[row].get(name), unit) for row in scores)] for name in _names(scores)]
+    cells = [["", *scores], *lines]
+    return [list(column) for column in zip(*cells, strict=True)] if len(scores) > len(lines) else cells
+
+
 def table(scores: Scores, unit: str) -> str:
-    """Rows of scores as lines of text: a line a name, a column a row, with 95% intervals."""
-    rows, names = list(scores), _names(scores)
-    cells = [["", *rows]] + [[name, *(cell(scores[row].get(name), unit) for row in rows)] for name in names]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(rows) + 1)]
+    """Scores with their 95% intervals as lines of text."""
+    cells = _cells(scores, unit)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
@@ -85,7 +92,7 @@ def as_json(results: Mapping[str, Result]) -> dict[str, Any]:
 def plot_bound(details: Mapping[str, Any], path: pathlib.Path) -> None:
     """Bits/dim of each timestep's KL term, a line a split."""
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(7, 3.5))
+    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for row, values in details["kl_by_t"].items():
         axis.stairs(values, details["edges"], baseline=None, label=row, linewidth=1.5)
     axis.set(xlabel="t (1: nearly clean)", ylabel="bits/dim a timestep", title="KL terms of the bound")
@@ -99,7 +106,7 @@ def plot_shares(scores: Scores, path: pathlib.Path) -> None:
     """Bars with intervals, a colour a row."""
     plt = _pyplot()
     names, width = _names(scores), 0.8 / len(scores)
-    figure, axis = plt.subplots(figsize=(max(5, 1.1 * len(names)), 3.5))
+    figure, axis = plt.subplots(figsize=(max(7, 1.1 * len(names)), 3.5), layout="constrained")
     for i, (row, estimates) in enumerate(scores.items()):
         found = [(x, estimates[name]) for x, name in enumerate(names) if name in estimates]
         middle = np.array([e.value for _, e in found])
@@ -109,7 +116,7 @@ def plot_shares(scores: Scores, path: pathlib.Path) -> None:
     axis.set_xticks(range(len(names)), names)
     axis.set(ylim=(0, 1.05), ylabel="share")
     axis.grid(alpha=0.3, axis="y")
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(2, len(scores)), frameon=False, fontsize=8)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8)
     _save(plt, figure, path)
 
 
@@ -123,7 +130,6 @@ def _pyplot():
 
 
 def _save(plt, figure, path: pathlib.Path) -> None:
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -136,7 +142,8 @@ def write_report(
     the run's curves, then `facts` (command, step, machine) and the config. Returns the page's path."""
     folder = workdir / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    body = [f"<h1>{html.escape(workdir.absolute().name)}, step {facts['step']}</h1>", _pre(facts["command"])]
+    title = html.escape(f"{workdir.absolute().name}, step {facts['step']}")
+    body = [f"<h1>{title}</h1>", _pre(facts["command"])]
     for metric, result in results.items():
         body += [f"<h2>{metric}</h2>", _paragraph(result.note), _html_table(result.scores, result.unit)]
         if "kl_by_t" in result.details:
@@ -161,10 +168,12 @@ def write_report(
         pictures.plot_curves(workdir / "metrics.jsonl", folder / "curves.png")
         if (folder / "curves.png").exists():  # a log without any known curve has none
             body += ["<h2>training</h2>", _image("curves.png", "training curves")]
-    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in _flat(facts).items())
+    flat = {name: value for name, value in _flat(facts).items() if name != "command"}  # it is at the top
+    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in flat.items())
     body += ["<h2>how it was made</h2>", f"<table>{rows}</table>"]
-    body += ["<h3>config</h3>", _pre(json.dumps(config, indent=1))]
-    page = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>evaluation</title><style>{_STYLE}</style>"
+    body.append(f"<details><summary>the run's config</summary>{_pre(json.dumps(config, indent=1))}</details>")
+    meta = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+    page = f"<!doctype html><html lang='en'>{meta}<title>{title}: evaluation</title><style>{_STYLE}</style>"
     partial = folder / "index.html.partial"
     partial.write_text(page + "\n".join(body) + "</html>\n", encoding="utf-8")
     partial.replace(folder / "index.html")
@@ -191,10 +200,10 @@ def _image(name: str, alt: str) -> str:
 
 
 def _html_table(scores: Scores, unit: str) -> str:
-    head = "".join(f"<th>{html.escape(row)}</th>" for row in scores)
-    lines = [f"<tr><th></th>{head}</tr>"]
-    for name in _names(scores):
-        cells = (cell(scores[row].get(name), unit).partition(" ") for row in scores)
-        tds = "".join(f"<td class='number'>{value} <small>{interval}</small></td>" for value, _, interval in cells)
-        lines.append(f"<tr><th>{html.escape(name)}</th>{tds}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+    head, *lines = _cells(scores, unit)
+    rows = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
+    for name, *cells in lines:
+        parts = (text.partition(" ") for text in cells)
+        tds = "".join(f"<td class='number'>{value} <small>{interval}</small></td>" for value, _, interval in parts)
+        rows.append(f"<th>{html.escape(name)}</th>{tds}")
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

@@ -9,6 +9,7 @@ number, the gain, which is logged; at gain 0 the model is plain diffusion.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from contextdiff_jax.models.layers import Attention, FeedForward, TimestepEmbedding, linear, timestep_embedding
 
+TOKENS = ("patches", "clip")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContextConfig:
-    """Sizes of the relational network; `kind` is a name in `KINDS` or `none`."""
+    """Sizes of the relational network; `kind` is a name in `KINDS` or `none`.
+
+    `tokens`: what of x0 queries the text, `patches` of x0 or, as in the paper, the patch tokens of a frozen `clip` image
+    encoder in the folder `clip`; x0's grid of patches must then be as large as its.
+    """
 
     kind: str = "cross_attention"
     max_gain: float = 1.0
@@ -32,8 +39,17 @@ class ContextConfig:
     num_heads: int = 4
     text_width: int = 128
     in_channels: int = 3
+    tokens: str = "patches"
+    clip: str = ""
+    visual_width: int = 0  # of CLIP's tokens
 
     def __post_init__(self):
+        if self.tokens not in TOKENS:
+            raise ValueError(f"context.tokens={self.tokens!r}: unknown; one of {', '.join(TOKENS)}")
+        if self.tokens == "clip" and (not self.clip or self.kind in ("text", "none")):
+            raise ValueError(
+                "context.tokens='clip': needs context.clip, the folder of a CLIP image encoder, and a context.kind that reads x0"
+            )
         if self.kind != "none" and self.kind not in KINDS:
             raise ValueError(f"context.kind={self.kind!r}: unknown; one of {', '.join([*KINDS, 'none'])}")
         if self.max_gain < 0:
@@ -43,6 +59,11 @@ class ContextConfig:
                 raise ValueError(f"context.{field}={getattr(self, field)}: must be at least 1")
         if self.width % 4 or self.width % self.num_heads:
             raise ValueError(f"context.width={self.width}: must be a multiple of 4 and of num_heads={self.num_heads}")
+
+    @property
+    def token_width(self) -> int:
+        """Of the visual tokens."""
+        return self.visual_width if self.tokens == "clip" else self.patch_size**2 * self.in_channels
 
 
 def position_embedding(height: int, width: int, features: int) -> Float[Array, "N D"]:
@@ -99,7 +120,7 @@ class CrossAttention(nnx.Module):
     """The paper's: patch tokens of x0 query the text tokens in N blocks."""
 
     def __init__(self, config: ContextConfig, **policy):
-        self.embed = linear(config.patch_size**2 * config.in_channels, config.width, **policy)
+        self.embed = linear(config.token_width, config.width, **policy)
         self.blocks = nnx.List([Block(config, **policy) for _ in range(config.num_blocks)])
         self.norm = nnx.LayerNorm(config.width, **policy)
 
@@ -128,7 +149,7 @@ class Linear(nnx.Module):
     """A linear map of patch token, position, pooled text and time: the ablation without interaction."""
 
     def __init__(self, config: ContextConfig, **policy):
-        self.embed = linear(config.patch_size**2 * config.in_channels, config.width, **policy)
+        self.embed = linear(config.token_width, config.width, **policy)
         self.text = linear(config.text_width, config.width, **policy)
 
     def __call__(self, tokens, position, text, mask, temb):
@@ -195,16 +216,25 @@ class RelationalNetwork(nnx.Module):
         text_tokens: Float[Array, "B L D"],
         text_mask: Bool[Array, "B L"],
         t: Int[Array, "B"] | None = None,
+        visual: Float[Array, "B N V"] | None = None,
+        mix: Callable[[Float[Array, "B N D"]], Float[Array, "B N D"]] = lambda tokens: tokens,
     ) -> Float[Array, "B H W C"]:
-        """r, float32. `t` is read only if `time_dependent`. ValueError if patches don't fit the picture."""
+        """r, float32. `t` is read only if `time_dependent`, `visual` (CLIP's tokens of x0) only if `tokens` is `clip`;
+        `mix` lets the tokens of a clip's frames see each other.
+        ValueError if patches or CLIP's tokens don't fit the picture."""
         config = self.config
         if config.kind == "none":
             return jnp.zeros(x0.shape, jnp.float32)
         p = config.patch_size
         tokens = patches(x0, p)  # [B, N, p*p*C]
+        if config.tokens == "clip":
+            found = None if visual is None else visual.shape[1]
+            if found != tokens.shape[1]:
+                raise ValueError(f"context.patch_size={p}: gives {tokens.shape[1]} patches of x0; CLIP has {found} tokens")
+            tokens = visual
         position = position_embedding(x0.shape[1] // p, x0.shape[2] // p, config.width)
         temb = self.time(timestep_embedding(t, config.width)) if self.time is not None else None  # [B, D]
-        raw = self.unembed(self.raw(tokens, position, text_tokens, text_mask, temb))
+        raw = self.unembed(mix(self.raw(tokens, position, text_tokens, text_mask, temb)))
         raw = unpatch(raw, p, x0.shape).astype(jnp.float32)
         # eps inside the root: finite value and gradient at raw = 0.
         rms = jnp.sqrt(jnp.mean(raw**2, axis=(1, 2, 3), keepdims=True) + 1e-8)

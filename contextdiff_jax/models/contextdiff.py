@@ -2,39 +2,103 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Callable, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.samplers import Denoised, DenoiseFn
+from contextdiff_jax.models.clip import CLIPText, CLIPVision
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork, pool
 from contextdiff_jax.models.text import TextConfig, TextEncoder
 from contextdiff_jax.models.unet import UNet, UNetConfig
+from contextdiff_jax.models.vae import VAE
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class FrozenText(nnx.Module):
+    """A pretrained CLIP text encoder in the place of ours. It reads no mask: Stable Diffusion's networks were trained on
+    the states of all tokens, padding included."""
+
+    def __init__(self, clip: CLIPText):
+        self.clip = clip
+
+    def __call__(self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+        """States of all tokens."""
+        return self.clip(token_ids).last
+
+
+class FrozenVision(nnx.Module):
+    """The patch tokens of a pretrained CLIP image encoder: the paper's visual tokens of x0."""
+
+    def __init__(self, clip: CLIPVision):
+        self.clip = clip
+
+    def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B N V"]:
+        """Of pictures in [-1, 1], brought to CLIP's size and scale (bicubic; its own mean and deviation)."""
+        side = self.clip.config.image_size
+        pixels = jax.image.resize(pixels, (pixels.shape[0], side, side, 3), "bicubic")
+        pixels = (0.5 * jnp.clip(pixels, -1, 1) + 0.5 - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
+        return self.clip(pixels).last[:, 1:]
+
+
+class Frozen(NamedTuple):
+    """The networks that a run reads and doesn't train: a pytree, handed to the compiled step beside its state."""
+
+    vae: VAE | None = None
+    text: FrozenText | None = None
+    vision: FrozenVision | None = None
 
 
 class ContextDiffusion(nnx.Module):
-    """Parameters of a text-to-image model with context: `text`, `unet`, `context`."""
+    """Parameters of a text-to-image model with context: `text`, `unet`, `context`.
+
+    `attach` adds the frozen networks: `vae`, without which the data are pixels, a pretrained `text`, and the `vision` that
+    `relate` needs for context.tokens='clip'.
+    """
 
     def __init__(
         self, text: TextConfig, unet: UNetConfig, context: ContextConfig, *, rngs: nnx.Rngs,
         dtype: jnp.dtype = jnp.float32,
     ):
-        self.text = TextEncoder(text, rngs=rngs, dtype=dtype)
+        self.text = None if text.pretrained else TextEncoder(text, rngs=rngs, dtype=dtype)
         self.unet = UNet(unet, rngs=rngs, dtype=dtype)
         self.context = RelationalNetwork(context, rngs=rngs, dtype=dtype)
+        self.vae, self.vision = None, None
+
+    def attach(self, frozen: Frozen) -> ContextDiffusion:
+        """This model, with the frozen networks."""
+        for name, network in frozen._asdict().items():
+            if network is not None:
+                setattr(self, name, nnx.data(network))
+        return self
+
+    def relate(
+        self, x0: Float[Array, "B H W C"], tokens: Float[Array, "B L D"], mask: Bool[Array, "B L"], t: Int[Array, "B"],
+        pixels: Float[Array, "B H2 W2 3"] | None = None,
+    ) -> Float[Array, "B H W C"]:
+        """r_phi(x0, c, t). With CLIP's tokens the picture of x0 is needed: `pixels`, or else x0 decoded, which in the plugin
+        estimate is a pass of the autoencoder's decoder and of CLIP's encoder in every sampling step."""
+        if self.vision is None:
+            return self.context(x0, tokens, mask, t)
+        if pixels is None:
+            pixels = x0 if self.vae is None else self.vae.decode(self.vae.from_diffusion(x0))
+        return self.context(x0, tokens, mask, t, self.vision(pixels))
 
     def predict(
         self, x: Float[Array, "B H W C"], t: Int[Array, "B"], tokens: Float[Array, "B L D"], mask: Bool[Array, "B L"]
     ) -> Array | tuple[Array, Array]:
         """The UNet's output. One of the XL kind also reads the pooled text and the picture's size (SDXL, 2.2)."""
+        seen = None if isinstance(self.text, FrozenText) else mask
         if self.unet.config.addition_embed_type != "text_time":
-            return self.unet(x, t, tokens, mask)
+            return self.unet(x, t, tokens, seen)
         B, H, W, _ = x.shape
         time_ids = jnp.broadcast_to(jnp.array([H, W, 0, 0, H, W], jnp.float32), (B, 6))
-        return self.unet(x, t, tokens, mask, {"text_embeds": pool(tokens, mask)[:, 0], "time_ids": time_ids})
+        return self.unet(x, t, tokens, seen, {"text_embeds": pool(tokens, mask)[:, 0], "time_ids": time_ids})
 
 
 def make_denoise(
@@ -54,7 +118,7 @@ def make_denoise(
 
     With guidance other than 1 both branches run as one batch of 2 B. r always reads the true caption, as in the
     forward process: only the denoiser's text is dropped. x0 is bounded to the pictures' range [-1, 1], by
-    clipping, or by dynamic thresholding at that percentile.
+    clipping, or by dynamic thresholding at that percentile; latents (a model with a `vae`) have no such range.
     """
     guided = guidance != 1.0
     text = jnp.concatenate([tokens, null_tokens]) if guided else tokens  # [2B, L, D]
@@ -65,14 +129,17 @@ def make_denoise(
         return model.predict(x, t, text, text_mask)
 
     def context_fn(x0, t):
-        return model.context(x0, r_tokens, r_mask, t)
+        return model.relate(x0, r_tokens, r_mask, t)
 
     if model.unet.context_head is not None:
         branches = diffusion.posterior_mean_denoise(predict, schedule, prediction_type)
     else:
-        branches = diffusion.plugin_denoise(predict, context_fn, schedule, prediction_type, clip=1.0)
+        clip = 1.0 if model.vae is None else None
+        branches = diffusion.plugin_denoise(predict, context_fn, schedule, prediction_type, clip=clip)
 
     def bound(x0):
+        if model.vae is not None:
+            return x0
         return diffusion.dynamic_threshold(x0, dynamic_threshold) if dynamic_threshold else jnp.clip(x0, -1, 1)
 
     def denoise(x, t, s):
@@ -90,11 +157,20 @@ def make_denoise(
 def make_sampler(
     schedule: diffusion.NoiseSchedule, *, prediction_type: str, shift: str, sampler: str, steps: int, eta: float,
     spacing: str, guidance: float, guidance_rescale: float = 0.0, dynamic_threshold: float = 0.0,
+    steps_offset: int = 0, set_alpha_to_one: bool = True,
 ) -> Callable:
-    """`sample(model, x_T, key, token_ids, token_mask, null_ids, null_mask) -> x0 [B, H, W, C]`, to be jitted: the
-    text is encoded once, the loop is one scan. Null ids are those of the empty caption, [1, L]."""
-    timesteps = diffusion.spaced_timesteps(schedule.num_timesteps, steps, spacing)
-    run = diffusion.get_sampler(sampler)
+    """`sample(model, x_T, key, token_ids, token_mask, null_ids, null_mask) -> pictures [B, H, W, C]`, to be jitted: the
+    text is encoded once, the loop is one scan. Null ids are those of the empty caption, [1, L]. The last two options
+    are those of diffusers' schedulers: timesteps moved up, and an end at index 0 instead of clean data (DDIM only)."""
+    timesteps = diffusion.spaced_timesteps(schedule.num_timesteps, steps, spacing) + steps_offset
+    if timesteps[0] >= schedule.num_timesteps:
+        raise ValueError(
+            f"sample.steps_offset={steps_offset}: the first of {steps} steps is {timesteps[0]}; must be below "
+            f"{schedule.num_timesteps}"
+        )
+    run, options = diffusion.get_sampler(sampler), {}
+    if not set_alpha_to_one and sampler == "ddim":
+        options["next_timesteps"] = jnp.append(timesteps[1:], 0)
 
     def sample(
         model: ContextDiffusion, x_T: Float[Array, "B H W C"], key: Array,
@@ -108,6 +184,11 @@ def make_sampler(
             prediction_type=prediction_type, guidance=guidance, guidance_rescale=guidance_rescale,
             dynamic_threshold=dynamic_threshold,
         )
-        return run(denoise, x_T, schedule, timesteps, eta, key, shift)
+        if model.context.config.kind == "text":  # r(c) is known before x0 is, so x_T ~ N(k_T r, I) can be exact
+            t = jnp.full(x_T.shape[:1], timesteps[0])
+            r = model.context(x_T, tokens, token_mask, t)
+            x_T = x_T + diffusion.marginal_mean(schedule, jnp.zeros_like(x_T), r, t, shift)
+        x0 = run(denoise, x_T, schedule, timesteps, eta, key, shift, **options)
+        return x0 if model.vae is None else model.vae.decode(model.vae.from_diffusion(x0))
 
     return sample

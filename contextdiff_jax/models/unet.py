@@ -339,7 +339,12 @@ class UNet(nnx.Module):
           text_tokens: encoder states to attend to. text_mask: True where a token counts; None: all count.
           added: for `addition_embed_type="text_time"` (XL) `text_embeds` [B, P] and `time_ids` [B, 6].
         """
-        temb = self._time(t, x.shape[0], added)  # [B, E]
+        return self.forward(x, self.time(t, x.shape[0], added), text_tokens, text_mask)
+
+    def forward(
+        self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"], text_tokens: Array, text_mask: Array | None
+    ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], Float[Array, "B H W C"]]:
+        """`__call__` with time embedded (`time`). The text is only handed on to the transformers."""
         h = self.conv_in(x)  # [B, H, W, C0]
         skips = [h]
         for block in self.down_blocks:
@@ -357,7 +362,8 @@ class UNet(nnx.Module):
             return out
         return out, self.context_head(h, temb).astype(jnp.float32)
 
-    def _time(self, t: Array, batch: int, added: Mapping[str, Array] | None) -> Float[Array, "B E"]:
+    def time(self, t: Array, batch: int, added: Mapping[str, Array] | None) -> Float[Array, "B E"]:
+        """The embedding of t (and of `added`) for `batch` samples."""
         config = self.config
         sinusoid = dict(flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
         t = jnp.broadcast_to(jnp.asarray(t), (batch,))

@@ -42,7 +42,7 @@ def from_native(source: Path, target: Path, options: Options, report: Report = p
 def _convert(source: Path, target: Path, read: Callable, write: Callable, report: Report) -> None:
     if not source.is_dir():
         raise ValueError(f"--source={source}: no such folder")
-    with _complete_or_absent(target) as partial:
+    with complete_or_absent(target) as partial:
         if not (source / INDEX_FILE).is_file():
             report(_one(source, partial, read, write) or _refuse(source))
             return
@@ -117,7 +117,7 @@ def _components(source: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _complete_or_absent(target: Path) -> Iterator[Path]:
+def complete_or_absent(target: Path) -> Iterator[Path]:
     """A folder beside `target` to write to, which takes its name when all is written."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--target={target}: exists already; name a new folder")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,9 @@ def load(model: Model, folder: str | Path, options: Options = Options()) -> nnx.
     folder = Path(folder)
     if native.is_native(folder):
         return native.load(model, folder, options)
-    path = folder / CONFIG_FILE
-    values = read_json(path, f"a {model.kind} folder of diffusers or transformers")
-    problem = identity_problem(model, values)
-    if problem:
-        raise ValueError(f"{path}: {problem}")
+    values = _identified(model, folder)
     tensors = FolderTensors(folder, model.weights_file)
-    try:
-        config = model.make_config(values, tensors.keys())
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    config = _config(model, folder, values, tensors.keys())
     module = abstract(model, config, options)
     state = state_from_torch(
         tensors, module, model.rules(config), what=str(tensors.source), param_dtype=options.param_dtype,
@@ -42,6 +35,31 @@ def load(model: Model, folder: str | Path, options: Options = Options()) -> nnx.
     )
     nnx.update(module, state)
     return module
+
+
+def read_config(model: Model, folder: str | Path) -> Any:
+    """The config of the model in `folder`, of a kind that config.json tells all of (UNet, VAE); raises as `load`."""
+    folder = Path(folder)
+    if native.is_native(folder):
+        return native.read_config(model, folder)
+    return _config(model, folder, _identified(model, folder), ())
+
+
+def _identified(model: Model, folder: Path) -> dict[str, Any]:
+    """config.json's values. ValueError if they are of another model."""
+    path = folder / CONFIG_FILE
+    values = read_json(path, f"a {model.kind} folder of diffusers or transformers")
+    problem = identity_problem(model, values)
+    if problem:
+        raise ValueError(f"{path}: {problem}")
+    return values
+
+
+def _config(model: Model, folder: Path, values: Mapping[str, Any], names: Collection[str]) -> Any:
+    try:
+        return model.make_config(values, names)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
 
 
 def save(model: Model, module: nnx.Module, folder: str | Path, config: Mapping[str, Any] | None = None) -> None:

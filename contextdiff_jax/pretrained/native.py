@@ -44,17 +44,21 @@ def save(model: Model, module: nnx.Module, folder: Path, source: Mapping[str, An
     write_json(folder / MODEL_FILE, {"kind": model.kind, "config": config})
 
 
-def load(model: Model, folder: Path, options: Options) -> nnx.Module:
-    """The module in `folder`, whose parameters go straight to their shards."""
+def read_config(model: Model, folder: Path) -> Any:
+    """The module's config. ValueError if the folder is of another model."""
     values = description(folder)
     if values["kind"] != model.kind:
         raise ValueError(f"{folder / MODEL_FILE}: kind={values['kind']!r}: another model; wanted {model.kind!r}")
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in values["config"].items()}
     try:
-        config = model.restore_config(**config)
+        return model.restore_config(**config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / MODEL_FILE}: {error}") from None
-    module = abstract(model, config, options)
+
+
+def load(model: Model, folder: Path, options: Options) -> nnx.Module:
+    """The module in `folder`, whose parameters go straight to their shards."""
+    module = abstract(model, read_config(model, folder), options)
     with ocp.StandardCheckpointer() as checkpointer:
         path = (folder / PARAMS_FOLDER).absolute()
         wanted = _wanted(module, _stored(checkpointer, path), options, path)

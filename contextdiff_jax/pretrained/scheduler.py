@@ -52,11 +52,15 @@ class Scheduler:
         """The prediction type by our name."""
         return _PREDICTIONS[self.prediction_type]
 
+    @property
+    def schedule_name(self) -> str:
+        """The schedule by our name."""
+        return _SCHEDULES[self.beta_schedule]
+
     def schedule(self) -> NoiseSchedule:
         """The noise schedule."""
         betas = self.beta_start, self.beta_end
-        name = _SCHEDULES[self.beta_schedule]
-        return make_schedule(name, self.num_train_timesteps, *betas, zero_terminal_snr=self.rescale_betas_zero_snr)
+        return make_schedule(self.schedule_name, self.num_train_timesteps, *betas, zero_terminal_snr=self.rescale_betas_zero_snr)
 
     def steps(self, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
         """(timesteps, where each step goes), as diffusers' DDIM has them.

@@ -33,7 +33,7 @@ MANIFEST, METADATA = "manifest.json", "_CHECKPOINT_METADATA"
 FREE_FIELDS = (
     "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every", "train.keep_best",
     "train.best_metric", "train.max_nonfinite", "train.peer_timeout",
-    "data.path", "data.num_workers", "data.prefetch", "mesh.", "sample.",
+    "data.path", "data.index_folder", "data.num_workers", "data.prefetch", "mesh.", "sample.",
 )
 
 
@@ -170,15 +170,17 @@ def set_damaged_aside(workdir: pathlib.Path) -> None:
 def open_manager(
     workdir: pathlib.Path, keep: int = 1, read_only: bool = False, best: int = 0, metric: str = "loss"
 ) -> ocp.CheckpointManager:
-    """Orbax's manager of `workdir`/checkpoints: the newest `keep` are kept, and the `best` with the lowest `metric`."""
+    """Orbax's manager of `workdir`/checkpoints: the newest `keep` are kept, and the `best` with the lowest `metric`;
+    `read_only`: for a run that another process may be training, all are."""
     folder = _folder(workdir)
     lowest = checkpoint_managers.BestN(
         get_metric_fn=lambda metrics: -metrics[metric], n=best, keep_checkpoints_without_metrics=False
     )
     kept = [checkpoint_managers.LatestN(keep)] + [lowest] * (best > 0)
+    # A manager that is never asked to save writes and deletes nothing. Orbax's own read_only warns, each time, that it is.
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
-        read_only=read_only, create=not read_only, cleanup_tmp_directories=not read_only,
+        preservation_policy=None if read_only else checkpoint_managers.AnyPreservationPolicy(kept),
+        create=not read_only, cleanup_tmp_directories=not read_only,
         async_options=ocp.AsyncOptions(post_finalization_callback=functools.partial(_seal, folder)),
     )
     # Named, so that a fresh process can read the saved shapes before it restores anything.

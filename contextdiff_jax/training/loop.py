@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import logging
 import pathlib
 import tempfile
@@ -18,14 +20,26 @@ from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
 
 from contextdiff_jax import pictures
-from contextdiff_jax.data import DataConfig, Loader, Tokenizer, load_tokenizer, make_loader, make_source
+from contextdiff_jax.data import (
+    CacheSource,
+    DataConfig,
+    Loader,
+    Tokenizer,
+    bucket_sizes,
+    load_tokenizer,
+    make_loader,
+    make_source,
+)
 from contextdiff_jax.generation import Generator
+from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
 from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, is_first
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training import checkpoints
+from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.log import MetricsLog, averages, speed
 from contextdiff_jax.training.nonfinite import FiniteGuard
+from contextdiff_jax.training.start import first_state
 from contextdiff_jax.training.state import TrainState, init_state, learning_rate_schedule, zero_metrics
 from contextdiff_jax.training.step import make_train_step
 
@@ -41,11 +55,12 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
     mesh = make_mesh(settings.mesh, every.batch_size, every.accumulation)
     feed = Feed(mesh, every.batch_size, settings.mesh.rules)
     tokenizer, loader = open_data(settings, feed)
+    frozen = load_frozen(settings, functools.partial(state_shardings, mesh, rules=settings.mesh.rules))
     manager, state, shardings = open_state(settings, config, workdir, mesh, loader)
     null = jax.device_put(null_caption(tokenizer, settings.data.max_length), replicated(mesh))
-    compiled, flops = compile_step(settings, state, shardings, peek(loader, int(state.step), feed), null)
+    compiled, flops = compile_step(settings, state, shardings, peek(loader, int(state.step), feed), null, frozen)
 
-    log, reporter = MetricsLog(workdir, int(state.step)), Reporter(settings, workdir, tokenizer, mesh)
+    log, reporter = MetricsLog(workdir, int(state.step)), Reporter(settings, workdir, tokenizer, mesh, frozen)
     guard, asked_to_stop = FiniteGuard(settings, config, workdir, state), StopSignal()
     # Closed whatever happens: the manager's `close` waits for the save that is under way.
     with PeerWatch(every.peer_timeout) as watch, closing(loader), closing(log), checkpoints.closing(manager, workdir):
@@ -56,7 +71,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
             watch(f"reading the batch of step {step}")
             batch = to_devices(next(loader), feed)
             watch(f"in step {step}")
-            state, nonfinite = compiled(state, batch, null)
+            state, nonfinite = compiled(state, batch, null, frozen)
             guard.watch(step, state, batch, nonfinite)
             window_steps += 1
             end = step == every.steps
@@ -65,6 +80,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
                 guard.check(state)  # waits for the step
                 seconds = time.perf_counter() - window_start
                 values = averages(state.metric_sums) | {"learning_rate": float(learning_rate_schedule(every)(step - 1))}
+                values["broken_records"] = loader.num_broken
                 log.write(step, values | speed(window_steps * every.batch_size, seconds, window_steps, flops))
                 state = with_empty_metrics(state, shardings)
                 window_start, window_steps = time.perf_counter(), 0
@@ -86,11 +102,14 @@ def open_data(settings: Settings, feed: Feed) -> tuple[Tokenizer, Loader]:
     """The tokenizer, and this process's share of the training batches."""
     data = settings.data
     tokenizer = load_tokenizer(data.tokenizer or None)
-    if tokenizer.vocab_size > settings.text.vocab_size:
+    if not settings.text.pretrained and tokenizer.vocab_size > settings.text.vocab_size:
         raise ValueError(f"text.vocab_size={settings.text.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids")
+    source = make_source(data, "train")
+    if isinstance(source, CacheSource) and source.cache.vae != json.loads(json.dumps(settings.latent.config.to_dict())):
+        raise ValueError(f"latent.vae={settings.latent.vae!r}: the cache in data.path={data.path!r} is another autoencoder's")
     return tokenizer, make_loader(
-        make_source(data, "train"), batch_size=settings.train.batch_size, seed=data.seed, tokenizer=tokenizer,
-        num_workers=data.num_workers, max_length=data.max_length, prefetch=data.prefetch, rows=feed.rows,
+        source, batch_size=settings.train.batch_size, seed=data.seed, tokenizer=tokenizer, num_workers=data.num_workers,
+        max_length=data.max_length, prefetch=data.prefetch, rows=feed.rows, buckets=bucket_sizes(data),
     )
 
 
@@ -109,7 +128,7 @@ def open_state(
     checkpoints.check_shapes(manager, workdir, abstract)
     checkpoints.claim_workdir(workdir, config, write=is_first())
     if manager.latest_step() is None:
-        return manager, jax.jit(lambda: init_state(settings), out_shardings=shardings)(), shardings
+        return manager, first_state(settings, shardings), shardings
     state, data_state = checkpoints.restore(manager, checkpoints.placed(abstract, shardings))
     loader.set_state(data_state)
     return manager, state, shardings
@@ -124,22 +143,40 @@ def peek(loader: Loader, step: int, feed: Feed) -> dict[str, jax.Array]:
 
 def compile_step(
     settings: Settings, state: TrainState, shardings: TrainState, batch: Mapping[str, jax.Array],
-    null: Mapping[str, jax.Array],
+    null: Mapping[str, jax.Array], frozen: Frozen = Frozen(),
 ) -> tuple[Callable, float]:
-    """The step's program, and its floating-point operations over all devices."""
+    """The step's program, and its floating-point operations over all devices.
+
+    A batch of another shape (`data.buckets`) gets its own program when it first comes.
+    """
     whole = null["token_ids"].sharding
     start = time.perf_counter()
-    compiled = jax.jit(
+    jitted = jax.jit(
         make_train_step(settings), donate_argnums=0,
-        in_shardings=(shardings, jax.tree.map(lambda array: array.sharding, batch), whole),
+        in_shardings=(shardings, *(jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (batch, null, frozen))),
         out_shardings=(shardings, whole),
-    ).lower(state, batch, null).compile()
+    )
+    compiled = jitted.lower(state, batch, null, frozen).compile()
     flops = (compiled.cost_analysis() or {}).get("flops", 0) * settings.train.accumulation * jax.device_count()
     LOGGER.info(
         "%d parameters, compiled in %.1f s, mesh %s", sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         time.perf_counter() - start, dict(whole.mesh.shape),
     )
-    return compiled, flops
+    programs = {shapes_of(batch): compiled}
+
+    def step(state: TrainState, batch: Mapping[str, jax.Array], *rest: Any) -> tuple[TrainState, jax.Array]:
+        shapes = shapes_of(batch)
+        if shapes not in programs:
+            LOGGER.info("compiling for %s", shapes)
+            programs[shapes] = jitted.lower(state, batch, *rest).compile()
+        return programs[shapes](state, batch, *rest)
+
+    return step, flops
+
+
+def shapes_of(batch: Mapping[str, jax.Array]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a batch's arrays, by name."""
+    return tuple(batch[name].shape for name in sorted(batch))
 
 
 def null_caption(tokenizer: Tokenizer, max_length: int) -> dict[str, np.ndarray]:
@@ -162,9 +199,9 @@ def with_empty_metrics(state: TrainState, shardings: TrainState) -> TrainState:
 class Reporter:
     """Every `sample_every` steps: a grid of captioned samples of the EMA weights, and the curves."""
 
-    def __init__(self, settings: Settings, workdir: pathlib.Path, tokenizer: Tokenizer, mesh: Mesh):
+    def __init__(self, settings: Settings, workdir: pathlib.Path, tokenizer: Tokenizer, mesh: Mesh, frozen: Frozen):
         self._settings, self._workdir = settings, workdir
-        self._generator = Generator(settings, tokenizer, mesh=mesh)
+        self._generator = Generator(settings, tokenizer, frozen=frozen, mesh=mesh)
         self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
 
     def __call__(self, state: TrainState, step: int) -> None:

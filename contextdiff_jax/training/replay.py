@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import PyTree
 
 from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.parallel.mesh import make_mesh, path_name, state_shardings
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training import checkpoints
+from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.loop import null_caption
-from contextdiff_jax.training.state import init_state, model_graph
+from contextdiff_jax.training.state import build_model, init_state, model_graph
 from contextdiff_jax.training.step import draw, loss_fn
 
 
@@ -51,12 +51,12 @@ def replay(dump: pathlib.Path) -> str:
     batch = draw(key, batch, settings)
 
     @jax.jit
-    def run(params):
+    def run(params, frozen):
         return jax.value_and_grad(
-            lambda params: loss_fn(nnx.merge(graph, params), batch, null, schedule, settings), has_aux=True
+            lambda params: loss_fn(build_model(graph, params, frozen), batch, null, schedule, settings), has_aux=True
         )(params)
 
-    (loss, metrics), gradient = run(state.params)
+    (loss, metrics), gradient = run(state.params, load_frozen(settings))
     bad = first_nonfinite(batch=batch, parameter=state.params, metric=metrics, gradient=gradient)
     return (
         f"step {step}: loss {float(loss):.6g}, gradient norm {float(optax.global_norm(gradient)):.6g}\n"

@@ -10,8 +10,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from contextdiff_jax.models.contextdiff import ContextDiffusion
+from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.settings import Settings, TrainConfig
+from contextdiff_jax.training.trainable import add_lora, merge_lora, split_trainable
 
 
 @jax.tree_util.register_dataclass
@@ -71,14 +72,21 @@ def model_graph(settings: Settings) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: make_model(settings)))[0]
 
 
+def build_model(graph: nnx.GraphDef, params: PyTree, frozen: Frozen = Frozen()) -> ContextDiffusion:
+    """The model of a state's parameters, LoRA's products in the layers that they change, with the frozen networks."""
+    return nnx.merge(graph, merge_lora(params)).attach(frozen)
+
+
 def init_state(settings: Settings) -> TrainState:
     """Step 0. Pure: jit it with output shardings, or `jax.eval_shape` it."""
     params = nnx.state(make_model(settings), nnx.Param)
+    if settings.train.trainable == "lora":
+        params = add_lora(params, settings.train.lora_rank, jax.random.key(settings.seed))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
-        opt_state=make_optimizer(settings.train).init(params),
+        opt_state=make_optimizer(settings.train).init(split_trainable(params, settings.train.trainable)[0]),
         key=jax.random.key_data(jax.random.key(settings.seed)),
         metric_sums=zero_metrics(),
     )

@@ -15,30 +15,64 @@ from flax import nnx
 from jaxtyping import Array, Float, Num, PyTree
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.models.contextdiff import ContextDiffusion
+from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.settings import Settings
-from contextdiff_jax.training.state import TrainState, make_optimizer, model_graph
+from contextdiff_jax.training.state import TrainState, build_model, make_optimizer, model_graph
+from contextdiff_jax.training.trainable import split_trainable
 
 Batch = dict[str, Num[Array, "B ..."]]
-RANDOM_USES = ("timestep", "noise", "dropout")  # appending a name leaves the draws of the others as they are
+RANDOM_USES = ("timestep", "noise", "dropout", "latent")  # appending a name leaves the draws of the others as they are
 
 
 def _keys(key: Array) -> dict[str, Array]:
     return {name: jax.random.fold_in(key, i) for i, name in enumerate(RANDOM_USES)}
 
 
+def x0_shape(batch: Batch, settings: Settings) -> tuple[int, int, int, int]:
+    """[B, H, W, C] of x0: pictures may have the shape of any of `data.buckets`, a cache's latents have one."""
+    (height, width, channels), size = settings.shape, settings.data.image_size
+    if "image" in batch:
+        height, width = batch["image"].shape[1] * height // size, batch["image"].shape[2] * width // size
+    return batch["token_ids"].shape[0], height, width, channels
+
+
 def draw(key: Array, batch: Batch, settings: Settings) -> Batch:
-    """Adds a step's randomness to a batch: `t`, `noise`, and `dropped` (captions hidden from the denoiser).
+    """Adds a step's randomness to a batch: `t`, `noise`, `dropped` (captions hidden from the denoiser), and for
+    latents `latent_noise` (their place in the autoencoder's Gaussian).
 
     Drawn for the whole batch at once, so that accumulation and sharding don't change the step.
     """
-    keys, shape = _keys(key), batch["image"].shape
+    keys, shape = _keys(key), x0_shape(batch, settings)
     config = settings.diffusion
-    return batch | {
+    latent = {"latent_noise": jax.random.normal(keys["latent"], shape)} if settings.latent.vae else {}
+    return batch | latent | {
         "t": diffusion.sample_timesteps(keys["timestep"], shape[0], config.num_timesteps, config.timestep_sampling),
         "noise": jax.random.normal(keys["noise"], shape),
         "dropped": jax.random.bernoulli(keys["dropout"], settings.train.caption_dropout, shape[:1]),
     }
+
+
+def x0_shape(batch: Batch, settings: Settings) -> tuple[int, int, int, int]:
+    """[B, H, W, C]: the pictures' own size, which changes with the bucket, or that of their latents."""
+    if "latent_mean" in batch:
+        return batch["latent_mean"].shape
+    B, H, W, _ = batch["image"].shape
+    factor = settings.data.image_size // settings.shape[0]  # 1 where the data are pixels
+    return B, H // factor, W // factor, settings.shape[2]
+
+
+def clean(model: ContextDiffusion, batch: Batch) -> tuple[Float[Array, "B H W C"], Float[Array, "B H2 W2 3"] | None]:
+    """x0 and its picture in [-1, 1], None from a cache. x0 is the picture, or latents drawn from q(z | picture), whose
+    moments the autoencoder or the cache gives."""
+    pixels = batch["image"].astype(jnp.float32) / 127.5 - 1 if "image" in batch else None
+    if model.vae is None:
+        return pixels, pixels
+    if pixels is None:
+        mean, std = (batch[name].astype(jnp.float32) for name in ("latent_mean", "latent_std"))
+    else:
+        q = model.vae.encode(pixels)
+        mean, std = q.mean, jnp.exp(0.5 * q.logvar)
+    return model.vae.to_diffusion(mean + std * batch["latent_noise"]), pixels
 
 
 def loss_fn(
@@ -46,10 +80,10 @@ def loss_fn(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The objective on a batch with its randomness (`draw`); `null`: the empty caption's ids and mask, [1, L]."""
     config, context = settings.diffusion, settings.context
-    x0 = batch["image"].astype(jnp.float32) / 127.5 - 1
+    x0, pixels = clean(model, batch)
     t, mask = batch["t"], batch["token_mask"]
     tokens = model.text(batch["token_ids"], mask)  # [B, L, D]
-    r = model.context(x0, tokens, mask, t)
+    r = model.relate(x0, tokens, mask, t, pixels)
     x_t = diffusion.q_sample(schedule, x0, r, t, batch["noise"], context.shift)
     target = diffusion.training_target(schedule, x0, x_t, t, config.prediction_type)
 
@@ -68,7 +102,8 @@ def loss_fn(
     denoise_loss = jnp.mean(weight * error)
     prior = jnp.zeros(())
     if config.prior_kl:
-        r_T = model.context(x0, model.text(batch["token_ids"], mask), mask, jnp.full_like(t, config.num_timesteps - 1))
+        T = jnp.full_like(t, config.num_timesteps - 1)
+        r_T = model.relate(x0, model.text(batch["token_ids"], mask), mask, T, pixels)
         prior = diffusion.prior_kl(schedule, x0, r_T, context.shift).mean()
     loss = denoise_loss + context.head_loss * context_loss + config.prior_kl * prior
 
@@ -105,8 +140,9 @@ def _accumulated(value_and_grad: Callable, params: PyTree, batch: Batch, parts: 
     return metrics, jax.tree.map(lambda g: g / parts, grads)
 
 
-def make_train_step(settings: Settings) -> Callable[[TrainState, Batch, Batch], tuple[TrainState, Array]]:
-    """`step(state, batch, null) -> (state, nonfinite)`, pure; metrics are summed in the state. To be jitted, state donated.
+def make_train_step(settings: Settings) -> Callable[..., tuple[TrainState, Array]]:
+    """`step(state, batch, null, frozen) -> (state, nonfinite)`, pure; metrics are summed in the state. To be jitted, state
+    donated. Gradients, moments and averages are those of what `train.trainable` names.
 
     Where the loss or the gradient is not finite only the step's number and the count `nonfinite` go on: a bad step can't
     spoil a checkpoint. Past `train.max_nonfinite` nothing does, so that what went wrong last is there to be looked at.
@@ -114,28 +150,35 @@ def make_train_step(settings: Settings) -> Callable[[TrainState, Batch, Batch], 
     graph, optimizer = model_graph(settings), make_optimizer(settings.train)
     schedule = settings.diffusion.make_schedule()
 
-    def step(state: TrainState, batch: Batch, null: Batch) -> tuple[TrainState, Array]:
+    def step(state: TrainState, batch: Batch, null: Batch, frozen: Frozen = Frozen()) -> tuple[TrainState, Array]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        trained, rest = split_trainable(state.params, settings.train.trainable)
+
+        def model(trained):
+            return build_model(graph, nnx.merge_state(trained, rest), frozen)
+
         value_and_grad = jax.value_and_grad(
-            lambda params, part: loss_fn(nnx.merge(graph, params), part, null, schedule, settings), has_aux=True
+            lambda trained, part: loss_fn(model(trained), part, null, schedule, settings), has_aux=True
         )
         metrics, grads = _accumulated(
-            value_and_grad, state.params, draw(key, batch, settings), settings.train.accumulation
+            value_and_grad, trained, draw(key, batch, settings), settings.train.accumulation
         )
         metrics["grad_norm"] = optax.global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
         # Starts as a plain average, so that the first steps' random weights are soon forgotten.
         decay = jnp.minimum(settings.train.ema_decay, (1 + state.step) / (10 + state.step))
-        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        averaged, kept = split_trainable(state.ema, settings.train.trainable)
+        ema = nnx.merge_state(optax.incremental_update(trained, averaged, 1 - decay), kept)
         sums = jax.tree.map(jnp.add, state.metric_sums, metrics | {"nonfinite": jnp.zeros(())})
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        params = nnx.merge_state(trained, rest)
         new = TrainState(state.step + 1, params, ema, opt_state, state.key, sums)
         nonfinite = state.metric_sums["nonfinite"]
         skipped = dataclasses.replace(state, step=new.step, metric_sums=state.metric_sums | {"nonfinite": nonfinite + 1})
-        frozen = nonfinite > settings.train.max_nonfinite
+        over = nonfinite > settings.train.max_nonfinite
         new = jax.tree.map(
-            lambda new, skipped, old: jnp.where(frozen, old, jnp.where(finite, new, skipped)), new, skipped, state
+            lambda new, skipped, old: jnp.where(over, old, jnp.where(finite, new, skipped)), new, skipped, state
         )
         return new, new.metric_sums["nonfinite"]
 

@@ -1,0 +1,43 @@
+"""The editing default: a clip of a moving shape, edited by the model that configs/shapes.py trains; nothing to download.
+
+Where `video.path` does not exist yet, make the clip and its true edits:
+
+    python -m contextdiff_jax.train --config=configs/shapes.py --workdir=runs/shapes
+    python -m contextdiff_jax.data.moving_shapes --out=runs/clip
+    python -m contextdiff_jax.edit --config=configs/edit_shapes.py --workdir=runs/edit
+"""
+
+from ml_collections import ConfigDict
+
+from configs import shapes
+
+
+def video_sections() -> dict:
+    """`video` and `edit` with every field."""
+    return dict(
+        video=dict(
+            path="", prompt="", edit_prompts=(), num_frames=8, size=(0, 0), start=0, stride=1, model="", weights="ema",
+            tune="temporal", transfer_context=True, window=0, overlap=2, remat=False, fps=8.0,
+        ),
+        edit=dict(
+            steps=50, strength=1.0, guidance=3.0, negative="source", inversion="ddim", iterations=30, tolerance=1e-4,
+            control="none", cross_range=(0.0, 0.8), self_range=(0.0, 0.5), self_tokens=1024, reweight=(), blend="",
+            blend_threshold=0.3, blend_range=(0.2, 1.0), attention_maps=False, clip="",
+        ),
+    )
+
+
+def get_config() -> ConfigDict:
+    """shapes, tuned for a minute on eight frames."""
+    config = shapes.get_config()
+    config.update(video_sections())
+    config.train.update(
+        steps=60, batch_size=2, learning_rate=1e-3, warmup_steps=5, decay="constant", ema_decay=0.9, log_every=10,
+        checkpoint_every=100,
+    )
+    config.video.update(
+        path="runs/clip/source", model="runs/shapes", prompt="a large red circle",
+        edit_prompts=("a large blue circle", "a large red square"),
+    )
+    config.edit.update(steps=25, inversion="exact")
+    return config

@@ -1,0 +1,144 @@
+"""A cache of latents, token ids and captions in ArrayRecord shards; `contextdiff_jax.data.cache` writes it.
+
+    path/cache.json                                  what it was made of (`Cache`), written first
+    path/latents-00000-of-00008.array_record         records of `encode_record`; named so only when complete
+
+A record holds the mean and the standard deviation of q(z | picture), before the scaling factor, so that each epoch draws its
+own latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import grain
+import numpy as np
+import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Float, Int32
+
+CACHE_FILE = "cache.json"
+_OPTIONS = "group_size:1"  # records are read one by one, in random order
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cache:
+    """What a cache was made of.
+
+    Attributes:
+        num_records, shard_size: shard k holds records k * shard_size and on.
+        shape: [H, W, Z] of the latents. dtype: of the moments.
+        image_size, max_length, tokenizer: as in the config's data section.
+        vae: the autoencoder's config, which a run's must equal.
+        source: the data section of the config.
+    """
+
+    num_records: int
+    shard_size: int
+    shape: tuple[int, int, int]
+    dtype: str
+    image_size: int
+    max_length: int
+    tokenizer: str
+    vae: dict[str, Any]
+    source: dict[str, Any]
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_records // self.shard_size)
+
+    def shard(self, number: int) -> str:
+        """A shard's file name."""
+        return f"latents-{number:05d}-of-{self.num_shards:05d}.array_record"
+
+    def rows(self, number: int) -> range:
+        """The records of a shard."""
+        return range(number * self.shard_size, min((number + 1) * self.shard_size, self.num_records))
+
+
+def read_cache(path: str | pathlib.Path) -> Cache:
+    """ValueError for a folder without a cache.json that fits."""
+    file = pathlib.Path(path, CACHE_FILE)
+    try:
+        values = json.loads(file.read_text())
+        return Cache(**{**values, "shape": tuple(values["shape"])})
+    except OSError:
+        raise ValueError(
+            f"data.path={str(path)!r}: holds no cache (no {CACHE_FILE}); make one with contextdiff_jax.data.cache"
+        ) from None
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"{file}: is not a cache's ({error})") from None
+
+
+def claim_cache(path: pathlib.Path, cache: Cache) -> None:
+    """Writes cache.json, or checks that the one there is the same. ValueError with the first field that differs."""
+    path.mkdir(parents=True, exist_ok=True)
+    new = json.loads(json.dumps(dataclasses.asdict(cache)))
+    if (path / CACHE_FILE).exists():
+        old = json.loads((path / CACHE_FILE).read_text())
+        for name in new:
+            if old.get(name) != new[name]:
+                raise ValueError(f"--out={path}: holds another cache, {name} is {old.get(name)!r} there and {new[name]!r} here")
+        return
+    partial = path / (CACHE_FILE + ".partial")
+    partial.write_text(json.dumps(new, indent=2) + "\n")
+    partial.replace(path / CACHE_FILE)
+
+
+def encode_record(
+    mean: Float[np.ndarray, "H W Z"], std: Float[np.ndarray, "H W Z"], token_ids: Int32[np.ndarray, "L"],
+    token_mask: np.ndarray, caption: str,
+) -> bytes:
+    """One record: safetensors, the caption as UTF-8 bytes."""
+    text = np.frombuffer(caption.encode() or b"\0", np.uint8)
+    mask = token_mask.astype(np.uint8)
+    return safetensors.numpy.save({"mean": mean, "std": std, "ids": token_ids, "mask": mask, "caption": text})
+
+
+def decode_record(record: bytes) -> dict[str, Any]:
+    """The inverse, with the names of a batch."""
+    values = safetensors.numpy.load(record)
+    return {
+        "latent_mean": values["mean"], "latent_std": values["std"], "token_ids": values["ids"],
+        "token_mask": values["mask"].astype(bool), "caption": values["caption"].tobytes().decode().removesuffix("\0"),
+    }
+
+
+def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
+    """A shard, visible under its name only when it is complete."""
+    partial = path.with_suffix(".partial")
+    writer = ArrayRecordWriter(str(partial), _OPTIONS)
+    try:
+        for record in records:
+            writer.write(record)
+    finally:
+        writer.close()
+    partial.replace(path)
+
+
+class CacheSource:
+    """Random access to a complete cache.
+
+    Records: `latent_mean`, `latent_std` [H, W, Z] in the cache's type, `token_ids`, `token_mask` [L], `caption`.
+    """
+
+    def __init__(self, path: str):
+        """ValueError for a folder without a cache, or with one that isn't finished."""
+        self.cache = read_cache(path)
+        files = [pathlib.Path(path, self.cache.shard(k)) for k in range(self.cache.num_shards)]
+        there = sum(file.is_file() for file in files)
+        if there < len(files):
+            raise ValueError(f"data.path={path!r}: {there} of {len(files)} shards are there; the same command as before goes on")
+        self._records = grain.sources.ArrayRecordDataSource([str(file) for file in files])
+        if len(self._records) != self.cache.num_records:
+            raise ValueError(f"data.path={path!r}: {len(self._records)} records; {CACHE_FILE} says {self.cache.num_records}")
+
+    def __len__(self) -> int:
+        return self.cache.num_records
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return decode_record(self._records[index])

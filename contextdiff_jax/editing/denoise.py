@@ -1,0 +1,122 @@
+"""The denoise function of a clip: context, guidance, windows over long clips, attention control."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from contextdiff_jax import diffusion
+from contextdiff_jax.diffusion.samplers import Denoised, DenoiseFn
+from contextdiff_jax.models.video import AttentionControl, VideoDiffusion
+
+
+class Text(NamedTuple):
+    """Encoded prompts, and which of their tokens are not padding."""
+
+    tokens: Float[Array, "P L D"]
+    mask: Bool[Array, "P L"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Process:
+    """What a model was trained on: schedule, prediction type, shift. `bound`: of |x0| (1 for pictures, None: latents)."""
+
+    schedule: diffusion.NoiseSchedule
+    prediction_type: str
+    shift: str
+    bound: float | None
+
+
+def first_row(text: Text) -> Text:
+    """The first prompt alone, the source's."""
+    return jax.tree.map(lambda a: a[:1], text)
+
+
+def join(first: Text, second: Text) -> Text:
+    """Both prompts' rows."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
+
+
+def repeat(text: Text, count: int) -> Text:
+    """One prompt, `count` times."""
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape[1:])), text)
+
+
+def window_weights(frames: int, window: int, overlap: int) -> list[tuple[slice, np.ndarray]]:
+    """(frames, weight of each frame) of windows that cover the clip; the weights of a frame sum to 1.
+
+    Windows start every window - overlap frames, the last ends with the clip. Inside an overlap one fades into the
+    next. A clip that fits in one window is one window.
+    """
+    if not window or frames <= window:
+        return [(slice(0, frames), np.ones(frames, np.float32))]
+    starts = [*range(0, frames - window, window - overlap), frames - window]
+    ramp = np.minimum(np.arange(1, window + 1), overlap + 1) / (overlap + 1)
+    weights = np.zeros((len(starts), frames), np.float32)
+    for row, start in zip(weights, starts):
+        row[start : start + window] = np.minimum(ramp, ramp[::-1])
+    weights /= weights.sum(0)
+    return [(slice(s, s + window), row[s : s + window]) for s, row in zip(starts, weights)]
+
+
+def windowed(function: Callable[..., Any], frames: int, window: int, overlap: int) -> Callable[..., Any]:
+    """function(x, ...) on windows of x's frames; its results, trees of [B, F, ...], are blended."""
+    parts = window_weights(frames, window, overlap)
+    if len(parts) == 1:
+        return function
+
+    def blended(x, *rest):
+        total = None
+        for part, weight in parts:
+            out = jax.tree.map(
+                lambda y: jnp.zeros((y.shape[0], frames, *y.shape[2:]), y.dtype)
+                .at[:, part].set(y * weight.reshape(1, -1, *[1] * (y.ndim - 2))),  # noqa: B023
+                function(x[:, part], *rest),
+            )
+            total = out if total is None else jax.tree.map(jnp.add, total, out)
+        return total
+
+    return blended
+
+
+def make_branches(
+    model: VideoDiffusion, process: Process, text: Text, r_text: Text, control: AttentionControl | None = None
+) -> DenoiseFn:
+    """Denoises rows of clips, each by its own text; r reads `r_text`, the true captions."""
+
+    def predict(x, t):
+        return model.predict(x, t, *text, control)
+
+    if model.unet.context_head is not None:
+        return diffusion.posterior_mean_denoise(predict, process.schedule, process.prediction_type, process.bound)
+
+    def context_fn(x0, t):
+        return model.context(x0, *r_text, t)
+
+    return diffusion.plugin_denoise(predict, context_fn, process.schedule, process.prediction_type, process.bound)
+
+
+def make_denoise(
+    model: VideoDiffusion, process: Process, text: Text, null: Text | None = None, *, guidance: float = 1.0,
+    control: AttentionControl | None = None,
+) -> DenoiseFn:
+    """`denoise(x, t, s)` of P clips [P, F, H, W, C]. With guidance other than 1 the rows of `null` follow those of
+    `text` in one batch of 2 P: a control sees both."""
+    if guidance == 1.0 or null is None:
+        return make_branches(model, process, text, text, control)
+    branches = make_branches(model, process, join(text, null), join(text, text), control)
+
+    def denoise(x, t, s):
+        both = branches(*(jnp.concatenate([a, a]) for a in (x, t, s)))
+        halves = zip(*(jnp.split(a, 2) for a in both), strict=True)
+        conditional, unconditional = (Denoised(*half) for half in halves)
+        out = diffusion.guide(conditional, unconditional, guidance)
+        return out if process.bound is None else out._replace(x0=jnp.clip(out.x0, -process.bound, process.bound))
+
+    return denoise

@@ -1,0 +1,207 @@
+"""An edit from end to end. Read it from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
+
+from contextdiff_jax.data.video import read_clip
+from contextdiff_jax.editing import output
+from contextdiff_jax.editing.attention import align, blend_mask
+from contextdiff_jax.editing.denoise import first_row
+from contextdiff_jax.editing.inversion import invert, reconstruct
+from contextdiff_jax.editing.models import Editor, open_editor
+from contextdiff_jax.editing.sampling import sample_edits
+from contextdiff_jax.editing.settings import EditSettings
+from contextdiff_jax.editing.tuning import tune
+from contextdiff_jax.evaluation import video as scores
+from contextdiff_jax.models.video import VideoDiffusion
+from contextdiff_jax.parallel.mesh import make_mesh
+
+LOGGER = logging.getLogger(__name__)
+Clip = UInt8[np.ndarray, "F H W 3"]
+
+
+class Programs:
+    """Compiles each stage once; notes what it takes: seconds (compilation apart) and memory on a device."""
+
+    def __init__(self):
+        self.costs: dict[str, dict[str, float]] = {}
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def run(self, stage: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(*arguments), compiled at the stage's first call: later ones must have the same shapes."""
+        if stage not in self._compiled:
+            start = time.perf_counter()
+            self._compiled[stage] = compiled = jax.jit(function).lower(*arguments).compile()
+            memory = compiled.memory_analysis()
+            self.costs[stage] = {
+                "compile_seconds": time.perf_counter() - start,
+                "memory_megabytes": (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**20,
+            }
+        start = time.perf_counter()
+        result = jax.block_until_ready(self._compiled[stage](*arguments))
+        self.costs[stage]["seconds"] = time.perf_counter() - start
+        return result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Edited:
+    """Clips of an edit.
+
+    Attributes:
+      reconstruction: of the source, by its own prompt. clips: one an edit prompt.
+      masks: where each edit may differ from the source (all of it without blending).
+      maps: the attention of the changed words, source first; 0 where nothing was asked for.
+    """
+
+    reconstruction: Clip
+    clips: list[Clip]
+    masks: list[np.ndarray]
+    maps: Float[np.ndarray, "P F H W"]
+
+
+def edit_clip(
+    editor: Editor, model: VideoDiffusion, clip: Clip, x0: Float[Array, "1 F H W C"], settings: EditSettings,
+    programs: Programs,
+) -> Edited:
+    """Inversion, reconstruction and all edits of a clip, x0 as the networks see it, by a tuned model."""
+    video, edit, process = settings.video, settings.edit, editor.process
+    text, null = editor.encode_text([video.prompt, *video.edit_prompts]), editor.encode_text([""])
+    alignment = align(video.prompt, video.edit_prompts, editor.count_tokens, editor.text_length, edit)
+    graph, state = nnx.split(model)
+
+    def inversion(state, x0, source):
+        return invert(nnx.merge(graph, state), process, x0, source, video, edit)
+
+    def reconstruction(state, x, source):
+        return reconstruct(nnx.merge(graph, state), process, x, source, video, edit)
+
+    def editing(state, path, text, null, alignment):
+        return sample_edits(nnx.merge(graph, state), process, path, text, null, alignment, video, edit)
+
+    path = programs.run("inversion", inversion, state, x0, first_row(text))
+    again = editor.decode(programs.run("reconstruction", reconstruction, state, path[-1], first_row(text)))
+    LOGGER.info("reconstruction: PSNR %.2f dB, SSIM %.4f", scores.psnr(again, clip), scores.ssim(again, clip))
+    clips, maps = programs.run("editing", editing, state, path, text, null, alignment)
+    frames = [editor.decode(clip[None]) for clip in clips[1:]]
+    full = jax.image.resize(maps, (*maps.shape[:2], *frames[0].shape[1:3]), "linear")
+    inside = blend_mask(full, edit.blend_threshold) if edit.blend else jnp.ones((*full.shape, 1))
+    return Edited(
+        reconstruction=again, clips=frames, masks=list(np.asarray(inside[1:, ..., 0]) > 0), maps=np.asarray(full)
+    )
+
+
+def run_edit(settings: EditSettings, config: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+    """Reads the clip, tunes on it (or takes up the tuning in `workdir`), edits, writes all and the metrics, which are
+    returned. `config` is what config.json records.
+
+    Raises ValueError for what the user must change.
+    """
+    video, programs = settings.video, Programs()
+    size = tuple(video.size) if max(video.size) else None
+    clip = read_clip(video.path, num_frames=video.num_frames, start=video.start, stride=video.stride, size=size)
+    mesh = make_mesh(settings.base.mesh)
+    ways = mesh.shape["sequence"]
+    if len(clip) % ways:
+        raise ValueError(f"mesh.sequence={ways}: must divide the number of frames, {len(clip)}")
+    editor = open_editor(settings)
+    editor.check_size(clip)
+    # Refused now, not after the tuning.
+    align(video.prompt, video.edit_prompts, editor.count_tokens, editor.text_length, settings.edit)
+    scorer = scores.make_clip_scorer(settings.edit.clip) if settings.edit.clip else None
+
+    x0 = jax.device_put(editor.encode(clip), NamedSharding(mesh, PartitionSpec(None, "sequence")))
+    start = time.perf_counter()
+    text, null = editor.encode_text([video.prompt]), editor.encode_text([""])
+    model = tune(editor.model, editor.process, x0, text, null, settings, config, workdir)
+    programs.costs["tuning"] = {"seconds": time.perf_counter() - start}
+    edited = edit_clip(editor, model, clip, x0, settings, programs)
+    metrics = measure(clip, edited, settings, scorer) | {
+        "context_gain": float(model.context.gain), "frames": len(clip), "size": list(clip.shape[1:3]),
+        "costs": programs.costs,
+    }
+    write(clip, edited, settings, metrics, workdir)
+    return metrics
+
+
+def measure(clip: Clip, edited: Edited, settings: EditSettings, scorer: Callable | None) -> dict[str, Any]:
+    """The metrics of the reconstruction and of each edit. Those of the background are where the edit may not differ."""
+    rows = []
+    named = [(settings.video.prompt, edited.reconstruction, None)]
+    named += list(zip(settings.video.edit_prompts, edited.clips, edited.masks, strict=True))
+    for prompt, frames, mask in named:
+        row = {"prompt": prompt, "psnr": scores.psnr(frames, clip), "ssim": scores.ssim(frames, clip)}
+        if mask is not None and not mask.all():
+            row |= {"background_psnr": scores.psnr(frames, clip, ~mask), "background_ssim": scores.ssim(frames, clip, ~mask)}
+        if len(clip) > 1:
+            row |= _warping(frames, clip)
+        rows.append(row | (scorer(frames, prompt) if scorer else {}))
+    return {"reconstruction": rows[0], "edits": rows[1:], "source": _warping(clip, clip)}
+
+
+def _warping(frames: Clip, clip: Clip) -> dict[str, float]:
+    try:
+        return {"warping_error": scores.warping_error(frames, clip)}
+    except ImportError:
+        LOGGER.warning("warping_error is left out: pip install opencv-python-headless")
+        return {}
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """The metrics as text, one row a clip."""
+    rows = [("reconstruction", metrics["reconstruction"])]
+    rows += [(f"{i:02d} {row['prompt']}", row) for i, row in enumerate(metrics["edits"])]
+    columns = list(dict.fromkeys(key for _, row in rows for key in row if key != "prompt"))
+    widths = [max(len(column), 8) for column in columns]
+    lines = [f"{'clip':40}" + "".join(f"  {column:>{width}}" for column, width in zip(columns, widths))]
+    for label, row in rows:
+        cells = [f"{row[column]:.4g}" if column in row else "" for column in columns]
+        lines.append(f"{label[:40]:40}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths)))
+    return "\n".join(lines)
+
+
+def write(clip: Clip, edited: Edited, settings: EditSettings, metrics: Mapping[str, Any], workdir: pathlib.Path) -> None:
+    """DIR/edits/NN.gif, NN.mp4 and NN/ (frames), strip.png, attention/ if asked for, metrics.json."""
+    video, folder = settings.video, workdir / "edits"
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, frames in enumerate(edited.clips):
+        output.save_gif(frames, folder / f"{i:02d}.gif", video.fps)
+        output.save_mp4(frames, folder / f"{i:02d}.mp4", video.fps)
+        output.save_frames(frames, folder / f"{i:02d}")
+    rows = {f"source: {video.prompt}": clip, "reconstruction": edited.reconstruction}
+    rows |= {f"{i}: {prompt}": frames for i, (prompt, frames) in enumerate(zip(video.edit_prompts, edited.clips))}
+    output.strip(rows).save(workdir / "strip.png")
+    if settings.edit.attention_maps:
+        attention = workdir / "attention"
+        attention.mkdir(exist_ok=True)
+        for i, maps in enumerate(edited.maps):
+            scaled = np.round(255 * maps / max(maps.max(), 1e-12)).astype(np.uint8)
+            Image.fromarray(np.concatenate(list(scaled), axis=1)).save(attention / f"{i:02d}.png")
+    partial = workdir / "metrics.json.partial"
+    partial.write_text(json.dumps(_finite(metrics), indent=2) + "\n")
+    partial.replace(workdir / "metrics.json")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no inf and no nan: null stands for them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+

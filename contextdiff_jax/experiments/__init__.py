@@ -1,0 +1,1 @@
+"""Plans of variants and seeds, their cells, and the tables made of them."""

@@ -1,0 +1,153 @@
+"""What a cell does, by the plan's kind: `(cell, workdir) -> scores`, plain values that JSON holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from contextdiff_jax.cli import RunError
+from contextdiff_jax.data import DataConfig, load_tokenizer
+from contextdiff_jax.evaluation import distances, metrics
+from contextdiff_jax.evaluation.classifier import WEIGHTS_FILE, correct, read_labels
+from contextdiff_jax.evaluation.composition import is_main, judge
+from contextdiff_jax.evaluation.features import extract
+from contextdiff_jax.evaluation.fit import fit_classifier
+from contextdiff_jax.experiments.oracle import OracleGenerator
+from contextdiff_jax.experiments.plan import Cell
+from contextdiff_jax.experiments.toy import toy_cell
+from contextdiff_jax.generation import Generator
+from contextdiff_jax.run import load_run
+from contextdiff_jax.settings import SampleConfig, Settings, parse
+from contextdiff_jax.training.loop import train
+from contextdiff_jax.training.state import model_graph
+
+Generate = Callable[[Sequence[dict[str, Any]]], UInt8[np.ndarray, "N H W 3"]]
+# Added to data.scene_seed, to which `metrics.splits` adds 1: neither trained on, evaluated on, nor a classifier's.
+_VALIDATION_SCENES = 2
+
+
+def picture_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains, chooses the guidance scale on validation captions, and scores the samples and the bound.
+
+    Options: `num` samples a split; `guidances` the grid; `validation` captions to choose on; `samplers`
+    {name: steps}, of which the first is the one to choose with; `bound` pictures a split (0: none) at `bound_timesteps`
+    strata; `classifier` training steps (0: none) of the network whose features give the FID, and which judges what
+    is not `shapes`. It is trained once a plan, next to the runs.
+    """
+    settings = parse(cell.config)
+    if int(train(settings, cell.config, workdir).step) < settings.train.steps:
+        raise RunError(f"{cell.name}: stopped while training; the same command goes on from there")
+    study = _Study(settings, load_run(str(workdir)).params, cell.seed, cell.options, workdir.parent)
+    validation = study.validate()
+    best = max(validation, key=validation.get)
+    scores: dict[str, Any] = {"validation": {str(scale): share for scale, share in validation.items()}, "guidance": best}
+    marks = {}
+    for sampler, steps in cell.options["samplers"].items():
+        found = {}
+        for label, scale in (("1", 1.0), ("best", best)):
+            if scale not in found:
+                options = dataclasses.replace(settings.sample, sampler=sampler, steps=steps, guidance=scale)
+                found[scale] = study.score(study.generator(options), fidelity=True)
+            for row, (values, exact) in found[scale].items():
+                scores[f"{row}, {sampler}, guidance {label}"] = values
+                marks[f"{row}, {sampler}, guidance {label}"] = exact
+    if settings.context.kind != "none":
+        options = study.first_sampler(best)
+        oracle = OracleGenerator(settings, study.tokenizer, options)
+        found = study.score(lambda records: oracle(study.params, records, cell.seed), fidelity=False)
+        scores |= {f"{row}, {options.sampler}, guidance best, true context": values for row, (values, _) in found.items()}
+    if cell.options["bound"]:
+        bits = metrics.bound(study.evaluation(cell.options["bound"]))
+        scores["bound"] = {row: values["total"].value for row, values in bits.scores.items()}
+    return {"scores": scores, "marks": marks, "training": _training(workdir, study.params)}
+
+
+class _Study:
+    """A trained model and the questions to it. What is asked for is a record: its caption, for the oracle its picture."""
+
+    def __init__(self, settings: Settings, params: Any, seed: int, options: dict[str, Any], folder: pathlib.Path):
+        self.settings, self.params, self.seed, self.options = settings, params, seed, options
+        self.tokenizer = load_tokenizer(settings.data.tokenizer or None)
+        self.features = ""
+        if options["classifier"]:
+            path = folder / f"classifier-{options['classifier']}"
+            if not (path / WEIGHTS_FILE).exists():
+                fit_classifier(settings.data, path, steps=options["classifier"])
+            self.features = str(path)
+        self.main = self.evaluation(options["num"])  # one, for its cache of real pictures' features
+
+    def evaluation(self, num: int, data: DataConfig | None = None) -> metrics.Evaluation:
+        settings = self.settings if data is None else dataclasses.replace(self.settings, data=data)
+        return metrics.Evaluation(
+            settings=settings, tokenizer=self.tokenizer, graph=model_graph(self.settings), params=self.params,
+            generate=None, features=self.features, num=num, seed=self.seed, bound_timesteps=self.options["bound_timesteps"],
+        )
+
+    def generator(self, options: SampleConfig) -> Generate:
+        generator = Generator(self.settings, self.tokenizer, options)
+        return lambda records: generator(self.params, [record["caption"] for record in records], self.seed)
+
+    def first_sampler(self, guidance: float) -> SampleConfig:
+        sampler, steps = next(iter(self.options["samplers"].items()))
+        return dataclasses.replace(self.settings.sample, sampler=sampler, steps=steps, guidance=guidance)
+
+    def validate(self) -> dict[float, float]:
+        """{guidance scale: share of exact pictures} on captions of the training split: other scenes of `shapes` than
+        those trained and evaluated on."""
+        data = dataclasses.replace(self.settings.data, scene_seed=self.settings.data.scene_seed + _VALIDATION_SCENES)
+        evaluation = self.evaluation(self.options["validation"], data)
+        row = next(iter(evaluation.sources))
+        return {
+            scale: float(np.mean(_alignment(evaluation, row, self.generator(self.first_sampler(scale)))["exact"]))
+            for scale in self.options["guidances"]
+        }
+
+    def score(self, generate: Generate, fidelity: bool) -> dict[str, tuple[dict[str, float], str]]:
+        """{split: (means, a mark a record)}."""
+        evaluation, found = self.main, {}
+        for row in evaluation.sources:
+            images = generate(evaluation.records(row))
+            answers = _alignment(evaluation, row, lambda _: images)
+            values = {name: float(np.nanmean(v)) for name, v in answers.items()}
+            if fidelity and self.features:
+                real = evaluation.real_features(row, 0, evaluation.reference)
+                values["fid"] = distances.fid(extract(evaluation.feature_fns["features"], images), real).value
+            found[row] = values, "".join("01"[int(v)] for v in answers["exact"])
+        return found
+
+
+def _alignment(evaluation: metrics.Evaluation, row: str, generate: Generate) -> dict[str, Float[np.ndarray, "N"]]:
+    """Which pictures show what their record says, by attribute, and `exact`: in all. Judged from the pixels where that is
+    possible, else by the classifier."""
+    records = evaluation.records(row)
+    images = generate(records)
+    if evaluation.settings.data.source == "shapes":
+        judged = judge(images, [record["caption"] for record in records])
+        return {name: values for name, values in judged.items() if is_main(name)}
+    labels = [read_labels(record["attributes"]) for record in records]
+    logits = extract(evaluation.feature_fns["logits"], images)
+    answers = {n: v for n, v in correct(logits, labels, evaluation.network.attributes).items() if not np.isnan(v).all()}
+    return {**answers, "exact": np.all([np.nan_to_num(v, nan=1.0) == 1 for v in answers.values()], axis=0).astype(float)}
+
+
+def _training(workdir: pathlib.Path, params: Any) -> dict[str, Any]:
+    """Cost and course of the training, from its log."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    speeds = [row["seconds_per_step"] for row in rows]
+    flops = [row["model_flops_per_second"] * row["seconds_per_step"] for row in rows if "model_flops_per_second" in row]
+    return {
+        "steps": rows[-1]["step"], "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "seconds_per_step": float(np.median(speeds)), "flops_per_step": float(np.median(flops)) if flops else None,
+        "step": [row["step"] for row in rows],
+        "loss": [row["loss"] for row in rows], "context_gain": [row["context_gain"] for row in rows],
+    }
+
+
+CELLS: dict[str, Callable[[Cell, pathlib.Path], dict[str, Any]]] = {"pictures": picture_cell, "toy": toy_cell}

@@ -1,0 +1,118 @@
+"""A plan: which variants, how many seeds, what is asked of each. Its cells are files that say what they are of."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """An experiment: one config, variants that differ from it, seeds.
+
+    Attributes:
+        title: one line for the head of the results' page.
+        about: what is asked, in a paragraph.
+        kind: the name of a function in `cells.CELLS`: what a cell does.
+        config: the base config, as plain values.
+        variants: {name: {dotted field: value}}, in the order of the table.
+        seeds: seeds 0..n-1 of every variant; `more_seeds` has the n of those that differ.
+        baseline: the variant that the others are compared with, seed by seed.
+        options: what the cell's function is told beside the config.
+        headline: the scores of the table, {column: path in the cell's scores}, the first one being decisive.
+    """
+
+    title: str
+    about: str
+    kind: str
+    config: Mapping[str, Any]
+    variants: Mapping[str, Mapping[str, Any]]
+    headline: Mapping[str, str]
+    seeds: int = 3
+    more_seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    baseline: str = "none"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.baseline not in self.variants:
+            raise ValueError(f"baseline={self.baseline!r}: must be one of the variants, {', '.join(self.variants)}")
+        for name in self.more_seeds:
+            if name not in self.variants:
+                raise ValueError(f"more_seeds: {name!r} is no variant; they are {', '.join(self.variants)}")
+        for name in self.variants:
+            if not re.fullmatch(r"[\w.+-]+", name):
+                raise ValueError(f"variants: {name!r} names files; letters, digits, and _ . + - only")
+
+    def cells(self) -> Iterator[Cell]:
+        """Seed by seed, so that an interrupted plan has whole comparisons."""
+        counts = {name: self.more_seeds.get(name, self.seeds) for name in self.variants}
+        for seed in range(max(counts.values())):
+            for name, count in counts.items():
+                if seed < count:
+                    yield self.cell(name, seed)
+
+    def cell(self, variant: str, seed: int) -> Cell:
+        """ValueError for an unknown variant or field."""
+        if variant not in self.variants:
+            raise ValueError(f"--variants={variant}: unknown; one of {', '.join(self.variants)}")
+        config = copy.deepcopy(dict(self.config))
+        for path, value in {**self.variants[variant], "seed": seed}.items():
+            *sections, field = path.split(".")
+            section = config
+            for name in sections:
+                section = section.get(name, {})
+            if field not in section:
+                raise ValueError(f"variants: {variant}: {path} is no field of the config")
+            section[field] = value
+        if isinstance(config.get("data"), dict):
+            config["data"]["seed"] = seed  # the order of the records
+        return Cell(variant, seed, config, dict(self.options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One variant with one seed."""
+
+    variant: str
+    seed: int
+    config: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of its file and of its run's folder."""
+        return f"{self.variant}-{self.seed}"
+
+    @property
+    def config_hash(self) -> str:
+        """Of the config and the options: results of another hash are of another experiment."""
+        text = json.dumps([self.config, self.options], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def result(self, folder: pathlib.Path) -> dict[str, Any] | None:
+        """The finished cell's file in `folder`; None if there is none, or it is of another config."""
+        path = folder / f"{self.name}.json"
+        if not path.exists():
+            return None
+        result = json.loads(path.read_text())
+        return result if result["config_hash"] == self.config_hash else None
+
+
+def load_plan(path: str) -> Plan:
+    """`get_plan()` of a Python file. ValueError if there is none."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ValueError(f"--plan={path}: no such file; as in --plan=configs/experiments/shapes.py")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_plan"):
+        raise ValueError(f"--plan={path}: has no function get_plan()")
+    return module.get_plan()

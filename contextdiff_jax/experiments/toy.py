@@ -1,0 +1,250 @@
+"""A set of 25 points in the plane, where everything can be known: the exact Bayes denoiser beside a small learned one.
+
+The points lie on a jittered grid with unequal weights, five in each of five classes; the class is the text c. Under a
+shift with context r(x0, c) the noisy marginal is a mixture of Gaussians,
+
+    q(x_t | c) = sum_i w_i N(a_t x_i + k_t r_i, b_t^2 I)                                                 (1)
+
+so E[x0 | x_t, c] and E[r | x_t, c] are sums over 25 points. A sampler that is right ends on the points of the class
+with their weights; its error is the total variation from them, averaged over classes. Whatever `plugin` loses there is
+the estimate's own, no network's.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from contextdiff_jax import diffusion
+from contextdiff_jax.experiments.plan import Cell
+
+CLASSES = 5
+
+
+def points() -> tuple[Float[np.ndarray, "25 2"], Float[np.ndarray, "25"], Int[np.ndarray, "25"]]:
+    """Positions within [-1, 1], weights that sum to 1 in each class, classes."""
+    rng = np.random.default_rng(2402)
+    grid = np.stack(np.meshgrid(*[np.linspace(-0.9, 0.9, 5)] * 2), axis=-1).reshape(-1, 2)
+    weights = rng.dirichlet(np.full(CLASSES, 2.0), CLASSES).reshape(-1)
+    return grid + rng.uniform(-0.1, 0.1, grid.shape), weights, rng.permutation(np.repeat(np.arange(CLASSES), 5)).argsort() % 5
+
+
+def fixed_context(kind: str) -> Callable:
+    """r(x0, c) of the exact study, of size 1 or so: `linear` in x0, `sine` (far from linear), `text` (c alone)."""
+    matrix = jnp.asarray(np.random.default_rng(16627).normal(size=(2, 2)) / 0.7, jnp.float32)
+    table = jnp.asarray(np.random.default_rng(1).normal(size=(CLASSES, 2)), jnp.float32)
+    kinds = {
+        "none": lambda x0, c: jnp.zeros_like(x0),
+        "linear": lambda x0, c: x0 @ matrix,
+        "sine": lambda x0, c: 3 * jnp.sin(3 * x0 @ matrix) / 0.7,
+        "text": lambda x0, c: table[c],
+    }
+    if kind not in kinds:
+        raise ValueError(f"kind={kind!r}: unknown for the exact denoiser; one of {', '.join(kinds)}")
+    return kinds[kind]
+
+
+class Network(nnx.Module):
+    """Denoiser and context of the learned study: MLPs of (x, time, class)."""
+
+    def __init__(self, kind: str, estimate: str, width: int, max_gain: float, rngs: nnx.Rngs):
+        self.kind, self.max_gain = kind, max_gain
+        self.head = estimate == "posterior_mean"
+        self.embed = nnx.Linear(2 + 16 + 16 + CLASSES, width, rngs=rngs)
+        self.hidden = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(2)])
+        self.out = nnx.Linear(width, 4 if self.head else 2, rngs=rngs)
+        inputs = {"none": 0, "text": CLASSES, "linear": 2 + CLASSES, "bilinear": 2 * CLASSES, "mlp": 2 + CLASSES}
+        if kind not in inputs:
+            raise ValueError(f"kind={kind!r}: unknown for the learned denoiser; one of {', '.join(inputs)}")
+        if kind != "none":
+            self.gamma = nnx.Param(jnp.zeros(()))
+            self.r_in = nnx.Linear(inputs[kind], width if kind == "mlp" else 2, rngs=rngs)
+            self.r_out = nnx.Linear(width, 2, rngs=rngs) if kind == "mlp" else None
+
+    def __call__(self, x: Float[Array, "B 2"], t: Int[Array, "B"], c: Int[Array, "B"]) -> Array | tuple[Array, Array]:
+        """x0_hat, with a second head also r_hat."""
+        time = t[:, None] / 1000 * np.pi * 2 ** np.arange(8) / 2
+        place = (x[..., None] * np.pi * 2 ** np.arange(4)).reshape(len(x), 8)  # five points a side need fine features
+        phases = jnp.concatenate([time, place], -1)
+        h = self.embed(jnp.concatenate([x, jnp.sin(phases), jnp.cos(phases), jax.nn.one_hot(c, CLASSES)], -1))
+        for layer in self.hidden:
+            h = h + layer(jax.nn.silu(h))
+        out = self.out(jax.nn.silu(h))
+        return (out[:, :2], out[:, 2:]) if self.head else out
+
+    def context(self, x0: Float[Array, "B 2"], c: Int[Array, "B"]) -> Float[Array, "B 2"]:
+        """r(x0, c), of root mean square `max_gain tanh(gamma)` in each sample, as the pictures' (models.context)."""
+        if self.kind == "none":
+            return jnp.zeros_like(x0)
+        onehot = jax.nn.one_hot(c, CLASSES)
+        h = self.r_in({
+            "text": lambda: onehot,
+            "linear": lambda: jnp.concatenate([x0, onehot], -1),
+            "mlp": lambda: jnp.concatenate([x0, onehot], -1),
+            "bilinear": lambda: (x0[:, :, None] * onehot[:, None]).reshape(len(x0), -1),
+        }[self.kind]())
+        raw = h if self.r_out is None else self.r_out(jax.nn.silu(h))
+        rms = jnp.sqrt(jnp.mean(raw**2, -1, keepdims=True) + 1e-8)
+        return self.max_gain * jnp.tanh(self.gamma[...]) * raw / rms
+
+
+def exact_estimates(schedule: diffusion.NoiseSchedule, context: Callable, shift: str) -> Callable:
+    """`estimates(x_t, t, c) -> (E[x0 | x_t, c], E[r | x_t, c])` by (1)."""
+    positions, weights, classes = points()
+    x, log_w = jnp.asarray(positions, jnp.float32), jnp.log(jnp.asarray(weights, jnp.float32))
+
+    def estimates(x_t, t, c):
+        r = jax.vmap(lambda one: context(x, jnp.full(len(x), one)))(c)  # [B, 25, 2]
+        abar = schedule.alphas_cumprod[t]
+        a, k, variance = jnp.sqrt(abar), diffusion.shift_coefficient(schedule, t, shift), 1 - abar
+        mean = a[:, None, None] * x + k[:, None, None] * r
+        logits = log_w - ((x_t[:, None] - mean) ** 2).sum(-1) / (2 * variance[:, None])
+        p = jax.nn.softmax(jnp.where(classes == c[:, None], logits, -jnp.inf))
+        return p @ x, (p[..., None] * r).sum(1)
+
+    return estimates
+
+
+def train_network(config: dict[str, Any], schedule: diffusion.NoiseSchedule) -> tuple[Network, dict[str, Any]]:
+    """Jointly trained with `simple`, x0-prediction, on draws of the set: one scan. And its loss and gain by step."""
+    positions, weights, classes = (jnp.asarray(a) for a in points())
+    model = Network(config["kind"], config["estimate"], config["width"], config["max_gain"], nnx.Rngs(config["seed"]))
+    graph, params = nnx.split(model)
+    optimizer = optax.adam(optax.cosine_decay_schedule(config["learning_rate"], config["steps"]))
+    probabilities = weights / weights.sum()
+
+    def loss_fn(params, key):
+        model = nnx.merge(graph, params)
+        keys = jax.random.split(key, 3)
+        i = jax.random.choice(keys[0], len(positions), (config["batch_size"],), p=probabilities)
+        x0, c = positions[i].astype(jnp.float32), classes[i]
+        t = jax.random.randint(keys[1], x0.shape[:1], 0, schedule.num_timesteps)
+        r = model.context(x0, c)
+        x_t = diffusion.q_sample(schedule, x0, r, t, jax.random.normal(keys[2], x0.shape), config["shift"])
+        out = model(x_t, t, c)
+        head = jnp.zeros(())
+        if model.head:
+            out, r_hat = out
+            head = jnp.mean((r_hat - jax.lax.stop_gradient(r)) ** 2)
+        gain = config["max_gain"] * jnp.tanh(model.gamma[...]) if model.kind != "none" else jnp.zeros(())
+        loss = jnp.mean((out - x0) ** 2)
+        return loss + head, (loss, gain)
+
+    def step(carry, key):
+        params, opt = carry
+        grads, logged = jax.grad(loss_fn, has_aux=True)(params, key)
+        updates, opt = optimizer.update(grads, opt)
+        return (optax.apply_updates(params, updates), opt), logged
+
+    keys = jax.random.split(jax.random.key(config["seed"]), config["steps"])
+    run = jax.jit(lambda params, keys: jax.lax.scan(step, (params, optimizer.init(params)), keys))
+    (params, _), (loss, gain) = run(params, keys)
+    steps = np.linspace(0, config["steps"] - 1, 50).astype(int)
+    curves = {"step": steps.tolist(), "loss": np.asarray(loss)[steps].tolist(), "context_gain": np.asarray(gain)[steps].tolist()}
+    return nnx.merge(graph, params), curves
+
+
+def toy_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
+    """Total variation from the true weights, and the bound's KL terms; nothing is written to `workdir`.
+
+    Config: `seed`, `denoiser` (exact | learned), `kind`, `shift`, `estimate`, `max_gain`, and `width`, `steps`,
+    `batch_size`, `learning_rate` of the learned one. Options: `num` samples and `bound` points (of the bound) a class,
+    `samplers` {name: steps}.
+    """
+    config = cell.config
+    schedule = diffusion.make_schedule("cosine")
+    curves: dict[str, Any] = {"step": [], "loss": [], "context_gain": []}
+    if config["denoiser"] == "exact":
+        graph, params, context = None, None, fixed_context(config["kind"])
+        exact = exact_estimates(schedule, context, config["shift"])
+    else:
+        model, curves = train_network(config, schedule)
+        graph, params = nnx.split(model)
+
+    # Parameters are arguments, so that the seeds of a variant share their compiled programs.
+    def functions(params, c):
+        """(denoise, context_fn) for classes c."""
+        if graph is None:
+            both, r = exact, context
+        else:
+            model = nnx.merge(graph, params)
+            both, r = (model if model.head else lambda x, t, c: (model(x, t, c), None)), model.context
+
+        def denoise(x_t, t, s):
+            x0, r_hat = both(x_t, t, c)
+            r_hat = r_hat if config["estimate"] == "posterior_mean" else r(x0, c)
+            return diffusion.Denoised(x0, r_hat, r_hat)
+
+        return denoise, lambda x0, t: r(x0, c)
+
+    return {"scores": _scores(functions, params, schedule, cell), "marks": {}, "training": curves}
+
+
+def _scores(functions: Callable, params: Any, schedule: diffusion.NoiseSchedule, cell: Cell) -> dict[str, Any]:
+    options, shift, key = cell.options, cell.config["shift"], jax.random.key(cell.seed)
+    c = jnp.repeat(jnp.arange(CLASSES), options["num"])
+    scores: dict[str, Any] = {"floor": {"tv": total_variation(_draws(key, options["num"]), c)}}
+    noise = jax.random.normal(jax.random.fold_in(key, 1), (len(c), 2))
+    for sampler, steps in options["samplers"].items():
+        out = np.asarray(_make_sample(functions, schedule, sampler, steps, shift)(params, noise, key, c))
+        scores[sampler] = {"tv": total_variation(out, c), "off": _off_support(out)}
+
+    @jax.jit
+    def terms(params, x0, key, c):
+        denoise, context_fn = functions(params, c)
+        found = diffusion.vlb(denoise, x0, context_fn, schedule, key, shift)
+        return found["kl"].sum(0).mean(), found["prior"].mean()
+
+    x0 = jnp.asarray(_draws(jax.random.fold_in(key, 2), options["bound"]), jnp.float32)
+    kl, prior = terms(params, x0, key, jnp.repeat(jnp.arange(CLASSES), options["bound"]))
+    return scores | {"bits": {"kl": float(kl), "prior": float(prior)}}
+
+
+def _make_sample(functions: Callable, schedule: diffusion.NoiseSchedule, sampler: str, steps: int, shift: str) -> Callable:
+    timesteps, run = diffusion.spaced_timesteps(schedule.num_timesteps, steps), diffusion.get_sampler(sampler)
+
+    @jax.jit
+    def sample(params, noise, key, c):
+        denoise, context_fn = functions(params, c)
+        # With the text's prior shift x_T ~ N(k_T r, I); with the quadratic one k_T is 0.
+        t = jnp.full(len(c), timesteps[0])
+        x_T = noise + diffusion.marginal_mean(schedule, jnp.zeros_like(noise), context_fn(noise, t), t, shift)
+        return run(denoise, x_T, schedule, timesteps, 0.0, key, shift)
+
+    return sample
+
+
+def _draws(key: Array, num: int) -> Float[np.ndarray, "N 2"]:
+    """`num` points of each class by their weights."""
+    positions, weights, classes = points()
+    drawn = []
+    for one in range(CLASSES):
+        mine = np.flatnonzero(classes == one)
+        i = jax.random.choice(jax.random.fold_in(key, one), len(mine), (num,), p=jnp.asarray(weights[mine] / weights[mine].sum()))
+        drawn.append(positions[mine][np.asarray(i)])
+    return np.concatenate(drawn)
+
+
+def total_variation(samples: Float[np.ndarray, "N 2"], c: Int[Array, "N"]) -> float:
+    """Between the shares of the nearest points and the true weights, mean over classes."""
+    positions, weights, classes = points()
+    nearest = ((samples[:, None] - positions) ** 2).sum(-1).argmin(-1)
+    distances = []
+    for one in range(CLASSES):
+        true = np.where(classes == one, weights, 0)
+        shares = np.bincount(nearest[np.asarray(c) == one], minlength=len(weights)) / (np.asarray(c) == one).sum()
+        distances.append(0.5 * np.abs(shares - true / true.sum()).sum())
+    return float(np.mean(distances))
+
+
+def _off_support(samples: Float[np.ndarray, "N 2"]) -> float:
+    """Share of samples farther than 0.1 from every point."""
+    positions, _, _ = points()
+    return float((((samples[:, None] - positions) ** 2).sum(-1).min(-1) > 0.01).mean())

@@ -1,0 +1,303 @@
+"""The image networks inflated to clips [B, F, H, W, C]: Tune-A-Video's UNet (Wu et al., 2023) and r_phi over frames.
+
+`inflate` takes trained image modules apart and puts them together again with layers that see other frames:
+
+- self-attention reads keys and values of the first and of the previous frame (sparse-causal: F attentions of N to
+  2 N tokens instead of one of F N to F N);
+- after each transformer block, attention over the frames at each place; after each resnet, a low-rank temporal
+  convolution. Both start at zero, so that an inflated network starts as the image network, frame by frame.
+
+A clip of one frame takes exactly the image network's path. The weights stay the image network's own arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from contextdiff_jax.models.context import RelationalNetwork, pool
+from contextdiff_jax.models.layers import (
+    Attention,
+    GroupNorm,
+    ResnetBlock,
+    SpatialTransformer,
+    linear,
+    timestep_embedding,
+)
+from contextdiff_jax.models.unet import UNet
+
+RANK_DIVISOR = 4  # a temporal convolution works on a quarter of the channels
+
+
+class AttentionControl(Protocol):
+    """What an editor may do with the attention of a network: each method gives the weights that are used."""
+
+    def cross(self, weights: Float[Array, "B H F N L"], grid: tuple[int, int]) -> Float[Array, "B H F N L"]:
+        """Weights of the pixels' tokens (N = rows x columns of `grid`) on the text's."""
+
+    def sparse_causal(self, weights: Float[Array, "B F H N M"], grid: tuple[int, int]) -> Float[Array, "B F H N M"]:
+        """Weights of a frame's tokens on those of the first and of the previous frame, M = 2 N."""
+
+
+class VideoText(NamedTuple):
+    """What the image UNet hands on to the transformers as its text."""
+
+    tokens: Float[Array, "B L D"]
+    control: AttentionControl | None = None
+
+
+def frames_of(x: Float[Array, "BF *D"], batch: int) -> Float[Array, "B F *D"]:
+    """The axis of frames apart from that of clips."""
+    return x.reshape(batch, x.shape[0] // batch, *x.shape[1:])
+
+
+def _attend(
+    module: Attention, x: Float[Array, "B N D"], context: Float[Array, "B M E"], mask: Bool[Array, "B M"] | None,
+    change: Callable[[Array], Array],
+) -> Float[Array, "B N D"]:
+    """`module` with its weights [B, H, N, M] replaced by `change(weights)`."""
+    q, k, v = (
+        jnp.swapaxes(y.reshape(*y.shape[:2], module.num_heads, -1), 1, 2)
+        for y in (module.to_q(x), module.to_k(context), module.to_v(context))
+    )  # [B, H, N or M, D/H]
+    logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
+    logits = logits * (q.shape[-1] ** -0.5 if module.scale is None else module.scale)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+    weights = change(jax.nn.softmax(logits, axis=-1)).astype(v.dtype)
+    out = jnp.swapaxes(jnp.einsum("bhnm,bhmd->bhnd", weights, v), 1, 2)  # [B, N, H, D/H]
+    return module.to_out(out.reshape(*out.shape[:2], -1))
+
+
+def _rematerialised(method: Callable[..., Array], module: nnx.Module, *arguments: Array) -> Array:
+    """method(module, *arguments), whose activations the backward pass computes anew. Not `nnx.remat`, which writes the
+    parameters back: inside a scan they belong to another trace."""
+    graph, state = nnx.split(module)
+    return jax.checkpoint(lambda state, *rest: method(nnx.merge(graph, state), *rest))(state, *arguments)
+
+
+class TemporalAttention(nnx.Module):
+    """Attention over the frames at each place, with a residual; starts as the identity.
+
+    Frames are numbered by a sinusoidal embedding, so any number of them will do.
+    """
+
+    def __init__(self, features: int, num_heads: int, **policy):
+        self.norm = nnx.LayerNorm(features, epsilon=1e-5, **policy)
+        self.attention = Attention(features, num_heads, zero_init=True, **policy)
+
+    def __call__(self, x: Float[Array, "B F N D"]) -> Float[Array, "B F N D"]:
+        B, F, N, D = x.shape
+        h = self.norm(x) + timestep_embedding(jnp.arange(F), D)[:, None].astype(x.dtype)
+        h = self.attention(jnp.swapaxes(h, 1, 2).reshape(B * N, F, D))  # [B*N, F, D]
+        return x + jnp.swapaxes(h.reshape(B, N, F, D), 1, 2)
+
+
+class TemporalConv(nnx.Module):
+    """Three frames' low-rank convolution at each place, with a residual; starts as the identity."""
+
+    def __init__(self, channels: int, num_groups: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        rank = max(1, channels // RANK_DIVISOR)
+        self.norm = GroupNorm(channels, num_groups, dtype=dtype, param_dtype=param_dtype)
+        self.conv = linear(3 * channels, rank, **policy)
+        self.out = linear(rank, channels, zero_init=True, **policy)
+
+    def __call__(self, x: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
+        h = jax.nn.silu(self.norm(x))
+        around = jnp.concatenate([h[:, :1], h, h[:, -1:]], axis=1)  # the clip's ends see themselves twice
+        F = x.shape[1]
+        h = jnp.concatenate([around[:, i : i + F] for i in range(3)], axis=-1)  # [B, F, H, W, 3C]
+        return x + self.out(self.conv(h))
+
+
+class VideoResnet(nnx.Module):
+    """A resnet block on each frame, then a temporal convolution. One time embedding a clip."""
+
+    def __init__(self, resnet: ResnetBlock, *, remat: bool, **policy):
+        self.resnet = resnet
+        self.temporal = TemporalConv(resnet.conv2.out_features, resnet.norm2.num_groups, **policy)
+        self.remat = remat
+
+    def __call__(self, x: Float[Array, "BF H W C"], temb: Float[Array, "B E"]) -> Float[Array, "BF H W D"]:
+        return _rematerialised(VideoResnet._run, self, x, temb) if self.remat else self._run(x, temb)
+
+    def _run(self, x, temb):
+        batch = temb.shape[0]
+        h = self.resnet(x, jnp.repeat(temb, x.shape[0] // batch, axis=0))
+        return self.temporal(frames_of(h, batch)).reshape(h.shape)
+
+
+class VideoTransformer(nnx.Module):
+    """A spatial transformer whose self-attention is sparse-causal, with temporal attention after each block."""
+
+    def __init__(self, spatial: SpatialTransformer, *, remat: bool, **policy):
+        self.spatial = spatial
+        heads = spatial.transformer_blocks[0].attn1.num_heads
+        width = spatial.proj_in.out_features
+        self.temporal = nnx.List([TemporalAttention(width, heads, **policy) for _ in spatial.transformer_blocks])
+        self.remat = remat
+
+    def __call__(
+        self, x: Float[Array, "BF H W C"], text: VideoText, mask: Bool[Array, "B L"] | None
+    ) -> Float[Array, "BF H W C"]:
+        if self.remat and text.control is None:
+            return _rematerialised(VideoTransformer._run, self, x, text, mask)
+        return self._run(x, text, mask)
+
+    def _run(self, x, text, mask):
+        BF, H, W, C = x.shape
+        B = text.tokens.shape[0]
+        F, N, control = BF // B, H * W, text.control
+        h = self.spatial.proj_in(self.spatial.norm(x).reshape(BF, N, C))  # [B*F, N, C]
+        for block, temporal in zip(self.spatial.transformer_blocks, self.temporal):
+            if block.only_cross_attention:
+                h = h + self._cross(block.attn1, block.norm1(h), text, mask, (H, W))
+            elif F == 1 and control is None:
+                h = h + block.attn1(block.norm1(h))
+            else:
+                h = h + self._sparse_causal(block.attn1, block.norm1(h), B, control, (H, W))
+            h = h + self._cross(block.attn2, block.norm2(h), text, mask, (H, W))
+            h = h + block.ff(block.norm3(h))
+            h = temporal(h.reshape(B, F, N, C)).reshape(BF, N, C)
+        return x + self.spatial.proj_out(h).reshape(x.shape)
+
+    @staticmethod
+    def _sparse_causal(module: Attention, x: Float[Array, "BF N D"], batch: int, control, grid) -> Float[Array, "BF N D"]:
+        BF, N, D = x.shape
+        frames = x.reshape(batch, -1, N, D)
+        first = jnp.broadcast_to(frames[:, :1], frames.shape)
+        previous = jnp.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
+        source = jnp.concatenate([first, previous], axis=2).reshape(BF, 2 * N, D)
+        if control is None:
+            return module(x, source)
+
+        def change(weights):  # [B*F, H, N, 2N]
+            return control.sparse_causal(frames_of(weights, batch), grid).reshape(weights.shape)
+
+        return _attend(module, x, source, None, change)
+
+    @staticmethod
+    def _cross(module: Attention, x: Float[Array, "BF N D"], text: VideoText, mask, grid) -> Float[Array, "BF N D"]:
+        BF, N, D = x.shape
+        B, L, _ = text.tokens.shape
+        x = x.reshape(B, -1, D)  # all frames read the clip's one text
+        if text.control is None:
+            return module(x, text.tokens, mask).reshape(BF, N, -1)
+
+        def change(weights):  # [B, H, F*N, L]
+            return text.control.cross(weights.reshape(B, -1, BF // B, N, L), grid).reshape(weights.shape)
+
+        return _attend(module, x, text.tokens, mask, change).reshape(BF, N, -1)
+
+
+class VideoUNet(nnx.Module):
+    """A UNet for clips. It takes over the image UNet's blocks, which is of no use by itself afterwards.
+
+    `remat`: activations of each block are computed anew in the backward pass.
+    """
+
+    def __init__(self, unet: UNet, *, rngs: nnx.Rngs, remat: bool = False):
+        policy = dict(dtype=unet.dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.image = unet
+        blocks = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
+        for block in blocks:
+            block.resnets = nnx.List([VideoResnet(resnet, remat=remat, **policy) for resnet in block.resnets])
+            block.attentions = nnx.List([VideoTransformer(each, remat=remat, **policy) for each in block.attentions])
+        if unet.context_head is not None:
+            unet.context_head.resnet = VideoResnet(unet.context_head.resnet, remat=remat, **policy)
+
+    @property
+    def config(self):
+        """The image UNet's."""
+        return self.image.config
+
+    @property
+    def context_head(self) -> nnx.Module | None:
+        """The image UNet's, which predicts each frame's context."""
+        return self.image.context_head
+
+    def __call__(
+        self,
+        x: Float[Array, "B F H W C"],
+        t: Shaped[Array, "*B"],
+        text_tokens: Float[Array, "B L D"],
+        text_mask: Bool[Array, "B L"] | None = None,
+        added: Mapping[str, Array] | None = None,
+        control: AttentionControl | None = None,
+    ) -> Float[Array, "B F H W O"] | tuple[Float[Array, "B F H W O"], Float[Array, "B F H W C"]]:
+        """The prediction (with a context head: and the context) of every frame; arguments as the image UNet's."""
+        B = x.shape[0]
+        flat = x.reshape(-1, *x.shape[2:])  # [B*F, H, W, C]
+        out = self.image.forward(flat, self.image.time(t, B, added), VideoText(text_tokens, control), text_mask)
+        return jax.tree.map(lambda y: frames_of(y, B), out)
+
+
+class VideoContext(nnx.Module):
+    """r_phi of clips: each frame's tokens query the text, then each other over the frames; a shift for each frame."""
+
+    def __init__(self, network: RelationalNetwork, *, rngs: nnx.Rngs):
+        self.image = network
+        config = network.config
+        if config.kind != "none":
+            policy = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
+            self.temporal = TemporalAttention(config.width, config.num_heads, **policy)
+
+    @property
+    def gain(self) -> Float[Array, ""]:
+        """The image network's: the context's root mean square in each frame."""
+        return self.image.gain
+
+    def __call__(
+        self, x0: Float[Array, "B F H W C"], text_tokens: Float[Array, "B L D"], text_mask: Bool[Array, "B L"],
+        t: Int[Array, "B"] | None = None,
+    ) -> Float[Array, "B F H W C"]:
+        """r, float32."""
+        B, F = x0.shape[:2]
+        if self.image.config.kind == "none":
+            return jnp.zeros(x0.shape, jnp.float32)
+        text, mask = (jnp.repeat(a, F, axis=0) for a in (text_tokens, text_mask))
+        t = None if t is None else jnp.repeat(t, F, axis=0)
+
+        def over_frames(tokens):  # [B*F, N, D]
+            return self.temporal(frames_of(tokens, B)).reshape(tokens.shape)
+
+        return frames_of(self.image(x0.reshape(-1, *x0.shape[2:]), text, mask, t, mix=over_frames), B)
+
+
+class VideoDiffusion(nnx.Module):
+    """The networks that are tuned on a clip: `unet` and `context`, for text that is encoded.
+
+    Without `reads_mask` the UNet attends to padding too, as Stable Diffusion's do; the context never does.
+    """
+
+    def __init__(self, unet: VideoUNet, context: VideoContext, reads_mask: bool = True):
+        self.unet = unet
+        self.context = context
+        self.reads_mask = reads_mask
+
+    def predict(
+        self, x: Float[Array, "B F H W C"], t: Int[Array, "B"], tokens: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"], control: AttentionControl | None = None,
+    ) -> Array | tuple[Array, Array]:
+        """As `ContextDiffusion.predict`."""
+        seen = mask if self.reads_mask else None
+        if self.unet.config.addition_embed_type != "text_time":
+            return self.unet(x, t, tokens, seen, control=control)
+        B, _, H, W, _ = x.shape
+        time_ids = jnp.broadcast_to(jnp.array([H, W, 0, 0, H, W], jnp.float32), (B, 6))
+        added = {"text_embeds": pool(tokens, mask)[:, 0], "time_ids": time_ids}
+        return self.unet(x, t, tokens, seen, added, control)
+
+
+def inflate(
+    unet: UNet, context: RelationalNetwork, *, seed: int = 0, remat: bool = False, reads_mask: bool = True
+) -> VideoDiffusion:
+    """Video networks that start as the image networks do, frame by frame. The modules that are given are used up."""
+    rngs = nnx.Rngs(seed)
+    return VideoDiffusion(VideoUNet(unet, rngs=rngs, remat=remat), VideoContext(context, rngs=rngs), reads_mask)

@@ -1,0 +1,114 @@
+"""A fine-tuned run as a diffusers folder: the pipeline that it started from, with what was trained.
+
+    TARGET/unet/                 the trained UNet (EMA, float32), without our context head
+    TARGET/lora.safetensors      a LoRA run's, in diffusers' names; unet/ is then the one that it started from
+    TARGET/context.safetensors   ours: the relational network and the context head, by dotted path
+    TARGET/context.json          the config of the relational network and its use
+
+Everything else is copied. `model.pretrained=TARGET` starts from the context too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from contextdiff_jax.models.unet import UNet
+from contextdiff_jax.pretrained import folder as folders
+from contextdiff_jax.pretrained.conversion import complete_or_absent
+from contextdiff_jax.pretrained.files import PICKLES, FolderTensors, read_json, save_tensors, write_json
+from contextdiff_jax.pretrained.lora import LoraLayer, save_lora
+from contextdiff_jax.pretrained.names import name_map
+from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE
+from contextdiff_jax.pretrained.unet import MODEL as UNET
+from contextdiff_jax.run import Run, load_run
+from contextdiff_jax.training.trainable import lora_layers, of_context
+
+CONTEXT_FILE, LORA_FILE, CONTEXT_CONFIG = "context.safetensors", "lora.safetensors", "context.json"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether `folder` is a training run's workdir."""
+    return (folder / "checkpoints").is_dir()
+
+
+def export_run(source: Path, target: Path, report: Callable[[str], None] = print) -> None:
+    """Writes the run's newest EMA weights; `target` is complete or isn't there.
+
+    Raises ValueError for a run that didn't start from a pipeline's folder, or a target that holds something.
+    """
+    run = load_run(str(source), merged=False)
+    if not run.settings.pretrained:
+        raise ValueError(f"--source={source}: has no model.pretrained; only what began as a diffusers folder goes back to one")
+    origin = Path(run.settings.pretrained)
+    with complete_or_absent(target) as partial:
+        shutil.copytree(
+            origin, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*PICKLES, CONTEXT_FILE, CONTEXT_CONFIG, LORA_FILE)
+        )
+        for name, folder in (("vae", run.settings.latent.vae), ("text_encoder", run.settings.text.pretrained)):
+            if Path(folder).resolve() != (origin / name).resolve():
+                shutil.rmtree(partial / name)
+                shutil.copytree(folder, partial / name, ignore=shutil.ignore_patterns(*PICKLES))
+        unet = _unet(run)
+        if run.settings.train.trainable == "full":
+            shutil.rmtree(partial / "unet")
+            folders.save(UNET, unet, partial / "unet", read_json(origin / "unet" / folders.CONFIG_FILE, "the UNet's config"))
+        layers = _lora(run, unet)
+        if layers:
+            save_lora({"unet": layers}, partial / LORA_FILE)
+        _write_context(run, partial)
+        _write_scheduler(run, partial / "scheduler" / SCHEDULER_FILE)
+        report(f"step {run.step}: {', '.join(sorted(path.name for path in partial.iterdir()))}")
+
+
+def context_state(folder: Path) -> nnx.State | None:
+    """The parameters in TARGET/context.safetensors, under their paths in a model; None if there is no such file."""
+    if not (folder / CONTEXT_FILE).is_file():
+        return None
+    tensors = FolderTensors(folder, CONTEXT_FILE)
+    return nnx.from_flat_state(
+        (tuple(int(key) if key.isdigit() else key for key in name.split(".")), nnx.Param(np.asarray(tensors[name])))
+        for name in tensors
+    )
+
+
+def _unet(run: Run) -> UNet:
+    """The trained network without its context head."""
+    config = dataclasses.replace(run.settings.model, context_head=False)
+    unet = nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
+    flat = [item for item in nnx.to_flat_state(run.params["unet"]) if item[0][0] != "context_head"]
+    nnx.update(unet, nnx.from_flat_state(flat))
+    return unet
+
+
+def _lora(run: Run, unet: UNet) -> dict[str, LoraLayer]:
+    """torch name of a layer -> its change, alpha being the rank."""
+    names = {entry.path: name.removesuffix(".weight") for name, entry in name_map(unet, UNET.rules(unet.config)).items()}
+    return {
+        names[(*path, "kernel")]: LoraLayer(np.asarray(down).T, np.asarray(up).T, float(down.shape[1]))
+        for path, (down, up) in lora_layers(run.params).items()
+    }
+
+
+def _write_context(run: Run, folder: Path) -> None:
+    tensors = {
+        ".".join(map(str, path)): np.array(jax.device_get(leaf.get_value()), order="C")
+        for path, leaf in nnx.to_flat_state(run.params) if of_context(path)
+    }
+    if tensors:
+        save_tensors(tensors, folder / CONTEXT_FILE)
+        write_json(folder / CONTEXT_CONFIG, dataclasses.asdict(run.settings.context))
+
+
+def _write_scheduler(run: Run, path: Path) -> None:
+    """A run with a rescaled schedule says so; else the folder's scheduler stays as it is."""
+    values = read_json(path, "a pipeline's scheduler folder")
+    if run.settings.diffusion.zero_terminal_snr and not values.get("rescale_betas_zero_snr"):
+        changed = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
+        write_json(path, values | changed)

@@ -1,0 +1,159 @@
+"""Plans and their cells, the tables against numpy, the toy whose answer is known, the oracle."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import command, config_dict
+from flax import nnx
+from scipy import stats
+
+from contextdiff_jax import diffusion
+from contextdiff_jax.data import load_tokenizer, make_source
+from contextdiff_jax.experiments import results, toy
+from contextdiff_jax.experiments.oracle import OracleGenerator
+from contextdiff_jax.experiments.plan import Plan, load_plan
+from contextdiff_jax.models.contextdiff import make_sampler
+from contextdiff_jax.settings import parse
+from contextdiff_jax.training.state import make_model
+
+PLAN = Plan(
+    title="t", about="a", kind="toy", config={"seed": 0, "a": {"b": 1}},
+    variants={"none": {}, "more": {"a.b": 2}}, headline={"score": "x/y"}, seeds=2, more_seeds={"none": 3},
+)
+
+
+def test_cells_come_seed_by_seed_and_their_hash_follows_config_and_options():
+    cells = list(PLAN.cells())
+    assert [cell.name for cell in cells] == ["none-0", "more-0", "none-1", "more-1", "none-2"]
+    assert cells[1].config == {"seed": 0, "a": {"b": 2}} and PLAN.config["a"]["b"] == 1
+    hashes = [cell.config_hash for cell in cells]
+    assert len(set(hashes)) == 5 and hashes == [cell.config_hash for cell in PLAN.cells()]
+    assert dataclasses.replace(PLAN, options={"num": 3}).cell("none", 0).config_hash != hashes[0]
+
+
+def test_a_plan_that_names_what_is_not_there_says_so(tmp_path):
+    with pytest.raises(ValueError, match="more: a.c is no field"):
+        dataclasses.replace(PLAN, variants={"none": {}, "more": {"a.c": 1}}).cell("more", 0)
+    with pytest.raises(ValueError, match="unknown; one of none, more"):
+        PLAN.cell("other", 0)
+    with pytest.raises(ValueError, match="baseline='gone': must be one of"):
+        dataclasses.replace(PLAN, baseline="gone")
+    with pytest.raises(ValueError, match="no such file"):
+        load_plan(str(tmp_path / "gone.py"))
+
+
+def test_every_plan_of_the_project_has_configs_that_parse():
+    for name in ("shapes_one", "shapes", "emoji"):
+        plan = load_plan(f"configs/experiments/{name}.py")
+        assert {"none", "plugin", "posterior_mean"} <= set(plan.variants)
+        for variant in plan.variants:
+            parse(plan.cell(variant, 0).config)
+
+
+def test_the_page_has_paired_differences_by_students_t_and_names_what_is_missing(tmp_path):
+    rng = np.random.default_rng(0)
+    values = {"none": rng.normal(size=3), "more": rng.normal(size=2)}
+    (tmp_path / "t").mkdir()
+    for cell in PLAN.cells():
+        if cell.name != "none-2":
+            found = {"scores": {"x": {"y": values[cell.variant][cell.seed]}}, "training": {"step": [], "context_gain": []}}
+            rest = {"config_hash": cell.config_hash, "seconds": 1, "commit": "c", "machine": dict(cpu="", devices="", jax="")}
+            (tmp_path / "t" / f"{cell.name}.json").write_text(json.dumps(found | rest))
+    line = results.write_page(PLAN, "t", "configs/t.py", tmp_path)
+    assert "4 cells, 1 to go" in line
+    read = results.read_results(PLAN, tmp_path / "t")
+    scores = {name: results.scores_of(read, name, "x/y") for name in values}
+    difference = results.paired(scores["more"], scores["none"])
+    reference = stats.ttest_rel(values["more"][:2], values["none"][:2]).confidence_interval(0.95)
+    np.testing.assert_allclose(difference[1:3], reference, rtol=1e-6)
+    page = (tmp_path / "t.md").read_text()
+    assert "Not run yet: none-2." in page and f"{difference.mean:+.3f} [{difference.low:+.3f}" in page
+    stale = json.loads((tmp_path / "t" / "none-0.json").read_text()) | {"config_hash": "0"}
+    (tmp_path / "t" / "none-0.json").write_text(json.dumps(stale))
+    assert list(results.read_results(PLAN, tmp_path / "t")["none"]) == [1]
+
+
+def exact_tv(kind, estimate):
+    config = dict(seed=0, denoiser="exact", kind=kind, shift="quadratic", estimate=estimate)
+    cell = Plan(
+        title="", about="", kind="toy", config=config, variants={"none": {}}, headline={},
+        options=dict(num=400, bound=2, samplers={"ddim": 50}),
+    ).cell("none", 0)
+    return toy.toy_cell(cell, None)["scores"]["ddim"]["tv"]
+
+
+def test_the_exact_denoisers_estimates_are_those_of_numpy():
+    schedule, context = diffusion.make_schedule("cosine"), toy.fixed_context("sine")
+    positions, weights, classes = toy.points()
+    x_t, t, c = np.random.default_rng(0).normal(size=(5, 2)), np.full(5, 400), np.arange(5)
+    x0, r = toy.exact_estimates(schedule, context, "quadratic")(jnp.asarray(x_t, jnp.float32), jnp.asarray(t), jnp.asarray(c))
+    contexts = np.asarray(context(jnp.asarray(positions, jnp.float32), jnp.zeros(25, int)), np.float64)
+    abar = float(schedule.alphas_cumprod[400])
+    a = np.sqrt(abar)
+    for i in range(5):
+        mine = classes == c[i]
+        means = a * positions[mine] + a * (1 - a) * contexts[mine]
+        p = weights[mine] * np.exp(-((x_t[i] - means) ** 2).sum(-1) / (2 * (1 - abar)))
+        np.testing.assert_allclose(x0[i], p @ positions[mine] / p.sum(), atol=1e-4)
+        np.testing.assert_allclose(r[i], p @ contexts[mine] / p.sum(), atol=1e-3)
+
+
+def test_with_the_exact_denoiser_plugin_is_right_only_for_a_linear_context_and_posterior_mean_for_any():
+    floor = exact_tv("none", "plugin")
+    assert exact_tv("linear", "plugin") < 2 * floor
+    assert exact_tv("sine", "posterior_mean") < 2 * floor
+    assert exact_tv("sine", "plugin") > 3 * floor
+
+
+def test_the_oracle_at_gain_0_is_the_sampler_and_otherwise_reads_the_picture():
+    settings = parse(config_dict(**{"sample.guidance": 2.0}))
+    tokenizer, records = load_tokenizer(None), [make_source(settings.data, "train")[i] for i in range(2)]
+    model = make_model(settings)
+    oracle = OracleGenerator(settings, tokenizer, settings.sample)
+    plain = oracle(nnx.state(model, nnx.Param), records, 0)
+    other = [record | {"image": 255 - record["image"]} for record in records]
+    np.testing.assert_array_equal(plain, oracle(nnx.state(model, nnx.Param), other, 0))
+    model.context.gamma[...] = jnp.asarray(3.0)
+    params = nnx.state(model, nnx.Param)
+    assert (oracle(params, records, 0) != oracle(params, other, 0)).mean() > 0.1
+    # At gain 0 it's the plain sampler, with the oracle's own noise.
+    model.context.gamma[...] = jnp.asarray(0.0)
+    options = dataclasses.asdict(settings.sample)
+    del options["prompts"]
+    sample = make_sampler(
+        settings.diffusion.make_schedule(), prediction_type=settings.diffusion.prediction_type,
+        shift=settings.context.shift, **options,
+    )
+    ids, mask = tokenizer.encode([record["caption"] for record in records], settings.data.max_length)
+    null = tokenizer.encode([""], settings.data.max_length)
+    noise_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
+    x0 = nnx.jit(sample)(model, jax.random.normal(noise_key, (2, 16, 16, 3)), step_key, ids, mask, *null)
+    expected = np.round((np.clip(x0, -1, 1) + 1) * 127.5)
+    assert np.abs(plain.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_a_plan_goes_on_where_it_was_and_gives_the_same_digits_again(tmp_path):
+    (tmp_path / "tiny.py").write_text(
+        "from contextdiff_jax.experiments.plan import Plan\n"
+        "def get_plan():\n"
+        "    config = dict(seed=0, denoiser='learned', kind='mlp', shift='quadratic', estimate='plugin', max_gain=1.0,\n"
+        "                  width=8, steps=20, batch_size=8, learning_rate=1e-3)\n"
+        "    return Plan(title='t', about='a', kind='toy', config=config, variants={'none': {}}, seeds=1,\n"
+        "                headline={'TV': 'ddim/tv'}, options=dict(num=20, bound=2, samplers={'ddim': 5}))\n"
+    )
+    run = [f"--plan={tmp_path}/tiny.py", f"--workdir={tmp_path}/runs"]
+    first = command("experiment", *run, f"--out={tmp_path}/a")
+    assert first.returncode == 0, first.stderr
+    cell = tmp_path / "a/tiny/none-0.json"
+    written = cell.read_text(), cell.stat().st_mtime_ns
+    again = command("experiment", *run, f"--out={tmp_path}/a", "--seeds=0,1")
+    assert again.returncode == 0 and written == (cell.read_text(), cell.stat().st_mtime_ns)
+    assert (tmp_path / "a/tiny/none-1.json").exists() and (tmp_path / "a/tiny.png").exists()
+    command("experiment", f"--plan={tmp_path}/tiny.py", f"--workdir={tmp_path}/other", f"--out={tmp_path}/b")
+    repeated = json.loads((tmp_path / "b/tiny/none-0.json").read_text())
+    first_scores = json.loads(written[0])
+    assert repeated["scores"] == first_scores["scores"] and repeated["training"] == first_scores["training"]

@@ -1,0 +1,325 @@
+"""Latent training: what is frozen, what is trained, where a run starts, and how it becomes a diffusers folder again."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import config_dict
+from flax import nnx
+from PIL import Image
+from test_training import randomised, with_gamma
+from torch_models import assert_close, assert_same_tensors, nchw, nhwc, stable_diffusion
+from torch_models import randomised as randomised_torch
+
+from contextdiff_jax.data import load_tokenizer
+from contextdiff_jax.generation import Generator
+from contextdiff_jax.models.contextdiff import make_denoise
+from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
+from contextdiff_jax.pretrained import load_unet
+from contextdiff_jax.pretrained.finetuning import adopt
+from contextdiff_jax.pretrained.lora import load_lora, merge_lora
+from contextdiff_jax.pretrained.pipeline import load_pipeline
+from contextdiff_jax.run import load_run
+from contextdiff_jax.settings import parse, parse_autoencoder
+from contextdiff_jax.training import loop
+from contextdiff_jax.training.autoencoder import train_autoencoder
+from contextdiff_jax.training.export import export_run
+from contextdiff_jax.training.frozen import load_frozen
+from contextdiff_jax.training.loop import train
+from contextdiff_jax.training.start import first_state
+from contextdiff_jax.training.state import build_model, init_state, model_graph
+from contextdiff_jax.training.step import clean, draw, loss_fn
+
+PROMPTS = ["a red circle", "the blue square is left of a rather long description"]
+SMALL = {
+    "train.batch_size": 4, "train.steps": 2, "train.checkpoint_every": 2, "train.learning_rate": 1e-2, "train.warmup_steps": 0,
+    "train.decay": "constant", "context.patch_size": 2, "sample.guidance": 7.5, "sample.prompts": "('a red circle',)",
+}
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    """diffusers' pipeline and its folder."""
+    folder = tmp_path_factory.mktemp("latent")
+    pipe = stable_diffusion(folder / "words")
+    pipe.save_pretrained(folder / "sd")
+    return pipe, folder / "sd"
+
+
+def config_of(folder, **changes):
+    return adopt(config_dict(**{"model.pretrained": str(folder)} | SMALL | changes))
+
+
+def run_of(folder, workdir, **changes):
+    """Two steps of a fine-tune: its config; without the pictures at its end, whose program takes longer than all else."""
+    config = config_of(folder, **changes)
+    reporter, loop.Reporter = loop.Reporter, lambda *_: lambda *_: None
+    try:
+        train(parse(config), config, workdir)
+    finally:
+        loop.Reporter = reporter
+    return config
+
+
+def start_of(config):
+    """The parameters that a run begins with."""
+    settings = parse(config)
+    abstract = jax.eval_shape(lambda: init_state(settings))
+    return first_state(settings, state_shardings(make_mesh(settings.mesh), abstract)).params
+
+
+@pytest.fixture(scope="module")
+def runs(pipe, tmp_path_factory):
+    """A run of each kind: (config, workdir)."""
+    workdir = tmp_path_factory.mktemp("runs")
+    changes = {"full": {}, "lora": {"train.lora_rank": 2}, "context": {"context.estimate": "posterior_mean"}}
+    return {
+        kind: (run_of(pipe[1], workdir / kind, **{"train.trainable": kind, "train.ema_decay": 0.5} | more), workdir / kind)
+        for kind, more in changes.items()
+    }
+
+
+def batch_of(settings, seed=0):
+    rng = np.random.default_rng(seed)
+    ids, mask = load_tokenizer(settings.data.tokenizer).encode(PROMPTS, settings.data.max_length)
+    images = rng.integers(0, 256, (2, settings.data.image_size, settings.data.image_size, 3)).astype(np.uint8)
+    return {"image": jnp.asarray(images), "token_ids": jnp.asarray(ids), "token_mask": jnp.asarray(mask)}
+
+
+def test_a_fine_tune_at_gain_zero_samples_what_the_folder_samples(pipe):
+    config = config_of(pipe[1], **{"sample.steps": 10})
+    settings, params = parse(config), start_of(config)
+    assert settings.shape == (8, 8, 4) and settings.data.max_length == 9 and settings.sample.steps_offset == 1
+    assert float(params["context"]["gamma"][...]) == 0
+    generator = Generator(settings, load_tokenizer(settings.data.tokenizer))
+    ours = generator(params, PROMPTS, seed=3)
+    noise_key, _ = jax.random.split(jax.random.key(3))
+    noise = jnp.stack([jax.random.normal(jax.random.fold_in(noise_key, i), settings.shape) for i in range(2)])
+    theirs = load_pipeline(pipe[1]).text_to_image(PROMPTS, noise=noise, steps=10, guidance=7.5)
+    assert theirs.std() > 30 and np.abs(ours.astype(int) - theirs).max() <= 1
+    assert (ours == theirs).mean() > 0.999  # what is left is the rounding of pictures to whole numbers
+    moved = generator(with_gamma(params, 1.0), PROMPTS, seed=3)
+    assert (moved != theirs).mean() > 0.1
+
+
+def test_latents_are_draws_from_the_autoencoders_gaussian_as_diffusers_has_it(pipe):
+    settings = parse(config_of(pipe[1]))
+    batch = draw(jax.random.key(0), batch_of(settings), settings)
+    model = build_model(model_graph(settings), init_state(settings).params, load_frozen(settings))
+    pixels = np.asarray(batch["image"], np.float32) / 127.5 - 1
+    with torch.no_grad():
+        q = pipe[0].vae.encode(nchw(pixels)).latent_dist
+        expected = nhwc(q.mean + q.std * nchw(np.array(batch["latent_noise"]))) * pipe[0].vae.config.scaling_factor
+    assert_close(clean(model, batch)[0], expected)
+
+
+def test_latents_are_not_clipped_to_the_range_of_pictures(pipe):
+    settings = parse(config_of(pipe[1]))
+    model = build_model(model_graph(settings), init_state(settings).params, load_frozen(settings))
+    batch, x = batch_of(settings), 5 * jax.random.normal(jax.random.key(0), (2, *settings.shape))
+    tokens, t = model.text(batch["token_ids"], batch["token_mask"]), jnp.full(2, 900)
+    bounds = []
+    for latent in (True, False):
+        if not latent:
+            model.vae = None
+        mask = batch["token_mask"]
+        denoise = make_denoise(
+            model, settings.diffusion.make_schedule(), tokens, mask, tokens, mask, prediction_type="epsilon", guidance=2.0
+        )
+        bounds.append(float(jnp.abs(denoise(x, t, t - 1).x0).max()))
+    assert bounds[0] > 3 and bounds[1] == 1
+
+
+def test_the_frozen_networks_are_read_but_are_not_in_the_state(pipe, runs):
+    config, workdir = runs["full"]
+    assert config["latent"]["vae"] == str(pipe[1] / "vae") and config["text"]["pretrained"] == str(pipe[1] / "text_encoder")
+    assert {path[0] for path, _ in nnx.to_flat_state(load_run(str(workdir)).params)} == {"unet", "context"}
+    settings = parse(config)
+    frozen, params = load_frozen(settings), randomised(start_of(config))
+    batch = draw(jax.random.key(0), batch_of(settings), settings)
+    null = {k: v[:1] for k, v in batch_of(settings).items() if k != "image"}
+    graph, schedule = model_graph(settings), settings.diffusion.make_schedule()
+    loss = jax.jit(lambda frozen: loss_fn(build_model(graph, params, frozen), batch, null, schedule, settings)[0])
+    moved = jax.tree.map(lambda a: a + 0.1, frozen)
+    losses = [float(loss(f)) for f in (frozen, frozen._replace(text=moved.text), frozen._replace(vae=moved.vae))]
+    assert len({*losses}) == 3 and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora", "context"])
+def test_only_what_is_named_is_trained_and_has_moments(runs, trainable):
+    config, workdir = runs[trainable]
+    start, wanted = dict(nnx.to_flat_state(start_of(config))), {
+        "full": {"unet", "context"}, "lora": {"lora", "context"}, "context": {"context", "context_head"}
+    }[trainable]
+
+    def kind(path):
+        return "context_head" if path[:2] == ("unet", "context_head") else path[0]
+
+    for weights in ("params", "ema"):
+        after = nnx.to_flat_state(load_run(str(workdir), weights, merged=False).params)
+        moved = {kind(path) for path, leaf in after if not np.array_equal(leaf.get_value(), start[path].get_value())}
+        assert moved == wanted
+    moments = jax.eval_shape(lambda: init_state(parse(config))).opt_state
+    trained = sum(leaf.size for path, leaf in start.items() if kind(path) in wanted)
+    assert sum(leaf.size for leaf in jax.tree.leaves(moments) if leaf.ndim) == 2 * trained - 2  # gamma has no axis
+
+
+def test_a_full_fine_tune_goes_back_to_a_folder_that_diffusers_reads(pipe, runs, tmp_path):
+    import diffusers
+
+    config, workdir = runs["full"]
+    export_run(workdir, tmp_path / "out", report=lambda line: None)
+    run = load_run(str(workdir))
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out").unet
+    x, t, text = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32), 7, torch.randn(2, 9, 16)
+    with torch.no_grad():
+        expected, before = (nhwc(unet(nchw(x), t, text).sample) for unet in (theirs, pipe[0].unet))
+    unet = build_model(model_graph(run.settings), run.params).unet
+    assert_close(jax.jit(lambda unet: unet(x, jnp.int32(t), text.numpy()))(unet), expected)
+    assert np.abs(before - expected).max() > 1e-2  # it was trained
+    for name in ("vae", "text_encoder"):
+        assert_same_tensors(pipe[1] / name, tmp_path / "out" / name)
+    # A run that starts from it starts with the trained context.
+    assert float(run.params["context"]["gamma"][...]) != 0
+    jax.tree.map(np.testing.assert_array_equal, start_of(config_of(tmp_path / "out")), run.params)
+    with pytest.raises(ValueError, match="--target=.*exists already"):
+        export_run(workdir, tmp_path / "out")
+
+
+def test_lora_goes_out_in_diffusers_names_beside_the_unet_it_changes(pipe, runs, tmp_path):
+    config, workdir = runs["lora"]
+    export_run(workdir, tmp_path / "out", report=lambda line: None)
+    assert_same_tensors(pipe[1] / "unet", tmp_path / "out" / "unet")
+    unet = load_unet(tmp_path / "out" / "unet")
+    layers = load_lora(tmp_path / "out" / "lora.safetensors", {"unet": unet})["unet"]
+    assert {layer.rank for layer in layers.values()} == {2}
+    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0" in layers
+    merge_lora(unet, layers)
+    expected = load_run(str(workdir)).params["unet"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), nnx.state(unet, nnx.Param), expected)
+    differences = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), start_of(config)["unet"], expected)
+    assert sum(d > 1e-5 for d in jax.tree.leaves(differences)) == len(layers)
+
+
+def test_a_joint_run_starts_from_a_run_that_trained_the_context_alone(pipe, runs):
+    first = load_run(str(runs["context"][1]))
+    start = {"train.init_from": str(runs["context"][1]), "context.estimate": "posterior_mean"}
+    jax.tree.map(np.testing.assert_array_equal, start_of(config_of(pipe[1], **start)), first.params)
+    assert float(first.params["context"]["gamma"][...]) != 0
+    lora = start_of(config_of(pipe[1], **start | {"train.trainable": "lora"}))
+    np.testing.assert_array_equal(lora["context"]["gamma"][...], first.params["context"]["gamma"][...])
+    assert {"lora", "unet", "context"} == set(lora)
+    with pytest.raises(ValueError, match=r"init_from=.*holds another model: context/.*\(16,.* there, \(32,"):
+        start_of(config_of(pipe[1], **start | {"context.width": 32}))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train.trainable": "some"}, "train.trainable='some': unknown; one of full, lora, context"),
+        ({"train.trainable": "context"}, "needs a trained UNet, by model.pretrained or train.init_from"),
+        ({"latent.vae": "nowhere"}, "nowhere/config.json: no such file"),
+        ({"text.pretrained": "nowhere"}, "data.tokenizer='': text.pretrained needs the folder"),
+        ({"model.pretrained": "nowhere"}, "nowhere/model_index.json: no such file"),
+        ({"train.lora_rank": 0}, "train.lora_rank=0: must be at least 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused_in_one_line(changes, message):
+    with pytest.raises(ValueError, match=message):
+        parse(adopt(config_dict(**changes)))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data.image_size": 15}, "data.image_size=15: must be a multiple of 2"),
+        ({"sample.dynamic_threshold": 99.0}, "dynamic_threshold: is for pixels"),
+    ],
+    ids=["size", "threshold"],
+)
+def test_what_does_not_fit_the_latents_is_refused_in_one_line(pipe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        parse(config_of(pipe[1], **changes))
+    with pytest.raises(ValueError, match="model.in_channels=3: must be 4, the channels of latent.vae"):
+        parse(config_dict(**{"latent.vae": str(pipe[1] / "vae")}))
+
+
+def vae_config(folder, **train):
+    from configs.vae_emoji import get_config
+
+    config = get_config()
+    config.train.update(steps=30, batch_size=4, log_every=10, checkpoint_every=10, **train)
+    config.data.update(source="emoji", path=str(folder), image_size=16)
+    config.vae.update(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4, sample_size=16,
+    )
+    return config.to_dict()
+
+
+def test_an_autoencoder_learns_resumes_and_is_a_diffusers_folder_with_unit_latents(tmp_path):
+    import diffusers
+
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(24):
+        colour = rng.integers(0, 256, 3)
+        Image.fromarray(np.broadcast_to(colour.astype(np.uint8), (16, 16, 3)).copy()).save(tmp_path / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) + "\n")
+    (tmp_path / "metadata_train.jsonl").write_text("".join(rows[:20]))
+    (tmp_path / "metadata_test.jsonl").write_text("".join(rows[20:]))
+    config, workdir = vae_config(tmp_path), tmp_path / "vae_run"
+    report = train_autoencoder(parse_autoencoder(config), config, workdir)
+    log = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    assert [row["step"] for row in log] == [10, 20, 30] and log[-1]["l1"] < 0.6 * log[0]["l1"]
+    assert (workdir / "reconstructions.png").exists()
+    # Trained already: the same command measures the same.
+    assert train_autoencoder(parse_autoencoder(config), config, workdir) == report
+    theirs = diffusers.AutoencoderKL.from_pretrained(workdir / "vae")
+    assert theirs.config.scaling_factor == report["scaling_factor"]
+    pixels = np.stack([np.asarray(Image.open(tmp_path / f"{i}.png"), np.float32) / 127.5 - 1 for i in range(20)])
+    with torch.no_grad():
+        q = theirs.encode(nchw(pixels)).latent_dist
+    std = float((q.mean.var() + q.var.mean()).sqrt()) * theirs.config.scaling_factor
+    assert abs(std - 1) < 0.02
+
+
+def test_the_context_reads_the_tokens_of_a_frozen_clip_as_transformers_has_them(pipe, tmp_path):
+    import transformers
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    clip = randomised_torch(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4
+    )))
+    clip.save_pretrained(tmp_path / "clip")
+    changes = {"context.tokens": "clip", "context.clip": str(tmp_path / "clip")}
+    settings = parse(config_of(pipe[1], **changes))
+    model = build_model(model_graph(settings), randomised(init_state(settings).params), load_frozen(settings))
+    batch = draw(jax.random.key(0), batch_of(settings), settings)
+    pixels = np.asarray(batch["image"], np.float32) / 127.5 - 1
+    with torch.no_grad():
+        normed = ((pixels + 1) / 2 - np.array(OPENAI_CLIP_MEAN)) / np.array(OPENAI_CLIP_STD)
+        expected = clip(nchw(normed.astype(np.float32))).last_hidden_state[:, 1:].numpy()
+    assert_close(model.vision(pixels), expected)
+    # In the step the picture is there; in sampling x0 is decoded. Both reach r, and no parameter of CLIP is in the state.
+    null = {k: v[:1] for k, v in batch_of(settings).items() if k != "image"}
+    loss, _ = loss_fn(model, batch, null, settings.diffusion.make_schedule(), settings)
+    assert np.isfinite(float(loss))
+    x0, _ = clean(model, batch)
+    args = model.text(batch["token_ids"], batch["token_mask"]), batch["token_mask"], batch["t"]
+    decoded = model.vae.decode(model.vae.from_diffusion(x0))
+    np.testing.assert_array_equal(model.relate(x0, *args), model.relate(x0, *args, decoded))
+    assert float(jnp.abs(model.relate(x0, *args, pixels) - model.relate(x0, *args, -pixels)).max()) > 1e-3
+    with pytest.raises(ValueError, match="context.patch_size=4: gives 4 patches of x0; CLIP has 16 tokens"):
+        other = parse(config_of(pipe[1], **changes | {"context.patch_size": 4}))
+        build_model(model_graph(other), init_state(other).params, load_frozen(other)).relate(x0, *args)
+    with pytest.raises(ValueError, match="reads pictures, and data.source='cache' has none"):
+        parse(config_of(pipe[1], **changes | {"data.source": "cache"}))
+    with pytest.raises(ValueError, match="context.tokens='clip': needs context.clip"):
+        parse(config_of(pipe[1], **{"context.tokens": "clip"}))

@@ -1,0 +1,123 @@
+"""The video networks: an inflated network is the image network frame by frame, until it is trained."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import config_dict
+from flax import nnx
+
+from contextdiff_jax.models.video import inflate
+from contextdiff_jax.settings import parse
+from contextdiff_jax.training.state import make_model
+
+B, F, L = 2, 3, 5
+predict = nnx.jit(lambda model, *arguments: model.predict(*arguments))
+context = nnx.jit(lambda model, *arguments: model.context(*arguments))
+
+
+def noisy(module: nnx.Module, seed: int = 0) -> None:
+    """Every parameter away from its start, so that no branch is silent."""
+    rng = np.random.default_rng(seed)
+    for leaf in jax.tree.leaves(nnx.state(module, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable)):
+        leaf.set_value(leaf.get_value() + 0.3 * rng.standard_normal(leaf.get_value().shape).astype(np.float32))
+
+
+def networks(remat: bool = False, **changes):
+    """(image model, its inflation), equal weights."""
+    image = make_model(parse(config_dict(**changes)))
+    noisy(image)
+    copy = nnx.clone(image)
+    return image, inflate(copy.unet, copy.context, remat=remat)
+
+
+def inputs(frames: int = F, size: tuple[int, int] = (8, 12)):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((B, frames, *size, 3)).astype(np.float32)
+    text = rng.standard_normal((B, L, 16)).astype(np.float32)
+    mask = np.arange(L) < np.array([[3], [5]])
+    return jnp.asarray(x), jnp.array([3, 40]), jnp.asarray(text), jnp.asarray(mask)
+
+
+@pytest.mark.parametrize("estimate", ["plugin", "posterior_mean"])
+def test_a_video_of_one_frame_is_the_picture_to_the_bit(estimate):
+    image, video = networks(**{"context.estimate": estimate})
+    x, t, text, mask = inputs(frames=1)
+    expected, actual = predict(image, x[:, 0], t, text, mask), predict(video, x, t, text, mask)
+    for theirs, ours in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
+        assert np.std(theirs) > 0.1
+        np.testing.assert_array_equal(ours[:, 0], theirs)
+    np.testing.assert_array_equal(context(video, x, text, mask, t)[:, 0], context(image, x[:, 0], text, mask, t))
+
+
+def test_equal_frames_are_denoised_as_the_picture_is():
+    """Keys of the first and of the previous frame are then the frame's own, twice."""
+    image, video = networks()
+    x, t, text, mask = inputs(frames=1)
+    actual = predict(video, jnp.repeat(x, F, axis=1), t, text, mask)
+    expected = np.repeat(np.asarray(predict(image, x[:, 0], t, text, mask))[:, None], F, axis=1)
+    np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_frames_see_none_that_comes_later_before_the_temporal_layers_are_trained():
+    _, video = networks()
+    x, t, text, mask = inputs(frames=4)
+    before = predict(video, x, t, text, mask)
+    for changed, seen_by in ((0, [0, 1, 2, 3]), (2, [2, 3])):
+        after = predict(video, x.at[:, changed].add(1.0), t, text, mask)
+        differs = np.abs(after - before).max(axis=(0, 2, 3, 4)) > 1e-6
+        assert list(np.flatnonzero(differs)) == seen_by
+
+
+def test_trained_temporal_layers_look_at_later_frames_too():
+    _, video = networks()
+    noisy(video, seed=5)
+    x, t, text, mask = inputs()
+    change = predict(video, x.at[:, -1].add(1.0), t, text, mask) - predict(video, x, t, text, mask)
+    assert np.abs(change[:, 0]).max() > 1e-3
+    r = context(video, x.at[:, -1].add(1.0), text, mask, t) - context(video, x, text, mask, t)
+    assert np.abs(r[:, 0]).max() > 1e-4
+
+
+def test_the_control_sees_the_weights_and_its_answer_is_used():
+    _, video = networks()
+    x, t, text, mask = inputs()
+    plain = predict(video, x, t, text, mask)
+    seen = []
+
+    class Record:
+        def cross(self, weights, grid):
+            seen.append(("cross", weights.shape, grid))
+            return weights
+
+        def sparse_causal(self, weights, grid):
+            seen.append(("self", weights.shape, grid))
+            return weights
+
+    watched = nnx.jit(lambda m: m.predict(x, t, text, mask, Record()))(video)
+    np.testing.assert_allclose(watched, plain, atol=2e-5 * np.abs(plain).max())
+    assert ("cross", (B, 2, F, 24, L), (4, 6)) in seen and ("self", (B, F, 2, 24, 48), (4, 6)) in seen
+
+    class Uniform(Record):
+        def cross(self, weights, grid):
+            return jnp.full_like(weights, 1 / L)
+
+    assert np.abs(nnx.jit(lambda m: m.predict(x, t, text, mask, Uniform()))(video) - plain).max() > 1e-3
+
+
+def test_rematerialised_gradients_are_the_plain_ones():
+    x, t, text, mask = inputs()
+    gradients = []
+    for remat in (False, True):
+        _, video = networks(remat=remat)
+        noisy(video, seed=5)
+        graph, state = nnx.split(video)
+
+        def loss(state):
+            return jnp.mean(nnx.merge(graph, state).predict(x, t, text, mask) ** 2)  # noqa: B023
+
+        gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(state)))
+    for plain, again in zip(*gradients, strict=True):
+        np.testing.assert_allclose(again, plain, atol=1e-5 * max(1, np.abs(plain).max()))
