@@ -52,15 +52,6 @@ def draw(key: Array, batch: Batch, settings: Settings) -> Batch:
     }
 
 
-def x0_shape(batch: Batch, settings: Settings) -> tuple[int, int, int, int]:
-    """[B, H, W, C]: the pictures' own size, which changes with the bucket, or that of their latents."""
-    if "latent_mean" in batch:
-        return batch["latent_mean"].shape
-    B, H, W, _ = batch["image"].shape
-    factor = settings.data.image_size // settings.shape[0]  # 1 where the data are pixels
-    return B, H // factor, W // factor, settings.shape[2]
-
-
 def clean(model: ContextDiffusion, batch: Batch) -> tuple[Float[Array, "B H W C"], Float[Array, "B H2 W2 3"] | None]:
     """x0 and its picture in [-1, 1], None from a cache. x0 is the picture, or latents drawn from q(z | picture), whose
     moments the autoencoder or the cache gives."""
