@@ -23,6 +23,12 @@ TINY = {
     "diffusion.num_timesteps": 50,
 }
 
+# With it the tiny model has one level, with text attention: half of the compilation.
+ONE_LEVEL = {
+    "model.block_out_channels": "(8,)", "model.down_block_types": "('CrossAttnDownBlock2D',)",
+    "model.up_block_types": "('CrossAttnUpBlock2D',)",
+}
+
 
 def config_dict(**changes):
     """configs/base.py with TINY and `changes` ("section.field": value) as plain values."""

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, config_dict
+from conftest import ONE_LEVEL, ROOT, command, config_dict
 from torch_models import stable_diffusion
 from transformers import CLIPConfig, CLIPModel
 
@@ -26,11 +26,12 @@ from contextdiff_jax.editing.settings import parse_edit
 def config_of(folder, **changes):
     """A tiny config for the clip in `folder`."""
     own = {name: value for name, value in changes.items() if name.split(".")[0] not in ("video", "edit")}
-    config = config_dict(**{"train.batch_size": 1, "train.steps": 4, "train.checkpoint_every": 2} | own) | video_sections()
+    small = ONE_LEVEL | {"train.batch_size": 1, "train.steps": 4, "train.checkpoint_every": 2}
+    config = config_dict(**small | own) | video_sections()
     config["video"] |= dict(
         path=str(folder / "clip"), prompt="a red circle", edit_prompts=("a blue circle", "a red square"), num_frames=2
     )
-    config["edit"] |= dict(steps=3)
+    config["edit"] |= dict(steps=2)
     for name, value in changes.items():
         section, field = name.split(".")
         config[section][field] = value
