@@ -27,9 +27,10 @@ def get_config() -> ConfigDict:
         in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, norm_num_groups=32,
-        use_linear_projection=True,
+        cross_attention_dim=1024, norm_num_groups=32, use_linear_projection=True,
     )
+    with config.ignore_type():  # a number a level where base has one for all
+        config.model.attention_head_dim = (5, 10, 20, 20)
     config.mesh.update(data=-1, fsdp=8)
     config.sample.update(guidance=7.5, guidance_rescale=0.7)
     return config

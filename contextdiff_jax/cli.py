@@ -33,12 +33,17 @@ def read_config() -> dict[str, Any]:
     return json.loads(json.dumps(CONFIG.value.to_dict()))
 
 
+def is_remote(path: pathlib.Path) -> bool:
+    """Whether it is a bucket's, such as gs://BUCKET/run (an `epath.Path`), which has no working directory."""
+    return "://" in str(path)
+
+
 def set_compilation_cache(workdir: pathlib.Path) -> None:
     """Compiled programs are kept in DIR/compiled, unless JAX_COMPILATION_CACHE_DIR says where."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str((workdir if is_remote(workdir) else workdir.absolute()) / "compiled"))
 
 
 def run(main: Callable[[], None]) -> None:

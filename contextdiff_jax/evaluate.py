@@ -35,13 +35,14 @@ def main() -> None:
     import jax
 
     from contextdiff_jax.evaluation import metrics, report
-    from contextdiff_jax.evaluation.features import batch_sharding, replicate
+    from contextdiff_jax.evaluation.features import replicate
 
     for name in METRICS.value:
         if name not in metrics.METRICS:
             raise ValueError(f"--metrics={name!r}: unknown; one of {', '.join(metrics.METRICS)}")
 
     from contextdiff_jax.generation import Generator
+    from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh
     from contextdiff_jax.run import load_run
     from contextdiff_jax.training.frozen import load_frozen
     from contextdiff_jax.training.state import model_graph
@@ -53,11 +54,12 @@ def main() -> None:
     )
     workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
-    params, sharding = replicate(run.params), batch_sharding()
-    generator = Generator(run.settings, run.tokenizer, options, replicate(load_frozen(run.settings)))
+    params, frozen = replicate(run.params), replicate(load_frozen(run.settings))
+    mesh = make_mesh(MeshConfig(), devices=jax.local_devices())  # each process samples its own share
+    generator = Generator(run.settings, run.tokenizer, options, frozen, mesh)
     evaluation = metrics.Evaluation(
         settings=run.settings, tokenizer=run.tokenizer, graph=model_graph(run.settings), params=params,
-        generate=lambda captions, first: generator(params, captions, SEED.value, first=first, sharding=sharding),
+        generate=lambda captions, first: generator(params, captions, SEED.value, first=first),
         features=FEATURES.value or str(workdir / "classifier"), clip=CLIP.value, num=NUM.value, seed=SEED.value,
         reference=REFERENCE.value, bound_timesteps=BOUND_TIMESTEPS.value,
     )

@@ -8,12 +8,13 @@ from typing import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import PyTree, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.models.contextdiff import Frozen, make_sampler
+from contextdiff_jax.parallel.mesh import Feed, replicated
 from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.state import build_model, model_graph
@@ -21,10 +22,14 @@ from contextdiff_jax.training.state import build_model, model_graph
 
 class Generator:
     """`generator(params, prompts, seed) -> uint8 [N, H, W, 3]` with the options of a SampleConfig. The frozen networks
-    are read from their folders unless they are given."""
+    are read from their folders unless they are given.
+
+    On a `mesh` the pictures are spread over it as a training batch is, and every process gets them all.
+    """
 
     def __init__(
-        self, settings: Settings, tokenizer: Tokenizer, options: SampleConfig | None = None, frozen: Frozen | None = None
+        self, settings: Settings, tokenizer: Tokenizer, options: SampleConfig | None = None, frozen: Frozen | None = None,
+        mesh: Mesh | None = None,
     ):
         self._settings, self._tokenizer = settings, tokenizer
         self.options = options = options or settings.sample
@@ -36,24 +41,29 @@ class Generator:
         )
         graph = model_graph(settings)
         self._frozen = load_frozen(settings) if frozen is None else frozen
-        self._sample = jax.jit(
-            lambda params, frozen, *rest: _to_uint8(sample(build_model(graph, params, frozen), *rest))
-        )
+
+        def pictures(params, frozen, noise_key, numbers, key, *text):
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(noise_key), numbers)
+            x_T = jax.vmap(lambda key: jax.random.normal(key, settings.shape))(keys)
+            if mesh is not None:
+                place = Feed(mesh, len(numbers), settings.mesh.rules).sharding(x_T.shape)
+                x_T = jax.lax.with_sharding_constraint(x_T, place)
+            return _to_uint8(sample(build_model(graph, params, frozen), x_T, jax.random.wrap_key_data(key), *text))
+
+        self._sample = jax.jit(pictures, out_shardings=None if mesh is None else replicated(mesh))
 
     def __call__(
-        self, params: PyTree, prompts: Sequence[str], seed: int, batch_size: int = 64, *, first: int = 0,
-        sharding: NamedSharding | None = None,
+        self, params: PyTree, prompts: Sequence[str], seed: int, batch_size: int = 64, *, first: int = 0
     ) -> UInt8[np.ndarray, "N H W 3"]:
         """One picture a prompt. Picture i's noise depends on (seed, i) alone, not on the number of prompts.
 
-        `first`: the number of the first prompt, of one that has a share of a longer list. `sharding`: how a batch lies
-        over the devices that have `params`; None: each of them has all of it.
+        `first`: the number of the first prompt, of one that has a share of a longer list.
 
         Raises ValueError for an empty list of prompts.
         """
         if not prompts:
             raise ValueError("--prompt: the list is empty; give at least one, as in --prompt='a large red circle'")
-        length, shape = self._settings.data.max_length, self._settings.shape
+        length = self._settings.data.max_length
         null_ids, null_mask = self._tokenizer.encode([""], length)
         noise_key, sampler_key = jax.random.split(jax.random.key(seed))
         images = []
@@ -61,16 +71,13 @@ class Generator:
         for start in tqdm(starts, desc="samples", leave=False, disable=None if len(starts) > 1 else True):
             part = list(prompts[start : start + batch_size])
             real, width = len(part), min(batch_size, len(prompts))
-            if sharding is not None:
-                width = -(-width // sharding.num_devices) * sharding.num_devices
             part += [""] * (width - real)  # one shape, one compilation
             ids, mask = self._tokenizer.encode(part, length)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(noise_key, first + start + jnp.arange(width))
-            x_T = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-            key = jax.random.fold_in(sampler_key, first + start)
-            if sharding is not None:
-                x_T, ids, mask = jax.device_put((x_T, ids, mask), sharding)
-            images.append(np.asarray(self._sample(params, self._frozen, x_T, key, ids, mask, null_ids, null_mask))[:real])
+            # numpy, which every process has alike: arrays of one device can't enter a program of many processes.
+            keys = [np.asarray(jax.random.key_data(k)) for k in (noise_key, jax.random.fold_in(sampler_key, first + start))]
+            numbers = np.arange(first + start, first + start + width)
+            made = self._sample(params, self._frozen, keys[0], numbers, keys[1], ids, mask, null_ids, null_mask)
+            images.append(np.asarray(made)[:real])
         return np.concatenate(images)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 
 import jax
+from etils import epath
 from jaxtyping import PyTree
 
 from contextdiff_jax.data import Tokenizer, load_tokenizer
@@ -36,20 +36,14 @@ def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
         raise ValueError(f"--weights={weights!r}: unknown; one of ema, params")
     if not workdir:
         raise ValueError("--workdir: missing; name the folder of a trained run")
-    folder = pathlib.Path(workdir)
+    folder = epath.Path(workdir)
     if not (folder / "config.json").exists():
         raise ValueError(f"--workdir={workdir}: holds no run (no config.json); train one with contextdiff_jax.train")
     config = json.loads((folder / "config.json").read_text())
     # A run trained on many devices is read on those that are here.
     settings = parse(config | {"mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1}})
-    with checkpoints.open_manager(folder, read_only=True) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise ValueError(f"--workdir={workdir}: has no finished checkpoint yet")
-        abstract = jax.eval_shape(lambda: init_state(settings))
-        shardings = state_shardings(make_mesh(settings.mesh), abstract)
-        placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-        state, _ = checkpoints.restore(manager, placed)
-    params = getattr(state, weights)
+    abstract = jax.eval_shape(lambda: init_state(settings)).params
+    shardings = state_shardings(make_mesh(settings.mesh), abstract)
+    params, step = checkpoints.restore_weights(folder, checkpoints.placed(abstract, shardings), weights)
     params = merge_lora(params) if merged else params
     return Run(settings, load_tokenizer(settings.data.tokenizer or None), params, step)

@@ -69,15 +69,21 @@ class TrainConfig:
     precision: str = "float32"  # of products and activations; parameters, statistics, process, loss: float32
     log_every: int = 50
     checkpoint_every: int = 500
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest
+    keep_best: int = 0  # and those with the lowest `best_metric` at the log line before
+    best_metric: str = "loss"
     sample_every: int = 500
+    max_nonfinite: int = 3  # steps without a finite loss and gradient that are skipped; the next ends the run
+    peer_timeout: int = 600  # seconds after which a process that is lost or stands still ends the others
 
     def __post_init__(self):
         check_choice("train.decay", self.decay, DECAYS)
         check_choice("train.precision", self.precision, PRECISIONS)
         check_choice("train.trainable", self.trainable, PARTS)
-        check_at_least(self, "train", steps=1, batch_size=1, accumulation=1, lora_rank=1, log_every=1, checkpoint_every=1,
-                       sample_every=0, keep_checkpoints=1, warmup_steps=0, learning_rate=0, clip_norm=0)
+        check_at_least(
+            self, "train", steps=1, batch_size=1, accumulation=1, lora_rank=1, log_every=1, checkpoint_every=1, sample_every=0,
+            keep_checkpoints=1, keep_best=0, max_nonfinite=0, peer_timeout=1, warmup_steps=0, learning_rate=0, clip_norm=0,
+        )
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"train.accumulation={self.accumulation}: must divide train.batch_size={self.batch_size}"

@@ -1,35 +1,52 @@
 """python -m contextdiff_jax.train --config=configs/shapes.py --workdir=runs/shapes [--config.train.steps=500]
+python -m contextdiff_jax.train --replay=runs/shapes/nonfinite_120
 
 Trains, or goes on with, the run in the workdir: config.json, metrics.jsonl, curves.png, events/, samples/,
-checkpoints/.
+checkpoints/. One of many processes learns of the others by flags, environment or scheduler (docs/scaling.md).
 """
 
 from __future__ import annotations
 
-import pathlib
+import os
 
 from absl import flags
 
 from contextdiff_jax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: everything it writes, and what it resumes from.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run (local or gs://): all it writes and resumes from.")
+REPLAY = flags.DEFINE_string("replay", None, "Folder of a dumped step (WORKDIR/nonfinite_N): does that step again.")
+ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for many processes.")
+COUNT = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 
 
 def main() -> None:
-    """Parses, then trains."""
+    """Parses, joins the other processes, then trains."""
+    if REPLAY.value:
+        from etils import epath
+
+        from contextdiff_jax.training.replay import replay
+
+        print(replay(epath.Path(REPLAY.value)))
+        return
     config = cli.read_config()
     if not WORKDIR.value:
         raise ValueError("--workdir: missing; name the folder of the run")
     # Imported when the flags are known to be right: JAX takes seconds to start.
+    from etils import epath
+
+    from contextdiff_jax.parallel import processes
     from contextdiff_jax.pretrained.finetuning import adopt
     from contextdiff_jax.settings import parse
     from contextdiff_jax.training.loop import train
 
     config = adopt(config)
-    settings = parse(config)
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = epath.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
-    train(settings, config, workdir)
+    # Before all else: checking the settings computes, and then it is too late to join.
+    timeout = int(config["train"].get("peer_timeout", 600))
+    processes.start(ADDRESS.value, COUNT.value, INDEX.value, os.environ, timeout)
+    train(parse(config), config, workdir)
 
 
 if __name__ == "__main__":

@@ -76,9 +76,15 @@ def test_clip_score_is_transformers_and_torchmetrics(clip, torch_clip):
 
     class Tensors:  # torchmetrics 1.9 expects what transformers 4 gave
         config = model.config
-        to = lambda self, device: self
-        get_image_features = lambda self, pixels: model.get_image_features(pixels).pooler_output
-        get_text_features = lambda self, ids, mask: model.get_text_features(ids, mask).pooler_output
+
+        def to(self, device):
+            return self
+
+        def get_image_features(self, pixels):
+            return model.get_image_features(pixels).pooler_output
+
+        def get_text_features(self, ids, mask):
+            return model.get_text_features(ids, mask).pooler_output
 
     short = [i for i in positive if len(captions[i]) < 10]  # torchmetrics cuts the end token off longer ones
     with torch.no_grad():

@@ -1,36 +1,153 @@
-"""One program for one device and for many (8 simulated ones, in processes of their own)."""
+"""One program for one device, for many, and for many processes (8 simulated devices, in processes of their own)."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import command
+from conftest import ROOT, TINY, command, config_dict
+from jax.sharding import PartitionSpec as P
+from mesh_program import SMALL
+
+from contextdiff_jax.parallel.mesh import AXES, RULES, Feed, MeshConfig, make_mesh, place, state_shardings
+from contextdiff_jax.settings import parse
+from contextdiff_jax.training.state import init_state
 
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+# What a test costs is the compilation of its program: once for each mesh.
+QUICK = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+ONE = "1x1x1x1"  # data, fsdp, tensor, sequence
 
 
-def losses(workdir) -> list[float]:
-    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+class Device:
+    """Stands for one of many; a mesh needs no more to say where arrays go."""
+
+    platform = "cpu"
+
+    def __init__(self, number, slice_index=0):
+        self.id, self.slice_index, self.process_index = number, slice_index, slice_index
+        self.device_kind = "cpu"
 
 
-def train(workdir, *overrides: str, env: dict[str, str]) -> list[float]:
-    result = command("train", "--config=configs/base.py", f"--workdir={workdir}", "--config.train.steps=3", *overrides,
-                     tiny=True, env=env)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return losses(workdir)
+def abstract_mesh(**sizes):
+    return jax.sharding.AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+
+
+def test_each_parameter_lies_as_the_table_says_and_its_moments_and_average_with_it():
+    settings = parse(config_dict())
+    state = jax.eval_shape(lambda: init_state(settings))
+    spec = jax.tree.map(lambda s: s.spec, state_shardings(abstract_mesh(fsdp=2, tensor=2), state))
+    unet = spec.params["unet"]
+    block = unet["mid_block"]["attentions"][0]["transformer_blocks"][0]
+    assert block["attn1"]["to_q"]["kernel"].get_value() == P("fsdp", "tensor")
+    assert block["attn1"]["to_out"]["kernel"].get_value() == P("tensor", "fsdp")
+    assert block["ff"]["proj_in"]["kernel"].get_value() == P("fsdp", "tensor")
+    assert unet["mid_block"]["resnets"][0]["conv1"]["kernel"].get_value() == P(None, None, "fsdp", "tensor")
+    assert unet["mid_block"]["resnets"][0]["conv2"]["kernel"].get_value() == P(None, None, "tensor", "fsdp")
+    assert unet["conv_in"]["kernel"].get_value() == P(None, None, None, "fsdp")  # 3 channels don't divide by 2
+    adam = spec.opt_state[1][0]
+    assert spec.ema == spec.params == adam.mu == adam.nu
+    assert spec.step == P() and spec.key == P(None)
+
+
+def test_a_rule_is_one_entry_of_the_config():
+    shape, names = (64, 64), ("width", "heads")
+    mesh = abstract_mesh(fsdp=2, tensor=4)
+    assert place(mesh, shape, names).spec == P(("fsdp",), ("tensor",))
+    assert place(mesh, shape, names, {"heads": ""}).spec == P(("fsdp",), None)
+    assert place(mesh, shape, names, {"width": "fsdp,tensor"}).spec == P(("fsdp", "tensor"), None)
+    assert config_dict()["mesh"]["rules"] == RULES
+
+
+def test_slices_lie_along_data_and_a_mesh_that_would_cut_them_is_refused():
+    devices = [Device(i, slice_index=i // 4) for i in range(8)]
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2), devices=devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)[:, :, 0, 0]
+    assert [set(row) for row in slices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(ValueError, match="data or fsdp must be a multiple of the number of slices, 2"):
+        make_mesh(MeshConfig(data=1, tensor=8), devices=devices)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"mesh.rules": {"headz": "tensor"}}, "mesh.rules.headz='tensor': unknown name; one of batch"),
+    ({"mesh.rules": {"heads": "model"}}, "mesh.rules.heads='model': unknown axis 'model'; some of data"),
+    ({"mesh.tensor": 0}, "mesh.tensor=0: must be positive"),
+])
+def test_wrong_rules_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        parse(config_dict(**changes))
+
+
+def test_tensor_and_sequence_together_are_refused_and_rows_are_split_only_where_no_two_devices_hold_the_same():
+    """XLA doubles convolutions otherwise (make_mesh)."""
+    with pytest.raises(ValueError, match="mesh.tensor=2, mesh.sequence=2: only one"):
+        make_mesh(MeshConfig(tensor=2, sequence=2), devices=[Device(i) for i in range(8)])
+    mesh = abstract_mesh(data=2, sequence=2)
+    assert Feed(mesh, 4).sharding((4, 8, 8, 3)).spec == P(("data",), ("sequence",), None, None)
+    assert Feed(mesh, 3).sharding((3, 8, 8, 3)).spec == P(None, None, None, None)
+
+
+def test_a_process_reads_the_rows_of_its_devices():
+    feed = Feed(make_mesh(MeshConfig(), devices=jax.devices()[:1]), 4)
+    np.testing.assert_array_equal(feed.rows, np.arange(4))
+    batch = feed.put({"image": np.arange(48, dtype=np.uint8).reshape(4, 2, 2, 3), "token_ids": np.ones((4, 5), np.int32)})
+    np.testing.assert_array_equal(batch["image"], np.arange(48).reshape(4, 2, 2, 3))
+    assert jnp.asarray(batch["token_ids"]).shape == (4, 5)
+
+
+def losses_and_pictures(path, *meshes: str) -> dict:
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests" / "mesh_program.py", path, *meshes], cwd=ROOT, env=os.environ | QUICK | EIGHT,
+        capture_output=True, text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("one"), env={"XLA_FLAGS": ""})
+    return losses_and_pictures(tmp_path_factory.mktemp("one") / "out.json", ONE)[ONE]
 
 
-@pytest.mark.parametrize("mesh", [(8, 1), (2, 4)], ids=["data", "fsdp"])
-def test_eight_devices_give_the_losses_of_one(one_device, mesh, tmp_path):
-    sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp"), mesh, strict=True)]
-    np.testing.assert_allclose(train(tmp_path, *sizes, env=EIGHT), one_device, rtol=2e-5)
+def assert_same(result: dict, one: dict) -> None:
+    np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-4)
+    assert len(result["losses"]) == 20 and abs(result["losses"][0] / result["losses"][-1] - 1) > 0.01
+    assert np.abs(np.array(result["image"]) - np.array(one["image"])).max() <= 1  # of 255: a rounding may tip over
+
+
+@pytest.mark.parametrize("mesh, share", [
+    ("2x2x2x1", 1 / 2), ("2x2x1x2", 1 / 2),
+    pytest.param("8x1x1x1", 1, marks=pytest.mark.slow), pytest.param("1x8x1x1", 1 / 8, marks=pytest.mark.slow),
+    pytest.param("1x1x1x8", 1, marks=pytest.mark.slow),
+])
+def test_every_mesh_gives_the_losses_and_the_picture_of_one_device(one_device, mesh, share, tmp_path):
+    """20 steps. The slow ones are a program each: bash launch/test.sh -m slow tests/test_mesh.py"""
+    result = losses_and_pictures(tmp_path / "out.json", mesh)[mesh]
+    assert_same(result, one_device)
+    assert result["opt_share"] == share  # of the largest moment on each device
+
+
+def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(one_device, tmp_path):
+    """2 processes of 4 devices, started as a user does; the checkpoint is read here, on one."""
+    overrides = [f"--config.{field}={value}" for field, value in (TINY | SMALL | {"train.steps": 20}).items()]
+    result = subprocess.run(
+        ["bash", "launch/local.sh", "2", "4", "--config=configs/base.py", f"--workdir={tmp_path}", *overrides,
+         "--config.train.checkpoint_every=20", "--config.mesh.fsdp=2", "--config.train.peer_timeout=120"],
+        cwd=ROOT, env=os.environ | QUICK | {"PYTHON": sys.executable, "XLA_FLAGS": ""}, capture_output=True, text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 21))  # once each
+    np.testing.assert_allclose([row["loss"] for row in rows], one_device["losses"], rtol=1e-4)
+    assert len(list((tmp_path / "samples").iterdir())) == 1 and len(list((tmp_path / "events").iterdir())) == 1
+    sample = command("sample", f"--workdir={tmp_path}", "--prompt=a large red circle", f"--out={tmp_path / 'out.png'}")
+    assert sample.returncode == 0 and "pictures of step 20" in sample.stdout, sample.stderr
 
 
 def test_a_batch_that_the_devices_cannot_divide_is_refused_in_one_line(tmp_path):

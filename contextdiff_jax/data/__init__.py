@@ -11,12 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
+from contextdiff_jax.data.buckets import check_buckets, derive_buckets
 from contextdiff_jax.data.cached import CacheSource
 from contextdiff_jax.data.folder import FolderConfig, FolderSource
 from contextdiff_jax.data.loader import Batch, Loader, RandomAccessSource, make_loader
+from contextdiff_jax.data.orders import Size
+from contextdiff_jax.data.records import PictureConfig, PictureSource
 from contextdiff_jax.data.shapes import ShapesConfig, ShapesSource
+from contextdiff_jax.data.tfds import TFDSConfig, TFDSSource
 from contextdiff_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from contextdiff_jax.data.webdataset import WebDatasetConfig, WebDatasetSource
 
 __all__ = [
     "SOURCES",
@@ -26,10 +32,16 @@ __all__ = [
     "FolderConfig",
     "FolderSource",
     "Loader",
+    "PictureSource",
     "RandomAccessSource",
     "ShapesConfig",
     "ShapesSource",
+    "TFDSConfig",
+    "TFDSSource",
     "Tokenizer",
+    "WebDatasetConfig",
+    "WebDatasetSource",
+    "bucket_sizes",
     "load_tokenizer",
     "make_loader",
     "make_source",
@@ -43,12 +55,20 @@ class DataConfig:
 
     Attributes:
         source: a name in `SOURCES`.
-        path: the folder (`folder`, `emoji`, `cache`).
-        metadata: metadata file name or glob of the training split; empty: the source's default.
-        heldout_metadata: the same of the held-out split; empty: the source's default.
-        caption_field: metadata field with the caption.
+        path: the folder (all but `shapes`).
+        metadata: what the training split is: glob of metadata files (`folder`, `emoji`), of shards (`webdataset`), name of
+            a split (`tfds`); empty: the source's default.
+        heldout_metadata: the same of the held-out split.
+        caption_field: field with the caption, or a list of captions.
+        caption_choice: of several captions, the `first` or a `random` one (by seed, epoch and record).
         max_broken_fraction: largest share of broken records to go on with.
+        index_folder: folder of what is computed once from the data; empty: `.contextdiff_jax` in `path`.
         image_size: pixels a side.
+        crop: where a picture is longer than asked for, keep the `centre` or a `random` part (by seed, epoch and record).
+        resample: filter that scales pictures: lanczos, bicubic or bilinear.
+        buckets: sizes (height, width) to sort pictures into by their aspect ratios, a batch of one of them; empty: none.
+        bucket_max_ratio: derives buckets of about image_size squared pixels up to this ratio of the sides; 0: none.
+        bucket_step: of the sides of the derived buckets.
         num_objects: fewest and most objects of a scene (`shapes`).
         num_scenes: scenes in an epoch (`shapes`).
         heldout_fraction: share of attribute combinations kept from training (`shapes`).
@@ -67,8 +87,15 @@ class DataConfig:
     metadata: str = ""
     heldout_metadata: str = ""
     caption_field: str = "text"
+    caption_choice: str = "first"
     max_broken_fraction: float = 0.01
+    index_folder: str = ""
     image_size: int = 32
+    crop: str = "centre"
+    resample: str = "lanczos"
+    buckets: tuple[Size, ...] = ()
+    bucket_max_ratio: float = 0.0
+    bucket_step: int = 64
     num_objects: tuple[int, int] = (1, 3)
     num_scenes: int = 100_000
     heldout_fraction: float = 0.125
@@ -97,12 +124,15 @@ def _shapes(config: DataConfig, split: str) -> RandomAccessSource:
     )
 
 
-def _folder_with(metadata: dict[str, str]) -> Callable[[DataConfig, str], RandomAccessSource]:
-    """A folder source whose metadata files by split default to `metadata`."""
+def _pictures_with(
+    make: Callable[[dict[str, Any], str], RandomAccessSource], defaults: dict[str, str]
+) -> Callable[[DataConfig, str], RandomAccessSource]:
+    """A source of encoded pictures: `make(fields of PictureConfig, what the split is)`, by default `defaults[split]`."""
+    shared = [field.name for field in dataclasses.fields(PictureConfig)]
 
-    def make(config: DataConfig, split: str) -> RandomAccessSource:
+    def source(config: DataConfig, split: str) -> RandomAccessSource:
         configured = {"train": config.metadata, "heldout": config.heldout_metadata}
-        name = configured.get(split) or metadata.get(split)
+        name = configured.get(split) or defaults.get(split)
         if name is None:
             field = "data.heldout_metadata" if split == "heldout" else "split"
             raise ValueError(
@@ -110,17 +140,21 @@ def _folder_with(metadata: dict[str, str]) -> Callable[[DataConfig, str], Random
             )
         if not config.path:
             raise ValueError(f"data.path={config.path!r}: data.source={config.source!r} needs a folder")
-        return FolderSource(
-            FolderConfig(
-                path=config.path,
-                metadata=name,
-                image_size=config.image_size,
-                max_broken_fraction=config.max_broken_fraction,
-                caption_field=config.caption_field,
-            )
-        )
+        return make({field: getattr(config, field) for field in shared}, name)
 
-    return make
+    return source
+
+
+def _folder(fields: dict[str, Any], metadata: str) -> FolderSource:
+    return FolderSource(FolderConfig(**fields, metadata=metadata))
+
+
+def _webdataset(fields: dict[str, Any], shards: str) -> WebDatasetSource:
+    return WebDatasetSource(WebDatasetConfig(**fields, shards=shards))
+
+
+def _tfds(fields: dict[str, Any], split: str) -> TFDSSource:
+    return TFDSSource(TFDSConfig(**fields, split=split))
 
 
 def _cache(config: DataConfig, split: str) -> RandomAccessSource:
@@ -136,10 +170,12 @@ def _cache(config: DataConfig, split: str) -> RandomAccessSource:
 
 SOURCES: dict[str, Callable[[DataConfig, str], RandomAccessSource]] = {
     "shapes": _shapes,
-    "folder": _folder_with({"train": "metadata*.jsonl"}),
-    "emoji": _folder_with(
-        {"train": "metadata_train.jsonl", "heldout": "metadata_test.jsonl", "all": "metadata_*.jsonl"}
+    "folder": _pictures_with(_folder, {"train": "metadata*.jsonl"}),
+    "emoji": _pictures_with(
+        _folder, {"train": "metadata_train.jsonl", "heldout": "metadata_test.jsonl", "all": "metadata_*.jsonl"}
     ),
+    "webdataset": _pictures_with(_webdataset, {"train": "*.tar"}),
+    "tfds": _pictures_with(_tfds, {"train": "train", "heldout": "test", "all": "all"}),
     "cache": _cache,
 }
 
@@ -153,3 +189,16 @@ def make_source(config: DataConfig, split: str = "train") -> RandomAccessSource:
     if config.source not in SOURCES:
         raise ValueError(f"data.source={config.source!r}: unknown; one of {', '.join(SOURCES)}")
     return SOURCES[config.source](config, split)
+
+
+def bucket_sizes(config: DataConfig) -> tuple[Size, ...]:
+    """The sizes (height, width) of the batches; empty: all are `image_size` squared.
+
+    Raises:
+        ValueError: for buckets that are none, or given twice over.
+    """
+    if not config.bucket_max_ratio:
+        return check_buckets(config.buckets)
+    if config.buckets:
+        raise ValueError(f"data.bucket_max_ratio={config.bucket_max_ratio}: must be 0 where data.buckets are named")
+    return derive_buckets(config.image_size**2, config.bucket_max_ratio, config.bucket_step)

@@ -1,26 +1,29 @@
 """From a source to batches: shuffling, sharding by process, workers, prefetch, exact resumption (Grain).
 
-Batch number b of a run is a pure function of (seed, batch size, number of records, b): the records b * B ..
-(b + 1) * B of the shuffled epochs, one epoch after the other, each in another order. Process p of P gives
-out the p-th of P equal blocks of it. So the global batches, and their order, do not depend on the numbers
-of processes and workers, and the state to save is one number.
+Which records batch number b of a run holds is a pure function of (seed, batch size, records, b): see `orders`. Process
+p of P gives out the p-th of P equal blocks of it, or the `rows` that the mesh gives to its devices. So the global
+batches, and their order, do not depend on the numbers of processes and workers, also when these change on the way, and
+the state to save is one number.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 from absl import flags
 
+from contextdiff_jax.data.buckets import check_buckets, nearest_bucket
+from contextdiff_jax.data.orders import BucketOrder, Order, PlainOrder, ShuffledEpochs, Size
+from contextdiff_jax.data.records import PictureSource
 from contextdiff_jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, Any]
-_NUM_THREADS = 2  # a process: pictures decode outside of the GIL, all else does not
+_BROKEN = "broken"  # (record number, reason) of the records that turned out to be broken: from workers to the loader
 
 
 class RandomAccessSource(Protocol):
@@ -36,34 +39,37 @@ class _LoadBatch:
     """Batch number -> this process's block of that batch. Travels to the workers, so it is picklable."""
 
     source: RandomAccessSource
-    order: grain.MapDataset  # shuffled record numbers, over all epochs
-    batch_size: int
-    process_index: int
-    process_count: int
+    order: Order
+    rows: Sequence[int]  # this process's part of each batch
     tokenizer: Tokenizer | None
     max_length: int
 
     def __call__(self, number: int) -> Batch:
-        local = self.batch_size // self.process_count
-        start = int(number) * self.batch_size + self.process_index * local
-        records = [self.source[int(self.order[i])] for i in range(start, start + local)]
+        size, indices, epochs = self.order(int(number), self.rows)
+        if isinstance(self.source, PictureSource):
+            records = [self.source.record(index, epoch, size) for index, epoch in zip(indices, epochs)]
+        else:
+            records = [self.source[index] for index in indices]
         captions = [record["caption"] for record in records]
         arrays = [name for name, value in records[0].items() if isinstance(value, np.ndarray)]
         batch: Batch = {name: np.stack([record[name] for record in records]) for name in arrays}
         batch["caption"] = captions
         if self.tokenizer is not None and "token_ids" not in batch:
             batch["token_ids"], batch["token_mask"] = self.tokenizer.encode(captions, self.max_length)
+        if isinstance(self.source, PictureSource):
+            batch[_BROKEN] = self.source.broken.drain()
         return batch
 
 
 class Loader(Iterator[Batch]):
     """An endless iterator over batches whose place can be saved and restored. Made by `make_loader`."""
 
-    def __init__(self, load: _LoadBatch, identity: dict[str, int], num_workers: int, prefetch: int):
+    def __init__(self, load: _LoadBatch, identity: dict[str, Any], num_workers: int, prefetch: int, num_threads: int):
         self._load = load
         self._identity = identity
         self._num_workers = num_workers
         self._prefetch = prefetch
+        self._num_threads = num_threads
         self._next_batch = 0
         self._iterator: grain.DatasetIterator | None = None
 
@@ -75,13 +81,17 @@ class Loader(Iterator[Batch]):
             self._iterator = self._start()
         batch = next(self._iterator)
         self._next_batch += 1
+        for index, reason in batch.pop(_BROKEN, ()):  # each worker knows only of its own: count them together
+            self._load.source.broken.replaced(index, reason)
         if self._num_workers:  # workers hand over views of shared memory, which ends with them
             batch = {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
         return batch
 
     def _start(self) -> grain.DatasetIterator:
         # Grain's own buffer default is 500 elements; here an element is a whole batch.
-        options = grain.ReadOptions(num_threads=_NUM_THREADS, prefetch_buffer_size=self._prefetch)
+        options = grain.ReadOptions(
+            num_threads=self._num_threads, prefetch_buffer_size=self._prefetch if self._num_threads else 0
+        )
         numbers = grain.MapDataset.range(self._next_batch, sys.maxsize)
         batches = numbers.map(self._load).to_iter_dataset(options)
         if self._num_workers:
@@ -94,17 +104,23 @@ class Loader(Iterator[Batch]):
             )
         return iter(batches)
 
-    def get_state(self) -> dict[str, int]:
+    @property
+    def num_broken(self) -> int:
+        """Number of broken records known so far, of all workers of this process."""
+        return getattr(self._load.source, "num_broken", 0)
+
+    def get_state(self) -> dict[str, Any]:
         """The place in the data: JSON-able, and the same in every process, whatever the number of workers."""
         return {**self._identity, "next_batch": self._next_batch}
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from where `get_state` was called.
 
         Raises:
-            ValueError: if the state is of a loader with another seed, batch size or number of records.
+            ValueError: if the state is of a loader with another seed, batch size, buckets or number of records.
         """
-        for name, value in self._identity.items():
+        for name in sorted(self._identity.keys() | state.keys() - {"next_batch"}):
+            value = self._identity.get(name)
             if state.get(name) != value:
                 raise ValueError(f"data.{name}={value}: the saved data state has {name}={state.get(name)}")
         self.close()
@@ -125,15 +141,19 @@ def make_loader(
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    rows: np.ndarray | None = None,
     tokenizer: Tokenizer | None = None,
     max_length: int = 32,
     prefetch: int = 2,
+    num_threads: int = 2,  # pictures decode outside of the GIL, all else does not
+    buckets: Sequence[Size] = (),
 ) -> Loader:
     """Endless shuffled batches of this process's share.
 
     With B = batch_size // process_count, a batch has the records' arrays, stacked (`image` uint8 [B, H, W, 3]; a cache's
     moments and tokens), `caption` (list of B str) and, with a tokenizer, `token_ids` int32 [B, max_length] and
-    `token_mask` bool [B, max_length].
+    `token_mask` bool [B, max_length]. With buckets, H and W are one of them, the same in all processes, and change from
+    batch to batch.
 
     Args:
         source: where the records are.
@@ -142,9 +162,12 @@ def make_loader(
         num_workers: loader processes; 0 loads in threads of this process.
         process_index: which block of each global batch to give out (`jax.process_index()`).
         process_count: number of blocks (`jax.process_count()`).
+        rows: instead of a block, the examples of each global batch to give out (`parallel.mesh.Feed.rows`).
         tokenizer: encodes the captions; None leaves them as text only.
         max_length: tokens a caption.
         prefetch: batches kept ready, by each worker.
+        num_threads: of each process that loads; 0: a batch is loaded when it is asked for, none ahead.
+        buckets: sizes (height, width): each picture is given out in that whose aspect ratio is nearest to its own.
 
     Raises:
         ValueError: for a batch that the processes do not divide, an empty source, or numbers out of range.
@@ -159,15 +182,27 @@ def make_loader(
         raise ValueError(f"prefetch={prefetch}: must be at least 1")
     if not len(source):
         raise ValueError("data.source: holds no records")
+    local = batch_size // process_count
+    identity = {"seed": seed, "batch_size": batch_size, "num_records": len(source)}
+    if buckets:
+        identity["buckets"] = [list(size) for size in buckets]
     load = _LoadBatch(
         source=source,
-        # `repeat` reseeds the shuffle in each epoch.
-        order=grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(),
-        batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
+        order=_make_order(source, batch_size, seed, buckets),
+        rows=range(process_index * local, (process_index + 1) * local) if rows is None else rows.tolist(),
         tokenizer=tokenizer,
         max_length=max_length,
     )
-    identity = {"seed": seed, "batch_size": batch_size, "num_records": len(source)}
-    return Loader(load, identity, num_workers, prefetch)
+    return Loader(load, identity, num_workers, prefetch, num_threads)
+
+
+def _make_order(source: RandomAccessSource, batch_size: int, seed: int, buckets: Sequence[Size]) -> Order:
+    if not buckets:
+        return PlainOrder(ShuffledEpochs(len(source), seed), batch_size)
+    if not isinstance(source, PictureSource):
+        raise ValueError(f"data.buckets={tuple(buckets)}: this data.source has pictures of one size; must be ()")
+    sizes = check_buckets(buckets)
+    bucket_of = nearest_bucket(source.picture_sizes(), sizes)
+    if not (bucket_of >= 0).any():
+        raise ValueError("data.source: holds no picture of a readable size")
+    return BucketOrder(sizes, bucket_of, batch_size, seed)

@@ -22,9 +22,9 @@ from contextdiff_jax.cli import RunError
 from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.models.video import VideoDiffusion
+from contextdiff_jax.parallel.processes import StopSignal
 from contextdiff_jax.settings import TrainConfig
 from contextdiff_jax.training import checkpoints
-from contextdiff_jax.training.loop import StopSignal
 from contextdiff_jax.training.log import MetricsLog
 from contextdiff_jax.training.state import make_optimizer
 

@@ -1,73 +1,211 @@
-"""One mesh for 1 device and for many: the batch is split over `data` and `fsdp`, parameters over `fsdp`."""
+"""One mesh for 1 device and for many, and how every array gets its place on it. Read it from top to bottom:
+
+    a parameter's path --PARAMETER_AXES--> logical names of its dimensions --rules (config)--> mesh axes
+
+`unet/mid_block/resnets/0/conv1/kernel` [3, 3, 1280, 1280] is (-, -, width, channels), which the default rules put over
+(-, -, fsdp, tensor). The table reads the end of a path, so the moving average and the optimizer's moments, which are
+trees of parameters, lie as their parameters do. A dimension that its mesh axes don't divide is replicated.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-AXES = ("data", "fsdp", "tensor", "sequence")
-BATCH_AXES = ("data", "fsdp")
+# Outermost first: the innermost axes get the nearest devices, for they talk most.
+AXES = ("data", "fsdp", "sequence", "tensor")
+
+# Logical name -> mesh axes (several: joined by commas; none: ''). The config's `mesh.rules` replaces single entries.
+RULES = {
+    "batch": "data,fsdp",  # examples
+    "rows": "sequence",  # a picture's rows: the compiler adds the exchange of borders that a convolution needs
+    "width": "fsdp",  # a parameter's side on the residual stream, which all devices' activations hold whole
+    "heads": "tensor",  # attention's inside
+    "hidden": "tensor",  # a feed-forward's inside
+    "channels": "tensor",  # a residual block's inside, between its two convolutions
+    "vocab": "",
+}
+
+# (pattern in the path, logical names of the last dimensions); the first that matches counts, dimensions before are
+# replicated. What enters a block's inside is split there by columns, what leaves it by rows: one sum a block.
+PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"^(step|key|metric_sums)\b", ()),  # the training state's small change
+    (r"\bto_[qkv]/kernel$", ("width", "heads")),
+    (r"\bto_[qkv]/bias$", ("heads",)),
+    (r"\bto_out/kernel$", ("heads", "width")),
+    (r"\b(ff/proj_in|linear_1|fc1)/kernel$", ("width", "hidden")),
+    (r"\b(ff/proj_in|linear_1|fc1)/bias$", ("hidden",)),
+    (r"\b(ff/proj_out|linear_2|fc2)/kernel$", ("hidden", "width")),
+    (r"\b(conv1|time_emb_proj|(down|up)samplers/\d+/conv)/kernel$", ("width", "channels")),
+    (r"\b(conv1|time_emb_proj|(down|up)samplers/\d+/conv)/bias$", ("channels",)),
+    (r"\bresnets/\d+/norm2/(scale|bias)$", ("channels",)),
+    (r"\bconv2/kernel$", ("channels", "width")),
+    (r"\bembedding$", ("vocab", "width")),
+    (r"", ("width", "width")),  # all others: the first of the last two dimensions that can be split
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis; one may be -1, the rest. `tensor` and `sequence` are 1 so far."""
+    """Devices along each axis (one may be -1, the rest) and what differs from `RULES`."""
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     sequence: int = 1
+    rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        sizes = [getattr(self, axis) for axis in AXES]
-        for axis, size in zip(AXES, sizes, strict=True):
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        for axis, size in sizes.items():
             if size < 1 and size != -1:
                 raise ValueError(f"mesh.{axis}={size}: must be positive, or -1 for the rest of the devices")
-        if sizes.count(-1) > 1:
+        if list(sizes.values()).count(-1) > 1:
             raise ValueError(f"mesh={sizes}: only one axis may be -1")
-        for axis in ("tensor", "sequence"):
-            if getattr(self, axis) != 1:
-                raise ValueError(f"mesh.{axis}={getattr(self, axis)}: only 1 is supported; use mesh.data, mesh.fsdp")
+        for name, axes in self.rules.items():
+            if name not in RULES:
+                raise ValueError(f"mesh.rules.{name}={axes!r}: unknown name; one of {', '.join(RULES)}")
+            for axis in _split(axes):
+                if axis not in AXES:
+                    raise ValueError(f"mesh.rules.{name}={axes!r}: unknown axis {axis!r}; some of {', '.join(AXES)}")
 
 
-def make_mesh(config: MeshConfig, batch_size: int | None = None) -> Mesh:
-    """The mesh over all devices.
+def make_mesh(
+    config: MeshConfig, batch_size: int | None = None, accumulation: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """The mesh over `devices` (all that there are; or a described topology's, to compile without them).
 
-    Raises ValueError if the axes do not multiply to the number of devices, or the batch can't be divided over
-    `data` x `fsdp`.
+    Raises ValueError if the axes do not multiply to the number of devices, or they can't share a batch equally.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
     known = math.prod(size for size in sizes.values() if size > 0)
     sizes = {axis: len(devices) // known if size == -1 else size for axis, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"mesh={sizes}: must multiply to the number of devices, {len(devices)}")
-    ways = sizes["data"] * sizes["fsdp"]
-    if batch_size is not None and batch_size % ways:
-        raise ValueError(f"train.batch_size={batch_size}: must be a multiple of mesh.data x mesh.fsdp = {ways}")
-    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
+    # XLA's partitioner (jaxlib 0.10.2, also without Shardy) adds up a convolution's result once too often for each device
+    # that holds the same rows: lax.conv of x: P(None, 's') and k: P(None, None, None, 't') on 2 x 2 devices is doubled.
+    if sizes["tensor"] > 1 and sizes["sequence"] > 1:
+        raise ValueError(
+            f"mesh.tensor={sizes['tensor']}, mesh.sequence={sizes['sequence']}: only one of them may be above 1: XLA gets "
+            "convolutions wrong that are split by rows and shared by devices; use mesh.fsdp for the other"
+        )
+    axes = _split((RULES | dict(config.rules))["batch"])
+    ways = math.prod(sizes[axis] for axis in axes)
+    if batch_size is not None and batch_size % (ways * accumulation):
+        product = " x ".join([f"mesh.{axis}" for axis in axes] + ["train.accumulation"] * (accumulation > 1))
+        raise ValueError(f"train.batch_size={batch_size}: must be a multiple of {product} = {ways * accumulation}")
+    return Mesh(_arrange(list(devices), sizes), AXES)
 
 
-def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """The batch axis, after `leading` unsharded axes, over `data` and `fsdp`."""
-    return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
+def _arrange(devices: list, sizes: dict[str, int]) -> np.ndarray:
+    """The devices as an array of the mesh's shape: neighbours on the chip network are neighbours on the inner axes, and
+    slices, which only the data-centre network joins, lie along `data` (or `fsdp`)."""
+    shape = tuple(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        outer = next((axis for axis in ("data", "fsdp") if sizes[axis] % slices == 0), None)
+        if outer is None:
+            raise ValueError(f"mesh={sizes}: data or fsdp must be a multiple of the number of slices, {slices}")
+        across = tuple(slices if axis == outer else 1 for axis in AXES)
+        inside = tuple(size // count for size, count in zip(shape, across, strict=True))
+        return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    if devices[0].platform == "tpu":
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.asarray(devices).reshape(shape)
 
 
-def state_shardings(mesh: Mesh, abstract: PyTree) -> PyTree:
-    """Each array's largest axis that `fsdp` divides, over `fsdp`; replicated where none does."""
-    size = mesh.shape["fsdp"]
+def path_name(path: Sequence[Any]) -> str:
+    """'unet/conv_in/kernel' of a pytree's path; the `.value` of an NNX variable has no name."""
+    names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+    return "/".join(names[:-1] if len(names) > 1 and names[-1] == "value" else names)
 
-    def sharding(leaf):
-        axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % size == 0]
-        if size == 1 or not axes:
-            return NamedSharding(mesh, P())
-        axis = max(axes, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(mesh, P(*(None,) * axis, "fsdp"))
 
-    return jax.tree.map(sharding, abstract)
+def logical_axes(name: str) -> tuple[str | None, ...]:
+    """The logical names of a parameter's last dimensions."""
+    return next(axes for pattern, axes in PARAMETER_AXES if re.search(pattern, name))
+
+
+def place(mesh: Mesh, shape: Sequence[int], names: Sequence[str | None], rules: Mapping[str, str] = RULES) -> NamedSharding:
+    """Where an array lies whose last dimensions have the logical `names`.
+
+    A mesh axis splits one dimension of an array, the first that asks for it and that it divides.
+    """
+    rules = RULES | dict(rules)
+    names = (None,) * (len(shape) - len(names)) + tuple(names)[max(len(names) - len(shape), 0) :]
+    free = {axis for axis, size in mesh.shape.items() if size > 1}
+    spec = []
+    for size, name in zip(shape, names, strict=True):
+        axes = tuple(axis for axis in _split(rules.get(name, "")) if axis in free)
+        while size % math.prod(mesh.shape[axis] for axis in axes):
+            axes = axes[:-1]
+        free -= set(axes)
+        spec.append(axes or None)
+    return NamedSharding(mesh, P(*spec))
+
+
+def state_shardings(mesh: Mesh, abstract: PyTree, rules: Mapping[str, str] = RULES) -> PyTree:
+    """The place of each array of a tree of parameters, or of a whole training state. Needs only shapes."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: place(mesh, leaf.shape, logical_axes(path_name(path)), rules), abstract
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """On every device, whole."""
+    return NamedSharding(mesh, P())
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """The way of a global batch of `batch_size` examples onto the mesh, from what each process has read."""
+
+    mesh: Mesh
+    batch_size: int
+    rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """The examples of each batch that this process's devices hold: what it has to read. Processes that share
+        examples (by tensor or sequence parallelism) read them all."""
+        owned = place(self.mesh, (self.batch_size,), ("batch",), self.rules)
+        indices = owned.addressable_devices_indices_map((self.batch_size,)).values()
+        return np.unique(np.concatenate([np.arange(self.batch_size)[index] for index in indices]))
+
+    def sharding(self, shape: Sequence[int]) -> NamedSharding:
+        """The place of an array [B, ...]; a picture's, [B, H, W, C], is split by rows too, unless some devices would hold
+        the same rows (an odd number of pictures to sample): see `make_mesh`."""
+        batch = place(self.mesh, shape, ("batch",) + (None,) * (len(shape) - 1), self.rules)
+        shards = shape[0] // batch.shard_shape(tuple(shape))[0]
+        if len(shape) != 4 or shards * self.mesh.shape["sequence"] != self.mesh.size:
+            return batch
+        return place(self.mesh, shape, ("batch", "rows", None, None), self.rules)
+
+    def put(self, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Global arrays from this process's examples, `rows` of the global batch."""
+
+        def spread(array: np.ndarray) -> jax.Array:
+            shape = (self.batch_size, *array.shape[1:])
+
+            def part(index):
+                wanted = np.arange(self.batch_size)[index[0]]
+                return array[(np.searchsorted(self.rows, wanted), *index[1:])]
+
+            return jax.make_array_from_callback(shape, self.sharding(shape), part)
+
+        return {name: spread(np.asarray(array)) for name, array in local.items()}
+
+
+def _split(axes: str) -> tuple[str, ...]:
+    return tuple(axis.strip() for axis in axes.split(",") if axis.strip())

@@ -27,12 +27,13 @@ from contextdiff_jax import pictures
 from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import DataConfig, Loader, make_loader, make_source
 from contextdiff_jax.models.vae import VAE
-from contextdiff_jax.parallel.mesh import batch_sharding, make_mesh, state_shardings
+from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
+from contextdiff_jax.parallel.processes import StopSignal
 from contextdiff_jax.pretrained import save_vae
 from contextdiff_jax.settings import AutoencoderLoss, AutoencoderSettings
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog
-from contextdiff_jax.training.loop import StopSignal, to_devices
+from contextdiff_jax.training.loop import to_devices
 from contextdiff_jax.training.state import TrainState, make_optimizer
 
 LOGGER = logging.getLogger(__name__)
@@ -92,15 +93,17 @@ def train_autoencoder(
     """Trains to `settings.train.steps`, resuming what `workdir` holds, and writes the folder; its figures on pictures that
     it has not seen. RunError for a loss that is not finite: the checkpoint before it is kept."""
     train = settings.train
-    mesh, loader = make_mesh(settings.mesh, train.batch_size), _open_loader(settings)
-    place = batch_sharding(mesh)
+    mesh = make_mesh(settings.mesh, train.batch_size)
+    feed = Feed(mesh, train.batch_size, settings.mesh.rules)
+    loader = _open_loader(settings, feed)
+    place = {"image": feed.sharding((train.batch_size, settings.data.image_size, settings.data.image_size, 3))}
     manager, state, shardings = _open_state(settings, config, workdir, mesh, loader)
     step_fn = jax.jit(make_vae_step(settings), donate_argnums=0, in_shardings=(shardings, place), out_shardings=shardings)
     log, asked_to_stop = MetricsLog(workdir, int(state.step)), StopSignal()
     with closing(manager), closing(loader), closing(log):
         first = int(state.step)
         for step in tqdm(range(first + 1, train.steps + 1), initial=first, total=train.steps, disable=None):
-            state = step_fn(state, to_devices({"image": next(loader)["image"]}, place))
+            state = step_fn(state, to_devices({"image": next(loader)["image"]}, feed))
             last = step == train.steps or asked_to_stop()
             if step % train.log_every == 0 or last:
                 sums = jax.device_get(state.metric_sums)
@@ -164,11 +167,11 @@ def _graph(settings: AutoencoderSettings) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: VAE(settings.vae, rngs=nnx.Rngs(0))))[0]
 
 
-def _open_loader(settings: AutoencoderSettings) -> Loader:
+def _open_loader(settings: AutoencoderSettings, feed: Feed) -> Loader:
     data = settings.data
     return make_loader(
         make_source(data, "train"), batch_size=settings.train.batch_size, seed=data.seed, num_workers=data.num_workers,
-        prefetch=data.prefetch, process_index=jax.process_index(), process_count=jax.process_count(),
+        prefetch=data.prefetch, rows=feed.rows,
     )
 
 
@@ -177,13 +180,12 @@ def _open_state(
 ) -> tuple[Any, TrainState, PyTree]:
     """(manager, state, shardings): a new state, or the newest checkpoint of the same run."""
     abstract = jax.eval_shape(lambda: init_state(settings))
-    shardings = state_shardings(mesh, abstract)
+    shardings = state_shardings(mesh, abstract, settings.mesh.rules)
     manager = checkpoints.open_manager(workdir, settings.train.keep_checkpoints)
     checkpoints.check_shapes(manager, workdir, abstract)
     checkpoints.claim_workdir(workdir, config)
     if manager.latest_step() is None:
         return manager, jax.jit(lambda: init_state(settings), out_shardings=shardings)(), shardings
-    placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-    state, data_state = checkpoints.restore(manager, placed)
+    state, data_state = checkpoints.restore(manager, checkpoints.placed(abstract, shardings))
     loader.set_state(data_state)
     return manager, state, shardings

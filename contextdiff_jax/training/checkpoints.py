@@ -1,23 +1,39 @@
-"""Checkpoints of a run (Orbax): asynchronous, complete or invisible, with the place in the data."""
+"""Checkpoints of a run (Orbax): asynchronous, sharded, complete or invisible, with the place in the data.
+
+Each carries manifest.json, the size and digest of its every file, which is written before the folder gets its name. What
+doesn't agree with its manifest is never read: the checkpoint before it is.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
+import hashlib
 import json
 import logging
+import os
 import pathlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Mapping
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import PyTree
+from orbax.checkpoint import checkpoint_managers
 
+from contextdiff_jax.cli import RunError, is_remote
 from contextdiff_jax.training.state import TrainState
 
 LOGGER = logging.getLogger(__name__)
+MANIFEST, METADATA = "manifest.json", "_CHECKPOINT_METADATA"
 # Fields that a run may change when it goes on: they don't alter what a step computes.
 FREE_FIELDS = (
-    "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every",
-    "data.path", "data.num_workers", "data.prefetch", "mesh.", "sample.",
+    "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every", "train.keep_best",
+    "train.best_metric", "train.max_nonfinite", "train.peer_timeout",
+    "data.path", "data.index_folder", "data.num_workers", "data.prefetch", "mesh.", "sample.",
 )
 
 
@@ -32,7 +48,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def claim_workdir(workdir: pathlib.Path, config: Mapping[str, Any], free: tuple[str, ...] = FREE_FIELDS) -> None:
+def claim_workdir(
+    workdir: pathlib.Path, config: Mapping[str, Any], free: tuple[str, ...] = FREE_FIELDS, write: bool = True
+) -> None:
     """Writes config.json, or checks that the one there is of the same run (but for `free` fields).
 
     Raises ValueError naming the first field that differs.
@@ -47,26 +65,160 @@ def claim_workdir(workdir: pathlib.Path, config: Mapping[str, Any], free: tuple[
                     f"--workdir={workdir}: holds another config's run, {name} is {old.get(name)!r} there and "
                     f"{new.get(name)!r} here; choose another workdir or that config"
                 )
+    if not write:
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(config, indent=2) + "\n")
     partial.replace(path)
 
 
-def open_manager(workdir: pathlib.Path, keep: int = 1, read_only: bool = False) -> ocp.CheckpointManager:
-    """Orbax's manager of `workdir`/checkpoints, newest `keep` kept; `read_only`: for a run that another process may be
-    training, all are."""
+def _digest(path: pathlib.Path) -> list:
+    if path.name == METADATA:  # Orbax adds the time of the commit after the manifest is written; nobody reads it
+        known = {k: v for k, v in json.loads(path.read_text()).items() if k != "commit_timestamp_nsecs"}
+        return [len(known), hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16).hexdigest()]
+    with path.open("rb") as file:
+        digest = hashlib.blake2b(digest_size=16)
+        size = 0
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return [size, digest.hexdigest()]
+
+
+def _digests(folder: pathlib.Path) -> dict[str, list]:
+    """{file: [bytes, digest]} of all files in `folder` but its manifest."""
+    paths, folders = [], [folder]
+    while folders:
+        for path in folders.pop().iterdir():
+            (folders if path.is_dir() else paths).append(path)
+    paths = sorted(path for path in paths if path != folder / MANIFEST)
+    with ThreadPoolExecutor(8) as pool:  # reading and hashing both leave Python
+        return dict(zip((str(path.relative_to(folder)) for path in paths), pool.map(_digest, paths), strict=True))
+
+
+def _seal(folder: pathlib.Path) -> None:
+    """Writes the manifests of the checkpoints under way. Orbax calls it when all their files are written, before a
+    folder gets its name; in the first process only."""
+    for path in folder.iterdir():
+        if ".orbax-checkpoint-tmp" in path.name:
+            files = _digests(path)
+            total = hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
+            (path / MANIFEST).write_text(json.dumps({"files": files, "digest": total}))
+
+
+def damage(folder: pathlib.Path) -> str:
+    """What is wrong with the checkpoint in `folder` ('' if nothing is)."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files, total = manifest["files"], manifest["digest"]
+    except FileNotFoundError:
+        LOGGER.warning("%s: has no %s, so it can't be verified", folder, MANIFEST)
+        return ""  # saved before there were manifests: they are written before a checkpoint gets its name
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is damaged"
+    if hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest() != total:
+        return f"{MANIFEST} is damaged"
+    try:
+        there = _digests(folder)
+    except ValueError:
+        return f"{METADATA} is damaged"
+    for name, wanted in files.items():
+        if name not in there:
+            return f"{name} is missing"
+        if there[name] != wanted:
+            (size, _), (old, _) = there[name], wanted
+            return f"{name} is damaged: " + ("its bytes have changed" if size == old else f"size {size}, not {old}")
+    return ""
+
+
+def _folder(workdir: pathlib.Path) -> epath.Path:
+    workdir = epath.Path(workdir)
+    return (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
+
+
+def _steps(workdir: pathlib.Path) -> list[int]:
+    """Steps with a finished checkpoint, newest first."""
+    folder = _folder(workdir)
+    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True) if folder.exists() else []
+
+
+def newest_good(workdir: pathlib.Path) -> int | None:
+    """The newest checkpoint that is whole; those that are skipped are said."""
+    for step in _steps(workdir):
+        problem = damage(_folder(workdir) / str(step))
+        if not problem:
+            return step
+        LOGGER.warning("checkpoint %d is skipped: %s", step, problem)
+    return None
+
+
+def set_damaged_aside(workdir: pathlib.Path) -> None:
+    """Moves the checkpoints that are newer than the newest whole one to `workdir`/damaged, so that a run that resumes can
+    save those steps again."""
+    good = newest_good(workdir)
+    for step in _steps(workdir):
+        if step == good:
+            return
+        target = workdir / "damaged" / str(step)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        while target.exists():
+            target = target.with_name(target.name + "_")
+        (_folder(workdir) / str(step)).rename(target)
+
+
+def open_manager(
+    workdir: pathlib.Path, keep: int = 1, read_only: bool = False, best: int = 0, metric: str = "loss"
+) -> ocp.CheckpointManager:
+    """Orbax's manager of `workdir`/checkpoints: the newest `keep` are kept, and the `best` with the lowest `metric`;
+    `read_only`: for a run that another process may be training, all are."""
+    folder = _folder(workdir)
+    lowest = checkpoint_managers.BestN(
+        get_metric_fn=lambda metrics: -metrics[metric], n=best, keep_checkpoints_without_metrics=False
+    )
+    kept = [checkpoint_managers.LatestN(keep)] + [lowest] * (best > 0)
     # A manager that is never asked to save writes and deletes nothing. Orbax's own read_only warns, each time, that it is.
-    options = ocp.CheckpointManagerOptions(max_to_keep=None if read_only else keep, create=not read_only)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=None if read_only else checkpoint_managers.AnyPreservationPolicy(kept),
+        create=not read_only, cleanup_tmp_directories=not read_only,
+        async_options=ocp.AsyncOptions(post_finalization_callback=functools.partial(_seal, folder)),
+    )
     # Named, so that a fresh process can read the saved shapes before it restores anything.
     handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options, item_handlers=handlers)
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, data_state: Mapping[str, Any]) -> None:
+@contextlib.contextmanager
+def closing(manager: ocp.CheckpointManager, workdir: pathlib.Path) -> Iterator[None]:
+    """Closes the manager after the save that is under way. RunError, one line, for what went wrong in writing."""
+    try:
+        yield
+    finally:
+        with _writing(workdir):
+            manager.close()
+
+
+@contextlib.contextmanager
+def _writing(workdir: pathlib.Path) -> Iterator[None]:
+    # A full disk comes as OSError, or from TensorStore's threads as ValueError or XlaRuntimeError with its text.
+    try:
+        yield
+    except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+        kept = next((f"step {step} is kept" for step in _steps(workdir)), "there is none before")
+        text = " ".join(str(error).split())
+        full = os.strerror(errno.ENOSPC)
+        reason = full if full in text else text[:300]  # TensorStore says it after three paths
+        raise RunError(f"{workdir}/checkpoints: a checkpoint could not be written: {reason}; {kept}") from error
+
+
+def save(
+    manager: ocp.CheckpointManager, state: TrainState, data_state: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+) -> None:
     """Starts saving; visible when complete. The state may be donated as soon as this returns."""
     arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data_state)))
-    manager.save(int(state.step), args=arguments)
+    with _writing(manager.directory.parent):
+        manager.save(int(state.step), args=arguments, metrics=dict(metrics) if metrics else None)
 
 
 def shape_differences(saved: PyTree, wanted: PyTree, limit: int = 3) -> str:
@@ -94,11 +246,53 @@ def check_shapes(manager: ocp.CheckpointManager, workdir: pathlib.Path, wanted: 
         raise ValueError(f"--workdir={workdir}: its checkpoint {step} is of another model: {difference}")
 
 
-def restore(manager: ocp.CheckpointManager, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The newest complete checkpoint, laid out as `abstract` says (shapes, dtypes and shardings)."""
-    step = manager.latest_step()
+def placed(abstract: PyTree, shardings: PyTree) -> PyTree:
+    """Shapes and dtypes with the place that each array shall get."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+
+def restore(manager: ocp.CheckpointManager, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+    """The checkpoint of `step` (the newest), laid out as `abstract` says (shapes, dtypes and shardings), whatever mesh
+    and number of processes wrote it."""
+    step = manager.latest_step() if step is None else step
     restored = manager.restore(
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
     )
     LOGGER.info("restored step %d", step)
     return restored["state"], restored["data"]
+
+
+def restore_newest(workdir: pathlib.Path, abstract: TrainState) -> tuple[TrainState, dict[str, Any], int]:
+    """(state, place in the data, step) of the newest whole checkpoint, for readers.
+
+    Raises ValueError if there is none.
+    """
+    step = _required(workdir)
+    with open_manager(workdir, read_only=True) as manager:
+        return *restore(manager, abstract, step), step
+
+
+def restore_weights(workdir: pathlib.Path, abstract: PyTree, weights: str = "ema") -> tuple[PyTree, int]:
+    """(parameters, step) of the newest whole checkpoint: `weights` (`ema` or `params`) alone is read, as `abstract` says
+    (bf16 dtypes read float32 values as bf16).
+
+    Raises ValueError if there is none.
+    """
+    step = _required(workdir)
+    wanted = {weights: abstract}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restored = reader.restore(
+            _folder(workdir) / str(step) / "state",
+            args=ocp.args.PyTreeRestore(
+                wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+            ),
+        )
+    LOGGER.info("read %s of step %d", weights, step)
+    return restored[weights], step
+
+
+def _required(workdir: pathlib.Path) -> int:
+    step = newest_good(workdir)
+    if step is None:
+        raise ValueError(f"--workdir={workdir}: has no finished checkpoint yet")
+    return step

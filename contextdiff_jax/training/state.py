@@ -33,8 +33,10 @@ METRICS = ("count", "loss", "denoise_loss", "context_loss", "prior_kl", "context
 
 
 def zero_metrics() -> dict[str, Array]:
-    """Empty sums; the quartile entries are sums over samples by t's quartile, the others over steps."""
-    return {name: jnp.zeros(()) for name in METRICS} | {"quartile_loss": jnp.zeros(4), "quartile_count": jnp.zeros(4)}
+    """Empty sums; the quartile entries are sums over samples by t's quartile, the others over (finite) steps.
+    `nonfinite` counts the steps that were skipped."""
+    sums = {name: jnp.zeros(()) for name in METRICS}
+    return sums | {"quartile_loss": jnp.zeros(4), "quartile_count": jnp.zeros(4), "nonfinite": jnp.zeros(())}
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Callable
 
 import jax
@@ -27,13 +28,21 @@ def _keys(key: Array) -> dict[str, Array]:
     return {name: jax.random.fold_in(key, i) for i, name in enumerate(RANDOM_USES)}
 
 
+def x0_shape(batch: Batch, settings: Settings) -> tuple[int, int, int, int]:
+    """[B, H, W, C] of x0: pictures may have the shape of any of `data.buckets`, a cache's latents have one."""
+    (height, width, channels), size = settings.shape, settings.data.image_size
+    if "image" in batch:
+        height, width = batch["image"].shape[1] * height // size, batch["image"].shape[2] * width // size
+    return batch["token_ids"].shape[0], height, width, channels
+
+
 def draw(key: Array, batch: Batch, settings: Settings) -> Batch:
     """Adds a step's randomness to a batch: `t`, `noise`, `dropped` (captions hidden from the denoiser), and for
     latents `latent_noise` (their place in the autoencoder's Gaussian).
 
     Drawn for the whole batch at once, so that accumulation and sharding don't change the step.
     """
-    keys, shape = _keys(key), (batch["token_ids"].shape[0], *settings.shape)
+    keys, shape = _keys(key), x0_shape(batch, settings)
     config = settings.diffusion
     latent = {"latent_noise": jax.random.normal(keys["latent"], shape)} if settings.latent.vae else {}
     return batch | latent | {
@@ -41,6 +50,15 @@ def draw(key: Array, batch: Batch, settings: Settings) -> Batch:
         "noise": jax.random.normal(keys["noise"], shape),
         "dropped": jax.random.bernoulli(keys["dropout"], settings.train.caption_dropout, shape[:1]),
     }
+
+
+def x0_shape(batch: Batch, settings: Settings) -> tuple[int, int, int, int]:
+    """[B, H, W, C]: the pictures' own size, which changes with the bucket, or that of their latents."""
+    if "latent_mean" in batch:
+        return batch["latent_mean"].shape
+    B, H, W, _ = batch["image"].shape
+    factor = settings.data.image_size // settings.shape[0]  # 1 where the data are pixels
+    return B, H // factor, W // factor, settings.shape[2]
 
 
 def clean(model: ContextDiffusion, batch: Batch) -> tuple[Float[Array, "B H W C"], Float[Array, "B H2 W2 3"] | None]:
@@ -107,7 +125,8 @@ def _accumulated(value_and_grad: Callable, params: PyTree, batch: Batch, parts: 
     if parts == 1:
         (_, metrics), grads = value_and_grad(params, batch)
         return metrics, grads
-    split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+    # A part takes every parts-th example, so that each device's own examples are spread over all parts.
+    split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, part):
         (_, metrics), grads = value_and_grad(params, part)
@@ -122,10 +141,11 @@ def _accumulated(value_and_grad: Callable, params: PyTree, batch: Batch, parts: 
 
 
 def make_train_step(settings: Settings) -> Callable[..., tuple[TrainState, Array]]:
-    """`step(state, batch, null, frozen) -> (state, finite)`, pure; metrics are summed in the state. To be jitted, state
+    """`step(state, batch, null, frozen) -> (state, nonfinite)`, pure; metrics are summed in the state. To be jitted, state
     donated. Gradients, moments and averages are those of what `train.trainable` names.
 
-    Where the loss or the gradient is not finite the state comes back as it was: a bad step can't spoil a checkpoint.
+    Where the loss or the gradient is not finite only the step's number and the count `nonfinite` go on: a bad step can't
+    spoil a checkpoint. Past `train.max_nonfinite` nothing does, so that what went wrong last is there to be looked at.
     """
     graph, optimizer = model_graph(settings), make_optimizer(settings.train)
     schedule = settings.diffusion.make_schedule()
@@ -150,10 +170,16 @@ def make_train_step(settings: Settings) -> Callable[..., tuple[TrainState, Array
         decay = jnp.minimum(settings.train.ema_decay, (1 + state.step) / (10 + state.step))
         averaged, kept = split_trainable(state.ema, settings.train.trainable)
         ema = nnx.merge_state(optax.incremental_update(trained, averaged, 1 - decay), kept)
-        sums = jax.tree.map(jnp.add, state.metric_sums, metrics)
+        sums = jax.tree.map(jnp.add, state.metric_sums, metrics | {"nonfinite": jnp.zeros(())})
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         params = nnx.merge_state(trained, rest)
         new = TrainState(state.step + 1, params, ema, opt_state, state.key, sums)
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state), finite
+        nonfinite = state.metric_sums["nonfinite"]
+        skipped = dataclasses.replace(state, step=new.step, metric_sums=state.metric_sums | {"nonfinite": nonfinite + 1})
+        over = nonfinite > settings.train.max_nonfinite
+        new = jax.tree.map(
+            lambda new, skipped, old: jnp.where(over, old, jnp.where(finite, new, skipped)), new, skipped, state
+        )
+        return new, new.metric_sums["nonfinite"]
 
     return step

@@ -1,0 +1,60 @@
+"""python -m contextdiff_jax.benchmark --mode=data --config=configs/shapes.py [--compare=webdataset] [--json=FILE]
+
+Measures one part of the work, and prints a table. Modes:
+    data    pictures a second and core that the loader gives, per source, against the device's need   docs/data.md
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shlex
+import sys
+
+from absl import flags
+
+from contextdiff_jax import cli
+
+MODE = flags.DEFINE_string("mode", "data", "What to measure: see the list above.")
+COMPARE = flags.DEFINE_string("compare", "", "A reference to run in turns with ours; of data: webdataset, tfds.")
+JSON = flags.DEFINE_string("json", "", "File for the table as one JSON object with `rows`.")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each row; the table has their medians.", lower_bound=1)
+NEED = flags.DEFINE_float("need", 0.0, "data: pictures a second that the devices take; 0: those of --workdir.")
+WORKDIR = flags.DEFINE_string("workdir", "", "data: a run whose metrics.jsonl tells the need.")
+PICTURES = flags.DEFINE_integer("pictures", 256, "data: pictures a measurement.", lower_bound=8)
+SHAPE = flags.DEFINE_list("shape", ["384", "512"], "data, without data.path: height,width of the pictures made.")
+
+
+def _data(settings):
+    from contextdiff_jax.benchmarks.data import DataBenchmark, run
+
+    return run(
+        settings.data,
+        DataBenchmark(
+            compare=COMPARE.value, repeats=REPEATS.value, need=NEED.value, workdir=WORKDIR.value,
+            pictures=PICTURES.value, shape=tuple(int(side) for side in SHAPE.value),
+        ),
+    )
+
+
+MODES = {"data": _data}
+
+
+def main() -> None:
+    """Parses, measures, prints, writes."""
+    if MODE.value not in MODES:
+        raise ValueError(f"--mode={MODE.value!r}: unknown; one of {', '.join(MODES)}")
+    config = cli.read_config()
+    from contextdiff_jax.evaluation.report import machine
+    from contextdiff_jax.settings import parse
+
+    result = MODES[MODE.value](parse(config))
+    print(result.text)
+    if JSON.value:
+        facts = {"command": shlex.join(["python", "-m", "contextdiff_jax.benchmark", *sys.argv[1:]]), "machine": machine()}
+        pathlib.Path(JSON.value).write_text(json.dumps({**facts, "rows": result.rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    cli.run(main)

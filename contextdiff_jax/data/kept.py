@@ -1,0 +1,75 @@
+"""Arrays that are computed once from a data set and kept on disk, memory-mapped, checked, never half written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+_FORMAT = 1  # part of every key: raise it when what is stored changes its meaning
+
+
+def fingerprint(files: Iterable[pathlib.Path]) -> str:
+    """Changes with the files' names, sizes and times of change."""
+    facts = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def kept_array(
+    path: str, index_folder: str, name: str, key: str, make: Callable[[], tuple[np.ndarray, dict[str, Any]]]
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The array and the JSON-able facts that `make` gives, from disk if they were made before under this key.
+
+    An array read from disk is a read-only memory map. A stored one that is incomplete or changed is made anew.
+
+    Args:
+        path: the data set's folder.
+        index_folder: folder to keep them in; empty: `.contextdiff_jax` in `path`.
+        name: what is stored.
+        key: a `fingerprint` of what it was made from.
+        make: makes it.
+
+    Raises:
+        ValueError: if the folder cannot be written.
+    """
+    folder = pathlib.Path(index_folder or pathlib.Path(path, ".contextdiff_jax"))
+    # The path is part of the key: several data sets may share a folder.
+    place = hashlib.sha256(f"{_FORMAT} {os.path.abspath(path)} {key}".encode()).hexdigest()[:16]
+    array_file, facts_file = folder / f"{name}-{place}.npy", folder / f"{name}-{place}.json"
+    if facts_file.exists():
+        try:
+            facts = json.loads(facts_file.read_text())
+            array = np.load(array_file, mmap_mode="r")
+            if zlib.crc32(array) == facts.pop("crc32"):
+                return array, facts
+            reason = "another checksum"
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            reason = str(error)
+        logging.warning("%s is damaged and is made anew: %s", array_file, reason)
+    array, facts = make()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(array_file, lambda file: np.save(file, array))
+        facts_text = json.dumps({**facts, "crc32": zlib.crc32(np.ascontiguousarray(array))})
+        _write(facts_file, lambda file: file.write(facts_text.encode()))
+    except OSError as error:
+        raise ValueError(
+            f"data.index_folder={index_folder!r}: {folder} cannot be written ({error.strerror}); name a folder that can"
+        ) from error
+    return array, facts
+
+
+def _write(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
+    """Visible when complete, also where several processes write the same file."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        write(file)
+    os.chmod(file.name, 0o644)  # temporary files are private; this is shared
+    os.replace(file.name, path)

@@ -1,0 +1,115 @@
+"""TensorFlow Datasets' ArrayRecord files, read at random by `tfds.data_source`; TensorFlow is never imported.
+
+    path/dataset_info.json, features.json, NAME-SPLIT.array_record-00000-of-00001 ...     as tfds writes them
+
+The picture is the feature `image`, else the one of type `tfds.features.Image`; the caption is the feature
+`caption_field` (`a/b`: feature b of the sequence a), else `caption`, else `captions`; one string or a sequence of them.
+Other features that are strings or numbers are kept as attributes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from contextdiff_jax.data.kept import fingerprint
+from contextdiff_jax.data.records import BrokenRecords, Encoded, PictureConfig, PictureSource, captions_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TFDSConfig(PictureConfig):
+    """Which data set to read. `split`: as tfds writes it, `train[:90%]` too."""
+
+    split: str = "train"
+
+
+def _folder(path: str) -> pathlib.Path:
+    """The folder with dataset_info.json: `path`, or the only one below it (a tfds data_dir, or a data set's name)."""
+    root = pathlib.Path(path)
+    if not path or not root.is_dir():
+        raise ValueError(f"data.path={path!r}: is not a folder")
+    if (root / "dataset_info.json").exists():
+        return root
+    found = sorted(file.parent for file in root.rglob("dataset_info.json"))
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(str(folder.relative_to(root)) for folder in found[:5])
+    raise ValueError(f"data.path={path!r}: must hold one tfds data set (dataset_info.json); holds {names or 'none'}")
+
+
+def _decoded(value: Any) -> Any:
+    """tfds gives text as bytes."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    if isinstance(value, np.ndarray):
+        return _decoded(value.tolist())
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+class TFDSSource(PictureSource):
+    """Random access to one split of a data set that tfds wrote as ArrayRecord."""
+
+    def __init__(self, config: TFDSConfig):
+        """Opens the data set.
+
+        Raises:
+            ValueError: if there is none, or none of that split, without a picture or caption, or not ArrayRecord.
+        """
+        import tensorflow_datasets as tfds  # here: it takes a second that other sources need not spend
+
+        self.config = config
+        folder = _folder(config.path)
+        builder = tfds.builder_from_directory(folder)
+        if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+            raise ValueError(
+                f"data.path={config.path!r}: is of format {builder.info.file_format.value}; must be array_record"
+            )
+        features = builder.info.features
+        pictures = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+        if not pictures:
+            raise ValueError(f"data.path={config.path!r}: has no Image feature; it has {', '.join(features)}")
+        self._image = "image" if "image" in pictures else pictures[0]
+        names = dict.fromkeys((config.caption_field, "caption", "captions"))
+        found = [name for name in names if name.split("/")[0] in features]
+        if not found:
+            raise ValueError(
+                f"data.caption_field={config.caption_field!r}: {config.path} has the features {', '.join(features)}"
+            )
+        self._caption = found[0]
+        try:
+            # Pictures stay encoded: `decode` can make them smaller while it decodes.
+            self._source = builder.as_data_source(
+                split=config.split, decoders={self._image: tfds.decode.SkipDecoding()}
+            )
+        except ValueError as error:
+            splits = ", ".join(builder.info.splits)
+            raise ValueError(f"data.metadata={config.split!r}: {config.path} has the splits {splits}") from error
+        self._key = fingerprint(sorted(folder.glob("*.array_record*")))
+        self.broken = BrokenRecords(config.path, len(self), config.max_broken_fraction)
+        if not len(self):
+            raise ValueError(f"data.metadata={config.split!r}: holds no records")
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def cache_key(self) -> str:
+        return f"tfds {self.config.split} {self._key}"
+
+    def where(self, index: int) -> str:
+        return f"{self.config.split}: record {index}"
+
+    def read(self, index: int) -> Encoded:
+        record = self._source[index]
+        image = record.pop(self._image)
+        field, *rest = self._caption.split("/")
+        value = record.pop(field)
+        for name in rest:
+            value = value[name]
+        captions = captions_of({self._caption: _decoded(value)}, self._caption)
+        plain = {k: _decoded(v) for k, v in record.items() if not isinstance(v, (dict, np.ndarray)) or np.ndim(v) == 0}
+        return Encoded(image, captions, plain)

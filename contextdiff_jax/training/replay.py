@@ -1,0 +1,64 @@
+"""python -m contextdiff_jax.train --replay=DUMP: does a dumped step again, and says where it stops being finite."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+from contextdiff_jax.data import load_tokenizer
+from contextdiff_jax.parallel.mesh import make_mesh, path_name, state_shardings
+from contextdiff_jax.settings import parse
+from contextdiff_jax.training import checkpoints
+from contextdiff_jax.training.frozen import load_frozen
+from contextdiff_jax.training.loop import null_caption
+from contextdiff_jax.training.state import build_model, init_state, model_graph
+from contextdiff_jax.training.step import draw, loss_fn
+
+
+def first_nonfinite(**trees: PyTree) -> str:
+    """'gradient unet/conv_in/kernel: 3 of 216 values' of the first leaf that isn't finite, or 'none'."""
+    for kind, tree in trees.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            bad = int(jnp.sum(~jnp.isfinite(leaf)))
+            if bad:
+                return f"{kind} {path_name(path)}: {bad} of {leaf.size} values"
+    return "none"
+
+
+def replay(dump: pathlib.Path) -> str:
+    """Does the step of the folder DUMP (nonfinite.py) again on the devices that are here; returns what came out.
+
+    Raises ValueError for a folder that is no dump.
+    """
+    if not (dump / "batch.npz").exists():
+        raise ValueError(f"--replay={dump}: holds no dumped step (no batch.npz)")
+    config = json.loads((dump / "config.json").read_text())
+    settings = parse(config | {"mesh": {"data": -1}})
+    abstract = jax.eval_shape(lambda: init_state(settings))
+    placed = checkpoints.placed(abstract, state_shardings(make_mesh(settings.mesh), abstract))
+    state, _, step = checkpoints.restore_newest(dump, placed)
+    with (dump / "batch.npz").open("rb") as file:
+        batch = {name: jnp.asarray(value) for name, value in np.load(file).items()}
+    null = null_caption(load_tokenizer(settings.data.tokenizer or None), settings.data.max_length)
+    graph, schedule = model_graph(settings), settings.diffusion.make_schedule()
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step - 1)
+    batch = draw(key, batch, settings)
+
+    @jax.jit
+    def run(params, frozen):
+        return jax.value_and_grad(
+            lambda params: loss_fn(build_model(graph, params, frozen), batch, null, schedule, settings), has_aux=True
+        )(params)
+
+    (loss, metrics), gradient = run(state.params, load_frozen(settings))
+    bad = first_nonfinite(batch=batch, parameter=state.params, metric=metrics, gradient=gradient)
+    return (
+        f"step {step}: loss {float(loss):.6g}, gradient norm {float(optax.global_norm(gradient)):.6g}\n"
+        f"first that is not finite: {bad}"
+    )

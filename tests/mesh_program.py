@@ -1,0 +1,57 @@
+"""Run by test_mesh.py in a process of 8 simulated devices: the losses of 20 steps, and a picture, on each mesh.
+
+    python tests/mesh_program.py OUT.json 1x1x1x1 8x1x1x1 ...      sizes of data, fsdp, tensor, sequence
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import jax
+from conftest import config_dict
+
+from contextdiff_jax.data import load_tokenizer, make_loader, make_source
+from contextdiff_jax.generation import Generator
+from contextdiff_jax.parallel.mesh import Feed, MeshConfig, make_mesh, replicated, state_shardings
+from contextdiff_jax.settings import parse
+from contextdiff_jax.training.loop import null_caption, to_devices
+from contextdiff_jax.training.state import init_state
+from contextdiff_jax.training.step import make_train_step
+
+# Attention in the middle only: a program for each mesh is compiled, and that is what the test costs.
+SMALL = {
+    "train.steps": 20, "sample.steps": 2, "model.down_block_types": "('DownBlock2D','DownBlock2D')",
+    "model.up_block_types": "('UpBlock2D','UpBlock2D')", 
+}
+SETTINGS = parse(config_dict(**SMALL))
+
+
+def run(name: str) -> dict:
+    """Trains on the mesh `name` of the first devices."""
+    sizes = dict(zip(("data", "fsdp", "tensor", "sequence"), map(int, name.split("x")), strict=True))
+    mesh = make_mesh(MeshConfig(**sizes), 8, devices=jax.devices()[: math.prod(sizes.values())])
+    abstract = jax.eval_shape(lambda: init_state(SETTINGS))
+    shardings = state_shardings(mesh, abstract)
+    feed = Feed(mesh, 8)
+    tokenizer = load_tokenizer()
+    loader = make_loader(make_source(SETTINGS.data), batch_size=8, tokenizer=tokenizer, max_length=12, rows=feed.rows)
+    null = jax.device_put(null_caption(tokenizer, 12), replicated(mesh))
+    state = jax.jit(lambda: init_state(SETTINGS), out_shardings=shardings)()
+    step = jax.jit(make_train_step(SETTINGS), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    losses = []
+    for _ in range(SETTINGS.train.steps):
+        before = float(state.metric_sums["loss"])
+        state, _ = step(state, to_devices(next(loader), feed), null)
+        losses.append(float(state.metric_sums["loss"]) - before)
+    loader.close()
+    image = Generator(SETTINGS, tokenizer, mesh=mesh)(state.ema, ["a large red circle"] * 8, seed=0)
+    largest = max(jax.tree.leaves(state.opt_state), key=lambda leaf: leaf.size)
+    return {"losses": losses, "image": image.tolist(), "opt_share": largest.addressable_shards[0].data.size / largest.size}
+
+
+if __name__ == "__main__":
+    results = {name: run(name) for name in sys.argv[2:]}
+    with open(sys.argv[1], "w") as file:
+        json.dump(results, file)

@@ -1,0 +1,296 @@
+"""Sources of encoded pictures: webdataset and tfds beside folder; decoding, captions, crops, the cache."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from contextdiff_jax.benchmarks.layouts import LAYOUTS, make_pictures
+from contextdiff_jax.data import DataConfig, WebDatasetConfig, WebDatasetSource, make_loader, make_source
+from contextdiff_jax.data import webdataset as webdataset_module
+from contextdiff_jax.data.decoding import decode
+from contextdiff_jax.data.kept import kept_array
+
+PICTURES = make_pictures(30, 48, 64)
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """The same 30 pictures in each layout: {source name: folder}."""
+    root = tmp_path_factory.mktemp("layouts")
+    return {name: str(write(root / name, PICTURES)) for name, write in LAYOUTS.items()}
+
+
+def _tar(path, members) -> None:
+    """A shard of (name, content)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def _encoded(pixels, kind="PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+# -------------------- the contract, for every layout
+
+
+def test_every_layout_gives_the_same_records(layouts):
+    tables = {}
+    for name, path in layouts.items():
+        source = make_source(DataConfig(source=name, path=path, image_size=32))
+        assert len(source) == 30 and source.num_broken == 0
+        records = [source[i] for i in range(30)]
+        for record in records:
+            assert record["image"].dtype == np.uint8 and record["image"].shape == (32, 32, 3)
+            assert type(record["caption"]) is str and type(record["attributes"]["number"]) is int
+        tables[name] = {r["attributes"]["number"]: (r["caption"], r["image"].tobytes()) for r in records}
+        assert {number: caption for number, (caption, _) in tables[name].items()} == {
+            i: PICTURES[i][1] for i in range(30)
+        }
+    assert tables["folder"] == tables["webdataset"] == tables["tfds"]
+
+
+def test_tfds_reads_without_tensorflow(layouts):
+    program = (
+        "import sys; from contextdiff_jax.data import DataConfig, make_loader, make_source; "
+        f"source = make_source(DataConfig(source='tfds', path={layouts['tfds']!r})); "
+        "batch = next(make_loader(source, batch_size=4)); assert len(batch['caption']) == 4; "
+        "assert 'tensorflow_datasets' in sys.modules and 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["webdataset", "tfds"])
+def test_a_pickled_source_reads_the_same_and_carries_no_index(layouts, name):
+    source = make_source(DataConfig(source=name, path=layouts[name], image_size=16))
+    source[0]
+    data = pickle.dumps(source)
+    assert len(data) < 20_000
+    np.testing.assert_array_equal(pickle.loads(data)[7]["image"], source[7]["image"])
+
+
+@pytest.mark.parametrize("name", ["webdataset", "tfds"])
+def test_workers_give_the_same_batches_as_threads(layouts, name):
+    config = DataConfig(source=name, path=layouts[name], image_size=16, crop="random", seed=4)
+    batches = []
+    for num_workers in (0, 1):
+        loader = make_loader(make_source(config), batch_size=8, seed=4, num_workers=num_workers)
+        batches.append([next(loader) for _ in range(3)])
+        loader.close()
+    for threads, workers in zip(*batches):
+        np.testing.assert_array_equal(threads["image"], workers["image"])
+        assert threads["caption"] == workers["caption"]
+
+
+def test_data_that_are_not_there_are_refused_in_one_line(tmp_path, layouts):
+    (tmp_path / "empty").mkdir()
+    _tar(tmp_path / "other" / "a.tar", [("readme.md", b"text")])
+    for source, path, options, words in (
+        ("webdataset", tmp_path / "no", {}, "is not a folder"),
+        ("webdataset", tmp_path / "empty", {}, r"data.metadata='\*.tar': no such tar shard"),
+        ("webdataset", tmp_path / "other", {}, "hold no records"),
+        ("tfds", tmp_path / "no", {}, "is not a folder"),
+        ("tfds", tmp_path / "empty", {}, "must hold one tfds data set"),
+        ("tfds", layouts["tfds"], {"metadata": "nosplit"}, "data.metadata='nosplit': .* has the splits train"),
+        ("folder", layouts["folder"], {"crop": "left"}, "data.crop='left': unknown; one of centre, random"),
+        ("folder", layouts["folder"], {"caption_choice": "last"}, "data.caption_choice='last': unknown"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            make_source(DataConfig(source=source, path=str(path), **options))
+        assert "\n" not in str(error.value)
+
+
+def test_a_split_of_tfds_is_what_its_metadata_field_names(layouts):
+    part = make_source(DataConfig(source="tfds", path=layouts["tfds"], metadata="train[:20%]"))
+    rest = make_source(DataConfig(source="tfds", path=layouts["tfds"], heldout_metadata="train[20%:]"), "heldout")
+    numbers = [{source[i]["attributes"]["number"] for i in range(len(source))} for source in (part, rest)]
+    assert len(part) == 6 and len(rest) == 24 and set.union(*numbers) == set(range(30))
+
+
+# -------------------- webdataset's layout
+
+
+def test_members_of_all_kinds_make_records_and_other_files_are_passed_over(tmp_path):
+    grey = np.full((8, 8, 3), 90)
+    _tar(tmp_path / "0.tar", [
+        ("./a.jpg", _encoded(grey, "JPEG")), ("./a.txt", b" a text \n"), ("./a.cls", b"3"),
+        ("sub/b.with.dots.png", _encoded(grey)),  # the extension begins at the first dot: no picture
+        ("sub/b.PNG", _encoded(grey)), ("sub/b.txt", b"b"),
+        ("c.webp", _encoded(grey, "WEBP")), ("c.json", b'{"caption": "from json", "n": 1}'),
+        ("x" * 150 + ".png", _encoded(grey)), ("x" * 150 + ".txt", b"long name"),
+    ])
+    source = WebDatasetSource(WebDatasetConfig(path=str(tmp_path), image_size=8))
+    assert [source[i]["caption"] for i in range(len(source))] == ["a text", "b", "from json", "long name"]
+    assert source[2]["attributes"] == {"n": 1} and source.num_broken == 0
+    assert all(np.abs(source[i]["image"].astype(int) - 90).max() <= 2 for i in range(4))
+
+
+def test_concatenated_shards_are_read_to_the_end(tmp_path):
+    picture = _encoded(np.zeros((8, 8, 3)))
+    for i in range(2):
+        _tar(tmp_path / f"{i}.part", [(f"{i}.png", picture), (f"{i}.txt", str(i).encode())])
+    (tmp_path / "all.tar").write_bytes((tmp_path / "0.part").read_bytes() + (tmp_path / "1.part").read_bytes())
+    source = WebDatasetSource(WebDatasetConfig(path=str(tmp_path)))
+    assert [source[i]["caption"] for i in range(len(source))] == ["0", "1"]
+
+
+def test_records_without_picture_or_caption_are_counted_with_their_place(tmp_path, caplog):
+    picture = _encoded(np.zeros((8, 8, 3)))
+    _tar(tmp_path / "0.tar", [
+        ("a.png", picture), ("a.txt", b"a"), ("b.png", picture), ("c.txt", b"c"), ("d.png", b""), ("d.txt", b"d"),
+    ])
+    with caplog.at_level("WARNING", logger="absl"):
+        source = WebDatasetSource(WebDatasetConfig(path=str(tmp_path), max_broken_fraction=0.8))
+    assert len(source) == 1 and source.num_broken == 3
+    for words in ("0.tar: byte 2048: b has no caption", "c has no picture", "3 of 4"):
+        assert words in caplog.text, words
+
+
+# -------------------- captions and crops
+
+
+def test_the_caption_field_may_hold_a_list_to_choose_from(tmp_path):
+    picture = _encoded(np.zeros((8, 8, 3)))
+    fields = json.dumps({"alt": ["one", "two", "three"]}).encode()
+    members = [((f"{i}.png", picture), (f"{i}.json", fields)) for i in range(20)]
+    _tar(tmp_path / "0.tar", [member for record in members for member in record])
+    (tmp_path / "0.png").write_bytes(picture)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "alt": ["one", "two", "three"]}\n' * 20)
+    for name in ("webdataset", "folder"):
+        shared = {"source": name, "path": str(tmp_path), "caption_field": "alt"}
+        first = make_source(DataConfig(**shared))
+        assert {first[i]["caption"] for i in range(20)} == {"one"} and first[0]["attributes"] == {}
+        chosen = make_source(DataConfig(**shared, caption_choice="random", seed=1))
+        captions = [[chosen.record(i, epoch)["caption"] for i in range(20)] for epoch in (0, 1)]
+        assert {*captions[0]} == {"one", "two", "three"} and captions[0] != captions[1]
+        again = make_source(DataConfig(**shared, caption_choice="random", seed=1))
+        assert captions[1] == [again.record(i, 1)["caption"] for i in range(20)]
+
+
+def test_sequences_of_captions_in_tfds_are_found_by_their_path(tmp_path):
+    from contextdiff_jax.data.tfds import TFDSConfig, TFDSSource, _decoded
+
+    assert _decoded([b"a", np.int64(3)]) == ["a", 3]
+    source = TFDSSource.__new__(TFDSSource)
+    source.config, source._image, source._caption = TFDSConfig(path=""), "image", "captions/text"
+    source._source = [{"image": b"data", "captions": {"text": [b"one", b"two"], "id": [1, 2]}, "url": b"u"}]
+    encoded = source.read(0)
+    assert encoded.captions == ["one", "two"] and encoded.attributes == {"url": "u"} and encoded.image == b"data"
+
+
+def test_a_random_crop_moves_over_the_longer_side_only_and_the_centre_is_the_middle():
+    ramp = np.broadcast_to(np.arange(96)[None, :, None], (32, 96, 3))  # the level is the column
+    data = _encoded(ramp)
+    assert np.abs(decode(data, (32, 32))[:, 0, 0].astype(int) - 32).max() <= 1
+    assert np.abs(decode(data, (32, 32), (0.9, 0.0))[:, 0, 0].astype(int)).max() <= 1
+    assert np.abs(decode(data, (32, 32), (0.0, 1.0))[:, -1, 0].astype(int) - 95).max() <= 1
+
+
+def test_random_crops_change_with_the_epoch_and_come_again_with_the_seed(tmp_path):
+    (tmp_path / "0.png").write_bytes(_encoded(np.random.default_rng(0).integers(0, 255, (16, 160, 3))))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}\n')
+    shared = {"source": "folder", "path": str(tmp_path), "image_size": 16, "crop": "random"}
+    source = make_source(DataConfig(**shared, seed=1))
+    images = [source.record(0, epoch)["image"] for epoch in range(4)]
+    assert len({image.tobytes() for image in images}) == 4
+    np.testing.assert_array_equal(make_source(DataConfig(**shared, seed=1)).record(0, 2)["image"], images[2])
+    assert (make_source(DataConfig(**shared, seed=2)).record(0, 2)["image"] != images[2]).any()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 16), (16, 40), (63, 47), (200, 200)])
+def test_pictures_of_any_shape_come_out_at_the_very_size_asked_for(size):
+    for shape in ((48, 64), (64, 48), (1, 300), (300, 2), (525, 700)):
+        image = decode(_encoded(np.full((*shape, 3), 77)), size)
+        assert image.shape == (*size, 3) and (image == 77).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(512, 512), (525, 700), (1024, 768)])
+def test_reduced_jpeg_decoding_is_the_full_decoding_to_40_decibels(height, width):
+    (data, _), = make_pictures(1, height, width, seed=height)
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    side, (left, top) = min(height, width), ((width - min(height, width)) / 2, (height - min(height, width)) / 2)
+    box = (left, top, left + side, top + side)
+    expected = np.asarray(picture.resize((256, 256), Image.Resampling.LANCZOS, box=box)).astype(float)
+    error = np.mean((decode(data, (256, 256)) - expected) ** 2)
+    assert 10 * np.log10(255**2 / error) > 40
+
+
+# -------------------- the index and the cache
+
+
+def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeypatch):
+    LAYOUTS["webdataset"](tmp_path / "data", PICTURES[:6], per_shard=3)
+    config = WebDatasetConfig(path=str(tmp_path / "data"), index_folder=str(tmp_path / "kept"), image_size=8)
+    assert len(WebDatasetSource(config)) == 6
+    assert not (tmp_path / "data" / ".contextdiff_jax").exists()
+
+    def fail(*_):
+        raise AssertionError("indexed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(webdataset_module, "_index_shard", fail)
+        assert WebDatasetSource(config)[5]["caption"] == "picture number 5"
+    _tar(tmp_path / "data" / "00001.tar", [("z.jpg", PICTURES[7][0]), ("z.txt", b"new")])
+    source = WebDatasetSource(config)
+    assert [source[i]["caption"] for i in range(len(source))][2:] == ["picture number 2", "new"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "facts", "missing"])
+def test_a_damaged_index_is_made_anew(tmp_path, damage, caplog):
+    LAYOUTS["webdataset"](tmp_path, PICTURES[:5])
+    config = WebDatasetConfig(path=str(tmp_path), image_size=8)
+    WebDatasetSource(config)
+    (array,), (facts,) = (list((tmp_path / ".contextdiff_jax").glob(f"index-*.{kind}")) for kind in ("npy", "json"))
+    content = bytearray(array.read_bytes())
+    content[-3] ^= 1
+    {
+        "cut": lambda: array.write_bytes(content[:-20]), "flip": lambda: array.write_bytes(content),
+        "facts": lambda: facts.write_text("{"), "missing": array.unlink,
+    }[damage]()
+    with caplog.at_level("WARNING", logger="absl"):
+        source = WebDatasetSource(config)
+    assert "damaged" in caplog.text and source[4]["caption"] == "picture number 4"
+    caplog.clear()
+    assert len(WebDatasetSource(config)) == 5 and "damaged" not in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="data.index_folder='.*file': .* cannot be written .*; name a folder that can"):
+        kept_array(str(tmp_path), str(tmp_path / "file"), "x", "key", lambda: (np.zeros(3), {}))
+
+
+def test_a_million_records_open_and_resume_within_a_second(tmp_path):
+    """An index of 1 M records, as `_index` writes it, over one real shard: record i of it is record i % 100."""
+    LAYOUTS["webdataset"](tmp_path, [PICTURES[i % 30] for i in range(100)])
+    config = WebDatasetConfig(path=str(tmp_path), image_size=16)
+    small = WebDatasetSource(config)
+    entries = np.resize(small._entries, 1_000_000)
+    facts, array = (next((tmp_path / ".contextdiff_jax").glob(f"index-*.{kind}")) for kind in ("json", "npy"))
+    facts.unlink()
+    array.unlink()
+    kept_array(str(tmp_path), "", "index", small.cache_key(), lambda: (entries, {"num_broken": 0, "reasons": []}))
+    start = time.process_time()
+    loader = make_loader(WebDatasetSource(config), batch_size=8, seed=1)
+    loader.set_state({"seed": 1, "batch_size": 8, "num_records": 1_000_000, "next_batch": 170_003})
+    batch = next(loader)
+    seconds = time.process_time() - start
+    print(f"{seconds:.3f} s of CPU")
+    assert seconds < 1
+    loader.close()
+    assert loader._load.source._entries.shape == (1_000_000,) and len(batch["caption"]) == 8
