@@ -66,7 +66,7 @@ def test_a_new_model_learns_resumes_and_edits_a_clip(folder, tmp_path, monkeypat
     # Stopped after the third step, as by SIGTERM: what was reached is saved, and the run says so.
     calls = iter([False, False, True])
     with monkeypatch.context() as stopping:
-        stopping.setattr(tuning, "StopSignal", lambda: lambda: next(calls))
+        stopping.setattr(tuning, "StopSignal", lambda: lambda step: next(calls))
         with pytest.raises(RunError, match="stopped at step 3 of 4; run again to go on"):
             edit(config, tmp_path)
     metrics = edit(config, tmp_path)
