@@ -51,6 +51,17 @@ def command(name: str, *arguments: str, tiny: bool = False, **options) -> subpro
     )
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """XLA's optimisations off: for tests of large programs on tiny arrays, which are nearly all compilation."""
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def tiny_settings():
     """Settings of the tiny model."""

@@ -22,6 +22,8 @@ from contextdiff_jax.editing.output import save_frames
 from contextdiff_jax.editing.pipeline import run_edit, table
 from contextdiff_jax.editing.settings import parse_edit
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def config_of(folder, **changes):
     """A tiny config for the clip in `folder`."""
@@ -90,7 +92,7 @@ def test_a_stable_diffusion_folder_and_a_clip_folder_go_through_every_path(folde
     metrics = edit(config_of(folder, **{
         "video.model": str(folder / "sd"), "video.prompt": "a red", "video.edit_prompts": ("b red", "a b"),
         "video.size": (16, 24), "edit.control": "replace", "edit.guidance": 5.0, "edit.inversion": "exact",
-        "edit.clip": str(folder / "clip_model"), "context.patch_size": 2, "video.remat": True,
+        "edit.clip": str(folder / "clip_model"), "context.patch_size": 2,
     }), tmp_path)
     assert read_clip(tmp_path / "edits/00.mp4", num_frames=2).shape == (2, 16, 24, 3)
     row = metrics["edits"][0]

@@ -22,6 +22,7 @@ from contextdiff_jax.editing.sampling import sample_edits
 from contextdiff_jax.editing.settings import EditConfig, parse_edit
 from contextdiff_jax.editing.tuning import init_tuning, make_tuning_step, trainable
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SCHEDULE = diffusion.make_schedule("cosine", 100)
 
 
