@@ -23,6 +23,12 @@ TINY = {
     "diffusion.num_timesteps": 50,
 }
 
+# With it the tiny model has one level, with text attention: half of the compilation.
+ONE_LEVEL = {
+    "model.block_out_channels": "(8,)", "model.down_block_types": "('CrossAttnDownBlock2D',)",
+    "model.up_block_types": "('CrossAttnUpBlock2D',)",
+}
+
 
 def config_dict(**changes):
     """configs/base.py with TINY and `changes` ("section.field": value) as plain values."""
@@ -43,6 +49,17 @@ def command(name: str, *arguments: str, tiny: bool = False, **options) -> subpro
         [sys.executable, "-m", f"contextdiff_jax.{name}", *arguments[:1], *overrides, *arguments[1:]],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **options,
     )
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """XLA's optimisations off: for tests of large programs on tiny arrays, which are nearly all compilation."""
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

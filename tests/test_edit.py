@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, config_dict
+from conftest import ONE_LEVEL, ROOT, command, config_dict
 from torch_models import stable_diffusion
 from transformers import CLIPConfig, CLIPModel
 
@@ -22,15 +22,18 @@ from contextdiff_jax.editing.output import save_frames
 from contextdiff_jax.editing.pipeline import run_edit, table
 from contextdiff_jax.editing.settings import parse_edit
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def config_of(folder, **changes):
     """A tiny config for the clip in `folder`."""
     own = {name: value for name, value in changes.items() if name.split(".")[0] not in ("video", "edit")}
-    config = config_dict(**{"train.batch_size": 1, "train.steps": 4, "train.checkpoint_every": 2} | own) | video_sections()
+    small = ONE_LEVEL | {"train.batch_size": 1, "train.steps": 4, "train.checkpoint_every": 2}
+    config = config_dict(**small | own) | video_sections()
     config["video"] |= dict(
         path=str(folder / "clip"), prompt="a red circle", edit_prompts=("a blue circle", "a red square"), num_frames=2
     )
-    config["edit"] |= dict(steps=3)
+    config["edit"] |= dict(steps=2)
     for name, value in changes.items():
         section, field = name.split(".")
         config[section][field] = value
@@ -65,7 +68,7 @@ def test_a_new_model_learns_resumes_and_edits_a_clip(folder, tmp_path, monkeypat
     # Stopped after the third step, as by SIGTERM: what was reached is saved, and the run says so.
     calls = iter([False, False, True])
     with monkeypatch.context() as stopping:
-        stopping.setattr(tuning, "StopSignal", lambda: lambda: next(calls))
+        stopping.setattr(tuning, "StopSignal", lambda: lambda step: next(calls))
         with pytest.raises(RunError, match="stopped at step 3 of 4; run again to go on"):
             edit(config, tmp_path)
     metrics = edit(config, tmp_path)
@@ -89,7 +92,7 @@ def test_a_stable_diffusion_folder_and_a_clip_folder_go_through_every_path(folde
     metrics = edit(config_of(folder, **{
         "video.model": str(folder / "sd"), "video.prompt": "a red", "video.edit_prompts": ("b red", "a b"),
         "video.size": (16, 24), "edit.control": "replace", "edit.guidance": 5.0, "edit.inversion": "exact",
-        "edit.clip": str(folder / "clip_model"), "context.patch_size": 2, "video.remat": True,
+        "edit.clip": str(folder / "clip_model"), "context.patch_size": 2,
     }), tmp_path)
     assert read_clip(tmp_path / "edits/00.mp4", num_frames=2).shape == (2, 16, 24, 3)
     row = metrics["edits"][0]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import config_dict
+from conftest import ONE_LEVEL, config_dict
 from flax import nnx
 
 from configs.edit_shapes import video_sections
@@ -22,6 +22,7 @@ from contextdiff_jax.editing.sampling import sample_edits
 from contextdiff_jax.editing.settings import EditConfig, parse_edit
 from contextdiff_jax.editing.tuning import init_tuning, make_tuning_step, trainable
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SCHEDULE = diffusion.make_schedule("cosine", 100)
 
 
@@ -145,15 +146,10 @@ def test_a_function_that_sees_each_frame_alone_is_the_same_through_windows():
     assert windowed(function, 4, 4, 2) is function
 
 
-# One level with text attention: half of the tiny model's compilation.
-SMALL = {"model.block_out_channels": (8,), "model.down_block_types": ("CrossAttnDownBlock2D",),
-         "model.up_block_types": ("CrossAttnUpBlock2D",)}
-
-
 def edit_settings(**changes):
     """A tiny model's editing config with changes as "section.field": value. The second edit asks for the source."""
     own = {name: value for name, value in changes.items() if name.split(".")[0] not in ("video", "edit")}
-    config = config_dict(**SMALL | own)
+    config = config_dict(**ONE_LEVEL | own)
     sections = video_sections()
     sections["video"] |= dict(prompt="a red circle", edit_prompts=("a blue circle", "a red circle"))
     sections["edit"] |= dict(steps=5)

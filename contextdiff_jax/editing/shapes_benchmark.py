@@ -58,7 +58,7 @@ def run_benchmark(
     settings: EditSettings, workdir: pathlib.Path, count: int, baseline: str = "", first_seed: int = 0
 ) -> dict[str, Any]:
     """`count` clips by the settings' pipeline and by the same one with `context.shift` none; `baseline` may name another
-    model for it, one that was trained without. Writes shapes_benchmark.json and shapes_strip.png.
+    model for it, one that was trained without. Writes shapes_benchmark.json and shapes_strip.png, anew after each clip.
 
     Raises ValueError for settings without a shift, and for fewer than two clips.
     """
@@ -74,6 +74,7 @@ def run_benchmark(
     found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in arms}
     rows: dict[str, Clip] = {}
     frames, side = settings.video.num_frames, _side(settings)
+    workdir.mkdir(parents=True, exist_ok=True)
     for i in tqdm(range(count), desc="clips", disable=None):
         moving = make_moving_shape(first_seed + i, frames, side)
         for name, arm in arms.items():
@@ -82,16 +83,23 @@ def run_benchmark(
             if i < SHOWN:
                 rows.setdefault(f"{i} source: {moving.prompt}", frames_of(moving.scenes, side))
                 rows |= {f"{i} {name}: {caption(moving.edited[e][0])}": clip for e, clip in clips.items()}
-    workdir.mkdir(parents=True, exist_ok=True)
-    output.strip(rows).save(workdir / "shapes_strip.png")
+        if i:
+            report = _report(settings, plain, arms, found)
+            (workdir / "shapes_benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
+        output.strip(rows).save(workdir / "shapes_strip.png")
+    return report
+
+
+def _report(settings: EditSettings, plain: EditSettings, arms: Mapping[str, Arm], found: Mapping[str, list]) -> dict[str, Any]:
     results = {
         kind: paired(*(columns([scores[kind] for scores in found[name]]) for name in ("context", "none")))
         for kind in (*EDITS, "reconstruction")
     }
-    report = {"clips": count, "baseline": plain.video.model, "edit": dataclasses.asdict(settings.edit), "results": results,
-              "costs": {name: arm.programs.costs for name, arm in arms.items()}, "scores": found}
-    (workdir / "shapes_benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
-    return report
+    return {
+        "clips": len(found["none"]), "model": settings.video.model, "baseline": plain.video.model,
+        "edit": dataclasses.asdict(settings.edit), "results": results,
+        "costs": {name: arm.programs.costs for name, arm in arms.items()}, "scores": found,
+    }
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.processes import StopSignal
+from contextdiff_jax.parallel.processes import StopSignal
 from contextdiff_jax.settings import TrainConfig
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog
@@ -156,11 +157,11 @@ def tune(
     LOGGER.info("tuning %d parameters, from step %d to %d", count, first, train.steps)
     step_fn = jax.jit(make_tuning_step(graph, process, train, settings.video.window), donate_argnums=0)
     stop, log = StopSignal(), MetricsLog(workdir, first)
-    with closing(manager), closing(log):
+    with closing(log), checkpoints.closing(manager, workdir):
         bar = tqdm(range(first + 1, train.steps + 1), initial=first, total=train.steps, desc="tuning", disable=None)
         for step in bar:
             state, loss = step_fn(state, frozen, x0, text, null)
-            last = step == train.steps or stop()
+            last = step == train.steps or stop(step)
             if step % train.log_every == 0 or last:
                 value = float(loss)
                 if value != value:
