@@ -1,4 +1,4 @@
-"""A small AutoencoderKL (0.9 M parameters) for 64x64 pictures: 16x16x4 latents, a twelfth of the numbers.
+"""A small AutoencoderKL (0.7 M parameters) for 64x64 pictures: 16x16x4 latents, a twelfth of the numbers.
 
 What it reaches and how long it takes: docs/pretrained.md. Any folder of captioned pictures will do (`data.source=folder`).
 

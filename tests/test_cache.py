@@ -18,9 +18,9 @@ from contextdiff_jax.pretrained import save_vae
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.latents import write_cache
-from contextdiff_jax.training.loop import null_caption, open_data, to_devices
-from contextdiff_jax.training.state import init_state
-from contextdiff_jax.training.step import make_train_step
+from contextdiff_jax.training.loop import null_caption, open_data
+from contextdiff_jax.training.state import build_model, init_state, model_graph
+from contextdiff_jax.training.step import draw, loss_fn
 
 COUNT = 10
 
@@ -87,20 +87,20 @@ def test_a_killed_run_goes_on_with_what_is_missing_and_half_a_shard_is_never_rea
             np.testing.assert_array_equal(a, b)
 
 
-def test_a_step_from_the_cache_is_the_step_on_the_pictures(folder, cached):
+def test_the_loss_from_the_cache_is_the_loss_on_the_pictures(folder, cached):
     pixels, latents = settings_of(folder), settings_of(folder, **{"data.source": "cache", "data.path": str(cached)})
+    graph, params, frozen = model_graph(pixels), jax.jit(lambda: init_state(pixels))().params, load_frozen(pixels)
     losses = []
     for settings in (pixels, latents):
         tokenizer, loader = open_data(settings)
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        batch = to_devices(next(loader), place)
+        batch = next(loader)
         loader.close()
         assert ("image" in batch) == (settings is pixels)
-        state = jax.jit(lambda: init_state(pixels))()
-        null = null_caption(tokenizer, settings.data.max_length)
-        state, finite = jax.jit(make_train_step(settings))(state, batch, null, load_frozen(settings))
-        assert bool(finite)
-        losses.append(float(state.metric_sums["loss"]))
+        del batch["caption"]
+        batch, null = draw(jax.random.key(0), batch, settings), null_caption(tokenizer, settings.data.max_length)
+        schedule = settings.diffusion.make_schedule()
+        loss = jax.jit(lambda batch: loss_fn(build_model(graph, params, frozen), batch, null, schedule, settings)[0])
+        losses.append(float(loss(batch)))
     assert losses[0] > 0.1
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
