@@ -6,4 +6,5 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 JAX_COMPILATION_CACHE_DIR="$(mktemp -d)"
 export JAX_COMPILATION_CACHE_DIR
 trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
-"$PYTHON" -m pytest --durations=15 "$@"
+# Most of the time is compilation, which takes one core: two files at once, each with what its tests share.
+"$PYTHON" -m pytest --numprocesses=2 --dist=loadfile --durations=15 "$@"
