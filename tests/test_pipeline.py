@@ -261,3 +261,28 @@ def test_flags_that_do_not_fit_a_folder_are_refused_in_one_line(flags, message):
     run = command("sample", "--prompt=a", *flags)
     assert run.returncode == 2 and message in run.stderr, run.stderr
     assert "Traceback" not in run.stderr
+
+
+EIGHT_DEVICES = """
+import sys
+import jax, numpy as np
+from contextdiff_jax.pretrained.pipeline import load_pipeline
+assert len(jax.devices()) == 8
+np.save(sys.argv[2], load_pipeline(sys.argv[1]).text_to_image(["a cat", "a dog", "a cat"], size=(16, 16), steps=3, guidance=2.0))
+"""
+
+
+def test_a_batch_that_eight_devices_do_not_divide_gives_the_pictures_of_one(pair, tmp_path):
+    folder = pair[1]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES, folder, tmp_path / "many.npy"], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    options = dict(size=(16, 16), steps=3, guidance=2.0)
+    alone = load_pipeline(folder).text_to_image(["a cat", "a dog", "a cat"], **options)
+    many = np.load(tmp_path / "many.npy")
+    assert many.shape == alone.shape and np.abs(many.astype(int) - alone).max() <= 1
+    assert np.abs(many[0].astype(int) - many[2]).max() > 20  # each prompt has noise of its own

@@ -56,7 +56,7 @@ def _read(path: str, mode: str, shape: tuple[int, int] | None, flag: str) -> Ima
 
 
 def sample_folder(folder: str, prompts: Sequence[str], request: FolderRequest) -> UInt8[np.ndarray, "B H W 3"]:
-    """One picture a prompt, all in one batch. ValueError, one line, for a folder or a picture that doesn't fit."""
+    """One picture a prompt, in one batch over all devices. ValueError, one line, for a folder or a picture that doesn't fit."""
     options = dict(negative=request.negative, steps=request.steps, guidance=request.guidance, seed=request.seed)
     if request.image is None:
         return load_pipeline(folder).text_to_image(prompts, size=request.shape, **options)

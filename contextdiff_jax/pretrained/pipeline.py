@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from contextdiff_jax.diffusion import q_sample
 from contextdiff_jax.models.clip import CLIPText
@@ -162,12 +163,29 @@ class Pipeline:
         if known is None and self.model.unet.config.in_channels != x.shape[-1]:
             channels = self.model.unet.config.in_channels
             raise ValueError(f"the UNet has {channels} channels in: it is only for inpainting")
+        texts = self.token_ids(request.prompts), self.token_ids(request.negatives)
+        model, (ids, negative_ids, x, known) = spread(self.model, (*texts, x, known))
         images = sample_images(
-            self.model, self.scheduler.schedule(), *steps, self.token_ids(request.prompts),
-            self.token_ids(request.negatives), x, jnp.float32(request.guidance), known,
+            model, self.scheduler.schedule(), *steps, ids, negative_ids, x, jnp.float32(request.guidance), known,
             prediction_type=self.scheduler.prediction, guided=request.guidance > 1, tile=request.tile,
         )
-        return np.asarray(jnp.round(255 * images)).astype(np.uint8)
+        return np.asarray(jnp.round(255 * images)).astype(np.uint8)[: len(request.prompts)]
+
+
+def spread(model: StableDiffusion, batch: PyTree) -> tuple[StableDiffusion, PyTree]:
+    """The model on every device of this process and the batch's rows split over them, filled up with copies of the last
+    one where they don't divide. With one device, as they are."""
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return model, batch
+    mesh = Mesh(np.array(devices), ("data",))
+
+    def filled(rows):
+        lack = -len(rows) % len(devices)
+        return jnp.concatenate([rows, jnp.repeat(rows[-1:], lack, axis=0)])
+
+    rows = jax.device_put(jax.tree.map(filled, batch), NamedSharding(mesh, PartitionSpec("data")))
+    return jax.device_put(model, NamedSharding(mesh, PartitionSpec())), rows
 
 
 def load_pipeline(folder: str | Path, **options) -> Pipeline:
