@@ -56,10 +56,9 @@ def quick_compilation():
     """XLA's optimisations off: for tests of large programs on tiny arrays, which are nearly all compilation."""
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,7 @@ def check_outputs(workdir, metrics, size=(16, 16)):
     assert "a blue circle" in table(metrics) and "psnr" in table(metrics)
 
 
+@pytest.mark.slow  # over a minute of compilation: pytest -m slow tests/test_edit.py
 def test_a_new_model_learns_resumes_and_edits_a_clip(folder, tmp_path, monkeypatch):
     config = config_of(folder, **{"video.tune": "all", "edit.control": "refine", "edit.blend": "changed",
                                   "edit.attention_maps": True})
@@ -80,6 +81,7 @@ def test_a_new_model_learns_resumes_and_edits_a_clip(folder, tmp_path, monkeypat
         edit(config_of(folder, **{"video.tune": "all", "video.prompt": "a green cross"}), tmp_path)
 
 
+@pytest.mark.slow  # over a minute of compilation: pytest -m slow tests/test_edit.py
 def test_a_stable_diffusion_folder_and_a_clip_folder_go_through_every_path(folder, tmp_path):
     pipeline = stable_diffusion(folder / "words")
     pipeline.save_pretrained(folder / "sd")
@@ -107,6 +109,7 @@ def test_what_does_not_fit_the_command_is_one_line(folder, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow  # over a minute of compilation: pytest -m slow tests/test_edit.py
 def test_frames_over_eight_devices_give_what_one_device_gives():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import config_dict
+from conftest import ONE_LEVEL, config_dict
 from flax import nnx
 
 from contextdiff_jax.models.video import inflate
@@ -28,7 +28,7 @@ def noisy(module: nnx.Module, seed: int = 0) -> None:
 
 def networks(remat: bool = False, **changes):
     """(image model, its inflation), equal weights."""
-    image = make_model(parse(config_dict(**changes)))
+    image = make_model(parse(config_dict(**ONE_LEVEL | changes)))
     noisy(image)
     copy = nnx.clone(image)
     return image, inflate(copy.unet, copy.context, remat=remat)
@@ -99,7 +99,7 @@ def test_the_control_sees_the_weights_and_its_answer_is_used():
 
     watched = nnx.jit(lambda m: m.predict(x, t, text, mask, Record()))(video)
     np.testing.assert_allclose(watched, plain, atol=2e-5 * np.abs(plain).max())
-    assert ("cross", (B, 2, F, 24, L), (4, 6)) in seen and ("self", (B, F, 2, 24, 48), (4, 6)) in seen
+    assert ("cross", (B, 2, F, 96, L), (8, 12)) in seen and ("self", (B, F, 2, 96, 192), (8, 12)) in seen
 
     class Uniform(Record):
         def cross(self, weights, grid):
@@ -121,4 +121,4 @@ def test_rematerialised_gradients_are_the_plain_ones():
 
         gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(state)))
     for plain, again in zip(*gradients, strict=True):
-        np.testing.assert_allclose(again, plain, atol=1e-5 * max(1, np.abs(plain).max()))
+        np.testing.assert_allclose(again, plain, atol=1e-4 * max(1, np.abs(plain).max()))

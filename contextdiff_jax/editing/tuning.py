@@ -23,7 +23,6 @@ from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.processes import StopSignal
-from contextdiff_jax.parallel.processes import StopSignal
 from contextdiff_jax.settings import TrainConfig
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog
