@@ -22,6 +22,7 @@ def main(address: str, index: str, how: str) -> None:
         watch("in step 1")
         multihost_utils.sync_global_devices("step 1")
         if index == "1":
+            time.sleep(2)  # several beats: the table says where it was
             if how == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "fail":

@@ -125,6 +125,7 @@ class PeerWatch:
 
     def __enter__(self) -> PeerWatch:
         if self._many:
+            self._publish()  # at once: a peer that dies before its thread's first turn has a name, too
             threading.Thread(target=self._run, name="peer-watch", daemon=True).start()
         return self
 
