@@ -18,6 +18,7 @@ from contextdiff_jax.pretrained import save_vae
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.latents import write_cache
+from contextdiff_jax.parallel.mesh import Feed, make_mesh
 from contextdiff_jax.training.loop import null_caption, open_data
 from contextdiff_jax.training.state import build_model, init_state, model_graph
 from contextdiff_jax.training.step import draw, loss_fn
@@ -87,12 +88,17 @@ def test_a_killed_run_goes_on_with_what_is_missing_and_half_a_shard_is_never_rea
             np.testing.assert_array_equal(a, b)
 
 
+def open_loader(settings):
+    """(tokenizer, loader) as a run of one process opens them."""
+    return open_data(settings, Feed(make_mesh(settings.mesh), settings.train.batch_size))
+
+
 def test_the_loss_from_the_cache_is_the_loss_on_the_pictures(folder, cached):
     pixels, latents = settings_of(folder), settings_of(folder, **{"data.source": "cache", "data.path": str(cached)})
     graph, params, frozen = model_graph(pixels), jax.jit(lambda: init_state(pixels))().params, load_frozen(pixels)
     losses = []
     for settings in (pixels, latents):
-        tokenizer, loader = open_data(settings)
+        tokenizer, loader = open_loader(settings)
         batch = next(loader)
         loader.close()
         assert ("image" in batch) == (settings is pixels)
@@ -118,7 +124,7 @@ def test_half_precision_moments_are_those_of_float32_rounded(folder, cached, tmp
 def test_a_cache_of_something_else_is_refused_in_one_line(folder, cached, tmp_path):
     cache = {"data.source": "cache", "data.path": str(cached)}
     with pytest.raises(ValueError, match="data.max_length=13: the cache in .* has 12"):
-        open_data(settings_of(folder, **cache | {"data.max_length": 13}))
+        open_loader(settings_of(folder, **cache | {"data.max_length": 13}))
     with pytest.raises(ValueError, match="a cache of the split 'train', not of 'heldout'"):
         make_source(settings_of(folder, **cache).data, "heldout")
     with pytest.raises(ValueError, match="holds another cache, dtype is 'float32' there and 'float16' here"):
@@ -131,7 +137,7 @@ def test_a_cache_of_something_else_is_refused_in_one_line(folder, cached, tmp_pa
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 1.0}))
     with pytest.raises(ValueError, match="the cache in .* is another autoencoder's"):
-        open_data(settings_of(folder, **cache | {"latent.vae": str(tmp_path / "vae")}))
+        open_loader(settings_of(folder, **cache | {"latent.vae": str(tmp_path / "vae")}))
 
 
 def test_the_command_refuses_a_config_of_pixels_in_one_line(tmp_path):
