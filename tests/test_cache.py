@@ -14,11 +14,11 @@ from PIL import Image
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
 from contextdiff_jax.data.cached import CacheSource, read_cache
 from contextdiff_jax.models.vae import VAE, VAEConfig
+from contextdiff_jax.parallel.mesh import Feed, make_mesh
 from contextdiff_jax.pretrained import save_vae
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.latents import write_cache
-from contextdiff_jax.parallel.mesh import Feed, make_mesh
 from contextdiff_jax.training.loop import null_caption, open_data
 from contextdiff_jax.training.state import build_model, init_state, model_graph
 from contextdiff_jax.training.step import draw, loss_fn
