@@ -27,7 +27,7 @@ from contextdiff_jax.training.step import make_train_step
 # Attention in the middle only: a program for each mesh is compiled, and that is what the test costs.
 SMALL = {
     "train.steps": 20, "sample.steps": 2, "model.down_block_types": "('DownBlock2D','DownBlock2D')",
-    "model.up_block_types": "('UpBlock2D','UpBlock2D')", 
+    "model.up_block_types": "('UpBlock2D','UpBlock2D')",
 }
 SETTINGS = parse(config_dict(**SMALL))
 

@@ -19,8 +19,8 @@ from contextdiff_jax.pictures import read_png_metadata
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training import checkpoints, loop
 from contextdiff_jax.training.loop import null_caption, train
-from contextdiff_jax.training.state import init_state, model_graph
 from contextdiff_jax.training.replay import replay
+from contextdiff_jax.training.state import init_state, model_graph
 from contextdiff_jax.training.step import draw, loss_fn, make_train_step
 
 
