@@ -42,7 +42,7 @@ def main() -> None:
             raise ValueError(f"--metrics={name!r}: unknown; one of {', '.join(metrics.METRICS)}")
 
     from contextdiff_jax.generation import Generator
-    from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh
+    from contextdiff_jax.parallel.mesh import local_mesh
     from contextdiff_jax.run import load_run
     from contextdiff_jax.training.frozen import load_frozen
     from contextdiff_jax.training.state import model_graph
@@ -55,7 +55,7 @@ def main() -> None:
     workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
     params, frozen = replicate(run.params), replicate(load_frozen(run.settings))
-    mesh = make_mesh(MeshConfig(), devices=jax.local_devices())  # each process samples its own share
+    mesh = local_mesh()  # each process samples its own share
     generator = Generator(run.settings, run.tokenizer, options, frozen, mesh)
     evaluation = metrics.Evaluation(
         settings=run.settings, tokenizer=run.tokenizer, graph=model_graph(run.settings), params=params,

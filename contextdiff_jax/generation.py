@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.data import Tokenizer
@@ -49,7 +49,7 @@ class Generator:
                 # Not by rows: guidance joins two batches, which XLA spreads so that devices share rows (see make_mesh).
                 spread = place(mesh, x_T.shape, ("batch", None, None, None), settings.mesh.rules)
                 x_T = jax.lax.with_sharding_constraint(x_T, spread)
-            return _to_uint8(sample(build_model(graph, params, frozen), x_T, jax.random.wrap_key_data(key), *text))
+            return to_uint8(sample(build_model(graph, params, frozen), x_T, jax.random.wrap_key_data(key), *text))
 
         self._sample = jax.jit(pictures, out_shardings=None if mesh is None else replicated(mesh))
 
@@ -82,5 +82,6 @@ class Generator:
         return np.concatenate(images)
 
 
-def _to_uint8(x):
+def to_uint8(x: Float[Array, "*B H W 3"]) -> UInt8[Array, "*B H W 3"]:
+    """Pictures in [-1, 1], clipped, as they are stored."""
     return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)

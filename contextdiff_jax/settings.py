@@ -207,7 +207,7 @@ class Settings:
         return self.data.image_size // factor, self.data.image_size // factor, self.model.in_channels
 
 
-def _strict(cls: type, section: str, values: Mapping[str, Any], **filled: Any) -> Any:
+def strict(cls: type, section: str, values: Mapping[str, Any], **filled: Any) -> Any:
     """cls(**values), with an unknown or ill-typed field named in one line."""
     types = typing.get_type_hints(cls)
     for name, value in values.items():
@@ -239,24 +239,24 @@ def parse(config: Mapping[str, Any]) -> Settings:
     """
     config = {"latent": {}} | dict(config)  # a run of before latents has no such section
     _check_sections(config, [field.name for field in dataclasses.fields(Settings) if field.name != "pretrained"])
-    context = _strict(ShiftConfig, "context", config["context"])
+    context = strict(ShiftConfig, "context", config["context"])
     # The second head belongs to the estimate: one decision, made in context.estimate.
     model = {**config["model"], "context_head": context.estimate == "posterior_mean"}
     pretrained = model.pop("pretrained", "")
     model = UNetConfig.from_dict(model)
     settings = Settings(
         seed=config["seed"],
-        train=_strict(TrainConfig, "train", config["train"]),
-        data=_strict(DataConfig, "data", config["data"]),
-        diffusion=_strict(DiffusionConfig, "diffusion", config["diffusion"]),
+        train=strict(TrainConfig, "train", config["train"]),
+        data=strict(DataConfig, "data", config["data"]),
+        diffusion=strict(DiffusionConfig, "diffusion", config["diffusion"]),
         context=dataclasses.replace(
             context, in_channels=model.in_channels, text_width=model.cross_attention_dim, visual_width=_visual_width(context)
         ),
-        text=_strict(TextConfig, "text", config["text"]),
+        text=strict(TextConfig, "text", config["text"]),
         model=model,
-        mesh=_strict(MeshConfig, "mesh", config["mesh"]),
-        sample=_strict(SampleConfig, "sample", config["sample"]),
-        latent=_strict(LatentConfig, "latent", config["latent"]),
+        mesh=strict(MeshConfig, "mesh", config["mesh"]),
+        sample=strict(SampleConfig, "sample", config["sample"]),
+        latent=strict(LatentConfig, "latent", config["latent"]),
         pretrained=pretrained,
     )
     _check_text(settings)
@@ -340,10 +340,10 @@ class AutoencoderSettings:
 def parse_autoencoder(config: Mapping[str, Any]) -> AutoencoderSettings:
     """As `parse`, for the config of contextdiff_jax.train_vae."""
     _check_sections(config, [field.name for field in dataclasses.fields(AutoencoderSettings)])
-    data, vae = _strict(DataConfig, "data", config["data"]), VAEConfig.from_dict(config["vae"])
+    data, vae = strict(DataConfig, "data", config["data"]), VAEConfig.from_dict(config["vae"])
     if data.image_size % vae.downscale:
         raise ValueError(f"data.image_size={data.image_size}: must be a multiple of {vae.downscale}, vae's levels")
     return AutoencoderSettings(
-        seed=config["seed"], train=_strict(TrainConfig, "train", config["train"]), data=data,
-        loss=_strict(AutoencoderLoss, "loss", config["loss"]), vae=vae, mesh=_strict(MeshConfig, "mesh", config["mesh"]),
+        seed=config["seed"], train=strict(TrainConfig, "train", config["train"]), data=data,
+        loss=strict(AutoencoderLoss, "loss", config["loss"]), vae=vae, mesh=strict(MeshConfig, "mesh", config["mesh"]),
     )

@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 
 from contextdiff_jax.data.decoding import decode
 from contextdiff_jax.data.kept import fingerprint
-from contextdiff_jax.data.records import BrokenRecords, Encoded, PictureConfig, PictureSource, captions_of
+from contextdiff_jax.data.records import BrokenRecords, Encoded, PictureConfig, PictureSource, captions_of, find_files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,12 +103,7 @@ class FolderSource(PictureSource):
             ValueError: if there is no such folder or metadata, no good record, or too many broken ones.
         """
         self.config = config
-        root = pathlib.Path(config.path)
-        if not root.is_dir():
-            raise ValueError(f"data.path={config.path!r}: is not a folder")
-        files = sorted(root.glob(config.metadata))
-        if not files:
-            raise ValueError(f"data.metadata={config.metadata!r}: no such file in {config.path}")
+        files = find_files(config.path, config.metadata, "file")
         self._entries, broken = _index(files, config.caption_field)
         self._key = fingerprint(files)
         total = len(self._entries) + len(broken)

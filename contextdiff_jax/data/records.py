@@ -7,9 +7,11 @@ taken by the next good record. A share of broken records above `max_broken_fract
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
 import operator
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -125,7 +127,18 @@ class BrokenRecords:
             )
 
 
-class PictureSource:
+def find_files(path: str, pattern: str, kind: str) -> list[pathlib.Path]:
+    """The files of the folder `path` that the glob `data.metadata` names, sorted. ValueError if there are none."""
+    root = pathlib.Path(path)
+    if not root.is_dir():
+        raise ValueError(f"data.path={path!r}: is not a folder")
+    files = sorted(root.glob(pattern))
+    if not files:
+        raise ValueError(f"data.metadata={pattern!r}: no such {kind} in {path}")
+    return files
+
+
+class PictureSource(abc.ABC):
     """Random access to records of encoded pictures; a subclass says how one is read (`read`, `where`, `__len__`).
 
     Records: `image` uint8 [H, W, 3], `caption` str, `attributes` (the other fields).
@@ -134,20 +147,20 @@ class PictureSource:
     config: PictureConfig
     broken: BrokenRecords
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
+    @abc.abstractmethod
     def read(self, index: int) -> Encoded:
         """Record `index` as it is stored; raises one of `UNDECODABLE`, with the reason, if it is broken."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def where(self, index: int) -> str:
         """The place of record `index`, for messages."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def cache_key(self) -> str:
         """Changes when the stored records do."""
-        raise NotImplementedError
 
     @property
     def num_broken(self) -> int:

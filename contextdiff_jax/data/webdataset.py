@@ -26,7 +26,7 @@ import numpy as np
 from absl import logging
 
 from contextdiff_jax.data.kept import fingerprint, kept_array
-from contextdiff_jax.data.records import BrokenRecords, Encoded, PictureConfig, PictureSource, captions_of
+from contextdiff_jax.data.records import BrokenRecords, Encoded, PictureConfig, PictureSource, captions_of, find_files
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 _KINDS = {**dict.fromkeys(PICTURES, "image"), "txt": "text", "json": "json"}
@@ -139,13 +139,8 @@ class WebDatasetSource(PictureSource):
             ValueError: if there is no such folder, shard or good record, or too many broken ones.
         """
         self.config = config
-        root = pathlib.Path(config.path)
-        if not root.is_dir():
-            raise ValueError(f"data.path={config.path!r}: is not a folder")
-        files = sorted(root.glob(config.shards))
-        if not files:
-            raise ValueError(f"data.metadata={config.shards!r}: no such tar shard in {config.path}")
-        self._shards = [str(file.relative_to(root)) for file in files]
+        files = find_files(config.path, config.shards, "tar shard")
+        self._shards = [str(file.relative_to(config.path)) for file in files]
         self._key = fingerprint(files)
         self._load_index()
         num_broken = self._facts["num_broken"]

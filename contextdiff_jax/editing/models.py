@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, UInt8
 from contextdiff_jax.data import Tokenizer, load_tokenizer
 from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
+from contextdiff_jax.generation import to_uint8
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.contextdiff import ContextDiffusion, FrozenText
 from contextdiff_jax.models.vae import VAE
@@ -125,7 +126,7 @@ def _to_pixels(clip: Clip) -> Float[Array, "1 F H W 3"]:
 
 
 def _from_pixels(x: Float[Array, "1 F H W 3"]) -> Clip:
-    return np.asarray(jnp.round((jnp.clip(x[0], -1, 1) + 1) * 127.5)).astype(np.uint8)
+    return np.asarray(to_uint8(x[0]))
 
 
 def _through_vae(vae: VAE) -> tuple[Callable, Callable, int]:

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from contextdiff_jax.settings import Settings, _strict, check_at_least, check_choice, parse
+from contextdiff_jax.settings import Settings, check_at_least, check_choice, parse, strict
 
 CONTROLS = ("none", "replace", "refine")
 INVERSIONS = ("ddim", "exact")
@@ -139,6 +139,6 @@ def parse_edit(config: Mapping[str, Any]) -> EditSettings:
     rest = {name: section for name, section in config.items() if name not in ("video", "edit")}
     return EditSettings(
         base=parse(rest),
-        video=_strict(VideoConfig, "video", config["video"]),
-        edit=_strict(EditConfig, "edit", config["edit"]),
+        video=strict(VideoConfig, "video", config["video"]),
+        edit=strict(EditConfig, "edit", config["edit"]),
     )

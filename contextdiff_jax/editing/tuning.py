@@ -26,7 +26,7 @@ from contextdiff_jax.parallel.processes import StopSignal
 from contextdiff_jax.settings import TrainConfig
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog
-from contextdiff_jax.training.state import make_optimizer
+from contextdiff_jax.training.state import make_optimizer, moving_average
 
 LOGGER = logging.getLogger(__name__)
 # What a workdir's tuning does not depend on: other edits of the same clip go on from it.
@@ -110,8 +110,7 @@ def make_tuning_step(
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(train.ema_decay, (1 + state.step) / (10 + state.step))
-        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        ema = moving_average(params, state.ema, state.step, train.ema_decay)
         new = TuneState(state.step + 1, params, ema, opt_state, state.key)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), jnp.where(finite, loss, jnp.nan)
@@ -150,7 +149,7 @@ def tune(
     checkpoints.check_shapes(manager, workdir, state)
     checkpoints.claim_workdir(workdir, config, FREE_FIELDS)
     if manager.latest_step() is not None:
-        state, _ = checkpoints.restore(manager, jax.tree.map(ocp_abstract, state))
+        state, _ = checkpoints.restore(manager, checkpoints.placed(state, jax.tree.map(lambda a: a.sharding, state)))
     first = int(state.step)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     LOGGER.info("tuning %d parameters, from step %d to %d", count, first, train.steps)
@@ -177,8 +176,3 @@ def tune(
     if int(state.step) < train.steps:
         raise RunError(f"stopped at step {int(state.step)} of {train.steps}; run again to go on")
     return nnx.merge(graph, state.ema, frozen)
-
-
-def ocp_abstract(leaf: Array) -> jax.ShapeDtypeStruct:
-    """Shape, type and place of an array that is to be restored."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

@@ -16,10 +16,10 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from contextdiff_jax.evaluation.features import FeatureFn, extract, make_feature_fn
+from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 from contextdiff_jax.pretrained import load_clip_text, load_clip_vision
 from contextdiff_jax.pretrained.files import read_json
 
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
@@ -38,8 +38,8 @@ class Preprocessing:
     crop_size: tuple[int, int] | None
     resample: int = int(Image.Resampling.BICUBIC)
     rescale_factor: float = 1 / 255
-    image_mean: tuple[float, ...] = _MEAN
-    image_std: tuple[float, ...] = _STD
+    image_mean: tuple[float, ...] = PIXEL_MEAN
+    image_std: tuple[float, ...] = PIXEL_STD
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], default_size: int) -> Preprocessing:
@@ -57,8 +57,8 @@ class Preprocessing:
             crop_size=_size("crop_size", values.get("crop_size", default_size), True) if given["center_crop"] else None,
             resample=int(Image.Resampling(values.get("resample", Image.Resampling.BICUBIC))),
             rescale_factor=values.get("rescale_factor", 1 / 255) if given["rescale"] else 1.0,
-            image_mean=tuple(values.get("image_mean", _MEAN)) if given["normalize"] else (0.0,) * 3,
-            image_std=tuple(values.get("image_std", _STD)) if given["normalize"] else (1.0,) * 3,
+            image_mean=tuple(values.get("image_mean", PIXEL_MEAN)) if given["normalize"] else (0.0,) * 3,
+            image_std=tuple(values.get("image_std", PIXEL_STD)) if given["normalize"] else (1.0,) * 3,
         )
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N h w 3"]:

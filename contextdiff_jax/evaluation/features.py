@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree, Shaped
 from tqdm import tqdm
+
+from contextdiff_jax.parallel.mesh import local_mesh, replicated
 
 FeatureFn = Callable[[Shaped[Array, "B ..."]], Float[Array, "B D"]]
 _BLOCK = 4096  # rows in float64 at once
@@ -64,12 +66,12 @@ class Moments:
 
 def batch_sharding() -> NamedSharding:
     """A batch's rows over the devices of this process; another process has a batch of its own."""
-    return NamedSharding(Mesh(np.array(jax.local_devices()), ("data",)), PartitionSpec("data"))
+    return NamedSharding(local_mesh(), PartitionSpec("data"))
 
 
 def replicate(tree: PyTree) -> PyTree:
     """Arrays that every process has whole (numpy's, or replicated over the devices of all), on each of this one's."""
-    sharding = NamedSharding(batch_sharding().mesh, PartitionSpec())
+    sharding = replicated(local_mesh())
     # Through the host: no array of a job's mesh can be used beside one on the devices of a single process.
     return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), sharding), tree)
 

@@ -104,17 +104,18 @@ class _Study:
         data = dataclasses.replace(self.settings.data, scene_seed=self.settings.data.scene_seed + _VALIDATION_SCENES)
         evaluation = self.evaluation(self.options["validation"], data)
         row = next(iter(evaluation.sources))
-        return {
-            scale: float(np.mean(_alignment(evaluation, row, self.generator(self.first_sampler(scale)))["exact"]))
-            for scale in self.options["guidances"]
-        }
+        shares = {}
+        for scale in self.options["guidances"]:
+            images = self.generator(self.first_sampler(scale))(evaluation.records(row))
+            shares[scale] = float(np.mean(_alignment(evaluation, row, images)["exact"]))
+        return shares
 
     def score(self, generate: Generate, fidelity: bool) -> dict[str, tuple[dict[str, float], str]]:
         """{split: (means, a mark a record)}."""
         evaluation, found = self.main, {}
         for row in evaluation.sources:
             images = generate(evaluation.records(row))
-            answers = _alignment(evaluation, row, lambda _: images)
+            answers = _alignment(evaluation, row, images)
             values = {name: float(np.nanmean(v)) for name, v in answers.items()}
             if fidelity and self.features:
                 real = evaluation.real_features(row, 0, evaluation.reference)
@@ -123,11 +124,12 @@ class _Study:
         return found
 
 
-def _alignment(evaluation: metrics.Evaluation, row: str, generate: Generate) -> dict[str, Float[np.ndarray, "N"]]:
+def _alignment(
+    evaluation: metrics.Evaluation, row: str, images: UInt8[np.ndarray, "N H W 3"]
+) -> dict[str, Float[np.ndarray, "N"]]:
     """Which pictures show what their record says, by attribute, and `exact`: in all. Judged from the pixels where that is
     possible, else by the classifier."""
     records = evaluation.records(row)
-    images = generate(records)
     if evaluation.settings.data.source == "shapes":
         judged = judge(images, [record["caption"] for record in records])
         return {name: values for name, values in judged.items() if is_main(name)}

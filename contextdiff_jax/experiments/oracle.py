@@ -13,6 +13,7 @@ from jaxtyping import PyTree, UInt8
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import Tokenizer
+from contextdiff_jax.generation import to_uint8
 from contextdiff_jax.models.contextdiff import make_denoise
 from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.training.state import model_graph
@@ -44,7 +45,7 @@ class OracleGenerator:
             def denoise(x, t, s):
                 return estimate(x, t, s)._replace(context_t=r, context_s=r)
 
-            return run(denoise, x_T, schedule, timesteps, options.eta, key, settings.context.shift)
+            return to_uint8(run(denoise, x_T, schedule, timesteps, options.eta, key, settings.context.shift))
 
         self._sample = sample
 
@@ -63,6 +64,5 @@ class OracleGenerator:
             text = self._tokenizer.encode([record["caption"] for record in part], length)
             noise_key, step_key = jax.random.split(jax.random.fold_in(key, start))
             x_T = jax.random.normal(noise_key, x0.shape)
-            out = np.asarray(self._sample(params, x0, x_T, step_key, *text, *null))[:real]
-            images.append(np.round((out.clip(-1, 1) + 1) * 127.5).astype(np.uint8))
+            images.append(np.asarray(self._sample(params, x0, x_T, step_key, *text, *null))[:real])
         return np.concatenate(images)

@@ -11,13 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.samplers import Denoised, DenoiseFn
-from contextdiff_jax.models.clip import CLIPText, CLIPVision
+from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPText, CLIPVision
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork, pool
 from contextdiff_jax.models.text import TextConfig, TextEncoder
 from contextdiff_jax.models.unet import UNet, UNetConfig
 from contextdiff_jax.models.vae import VAE
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class FrozenText(nnx.Module):
@@ -42,7 +40,7 @@ class FrozenVision(nnx.Module):
         """Of pictures in [-1, 1], brought to CLIP's size and scale (bicubic; its own mean and deviation)."""
         side = self.clip.config.image_size
         pixels = jax.image.resize(pixels, (pixels.shape[0], side, side, 3), "bicubic")
-        pixels = (0.5 * jnp.clip(pixels, -1, 1) + 0.5 - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
+        pixels = (0.5 * jnp.clip(pixels, -1, 1) + 0.5 - jnp.array(PIXEL_MEAN)) / jnp.array(PIXEL_STD)
         return self.clip(pixels).last[:, 1:]
 
 

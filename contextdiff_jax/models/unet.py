@@ -11,7 +11,6 @@ Ours: an optional context head, which predicts E[r(x0, c) | x_t, c] from the las
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Shaped
 
+from contextdiff_jax.models.config import known_fields
 from contextdiff_jax.models.layers import (
     ACTIVATIONS,
     Downsample,
@@ -143,20 +143,7 @@ class UNetConfig:
 
         Raises ValueError for an unknown key (with the nearest names) and for an option that we lack.
         """
-        fields = {field.name for field in dataclasses.fields(cls)}
-        known = {}
-        for key, value in values.items():
-            value = tuple(value) if isinstance(value, list) else value
-            if key in fields:
-                known[key] = value
-            elif key in _OFF:
-                if value not in _OFF[key]:
-                    names = ", ".join(map(str, _OFF[key]))
-                    raise ValueError(f"model.{key}={value!r}: not supported; only {names}")
-            elif not key.startswith("_"):
-                names = ", ".join(difflib.get_close_matches(key, sorted(fields), n=3, cutoff=0.4)) or "none"
-                raise ValueError(f"model.{key}={value!r}: unknown field; nearest: {names}")
-        return cls(**known)
+        return cls(**known_fields(cls, "model", values, _OFF))
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`: diffusers' names, and `context_head` only if it is on."""

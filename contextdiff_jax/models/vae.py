@@ -6,7 +6,6 @@ The topology, the config's field names and the function are those of diffusers' 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from contextdiff_jax.models.config import known_fields
 from contextdiff_jax.models.layers import (
     ACTIVATIONS,
     Attention,
@@ -87,18 +87,7 @@ class VAEConfig:
 
         Raises ValueError for an unknown key (with the nearest names) and for an option that we lack.
         """
-        fields = {field.name for field in dataclasses.fields(cls)}
-        known = {}
-        for key, value in values.items():
-            if key in fields:
-                known[key] = tuple(value) if isinstance(value, list) else value
-            elif key in _OFF:
-                if value not in _OFF[key]:
-                    raise ValueError(f"vae.{key}={value!r}: not supported; only {', '.join(map(str, _OFF[key]))}")
-            elif not key.startswith("_"):
-                names = ", ".join(difflib.get_close_matches(key, sorted(fields), n=3, cutoff=0.4)) or "none"
-                raise ValueError(f"vae.{key}={value!r}: unknown field; nearest: {names}")
-        return cls(**known)
+        return cls(**known_fields(cls, "vae", values, _OFF))
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`."""

@@ -164,6 +164,11 @@ def state_shardings(mesh: Mesh, abstract: PyTree, rules: Mapping[str, str] = RUL
     )
 
 
+def local_mesh() -> Mesh:
+    """This process's devices alone, all along `data`: for what each process does with its own share."""
+    return make_mesh(MeshConfig(), devices=jax.local_devices())
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """On every device, whole."""
     return NamedSharding(mesh, P())

@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from contextdiff_jax.diffusion import q_sample
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.vae import VAE
+from contextdiff_jax.parallel.mesh import local_mesh, replicated
 from contextdiff_jax.pretrained.clip import load_clip_text
 from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.pretrained.sampling import Known, StableDiffusion, encode_images, sample_images
@@ -175,17 +176,16 @@ class Pipeline:
 def spread(model: StableDiffusion, batch: PyTree) -> tuple[StableDiffusion, PyTree]:
     """The model on every device of this process and the batch's rows split over them, filled up with copies of the last
     one where they don't divide. With one device, as they are."""
-    devices = jax.local_devices()
-    if len(devices) == 1:
+    mesh = local_mesh()
+    if mesh.size == 1:
         return model, batch
-    mesh = Mesh(np.array(devices), ("data",))
 
     def filled(rows):
-        lack = -len(rows) % len(devices)
+        lack = -len(rows) % mesh.size
         return jnp.concatenate([rows, jnp.repeat(rows[-1:], lack, axis=0)])
 
     rows = jax.device_put(jax.tree.map(filled, batch), NamedSharding(mesh, PartitionSpec("data")))
-    return jax.device_put(model, NamedSharding(mesh, PartitionSpec())), rows
+    return jax.device_put(model, replicated(mesh)), rows
 
 
 def load_pipeline(folder: str | Path, **options) -> Pipeline:

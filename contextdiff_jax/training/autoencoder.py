@@ -34,7 +34,7 @@ from contextdiff_jax.settings import AutoencoderLoss, AutoencoderSettings
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog
 from contextdiff_jax.training.loop import to_devices
-from contextdiff_jax.training.state import TrainState, make_optimizer
+from contextdiff_jax.training.state import TrainState, make_optimizer, moving_average
 
 LOGGER = logging.getLogger(__name__)
 METRICS = ("count", "loss", "l1", "l2", "kl", "grad_norm")
@@ -77,10 +77,9 @@ def make_vae_step(settings: AutoencoderSettings) -> Callable[[TrainState, Mappin
         )(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(settings.train.ema_decay, (1 + state.step) / (10 + state.step))
         metrics = {"count": jnp.ones(()), "loss": loss, "grad_norm": optax.global_norm(grads)} | terms
         return TrainState(
-            state.step + 1, params, optax.incremental_update(params, state.ema, 1 - decay), opt_state, state.key,
+            state.step + 1, params, moving_average(params, state.ema, state.step, settings.train.ema_decay), opt_state, state.key,
             jax.tree.map(jnp.add, state.metric_sums, metrics),
         )
 

@@ -59,6 +59,11 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
 
 
+def moving_average(params: PyTree, ema: PyTree, step: Int[Array, ""], decay: float) -> PyTree:
+    """The average after `params`. It starts as a plain one, so that the first steps' random weights are soon forgotten."""
+    return optax.incremental_update(params, ema, 1 - jnp.minimum(decay, (1 + step) / (10 + step)))
+
+
 def make_model(settings: Settings) -> ContextDiffusion:
     """The model with parameters drawn from `settings.seed`."""
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[settings.train.precision]

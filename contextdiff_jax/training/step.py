@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Num, PyTree
 from contextdiff_jax import diffusion
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.settings import Settings
-from contextdiff_jax.training.state import TrainState, build_model, make_optimizer, model_graph
+from contextdiff_jax.training.state import TrainState, build_model, make_optimizer, model_graph, moving_average
 from contextdiff_jax.training.trainable import split_trainable
 
 Batch = dict[str, Num[Array, "B ..."]]
@@ -157,10 +157,8 @@ def make_train_step(settings: Settings) -> Callable[..., tuple[TrainState, Array
         metrics["grad_norm"] = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
-        # Starts as a plain average, so that the first steps' random weights are soon forgotten.
-        decay = jnp.minimum(settings.train.ema_decay, (1 + state.step) / (10 + state.step))
         averaged, kept = split_trainable(state.ema, settings.train.trainable)
-        ema = nnx.merge_state(optax.incremental_update(trained, averaged, 1 - decay), kept)
+        ema = nnx.merge_state(moving_average(trained, averaged, state.step, settings.train.ema_decay), kept)
         sums = jax.tree.map(jnp.add, state.metric_sums, metrics | {"nonfinite": jnp.zeros(())})
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         params = nnx.merge_state(trained, rest)
