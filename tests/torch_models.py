@@ -139,3 +139,33 @@ def stable_diffusion(folder: Path, in_channels: int = 4, **scheduler):
         ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
+
+
+def stable_diffusion_xl(folder: Path, zeros_for_empty: bool = True):
+    """A tiny StableDiffusionXLPipeline: `stable_diffusion` with two encoders of different widths and activations."""
+    import diffusers
+    import transformers
+
+    plain = stable_diffusion(folder)
+    text = dict(plain.text_encoder.config.to_dict(), hidden_act="quick_gelu", num_hidden_layers=3)
+    text_2 = text | dict(hidden_size=20, num_attention_heads=2, projection_dim=12, hidden_act="gelu")
+    same = {key: value for key, value in plain.unet.config.items() if not key.startswith("_")}
+    unet = diffusers.UNet2DConditionModel(
+        **same | dict(
+            cross_attention_dim=36, addition_embed_type="text_time", addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=12 + 6 * 4, transformer_layers_per_block=[1, 2],
+            use_linear_projection=True,
+        )
+    )
+    tokenizer_2 = clip_tokenizer(folder)
+    tokenizer_2.pad_token = "a</w>"  # the two pad with different tokens
+    encoders = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
+    first, second = (
+        randomised(kind(transformers.CLIPTextConfig(**config)), seed)
+        for seed, (kind, config) in enumerate(zip(encoders, (text, text_2)))
+    )
+    return diffusers.StableDiffusionXLPipeline(
+        unet=randomised(unet), vae=plain.vae, text_encoder=first, text_encoder_2=second, tokenizer=plain.tokenizer,
+        tokenizer_2=tokenizer_2, scheduler=plain.scheduler, force_zeros_for_empty_prompt=zeros_for_empty,
+        add_watermarker=False,
+    )

@@ -153,6 +153,8 @@ def _from_pipeline(settings: EditSettings, folder: str) -> Editor:
     """The editor of a Stable Diffusion folder, with a new context."""
     pipeline = load_pipeline(folder)
     stable = pipeline.model
+    if stable.text_2 is not None:
+        raise ValueError(f"video.model={folder}: is XL; Stable Diffusion 1.x and 2.x can be edited with")
     channels, width = stable.vae.config.latent_channels, stable.text.config.hidden_size
     if stable.unet.config.in_channels != channels:
         raise ValueError(f"video.model={folder}: is for inpainting; a text-to-image folder is wanted")
@@ -161,20 +163,20 @@ def _from_pipeline(settings: EditSettings, folder: str) -> Editor:
         schedule=pipeline.scheduler.schedule(), prediction_type=pipeline.scheduler.prediction,
         shift=_shift(settings.base.context, network.config), bound=None,
     )
-    tokenizer, encode_ids = pipeline.tokenizer, nnx.jit(lambda text, ids: text(ids).last)
+    tokenizer, encode_ids = pipeline.tokenizers[0], nnx.jit(lambda text, ids: text(ids).last)
     encode, decode, factor = _through_vae(stable.vae)
 
     def count_tokens(word: str) -> int:
         return len(tokenizer(word, add_special_tokens=False).input_ids)
 
     def encode_text(prompts: Sequence[str]) -> Text:
-        ids = pipeline.token_ids(prompts)
+        (ids,) = pipeline.token_ids(prompts)
         lengths = [2 + sum(map(count_tokens, prompt.split())) for prompt in prompts]
         return Text(encode_ids(stable.text, ids), jnp.arange(ids.shape[1]) < jnp.array(lengths)[:, None])
 
     return Editor(
         model=inflate(stable.unet, network, seed=settings.base.seed, remat=settings.video.remat, reads_mask=False),
         process=process, encode_text=encode_text, count_tokens=count_tokens,
-        text_length=pipeline.token_ids([""]).shape[1], encode=encode, decode=decode,
+        text_length=pipeline.token_ids([""])[0].shape[1], encode=encode, decode=decode,
         multiple=factor * _multiple(network.config),
     )

@@ -1,4 +1,4 @@
-"""A Stable Diffusion folder (1.x, 2.x; model_index.json and its parts): text to image, image to image, inpainting."""
+"""A Stable Diffusion folder (1.x, 2.x, XL; model_index.json and its parts): text to image, image to image, inpainting."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from contextdiff_jax.pretrained.unet import load_unet
 from contextdiff_jax.pretrained.vae import load_vae
 
 INDEX_FILE = "model_index.json"
-CLASSES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+CLASSES = tuple(f"StableDiffusion{kind}{way}Pipeline" for kind in ("", "XL") for way in ("", "Img2Img", "Inpaint"))
 Latents = Float[Array, "B H W Z"]
 Pictures = UInt8[np.ndarray, "B H W 3"]
 
@@ -75,11 +75,13 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """The networks, the scheduler, and transformers' tokenizer. The options of all three ways: `Request`."""
+    """The networks, the scheduler, and transformers' tokenizers, one a text encoder. The options of all three ways:
+    `Request`. `zeros_for_empty`: without a negative text guidance leads away from zeros (XL), not from the empty text."""
 
     model: StableDiffusion
     scheduler: Scheduler
-    tokenizer: Any
+    tokenizers: tuple[Any, ...]
+    zeros_for_empty: bool = False
 
     def text_to_image(
         self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, **options
@@ -120,10 +122,14 @@ class Pipeline:
         x = noise if strength == 1 else self._noised(latents, noise, timesteps[0])
         return self._sample(request, x, (timesteps, following), known)
 
-    def token_ids(self, texts: Sequence[str]) -> Int[np.ndarray, "B L"]:
-        """Ids padded (and cut) to the encoder's length."""
-        length = min(self.tokenizer.model_max_length, self.model.text.config.max_position_embeddings)
-        return np.array(self.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True).input_ids)
+    def token_ids(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], ...]:
+        """Ids for each text encoder, padded (and cut) to its length."""
+
+        def ids(tokenizer, encoder):
+            length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            return np.array(tokenizer(list(texts), padding="max_length", max_length=length, truncation=True).input_ids)
+
+        return tuple(map(ids, self.tokenizers, (self.model.text, self.model.text_2)))
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """[H, W, Z] of pictures of `size`, by default the UNet's own.
@@ -164,7 +170,8 @@ class Pipeline:
         if known is None and self.model.unet.config.in_channels != x.shape[-1]:
             channels = self.model.unet.config.in_channels
             raise ValueError(f"the UNet has {channels} channels in: it is only for inpainting")
-        texts = self.token_ids(request.prompts), self.token_ids(request.negatives)
+        leads_from_zeros = self.zeros_for_empty and not any(request.negatives)
+        texts = self.token_ids(request.prompts), None if leads_from_zeros else self.token_ids(request.negatives)
         model, (ids, negative_ids, x, known) = spread(self.model, (*texts, x, known))
         images = sample_images(
             model, self.scheduler.schedule(), *steps, ids, negative_ids, x, jnp.float32(request.guidance), known,
@@ -189,7 +196,7 @@ def spread(model: StableDiffusion, batch: PyTree) -> tuple[StableDiffusion, PyTr
 
 
 def load_pipeline(folder: str | Path, **options) -> Pipeline:
-    """A Stable Diffusion 1.x or 2.x folder, as diffusers wrote it or converted.
+    """A Stable Diffusion 1.x, 2.x or XL folder, as diffusers wrote it or converted.
 
     `options` of all three networks: see `contextdiff_jax.pretrained.model.Options`. The tokenizer is transformers',
     which is imported here and nowhere else.
@@ -198,33 +205,50 @@ def load_pipeline(folder: str | Path, **options) -> Pipeline:
     """
     folder = Path(folder)
     path = folder / INDEX_FILE
-    name = read_json(path, "a diffusers pipeline folder").get("_class_name")
+    index = read_json(path, "a diffusers pipeline folder")
+    name = index.get("_class_name")
     if name not in CLASSES:
         raise ValueError(f"{path}: _class_name={name!r}: another pipeline; one of {', '.join(CLASSES)}")
     scheduler = load_scheduler(folder / "scheduler")
     unet = load_unet(folder / "unet", **options)
     vae = load_vae(folder / "vae", **options)
-    text = load_clip_text(folder / "text_encoder", **options)
-    _check_fit(folder, unet, vae, text)
-    return Pipeline(model=StableDiffusion(unet, vae, text), scheduler=scheduler, tokenizer=_tokenizer(folder))
+    is_xl = "XL" in name
+    names = ("text_encoder", "text_encoder_2") if is_xl else ("text_encoder",)
+    if index.get("requires_aesthetics_score") or (is_xl and not (folder / names[0]).is_dir()):
+        raise ValueError(f"{path}: XL's refiner is not supported; its base, with two text encoders, is")
+    texts = [load_clip_text(folder / part, **options) for part in names]
+    _check_fit(folder, unet, vae, texts)
+    return Pipeline(
+        model=StableDiffusion(unet, vae, *texts), scheduler=scheduler,
+        tokenizers=tuple(_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in names),
+        zeros_for_empty=is_xl and index.get("force_zeros_for_empty_prompt", True),
+    )
 
 
-def _check_fit(folder: Path, unet: UNet, vae: VAE, text: CLIPText) -> None:
-    channels, width = vae.config.latent_channels, text.config.hidden_size
+def _check_fit(folder: Path, unet: UNet, vae: VAE, texts: Sequence[CLIPText]) -> None:
+    channels, width = vae.config.latent_channels, sum(text.config.hidden_size for text in texts)
     if unet.config.in_channels not in (channels, 2 * channels + 1) or unet.config.out_channels != channels:
         raise ValueError(
             f"{folder}: the UNet has {unet.config.in_channels} channels in and {unet.config.out_channels} out; must be "
             f"{channels} (or {2 * channels + 1}, for inpainting) and {channels}, as the autoencoder's latents have"
         )
     if any(level.text_features != width for level in unet.config.levels()):
-        raise ValueError(f"{folder}: the UNet's cross_attention_dim differs from the text encoder's width, {width}")
-    if unet.config.addition_embed_type is not None or unet.config.context_head:
-        raise ValueError(f"{folder}: a UNet with added conditions or a context head is not sampled here")
+        raise ValueError(f"{folder}: the UNet's cross_attention_dim differs from the text encoders' width, {width}")
+    if unet.config.context_head or (unet.config.addition_embed_type is not None) != (len(texts) == 2):
+        raise ValueError(
+            f"{folder}: the UNet's addition_embed_type={unet.config.addition_embed_type!r} doesn't fit {len(texts)} text "
+            "encoders, or it has a context head: not sampled here"
+        )
+    if len(texts) == 2:
+        read = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        pooled = texts[1].config.projection_dim if texts[1].config.with_projection else 0
+        if read != pooled:
+            raise ValueError(f"{folder}: the UNet reads a pooled text {read} wide; text_encoder_2 gives {pooled}")
 
 
 def _tokenizer(folder: Path) -> Any:
-    if not (folder / "tokenizer").is_dir():
-        raise ValueError(f"{folder / 'tokenizer'}: no such folder")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return CLIPTokenizer.from_pretrained(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -15,13 +16,31 @@ from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.vae import VAE
 
 
-class StableDiffusion(nnx.Module):
-    """The three networks, to be handed to a jitted function together."""
+class Conditions(NamedTuple):
+    """What the UNet reads of texts: token states [B, L, D] and, of XL, what is added to its time embedding."""
 
-    def __init__(self, unet: UNet, vae: VAE, text: CLIPText):
+    tokens: Float[Array, "B L D"]
+    added: dict[str, Array] | None
+
+
+class StableDiffusion(nnx.Module):
+    """The networks, to be handed to a jitted function together. `text_2` is XL's second text encoder (bigG)."""
+
+    def __init__(self, unet: UNet, vae: VAE, text: CLIPText, text_2: CLIPText | None = None):
         self.unet = unet
         self.vae = vae
         self.text = text
+        self.text_2 = text_2
+
+    def encode(self, token_ids: tuple[Int[Array, "B L"], ...], size: tuple[int, int]) -> Conditions:
+        """Of texts, by each encoder's ids. XL reads the penultimate layers of both, the second's pooled projection, and the
+        picture's `size` in pixels (Podell et al., 2023, 2.2)."""
+        if self.text_2 is None:
+            return Conditions(self.text(token_ids[0]).last, None)
+        first, second = self.text(token_ids[0]), self.text_2(token_ids[1])
+        tokens = jnp.concatenate([first.hidden_states[-2], second.hidden_states[-2]], axis=-1)
+        time_ids = jnp.broadcast_to(jnp.array([*size, 0, 0, *size], jnp.float32), (len(tokens), 6))
+        return Conditions(tokens, {"text_embeds": second.projected, "time_ids": time_ids})
 
 
 class Known(NamedTuple):
@@ -39,6 +58,11 @@ class Known(NamedTuple):
     masked: Float[Array, "B H W Z"]
 
 
+def _nothing(text: Conditions) -> Conditions:
+    added = text.added and text.added | {"text_embeds": jnp.zeros_like(text.added["text_embeds"])}
+    return Conditions(jnp.zeros_like(text.tokens), added)
+
+
 @functools.partial(nnx.jit, static_argnames=("tile",))
 def encode_images(vae: VAE, images: Float[Array, "B H W 3"], *, tile: bool = False) -> Float[Array, "B H2 W2 Z"]:
     """The diffusion model's latents (their mean) of pictures in [-1, 1]."""
@@ -51,8 +75,8 @@ def sample_images(
     schedule: NoiseSchedule,
     timesteps: Int[Array, "S"],
     next_timesteps: Int[Array, "S"],
-    token_ids: Int[Array, "B L"],
-    negative_ids: Int[Array, "B L"],
+    token_ids: tuple[Int[Array, "B L"], ...],
+    negative_ids: tuple[Int[Array, "B L"], ...] | None,
     x: Float[Array, "B H W Z"],
     guidance: Float[Array, ""],
     known: Known | None = None,
@@ -64,21 +88,26 @@ def sample_images(
     """Pictures in [0, 1] of the texts by DDIM from the latents x at timesteps[0]: one compiled program.
 
     Args:
+      token_ids: one array a text encoder. negative_ids: those that guidance leads away from; None: zeros are in the place
+        of their states, as XL was trained.
       next_timesteps: where each step goes. guidance: of the output, u + g (c - u), read only if `guided`.
       known: inpainting. tile: decodes large pictures in tiles.
     """
-    text = model.text(token_ids).last  # [B, L, D]
+    size = tuple(model.vae.config.downscale * side for side in x.shape[1:3])
+    text = model.encode(token_ids, size)
     if guided:
-        text = jnp.concatenate([model.text(negative_ids).last, text])  # [2B, L, D]
+        without = _nothing(text) if negative_ids is None else model.encode(negative_ids, size)
+        text = jax.tree.map(lambda *branches: jnp.concatenate(branches), without, text)  # [2B, ...]
     reads_known = known is not None and model.unet.config.in_channels != x.shape[-1]
 
     def denoise(x, t, s):
         h = jnp.concatenate([x, known.mask, known.masked], axis=-1) if reads_known else x  # [B, H, W, Z or 2 Z + 1]
         if guided:
-            without, with_text = jnp.split(model.unet(jnp.concatenate([h, h]), jnp.concatenate([t, t]), text), 2)
+            both = model.unet(jnp.concatenate([h, h]), jnp.concatenate([t, t]), text.tokens, added=text.added)
+            without, with_text = jnp.split(both, 2)
             output = without + guidance * (with_text - without)
         else:
-            output = model.unet(h, t, text)
+            output = model.unet(h, t, text.tokens, added=text.added)
         x0 = predict_x0(schedule, output, x, t, prediction_type)
         return Denoised(x0, jnp.zeros_like(x0), jnp.zeros_like(x0))
 
