@@ -17,6 +17,10 @@ VARIANTS = {
     "linear": PLUGIN | {"context.kind": "linear"},
     "bilinear": PLUGIN | {"context.kind": "bilinear"},
 }
+# What the bound on the gain does: at 1 the shift is as large as the picture, at 0.2 a fifth of it.
+SMALL_GAIN = {
+    f"{name}-gain0.2": VARIANTS[name] | {"context.max_gain": 0.2} for name in ("plugin", "posterior_mean")
+}
 
 
 def get_plan() -> Plan:
@@ -37,7 +41,7 @@ def get_plan() -> Plan:
         ),
         kind="pictures",
         config=config.to_dict(),
-        variants=VARIANTS,
+        variants=VARIANTS | SMALL_GAIN,
         headline={
             "held-out, exact": "held-out combinations, ddim, guidance best/exact",
             "held-out, guidance 1": "held-out combinations, ddim, guidance 1/exact",

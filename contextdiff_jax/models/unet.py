@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Shaped
@@ -260,7 +261,8 @@ class UpBlock(nnx.Module):
 class ContextHead(nnx.Module):
     """Own resnet, GroupNorm, activation and zero-initialised convolution: the context estimate starts at 0.
 
-    Its own resnet, because predicting the context competes with predicting the picture for the trunk.
+    It reads the trunk's features and doesn't train them: the context is as large as the picture and moves while phi
+    learns, and a head that pulled at the trunk spoiled the denoiser (docs/results/README.md). So its resnet is its own.
     """
 
     def __init__(self, config: UNetConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -347,7 +349,7 @@ class UNet(nnx.Module):
         out = self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(h))).astype(jnp.float32)
         if self.context_head is None:
             return out
-        return out, self.context_head(h, temb).astype(jnp.float32)
+        return out, self.context_head(*jax.lax.stop_gradient((h, temb))).astype(jnp.float32)
 
     def time(self, t: Array, batch: int, added: Mapping[str, Array] | None) -> Float[Array, "B E"]:
         """The embedding of t (and of `added`) for `batch` samples."""
