@@ -13,7 +13,7 @@ from conftest import config_dict
 from flax import nnx
 from PIL import Image
 from test_training import randomised, with_gamma
-from torch_models import assert_close, assert_same_tensors, nchw, nhwc, stable_diffusion
+from torch_models import assert_close, assert_same_tensors, nchw, nhwc, stable_diffusion, t5_encoder
 from torch_models import randomised as randomised_torch
 
 from contextdiff_jax.data import load_tokenizer
@@ -116,6 +116,32 @@ def test_latents_are_draws_from_the_autoencoders_gaussian_as_diffusers_has_it(pi
         q = pipe[0].vae.encode(nchw(pixels)).latent_dist
         expected = nhwc(q.mean + q.std * nchw(np.array(batch["latent_noise"]))) * pipe[0].vae.config.scaling_factor
     assert_close(clean(model, batch)[0], expected)
+
+
+def test_a_run_reads_text_through_t5(pipe, tmp_path):
+    theirs, tokenizer = t5_encoder(tmp_path / "t5")
+    folders = {"text.pretrained": str(tmp_path / "t5"), "data.tokenizer": str(tmp_path / "t5")}
+    config = config_of(pipe[1], **folders)
+    settings = parse(config)
+    batch = draw(jax.random.key(0), batch_of(settings), settings)
+    rows = tokenizer(PROMPTS, padding="max_length", max_length=9, truncation=True, return_tensors="pt")
+    np.testing.assert_array_equal(batch["token_ids"], rows.input_ids)
+    np.testing.assert_array_equal(batch["token_mask"], rows.attention_mask.bool())
+    assert not batch["token_mask"].all() and batch["token_mask"][:, 0].all()
+    with torch.no_grad():
+        expected = theirs(rows.input_ids, attention_mask=rows.attention_mask).last_hidden_state
+    model = build_model(model_graph(settings), start_of(config), load_frozen(settings))
+    tokens = model.text(batch["token_ids"], batch["token_mask"])
+    assert_close(tokens, expected.numpy())
+    # Padding is read by nobody: neither inside of T5 nor by the UNet.
+    x, t, padding = batch["noise"], batch["t"], ~batch["token_mask"][..., None]
+    outputs = [model.predict(x, t, tokens + change, batch["token_mask"]) for change in (0.0, 1.0 * padding, 1.0 * ~padding)]
+    np.testing.assert_array_equal(*outputs[:2])
+    assert np.abs(outputs[2] - outputs[0]).max() > 1e-3
+    t5_encoder(tmp_path / "wide", 24)
+    wrong = parse(config_of(pipe[1], **folders | {"text.pretrained": str(tmp_path / "wide")}))
+    with pytest.raises(ValueError, match="model.cross_attention_dim=16: text.pretrained='.*wide' has 24"):
+        load_frozen(wrong)
 
 
 def test_latents_are_not_clipped_to_the_range_of_pictures(pipe):

@@ -169,3 +169,19 @@ def stable_diffusion_xl(folder: Path, zeros_for_empty: bool = True):
         tokenizer_2=tokenizer_2, scheduler=plain.scheduler, force_zeros_for_empty_prompt=zeros_for_empty,
         add_watermarker=False,
     )
+
+
+def t5_encoder(folder: Path, width: int = 16):
+    """A tiny T5EncoderModel with random weights and its tokenizer, both in `folder` as transformers writes them."""
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=32, d_model=width, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    model = randomised(transformers.T5EncoderModel(config))
+    model.save_pretrained(folder)
+    words = ["\u2581a", "\u2581red", "\u2581blue", "\u2581circle", "\u2581square", *"abcdefghijklmnopqrst"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, -1.0 - len(word) * 0.01) for word in words)]
+    tokenizer = transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer

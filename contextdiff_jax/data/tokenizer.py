@@ -11,6 +11,7 @@ where a FILE is plain text, one document a line.
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -78,21 +79,23 @@ def _from_json(text: str) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(text))
 
 
-class CLIPTokens:
-    """transformers' CLIP tokenizer of a folder (a pipeline's `tokenizer/`), with `Tokenizer`'s methods. Picklable."""
+class FolderTokens:
+    """transformers' CLIP or T5 tokenizer of a folder (a pipeline's `tokenizer/`), with `Tokenizer`'s methods. Picklable."""
 
     def __init__(self, folder: str | pathlib.Path):
         """ValueError if the folder holds none. transformers is imported here and nowhere else in this room."""
-        from transformers import CLIPTokenizer
+        from transformers import CLIPTokenizer, T5Tokenizer
 
         self._folder = str(folder)
         try:
-            self._tokenizer = CLIPTokenizer.from_pretrained(self._folder)
+            config = pathlib.Path(folder, "tokenizer_config.json")
+            name = json.loads(config.read_text()).get("tokenizer_class", "") if config.is_file() else ""
+            self._tokenizer = (T5Tokenizer if name.startswith("T5") else CLIPTokenizer).from_pretrained(self._folder)
         except (OSError, TypeError, ValueError) as error:  # TypeError: files are missing
-            raise ValueError(f"tokenizer={folder}: holds no CLIP tokenizer ({' '.join(str(error).split())})") from None
+            raise ValueError(f"tokenizer={folder}: holds no CLIP or T5 tokenizer ({' '.join(str(error).split())})") from None
 
     def __reduce__(self):
-        return CLIPTokens, (self._folder,)
+        return FolderTokens, (self._folder,)
 
     @property
     def vocab_size(self) -> int:
@@ -102,20 +105,20 @@ class CLIPTokens:
     def encode(
         self, captions: Sequence[str], max_length: int
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-        """As `Tokenizer.encode`: <|startoftext|>, the caption's tokens (as many as fit), <|endoftext|>, padding."""
+        """As `Tokenizer.encode`: the caption's tokens (as many as fit) between the model's special ones, padding."""
         rows = self._tokenizer(list(captions), padding="max_length", max_length=max_length, truncation=True)
         return np.array(rows.input_ids, np.int32), np.array(rows.attention_mask, bool)
 
 
-def load_tokenizer(path: str | pathlib.Path | None = None) -> Tokenizer | CLIPTokens:
-    """Loads a tokenizer file written by `train_tokenizer`, or CLIP's from a folder; the bundled one if `path` is None.
+def load_tokenizer(path: str | pathlib.Path | None = None) -> Tokenizer | FolderTokens:
+    """Loads a tokenizer file written by `train_tokenizer`, or CLIP's or T5's from a folder; the bundled one if `path` is None.
 
     Raises:
         ValueError: if the file is missing or no such tokenizer, in one line.
     """
     path = BUNDLED if path is None else pathlib.Path(path)
     if path.is_dir():
-        return CLIPTokens(path)
+        return FolderTokens(path)
     try:
         return _from_json(path.read_text(encoding="utf-8"))
     except OSError as error:

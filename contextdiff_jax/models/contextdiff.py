@@ -13,6 +13,7 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.samplers import Denoised, DenoiseFn
 from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPText, CLIPVision
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork, pool
+from contextdiff_jax.models.t5 import T5Encoder
 from contextdiff_jax.models.text import TextConfig, TextEncoder
 from contextdiff_jax.models.unet import UNet, UNetConfig
 from contextdiff_jax.models.vae import VAE
@@ -28,6 +29,17 @@ class FrozenText(nnx.Module):
     def __call__(self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
         """States of all tokens."""
         return self.clip(token_ids).last
+
+
+class FrozenT5(nnx.Module):
+    """A pretrained T5 encoder in the place of ours, as in Imagen: padding is read by nobody."""
+
+    def __init__(self, t5: T5Encoder):
+        self.t5 = t5
+
+    def __call__(self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+        """States of all tokens."""
+        return self.t5(token_ids, token_mask)
 
 
 class FrozenVision(nnx.Module):
@@ -48,7 +60,7 @@ class Frozen(NamedTuple):
     """The networks that a run reads and doesn't train: a pytree, handed to the compiled step beside its state."""
 
     vae: VAE | None = None
-    text: FrozenText | None = None
+    text: FrozenText | FrozenT5 | None = None
     vision: FrozenVision | None = None
 
 

@@ -14,7 +14,7 @@ from contextdiff_jax.models.layers import Attention, FeedForward
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Sizes of the text encoder; with `pretrained`, the folder of a frozen CLIP text encoder, it is read instead."""
+    """Sizes of the text encoder; with `pretrained`, the folder of a frozen CLIP text or T5 encoder, it is read instead."""
 
     pretrained: str = ""
     vocab_size: int = 4096

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from contextdiff_jax.models.contextdiff import Frozen, FrozenText, FrozenVision
-from contextdiff_jax.pretrained import load_clip_text, load_clip_vision, load_vae
+from contextdiff_jax.models.contextdiff import Frozen, FrozenT5, FrozenText, FrozenVision
+from contextdiff_jax.pretrained import load_clip_text, load_clip_vision, load_t5, load_vae
+from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.settings import Settings
 
 
@@ -27,11 +30,20 @@ def load_frozen(settings: Settings, shardings: Callable[[PyTree], PyTree] | None
         vision = FrozenVision(load_clip_vision(settings.context.clip, **options))
     if not settings.text.pretrained:
         return Frozen(vae, None, vision)
-    clip = load_clip_text(settings.text.pretrained, **options)
-    for field, value, wanted in (
-        ("model.cross_attention_dim", settings.model.cross_attention_dim, clip.config.hidden_size),
-        ("data.max_length", settings.data.max_length, clip.config.max_position_embeddings),
-    ):
-        if value > wanted or (value < wanted and field.startswith("model")):
-            raise ValueError(f"{field}={value}: text.pretrained={settings.text.pretrained!r} has {wanted}")
-    return Frozen(vae, FrozenText(clip), vision)
+    return Frozen(vae, _load_text(settings, options), vision)
+
+
+def _load_text(settings: Settings, options: dict[str, Any]) -> FrozenText | FrozenT5:
+    folder = settings.text.pretrained
+    config = read_json(Path(folder, "config.json"), "a folder of a CLIP text or T5 encoder")
+    if config.get("model_type") == "t5":  # relative positions: any length
+        text = FrozenT5(load_t5(folder, **options))
+        width, longest = text.t5.config.d_model, settings.data.max_length
+    else:
+        text = FrozenText(load_clip_text(folder, **options))
+        width, longest = text.clip.config.hidden_size, text.clip.config.max_position_embeddings
+    if settings.model.cross_attention_dim != width:
+        raise ValueError(f"model.cross_attention_dim={settings.model.cross_attention_dim}: text.pretrained={folder!r} has {width}")
+    if settings.data.max_length > longest:
+        raise ValueError(f"data.max_length={settings.data.max_length}: text.pretrained={folder!r} has {longest}")
+    return text
