@@ -51,7 +51,7 @@ def get_plan() -> Plan:
             "bits/dim": "bound/seen combinations",
             "held-out, true context": "held-out combinations, ddim, guidance best, true context/exact",
         },
-        more_seeds={"none": 5, "plugin": 5, "posterior_mean": 5},
+        more_seeds={"none": 5, "plugin": 5, "posterior_mean": 5, "linear": 5},
         options=dict(
             num=192, guidances=(1.0, 2.0, 4.0), validation=96, samplers={"ddim": 25, "ddpm": 25}, classifier=1000,
             bound=64, bound_timesteps=50,

@@ -80,24 +80,36 @@ def scores_of(results: Results, variant: str, path: str) -> dict[int, float]:
 
 
 def table(plan: Plan, results: Results) -> str:
-    """A row a variant: mean and standard error of each headline score; below the first, the difference to the baseline."""
-    columns = list(plan.headline)
-    first = plan.headline[columns[0]]
-    lines = ["| variant | seeds | " + " | ".join(columns) + f" | {columns[0]}, difference to {plan.baseline} [95%] |"]
-    lines.append("|---" * (len(columns) + 3) + "|")
-    for variant in plan.variants:
-        if variant not in results:
-            continue
-        entries = []
-        for path in plan.headline.values():
-            values = list(scores_of(results, variant, path).values())
-            entries.append(_mean_text(summarise(values)) if values else "-")
-        difference = paired(scores_of(results, variant, first), scores_of(results, plan.baseline, first))
-        text = "-" if variant == plan.baseline or difference is None else (
-            f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}], {difference.count} pairs"
-        )
-        lines.append(f"| `{variant}` | {len(results[variant])} | " + " | ".join(entries) + f" | {text} |")
+    """A row a variant: mean and standard error of each headline score."""
+    lines = ["| variant | seeds | " + " | ".join(plan.headline) + " |", "|---" * (len(plan.headline) + 2) + "|"]
+    for variant, cells in results.items():
+        values = [list(scores_of(results, variant, path).values()) for path in plan.headline.values()]
+        entries = [_mean_text(summarise(found)) if found else "-" for found in values]
+        lines.append(f"| `{variant}` | {len(cells)} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
+
+
+def difference_table(plan: Plan, results: Results) -> str:
+    """A row a variant: its difference to the baseline in each headline score, bold where the interval is clear of 0; empty
+    if there is no pair of seeds. No correction for the number of comparisons."""
+    rows = []
+    for variant in results:
+        found = [
+            paired(scores_of(results, variant, path), scores_of(results, plan.baseline, path)) for path in plan.headline.values()
+        ]
+        if variant == plan.baseline or not any(found):
+            continue
+        count = max(difference.count for difference in found if difference)
+        rows.append(f"| `{variant}` | {count} | " + " | ".join(map(_difference_text, found)) + " |")
+    head = f"| minus `{plan.baseline}` [95%] | pairs | " + " | ".join(plan.headline) + " |"
+    return "\n".join([head, "|---" * (len(plan.headline) + 2) + "|", *rows]) if rows else ""
+
+
+def _difference_text(difference: Paired | None) -> str:
+    if difference is None:
+        return "-"
+    text = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
 
 
 def _mean_text(summary: Summary) -> str:
@@ -106,8 +118,8 @@ def _mean_text(summary: Summary) -> str:
 
 
 def cost_table(plan: Plan, results: Results) -> str:
-    """Parameters, FLOPs and time a step, learned gain at the end, hours: medians over seeds."""
-    lines = ["| variant | parameters | GFLOP a step | ms a step | gain at the end | minutes a cell |", "|---" * 6 + "|"]
+    """Parameters, FLOPs and time a step, size of the learned gain at the end, minutes: medians over seeds."""
+    lines = ["| variant | parameters | GFLOP a step | ms a step | \|gain\| at the end | minutes a cell |", "|---" * 6 + "|"]
     for variant, cells in results.items():
         training = [cell["training"] for cell in cells.values()]
         if "parameters" not in training[0]:
@@ -116,7 +128,7 @@ def cost_table(plan: Plan, results: Results) -> str:
         lines.append(
             f"| `{variant}` | {training[0]['parameters']:,} | {np.median(flops) / 1e9 if flops else float('nan'):.2f} | "
             f"{1e3 * np.median([t['seconds_per_step'] for t in training]):.0f} | "
-            f"{np.median([t['context_gain'][-1] for t in training]):+.3f} | "
+            f"{np.median([abs(t['context_gain'][-1]) for t in training]):.3f} | "
             f"{np.median([cell['seconds'] for cell in cells.values()]) / 60:.1f} |"
         )
     return "\n".join(lines)
@@ -168,7 +180,7 @@ def write_page(plan: Plan, name: str, path: str, out: pathlib.Path) -> str:
         f"{len(cells)} cells, {sum(c['seconds'] for *_, c in cells) / 3600:.1f} hours in all, on {'; '.join(machines)}. "
         "Mean ± standard error over seeds; differences are paired by seed, with Student's 95% interval.",
         f"Not run yet: {', '.join(missing)}." if missing else "",
-        table(plan, results), cost_table(plan, results), f"![scores and gains]({name}.png)",
+        table(plan, results), difference_table(plan, results), cost_table(plan, results), f"![scores and gains]({name}.png)",
         "## Cells", "Each again, in another folder, with the same digits on the same machine and number of cores:",
         f"    taskset -c 0 python -m contextdiff_jax.experiment --plan={path} --variants={cells[0][0]} "
         f"--seeds={cells[0][1]} --out=/tmp/again --workdir=/tmp/again",
