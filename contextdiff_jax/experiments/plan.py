@@ -12,6 +12,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+# Fields of `train` that say how the same step is computed.
+_SAME_RESULTS = ("remat", "attention")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -92,8 +95,11 @@ class Cell:
 
     @property
     def config_hash(self) -> str:
-        """Of the config and the options: results of another hash are of another experiment."""
-        text = json.dumps([self.config, self.options], sort_keys=True)
+        """Of the config and the options, but for `_SAME_RESULTS`: results of another hash are of another experiment."""
+        config = dict(self.config)
+        if "train" in config:
+            config["train"] = {name: value for name, value in config["train"].items() if name not in _SAME_RESULTS}
+        text = json.dumps([config, self.options], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def result(self, folder: pathlib.Path) -> dict[str, Any] | None:
