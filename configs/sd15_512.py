@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.train.update(batch_size=32, remat="products")
     config.diffusion.update(zero_terminal_snr=False, prediction_type="epsilon", prior_kl=1.0)
     config.text.update(width=768, num_layers=12, num_heads=12)
-    config.model.update(cross_attention_dim=768, attention_head_dim=8, use_linear_projection=False)
+    config.model.update(cross_attention_dim=768, attention_head_dim=(8,) * 4, use_linear_projection=False)
     config.mesh.update(data=1, fsdp=-1)
     config.sample.guidance_rescale = 0.0
     return config

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +15,9 @@ _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64}
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) .*\{$")
 _ARRAY = re.compile(r"\b(pred|bf16|f16|c64|[fsu]\d+)(?:e\w+)?\[([\d,]*)\]")
-# Products of a splash kernel, each 2 * queries * keys * width operations; the forward kernel's name has its variant.
-_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+_XLA_KERNEL = "online-softmax"
+# Products of a kernel by the start of its name, each 2 * queries * keys * width operations.
+_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4, _XLA_KERNEL: 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,18 +75,35 @@ def _loop_counts(found: list[Instruction]) -> dict[str, int]:
 
 
 def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
-    """Groups [G, S] of an instruction's devices, from {{0,1},{2,3}}, [2,2]<=[4] or [2,2]<=[2,2]T(1,0), or pairs."""
-    if match := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
-        return np.array([[int(n) for n in pair.split(",")] for pair in re.findall(r"\{?(\d+,\d+)", match[1])])
-    match = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if match:
+    """Groups [G, S] of the numbers of an instruction's devices. They are written as lists, {{0,1},{2,3}}; as an array of
+    numbers, [2,2]<=[2,2]T(1,0); as axes of a mesh, mesh['x'=2,'y'=4] {'x','y':(2)2}, where (2)2 are the inner 2 of 4; or as
+    pairs of source and target. ValueError for another way."""
+    if match := re.search(r"source_target_pairs=\{\{(.*?)\}\}", attributes):
+        return _lists(match[1])
+    if match := re.search(r"replica_groups=\{\{(.*?)\}\}", attributes):
+        return _lists(match[1])
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
         shape, dims = ([int(n) for n in group.split(",")] for group in match.groups()[:2])
         ids = np.arange(math.prod(dims)).reshape(dims)
         return (ids.transpose([int(n) for n in match[3].split(",")]) if match[3] else ids).reshape(shape)
-    match = re.search(r"replica_groups=\{\{(.*?)\}\}", attributes)
-    if match:
-        return np.array([[int(n) for n in group.split(",")] for group in match[1].split("},{")])
-    return np.arange(num_devices)[None]
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        dims, inside = [], []  # each axis as (outer, chosen, inner)
+        chosen = {name: (int(before or 1), int(size)) for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[2]) if size}
+        whole = set(re.findall(r"'(\w+)'(?!:)", match[2]))
+        for name, size in sizes.items():
+            before, width = (1, size) if name in whole else chosen.get(name, (size, 1))
+            inside.append(len(dims) + 1)
+            dims += [before, width, size // (before * width)]
+        ids = np.moveaxis(np.arange(math.prod(dims)).reshape(dims), inside, range(-len(inside), 0))
+        return ids.reshape(-1, math.prod(dims[i] for i in inside))
+    if "replica_groups={}" in attributes:
+        return np.arange(num_devices)[None]
+    raise ValueError(f"a collective's groups are written in an unknown way: {attributes[:200]}")
+
+
+def _lists(text: str) -> np.ndarray:
+    return np.array([[int(n) for n in group.split(",")] for group in text.split("},{")])
 
 
 def axes_of(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
@@ -128,24 +147,35 @@ def collectives(program: list[Instruction], mesh_shape: Mapping[str, int]) -> li
     return sorted(rows, key=lambda row: -row.sent_bytes)
 
 
-def kernel_flops(program: list[Instruction]) -> tuple[int, float]:
-    """(calls, operations) of the Pallas attention kernels, padding included, that XLA's cost analysis takes for nothing.
+class Kernel(NamedTuple):
+    """One call of a kernel: operations, the head's width padded to the lanes, and bytes in and out."""
 
-    Read from the operands' shapes [B, H, N, D] of this chip's part. ValueError for a kernel that isn't known.
+    flops: float
+    num_bytes: int
+    times: int
+
+
+def kernels(program: list[Instruction]) -> list[Kernel]:
+    """The attention kernels, whose work XLA's cost analysis takes for nothing: ours, and the one that XLA:TPU itself puts in
+    the place of a softmax and the product that follows.
+
+    Read from the operands' shapes, [B, H, N, D] (or [H, N, D]), of this chip's part. ValueError for a kernel that isn't known.
     """
-    shapes = {each.name: each.shapes for each in program}
-    calls, total = 0, 0.0
+    found = []
     for each in program:
         if each.opcode != "custom-call" or 'custom_call_target="tpu_custom_call"' not in each.rest:
             continue
-        name = next((name for name in _KERNEL_PRODUCTS if name in each.name or name in each.rest), None)
-        if name is None:
-            raise ValueError(f"{each.name}: a Pallas kernel whose work isn't known; one of {', '.join(_KERNEL_PRODUCTS)}")
-        operands = [s for op in re.findall(r"%([\w.\-]+)", each.rest.split("custom_call_target")[0]) for s in shapes[op]]
-        q, k = [sides for _, sides in operands if len(sides) == 4][:2]
-        calls += each.times
-        total += each.times * _KERNEL_PRODUCTS[name] * 2 * math.prod(q) * k[2]
-    return calls, total
+        products = next((count for name, count in _KERNEL_PRODUCTS.items() if each.name.startswith(name)), None)
+        if products is None:
+            raise ValueError(f"{each.name}: a kernel whose work isn't known; one of {', '.join(_KERNEL_PRODUCTS)}")
+        operands = re.search(r"operand_layout_constraints=\{((?:\w+\[[\d,]*\]\{[^}]*\}(?:, )?)*)\}", each.rest)[1]
+        first, second = [sides for kind, sides in _shapes(operands) if kind in ("bf16", "f32") and len(sides) >= 3][:2]
+        # Ours read queries and keys, XLA's logits and values.
+        rows, columns = math.prod(first[:-1]), first[-1] if each.name.startswith(_XLA_KERNEL) else second[-2]
+        width = second[-1] + -second[-1] % 128
+        moved = sum(_bits(kind) * math.prod(sides) // 8 for kind, sides in (*_shapes(operands), *each.shapes))
+        found.append(Kernel(products * 2.0 * rows * columns * width, moved, each.times))
+    return found
 
 
 def largest(program: list[Instruction], count: int = 8) -> Iterator[tuple[str, int, str]]:

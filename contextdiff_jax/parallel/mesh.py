@@ -182,7 +182,7 @@ class Target:
         return jax.default_backend() if jax.device_count() == 1 else "unknown"
 
 
-_TARGET = contextvars.ContextVar("target", default=Target())
+_TARGET: contextvars.ContextVar[Target] = contextvars.ContextVar("target")
 
 
 @contextlib.contextmanager
@@ -197,7 +197,7 @@ def tracing_for(mesh: Mesh | None, rules: Mapping[str, str] = RULES) -> Iterator
 
 def current_target() -> Target:
     """The one of the innermost `tracing_for`."""
-    return _TARGET.get()
+    return _TARGET.get(Target())
 
 
 def local_mesh() -> Mesh:
