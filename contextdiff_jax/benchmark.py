@@ -2,6 +2,7 @@
 
 Measures one part of the work, and prints a table. Modes:
     data    pictures a second and core that the loader gives, per source, against the device's need   docs/data.md
+    aot     a train step or sampling loop compiled for a TPU that isn't here: fits, seconds, collectives           docs/scaling.md
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ NEED = flags.DEFINE_float("need", 0.0, "data: pictures a second that the devices
 WORKDIR = flags.DEFINE_string("workdir", "", "data: a run whose metrics.jsonl tells the need.")
 PICTURES = flags.DEFINE_integer("pictures", 256, "data: pictures a measurement.", lower_bound=8)
 SHAPE = flags.DEFINE_list("shape", ["384", "512"], "data, without data.path: height,width of the pictures made.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "aot: chips and their arrangement, as in v5e:4x4.")
+PROGRAM = flags.DEFINE_string("program", "train", "aot: train (a step) or sample (the loop).")
+BATCH_PER_CHIP = flags.DEFINE_integer("batch_per_chip", 0, "aot: instead of the config's train.batch_size.", lower_bound=0)
+SWEEP = flags.DEFINE_boolean("sweep", False, "aot: meshes x rematerialisations x batches, the best that fits first.")
 
 
 def _data(settings):
@@ -37,7 +42,18 @@ def _data(settings):
     )
 
 
-MODES = {"data": _data}
+def _aot(settings):
+    from contextdiff_jax.benchmarks.aot import AotBenchmark, run
+
+    return run(
+        settings,
+        AotBenchmark(
+            topology=TOPOLOGY.value, program=PROGRAM.value, batch_per_chip=BATCH_PER_CHIP.value, sweep=SWEEP.value
+        ),
+    )
+
+
+MODES = {"data": _data, "aot": _aot}
 
 
 def main() -> None:

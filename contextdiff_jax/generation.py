@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Sequence
+from typing import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,34 @@ from tqdm import tqdm
 
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.models.contextdiff import Frozen, make_sampler
-from contextdiff_jax.parallel.mesh import place, replicated
+from contextdiff_jax.parallel.mesh import place, replicated, tracing_for
 from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.state import build_model, model_graph
+
+
+def make_pictures(settings: Settings, options: SampleConfig, mesh: Mesh | None = None) -> Callable[..., UInt8[Array, "N H W 3"]]:
+    """The jitted program `pictures(params, frozen, noise_key, numbers, key, ids, mask, null_ids, null_mask)`, keys as data."""
+    chosen = dataclasses.asdict(options)
+    del chosen["prompts"]
+    sample = make_sampler(
+        settings.diffusion.make_schedule(), prediction_type=settings.diffusion.prediction_type,
+        shift=settings.context.shift, **chosen,
+    )
+    graph = model_graph(settings)
+
+    def pictures(params, frozen, noise_key, numbers, key, *text):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(noise_key), numbers)
+        x_T = jax.vmap(lambda key: jax.random.normal(key, settings.shape))(keys)
+        if mesh is not None:
+            # Not by rows: guidance joins two batches, which XLA spreads so that devices share rows (see make_mesh).
+            spread = place(mesh, x_T.shape, ("batch", None, None, None), settings.mesh.rules)
+            x_T = jax.lax.with_sharding_constraint(x_T, spread)
+        with tracing_for(mesh, settings.mesh.rules):
+            x0 = sample(build_model(graph, params, frozen), x_T, jax.random.wrap_key_data(key), *text)
+        return to_uint8(x0)
+
+    return jax.jit(pictures, out_shardings=None if mesh is None else replicated(mesh))
 
 
 class Generator:
@@ -32,26 +56,9 @@ class Generator:
         mesh: Mesh | None = None,
     ):
         self._settings, self._tokenizer = settings, tokenizer
-        self.options = options = options or settings.sample
-        chosen = dataclasses.asdict(options)
-        del chosen["prompts"]
-        sample = make_sampler(
-            settings.diffusion.make_schedule(), prediction_type=settings.diffusion.prediction_type,
-            shift=settings.context.shift, **chosen,
-        )
-        graph = model_graph(settings)
+        self.options = options or settings.sample
         self._frozen = load_frozen(settings) if frozen is None else frozen
-
-        def pictures(params, frozen, noise_key, numbers, key, *text):
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(noise_key), numbers)
-            x_T = jax.vmap(lambda key: jax.random.normal(key, settings.shape))(keys)
-            if mesh is not None:
-                # Not by rows: guidance joins two batches, which XLA spreads so that devices share rows (see make_mesh).
-                spread = place(mesh, x_T.shape, ("batch", None, None, None), settings.mesh.rules)
-                x_T = jax.lax.with_sharding_constraint(x_T, spread)
-            return to_uint8(sample(build_model(graph, params, frozen), x_T, jax.random.wrap_key_data(key), *text))
-
-        self._sample = jax.jit(pictures, out_shardings=None if mesh is None else replicated(mesh))
+        self._sample = make_pictures(settings, self.options, mesh)
 
     def __call__(
         self, params: PyTree, prompts: Sequence[str], seed: int, batch_size: int = 64, *, first: int = 0

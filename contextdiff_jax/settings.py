@@ -19,6 +19,8 @@ from contextdiff_jax.diffusion.losses import TIMESTEP_SAMPLINGS, WEIGHTINGS
 from contextdiff_jax.diffusion.process import PREDICTION_TYPES, SHIFTS
 from contextdiff_jax.diffusion.samplers import check_eta
 from contextdiff_jax.models.context import ContextConfig
+from contextdiff_jax.models.flash import CHOICES
+from contextdiff_jax.models.remat import POLICIES
 from contextdiff_jax.models.text import TextConfig
 from contextdiff_jax.models.unet import UNetConfig
 from contextdiff_jax.models.vae import VAEConfig
@@ -67,6 +69,8 @@ class TrainConfig:
     lora_rank: int = 8
     init_from: str = ""  # a run whose EMA weights a new run starts from
     precision: str = "float32"  # of products and activations; parameters, statistics, process, loss: float32
+    remat: str = "none"  # what a block keeps for the backward pass: everything, products, kernels, or nothing (blocks)
+    attention: str = "auto"  # self-attention: xla, splash (a Pallas kernel), or what suits the platform and the length
     log_every: int = 50
     checkpoint_every: int = 500
     keep_checkpoints: int = 2  # the newest
@@ -80,6 +84,8 @@ class TrainConfig:
         check_choice("train.decay", self.decay, DECAYS)
         check_choice("train.precision", self.precision, PRECISIONS)
         check_choice("train.trainable", self.trainable, PARTS)
+        check_choice("train.remat", self.remat, POLICIES)
+        check_choice("train.attention", self.attention, CHOICES)
         check_at_least(
             self, "train", steps=1, batch_size=1, accumulation=1, lora_rank=1, log_every=1, checkpoint_every=1, sample_every=0,
             keep_checkpoints=1, keep_best=0, max_nonfinite=0, peer_timeout=1, warmup_steps=0, learning_rate=0, clip_norm=0,

@@ -15,6 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Shaped
 
+from contextdiff_jax.models import flash
+from contextdiff_jax.models.remat import rematerialised
+from contextdiff_jax.parallel.mesh import current_target
+
 _ZEROS = nnx.initializers.zeros_init()
 _LECUN = nnx.initializers.lecun_normal()
 
@@ -185,8 +189,10 @@ class ResnetBlock(nnx.Module):
 
     `time_scale_shift`: "default" adds the projected time embedding before the second norm, "scale_shift"
     modulates its output (ADM). The last conv starts at zero, so that a new block is its shortcut.
-    Without `time_features` (autoencoders) there is no time.
+    Without `time_features` (autoencoders) there is no time. `remat`: what is kept for the backward pass (models.remat).
     """
+
+    remat = "none"
 
     def __init__(
         self, in_channels: int, out_channels: int, time_features: int | None, *, num_groups: int, eps: float,
@@ -207,6 +213,7 @@ class ResnetBlock(nnx.Module):
         same = in_channels == out_channels
         self.conv_shortcut = None if same else linear(in_channels, out_channels, **policy)
 
+    @rematerialised
     def __call__(
         self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"] | None = None
     ) -> Float[Array, "B H W D"]:
@@ -228,8 +235,10 @@ class Attention(nnx.Module):
     """Multi-head attention of tokens to `context_features` wide ones (None: to themselves).
 
     The heads are `features` wide together, unless `head_features` gives the width of each (T5). `scale`: of the
-    logits, 1 / sqrt(head width) unless given.
+    logits, 1 / sqrt(head width) unless given. `self_attention`: what computes it (models.flash).
     """
+
+    self_attention = "auto"
 
     def __init__(
         self, features: int, num_heads: int, *, context_features: int | None = None,
@@ -254,9 +263,13 @@ class Attention(nnx.Module):
         mask: Bool[Array, "B *N M"] | None = None,
         bias: Float[Array, "H N M"] | None = None,
     ) -> Float[Array, "B N D"]:
+        whole = context is None and mask is None and bias is None  # nothing is hidden or weighed: what the kernel computes
         context = x if context is None else context
         q, k, v = (self._heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        out = attention(q, k, v, mask, bias=bias, scale=self.scale)  # [B, N, H, D/H]
+        if whole and flash.use_splash(self.self_attention, x.shape[1], current_target()):
+            out = flash.splash_attention(q, k, v, q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        else:
+            out = attention(q, k, v, mask, bias=bias, scale=self.scale)  # [B, N, H, D/H]
         return self.to_out(out.reshape(*out.shape[:2], -1))  # [B, N, D]
 
     def _heads(self, x: Float[Array, "B N D"]) -> Float[Array, "B N H D2"]:
@@ -305,8 +318,10 @@ class SpatialTransformer(nnx.Module):
     """`depth` transformer blocks over the H W pixels as tokens, between two 1x1 projections, with a residual.
 
     diffusers' `use_linear_projection` only chooses how the projections' weights are stored (1x1 convolution
-    or linear): the function is the same. The last projection starts at zero.
+    or linear): the function is the same. The last projection starts at zero. `remat`: as a ResnetBlock's.
     """
+
+    remat = "none"
 
     def __init__(
         self, channels: int, num_heads: int, text_features: int, *, depth: int = 1, num_groups: int,
@@ -321,6 +336,7 @@ class SpatialTransformer(nnx.Module):
         )
         self.proj_out = linear(channels, channels, zero_init=True, **policy)
 
+    @rematerialised
     def __call__(
         self, x: Float[Array, "B H W C"], text: Float[Array, "B L E"], mask: Bool[Array, "B L"] | None
     ) -> Float[Array, "B H W C"]:

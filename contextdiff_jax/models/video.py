@@ -29,6 +29,7 @@ from contextdiff_jax.models.layers import (
     linear,
     timestep_embedding,
 )
+from contextdiff_jax.models.remat import recomputed
 from contextdiff_jax.models.unet import UNet
 
 RANK_DIVISOR = 4  # a temporal convolution works on a quarter of the channels
@@ -72,13 +73,6 @@ def _attend(
     weights = change(jax.nn.softmax(logits, axis=-1)).astype(v.dtype)
     out = jnp.swapaxes(jnp.einsum("bhnm,bhmd->bhnd", weights, v), 1, 2)  # [B, N, H, D/H]
     return module.to_out(out.reshape(*out.shape[:2], -1))
-
-
-def _rematerialised(method: Callable[..., Array], module: nnx.Module, *arguments: Array) -> Array:
-    """method(module, *arguments), whose activations the backward pass computes anew. Not `nnx.remat`, which writes the
-    parameters back: inside a scan they belong to another trace."""
-    graph, state = nnx.split(module)
-    return jax.checkpoint(lambda state, *rest: method(nnx.merge(graph, state), *rest))(state, *arguments)
 
 
 class TemporalAttention(nnx.Module):
@@ -125,7 +119,7 @@ class VideoResnet(nnx.Module):
         self.remat = remat
 
     def __call__(self, x: Float[Array, "BF H W C"], temb: Float[Array, "B E"]) -> Float[Array, "BF H W D"]:
-        return _rematerialised(VideoResnet._run, self, x, temb) if self.remat else self._run(x, temb)
+        return recomputed(VideoResnet._run, self, x, temb) if self.remat else self._run(x, temb)
 
     def _run(self, x, temb):
         batch = temb.shape[0]
@@ -147,7 +141,7 @@ class VideoTransformer(nnx.Module):
         self, x: Float[Array, "BF H W C"], text: VideoText, mask: Bool[Array, "B L"] | None
     ) -> Float[Array, "BF H W C"]:
         if self.remat and text.control is None:
-            return _rematerialised(VideoTransformer._run, self, x, text, mask)
+            return recomputed(VideoTransformer._run, self, x, text, mask)
         return self._run(x, text, mask)
 
     def _run(self, x, text, mask):

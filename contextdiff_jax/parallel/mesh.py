@@ -9,11 +9,13 @@ trees of parameters, lie as their parameters do. A dimension that its mesh axes 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -162,6 +164,40 @@ def state_shardings(mesh: Mesh, abstract: PyTree, rules: Mapping[str, str] = RUL
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: place(mesh, leaf.shape, logical_axes(path_name(path)), rules), abstract
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The devices that a program is traced for: what a kernel needs that XLA's partitioner can't split by itself."""
+
+    mesh: Mesh | None = None
+    rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def platform(self) -> str:
+        """Of the mesh, which for a described topology isn't this machine's. Without a mesh the only device's: several
+        devices without one are answered with `unknown`, for nothing says how they share the work."""
+        if self.mesh is not None:
+            return self.mesh.devices.flat[0].platform
+        return jax.default_backend() if jax.device_count() == 1 else "unknown"
+
+
+_TARGET: contextvars.ContextVar[Target] = contextvars.ContextVar("target")
+
+
+@contextlib.contextmanager
+def tracing_for(mesh: Mesh | None, rules: Mapping[str, str] = RULES) -> Iterator[None]:
+    """What is traced inside is compiled for this mesh."""
+    token = _TARGET.set(Target(mesh, rules))
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def current_target() -> Target:
+    """The one of the innermost `tracing_for`."""
+    return _TARGET.get(Target())
 
 
 def local_mesh() -> Mesh:

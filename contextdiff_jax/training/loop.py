@@ -141,6 +141,18 @@ def peek(loader: Loader, step: int, feed: Feed) -> dict[str, jax.Array]:
     return batch
 
 
+def jit_step(
+    settings: Settings, shardings: TrainState, batch: Mapping[str, jax.Array], null: Mapping[str, jax.Array], frozen: Frozen
+) -> Callable:
+    """The jitted step, its state donated. Arrays, or their shapes with shardings (`jax.ShapeDtypeStruct`), will do."""
+    whole = null["token_ids"].sharding
+    return jax.jit(
+        make_train_step(settings, whole.mesh), donate_argnums=0,
+        in_shardings=(shardings, *(jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (batch, null, frozen))),
+        out_shardings=(shardings, whole),
+    )
+
+
 def compile_step(
     settings: Settings, state: TrainState, shardings: TrainState, batch: Mapping[str, jax.Array],
     null: Mapping[str, jax.Array], frozen: Frozen = Frozen(),
@@ -151,11 +163,7 @@ def compile_step(
     """
     whole = null["token_ids"].sharding
     start = time.perf_counter()
-    jitted = jax.jit(
-        make_train_step(settings), donate_argnums=0,
-        in_shardings=(shardings, *(jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (batch, null, frozen))),
-        out_shardings=(shardings, whole),
-    )
+    jitted = jit_step(settings, shardings, batch, null, frozen)
     compiled = jitted.lower(state, batch, null, frozen).compile()
     flops = (compiled.cost_analysis() or {}).get("flops", 0) * settings.train.accumulation * jax.device_count()
     LOGGER.info(

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
+from contextdiff_jax.models.remat import configure
 from contextdiff_jax.settings import Settings, TrainConfig
 from contextdiff_jax.training.trainable import add_lora, merge_lora, split_trainable
 
@@ -67,9 +68,11 @@ def moving_average(params: PyTree, ema: PyTree, step: Int[Array, ""], decay: flo
 def make_model(settings: Settings) -> ContextDiffusion:
     """The model with parameters drawn from `settings.seed`."""
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[settings.train.precision]
-    return ContextDiffusion(
+    model = ContextDiffusion(
         settings.text, settings.model, settings.context, rngs=nnx.Rngs(settings.seed), dtype=dtype
     )
+    configure(model, remat=settings.train.remat, attention=settings.train.attention)
+    return model
 
 
 def model_graph(settings: Settings) -> nnx.GraphDef:

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Num, PyTree
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
+from contextdiff_jax.parallel.mesh import tracing_for
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.state import TrainState, build_model, make_optimizer, model_graph, moving_average
 from contextdiff_jax.training.trainable import split_trainable
@@ -131,9 +133,9 @@ def _accumulated(value_and_grad: Callable, params: PyTree, batch: Batch, parts: 
     return metrics, jax.tree.map(lambda g: g / parts, grads)
 
 
-def make_train_step(settings: Settings) -> Callable[..., tuple[TrainState, Array]]:
+def make_train_step(settings: Settings, mesh: Mesh | None = None) -> Callable[..., tuple[TrainState, Array]]:
     """`step(state, batch, null, frozen) -> (state, nonfinite)`, pure; metrics are summed in the state. To be jitted, state
-    donated. Gradients, moments and averages are those of what `train.trainable` names.
+    donated; `mesh`: the devices that it is compiled for. Gradients, moments and averages are those of what `train.trainable` names.
 
     Where the loss or the gradient is not finite only the step's number and the count `nonfinite` go on: a bad step can't
     spoil a checkpoint. Past `train.max_nonfinite` nothing does, so that what went wrong last is there to be looked at.
@@ -151,9 +153,10 @@ def make_train_step(settings: Settings) -> Callable[..., tuple[TrainState, Array
         value_and_grad = jax.value_and_grad(
             lambda trained, part: loss_fn(model(trained), part, null, schedule, settings), has_aux=True
         )
-        metrics, grads = _accumulated(
-            value_and_grad, trained, draw(key, batch, settings), settings.train.accumulation
-        )
+        with tracing_for(mesh, settings.mesh.rules):
+            metrics, grads = _accumulated(
+                value_and_grad, trained, draw(key, batch, settings), settings.train.accumulation
+            )
         metrics["grad_norm"] = optax.global_norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)

@@ -1,0 +1,262 @@
+"""A train step or a sampling loop compiled for TPUs that aren't here: does it fit, how long would a step take, what is sent.
+
+The compiler is libtpu's own; nothing runs, no parameter is made. Its time is an estimate of the program without what waits
+for other chips, and it takes a Pallas kernel's work for nothing, so to its seconds come, each in a column of its own,
+
+    kernels      the longer of an attention kernel's operations (padding included) / (KERNEL_EFFICIENCY x the chip's peak), and
+                 its bytes / the HBM's bandwidth
+    collectives  bytes that a chip sends / the bandwidth of its links along one axis, as if nothing were overlapped
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from contextdiff_jax.benchmarks import hlo
+from contextdiff_jax.benchmarks.data import Result
+from contextdiff_jax.generation import make_pictures
+from contextdiff_jax.models.contextdiff import Frozen
+from contextdiff_jax.models.remat import POLICIES
+from contextdiff_jax.parallel.mesh import Feed, MeshConfig, make_mesh, place, replicated, state_shardings
+from contextdiff_jax.settings import Settings, check_choice
+from contextdiff_jax.training.frozen import load_frozen
+from contextdiff_jax.training.loop import jit_step
+from contextdiff_jax.training.state import init_state
+
+LOGGER = logging.getLogger(__name__)
+PROGRAMS = ("train", "sample")
+KERNEL_EFFICIENCY = 0.5  # of the peak, padding counted as work: an assumption, not a measurement
+GiB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip's peak bf16 operations a second, HBM in bytes and bytes a second, and bytes a second over its links along a torus axis.
+
+    From Google's TPU pages (cloud.google.com/tpu/docs/v5e and so on) and jax-ml.github.io/scaling-book, chapter 2.
+    """
+
+    name: str
+    peak: float
+    hbm: float
+    hbm_bandwidth: float
+    link: float
+
+
+# By JAX's name of a device. A described v4's devices are its cores, two a chip: half a chip each.
+CHIPS = {
+    "TPU v4": Chip("v4 core", 137.5e12, 16 * GiB, 6e11, 9e10),
+    "TPU v5 lite": Chip("v5e", 197e12, 15.75 * GiB, 8.2e11, 9e10),
+    "TPU v5": Chip("v5p", 459e12, 95 * GiB, 2.76e12, 1.8e11),
+    "TPU v6 lite": Chip("v6e", 918e12, 31.25 * GiB, 1.64e12, 1.8e11),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AotBenchmark:
+    """What to compile.
+
+    Attributes:
+        topology: chips and their arrangement, such as v5e:4x4.
+        program: `train` or `sample`.
+        batch_per_chip: replaces train.batch_size; 0: the config's. Of `sample`: prompts a chip (0: 1).
+        sweep: also other meshes, rematerialisations and batches.
+    """
+
+    topology: str
+    program: str = "train"
+    batch_per_chip: int = 0
+    sweep: bool = False
+
+    def __post_init__(self):
+        check_choice("--program", self.program, PROGRAMS)
+        if not self.topology:
+            raise ValueError("--topology: missing; chips and their arrangement, as in --topology=v5e:4x4")
+
+
+def described_devices(topology: str) -> list[Any]:
+    """The devices of a topology that needn't exist. ValueError if libtpu isn't installed or doesn't know it."""
+    # libtpu asks the machine what it is part of, and takes a lock that one process holds: nothing here runs on a TPU.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # a JaxRuntimeError is a RuntimeError
+        raise ValueError(f"--topology={topology!r}: {error}; as in v5e:4x4, v5p:4x4x4, v6e:16x16 (libtpu of requirements-tpu.txt)")
+    if devices[0].device_kind not in CHIPS:
+        raise ValueError(f"--topology={topology!r}: {devices[0].device_kind!r} is not in the table of chips, {', '.join(CHIPS)}")
+    return devices
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """The shapes of a tree's arrays with their places."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
+
+
+def _text(rows: int, length: int, sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
+    make = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
+    return {"token_ids": make(jnp.int32), "token_mask": make(jnp.bool_)}
+
+
+def abstract_batch(settings: Settings, feed: Feed) -> dict[str, jax.ShapeDtypeStruct]:
+    """A training batch's shapes on the mesh, as the loader of `data.source` gives them."""
+    (H, W, C), B, size = settings.shape, settings.train.batch_size, settings.data.image_size
+    if settings.data.source == "cache":
+        arrays = {name: ((B, H, W, C), jnp.float16) for name in ("latent_mean", "latent_std")}
+    else:
+        arrays = {"image": ((B, size, size, 3 if settings.latent.vae else C), jnp.uint8)}
+    images = {name: jax.ShapeDtypeStruct(s, d, sharding=feed.sharding(s)) for name, (s, d) in arrays.items()}
+    length = settings.data.max_length
+    return images | _text(B, length, feed.sharding((B, length)))
+
+
+def lower(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) -> jax.stages.Lowered:
+    """The program, lowered for the mesh's platform."""
+    whole, rules = replicated(mesh), settings.mesh.rules
+    state = jax.eval_shape(lambda: init_state(settings))
+    shardings = state_shardings(mesh, state, rules)
+    state, frozen = abstract(state, shardings), abstract(frozen, state_shardings(mesh, frozen, rules))
+    if program == "train":
+        batch, null = abstract_batch(settings, Feed(mesh, settings.train.batch_size, rules)), _text(1, settings.data.max_length, whole)
+        return jit_step(settings, shardings, batch, null, frozen).lower(state, batch, null, frozen)
+    B, key = settings.train.batch_size, jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
+    text = _text(B, settings.data.max_length, place(mesh, (B, 1), ("batch", None), rules)), _text(1, settings.data.max_length, whole)
+    numbers = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=whole)
+    pictures = make_pictures(settings, settings.sample, mesh)
+    return pictures.lower(state.ema, frozen, key, numbers, key, *(each for part in text for each in part.values()))
+
+
+def run(settings: Settings, options: AotBenchmark) -> Result:
+    """Compiles, and tells what the programs would need. ValueError for a topology or a batch that can't be."""
+    devices = described_devices(options.topology)
+    if settings.train.accumulation > 1:
+        LOGGER.info("train.accumulation=%d: the loop's seconds are those of its parts together", settings.train.accumulation)
+    frozen = load_frozen(settings)
+    candidates = list(_candidates(settings, len(devices))) if options.sweep else [settings]
+    rows = []
+    for candidate in candidates:
+        batch = options.batch_per_chip * len(devices) or (candidate.train.batch_size if options.program == "train" else len(devices))
+        if not options.sweep or options.batch_per_chip:
+            candidate = dataclasses.replace(candidate, train=dataclasses.replace(candidate.train, batch_size=batch))
+        mesh = make_mesh(candidate.mesh, candidate.train.batch_size, candidate.train.accumulation, devices)
+        rows.append(compile_row(candidate, options.program, mesh, frozen))
+        LOGGER.info("%s: %s", rows[-1]["name"], "fits" if rows[-1]["fits"] else "doesn't fit")
+    rows.sort(key=lambda row: (not row["fits"], -row.get("pictures_per_second", 0)))
+    return Result(_table(rows, options), rows)
+
+
+def _candidates(settings: Settings, chips: int) -> Iterator[Settings]:
+    """Meshes x rematerialisations x batches a chip, those that a mesh can share."""
+    meshes = [(chips // f, f) for f in (1, 4, 16, chips) if chips % f == 0 and f <= chips]
+    per_chip = max(settings.train.batch_size // chips, 1)
+    for (data, fsdp), remat, batch in itertools.product(dict.fromkeys(meshes), POLICIES, (per_chip, 2 * per_chip, 4 * per_chip)):
+        train = dataclasses.replace(settings.train, remat=remat, batch_size=batch * chips)
+        mesh = MeshConfig(data=data, fsdp=fsdp, rules=settings.mesh.rules)
+        yield dataclasses.replace(settings, train=train, mesh=mesh)
+
+
+def compile_row(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) -> dict[str, Any]:
+    """One program's figures, a chip; what doesn't fit has the compiler's own reason instead."""
+    chip = CHIPS[mesh.devices.flat[0].device_kind]
+    shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    name = " ".join([f"{a}={n}" for a, n in shape.items()] or ["1 chip"])
+    row = {
+        "name": f"{program} {name} remat={settings.train.remat} batch={settings.train.batch_size}", "program": program,
+        "chip": chip.name, "chips": mesh.size, "mesh": dict(mesh.shape), "remat": settings.train.remat,
+        "attention": settings.train.attention, "batch_per_chip": settings.train.batch_size / mesh.size, "hbm": chip.hbm,
+    }
+    start = time.perf_counter()
+    lowered = lower(settings, program, mesh, frozen)
+    row["trace_seconds"] = time.perf_counter() - start
+    start = time.perf_counter()
+    # The compilation cache can't read what was compiled for devices that aren't here, and warns of it.
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        reason = out_of_memory(str(error))
+        if reason is None:
+            raise
+        return row | {"fits": False, "seconds": None, "reason": reason, "compile_seconds": time.perf_counter() - start}
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+    row["compile_seconds"] = time.perf_counter() - start
+    return row | figures(compiled, settings, program, mesh, chip)
+
+
+def out_of_memory(message: str) -> str | None:
+    """The line of a compiler's refusal that says how much is missing; None if that is not what it is."""
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        return None
+    found = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ hbm[^\n]*", message)
+    return found[0] if found else message.splitlines()[0]
+
+
+def figures(compiled: jax.stages.Compiled, settings: Settings, program: str, mesh: Mesh, chip: Chip) -> dict[str, Any]:
+    """Of a compiled program. A loop's body (`sample`, accumulation) is counted as often as the loop runs it."""
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    instructions = hlo.instructions(compiled.as_text())
+    loop = settings.sample.steps if program == "sample" else settings.train.accumulation
+    kernels = hlo.kernels(instructions)
+    hidden = sum(kernel.flops * kernel.times for kernel in kernels)
+    hidden_seconds = sum(
+        kernel.times * max(kernel.flops / (KERNEL_EFFICIENCY * chip.peak), kernel.num_bytes / chip.hbm_bandwidth) for kernel in kernels
+    )
+    traffic = hlo.collectives(instructions, mesh.shape)
+    flops = cost["flops"] * loop
+    # The estimate counts what it can't tell (some asynchronous slices) as -1 s each; a step takes no less than its products do.
+    unknown = max(math.ceil(cost["flops"] / chip.peak - cost["optimal_seconds"]), 0)
+    xla = (cost["optimal_seconds"] + unknown) * loop
+    seconds = xla + hidden_seconds
+    return {
+        "fits": memory.peak_memory_in_bytes <= chip.hbm, "seconds": seconds, "compiler_seconds": xla, "unknown": unknown, "kernel_seconds": hidden_seconds,
+        "collective_seconds": sum(row.sent_bytes for row in traffic) / chip.link,
+        "flops": flops + hidden, "compiler_flops": flops, "kernel_flops": hidden, "kernel_calls": sum(kernel.times for kernel in kernels),
+        "utilisation": (flops + hidden) / seconds / chip.peak, "peak_hbm": memory.peak_memory_in_bytes,
+        "arguments": memory.argument_size_in_bytes, "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes, "program_bytes": memory.generated_code_size_in_bytes,
+        "pictures_per_second": settings.train.batch_size / seconds,
+        "collectives": [dataclasses.asdict(row) for row in traffic],
+        "largest": [dict(zip(("array", "bytes", "made_by"), row, strict=True)) for row in hlo.largest(instructions)],
+    }
+
+
+def _table(rows: list[dict[str, Any]], options: AotBenchmark) -> str:
+    head = f"{'':44} {'fits':>5} {'HBM GiB':>12} {'TFLOP':>7} {'s':>8} {'kernels':>8} {'sent in':>8} {'of peak':>8} {'compile':>8}"
+    lines = [f"{options.program} on {options.topology}, a chip; predicted by the compiler (libtpu), nothing run on a TPU", head]
+    for row in rows:
+        limit = f"{row['hbm'] / GiB:.4g}"
+        if not row["fits"] and row["seconds"] is None:
+            lines.append(f"{row['name']:44} {'no':>5}   {row['reason']}  ({row['compile_seconds']:.0f} s)")
+            continue
+        lines.append(
+            f"{row['name']:44} {'yes' if row['fits'] else 'no':>5} {row['peak_hbm'] / GiB:5.2f} / {limit:>4} {row['flops'] / 1e12:7.2f} "
+            f"{row['seconds']:8.4f} {row['kernel_seconds']:8.4f} {row['collective_seconds']:8.4f} {row['utilisation']:8.1%} "
+            f"{row['compile_seconds']:6.0f} s"
+        )
+    lines.append(
+        "s: the compiler's estimate and the attention kernels, whose operations it doesn't see, at "
+        f"{KERNEL_EFFICIENCY:.0%} of the peak, padding counted; sent in: collectives, not in s, if nothing hid them"
+    )
+    first = rows[0]
+    if first["fits"]:
+        lines += ["", f"{first['name']}: sent by a chip"]
+        lines += [f"  {c['kind']:20} {c['axes']:16} {c['count']:5} x {c['sent_bytes'] / 2**20:12.2f} MiB" for c in first["collectives"]]
+        lines += [f"  state and batch {first['arguments'] / GiB:.2f} GiB, of which {first['aliased'] / GiB:.2f} are written in place"]
+        lines += ["largest arrays"]
+        lines += [f"  {math.floor(a['bytes'] / 2**20):8} MiB {a['array']:32} {a['made_by'][-70:]}" for a in first["largest"]]
+    return "\n".join(lines)

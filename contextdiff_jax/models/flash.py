@@ -1,0 +1,84 @@
+"""Self-attention without its matrix of weights: JAX's Pallas splash kernel where the target is a TPU, and who decides.
+
+At 4096 tokens XLA writes the float32 logits of all heads to HBM and reads them back, several times in training; the kernel
+keeps a block of them on the chip (Dao et al., 2022). Cross-attention to a few dozen text tokens has no such matrix to save:
+it stays with XLA, as do short sequences.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jaxtyping import Array, Float
+
+from contextdiff_jax.parallel.mesh import Target, current_target, place
+
+CHOICES = ("auto", "xla", "splash")
+RESIDUALS = "splash_residuals"  # the checkpoint name of what the backward kernels read: output and log-sum-exp
+LONG = 1024  # tokens from which `auto` takes the kernel: below, XLA's logits fit beside everything else
+_LANES, _BLOCK = 128, 512  # the kernel's blocks are multiples of a TPU's lanes
+
+
+def use_splash(choice: str, tokens: int, target: Target) -> bool:
+    """Whether self-attention over `tokens` runs as the kernel. `auto` follows the platform that is compiled for, which
+    needn't be this machine's."""
+    return choice == "splash" or (choice == "auto" and target.platform == "tpu" and tokens >= LONG)
+
+
+def splash_attention(
+    q: Float[Array, "B N H D"], k: Float[Array, "B M H D"], v: Float[Array, "B M H D"], scale: float,
+    *, target: Target | None = None,
+) -> Float[Array, "B N H D"]:
+    """softmax(scale q k^T) v per head, each device with its own examples, heads and rows (`target`: the current one).
+
+    The kernel is one device's program, which XLA's partitioner can't split: `shard_map` hands each device its part. Off a TPU
+    the kernel is interpreted: right, and slow.
+    """
+    target = current_target() if target is None else target
+    kernel = functools.partial(_one_device, scale=scale, interpret=target.platform != "tpu")
+    if target.mesh is None:
+        return kernel(q, k, v)
+    queries = place(target.mesh, q.shape, ("batch", "rows", "heads", None), target.rules).spec
+    keys = place(target.mesh, k.shape, ("batch", None, "heads", None), target.rules).spec  # all rows: every query reads them
+    return jax.shard_map(
+        kernel, mesh=target.mesh, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False
+    )(q, k, v)
+
+
+def _one_device(q: Array, k: Array, v: Array, *, scale: float, interpret: bool) -> Array:
+    """Tokens are padded to whole blocks, which segment ids hide, and the head's width to the lanes, which zeros hide."""
+    (N, H, D), M = q.shape[1:], k.shape[1]
+    rows, columns = _padded(N), _padded(M)
+    width = -D % _LANES
+    q, k, v = (
+        jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, length - x.shape[1]), (0, width)))  # [B, H, N, D]
+        for x, length in ((q * scale, rows), (k, columns), (v, columns))
+    )
+    block_q, block_kv = _block(rows), _block(columns)
+    sizes = splash_kernel.BlockSizes(
+        block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv, block_q_dq=block_q, block_kv_dq=block_kv,
+    )
+    mask = splash_mask.MultiHeadMask([splash_mask.FullMask((rows, columns))] * H)
+    kernel = splash_kernel.make_splash_mha_single_device(
+        mask, block_sizes=sizes, interpret=interpret, residual_checkpoint_name=RESIDUALS
+    )
+    segments = None
+    if rows > N or columns > M:
+        segments = splash_kernel.SegmentIds(*(jnp.arange(a) >= b for a, b in ((rows, N), (columns, M))))
+        segments = jax.tree.map(lambda x: x.astype(jnp.int32), segments)
+    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)
+    return jnp.swapaxes(out[:, :, :N, :D], 1, 2)
+
+
+def _padded(tokens: int) -> int:
+    return tokens + -tokens % _LANES
+
+
+def _block(tokens: int) -> int:
+    """The largest block that divides `tokens`, up to 512: 4096 tokens took the kernel's least time there (NUMBERS.md)."""
+    return next(size for size in range(min(_BLOCK, tokens), 0, -_LANES) if tokens % size == 0)

@@ -1,0 +1,181 @@
+"""Programs compiled for TPUs that aren't here, what their text says, and what makes them fit: remat and the splash kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ONE_LEVEL, command, config_dict
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from contextdiff_jax.benchmarks import aot, hlo
+from contextdiff_jax.models import flash
+from contextdiff_jax.models.layers import ResnetBlock, SpatialTransformer, attention
+from contextdiff_jax.models.remat import POLICIES, configure
+from contextdiff_jax.parallel.mesh import MeshConfig, Target, make_mesh, tracing_for
+from contextdiff_jax.settings import parse
+from contextdiff_jax.training.state import init_state
+
+MESH = {"data": 2, "fsdp": 3, "sequence": 1, "tensor": 4}
+
+
+@pytest.fixture(scope="module")
+def devices():
+    """Those of a v5e:2x2, whose compiler is libtpu (requirements-test.txt)."""
+    return aot.described_devices("v5e:2x2")
+
+
+@pytest.mark.parametrize("attributes, groups, axes", [
+    ("replica_groups={{0,1,2,3},{4,5,6,7}}", [[0, 1, 2, 3], [4, 5, 6, 7]], ("tensor",)),
+    ("replica_groups=[12,2]<=[2,12]T(1,0), use_global_device_ids=true", [[i, i + 12] for i in range(12)], ("data",)),
+    ("replica_groups=[1,24]<=[24]", [list(range(24))], ("data", "fsdp", "tensor")),
+    ("replica_groups=mesh['x'=2,'y'=12] {'x'}, to_apply=%add", [[i, i + 12] for i in range(12)], ("data",)),
+    ("replica_groups=mesh['x'=2,'y'=12] {'y':(1)3}", [[i + j, i + j + 4, i + j + 8] for i in (0, 12) for j in range(4)], ("fsdp",)),
+    ("channel_id=1, source_target_pairs={{0,4},{4,8},{8,0}}", [[0, 4], [4, 8], [8, 0]], ("fsdp",)),
+])
+def test_a_collectives_groups_are_read_onto_the_meshs_axes(attributes, groups, axes):
+    found = hlo.replica_groups(attributes, 24)
+    np.testing.assert_array_equal(found, groups)
+    assert hlo.axes_of(found, MESH) == axes
+
+
+def test_loops_count_as_often_as_they_run():
+    program = hlo.instructions("""
+%body (p: f32[8]) -> f32[8] {
+  ROOT %all-reduce.1 = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+}
+ENTRY %main (a: f32[8]) -> f32[8] {
+  ROOT %while.1 = f32[8]{0} while(%a), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+}""")
+    assert hlo.collectives(program, {"data": 2}) == [hlo.Traffic("all-reduce", "data", 7, 7 * 32.0)]
+
+
+def test_bytes_of_a_compiled_programs_collectives_are_those_of_a_ring(devices):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), devices=devices)
+    x = jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=NamedSharding(mesh, P("data", "fsdp")))
+    compiled = jax.jit(lambda x: x.sum(0), out_shardings=NamedSharding(mesh, P("fsdp"))).lower(x).compile()
+    (row,) = hlo.collectives(hlo.instructions(compiled.as_text()), mesh.shape)
+    # Each chip sums 256 of the 512 columns with the one that has the other rows: 2 V (g - 1) / g, V = 1024 bytes.
+    assert row == hlo.Traffic("all-reduce", "data", 1, 1024.0)
+
+
+def test_a_kernels_hidden_work_is_counted_from_the_compiled_program(devices):
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), devices=devices)
+    spread = NamedSharding(mesh, P("data", None, "tensor"))
+    q = jax.ShapeDtypeStruct((2, 1024, 4, 40), jnp.bfloat16, sharding=spread)
+
+    def loss(q, k, v):
+        with tracing_for(mesh):
+            return flash.splash_attention(q, k, v, 1.0).astype(jnp.float32).sum()
+
+    program = hlo.instructions(jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, q, q).compile().as_text())
+    product = 2 * 1 * 2 * 1024**2 * 128  # 1 example, 2 heads a chip
+    assert [kernel.flops for kernel in hlo.kernels(program)] == [2 * product, 3 * product, 4 * product]
+    assert hlo.collectives(program, mesh.shape) == []  # no chip needs another's
+
+
+@pytest.mark.parametrize("tokens, width", [(128, 40), (70, 8)])
+def test_the_splash_kernel_is_attention_forward_and_backward(tokens, width):
+    """Interpreted; heads narrower than the lanes, and tokens that are no whole blocks."""
+    *inputs, direction = (jax.random.normal(key, (1, tokens, 2, width)) for key in jax.random.split(jax.random.key(0), 4))
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    kernel, plain = (
+        jax.vjp(f, *inputs)
+        for f in (lambda *qkv: flash.splash_attention(*qkv, width**-0.5, target=Target(mesh)), attention)
+    )
+    np.testing.assert_allclose(kernel[0], plain[0], atol=2e-6)
+    for ours, theirs in zip(kernel[1](direction), plain[1](direction), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-6)
+
+
+def test_auto_takes_the_kernel_for_long_sequences_on_the_platform_that_is_compiled_for(devices):
+    tpu, here = Target(make_mesh(MeshConfig(), devices=devices)), Target(make_mesh(MeshConfig(), devices=jax.devices()[:1]))
+    assert flash.use_splash("auto", 4096, tpu) and not flash.use_splash("auto", 256, tpu)
+    assert not flash.use_splash("auto", 4096, here) and flash.use_splash("splash", 64, here)
+    assert not flash.use_splash("xla", 4096, tpu)
+
+
+class Blocks(nnx.Module):
+    """A resnet and a transformer block."""
+
+    def __init__(self):
+        policy = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+        self.resnet = ResnetBlock(8, 8, 16, num_groups=4, eps=1e-5, **policy)
+        self.transformer = SpatialTransformer(8, 2, 12, num_groups=4, **policy)
+
+    def __call__(self, x, temb, text):
+        return (self.transformer(self.resnet(x, temb), text, None) ** 2).mean()
+
+
+def test_rematerialised_blocks_have_the_same_loss_and_gradient_and_compute_again_what_they_say():
+    inputs = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 4, 4, 8), (2, 16), (2, 5, 12)])]
+    params = jax.tree.map(lambda p: p + 0.1, nnx.state(Blocks()))  # nothing that starts at zero
+    results, counts = {}, {}
+    for remat in POLICIES:
+        blocks = Blocks()
+        configure(blocks, remat=remat, attention="xla")
+        graph = nnx.split(blocks)[0]
+        both = jax.value_and_grad(lambda params, graph=graph: nnx.merge(graph, params)(*inputs))
+        results[remat] = jax.jit(both)(params)
+        counts[remat] = str(jax.make_jaxpr(both)(params)).count("conv_general_dilated[")
+    for remat in POLICIES:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), results[remat], results["none"])
+    assert counts["none"] == counts["products"] < counts["kernels"] == counts["blocks"]
+
+
+def test_figures_are_those_of_the_compiled_program(devices, monkeypatch):
+    """With a product in the place of the step: 2 x 512 x 512 x 256 operations a chip."""
+
+    def product(settings, program, mesh, frozen):
+        spread = NamedSharding(mesh, P(("data", "fsdp")))
+        x, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=p) for s, p in (((2048, 512), spread), ((512, 256), NamedSharding(mesh, P()))))
+        return jax.jit(lambda x, w: (x, x @ w), donate_argnums=0).lower(x, w)
+
+    monkeypatch.setattr(aot, "lower", product)
+    result = aot.run(parse(config_dict()), aot.AotBenchmark(topology="v5e:2x2", batch_per_chip=2))
+    (row,) = result.rows
+    assert row["fits"] and row["chips"] == 4 and row["batch_per_chip"] == 2 and row["flops"] == pytest.approx(2 * 512 * 512 * 256, rel=0.01)
+    assert row["aliased"] == 512 * 512 * 2 and row["collectives"] == [] and row["kernel_flops"] == 0
+    assert row["utilisation"] == pytest.approx(row["flops"] / row["seconds"] / 197e12) and 0.05 < row["utilisation"] <= 1
+    assert "nothing run on a TPU" in result.text and row["name"] in result.text
+
+
+@pytest.mark.slow
+def test_a_train_step_compiles_for_chips_that_are_not_here_with_its_state_in_place(devices):
+    """Half a minute of compilation: bash launch/test.sh -m slow tests/test_aot.py"""
+    smallest = {"model.mid_block_type": None, "context.kind": "none"}  # what a test costs is the compilation
+    settings = parse(config_dict(**ONE_LEVEL, **smallest))
+    result = aot.run(settings, aot.AotBenchmark(topology="v5e:2x2", batch_per_chip=2))
+    (row,) = result.rows
+    assert row["fits"] and row["chips"] == 4 and row["batch_per_chip"] == 2 and 0 < row["seconds"] < 0.1
+    abstract = jax.eval_shape(lambda: init_state(settings))
+    state, gradient = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (abstract, abstract.params))
+    assert row["aliased"] >= state  # tiling pads it
+    (reduced, *_) = row["collectives"]
+    assert (reduced["kind"], reduced["axes"]) == ("all-reduce", "data")
+    assert abs(reduced["sent_bytes"] / (2 * gradient * 3 / 4) - 1) < 0.1
+
+
+def test_what_does_not_fit_is_an_answer_in_the_compilers_words():
+    message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.95G of 15.75G hbm. Exceeded\nmore"
+    assert aot.out_of_memory(message) == "Used 17.95G of 15.75G hbm. Exceeded"
+    assert aot.out_of_memory("INTERNAL: something else") is None
+
+
+def test_topologies_and_batches_that_cannot_be_are_refused_in_one_line():
+    settings = parse(config_dict())
+    for options, changes, words in (
+        ({"topology": "v9:2x2"}, {}, "--topology='v9:2x2': "),
+        ({"topology": "v5e:2x2"}, {"batch_size": 6}, "train.batch_size=6: must be a multiple of mesh.data x mesh.fsdp = 4"),
+    ):
+        changed = dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
+        with pytest.raises(ValueError) as error:
+            aot.run(changed, aot.AotBenchmark(**options))
+        assert words in str(error.value) and "\n" not in str(error.value)
+    done = command("benchmark", "--mode=aot", "--config=configs/base.py")
+    assert done.returncode == 2 and done.stderr.strip().endswith("as in --topology=v5e:4x4")
