@@ -12,7 +12,8 @@ def get_config() -> ConfigDict:
                 steps=1000, batch_size=64, accumulation=1, learning_rate=1e-3, warmup_steps=100, decay="cosine",
                 weight_decay=0.0, b1=0.9, b2=0.99, clip_norm=1.0, ema_decay=0.999, caption_dropout=0.1,
                 trainable="full", lora_rank=8, init_from="",
-                precision="float32", remat="none", attention="auto", log_every=50, checkpoint_every=500, keep_checkpoints=2, sample_every=500,
+                precision="float32", remat="none", attention="auto",
+                log_every=50, checkpoint_every=500, keep_checkpoints=2, sample_every=500,
                 keep_best=0, best_metric="loss", max_nonfinite=3, peer_timeout=600,
             ),
             data=dict(
