@@ -107,8 +107,8 @@ def abstract(tree: Any, shardings: Any) -> Any:
 
 
 def _text(rows: int, length: int, sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
-    make = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
-    return {"token_ids": make(jnp.int32), "token_mask": make(jnp.bool_)}
+    types = {"token_ids": jnp.int32, "token_mask": jnp.bool_}
+    return {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding) for name, dtype in types.items()}
 
 
 def abstract_batch(settings: Settings, feed: Feed) -> dict[str, jax.ShapeDtypeStruct]:
@@ -130,10 +130,12 @@ def lower(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) -> jax.s
     shardings = state_shardings(mesh, state, rules)
     state, frozen = abstract(state, shardings), abstract(frozen, state_shardings(mesh, frozen, rules))
     if program == "train":
-        batch, null = abstract_batch(settings, Feed(mesh, settings.train.batch_size, rules)), _text(1, settings.data.max_length, whole)
+        batch = abstract_batch(settings, Feed(mesh, settings.train.batch_size, rules))
+        null = _text(1, settings.data.max_length, whole)
         return jit_step(settings, shardings, batch, null, frozen).lower(state, batch, null, frozen)
     B, key = settings.train.batch_size, jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
-    text = _text(B, settings.data.max_length, place(mesh, (B, 1), ("batch", None), rules)), _text(1, settings.data.max_length, whole)
+    spread, length = place(mesh, (B, 1), ("batch", None), rules), settings.data.max_length
+    text = _text(B, length, spread), _text(1, length, whole)
     numbers = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=whole)
     pictures = make_pictures(settings, settings.sample, mesh)
     return pictures.lower(state.ema, frozen, key, numbers, key, *(each for part in text for each in part.values()))
@@ -148,7 +150,8 @@ def run(settings: Settings, options: AotBenchmark) -> Result:
     candidates = list(_candidates(settings, len(devices))) if options.sweep else [settings]
     rows = []
     for candidate in candidates:
-        batch = options.batch_per_chip * len(devices) or (candidate.train.batch_size if options.program == "train" else len(devices))
+        default = candidate.train.batch_size if options.program == "train" else len(devices)
+        batch = options.batch_per_chip * len(devices) or default
         if not options.sweep or options.batch_per_chip:
             candidate = dataclasses.replace(candidate, train=dataclasses.replace(candidate.train, batch_size=batch))
         mesh = make_mesh(candidate.mesh, candidate.train.batch_size, candidate.train.accumulation, devices)
@@ -214,7 +217,8 @@ def figures(compiled: jax.stages.Compiled, settings: Settings, program: str, mes
     kernels = hlo.kernels(instructions)
     hidden = sum(kernel.flops * kernel.times for kernel in kernels)
     hidden_seconds = sum(
-        kernel.times * max(kernel.flops / (KERNEL_EFFICIENCY * chip.peak), kernel.num_bytes / chip.hbm_bandwidth) for kernel in kernels
+        kernel.times * max(kernel.flops / (KERNEL_EFFICIENCY * chip.peak), kernel.num_bytes / chip.hbm_bandwidth)
+        for kernel in kernels
     )
     traffic = hlo.collectives(instructions, mesh.shape)
     flops = cost["flops"] * loop
@@ -223,9 +227,11 @@ def figures(compiled: jax.stages.Compiled, settings: Settings, program: str, mes
     xla = (cost["optimal_seconds"] + unknown) * loop
     seconds = xla + hidden_seconds
     return {
-        "fits": memory.peak_memory_in_bytes <= chip.hbm, "seconds": seconds, "compiler_seconds": xla, "unknown": unknown, "kernel_seconds": hidden_seconds,
+        "fits": memory.peak_memory_in_bytes <= chip.hbm, "seconds": seconds, "compiler_seconds": xla, "unknown": unknown,
+        "kernel_seconds": hidden_seconds,
         "collective_seconds": sum(row.sent_bytes for row in traffic) / chip.link,
-        "flops": flops + hidden, "compiler_flops": flops, "kernel_flops": hidden, "kernel_calls": sum(kernel.times for kernel in kernels),
+        "flops": flops + hidden, "compiler_flops": flops, "kernel_flops": hidden,
+        "kernel_calls": sum(kernel.times for kernel in kernels),
         "utilisation": (flops + hidden) / seconds / chip.peak, "peak_hbm": memory.peak_memory_in_bytes,
         "arguments": memory.argument_size_in_bytes, "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes, "program_bytes": memory.generated_code_size_in_bytes,

@@ -89,7 +89,8 @@ def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
         dims, inside = [], []  # each axis as (outer, chosen, inner)
-        chosen = {name: (int(before or 1), int(size)) for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", match[2]) if size}
+        parts = re.findall(r"'(\w+)':\((\d+)\)(\d+)", match[2])
+        chosen = {name: (int(before), int(size)) for name, before, size in parts}
         whole = set(re.findall(r"'(\w+)'(?!:)", match[2]))
         for name, size in sizes.items():
             before, width = (1, size) if name in whole else chosen.get(name, (size, 1))
