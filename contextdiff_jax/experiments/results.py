@@ -119,7 +119,7 @@ def _mean_text(summary: Summary) -> str:
 
 def cost_table(plan: Plan, results: Results) -> str:
     """Parameters, FLOPs and time a step, size of the learned gain at the end, minutes: medians over seeds."""
-    lines = ["| variant | parameters | GFLOP a step | ms a step | \|gain\| at the end | minutes a cell |", "|---" * 6 + "|"]
+    lines = [r"| variant | parameters | GFLOP a step | ms a step | \|gain\| at the end | minutes a cell |", "|---" * 6 + "|"]
     for variant, cells in results.items():
         training = [cell["training"] for cell in cells.values()]
         if "parameters" not in training[0]:
