@@ -44,7 +44,8 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip's peak bf16 operations a second, HBM in bytes and bytes a second, and bytes a second over its links along a torus axis.
+    """A chip's peak bf16 operations a second, HBM in bytes and bytes a second, and bytes a second over its links along a torus
+    axis.
 
     From Google's TPU pages (cloud.google.com/tpu/docs/v5e and so on) and jax-ml.github.io/scaling-book, chapter 2.
     """
@@ -95,7 +96,8 @@ def described_devices(topology: str) -> list[Any]:
     try:
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
     except (RuntimeError, ValueError, NotImplementedError) as error:  # a JaxRuntimeError is a RuntimeError
-        raise ValueError(f"--topology={topology!r}: {error}; as in v5e:4x4, v5p:4x4x4, v6e:16x16 (libtpu of requirements-tpu.txt)")
+        known = "as in v5e:4x4, v5p:4x4x4, v6e:16x16 (libtpu of requirements-tpu.txt)"
+        raise ValueError(f"--topology={topology!r}: {error}; {known}")
     if devices[0].device_kind not in CHIPS:
         raise ValueError(f"--topology={topology!r}: {devices[0].device_kind!r} is not in the table of chips, {', '.join(CHIPS)}")
     return devices
@@ -242,7 +244,8 @@ def figures(compiled: jax.stages.Compiled, settings: Settings, program: str, mes
 
 
 def _table(rows: list[dict[str, Any]], options: AotBenchmark) -> str:
-    head = f"{'':44} {'fits':>5} {'HBM GiB':>12} {'TFLOP':>7} {'s':>8} {'kernels':>8} {'sent in':>8} {'of peak':>8} {'compile':>8}"
+    columns = {"TFLOP": 7, "s": 8, "kernels": 8, "sent in": 8, "of peak": 8, "compile": 8}
+    head = f"{'':44} {'fits':>5} {'HBM GiB':>12} " + " ".join(f"{name:>{width}}" for name, width in columns.items())
     lines = [f"{options.program} on {options.topology}, a chip; predicted by the compiler (libtpu), nothing run on a TPU", head]
     for row in rows:
         limit = f"{row['hbm'] / GiB:.4g}"
@@ -250,7 +253,8 @@ def _table(rows: list[dict[str, Any]], options: AotBenchmark) -> str:
             lines.append(f"{row['name']:44} {'no':>5}   {row['reason']}  ({row['compile_seconds']:.0f} s)")
             continue
         lines.append(
-            f"{row['name']:44} {'yes' if row['fits'] else 'no':>5} {row['peak_hbm'] / GiB:5.2f} / {limit:>4} {row['flops'] / 1e12:7.2f} "
+            f"{row['name']:44} {'yes' if row['fits'] else 'no':>5} {row['peak_hbm'] / GiB:5.2f} / {limit:>4} "
+            f"{row['flops'] / 1e12:7.2f} "
             f"{row['seconds']:8.4f} {row['kernel_seconds']:8.4f} {row['collective_seconds']:8.4f} {row['utilisation']:8.1%} "
             f"{row['compile_seconds']:6.0f} s"
         )
@@ -261,8 +265,11 @@ def _table(rows: list[dict[str, Any]], options: AotBenchmark) -> str:
     first = rows[0]
     if first["fits"]:
         lines += ["", f"{first['name']}: sent by a chip"]
-        lines += [f"  {c['kind']:20} {c['axes']:16} {c['count']:5} x {c['sent_bytes'] / 2**20:12.2f} MiB" for c in first["collectives"]]
-        lines += [f"  state and batch {first['arguments'] / GiB:.2f} GiB, of which {first['aliased'] / GiB:.2f} are written in place"]
+        lines += [
+            f"  {c['kind']:20} {c['axes']:16} {c['count']:5} x {c['sent_bytes'] / 2**20:12.2f} MiB" for c in first["collectives"]
+        ]
+        inside = f"{first['aliased'] / GiB:.2f} are written in place"
+        lines += [f"  state and batch {first['arguments'] / GiB:.2f} GiB, of which {inside}"]
         lines += ["largest arrays"]
         lines += [f"  {math.floor(a['bytes'] / 2**20):8} MiB {a['array']:32} {a['made_by'][-70:]}" for a in first["largest"]]
     return "\n".join(lines)

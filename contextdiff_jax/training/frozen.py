@@ -43,7 +43,8 @@ def _load_text(settings: Settings, options: dict[str, Any]) -> FrozenText | Froz
         text = FrozenText(load_clip_text(folder, **options))
         width, longest = text.clip.config.hidden_size, text.clip.config.max_position_embeddings
     if settings.model.cross_attention_dim != width:
-        raise ValueError(f"model.cross_attention_dim={settings.model.cross_attention_dim}: text.pretrained={folder!r} has {width}")
+        found = settings.model.cross_attention_dim
+        raise ValueError(f"model.cross_attention_dim={found}: text.pretrained={folder!r} has {width}")
     if settings.data.max_length > longest:
         raise ValueError(f"data.max_length={settings.data.max_length}: text.pretrained={folder!r} has {longest}")
     return text

@@ -135,7 +135,8 @@ def _accumulated(value_and_grad: Callable, params: PyTree, batch: Batch, parts: 
 
 def make_train_step(settings: Settings, mesh: Mesh | None = None) -> Callable[..., tuple[TrainState, Array]]:
     """`step(state, batch, null, frozen) -> (state, nonfinite)`, pure; metrics are summed in the state. To be jitted, state
-    donated; `mesh`: the devices that it is compiled for. Gradients, moments and averages are those of what `train.trainable` names.
+    donated; `mesh`: the devices that it is compiled for. Gradients, moments and averages are those of what `train.trainable`
+    names.
 
     Where the loss or the gradient is not finite only the step's number and the count `nonfinite` go on: a bad step can't
     spoil a checkpoint. Past `train.max_nonfinite` nothing does, so that what went wrong last is there to be looked at.
