@@ -2,6 +2,8 @@
 
 Measures one part of the work, and prints a table. Modes:
     data    pictures a second and core that the loader gives, per source, against the device's need   docs/data.md
+    train   our training step against torch's (--compare=torch), and what the context adds to it     docs/performance.md
+    sample  the same of the sampling loop
     aot     a train step or sampling loop compiled for a TPU that isn't here: fits, seconds, collectives           docs/scaling.md
 """
 
@@ -17,7 +19,7 @@ from absl import flags
 from contextdiff_jax import cli
 
 MODE = flags.DEFINE_string("mode", "data", "What to measure: see the list above.")
-COMPARE = flags.DEFINE_string("compare", "", "A reference to run in turns with ours; of data: webdataset, tfds.")
+COMPARE = flags.DEFINE_string("compare", "", "A reference to run in turns with ours; of data: webdataset, tfds; of train, sample: torch.")
 JSON = flags.DEFINE_string("json", "", "File for the table as one JSON object with `rows`.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each row; the table has their medians.", lower_bound=1)
 NEED = flags.DEFINE_float("need", 0.0, "data: pictures a second that the devices take; 0: those of --workdir.")
@@ -53,7 +55,13 @@ def _aot(settings):
     )
 
 
-MODES = {"data": _data, "aot": _aot}
+def _speed(settings):
+    from contextdiff_jax.benchmarks.speed import SpeedBenchmark, run
+
+    return run(settings, SpeedBenchmark(program=MODE.value, compare=COMPARE.value, rounds=REPEATS.value))
+
+
+MODES = {"data": _data, "train": _speed, "sample": _speed, "aot": _aot}
 
 
 def main() -> None:

@@ -1,0 +1,88 @@
+"""Contestants that do the same work in turns, in one process on the same cores, and what is said of their times."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_PEAK_SIDE = 1024  # of the square matrices whose product is the machine's peak
+
+
+class Contestant(NamedTuple):
+    """`call` does the work once and waits for its end."""
+
+    name: str
+    call: Callable[[], Any]
+    compile_seconds: float = 0.0
+
+
+class Times(NamedTuple):
+    """Seconds of each round, on the wall and of this process's threads together."""
+
+    wall: list[float]
+    cpu: list[float]
+
+
+class Ratio(NamedTuple):
+    """A peer's seconds / ours: the median over the rounds, and their quartiles. Above 1 is ahead."""
+
+    value: float
+    low: float
+    high: float
+
+
+def num_cores() -> int:
+    """The cores that this process may use: XLA's threads are as many, and a peer's are set to it."""
+    return len(os.sched_getaffinity(0))
+
+
+def measure(contestants: Sequence[Contestant], rounds: int) -> dict[str, Times]:
+    """Each contestant's `rounds`, in turns whose order is reversed every other round; one call of each goes before."""
+    for contestant in contestants:
+        contestant.call()
+    times = {contestant.name: Times([], []) for contestant in contestants}
+    for number in range(rounds):
+        for contestant in contestants if number % 2 else contestants[::-1]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            contestant.call()
+            times[contestant.name].wall.append(time.perf_counter() - wall)
+            times[contestant.name].cpu.append(time.process_time() - cpu)
+    return times
+
+
+def ratio(peer: Sequence[float], ours: Sequence[float]) -> Ratio:
+    """Of pairs: a round that was slow for both counts as any other."""
+    low, value, high = np.percentile(np.divide(peer, ours), (25, 50, 75))
+    return Ratio(float(value), float(low), float(high))
+
+
+def matmul_peak(repeats: int = 10) -> float:
+    """FLOP/s of the fastest of some float32 matrix products."""
+    a = jnp.ones((_PEAK_SIDE, _PEAK_SIDE), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    times = measure([Contestant("product", lambda: product(a, a).block_until_ready())], repeats)["product"].wall
+    return 2 * _PEAK_SIDE**3 / min(times)
+
+
+def extra_memory(call: Callable[[], Any]) -> int | None:
+    """Bytes that this process grew by, at the most, during a call; None where the kernel doesn't tell (not Linux)."""
+    reset, status = pathlib.Path("/proc/self/clear_refs"), pathlib.Path("/proc/self/status")
+    try:
+        reset.write_text("5")  # the high-water mark falls to what is resident now
+        before = _status(status, "VmRSS")
+        call()
+        return max(_status(status, "VmHWM") - before, 0)
+    except OSError:
+        return None
+
+
+def _status(path: pathlib.Path, field: str) -> int:
+    line = next(line for line in path.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,108 @@
+"""The benchmark of the step and of the sampling loop against torch: same results or no ratio, and what is made of the times."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from conftest import ONE_LEVEL, TINY, command, config_dict
+
+from contextdiff_jax.benchmarks import paired, speed, torch_peer
+from contextdiff_jax.benchmarks.paired import Contestant, Times
+from contextdiff_jax.benchmarks.speed import SpeedBenchmark
+from contextdiff_jax.cli import RunError
+from contextdiff_jax.settings import parse
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+SMALL = {**ONE_LEVEL, "train.batch_size": 2, "data.image_size": 8, "sample.steps": 5}
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return parse(config_dict(**SMALL))
+
+
+def test_rounds_take_turns_and_ratios_are_of_pairs(monkeypatch):
+    """Ours takes 1, 2, 4 s and the peer 3, 2, 8; the ratios of the rounds are 3, 1, 2."""
+    wall, order = iter([0, 3, 0, 1, 0, 2, 0, 2, 0, 8, 0, 4]), []
+    monkeypatch.setattr(paired.time, "perf_counter", lambda: next(wall))
+    monkeypatch.setattr(paired.time, "process_time", lambda: 0.0)
+    contestants = [Contestant(name, lambda name=name: order.append(name)) for name in ("ours", "peer")]
+    times = paired.measure(contestants, 3)
+    assert times["ours"].wall == [1, 2, 4] and times["peer"].wall == [3, 2, 8]
+    assert order == ["ours", "peer"] + ["peer", "ours", "ours", "peer", "peer", "ours"]  # one call of each goes before
+    assert paired.ratio(times["peer"].wall, times["ours"].wall) == (2, 1.5, 2.5)
+
+
+def test_the_better_of_torchs_layouts_is_the_baseline(monkeypatch):
+    monkeypatch.setattr(paired, "extra_memory", lambda call: None)
+    seconds = {"unet": 2.0, "torch channels_last": 3.0, "torch NCHW": 5.0}
+    contestants = [Contestant(name, lambda: None) for name in seconds]
+    times = {name: Times([s, s, s], [2 * s] * 3) for name, s in seconds.items()}
+    rows = speed._rows(contestants, times, flops=8e9, peak=16e9)
+    assert rows[0]["peer"] == "torch channels_last" and rows[0]["ratio"] == rows[0]["cpu_ratio"] == 1.5
+    assert rows[0]["flops_per_second"] == 4e9 and rows[0]["share_of_peak"] == 0.25
+    assert [row["name"] for row in rows if "ratio" in row] == ["unet"]
+
+
+def test_memory_of_a_call_is_what_the_process_grew_by():
+    grown = paired.extra_memory(lambda: np.ones(64 * 2**20, np.uint8).sum())
+    assert grown is None or 60 * 2**20 < grown < 100 * 2**20
+
+
+@pytest.mark.parametrize("program", speed.PROGRAMS)
+def test_our_results_are_torchs(settings, program):
+    contestants, flops = {"train": speed._train_unet, "sample": speed._sample_unet}[program](
+        settings, SpeedBenchmark(program=program, compare="torch")
+    )
+    assert [contestant.name for contestant in contestants] == ["unet", "torch channels_last", "torch NCHW"] and flops > 1e6
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "words"),
+    [
+        ("forward", lambda output: output * 1.001, "torch channels_last, output"),
+        ("step", lambda loss: loss * 1.001, "torch channels_last, loss"),
+        ("parameters", lambda tensors: {n: a + 1e-4 * (n == "conv_in.bias") for n, a in tensors.items()}, "parameters after a step"),
+        ("sample", lambda images: np.where(images == images.max(), np.nan, images), "torch channels_last, samples"),
+    ],
+)
+def test_no_ratio_where_results_differ(settings, monkeypatch, method, change, words):
+    true = getattr(torch_peer.TorchUNet, method)
+    monkeypatch.setattr(torch_peer.TorchUNet, method, lambda *arguments: change(true(*arguments)))
+    make = speed._sample_unet if method == "sample" else speed._train_unet
+    with pytest.raises(RunError, match=words) as error:
+        make(settings, SpeedBenchmark(compare="torch"))
+    assert "no ratio" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_cannot_be_compared_is_refused_in_one_line(settings, monkeypatch):
+    with pytest.raises(ValueError, match="--compare='jax': unknown for --mode=train; one of torch"):
+        SpeedBenchmark(compare="jax")
+    with pytest.raises(ValueError, match="--repeats=3: must be at least 5"):
+        SpeedBenchmark(rounds=3)
+    half = dataclasses.replace(settings, train=dataclasses.replace(settings.train, precision="bfloat16"))
+    with pytest.raises(ValueError, match="train.precision='bfloat16': must be float32"):
+        speed.run(half, SpeedBenchmark(compare="torch"))
+    uneven = dataclasses.replace(settings, sample=dataclasses.replace(settings.sample, steps=7))
+    with pytest.raises(ValueError, match="sample.steps=7: must divide diffusion.num_timesteps=50"):
+        torch_peer.make_scheduler(uneven)
+    monkeypatch.setattr(speed, "PACKAGES", ("torch", "no_such_package"))
+    with pytest.raises(ValueError, match="--compare='torch': no_such_package not installed; see requirements-test.txt"):
+        SpeedBenchmark(compare="torch")
+
+
+def test_the_command_prints_ratio_and_share_of_the_context_and_writes_json(tmp_path):
+    changes = [f"--config.{name}={value}" for name, value in {**TINY, **SMALL}.items()]
+    done = command(
+        "benchmark", "--mode=train", "--config=configs/base.py", *changes, "--compare=torch", f"--json={tmp_path / 'rows.json'}",
+        env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert list(rows) == ["unet", "torch channels_last", "torch NCHW", "method, without context", "method, with context"]
+    assert rows["unet"]["ratio"] > 0 and rows["unet"]["compile_seconds"] > 0 and rows["unet"]["rounds"] == 5
+    assert -1 < rows["method, with context"]["context_share"] < 1
+    assert all(name in done.stdout for name in rows) and "times [" in done.stdout and "the context is" in done.stdout
