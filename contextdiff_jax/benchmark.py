@@ -19,7 +19,7 @@ from absl import flags
 from contextdiff_jax import cli
 
 MODE = flags.DEFINE_string("mode", "data", "What to measure: see the list above.")
-COMPARE = flags.DEFINE_string("compare", "", "A reference to run in turns with ours; of data: webdataset, tfds; of train, sample: torch.")
+COMPARE = flags.DEFINE_string("compare", "", "Run in turns with ours; of data: webdataset, tfds; of train, sample: torch.")
 JSON = flags.DEFINE_string("json", "", "File for the table as one JSON object with `rows`.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each row; the table has their medians.", lower_bound=1)
 NEED = flags.DEFINE_float("need", 0.0, "data: pictures a second that the devices take; 0: those of --workdir.")

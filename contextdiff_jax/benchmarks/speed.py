@@ -134,7 +134,8 @@ def check(what: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> 
     """Raises RunError if the largest difference is over `tolerance` of the largest value, or anything is not finite."""
     error = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
     if not error <= tolerance:
-        raise RunError(f"--compare: {what}: ours and torch's differ by {error:.2g} of the largest value, allowed {tolerance}: no ratio")
+        found = f"differ by {error:.2g} of the largest value, allowed {tolerance}"
+        raise RunError(f"--compare: {what}: ours and torch's {found}: no ratio")
 
 
 def check_change(before: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> None:
@@ -324,7 +325,8 @@ def _table(rows: list[dict[str, Any]], program: str) -> str:
         if "context_share" in row:
             told = "the context is {:.1%} [{:.1%}, {:.1%}] of the time".format(row["context_share"], *row["context_share_quartiles"])
         lines.append(
-            f"{row['name']:<30}{row['seconds']:>9.3f}{row['cpu_seconds']:>9.3f}{rate:>9}{share:>9}{compiling:>11}{memory:>12}  {told}".rstrip()
+            f"{row['name']:<30}{row['seconds']:>9.3f}{row['cpu_seconds']:>9.3f}{rate:>9}{share:>9}{compiling:>11}{memory:>12}"
+            f"  {told}".rstrip()
         )
     peak = f"peak: {rows[0]['matmul_peak_flops_per_second'] / 1e9:.0f} GFLOP/s in a float32 matrix product; brackets: quartiles of the"
     return "\n".join([*lines, f"{peak} rounds; memory: what the process grew by in a call"])
