@@ -1,6 +1,6 @@
 """UNets to compare with torch's on a CPU: `24m` (the default), `wide` and `64px`. For timing, not to be trained to an end.
 
-Figures: docs/performance.md. About 2 minutes for `24m` on 2 CPU cores.
+Figures: docs/performance.md.
 
     python -m contextdiff_jax.benchmark --mode=train --compare=torch --config=configs/benchmark_cpu.py
     python -m contextdiff_jax.benchmark --mode=sample --compare=torch --config=configs/benchmark_cpu.py:wide
