@@ -33,14 +33,18 @@ from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 PROMPTS = ["a red circle", "the blue square is left of a rather long description"]
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """diffusers' pipeline and its folder."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    pipe = stable_diffusion(folder / "words")
+def saved(make, folder):
+    """The diffusers pipeline that `make` builds, and its folder."""
+    pipe = make(folder / "words")
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder / "sd")
     return pipe, folder / "sd"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """diffusers' pipeline and its folder."""
+    return saved(stable_diffusion, tmp_path_factory.mktemp("pipeline"))
 
 
 def check(pipe, folder, *, scheduler=None, size=(8, 8), **options):
@@ -85,14 +89,10 @@ def test_without_guidance_the_pictures_are_those_of_diffusers(pair):
 @pytest.fixture(scope="module")
 def pair_xl(tmp_path_factory):
     """diffusers' XL pipeline and its folder."""
-    folder = tmp_path_factory.mktemp("xl")
-    pipe = stable_diffusion_xl(folder / "words")
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(folder / "sd")
-    return pipe, folder / "sd"
+    return saved(stable_diffusion_xl, tmp_path_factory.mktemp("xl"))
 
 
-def test_xl_gives_the_pictures_of_diffusers(pair_xl, tmp_path):
+def test_xl_gives_the_pictures_of_diffusers(pair_xl):
     pipe, folder = pair_xl
     plain = check(pipe, folder, steps=10)  # no negative text: guidance leads away from zeros
     wider = check(pipe, folder, size=(12, 8), steps=5, negative="blue")

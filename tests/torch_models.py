@@ -141,7 +141,7 @@ def stable_diffusion(folder: Path, in_channels: int = 4, **scheduler):
     )  # fmt: skip
 
 
-def stable_diffusion_xl(folder: Path, zeros_for_empty: bool = True):
+def stable_diffusion_xl(folder: Path):
     """A tiny StableDiffusionXLPipeline: `stable_diffusion` with two encoders of different widths and activations."""
     import diffusers
     import transformers
@@ -166,8 +166,7 @@ def stable_diffusion_xl(folder: Path, zeros_for_empty: bool = True):
     )
     return diffusers.StableDiffusionXLPipeline(
         unet=randomised(unet), vae=plain.vae, text_encoder=first, text_encoder_2=second, tokenizer=plain.tokenizer,
-        tokenizer_2=tokenizer_2, scheduler=plain.scheduler, force_zeros_for_empty_prompt=zeros_for_empty,
-        add_watermarker=False,
+        tokenizer_2=tokenizer_2, scheduler=plain.scheduler, add_watermarker=False,
     )
 
 

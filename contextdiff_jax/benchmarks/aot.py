@@ -97,7 +97,7 @@ def described_devices(topology: str) -> list[Any]:
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
     except (RuntimeError, ValueError, NotImplementedError) as error:  # a JaxRuntimeError is a RuntimeError
         known = "as in v5e:4x4, v5p:4x4x4, v6e:16x16 (libtpu of requirements-tpu.txt)"
-        raise ValueError(f"--topology={topology!r}: {error}; {known}")
+        raise ValueError(f"--topology={topology!r}: {error}; {known}") from None
     if devices[0].device_kind not in CHIPS:
         raise ValueError(f"--topology={topology!r}: {devices[0].device_kind!r} is not in the table of chips, {', '.join(CHIPS)}")
     return devices
