@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import glob
 import json
 import logging
 import os
@@ -38,16 +40,40 @@ def is_remote(path: pathlib.Path) -> bool:
     return "://" in str(path)
 
 
+def num_cores() -> int:
+    """The cores that this process may use: XLA's threads are as many."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_compilation_cache(workdir: pathlib.Path) -> None:
-    """Compiled programs are kept in DIR/compiled, unless JAX_COMPILATION_CACHE_DIR says where."""
+    """Compiled programs are kept in DIR/compiled/N-cores, unless JAX_COMPILATION_CACHE_DIR says where.
+
+    By cores, because a CPU program is split for the threads of the process that compiled it, which JAX's key leaves out:
+    what was compiled on one core runs its element-wise parts on one core everywhere.
+    """
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str((workdir if is_remote(workdir) else workdir.absolute()) / "compiled"))
+        folder = (workdir if is_remote(workdir) else workdir.absolute()) / "compiled" / f"{num_cores()}-cores"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def keep_freed_memory() -> None:
+    """On a host without an accelerator: memory that was freed stays the process's, in one heap.
+
+    XLA's CPU backend takes a program's temporaries anew at each call, hundreds of MiB that glibc otherwise gives back to the
+    kernel after it: their page faults were a sixth of a training step (docs/performance.md). To be called before threads start.
+    """
+    libc = ctypes.CDLL(None)
+    if any(map(glob.glob, ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*"))) or not hasattr(libc, "mallopt"):
+        return
+    for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # malloc.h: M_MMAP_MAX none, M_TRIM_THRESHOLD never, M_ARENA_MAX one
+        libc.mallopt(option, value)
 
 
 def run(main: Callable[[], None]) -> None:
     """Parses flags and calls `main`. What the user can put right is one line on stderr and exit status 2."""
+    keep_freed_memory()
 
     def parse(argv):
         try:

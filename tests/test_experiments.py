@@ -40,8 +40,8 @@ def test_a_plan_that_names_what_is_not_there_says_so(tmp_path):
         dataclasses.replace(PLAN, variants={"none": {}, "more": {"a.c": 1}}).cell("more", 0)
     with pytest.raises(ValueError, match="unknown; one of none, more"):
         PLAN.cell("other", 0)
-    with pytest.raises(ValueError, match="baseline='gone': must be one of"):
-        dataclasses.replace(PLAN, baseline="gone")
+    with pytest.raises(ValueError, match="baselines: 'gone' is no variant"):
+        dataclasses.replace(PLAN, baselines=("gone",))
     with pytest.raises(ValueError, match="no such file"):
         load_plan(str(tmp_path / "gone.py"))
 

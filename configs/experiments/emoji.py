@@ -37,6 +37,7 @@ def get_plan() -> Plan:
             "held-out, true context": "held-out records, ddim, guidance best, true context/exact",
         },
         more_seeds={"none": 5, "plugin": 5},
+        baselines=("none", "text-prior"),
         options=dict(
             num=192, guidances=(1.0, 2.0, 4.0), validation=96, samplers={"ddim": 25, "ddpm": 25}, classifier=1500,
             bound=64, bound_timesteps=50,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -36,11 +35,6 @@ class Ratio(NamedTuple):
     value: float
     low: float
     high: float
-
-
-def num_cores() -> int:
-    """The cores that this process may use: XLA's threads are as many, and a peer's are set to it."""
-    return len(os.sched_getaffinity(0))
 
 
 def measure(contestants: Sequence[Contestant], rounds: int) -> dict[str, Times]:

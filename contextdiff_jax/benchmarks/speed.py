@@ -27,7 +27,7 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.benchmarks import paired
 from contextdiff_jax.benchmarks.data import Result
 from contextdiff_jax.benchmarks.paired import Contestant, Times
-from contextdiff_jax.cli import RunError
+from contextdiff_jax.cli import RunError, num_cores
 from contextdiff_jax.diffusion.samplers import Denoised
 from contextdiff_jax.models.contextdiff import make_sampler
 from contextdiff_jax.models.unet import UNet
@@ -285,7 +285,7 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
         with_context, without = (times[contestant.name].wall for contestant in contestants[::-1])
         share = paired.ratio([a - b for a, b in zip(with_context, without)], with_context)
         rows[-1] |= {"context_share": share.value, "context_share_quartiles": [share.low, share.high]}
-    facts = {"cores": paired.num_cores(), "matmul_peak_flops_per_second": peak, "rounds": options.rounds}
+    facts = {"cores": num_cores(), "matmul_peak_flops_per_second": peak, "rounds": options.rounds}
     rows = [row | facts for row in rows]
     return Result(_table(rows, options.program), rows)
 

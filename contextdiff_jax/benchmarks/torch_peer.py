@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import torch
 
-from contextdiff_jax.benchmarks.paired import num_cores
+from contextdiff_jax.cli import num_cores
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained.unet import unet_state_to_torch
 from contextdiff_jax.settings import Settings

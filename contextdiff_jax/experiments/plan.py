@@ -27,7 +27,7 @@ class Plan:
         config: the base config, as plain values.
         variants: {name: {dotted field: value}}, in the order of the table.
         seeds: seeds 0..n-1 of every variant; `more_seeds` has the n of those that differ.
-        baseline: the variant that the others are compared with, seed by seed.
+        baselines: the variants that the others are compared with, seed by seed; a table each.
         options: what the cell's function is told beside the config.
         headline: the scores of the table, {column: path in the cell's scores}, the first one being decisive.
     """
@@ -40,15 +40,14 @@ class Plan:
     headline: Mapping[str, str]
     seeds: int = 3
     more_seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    baseline: str = "none"
+    baselines: tuple[str, ...] = ("none",)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if self.baseline not in self.variants:
-            raise ValueError(f"baseline={self.baseline!r}: must be one of the variants, {', '.join(self.variants)}")
-        for name in self.more_seeds:
-            if name not in self.variants:
-                raise ValueError(f"more_seeds: {name!r} is no variant; they are {', '.join(self.variants)}")
+        for field in ("baselines", "more_seeds"):
+            for name in getattr(self, field):
+                if name not in self.variants:
+                    raise ValueError(f"{field}: {name!r} is no variant; they are {', '.join(self.variants)}")
         for name in self.variants:
             if not re.fullmatch(r"[\w.+-]+", name):
                 raise ValueError(f"variants: {name!r} names files; letters, digits, and _ . + - only")

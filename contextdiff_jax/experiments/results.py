@@ -89,19 +89,19 @@ def table(plan: Plan, results: Results) -> str:
     return "\n".join(lines)
 
 
-def difference_table(plan: Plan, results: Results) -> str:
+def difference_table(plan: Plan, results: Results, baseline: str) -> str:
     """A row a variant: its difference to the baseline in each headline score, bold where the interval is clear of 0; empty
     if there is no pair of seeds. No correction for the number of comparisons."""
     rows = []
     for variant in results:
         found = [
-            paired(scores_of(results, variant, path), scores_of(results, plan.baseline, path)) for path in plan.headline.values()
+            paired(scores_of(results, variant, path), scores_of(results, baseline, path)) for path in plan.headline.values()
         ]
-        if variant == plan.baseline or not any(found):
+        if variant == baseline or not any(found):
             continue
         count = max(difference.count for difference in found if difference)
         rows.append(f"| `{variant}` | {count} | " + " | ".join(map(_difference_text, found)) + " |")
-    head = f"| minus `{plan.baseline}` [95%] | pairs | " + " | ".join(plan.headline) + " |"
+    head = f"| minus `{baseline}` [95%] | pairs | " + " | ".join(plan.headline) + " |"
     return "\n".join([head, "|---" * (len(plan.headline) + 2) + "|", *rows]) if rows else ""
 
 
@@ -180,7 +180,8 @@ def write_page(plan: Plan, name: str, path: str, out: pathlib.Path) -> str:
         f"{len(cells)} cells, {sum(c['seconds'] for *_, c in cells) / 3600:.1f} hours in all, on {'; '.join(machines)}. "
         "Mean ± standard error over seeds; differences are paired by seed, with Student's 95% interval.",
         f"Not run yet: {', '.join(missing)}." if missing else "",
-        table(plan, results), difference_table(plan, results), cost_table(plan, results), f"![scores and gains]({name}.png)",
+        table(plan, results), *(difference_table(plan, results, baseline) for baseline in plan.baselines),
+        cost_table(plan, results), f"![scores and gains]({name}.png)",
         "## Cells", "Each again, in another folder, with the same digits on the same machine and number of cores:",
         f"    taskset -c 0 python -m contextdiff_jax.experiment --plan={path} --variants={cells[0][0]} "
         f"--seeds={cells[0][1]} --out=/tmp/again --workdir=/tmp/again",
