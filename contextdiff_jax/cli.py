@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import sys
+import time
 from typing import Any, Callable
 
 from absl import app, flags
@@ -16,6 +17,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 CONFIG = None
+STARTED = time.perf_counter()  # every command's first import is this module's
 
 
 class RunError(RuntimeError):

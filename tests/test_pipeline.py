@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from flax import nnx
@@ -117,6 +118,17 @@ def test_xl_from_a_picture_gives_the_pictures_of_diffusers(pair_xl, same_noise):
     assert_same_pictures(images, expected)
 
 
+def test_xl_inpainting_gives_the_pictures_of_diffusers(pair_xl, same_noise):
+    pipe, folder = pair_xl
+    masks, mask_image = holes()
+    expected = theirs_from(
+        pipe, StableDiffusionXLInpaintPipeline, strength=0.7, guidance_scale=5.0, height=16, width=24, mask_image=mask_image
+    )
+    options = dict(steps=10, guidance=5.0, noise=same_noise)
+    images = load_pipeline(folder).inpaint(PROMPTS, pictures(), masks, strength=0.7, **options)
+    assert_same_pictures(images, expected)
+
+
 def test_an_xl_folder_that_does_not_fit_is_refused(pair_xl, tmp_path):
     _, folder = pair_xl
     shutil.copytree(folder, tmp_path / "sd")
@@ -172,18 +184,23 @@ def test_image_to_image_gives_the_pictures_of_diffusers(pair, same_noise):
     assert_same_pictures(images, expected)
 
 
+def holes():
+    """Masks of both pictures, and as diffusers reads them."""
+    masks = np.zeros((2, 16, 24), np.float32)
+    masks[0, 3:11, 5:20] = 1
+    masks[1, :, 12:] = 1
+    return masks, [Image.fromarray((255 * mask).astype(np.uint8)) for mask in masks]
+
+
 @pytest.mark.parametrize("in_channels, strength", [(4, 1.0), (4, 0.6), (9, 1.0)])
 def test_inpainting_gives_the_pictures_of_diffusers(pair, same_noise, tmp_path, in_channels, strength):
     pipe, folder = pair
     if in_channels == 9:  # a network that reads the mask and the rest of the picture
         pipe, folder = stable_diffusion(tmp_path / "words", in_channels), tmp_path / "sd"
         pipe.save_pretrained(folder)
-    masks = np.zeros((2, 16, 24), np.float32)
-    masks[0, 3:11, 5:20] = 1
-    masks[1, :, 12:] = 1
+    masks, mask_image = holes()
     expected = theirs_from(
-        pipe, StableDiffusionInpaintPipeline, strength=strength, height=16, width=24,
-        mask_image=[Image.fromarray((255 * mask).astype(np.uint8)) for mask in masks],
+        pipe, StableDiffusionInpaintPipeline, strength=strength, height=16, width=24, mask_image=mask_image
     )
     ours = load_pipeline(folder)
     images = ours.inpaint(PROMPTS, pictures(), masks, strength=strength, steps=10, noise=same_noise)

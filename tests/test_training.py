@@ -193,6 +193,7 @@ def test_a_run_of_another_config_or_model_is_not_resumed(tmp_path):
     done = tmp_path / "run"
     first = command("train", "--config=configs/base.py", f"--workdir={done}", "--config.train.steps=3", tiny=True)
     assert first.returncode == 0, first.stderr
+    assert re.search(r"compiled in [\d.]+ s", first.stderr) and re.search(r"first step done [\d.]+ s after", first.stderr)
     for name in ("config.json", "metrics.jsonl", "checkpoints/3"):
         assert (done / name).exists()
     assert list((done / "events").iterdir()) and list((done / "samples").iterdir())

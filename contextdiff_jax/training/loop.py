@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
 
-from contextdiff_jax import pictures
+from contextdiff_jax import cli, pictures
 from contextdiff_jax.data import (
     CacheSource,
     DataConfig,
@@ -73,6 +73,9 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
             watch(f"in step {step}")
             state, nonfinite = compiled(state, batch, null, frozen)
             guard.watch(step, state, batch, nonfinite)
+            if step == first + 1:
+                jax.block_until_ready(nonfinite)
+                LOGGER.info("first step done %.1f s after the command's start", time.perf_counter() - cli.STARTED)
             window_steps += 1
             end = step == every.steps
             last = end or asked_to_stop(step)
