@@ -70,7 +70,7 @@ class TrainConfig:
     init_from: str = ""  # a run whose EMA weights a new run starts from
     precision: str = "float32"  # of products and activations; parameters, statistics, process, loss: float32
     remat: str = "none"  # what a block keeps for the backward pass: everything, products, kernels, or nothing (blocks)
-    attention: str = "auto"  # self-attention: xla, splash (a Pallas kernel), or what suits the platform and the length
+    attention: str = "auto"  # self-attention: xla, splash (TPU), heads (in turns), or what suits the platform and the length
     log_every: int = 50
     checkpoint_every: int = 500
     keep_checkpoints: int = 2  # the newest

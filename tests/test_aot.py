@@ -98,9 +98,9 @@ def test_the_splash_kernel_is_attention_forward_and_backward(tokens, width):
 
 def test_auto_takes_the_kernel_for_long_sequences_on_the_platform_that_is_compiled_for(devices):
     tpu, here = Target(make_mesh(MeshConfig(), devices=devices)), Target(make_mesh(MeshConfig(), devices=jax.devices()[:1]))
-    assert flash.use_splash("auto", 4096, tpu) and not flash.use_splash("auto", 256, tpu)
-    assert not flash.use_splash("auto", 4096, here) and flash.use_splash("splash", 64, here)
-    assert not flash.use_splash("xla", 4096, tpu)
+    assert flash.formulation("auto", 4096, tpu) == "splash" and flash.formulation("auto", 256, tpu) == "xla"
+    assert flash.formulation("auto", 4096, here) == "heads" and flash.formulation("auto", 256, here) == "xla"
+    assert flash.formulation("splash", 64, here) == "splash" and flash.formulation("xla", 4096, tpu) == "xla"
 
 
 class Blocks(nnx.Module):

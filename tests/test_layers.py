@@ -9,7 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
-from contextdiff_jax.models.layers import attention, gelu, linear
+from contextdiff_jax.models.layers import attention, attention_by_heads, gelu, linear
 
 RNG = np.random.default_rng(0)
 
@@ -59,6 +59,12 @@ def test_attention_of_large_logits_is_finite_and_picks_one_key():
     out, pullback = jax.vjp(attention, q, q, v)
     np.testing.assert_allclose(out, v, rtol=1e-6)
     assert all(np.isfinite(gradient).all() for gradient in pullback(v))
+
+
+def test_attention_by_heads_and_its_gradients():
+    theirs = lambda *qkv: torch.nn.functional.scaled_dot_product_attention(*(y.transpose(1, 2) for y in qkv), scale=0.7)
+    ours = lambda *qkv: attention_by_heads(*qkv, scale=0.7)
+    compare(ours, lambda *qkv: theirs(*qkv).transpose(1, 2), *(RNG.standard_normal((2, n, 3, 4)) for n in (5, 7, 7)))
 
 
 def test_gelu_is_the_exact_one():

@@ -1,8 +1,9 @@
 """Self-attention without its matrix of weights: JAX's Pallas splash kernel where the target is a TPU, and who decides.
 
 At 4096 tokens XLA writes the float32 logits of all heads to HBM and reads them back, several times in training; the kernel
-keeps a block of them on the chip (Dao et al., 2022). Cross-attention to a few dozen text tokens has no such matrix to save:
-it stays with XLA, as do short sequences.
+keeps a block of them on the chip (Dao et al., 2022). A CPU takes one head of one example at a time, whose logits fit its cache
+(`layers.attention_by_heads`). Cross-attention to a few dozen text tokens has no such matrix to save: it stays with XLA, as do
+short sequences.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ from jaxtyping import Array, Float
 
 from contextdiff_jax.parallel.mesh import Target, current_target, place
 
-CHOICES = ("auto", "xla", "splash")
+CHOICES = ("auto", "xla", "splash", "heads")
 RESIDUALS = "splash_residuals"  # the checkpoint name of what the backward kernels read: output and log-sum-exp
-LONG = 1024  # tokens from which `auto` takes the kernel: below, XLA's logits fit beside everything else
+LONG = 1024  # tokens from which `auto` takes them: below, XLA's logits fit beside everything else
 _LANES, _BLOCK = 128, 512  # the kernel's blocks are multiples of a TPU's lanes
 
 
-def use_splash(choice: str, tokens: int, target: Target) -> bool:
-    """Whether self-attention over `tokens` runs as the kernel. `auto` follows the platform that is compiled for, which
-    needn't be this machine's."""
-    return choice == "splash" or (choice == "auto" and target.platform == "tpu" and tokens >= LONG)
+def formulation(choice: str, tokens: int, target: Target) -> str:
+    """Of `CHOICES`, as what self-attention over `tokens` runs. `auto` follows the platform that is compiled for, which needn't
+    be this machine's; a CPU that plays several devices keeps to XLA, which can split it."""
+    if choice != "auto":
+        return choice
+    if tokens < LONG:
+        return "xla"
+    alone = target.mesh is None or target.mesh.size == 1
+    return {"tpu": "splash", "cpu": "heads" if alone else "xla"}.get(target.platform, "xla")
 
 
 def splash_attention(

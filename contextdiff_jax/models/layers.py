@@ -114,6 +114,18 @@ def attention(
     return jnp.swapaxes(out, 1, 2)  # [B, N, H, D]
 
 
+def attention_by_heads(
+    q: Float[Array, "B N H D"], k: Float[Array, "B M H D"], v: Float[Array, "B M H D"], *, scale: float | None = None
+) -> Float[Array, "B N H D"]:
+    """`attention`, one head of one example after the other, and once more in the backward pass: N M logits are in memory at
+    a time, not B H N M, and on a CPU they stay in its cache (one core, 4 x 1024 tokens, 8 heads of 16: 39 ms against 57)."""
+    B, N, H, D = q.shape
+    one = jax.checkpoint(lambda *qkv: attention(*(y[None, :, None] for y in qkv), scale=scale)[0, :, 0])  # [N, D]
+    heads = (jnp.swapaxes(y, 1, 2).reshape(B * H, -1, D) for y in (q, k, v))
+    out = jax.lax.map(lambda qkv: one(*qkv), tuple(heads))  # [B*H, N, D]
+    return jnp.swapaxes(out.reshape(B, H, N, D), 1, 2)
+
+
 def upsample_nearest(
     x: Float[Array, "B H W C"], size: tuple[int, int] | None = None
 ) -> Float[Array, "B H2 W2 C"]:
@@ -299,8 +311,11 @@ class Attention(nnx.Module):
         whole = context is None and mask is None and bias is None  # nothing is hidden or weighed: what the kernel computes
         context = x if context is None else context
         q, k, v = (self._heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        if whole and flash.use_splash(self.self_attention, x.shape[1], current_target()):
+        how = flash.formulation(self.self_attention, x.shape[1], current_target()) if whole else "xla"
+        if how == "splash":
             out = flash.splash_attention(q, k, v, q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        elif how == "heads":
+            out = attention_by_heads(q, k, v, scale=self.scale)
         else:
             out = attention(q, k, v, mask, bias=bias, scale=self.scale)  # [B, N, H, D/H]
         return self.to_out(out.reshape(*out.shape[:2], -1))  # [B, N, D]
