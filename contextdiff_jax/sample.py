@@ -39,6 +39,7 @@ OF_MODELS = (NEGATIVE, SIZE, IMAGE, STRENGTH, MASK)
 def from_run(prompts: list[str]):
     """(pictures, how they were made, of which step)."""
     from contextdiff_jax.generation import Generator
+    from contextdiff_jax.parallel.mesh import local_mesh
     from contextdiff_jax.run import load_run
     from contextdiff_jax.settings import SampleConfig
 
@@ -51,7 +52,7 @@ def from_run(prompts: list[str]):
     run = load_run(WORKDIR.value, WEIGHTS.value)
     options = dataclasses.replace(run.settings.sample, **given)
     cli.set_compilation_cache(pathlib.Path(WORKDIR.value))
-    images = Generator(run.settings, run.tokenizer, options)(run.params, prompts, SEED.value)
+    images = Generator(run.settings, run.tokenizer, options, mesh=local_mesh())(run.params, prompts, SEED.value)
     made = {name: getattr(options, name) for name in ("sampler", "steps", "eta", "guidance")}
     return images, made, f"step {run.step}"
 

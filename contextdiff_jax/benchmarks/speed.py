@@ -1,13 +1,14 @@
 """Our training step and sampling loop in turns with torch's, and what the context adds to them.
 
-The UNet alone does the same work on both sides: the same weights (random, every tensor of weight), inputs and number of
-threads, AdamW on the mean squared error, or DDIM with guidance. Before a ratio is given the results must agree: the output,
-and after a step its loss and the change of all parameters; samples. The whole method has no torch version: it is measured
-with and without its context.
+The UNet alone does the same work on both sides: the same weights (random, every tensor of weight), inputs and cores, AdamW on
+the mean squared error, or DDIM with guidance. Ours is on all of JAX's devices, by the config's mesh: on a CPU one a core is the
+fastest (JAX_NUM_CPU_DEVICES). Before a ratio is given the results must agree: the output, and after a step its loss and the
+change of each parameter; samples. The whole method has no torch version: it is measured with and without its context.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -31,6 +32,7 @@ from contextdiff_jax.cli import RunError, num_cores
 from contextdiff_jax.diffusion.samplers import Denoised
 from contextdiff_jax.models.contextdiff import make_sampler
 from contextdiff_jax.models.unet import UNet
+from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings, tracing_for
 from contextdiff_jax.pretrained.unet import unet_state_to_torch
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.state import build_model, init_state, model_graph
@@ -159,6 +161,23 @@ def _compiled(function: Callable, *arguments: Any, donate: tuple[int, ...] = ())
     return compiled, time.perf_counter() - start, float((lowered.cost_analysis() or {}).get("flops", 0))
 
 
+class _Devices:
+    """All of them, as the config's mesh lays them out: a step of ours runs on each with its share of the batch."""
+
+    def __init__(self, settings: Settings):
+        self.rules = settings.mesh.rules
+        self.mesh = make_mesh(settings.mesh, settings.train.batch_size)
+
+    def parameters(self, tree: Any) -> Any:
+        return jax.device_put(tree, state_shardings(self.mesh, tree, self.rules))
+
+    def batch(self, inputs: Inputs) -> dict[str, Array]:
+        return {k: jax.device_put(v, Feed(self.mesh, len(v), self.rules).sharding(v.shape)) for k, v in inputs.items()}
+
+    def tracing(self) -> contextlib.AbstractContextManager:
+        return tracing_for(self.mesh, self.rules)
+
+
 class _Stepper:
     """A training step's program with its state: a call is a step, its result the loss."""
 
@@ -184,11 +203,14 @@ def _train_unet(settings: Settings, options: SpeedBenchmark) -> tuple[list[Conte
     unet, inputs, train = random_unet(settings), make_inputs(settings, settings.train.batch_size), settings.train
     peers = _peers(unet, settings, options.compare)
     before = unet_state_to_torch(unet)
-    graph, params = nnx.split(unet)
+    devices, (graph, params) = _Devices(settings), nnx.split(unet)
+    placed, params = devices.batch(inputs), devices.parameters(params)
     forward = jax.jit(lambda params, inputs: _predict(nnx.merge(graph, params), inputs["x"], inputs["t"], inputs))
-    output = np.asarray(forward(params, inputs))
     optimizer = optax.adamw(train.learning_rate, train.b1, train.b2, weight_decay=train.weight_decay)
-    ours = _Stepper(unet_step(graph, optimizer), params, jax.jit(optimizer.init)(params), rest=(inputs,))
+    with devices.tracing():
+        output = np.asarray(forward(params, placed))
+        opt_state = devices.parameters(jax.jit(optimizer.init)(params))
+        ours = _Stepper(unet_step(graph, optimizer), params, opt_state, rest=(placed,))
     loss = float(ours())
     after = unet_state_to_torch(nnx.merge(graph, ours.state[0]))
     contestants = [Contestant("unet", ours, ours.compile_seconds)]
@@ -207,9 +229,11 @@ def _sample_unet(settings: Settings, options: SpeedBenchmark) -> tuple[list[Cont
     peers = _peers(unet, settings, options.compare)
     inputs = make_inputs(settings, 2 * batch) | {"x": make_inputs(settings, batch)["x"]}
     del inputs["target"], inputs["t"]
-    graph, params = nnx.split(unet)
-    program, compile_seconds, _ = _compiled(unet_sample(graph, settings), params, inputs)
-    call = lambda: jax.block_until_ready(program(params, inputs))
+    devices, (graph, params) = _Devices(settings), nnx.split(unet)
+    arguments = devices.parameters(params), devices.batch(inputs)
+    with devices.tracing():
+        program, compile_seconds, _ = _compiled(unet_sample(graph, settings), *arguments)
+    call = lambda: jax.block_until_ready(program(*arguments))
     contestants, images = [Contestant("unet", call, compile_seconds)], np.asarray(call())
     for name, peer in peers.items():
         from contextdiff_jax.benchmarks.torch_peer import make_scheduler
@@ -285,7 +309,7 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
         with_context, without = (times[contestant.name].wall for contestant in contestants[::-1])
         share = paired.ratio([a - b for a, b in zip(with_context, without)], with_context)
         rows[-1] |= {"context_share": share.value, "context_share_quartiles": [share.low, share.high]}
-    facts = {"cores": num_cores(), "matmul_peak_flops_per_second": peak, "rounds": options.rounds}
+    facts = {"cores": num_cores(), "devices": jax.device_count(), "matmul_peak_flops_per_second": peak, "rounds": options.rounds}
     rows = [row | facts for row in rows]
     return Result(_table(rows, options.program), rows)
 
@@ -315,7 +339,7 @@ def _rows(contestants: list[Contestant], times: Mapping[str, Times], flops: floa
 
 
 def _table(rows: list[dict[str, Any]], program: str) -> str:
-    head = f"{program}, {rows[0]['cores']} cores, {rows[0]['rounds']} rounds"
+    head = f"{program}, {rows[0]['cores']} cores, {rows[0]['devices']} devices"
     lines = [f"{head:<30}{'s':>9}{'CPU s':>9}{'GFLOP/s':>9}{'of peak':>9}{'compile s':>11}{'memory MiB':>12}  ahead"]
     for row in rows:
         rate = f"{row['flops_per_second'] / 1e9:.1f}" if "flops" in row else "-"
@@ -327,10 +351,12 @@ def _table(rows: list[dict[str, Any]], program: str) -> str:
             wall, cpu = ([row[f"{kind}ratio"], *row[f"{kind}ratio_quartiles"]] for kind in ("", "cpu_"))
             told = "{:.2f} times [{:.2f}, {:.2f}] of {}; in CPU s {:.2f} [{:.2f}, {:.2f}]".format(*wall, row["peer"], *cpu)
         if "context_share" in row:
-            told = "the context is {:.1%} [{:.1%}, {:.1%}] of the time".format(row["context_share"], *row["context_share_quartiles"])
+            shares = row["context_share"], *row["context_share_quartiles"]
+            told = "the context is {:.1%} [{:.1%}, {:.1%}] of the time".format(*shares)
         lines.append(
             f"{row['name']:<30}{row['seconds']:>9.3f}{row['cpu_seconds']:>9.3f}{rate:>9}{share:>9}{compiling:>11}{memory:>12}"
             f"  {told}".rstrip()
         )
-    peak = f"peak: {rows[0]['matmul_peak_flops_per_second'] / 1e9:.0f} GFLOP/s in a float32 matrix product; brackets: quartiles of the"
-    return "\n".join([*lines, f"{peak} rounds; memory: what the process grew by in a call"])
+    peak = f"peak: {rows[0]['matmul_peak_flops_per_second'] / 1e9:.0f} GFLOP/s in a float32 matrix product"
+    brackets = f"brackets: quartiles of {rows[0]['rounds']} rounds; memory: what the process grew by in a call"
+    return "\n".join([*lines, f"{peak}; {brackets}"])

@@ -9,6 +9,7 @@ short sequences.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,26 +27,18 @@ _LANES, _BLOCK = 128, 512  # the kernel's blocks are multiples of a TPU's lanes
 
 def formulation(choice: str, tokens: int, target: Target) -> str:
     """Of `CHOICES`, as what self-attention over `tokens` runs. `auto` follows the platform that is compiled for, which needn't
-    be this machine's; a CPU that plays several devices keeps to XLA, which can split it."""
+    be this machine's."""
     if choice != "auto":
         return choice
-    if tokens < LONG:
-        return "xla"
-    alone = target.mesh is None or target.mesh.size == 1
-    return {"tpu": "splash", "cpu": "heads" if alone else "xla"}.get(target.platform, "xla")
+    return {"tpu": "splash", "cpu": "heads"}.get(target.platform, "xla") if tokens >= LONG else "xla"
 
 
-def splash_attention(
-    q: Float[Array, "B N H D"], k: Float[Array, "B M H D"], v: Float[Array, "B M H D"], scale: float,
-    *, target: Target | None = None,
+def on_each_device(
+    kernel: Callable[[Array, Array, Array], Array], q: Float[Array, "B N H D"], k: Float[Array, "B M H D"],
+    v: Float[Array, "B M H D"], target: Target,
 ) -> Float[Array, "B N H D"]:
-    """softmax(scale q k^T) v per head, each device with its own examples, heads and rows (`target`: the current one).
-
-    The kernel is one device's program, which XLA's partitioner can't split: `shard_map` hands each device its part. Off a TPU
-    the kernel is interpreted: right, and slow.
-    """
-    target = current_target() if target is None else target
-    kernel = functools.partial(_one_device, scale=scale, interpret=target.platform != "tpu")
+    """`kernel(q, k, v)` by each of the target's devices for its own examples, heads and rows: a program of one device, which
+    XLA's partitioner can't split."""
     if target.mesh is None:
         return kernel(q, k, v)
     queries = place(target.mesh, q.shape, ("batch", "rows", "heads", None), target.rules).spec
@@ -53,6 +46,15 @@ def splash_attention(
     return jax.shard_map(
         kernel, mesh=target.mesh, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False
     )(q, k, v)
+
+
+def splash_attention(
+    q: Float[Array, "B N H D"], k: Float[Array, "B M H D"], v: Float[Array, "B M H D"], scale: float,
+    *, target: Target | None = None,
+) -> Float[Array, "B N H D"]:
+    """softmax(scale q k^T) v per head (`target`: the current one). Off a TPU the kernel is interpreted: right, and slow."""
+    target = current_target() if target is None else target
+    return on_each_device(functools.partial(_one_device, scale=scale, interpret=target.platform != "tpu"), q, k, v, target)
 
 
 def _one_device(q: Array, k: Array, v: Array, *, scale: float, interpret: bool) -> Array:

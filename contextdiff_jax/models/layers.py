@@ -7,6 +7,7 @@ products run in `dtype`; the statistics of the normalisations and the softmax ar
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -315,7 +316,7 @@ class Attention(nnx.Module):
         if how == "splash":
             out = flash.splash_attention(q, k, v, q.shape[-1] ** -0.5 if self.scale is None else self.scale)
         elif how == "heads":
-            out = attention_by_heads(q, k, v, scale=self.scale)
+            out = flash.on_each_device(functools.partial(attention_by_heads, scale=self.scale), q, k, v, current_target())
         else:
             out = attention(q, k, v, mask, bias=bias, scale=self.scale)  # [B, N, H, D/H]
         return self.to_out(out.reshape(*out.shape[:2], -1))  # [B, N, D]
