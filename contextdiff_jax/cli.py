@@ -66,8 +66,10 @@ def keep_freed_memory() -> None:
     XLA's CPU backend takes a program's temporaries anew at each call, hundreds of MiB that glibc otherwise gives back to the
     kernel after it: their page faults were a sixth of a training step (docs/performance.md). To be called before threads start.
     """
+    if sys.platform != "linux" or any(map(glob.glob, ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*"))):
+        return
     libc = ctypes.CDLL(None)
-    if any(map(glob.glob, ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*"))) or not hasattr(libc, "mallopt"):
+    if not hasattr(libc, "mallopt"):  # musl
         return
     for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # malloc.h: M_MMAP_MAX none, M_TRIM_THRESHOLD never, M_ARENA_MAX one
         libc.mallopt(option, value)

@@ -182,7 +182,7 @@ def write_page(plan: Plan, name: str, path: str, out: pathlib.Path) -> str:
         f"Not run yet: {', '.join(missing)}." if missing else "",
         table(plan, results), *(difference_table(plan, results, baseline) for baseline in plan.baselines),
         cost_table(plan, results), f"![scores and gains]({name}.png)",
-        "## Cells", "Each again, in another folder, with the same digits on the same machine and number of cores:",
+        "## Cells", "Each again, in another folder, with the same digits at its commit, on the same machine and number of cores:",
         f"    taskset -c 0 python -m contextdiff_jax.experiment --plan={path} --variants={cells[0][0]} "
         f"--seeds={cells[0][1]} --out=/tmp/again --workdir=/tmp/again",
         "\n".join(["| cell | config | commit | seconds |", "|---|---|---|---|"] + [
