@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from contextdiff_jax.benchmarks import aot, hlo
 from contextdiff_jax.models import flash
-from contextdiff_jax.models.layers import ResnetBlock, SpatialTransformer, attention
+from contextdiff_jax.models.attention import attention
+from contextdiff_jax.models.layers import ResnetBlock, SpatialTransformer
 from contextdiff_jax.models.remat import POLICIES, configure
 from contextdiff_jax.parallel.mesh import MeshConfig, Target, make_mesh, tracing_for
 from contextdiff_jax.settings import parse

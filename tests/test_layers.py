@@ -9,7 +9,8 @@ import pytest
 import torch
 from flax import nnx
 
-from contextdiff_jax.models.layers import attention, attention_by_heads, gelu, linear
+from contextdiff_jax.models.attention import attention, attention_by_heads
+from contextdiff_jax.models.layers import gelu, linear
 
 RNG = np.random.default_rng(0)
 
@@ -79,3 +80,9 @@ def test_a_rematerialised_layer_keeps_its_gradients():
     loss = lambda state: (nnx.merge(graph, state)(x) ** 2).sum()
     for policy in (None, jax.checkpoint_policies.dots_saveable):
         jax.tree.map(np.testing.assert_array_equal, jax.grad(jax.checkpoint(loss, policy=policy))(state), jax.grad(loss)(state))
+
+
+def test_two_layers_alike_have_equal_graphs():
+    """Or what nnx.jit compiled for one would be compiled again for the other."""
+    first, second = (nnx.split(linear(6, 4, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)))[0] for _ in range(2))
+    assert first == second and hash(first) == hash(second)

@@ -3,7 +3,8 @@
 The UNet alone does the same work on both sides: the same weights (random, every tensor of weight), inputs and cores, AdamW on
 the mean squared error, or DDIM with guidance. Ours is on all of JAX's devices, by the config's mesh: on a CPU one a core is the
 fastest (JAX_NUM_CPU_DEVICES). Before a ratio is given the results must agree: the output, and after a step its loss and the
-change of each parameter; samples. The whole method has no torch version: it is measured with and without its context.
+change of each parameter; samples. The whole method has no torch version: it is measured with and without its context, on one
+device.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 At 4096 tokens XLA writes the float32 logits of all heads to HBM and reads them back, several times in training; the kernel
 keeps a block of them on the chip (Dao et al., 2022). A CPU takes one head of one example at a time, whose logits fit its cache
-(`layers.attention_by_heads`). Cross-attention to a few dozen text tokens has no such matrix to save: it stays with XLA, as do
+(`attention.attention_by_heads`). Cross-attention to a few dozen text tokens has no such matrix to save: it stays with XLA, as do
 short sequences.
 """
 

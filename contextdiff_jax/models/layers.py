@@ -7,7 +7,6 @@ products run in `dtype`; the statistics of the normalisations and the softmax ar
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -16,9 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Shaped
 
-from contextdiff_jax.models import flash
+from contextdiff_jax.models.attention import attention, self_attention
 from contextdiff_jax.models.remat import rematerialised
-from contextdiff_jax.parallel.mesh import current_target
 
 _ZEROS = nnx.initializers.zeros_init()
 _LECUN = nnx.initializers.lecun_normal()
@@ -82,51 +80,6 @@ def timestep_embedding(
     return jnp.concatenate(parts, axis=-1)
 
 
-def attention(
-    q: Float[Array, "B N H D"],
-    k: Float[Array, "B M H D"],
-    v: Float[Array, "B M H D"],
-    mask: Bool[Array, "B *N M"] | None = None,
-    *,
-    bias: Float[Array, "H N M"] | None = None,
-    scale: float | None = None,
-) -> Float[Array, "B N H D"]:
-    """softmax(scale q k^T + bias) v per head, logits and softmax in float32: the one attention core.
-
-    `scale` is 1 / sqrt(D) unless given. Keys whose mask is False (for every query, or with an axis N for each)
-    get no weight; a row without any valid key attends uniformly, so it stays finite.
-    The weights are normalised after their product with v, which has D columns and not M: two passes over N M less.
-    XLA's CPU backend is why heads go in front of tokens (over the B N H D layout the same einsums take four times as
-    long: forward at B 16, N 256, H 8, D 16: 60 ms against 15), and why k and v stand across: their gradients are then
-    products that it is fast at (62 against 20 GFLOP/s, one core), which without the barriers it would turn about again.
-    """
-    q = jnp.swapaxes(q, 1, 2)  # [B, H, N, D]
-    k, v = (jax.lax.optimization_barrier(jnp.moveaxis(y, 1, 3)) for y in (k, v))  # [B, H, D, M]
-    logits = jnp.einsum("bhnd,bhdm->bhnm", q, k, preferred_element_type=jnp.float32)
-    logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if bias is not None:
-        logits = logits + bias.astype(jnp.float32)
-    if mask is not None:
-        mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]  # [B, 1, 1 or N, M]
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))  # [B, H, N, M]
-    out = jnp.einsum("bhnm,bhdm->bhnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    out = (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
-    return jnp.swapaxes(out, 1, 2)  # [B, N, H, D]
-
-
-def attention_by_heads(
-    q: Float[Array, "B N H D"], k: Float[Array, "B M H D"], v: Float[Array, "B M H D"], *, scale: float | None = None
-) -> Float[Array, "B N H D"]:
-    """`attention`, one head of one example after the other, and once more in the backward pass: N M logits are in memory at
-    a time, not B H N M, and on a CPU they stay in its cache (one core, 4 x 1024 tokens, 8 heads of 16: 39 ms against 57)."""
-    B, N, H, D = q.shape
-    one = jax.checkpoint(lambda *qkv: attention(*(y[None, :, None] for y in qkv), scale=scale)[0, :, 0])  # [N, D]
-    heads = (jnp.swapaxes(y, 1, 2).reshape(B * H, -1, D) for y in (q, k, v))
-    out = jax.lax.map(lambda qkv: one(*qkv), tuple(heads))  # [B*H, N, D]
-    return jnp.swapaxes(out.reshape(B, H, N, D), 1, 2)
-
-
 def upsample_nearest(
     x: Float[Array, "B H W C"], size: tuple[int, int] | None = None
 ) -> Float[Array, "B H2 W2 C"]:
@@ -164,6 +117,11 @@ def _matmul_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
+def _dot_general(x: Array, kernel: Array, *_, **__) -> Array:
+    """What nnx.Linear calls: one function for all layers, or two modules alike would have unequal graphs, compiled twice."""
+    return matmul(x, kernel)
+
+
 def linear(
     in_features: int, out_features: int, *, use_bias: bool = True, zero_init: bool = False,
     dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
@@ -171,7 +129,7 @@ def linear(
     """A dense layer; `zero_init` is for the last one of a residual branch, so that it starts as nothing."""
     return nnx.Linear(
         in_features, out_features, use_bias=use_bias, kernel_init=_ZEROS if zero_init else _LECUN,
-        dot_general=lambda x, kernel, *_, **__: matmul(x, kernel), dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+        dot_general=_dot_general, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
     )
 
 
@@ -312,13 +270,10 @@ class Attention(nnx.Module):
         whole = context is None and mask is None and bias is None  # nothing is hidden or weighed: what the kernel computes
         context = x if context is None else context
         q, k, v = (self._heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        how = flash.formulation(self.self_attention, x.shape[1], current_target()) if whole else "xla"
-        if how == "splash":
-            out = flash.splash_attention(q, k, v, q.shape[-1] ** -0.5 if self.scale is None else self.scale)
-        elif how == "heads":
-            out = flash.on_each_device(functools.partial(attention_by_heads, scale=self.scale), q, k, v, current_target())
+        if whole:
+            out = self_attention(q, k, v, self.scale, choice=self.self_attention)  # [B, N, H, D/H]
         else:
-            out = attention(q, k, v, mask, bias=bias, scale=self.scale)  # [B, N, H, D/H]
+            out = attention(q, k, v, mask, bias=bias, scale=self.scale)
         return self.to_out(out.reshape(*out.shape[:2], -1))  # [B, N, D]
 
     def _heads(self, x: Float[Array, "B N D"]) -> Float[Array, "B N H D2"]:
