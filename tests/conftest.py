@@ -11,6 +11,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+# Most of the suite's time is compilation, for arrays so small that LLVM's optimisations don't pay: here, and in the processes
+# that tests start, they are off (XLA's own passes stay). With them, half as long again: JAX_DISABLE_MOST_OPTIMIZATIONS=0.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 TINY = {
     "train.batch_size": 8, "train.warmup_steps": 2, "train.log_every": 1, "train.sample_every": 0,
@@ -52,13 +55,13 @@ def command(name: str, *arguments: str, tiny: bool = False, **options) -> subpro
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-    """XLA's optimisations off: for tests of large programs on tiny arrays, which are nearly all compilation."""
+def optimised():
+    """LLVM's optimisations on."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] not in ("0", "false"))
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def run(name: str, workdir: pathlib.Path) -> dict:
     loader = make_loader(make_source(SETTINGS.data), batch_size=8, tokenizer=tokenizer, max_length=12, rows=feed.rows)
     null = jax.device_put(null_caption(tokenizer, 12), replicated(mesh))
     state = jax.jit(lambda: init_state(SETTINGS), out_shardings=shardings)()
-    step = jax.jit(make_train_step(SETTINGS), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    step = jax.jit(make_train_step(SETTINGS, mesh), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
     def next_loss(state):
         before = float(state.metric_sums["loss"])

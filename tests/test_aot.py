@@ -18,7 +18,7 @@ from contextdiff_jax.models import flash
 from contextdiff_jax.models.attention import attention
 from contextdiff_jax.models.layers import ResnetBlock, SpatialTransformer
 from contextdiff_jax.models.remat import POLICIES, configure
-from contextdiff_jax.parallel.mesh import MeshConfig, Target, make_mesh, tracing_for
+from contextdiff_jax.parallel.mesh import MeshConfig, Target, gathered, make_mesh, path_name, state_shardings, tracing_for
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import init_state
 
@@ -59,6 +59,21 @@ ENTRY %main (a: f32[8]) -> f32[8] {
     assert hlo.collectives(program, {"data": 2}) == [hlo.Traffic("all-reduce", "data", 7, 7 * 32.0)]
 
 
+def test_a_collective_spread_over_fusions_counts_once_and_a_scattered_sum_is_one():
+    program = hlo.instructions("""
+%fused.1 (p: bf16[8,32]) -> bf16[32,32] {
+  %all-gather.1 = bf16[32,32]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+}
+%fused.2 (p: bf16[8,32]) -> bf16[32,32] {
+  %all-gather.2 = bf16[32,32]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+}
+%all-reduce-scatter.3 (p: f32[16]) -> f32[8] {
+  %all-reduce.3 = f32[16]{0} all-reduce(%p), channel_id=8, replica_groups={{0,1}}, to_apply=%add
+}""")
+    rows = hlo.Traffic("all-gather", "data", 1, 1024.0), hlo.Traffic("reduce-scatter", "data", 1, 32.0)
+    assert hlo.collectives(program, {"data": 2}) == list(rows)
+
+
 def test_bytes_of_a_compiled_programs_collectives_are_those_of_a_ring(devices):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), devices=devices)
     x = jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=NamedSharding(mesh, P("data", "fsdp")))
@@ -79,11 +94,11 @@ def test_a_kernels_hidden_work_is_counted_from_the_compiled_program(devices):
 
     program = hlo.instructions(jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, q, q).compile().as_text())
     product = 2 * 1 * 2 * 1024**2 * 128  # 1 example, 2 heads a chip
-    assert [kernel.flops for kernel in hlo.kernels(program)] == [2 * product, 3 * product, 4 * product]
+    assert [kernel.flops for kernel in hlo.kernels(program)] == [2 * product, 5 * product]
     assert hlo.collectives(program, mesh.shape) == []  # no chip needs another's
 
 
-@pytest.mark.parametrize("tokens, width", [(128, 40), (70, 8)])
+@pytest.mark.parametrize("tokens, width", [(128, 40), (70, 8), (2304, 8)])
 def test_the_splash_kernel_is_attention_forward_and_backward(tokens, width):
     """Interpreted; heads narrower than the lanes, and tokens that are no whole blocks."""
     *inputs, direction = (jax.random.normal(key, (1, tokens, 2, width)) for key in jax.random.split(jax.random.key(0), 4))
@@ -107,10 +122,10 @@ def test_auto_takes_the_kernel_for_long_sequences_on_the_platform_that_is_compil
 class Blocks(nnx.Module):
     """A resnet and a transformer block."""
 
-    def __init__(self):
-        policy = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-        self.resnet = ResnetBlock(8, 8, 16, num_groups=4, eps=1e-5, **policy)
-        self.transformer = SpatialTransformer(8, 2, 12, num_groups=4, **policy)
+    def __init__(self, width=8, dtype=jnp.float32):
+        policy = dict(dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+        self.resnet = ResnetBlock(width, width, 16, num_groups=4, eps=1e-5, **policy)
+        self.transformer = SpatialTransformer(width, 2, 12, num_groups=4, **policy)
 
     def __call__(self, x, temb, text):
         return (self.transformer(self.resnet(x, temb), text, None) ** 2).mean()
@@ -130,6 +145,26 @@ def test_rematerialised_blocks_have_the_same_loss_and_gradient_and_compute_again
     for remat in POLICIES:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), results[remat], results["none"])
     assert counts["none"] == counts["products"] < counts["kernels"] == counts["blocks"]
+
+
+def test_on_fsdp_kernels_are_gathered_in_bfloat16_and_beside_gradients_nothing_is_sent(devices):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4), devices=devices)
+    graph, params = nnx.split(nnx.eval_shape(lambda: Blocks(64, jnp.bfloat16)))
+    shardings, spread = state_shardings(mesh, params), NamedSharding(mesh, P("fsdp"))
+    inputs = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=spread) for s in ((8, 8, 8, 64), (8, 16), (8, 5, 12))]
+
+    def loss(params, *inputs):
+        with tracing_for(mesh):
+            return nnx.merge(graph, gathered(params, jnp.bfloat16))(*inputs).astype(jnp.float32)
+
+    step = jax.jit(jax.value_and_grad(loss), out_shardings=(NamedSharding(mesh, P()), shardings))
+    compiled = step.lower(aot.abstract(params, shardings), *inputs).compile()
+    sent = {row.kind: row.sent_bytes for row in hlo.collectives(hlo.instructions(compiled.as_text()), mesh.shape)}
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    whole = sum(leaf.size * (2 if path_name(path).endswith("/kernel") else 4) for path, leaf in leaves)
+    assert set(sent) <= {"all-gather", "all-reduce", "reduce-scatter"}
+    assert 0.8 < sent["all-gather"] / (whole * 3 / 4) < 1.1  # some biases are too small to be split
+    assert sum(sent.values()) < 3.3 * whole * 3 / 4
 
 
 def test_figures_are_those_of_the_compiled_program(devices, monkeypatch):

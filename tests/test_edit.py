@@ -22,8 +22,6 @@ from contextdiff_jax.editing.output import save_frames
 from contextdiff_jax.editing.pipeline import run_edit, table
 from contextdiff_jax.editing.settings import parse_edit
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def config_of(folder, **changes):
     """A tiny config for the clip in `folder`."""

@@ -22,7 +22,6 @@ from contextdiff_jax.editing.sampling import sample_edits
 from contextdiff_jax.editing.settings import EditConfig, parse_edit
 from contextdiff_jax.editing.tuning import init_tuning, make_tuning_step, trainable
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SCHEDULE = diffusion.make_schedule("cosine", 100)
 
 
@@ -158,7 +157,6 @@ def edit_settings(**changes):
         if section in sections:
             sections[section][field] = value
     return parse_edit(config | sections)
-
 
 FRAMES = 4
 

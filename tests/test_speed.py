@@ -18,7 +18,6 @@ from contextdiff_jax.benchmarks.speed import SpeedBenchmark
 from contextdiff_jax.cli import RunError
 from contextdiff_jax.settings import parse
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = {**ONE_LEVEL, "train.batch_size": 2, "data.image_size": 8, "sample.steps": 5}
 
 

@@ -13,7 +13,6 @@ from contextdiff_jax.models.video import inflate
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import make_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, F, L = 2, 3, 5
 predict = nnx.jit(lambda model, *arguments: model.predict(*arguments))
 context = nnx.jit(lambda model, *arguments: model.context(*arguments))

@@ -182,6 +182,7 @@ def compile_row(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) ->
         "name": f"{program} {name} remat={settings.train.remat} batch={settings.train.batch_size}", "program": program,
         "chip": chip.name, "chips": mesh.size, "mesh": dict(mesh.shape), "remat": settings.train.remat,
         "attention": settings.train.attention, "batch_per_chip": settings.train.batch_size / mesh.size, "hbm": chip.hbm,
+        "optimization_level": jax.config.jax_optimization_level,
     }
     start = time.perf_counter()
     lowered = lower(settings, program, mesh, frozen)
@@ -246,7 +247,9 @@ def figures(compiled: jax.stages.Compiled, settings: Settings, program: str, mes
 def _table(rows: list[dict[str, Any]], options: AotBenchmark) -> str:
     columns = {"TFLOP": 7, "s": 8, "kernels": 8, "sent in": 8, "of peak": 8, "compile": 8}
     head = f"{'':44} {'fits':>5} {'HBM GiB':>12} " + " ".join(f"{name:>{width}}" for name, width in columns.items())
-    lines = [f"{options.program} on {options.topology}, a chip; predicted by the compiler (libtpu), nothing run on a TPU", head]
+    level = rows[0]["optimization_level"]
+    level = "" if level == "UNKNOWN" else f" at JAX_OPTIMIZATION_LEVEL={level}"
+    lines = [f"{options.program} on {options.topology}, a chip; predicted by the compiler (libtpu{level}), nothing run on a TPU", head]
     for row in rows:
         limit = f"{row['hbm'] / GiB:.4g}"
         if not row["fits"] and row["seconds"] is None:

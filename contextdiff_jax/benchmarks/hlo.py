@@ -17,7 +17,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%([\w.\-]+) .*\{$")
 _ARRAY = re.compile(r"\b(pred|bf16|f16|c64|[fsu]\d+)(?:e\w+)?\[([\d,]*)\]")
 _XLA_KERNEL = "online-softmax"
 # Products of a kernel by the start of its name, each 2 * queries * keys * width operations.
-_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4, _XLA_KERNEL: 1}
+_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5, _XLA_KERNEL: 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +127,20 @@ class Traffic:
 
 def collectives(program: list[Instruction], mesh_shape: Mapping[str, int]) -> list[Traffic]:
     """The collectives of a program, the largest first. In a ring of g chips an array of V bytes, whole, costs each of them
-    V (g - 1) / g to gather or to scatter, and both to sum."""
+    V (g - 1) / g to gather or to scatter, and both to sum.
+
+    One that XLA:TPU runs beside computations stands in each of their fusions, with the same channel: it counts once. A sum
+    of which each keeps its part is a fusion named all-reduce-scatter.
+    """
     totals: dict[tuple[str, str], tuple[int, float]] = {}
+    channels = set()
     for each in program:
         kind = each.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
+        channel = re.search(r"channel_id=\d+", each.rest)
+        if kind not in COLLECTIVES or (channel and (kind, channel[0]) in channels):
             continue
+        channels.add((kind, channel and channel[0]))
+        scattered = each.computation.startswith("all-reduce-scatter")
         groups = replica_groups(each.rest, math.prod(mesh_shape.values()))
         g = groups.shape[1]
         if g == 1:
@@ -140,8 +148,8 @@ def collectives(program: list[Instruction], mesh_shape: Mapping[str, int]) -> li
         # A start's result is the pair (operand, result), with some counters.
         size = max(_bits(kind) * math.prod(sides) // 8 for kind, sides in each.shapes) if each.opcode != kind else each.num_bytes
         whole = size * g if kind == "reduce-scatter" and each.opcode == kind else size
-        sent = whole if kind == "collective-permute" else whole * (g - 1) / g * (2 if kind == "all-reduce" else 1)
-        key = kind, "+".join(axes_of(groups, mesh_shape))
+        sent = whole if kind == "collective-permute" else whole * (g - 1) / g * (2 if kind == "all-reduce" and not scattered else 1)
+        key = "reduce-scatter" if scattered else kind, "+".join(axes_of(groups, mesh_shape))
         count, total = totals.get(key, (0, 0.0))
         totals[key] = count + each.times, total + sent * each.times
     rows = [Traffic(*key, *value) for key, value in totals.items()]

@@ -1,6 +1,6 @@
 """The mathematics of contextualized diffusion: pure functions on arrays (jax only)."""
 
-from contextdiff_jax.diffusion.guidance import dynamic_threshold, guide, plugin_denoise, posterior_mean_denoise
+from contextdiff_jax.diffusion.guidance import dynamic_threshold, guide, pair, plugin_denoise, posterior_mean_denoise, unpair
 from contextdiff_jax.diffusion.losses import loss_weight, prior_kl, sample_timesteps, snr, vlb, vlb_ends, vlb_kl
 from contextdiff_jax.diffusion.process import (
     Gaussian,
@@ -25,8 +25,9 @@ __all__ = [
     "get_sampler",
     "guide",
     "loss_weight",
-    "marginal_mean",
     "make_schedule",
+    "marginal_mean",
+    "pair",
     "plugin_denoise",
     "posterior_mean_denoise",
     "predict_x0",
@@ -38,6 +39,7 @@ __all__ = [
     "snr",
     "spaced_timesteps",
     "training_target",
+    "unpair",
     "vlb",
     "vlb_ends",
     "vlb_kl",

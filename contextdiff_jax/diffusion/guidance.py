@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from contextdiff_jax.diffusion.process import bcast, predict_x0
 from contextdiff_jax.diffusion.samplers import Denoised, DenoiseFn
@@ -43,6 +43,17 @@ def posterior_mean_denoise(
 
 def _clip(x0: Float[Array, "B *D"], clip: float | None) -> Float[Array, "B *D"]:
     return x0 if clip is None else jnp.clip(x0, -clip, clip)
+
+
+def pair(first: Shaped[Array, "B *D"], second: Shaped[Array, "B *D"]) -> Shaped[Array, "2B *D"]:
+    """The rows of guidance's two branches as one batch, side by side: so those of an example stay on its device."""
+    return jnp.stack([first, second], 1).reshape(-1, *first.shape[1:])
+
+
+def unpair(both: Shaped[Array, "2B *D"]) -> tuple[Shaped[Array, "B *D"], Shaped[Array, "B *D"]]:
+    """The inverse of `pair`."""
+    rows = both.reshape(-1, 2, *both.shape[1:])
+    return rows[:, 0], rows[:, 1]
 
 
 def guide(

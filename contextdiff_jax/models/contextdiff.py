@@ -131,9 +131,9 @@ def make_denoise(
     clipping, or by dynamic thresholding at that percentile; latents (a model with a `vae`) have no such range.
     """
     guided = guidance != 1.0
-    text = jnp.concatenate([tokens, null_tokens]) if guided else tokens  # [2B, L, D]
-    text_mask = jnp.concatenate([mask, null_mask]) if guided else mask
-    r_tokens, r_mask = (jnp.concatenate([a, a]) if guided else a for a in (tokens, mask))
+    text = diffusion.pair(tokens, null_tokens) if guided else tokens  # [2B, L, D]
+    text_mask = diffusion.pair(mask, null_mask) if guided else mask
+    r_tokens, r_mask = (diffusion.pair(a, a) if guided else a for a in (tokens, mask))
 
     def predict(x, t):
         return model.predict(x, t, text, text_mask)
@@ -156,8 +156,8 @@ def make_denoise(
         if not guided:
             out = branches(x, t, s)
             return out._replace(x0=bound(out.x0))
-        both = branches(*(jnp.concatenate([a, a]) for a in (x, t, s)))
-        conditional, unconditional = (Denoised(*part) for part in zip(*(jnp.split(a, 2) for a in both), strict=True))
+        both = branches(*(diffusion.pair(a, a) for a in (x, t, s)))
+        conditional, unconditional = (Denoised(*part) for part in zip(*map(diffusion.unpair, both), strict=True))
         out = diffusion.guide(conditional, unconditional, guidance, guidance_rescale)
         return out._replace(x0=bound(out.x0))
 

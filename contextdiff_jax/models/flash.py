@@ -22,7 +22,8 @@ from contextdiff_jax.parallel.mesh import Target, current_target, place
 CHOICES = ("auto", "xla", "splash", "heads")
 RESIDUALS = "splash_residuals"  # the checkpoint name of what the backward kernels read: output and log-sum-exp
 LONG = 1024  # tokens from which `auto` takes them: below, XLA's logits fit beside everything else
-_LANES, _BLOCK = 128, 512  # the kernel's blocks are multiples of a TPU's lanes
+# The kernel's blocks are multiples of a TPU's lanes. 4096 tokens took its forward pass's least time with 512 (NUMBERS.md).
+_LANES, _BLOCK, _LONG_BLOCK = 128, 512, 2048
 
 
 def formulation(choice: str, tokens: int, target: Target) -> str:
@@ -66,10 +67,13 @@ def _one_device(q: Array, k: Array, v: Array, *, scale: float, interpret: bool) 
         jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, length - x.shape[1]), (0, width)))  # [B, H, N, D]
         for x, length in ((q * scale, rows), (k, columns), (v, columns))
     )
-    block_q, block_kv = _block(rows), _block(columns)
+    block_q, block_kv = _block(rows, _BLOCK), _block(columns, _BLOCK)
+    # One backward kernel for all three gradients: a second, for dq alone, would compute the logits and their gradient again.
+    # It writes a dq for each of its blocks of keys, summed after it: so these are long.
     sizes = splash_kernel.BlockSizes(
-        block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv,
-        block_kv_dkv_compute=block_kv, block_q_dq=block_q, block_kv_dq=block_kv,
+        block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv, block_q_dkv=block_q,
+        block_kv_dkv=block_kv * _block(columns // block_kv, _LONG_BLOCK // block_kv, 1), block_kv_dkv_compute=block_kv,
+        use_fused_bwd_kernel=True,
     )
     mask = splash_mask.MultiHeadMask([splash_mask.FullMask((rows, columns))] * H)
     kernel = splash_kernel.make_splash_mha_single_device(
@@ -87,6 +91,6 @@ def _padded(tokens: int) -> int:
     return tokens + -tokens % _LANES
 
 
-def _block(tokens: int) -> int:
-    """The largest block that divides `tokens`, up to 512: 4096 tokens took the kernel's least time there (NUMBERS.md)."""
-    return next(size for size in range(min(_BLOCK, tokens), 0, -_LANES) if tokens % size == 0)
+def _block(length: int, limit: int, unit: int = _LANES) -> int:
+    """The largest multiple of `unit` up to `limit` that divides `length`."""
+    return next(size for size in range(min(limit, length), 0, -unit) if length % size == 0)

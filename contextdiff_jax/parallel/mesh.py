@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
@@ -198,6 +199,30 @@ def tracing_for(mesh: Mesh | None, rules: Mapping[str, str] = RULES) -> Iterator
 def current_target() -> Target:
     """The one of the innermost `tracing_for`."""
     return _TARGET.get(Target())
+
+
+def gathered(params: PyTree, dtype: jnp.dtype) -> PyTree:
+    """Parameters as the network reads them on the current target: whole along the axes that split the batch, and kernels in
+    `dtype`, that of the products, so that half the bytes are sent where it is bfloat16.
+
+    Left to itself XLA's partitioner also multiplies the rows of a kernel that a device holds with everybody's examples, and
+    sends activations. That each parameter is gathered before its use is what FSDP means.
+    """
+    target = current_target()
+    if target.mesh is None:
+        return params
+    rules = RULES | dict(target.rules)
+    split = _split(rules["batch"])
+    kept = {name: ",".join(axis for axis in _split(axes) if axis not in split) for name, axes in rules.items()}
+
+    def one(path, leaf: jax.Array) -> jax.Array:
+        name = path_name(path)
+        used = leaf.astype(dtype) if name.endswith("/kernel") else leaf
+        for each in (rules, kept):  # the first so that what is gathered is the result of the cast, not what it is made of
+            used = jax.lax.with_sharding_constraint(used, place(target.mesh, leaf.shape, logical_axes(name), each))
+        return used
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def local_mesh() -> Mesh:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from contextdiff_jax.diffusion import Denoised, NoiseSchedule, ddim_sample, predict_x0, q_sample
+from contextdiff_jax.diffusion import Denoised, NoiseSchedule, ddim_sample, pair, predict_x0, q_sample, unpair
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.vae import VAE
@@ -97,14 +97,13 @@ def sample_images(
     text = model.encode(token_ids, size)
     if guided:
         without = _nothing(text) if negative_ids is None else model.encode(negative_ids, size)
-        text = jax.tree.map(lambda *branches: jnp.concatenate(branches), without, text)  # [2B, ...]
+        text = jax.tree.map(pair, without, text)  # [2B, ...]
     reads_known = known is not None and model.unet.config.in_channels != x.shape[-1]
 
     def denoise(x, t, s):
         h = jnp.concatenate([x, known.mask, known.masked], axis=-1) if reads_known else x  # [B, H, W, Z or 2 Z + 1]
         if guided:
-            both = model.unet(jnp.concatenate([h, h]), jnp.concatenate([t, t]), text.tokens, added=text.added)
-            without, with_text = jnp.split(both, 2)
+            without, with_text = unpair(model.unet(pair(h, h), pair(t, t), text.tokens, added=text.added))
             output = without + guidance * (with_text - without)
         else:
             output = model.unet(h, t, text.tokens, added=text.added)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.models.remat import configure
+from contextdiff_jax.parallel.mesh import gathered
 from contextdiff_jax.settings import Settings, TrainConfig
 from contextdiff_jax.training.trainable import add_lora, merge_lora, split_trainable
 
@@ -81,8 +82,11 @@ def model_graph(settings: Settings) -> nnx.GraphDef:
 
 
 def build_model(graph: nnx.GraphDef, params: PyTree, frozen: Frozen = Frozen()) -> ContextDiffusion:
-    """The model of a state's parameters, LoRA's products in the layers that they change, with the frozen networks."""
-    return nnx.merge(graph, merge_lora(params)).attach(frozen)
+    """The model of a state's parameters, LoRA's products in the layers that they change, with the frozen networks; on a mesh
+    (`tracing_for`) its parameters are gathered."""
+    params = merge_lora(params)
+    dtype = nnx.merge(graph, params).unet.dtype
+    return nnx.merge(graph, gathered(params, dtype)).attach(frozen)
 
 
 def init_state(settings: Settings) -> TrainState:

@@ -168,11 +168,12 @@ def make_train_step(settings: Settings, mesh: Mesh | None = None) -> Callable[..
         params = nnx.merge_state(trained, rest)
         new = TrainState(state.step + 1, params, ema, opt_state, state.key, sums)
         nonfinite = state.metric_sums["nonfinite"]
-        skipped = dataclasses.replace(state, step=new.step, metric_sums=state.metric_sums | {"nonfinite": nonfinite + 1})
         over = nonfinite > settings.train.max_nonfinite
-        new = jax.tree.map(
-            lambda new, skipped, old: jnp.where(over, old, jnp.where(finite, new, skipped)), new, skipped, state
+        one = jnp.where(over, 0, 1)
+        skipped = dataclasses.replace(
+            state, step=state.step + one, metric_sums=state.metric_sums | {"nonfinite": nonfinite + one}
         )
+        new = jax.tree.map(lambda new, skipped: jnp.where(finite & ~over, new, skipped), new, skipped)
         return new, new.metric_sums["nonfinite"]
 
     return step
