@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from contextdiff_jax.benchmarks import aot, hlo
 from contextdiff_jax.models import flash
 from contextdiff_jax.models.attention import attention
+from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.models.layers import ResnetBlock, SpatialTransformer
 from contextdiff_jax.models.remat import POLICIES, configure
 from contextdiff_jax.parallel.mesh import MeshConfig, Target, gathered, make_mesh, path_name, state_shardings, tracing_for
@@ -165,6 +166,16 @@ def test_on_fsdp_kernels_are_gathered_in_bfloat16_and_beside_gradients_nothing_i
     assert set(sent) <= {"all-gather", "all-reduce", "reduce-scatter"}
     assert 0.8 < sent["all-gather"] / (whole * 3 / 4) < 1.1  # some biases are too small to be split
     assert sum(sent.values()) < 3.3 * whole * 3 / 4
+
+
+def test_sampling_with_guidance_spread_over_data_sends_the_finished_pictures_alone(devices):
+    smallest = {"model.mid_block_type": None, "context.kind": "linear", "sample.steps": 2}
+    settings = parse(config_dict(**ONE_LEVEL, **smallest, **{"train.batch_size": 4, "sample.guidance": 3.0}))
+    mesh = make_mesh(MeshConfig(data=4), devices=devices)
+    compiled = aot.lower(settings, "sample", mesh, Frozen()).compile()
+    pictures = 4 * 16 * 16 * 3
+    sent = hlo.collectives(hlo.instructions(compiled.as_text()), mesh.shape)
+    assert sent == [hlo.Traffic("all-gather", "data", 1, pictures * 3 / 4)]
 
 
 def test_figures_are_those_of_the_compiled_program(devices, monkeypatch):

@@ -249,7 +249,8 @@ def _table(rows: list[dict[str, Any]], options: AotBenchmark) -> str:
     head = f"{'':44} {'fits':>5} {'HBM GiB':>12} " + " ".join(f"{name:>{width}}" for name, width in columns.items())
     level = rows[0]["optimization_level"]
     level = "" if level == "UNKNOWN" else f" at JAX_OPTIMIZATION_LEVEL={level}"
-    lines = [f"{options.program} on {options.topology}, a chip; predicted by the compiler (libtpu{level}), nothing run on a TPU", head]
+    title = f"{options.program} on {options.topology}, a chip; predicted by the compiler (libtpu{level}), nothing run on a TPU"
+    lines = [title, head]
     for row in rows:
         limit = f"{row['hbm'] / GiB:.4g}"
         if not row["fits"] and row["seconds"] is None:

@@ -148,8 +148,9 @@ def collectives(program: list[Instruction], mesh_shape: Mapping[str, int]) -> li
         # A start's result is the pair (operand, result), with some counters.
         size = max(_bits(kind) * math.prod(sides) // 8 for kind, sides in each.shapes) if each.opcode != kind else each.num_bytes
         whole = size * g if kind == "reduce-scatter" and each.opcode == kind else size
-        sent = whole if kind == "collective-permute" else whole * (g - 1) / g * (2 if kind == "all-reduce" and not scattered else 1)
-        key = "reduce-scatter" if scattered else kind, "+".join(axes_of(groups, mesh_shape))
+        kind = "reduce-scatter" if scattered else kind
+        sent = whole if kind == "collective-permute" else whole * (g - 1) / g * (2 if kind == "all-reduce" else 1)
+        key = kind, "+".join(axes_of(groups, mesh_shape))
         count, total = totals.get(key, (0, 0.0))
         totals[key] = count + each.times, total + sent * each.times
     rows = [Traffic(*key, *value) for key, value in totals.items()]
