@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     )
     config.data.update(source="folder", image_size=512, num_workers=8)
     config.diffusion.prior_kl = 1.0
-    config.context.update(patch_size=2, width=768, num_blocks=4, num_heads=12)
+    config.context.update(patch_size=4, width=768, num_blocks=4, num_heads=12)
     config.mesh.update(data=1, fsdp=-1)
     config.sample.guidance = 7.5
     return config

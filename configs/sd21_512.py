@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     )
     config.data.update(source="folder", image_size=64, max_length=77, num_workers=16)
     config.diffusion.update(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, zero_terminal_snr=True)
-    config.context.update(patch_size=2, width=768, num_blocks=4, num_heads=12)
+    config.context.update(patch_size=4, width=768, num_blocks=4, num_heads=12)
     config.text.update(max_length=77, width=1024, num_layers=23, num_heads=16)
     config.model.update(
         in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Environment and the whole test suite; arguments go to pytest. The tests marked slow: bash launch/test.sh -m slow
+# As users compile, with all of LLVM's optimisations (half as long again): JAX_DISABLE_MOST_OPTIMIZATIONS=0 bash launch/test.sh
 source "$(dirname "$0")/environment.sh" requirements-test.txt
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 # Programs compiled by one test serve the next; the folder is this run's own.

@@ -218,11 +218,22 @@ def gathered(params: PyTree, dtype: jnp.dtype) -> PyTree:
     def one(path, leaf: jax.Array) -> jax.Array:
         name = path_name(path)
         used = leaf.astype(dtype) if name.endswith("/kernel") else leaf
-        for each in (rules, kept):  # the first so that what is gathered is the result of the cast, not what it is made of
-            used = jax.lax.with_sharding_constraint(used, place(target.mesh, leaf.shape, logical_axes(name), each))
-        return used
+        return _gather(used, *(place(target.mesh, leaf.shape, logical_axes(name), each) for each in (rules, kept)))
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, split: NamedSharding, whole: NamedSharding) -> jax.Array:
+    """x, first where it lies, so that what is sent is this and not what it was made of. Its gradient goes back split: JAX's own
+    rule asks for it whole, which is a sum of all of it for everybody."""
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, split), whole)
+
+
+_gather.defvjp(
+    lambda x, split, whole: (_gather(x, split, whole), None),
+    lambda split, whole, _, gradient: (jax.lax.with_sharding_constraint(gradient, split),),
+)
 
 
 def local_mesh() -> Mesh:
