@@ -22,7 +22,7 @@ from contextdiff_jax.parallel.mesh import Target, current_target, place
 CHOICES = ("auto", "xla", "splash", "heads")
 RESIDUALS = "splash_residuals"  # the checkpoint name of what the backward kernels read: output and log-sum-exp
 LONG = 1024  # tokens from which `auto` takes them: below, XLA's logits fit beside everything else
-# The kernel's blocks are multiples of a TPU's lanes. 4096 tokens took its forward pass's least time with 512 (NUMBERS.md).
+# The kernel's blocks are multiples of a TPU's lanes. In the backward pass 4096 keys don't fit in a v5e's or v5p's VMEM.
 _LANES, _BLOCK, _LONG_BLOCK = 128, 512, 2048
 
 
