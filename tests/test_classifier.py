@@ -11,7 +11,7 @@ from contextdiff_jax.evaluation import classifier as c
 from contextdiff_jax.evaluation.features import extract
 from contextdiff_jax.evaluation.metrics import classifier_source, feature_fns, splits
 
-# Without LLVM's optimisations XLA:CPU (jaxlib 0.10.2) gives NaN for some gradients of this network, with them never.
+# Without LLVM's optimisations XLA:CPU (jaxlib 0.10.2) gives NaN for some gradients of this network; with them none was seen.
 pytestmark = pytest.mark.usefixtures("optimised")
 
 

@@ -158,6 +158,7 @@ def edit_settings(**changes):
             sections[section][field] = value
     return parse_edit(config | sections)
 
+
 FRAMES = 4
 
 

@@ -133,14 +133,14 @@ def collectives(program: list[Instruction], mesh_shape: Mapping[str, int]) -> li
     of which each keeps its part is a fusion named all-reduce-scatter.
     """
     totals: dict[tuple[str, str], tuple[int, float]] = {}
-    channels = set()
+    counted = set()
     for each in program:
         kind = each.opcode.removesuffix("-start")
         channel = re.search(r"channel_id=\d+", each.rest)
-        if kind not in COLLECTIVES or (channel and (kind, channel[0]) in channels):
+        this = kind, channel[0] if channel else each.name
+        if kind not in COLLECTIVES or this in counted:
             continue
-        channels.add((kind, channel and channel[0]))
-        scattered = each.computation.startswith("all-reduce-scatter")
+        counted.add(this)
         groups = replica_groups(each.rest, math.prod(mesh_shape.values()))
         g = groups.shape[1]
         if g == 1:
@@ -148,7 +148,7 @@ def collectives(program: list[Instruction], mesh_shape: Mapping[str, int]) -> li
         # A start's result is the pair (operand, result), with some counters.
         size = max(_bits(kind) * math.prod(sides) // 8 for kind, sides in each.shapes) if each.opcode != kind else each.num_bytes
         whole = size * g if kind == "reduce-scatter" and each.opcode == kind else size
-        kind = "reduce-scatter" if scattered else kind
+        kind = "reduce-scatter" if each.computation.startswith("all-reduce-scatter") else kind
         sent = whole if kind == "collective-permute" else whole * (g - 1) / g * (2 if kind == "all-reduce" else 1)
         key = kind, "+".join(axes_of(groups, mesh_shape))
         count, total = totals.get(key, (0, 0.0))
