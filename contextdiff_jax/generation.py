@@ -34,8 +34,7 @@ def make_pictures(settings: Settings, options: SampleConfig, mesh: Mesh | None =
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(noise_key), numbers)
         x_T = jax.vmap(lambda key: jax.random.normal(key, settings.shape))(keys)
         if mesh is not None:
-            # Not by rows: guidance joins two batches, which XLA spreads so that devices share rows (see make_mesh).
-            spread = place(mesh, x_T.shape, ("batch", None, None, None), settings.mesh.rules)
+            spread = place(mesh, x_T.shape, ("batch", "rows", None, None), settings.mesh.rules)
             x_T = jax.lax.with_sharding_constraint(x_T, spread)
         with tracing_for(mesh, settings.mesh.rules):
             x0 = sample(build_model(graph, params, frozen), x_T, jax.random.wrap_key_data(key), *text)
@@ -48,7 +47,7 @@ class Generator:
     """`generator(params, prompts, seed) -> uint8 [N, H, W, 3]` with the options of a SampleConfig. The frozen networks
     are read from their folders unless they are given.
 
-    On a `mesh` the pictures are spread over its batch axes, and every process gets them all.
+    On a `mesh` the pictures are spread as a training batch is, and every process gets them all.
     """
 
     def __init__(

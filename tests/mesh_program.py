@@ -1,12 +1,13 @@
 """Run by test_mesh.py in a process of 8 simulated devices: the losses of 20 steps, and a picture, on each mesh.
 
-    python tests/mesh_program.py OUT.json WORKDIR 1x1x1x1 8x1x1x1 ...      sizes of data, fsdp, tensor, sequence
+    python tests/mesh_program.py OUT.json WORKDIR 1x1x1x1 8x1x1x1 1x2x2x2/2 ...      sizes of data, fsdp, tensor, sequence / accumulation
 
 The first mesh to come saves its state after step 10 in WORKDIR; the others also do step 11 from there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -34,8 +35,11 @@ SETTINGS = parse(config_dict(**SMALL))
 
 def run(name: str, workdir: pathlib.Path) -> dict:
     """Trains on the mesh `name` of the first devices."""
-    sizes = dict(zip(("data", "fsdp", "tensor", "sequence"), map(int, name.split("x")), strict=True))
+    shape, _, parts = name.partition("/")
+    sizes = dict(zip(("data", "fsdp", "tensor", "sequence"), map(int, shape.split("x")), strict=True))
     mesh = make_mesh(MeshConfig(**sizes), 8, devices=jax.devices()[: math.prod(sizes.values())])
+    train = dataclasses.replace(SETTINGS.train, accumulation=int(parts or 1))
+    settings = dataclasses.replace(SETTINGS, train=train)
     abstract = jax.eval_shape(lambda: init_state(SETTINGS))
     shardings = state_shardings(mesh, abstract)
     feed = Feed(mesh, 8)
@@ -43,7 +47,7 @@ def run(name: str, workdir: pathlib.Path) -> dict:
     loader = make_loader(make_source(SETTINGS.data), batch_size=8, tokenizer=tokenizer, max_length=12, rows=feed.rows)
     null = jax.device_put(null_caption(tokenizer, 12), replicated(mesh))
     state = jax.jit(lambda: init_state(SETTINGS), out_shardings=shardings)()
-    step = jax.jit(make_train_step(SETTINGS, mesh), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    step = jax.jit(make_train_step(settings, mesh), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
     def next_loss(state):
         before = float(state.metric_sums["loss"])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, Attention, linear
+from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, Attention, convolve, linear
 
 # Of the pictures that CLIP was trained on, a channel, in [0, 1].
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -188,7 +188,7 @@ class CLIPVision(nnx.Module):
         self.config = config
         width, patch = config.hidden_size, config.patch_size
         self.class_embedding = nnx.Param(jnp.zeros((width,), param_dtype))
-        patches = dict(kernel_size=(patch, patch), strides=(patch, patch), padding="VALID", use_bias=False)
+        patches = dict(kernel_size=(patch, patch), strides=(patch, patch), padding=0, use_bias=False, conv_general_dilated=convolve)
         self.patch_embedding = nnx.Conv(config.num_channels, width, **patches, **policy)
         self.position_embedding = nnx.Embed((config.image_size // patch) ** 2 + 1, width, **policy)
         norm = dict(epsilon=config.layer_norm_eps, **policy)

@@ -7,16 +7,19 @@ products run in `dtype`; the statistics of the normalisations and the softmax ar
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
 from contextdiff_jax.models.attention import attention, self_attention
 from contextdiff_jax.models.remat import rematerialised
+from contextdiff_jax.parallel.mesh import current_target
 
 _ZEROS = nnx.initializers.zeros_init()
 _LECUN = nnx.initializers.lecun_normal()
@@ -32,7 +35,7 @@ def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
 
     As torch writes it. `jax.nn.gelu` takes erfc, whose two branches cost three times as much on a CPU.
     """
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+    return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
 def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -110,8 +113,8 @@ def _matmul_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = saved
     rows = tuple(range(x.ndim - 1))
     narrows = x.shape[-1] > g.shape[-1]
-    product = jax.lax.dot_general(*((g, x) if narrows else (x, g)), ((rows, rows), ((), ())))
-    return g @ kernel.T, jax.lax.optimization_barrier(product).T if narrows else product
+    product = lax.dot_general(*((g, x) if narrows else (x, g)), ((rows, rows), ((), ())))
+    return g @ kernel.T, lax.optimization_barrier(product).T if narrows else product
 
 
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
@@ -133,6 +136,27 @@ def linear(
     )
 
 
+def convolve(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "K L C D"], strides: tuple[int, int],
+    padding: Sequence[tuple[int, int]], *, dimension_numbers: lax.ConvDimensionNumbers, **options,
+) -> Float[Array, "B H2 W2 D"]:
+    """`lax.conv_general_dilated`, which nnx.Conv calls; where devices share the rows of a picture, the sum of what each row of
+    the kernel gives.
+
+    XLA's partitioner (jaxlib 0.10.2, also without Shardy) adds up a convolution over split rows once too often for each device
+    that holds the same rows. Slices it gets right, and sends the same borders.
+    """
+    run = functools.partial(lax.conv_general_dilated, dimension_numbers=dimension_numbers, **options)
+    if not current_target().splits_rows:
+        return run(x, kernel, strides, padding)
+    rows = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0)))
+    last = rows.shape[1] - kernel.shape[0]  # where the kernel comes to lie at last
+    return sum(
+        run(lax.slice_in_dim(rows, i, i + last + 1, strides[0], axis=1), kernel[i : i + 1], (1, strides[1]), ((0, 0), padding[1]))
+        for i in range(kernel.shape[0])
+    )
+
+
 def conv3x3(
     in_channels: int, out_channels: int, *, stride: int = 1, padding: tuple[int, int] = (1, 1), zero_init: bool = False,
     dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
@@ -140,7 +164,8 @@ def conv3x3(
     """A 3x3 convolution padded by 1 on each side (as torch; XLA's SAME differs from it at stride 2)."""
     return nnx.Conv(
         in_channels, out_channels, (3, 3), strides=(stride, stride), padding=(padding, padding),
-        kernel_init=_ZEROS if zero_init else _LECUN, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+        kernel_init=_ZEROS if zero_init else _LECUN, conv_general_dilated=convolve,
+        dtype=dtype, param_dtype=param_dtype, rngs=rngs,
     )
 
 
@@ -169,7 +194,7 @@ class GroupNorm(nnx.Module):
         count = math.prod(x.shape[1:-1]) * (C // G)
         mean = x.sum(axes).reshape(B, G, C // G).sum(-1) / count  # [B, G]
         square = jnp.square(x).sum(axes).reshape(B, G, C // G).sum(-1) / count
-        rstd = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.eps)
+        rstd = lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.eps)
         a = jnp.repeat(rstd, C // G, axis=1) * self.scale[...].astype(jnp.float32)  # [B, C]
         b = self.bias[...].astype(jnp.float32) - jnp.repeat(mean, C // G, axis=1) * a
         shape = (B,) + (1,) * len(axes) + (C,)

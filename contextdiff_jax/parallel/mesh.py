@@ -32,7 +32,7 @@ AXES = ("data", "fsdp", "sequence", "tensor")
 # Logical name -> mesh axes (several: joined by commas; none: ''). The config's `mesh.rules` replaces single entries.
 RULES = {
     "batch": "data,fsdp",  # examples
-    "rows": "sequence",  # a picture's rows: the compiler adds the exchange of borders that a convolution needs
+    "rows": "sequence",  # a picture's rows: the compiler adds the exchange of borders that `layers.convolve` needs
     "width": "fsdp",  # a parameter's side on the residual stream, which all devices' activations hold whole
     "heads": "tensor",  # attention's inside
     "hidden": "tensor",  # a feed-forward's inside
@@ -97,15 +97,6 @@ def make_mesh(
     sizes = {axis: len(devices) // known if size == -1 else size for axis, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"mesh={sizes}: must multiply to the number of devices, {len(devices)}")
-    # XLA's partitioner (jaxlib 0.10.2, also without Shardy) adds up a convolution's result once too often for each device
-    # that holds the same rows: lax.conv of x: P(None, 's') and k: P(None, None, None, 't') on 2 x 2 devices is doubled.
-    if sizes["tensor"] > 1 and sizes["sequence"] > 1:
-        raise ValueError(
-            f"mesh.tensor={sizes['tensor']}, mesh.sequence={sizes['sequence']}: only one of them may be above 1: XLA gets "
-            "convolutions wrong that are split by rows and shared by devices; use mesh.fsdp for the other"
-        )
-    if sizes["sequence"] > 1 and accumulation > 1:
-        raise ValueError(f"train.accumulation={accumulation}: must be 1 with mesh.sequence={sizes['sequence']}")
     axes = _split((RULES | dict(config.rules))["batch"])
     ways = math.prod(sizes[axis] for axis in axes)
     if batch_size is not None and batch_size % (ways * accumulation):
@@ -181,6 +172,13 @@ class Target:
         if self.mesh is not None:
             return self.mesh.devices.flat[0].platform
         return jax.default_backend() if jax.device_count() == 1 else "unknown"
+
+    @property
+    def splits_rows(self) -> bool:
+        """Whether devices share the rows of a picture."""
+        if self.mesh is None:
+            return False
+        return any(self.mesh.shape[axis] > 1 for axis in _split((RULES | dict(self.rules))["rows"]))
 
 
 _TARGET: contextvars.ContextVar[Target] = contextvars.ContextVar("target")
@@ -263,13 +261,9 @@ class Feed:
         return np.unique(np.concatenate([np.arange(self.batch_size)[index] for index in indices]))
 
     def sharding(self, shape: Sequence[int]) -> NamedSharding:
-        """The place of an array [B, ...]; a picture's, [B, H, W, C], is split by rows too, unless some devices would hold
-        the same rows (an odd number of pictures to sample): see `make_mesh`."""
-        batch = place(self.mesh, shape, ("batch",) + (None,) * (len(shape) - 1), self.rules)
-        shards = shape[0] // batch.shard_shape(tuple(shape))[0]
-        if len(shape) != 4 or shards * self.mesh.shape["sequence"] != self.mesh.size:
-            return batch
-        return place(self.mesh, shape, ("batch", "rows", None, None), self.rules)
+        """The place of an array [B, ...]; a picture's, [B, H, W, C], is split by rows too."""
+        rows = "rows" if len(shape) == 4 else None
+        return place(self.mesh, shape, ("batch", rows, None, None)[: len(shape)], self.rules)
 
     def put(self, local: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Global arrays from this process's examples, `rows` of the global batch."""
