@@ -47,7 +47,7 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def set_compilation_cache(workdir: pathlib.Path) -> None:
+def set_compilation_cache(workdir: pathlib.Path) -> str:
     """Compiled programs are kept in DIR/compiled/N-cores, unless JAX_COMPILATION_CACHE_DIR says where.
 
     By cores, because a CPU program is split for the threads of the process that compiled it, which JAX's key leaves out:
@@ -58,6 +58,7 @@ def set_compilation_cache(workdir: pathlib.Path) -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = (workdir if is_remote(workdir) else workdir.absolute()) / "compiled" / f"{num_cores()}-cores"
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    return jax.config.jax_compilation_cache_dir
 
 
 def keep_freed_memory() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree, UInt8
 from tqdm import tqdm
@@ -15,6 +17,7 @@ from tqdm import tqdm
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.models.contextdiff import Frozen, make_sampler
 from contextdiff_jax.parallel.mesh import place, replicated, tracing_for
+from contextdiff_jax.programs import kept
 from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.state import build_model, model_graph
@@ -47,17 +50,19 @@ class Generator:
     """`generator(params, prompts, seed) -> uint8 [N, H, W, 3]` with the options of a SampleConfig. The frozen networks
     are read from their folders unless they are given.
 
-    On a `mesh` the pictures are spread as a training batch is, and every process gets them all.
+    On a `mesh` the pictures are spread as a training batch is, and every process gets them all. `programs`: a folder where
+    traced programs are kept (`programs.kept`).
     """
 
     def __init__(
         self, settings: Settings, tokenizer: Tokenizer, options: SampleConfig | None = None, frozen: Frozen | None = None,
-        mesh: Mesh | None = None,
+        mesh: Mesh | None = None, programs: epath.PathLike | None = None,
     ):
         self._settings, self._tokenizer = settings, tokenizer
         self.options = options or settings.sample
         self._frozen = load_frozen(settings) if frozen is None else frozen
-        self._sample = make_pictures(settings, self.options, mesh)
+        self._make = functools.cache(functools.partial(make_pictures, settings, self.options, mesh))
+        self._programs, self._mesh = programs, mesh
 
     def __call__(
         self, params: PyTree, prompts: Sequence[str], seed: int, batch_size: int = 64, *, first: int = 0
@@ -73,7 +78,7 @@ class Generator:
         length = self._settings.data.max_length
         null_ids, null_mask = self._tokenizer.encode([""], length)
         noise_key, sampler_key = jax.random.split(jax.random.key(seed))
-        images = []
+        images, run = [], None
         starts = range(0, len(prompts), batch_size)
         for start in tqdm(starts, desc="samples", leave=False, disable=None if len(starts) > 1 else True):
             part = list(prompts[start : start + batch_size])
@@ -83,9 +88,17 @@ class Generator:
             # numpy, which every process has alike: arrays of one device can't enter a program of many processes.
             keys = [np.asarray(jax.random.key_data(k)) for k in (noise_key, jax.random.fold_in(sampler_key, first + start))]
             numbers = np.arange(first + start, first + start + width)
-            made = self._sample(params, self._frozen, keys[0], numbers, keys[1], ids, mask, null_ids, null_mask)
+            arguments = (params, self._frozen, keys[0], numbers, keys[1], ids, mask, null_ids, null_mask)
+            run = run or self._program(arguments)
+            made = run(*arguments)
             images.append(np.asarray(made)[:real])
         return np.concatenate(images)
+
+    def _program(self, arguments: tuple) -> Callable[..., UInt8[Array, "N H W 3"]]:
+        if self._programs is None:
+            return self._make()
+        options = dataclasses.replace(self.options, prompts=())
+        return kept(self._programs, "sample", (self._settings, options, self._mesh), self._make, *arguments)
 
 
 def to_uint8(x: Float[Array, "*B H W 3"]) -> UInt8[Array, "*B H W 3"]:

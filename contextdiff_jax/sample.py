@@ -51,8 +51,9 @@ def from_run(prompts: list[str]):
     SampleConfig(**given)  # refuses a wrong flag before a checkpoint is read
     run = load_run(WORKDIR.value, WEIGHTS.value)
     options = dataclasses.replace(run.settings.sample, **given)
-    cli.set_compilation_cache(pathlib.Path(WORKDIR.value))
-    images = Generator(run.settings, run.tokenizer, options, mesh=local_mesh())(run.params, prompts, SEED.value)
+    folder = cli.set_compilation_cache(pathlib.Path(WORKDIR.value))
+    generator = Generator(run.settings, run.tokenizer, options, mesh=local_mesh(), programs=folder)
+    images = generator(run.params, prompts, SEED.value)
     made = {name: getattr(options, name) for name in ("sampler", "steps", "eta", "guidance")}
     return images, made, f"step {run.step}"
 
