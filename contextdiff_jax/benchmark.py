@@ -4,7 +4,8 @@ Measures one part of the work, and prints a table. Modes:
     data    pictures a second and core that the loader gives, per source, against the device's need   docs/data.md
     train   our training step against torch's (--compare=torch), and what the context adds to it     docs/performance.md
     sample  the same of the sampling loop
-    aot     a train step or sampling loop compiled for a TPU that isn't here: fits, seconds, collectives           docs/scaling.md
+    aot     a train step or sampling loop compiled for a TPU that isn't here: fits, seconds, collectives       docs/scaling.md
+    roofline  a step's layers against peak and bandwidth, here or (--topology) on a TPU                  docs/performance.md
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ NEED = flags.DEFINE_float("need", 0.0, "data: pictures a second that the devices
 WORKDIR = flags.DEFINE_string("workdir", "", "data: a run whose metrics.jsonl tells the need.")
 PICTURES = flags.DEFINE_integer("pictures", 256, "data: pictures a measurement.", lower_bound=8)
 SHAPE = flags.DEFINE_list("shape", ["384", "512"], "data, without data.path: height,width of the pictures made.")
-TOPOLOGY = flags.DEFINE_string("topology", "", "aot: chips and their arrangement, as in v5e:4x4.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "aot, roofline: chips and their arrangement, as in v5e:4x4.")
 PROGRAM = flags.DEFINE_string("program", "train", "aot: train (a step) or sample (the loop).")
-BATCH_PER_CHIP = flags.DEFINE_integer("batch_per_chip", 0, "aot: instead of the config's train.batch_size.", lower_bound=0)
+BATCH_PER_CHIP = flags.DEFINE_integer("batch_per_chip", 0, "aot, roofline: instead of train.batch_size.", lower_bound=0)
 SWEEP = flags.DEFINE_boolean("sweep", False, "aot: meshes x rematerialisations x batches, the best that fits first.")
+PLOT = flags.DEFINE_string("plot", "", "roofline: file for the plot, a PNG.")
 
 
 def _data(settings):
@@ -61,7 +63,16 @@ def _speed(settings):
     return run(settings, SpeedBenchmark(program=MODE.value, compare=COMPARE.value, rounds=REPEATS.value))
 
 
-MODES = {"data": _data, "train": _speed, "sample": _speed, "aot": _aot}
+def _roofline(settings):
+    from contextdiff_jax.benchmarks.roofline import RooflineBenchmark, run
+
+    return run(
+        settings,
+        RooflineBenchmark(topology=TOPOLOGY.value, batch=BATCH_PER_CHIP.value, rounds=REPEATS.value, plot=PLOT.value),
+    )
+
+
+MODES = {"data": _data, "train": _speed, "sample": _speed, "aot": _aot, "roofline": _roofline}
 
 
 def main() -> None:

@@ -67,7 +67,8 @@ def run(name: str, workdir: pathlib.Path) -> dict:
         loader.set_state(place)
         resumed = next_loss(other)[1]
     loader.close()
-    image = Generator(SETTINGS, tokenizer, mesh=mesh, programs=workdir / "programs")(state.ema, ["a large red circle"] * 8, seed=0)
+    generator = Generator(SETTINGS, tokenizer, mesh=mesh, programs=workdir / "programs")
+    image = generator(state.ema, ["a large red circle"] * 8, seed=0)
     largest = max(jax.tree.leaves(state.opt_state), key=lambda leaf: leaf.size)
     return {
         "losses": losses, "resumed": resumed, "image": image.tolist(),

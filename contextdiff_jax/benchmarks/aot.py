@@ -188,20 +188,25 @@ def compile_row(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) ->
     lowered = lower(settings, program, mesh, frozen)
     row["trace_seconds"] = time.perf_counter() - start
     start = time.perf_counter()
-    # The compilation cache can't read what was compiled for devices that aren't here, and warns of it.
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
     try:
-        compiled = lowered.compile()
+        compiled = compiled_anew(lowered)
     except jax.errors.JaxRuntimeError as error:
         reason = out_of_memory(str(error))
         if reason is None:
             raise
         return row | {"fits": False, "seconds": None, "reason": reason, "compile_seconds": time.perf_counter() - start}
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
     row["compile_seconds"] = time.perf_counter() - start
     return row | figures(compiled, settings, program, mesh, chip)
+
+
+def compiled_anew(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles without the cache, which can't read what was compiled for devices that aren't here, and warns of it."""
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
 
 
 def out_of_memory(message: str) -> str | None:
@@ -212,33 +217,40 @@ def out_of_memory(message: str) -> str | None:
     return found[0] if found else message.splitlines()[0]
 
 
-def figures(compiled: jax.stages.Compiled, settings: Settings, program: str, mesh: Mesh, chip: Chip) -> dict[str, Any]:
-    """Of a compiled program. A loop's body (`sample`, accumulation) is counted as often as the loop runs it."""
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    instructions = hlo.instructions(compiled.as_text())
-    loop = settings.sample.steps if program == "sample" else settings.train.accumulation
-    kernels = hlo.kernels(instructions)
+def predicted(compiled: jax.stages.Compiled, chip: Chip, program: list[hlo.Instruction], loop: int = 1) -> dict[str, Any]:
+    """Seconds and operations of a compiled program, the kernels' in columns of their own. A loop's body (`sample`, accumulation)
+    is counted as often as the loop runs it."""
+    cost, kernels = compiled.cost_analysis(), hlo.kernels(program)
     hidden = sum(kernel.flops * kernel.times for kernel in kernels)
     hidden_seconds = sum(
         kernel.times * max(kernel.flops / (KERNEL_EFFICIENCY * chip.peak), kernel.num_bytes / chip.hbm_bandwidth)
         for kernel in kernels
     )
-    traffic = hlo.collectives(instructions, mesh.shape)
     flops = cost["flops"] * loop
     # The estimate counts what it can't tell (some asynchronous slices) as -1 s each; a step takes no less than its products do.
     unknown = max(math.ceil(cost["flops"] / chip.peak - cost["optimal_seconds"]), 0)
     xla = (cost["optimal_seconds"] + unknown) * loop
     seconds = xla + hidden_seconds
     return {
-        "fits": memory.peak_memory_in_bytes <= chip.hbm, "seconds": seconds, "compiler_seconds": xla, "unknown": unknown,
-        "kernel_seconds": hidden_seconds,
-        "collective_seconds": sum(row.sent_bytes for row in traffic) / chip.link,
+        "seconds": seconds, "compiler_seconds": xla, "unknown": unknown, "kernel_seconds": hidden_seconds,
         "flops": flops + hidden, "compiler_flops": flops, "kernel_flops": hidden,
-        "kernel_calls": sum(kernel.times for kernel in kernels),
-        "utilisation": (flops + hidden) / seconds / chip.peak, "peak_hbm": memory.peak_memory_in_bytes,
+        "kernel_calls": sum(kernel.times for kernel in kernels), "utilisation": (flops + hidden) / seconds / chip.peak,
+    }
+
+
+def figures(compiled: jax.stages.Compiled, settings: Settings, program: str, mesh: Mesh, chip: Chip) -> dict[str, Any]:
+    """Of a compiled program."""
+    memory, instructions = compiled.memory_analysis(), hlo.instructions(compiled.as_text())
+    loop = settings.sample.steps if program == "sample" else settings.train.accumulation
+    traffic = hlo.collectives(instructions, mesh.shape)
+    cost = predicted(compiled, chip, instructions, loop)
+    return cost | {
+        "fits": memory.peak_memory_in_bytes <= chip.hbm,
+        "collective_seconds": sum(row.sent_bytes for row in traffic) / chip.link,
+        "peak_hbm": memory.peak_memory_in_bytes,
         "arguments": memory.argument_size_in_bytes, "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes, "program_bytes": memory.generated_code_size_in_bytes,
-        "pictures_per_second": settings.train.batch_size / seconds,
+        "pictures_per_second": settings.train.batch_size / cost["seconds"],
         "collectives": [dataclasses.asdict(row) for row in traffic],
         "largest": [dict(zip(("array", "bytes", "made_by"), row, strict=True)) for row in hlo.largest(instructions)],
     }

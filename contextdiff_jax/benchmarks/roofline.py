@@ -1,0 +1,198 @@
+"""The parts of a training step against what products and memory allow (the roofline of Williams et al., 2009).
+
+Each kind of layer of the config's UNet at each of its levels, forward and backward, the context, and the optimizer with the
+average are compiled by themselves. Without `topology` they run on this machine's first device, and the roofs are measured,
+too; with it they are compiled for one of its chips, and seconds and bytes are the compiler's estimates.
+
+    intensity = operations / bytes          operations / s <= min(peak, intensity x bandwidth)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from contextdiff_jax.benchmarks import aot, hlo, paired
+from contextdiff_jax.benchmarks.data import Result
+from contextdiff_jax.benchmarks.paired import Contestant
+from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh, replicated, tracing_for
+from contextdiff_jax.settings import Settings
+from contextdiff_jax.training.state import make_model, make_optimizer, moving_average
+
+LOGGER = logging.getLogger(__name__)
+_COPIED = 2**26  # numbers in the array whose copy is the machine's bandwidth: more than its caches hold
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RooflineBenchmark:
+    """`topology`: whose chip; empty: this machine. `batch`: examples a chip (0: the config's). `plot`: a PNG, or empty."""
+
+    topology: str = ""
+    batch: int = 0
+    rounds: int = 5
+    plot: str = ""
+
+
+class Part(NamedTuple):
+    """`call(*arguments)` is its work in a training step; `arguments` are shapes."""
+
+    name: str
+    call: Callable
+    arguments: tuple
+
+
+class Roofs(NamedTuple):
+    """Of one device, in operations and bytes a second."""
+
+    name: str
+    peak: float
+    bandwidth: float
+
+
+def parts(settings: Settings, batch: int) -> Iterator[Part]:
+    """Of each level the last layers of its down block."""
+    model = nnx.eval_shape(lambda: make_model(settings))
+    dtype, (height, width, C), L = model.unet.dtype, settings.shape, settings.data.max_length
+    shape = jax.ShapeDtypeStruct
+    temb = shape((batch, settings.model.time_features), dtype)
+    text = shape((batch, L, settings.model.cross_attention_dim), dtype)
+    for i, block in enumerate(model.unet.down_blocks):
+        resnet, (H, W), channels = block.resnets[-1], (height >> i, width >> i), settings.model.block_out_channels[i]
+        x = shape((batch, H, W, resnet.norm1.scale.shape[0]), dtype)  # as wide as the level above, if it is the only one
+        yield _layer(f"resnet {H}x{W}, {channels}", resnet, (x, temb))
+        if block.attentions:
+            tokens, inner = shape((batch, H * W, channels), dtype), block.attentions[-1].transformer_blocks[-1]
+            yield _layer(f"self-attention {H}x{W}, {channels}", inner.attn1, (tokens,))
+            yield _layer(f"cross-attention {H}x{W}, {channels}", inner.attn2, (tokens, text))
+            yield _layer(f"feed-forward {H}x{W}, {channels}", inner.ff, (tokens,))
+    if settings.context.kind != "none":
+        x0, mask, t = shape((batch, height, width, C), jnp.float32), shape((batch, L), jnp.bool_), shape((batch,), jnp.int32)
+        tokens = shape((batch, L, settings.text.width), jnp.float32)
+        yield _layer(f"context: {settings.context.kind}", model.context, (x0, tokens), (mask, t))
+    yield _update(settings, nnx.state(model, nnx.Param))
+
+
+def _layer(name: str, module: nnx.Module, inputs: tuple, others: tuple = ()) -> Part:
+    """A layer of `inputs`, which have gradients, and `others`: its output and the gradients."""
+    graph, params = nnx.split(module)
+
+    def forward(params, inputs, others):
+        return nnx.merge(graph, params)(*inputs, *others)
+
+    def call(cotangent, params, inputs, others):
+        output, gradients = jax.vjp(lambda *differentiated: forward(*differentiated, others), params, inputs)
+        return output, gradients(cotangent)
+
+    return Part(name, call, (jax.eval_shape(forward, params, inputs, others), params, inputs, others))
+
+
+def _update(settings: Settings, params: PyTree) -> Part:
+    """AdamW and the moving average of all parameters."""
+    optimizer = make_optimizer(settings.train)
+
+    def call(params, ema, opt_state, grads):
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return params, moving_average(params, ema, jnp.ones((), jnp.int32), settings.train.ema_decay), opt_state
+
+    return Part("AdamW, average", call, (params, params, jax.eval_shape(optimizer.init, params), params))
+
+
+def run(settings: Settings, options: RooflineBenchmark) -> Result:
+    """Compiles each part, and runs it if the device is here. ValueError for a topology that can't be."""
+    if options.topology:
+        device = aot.described_devices(options.topology)[0]
+        chip = aot.CHIPS[device.device_kind]
+        roofs = Roofs(f"{chip.name}, predicted by the compiler", chip.peak, chip.hbm_bandwidth)
+    else:
+        device = jax.devices()[0]
+        roofs = Roofs(f"{device.device_kind}, measured", paired.matmul_peak(), memory_bandwidth())
+    mesh = make_mesh(MeshConfig(), devices=[device])
+    rows = []
+    for part in parts(settings, options.batch or settings.train.batch_size):
+        compiled = _compile(part, mesh, settings)
+        if options.topology:
+            cost = aot.predicted(compiled, chip, hlo.instructions(compiled.as_text()))
+            row = {"flops": cost["flops"], "seconds": cost["seconds"]}
+        else:
+            row = {"flops": compiled.cost_analysis()["flops"], "seconds": _seconds(part, compiled, options.rounds)}
+        row |= {"name": part.name, "bytes": compiled.cost_analysis()["bytes accessed"], "device": roofs.name}
+        row["intensity"] = row["flops"] / row["bytes"]
+        row["flops_per_second"] = row["flops"] / row["seconds"]
+        row["roof"] = min(roofs.peak, row["intensity"] * roofs.bandwidth)
+        rows.append(row)
+        LOGGER.info("%s: %.3g ms", part.name, 1e3 * row["seconds"])
+    if options.plot:
+        _plot(rows, roofs, options.plot)
+    return Result(_table(rows, roofs), rows)
+
+
+def _compile(part: Part, mesh: Mesh, settings: Settings) -> jax.stages.Compiled:
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), part.arguments)
+    with tracing_for(mesh, settings.mesh.rules):
+        return aot.compiled_anew(jax.jit(part.call).lower(*placed))
+
+
+def _seconds(part: Part, compiled: jax.stages.Compiled, rounds: int) -> float:
+    arguments = jax.tree.map(lambda a: jnp.full(a.shape, 0.1).astype(a.dtype), part.arguments)
+    call = lambda: jax.block_until_ready(compiled(*arguments))  # noqa: E731
+    return statistics.median(paired.measure([Contestant(part.name, call)], rounds)[part.name].wall)
+
+
+def memory_bandwidth(repeats: int = 10) -> float:
+    """Bytes a second, read and written, of the fastest of some copies."""
+    x = jnp.ones(_COPIED, jnp.float32)
+    negative = jax.jit(jnp.negative)
+    times = paired.measure([Contestant("copy", lambda: negative(x).block_until_ready())], repeats)["copy"].wall
+    return 2 * x.nbytes / min(times)
+
+
+def _table(rows: list[dict[str, Any]], roofs: Roofs) -> str:
+    lines = [
+        f"{roofs.name}: at most {roofs.peak / 1e12:.3g} TFLOP/s and {roofs.bandwidth / 1e9:.4g} GB/s; forward and backward",
+        f"{'':32} {'GFLOP':>9} {'MB':>9} {'FLOP/byte':>9} {'ms':>9} {'TFLOP/s':>9} {'of roof':>8}",
+    ]
+    for row in rows:
+        lines.append(
+            f"{row['name']:32} {row['flops'] / 1e9:9.2f} {row['bytes'] / 1e6:9.1f} {row['intensity']:9.1f} "
+            f"{1e3 * row['seconds']:9.3f} {row['flops_per_second'] / 1e12:9.3g} {row['flops_per_second'] / row['roof']:8.0%}"
+        )
+    return "\n".join(lines)
+
+
+def _plot(rows: list[dict[str, Any]], roofs: Roofs, out: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axis = plt.subplots(figsize=(9, 6))
+    kinds = dict.fromkeys(row["name"].split(" ")[0].rstrip(":,") for row in rows)
+    markers = dict(zip(kinds, "osD^Pv", strict=False))
+    x = np.array([row["intensity"] for row in rows])
+    line = np.geomspace(x.min() / 3, max(x.max(), roofs.peak / roofs.bandwidth) * 3, 200)
+    axis.loglog(line, np.minimum(roofs.peak, line * roofs.bandwidth), color="black", label="roof")
+    for kind, marker in markers.items():
+        of_kind = [row for row in rows if row["name"].startswith(kind)]
+        axis.loglog([r["intensity"] for r in of_kind], [r["flops_per_second"] for r in of_kind], marker, label=kind)
+        for row in of_kind:
+            text = row["name"].removeprefix(kind).strip(" ,:")
+            axis.annotate(text, (row["intensity"], row["flops_per_second"]), (5, -4), textcoords="offset points", fontsize=7)
+    axis.set(xlabel="operations / byte", ylabel="operations / s", title=f"Parts of a training step on {roofs.name}")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(pathlib.Path(out), dpi=110)
+    plt.close(figure)
