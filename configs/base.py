@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
             ),
             sample=dict(
                 prompts=(), sampler="ddim", steps=50, eta=0.0, guidance=3.0, guidance_rescale=0.0,
-                dynamic_threshold=0.0, spacing="trailing", steps_offset=0, set_alpha_to_one=True,
+                dynamic_threshold=0.0, spacing="trailing", steps_offset=0, set_alpha_to_one=True, reuse=1,
             ),
             latent=dict(vae=""),
         )

@@ -23,6 +23,7 @@ SAMPLER = flags.DEFINE_string("sampler", None, "ddim or ddpm; default: the run's
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's config. With --model: 50.")
 ETA = flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1; default: the run's config. With --model: 0.")
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none; default: the run's. With --model: 7.5.")
+REUSE = flags.DEFINE_integer("reuse", None, "Steps that share the UNet's coarser levels (DeepCache): faster, not the same.")
 SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same pictures.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or params.")
 OUT = flags.DEFINE_string("out", "grid.png", "The grid.")
@@ -46,15 +47,16 @@ def from_run(prompts: list[str]):
     for flag in OF_MODELS:
         if flag.value:
             raise ValueError(f"--{flag.name}={flag.value}: needs --model")
-    given = {"sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value, "guidance": GUIDANCE.value}
+    given = {"sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value, "guidance": GUIDANCE.value,
+             "reuse": REUSE.value}
     given = {name: value for name, value in given.items() if value is not None}
-    SampleConfig(**given)  # refuses a wrong flag before a checkpoint is read
+    SampleConfig(**given | {"reuse": 1})  # refuses a wrong flag before a checkpoint is read; reuse divides the run's steps
     run = load_run(WORKDIR.value, WEIGHTS.value)
     options = dataclasses.replace(run.settings.sample, **given)
     folder = cli.set_compilation_cache(pathlib.Path(WORKDIR.value))
     generator = Generator(run.settings, run.tokenizer, options, mesh=local_mesh(), programs=folder)
     images = generator(run.params, prompts, SEED.value)
-    made = {name: getattr(options, name) for name in ("sampler", "steps", "eta", "guidance")}
+    made = {name: getattr(options, name) for name in ("sampler", "steps", "eta", "guidance", "reuse")}
     return images, made, f"step {run.step}"
 
 
@@ -65,7 +67,8 @@ def from_model(prompts: list[str]):
     if WORKDIR.value:
         raise ValueError(f"--model={MODEL.value}: can't be given with --workdir={WORKDIR.value}")
     made = {"sampler": SAMPLER.value or "ddim", "steps": 50 if STEPS.value is None else STEPS.value,
-            "eta": ETA.value or 0.0, "guidance": 7.5 if GUIDANCE.value is None else GUIDANCE.value}
+            "eta": ETA.value or 0.0, "guidance": 7.5 if GUIDANCE.value is None else GUIDANCE.value,
+            "reuse": 1 if REUSE.value is None else REUSE.value}
     request = FolderRequest(
         **made, negative=NEGATIVE.value, size=SIZE.value, image=IMAGE.value, mask=MASK.value, strength=STRENGTH.value,
         seed=SEED.value,

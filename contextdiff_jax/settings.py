@@ -182,12 +182,15 @@ class SampleConfig:
     spacing: str = "trailing"
     steps_offset: int = 0  # as in diffusers' schedulers: all timesteps moved up
     set_alpha_to_one: bool = True  # as in diffusers' DDIM: False ends at timestep 0, not at clean data
+    reuse: int = 1  # the UNet's coarser levels are computed in every so many steps (DeepCache)
 
     def __post_init__(self):
         get_sampler(self.sampler)
         check_eta(self.eta)
         if self.guidance < 0:
             raise ValueError(f"guidance={self.guidance}: must not be negative")
+        if self.reuse < 1 or self.steps % self.reuse:
+            raise ValueError(f"reuse={self.reuse}: must be a positive divisor of steps={self.steps}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
 """Run by test_mesh.py in a process of 8 simulated devices: the losses of 20 steps, and a picture, on each mesh.
 
-    python tests/mesh_program.py OUT.json WORKDIR 1x1x1x1 8x1x1x1 1x2x2x2/2 ...      sizes of data, fsdp, tensor, sequence / accumulation
+    python tests/mesh_program.py OUT.json WORKDIR 1x1x1x1 8x1x1x1 1x2x2x2/2 ...
+
+A mesh is the sizes of data, fsdp, tensor, sequence, / the parts that a batch is taken in.
 
 The first mesh to come saves its state after step 10 in WORKDIR; the others also do step 11 from there.
 """

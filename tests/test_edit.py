@@ -56,6 +56,7 @@ def check_outputs(workdir, metrics, size=(16, 16)):
     assert (workdir / "strip.png").stat().st_size > 1000
     written = json.loads((workdir / "metrics.json").read_text())
     assert written["reconstruction"]["psnr"] == metrics["reconstruction"]["psnr"] > 5
+    assert 0 < written["reconstruction"]["x0_error"] < 0.5  # explicit inversion in two steps
     assert {"tuning", "inversion", "reconstruction", "editing"} <= written["costs"].keys()
     assert "a blue circle" in table(metrics) and "psnr" in table(metrics)
 
@@ -95,6 +96,7 @@ def test_a_stable_diffusion_folder_and_a_clip_folder_go_through_every_path(folde
         "edit.clip": str(folder / "clip_model"), "context.patch_size": 2,
     }), tmp_path)
     assert read_clip(tmp_path / "edits/00.mp4", num_frames=2).shape == (2, 16, 24, 3)
+    assert metrics["reconstruction"]["x0_error"] < 1e-3  # exact
     row = metrics["edits"][0]
     assert {"text_alignment", "frame_consistency", "warping_error"} <= row.keys() and np.isfinite(list(row.values())[1:]).all()
 

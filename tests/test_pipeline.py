@@ -87,6 +87,27 @@ def test_without_guidance_the_pictures_are_those_of_diffusers(pair):
     check(*pair, steps=5, guidance=1.0)
 
 
+def test_reuse_is_the_loop_with_the_deep_features_of_every_second_step(pair):
+    """Four steps by two with guidance, against a loop of DDIM's equation with torch's schedule."""
+    pipeline = load_pipeline(pair[1])
+    noise, unet, vae = normal(2, 8, 8, 4), pipeline.model.unet, pipeline.model.vae
+    images = pipeline.text_to_image(PROMPTS[:2], noise=noise, size=(16, 16), steps=4, guidance=3.0, reuse=2)
+    tokens, nothing = (pipeline.model.text(pipeline.token_ids(texts)[0]).last for texts in (PROMPTS[:2], ["", ""]))
+    alphas_cumprod, x = np.asarray(pipeline.scheduler.schedule().alphas_cumprod), noise
+    for i, (t, s) in enumerate(zip(*pipeline.scheduler.steps(4), strict=True)):
+        if i % 2 == 0:
+            deep = [unet.deep_features(x, t, text) for text in (nothing, tokens)]
+        without, with_text = (unet(x, t, text, deep=kept) for text, kept in zip((nothing, tokens), deep, strict=True))
+        noise_hat = without + 3 * (with_text - without)
+        x0 = (x - np.sqrt(1 - alphas_cumprod[t]) * noise_hat) / np.sqrt(alphas_cumprod[t])
+        after = alphas_cumprod[s] if s >= 0 else 1.0
+        x = np.sqrt(after) * x0 + np.sqrt(1 - after) * noise_hat
+    expected = np.clip(0.5 * vae.decode(vae.from_diffusion(x)) + 0.5, 0, 1)
+    assert np.abs(images - np.round(255 * expected)).max() <= 1
+    with pytest.raises(ValueError, match="reuse=3: must divide the number of steps, 4"):
+        pipeline.text_to_image(PROMPTS[:2], noise=noise, size=(16, 16), steps=4, reuse=3)
+
+
 @pytest.fixture(scope="module")
 def pair_xl(tmp_path_factory):
     """diffusers' XL pipeline and its folder."""

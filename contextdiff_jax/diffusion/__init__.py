@@ -11,13 +11,14 @@ from contextdiff_jax.diffusion.process import (
     shift_coefficient,
     training_target,
 )
-from contextdiff_jax.diffusion.samplers import Denoised, ddim_invert, ddim_sample, ddpm_sample, get_sampler
+from contextdiff_jax.diffusion.samplers import Denoised, Reuse, ddim_invert, ddim_sample, ddpm_sample, get_sampler
 from contextdiff_jax.diffusion.schedule import NoiseSchedule, make_schedule, spaced_timesteps
 
 __all__ = [
     "Denoised",
     "Gaussian",
     "NoiseSchedule",
+    "Reuse",
     "ddim_invert",
     "ddim_sample",
     "ddpm_sample",

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from contextdiff_jax.diffusion.process import bcast, marginal_mean, q_posterior
 from contextdiff_jax.diffusion.schedule import NoiseSchedule
@@ -31,20 +31,28 @@ class DenoiseFn(Protocol):
     def __call__(self, x_t: Float[Array, "B *D"], t: Int[Array, "B"], s: Int[Array, "B"]) -> Denoised: ...
 
 
+class Reuse(NamedTuple):
+    """What of a step serves the next ones too: `keep(x_t, t)` is computed every `interval` steps and handed to the denoise
+    function, `denoise(x_t, t, s, kept)`."""
+
+    interval: int
+    keep: Callable[[Float[Array, "B *D"], Int[Array, "B"]], PyTree]
+
+
 def check_eta(eta: float) -> None:
     """Raises ValueError unless 0 <= eta <= 1. A traced eta can't be checked and is not."""
     if not isinstance(eta, jax.core.Tracer) and not 0 <= eta <= 1:
         raise ValueError(f"eta={eta}: must lie in [0, 1] (0 is DDIM, 1 is DDPM)")
 
 
-def _reverse(denoise, x_T, schedule, timesteps, eta, key, shift, next_timesteps=None, project=None):
+def _reverse(denoise, x_T, schedule, timesteps, eta, key, shift, next_timesteps=None, project=None, reuse=None):
     timesteps = jnp.asarray(timesteps)
     keys = None if key is None else jax.random.split(key, timesteps.shape[0])
 
-    def step(x, inputs):
+    def step(x, inputs, *kept):
         t, s, start, step_key = inputs
         t, s = jnp.full(x.shape[:1], t), jnp.full(x.shape[:1], s)
-        denoised = denoise(x, t, s)
+        denoised = denoise(x, t, s, *kept)
         mean, variance = q_posterior(
             schedule, denoised.x0, x, denoised.context_t, denoised.context_s, t, s, eta, shift
         )
@@ -55,7 +63,20 @@ def _reverse(denoise, x_T, schedule, timesteps, eta, key, shift, next_timesteps=
 
     starts = jnp.append(timesteps[1:], -1)
     ends = starts if next_timesteps is None else jnp.asarray(next_timesteps)
-    return jax.lax.scan(step, x_T, (timesteps, ends, starts, keys))[0]
+    inputs = timesteps, ends, starts, keys
+    if reuse is None:
+        return jax.lax.scan(step, x_T, inputs)[0]
+    if timesteps.shape[0] % reuse.interval:
+        raise ValueError(f"reuse={reuse.interval}: must divide the number of steps, {timesteps.shape[0]}")
+
+    def group(x, inputs):
+        first, rest = (jax.tree.map(lambda a, part=part: a[part], inputs) for part in (0, slice(1, None)))
+        kept = reuse.keep(x, jnp.full(x.shape[:1], first[0]))
+        x, _ = step(x, first, kept)  # not in the scan: what it shares with `keep` is computed once
+        return jax.lax.scan(lambda x, each: step(x, each, kept), x, rest)
+
+    groups = jax.tree.map(lambda a: a.reshape(-1, reuse.interval, *a.shape[1:]), inputs)
+    return jax.lax.scan(group, x_T, groups)[0]
 
 
 def ddpm_sample(
@@ -65,12 +86,13 @@ def ddpm_sample(
     timesteps: Int[Array, "S"],
     key: PRNGKeyArray,
     shift: str = "quadratic",
+    reuse: Reuse | None = None,
 ) -> Float[Array, "B *D"]:
     """Ancestral sampling (Ho et al. 2020, alg. 2) with ContextDiff's posterior, (3) at eta = 1.
 
     `timesteps` descend; the last step goes to clean data (s = -1) and adds no noise.
     """
-    return _reverse(denoise, x_T, schedule, timesteps, 1.0, key, shift)
+    return _reverse(denoise, x_T, schedule, timesteps, 1.0, key, shift, reuse=reuse)
 
 
 def ddim_sample(
@@ -83,20 +105,21 @@ def ddim_sample(
     shift: str = "quadratic",
     next_timesteps: Int[Array, "S"] | None = None,
     project: Callable[[Float[Array, "B *D"], Int[Array, ""]], Float[Array, "B *D"]] | None = None,
+    reuse: Reuse | None = None,
 ) -> Float[Array, "B *D"]:
     """DDIM (Song et al. 2021, eq. 12) with ContextDiff's shift: (3) at any eta in [0, 1], deterministic at 0.
 
     `timesteps` descend; the last step goes to clean data (s = -1), unless `next_timesteps` says where each goes
     (other implementations' steps don't all end where the next begins). `project(x, t)` replaces x after each step, t
     being the index where the next begins, -1 at the end (inpainting). `key` is needed when eta > 0.
-    Raises ValueError for eta outside [0, 1] or eta > 0 without a key.
+    Raises ValueError for eta outside [0, 1], eta > 0 without a key, or a number of steps that `reuse` doesn't divide.
     """
     check_eta(eta)
     deterministic = not isinstance(eta, jax.core.Tracer) and eta == 0
     if not deterministic and key is None:
         raise ValueError(f"eta={eta}: sampling with noise needs a key")
     key = None if deterministic else key
-    return _reverse(denoise, x_T, schedule, timesteps, eta, key, shift, next_timesteps, project)
+    return _reverse(denoise, x_T, schedule, timesteps, eta, key, shift, next_timesteps, project, reuse)
 
 
 def ddim_invert(
@@ -162,8 +185,8 @@ def ddim_invert(
 
 
 SAMPLERS = {
-    "ddpm": lambda denoise, x_T, schedule, timesteps, eta, key, shift: ddpm_sample(
-        denoise, x_T, schedule, timesteps, key, shift
+    "ddpm": lambda denoise, x_T, schedule, timesteps, eta, key, shift, **options: ddpm_sample(
+        denoise, x_T, schedule, timesteps, key, shift, **options
     ),
     "ddim": ddim_sample,
 }

@@ -64,12 +64,14 @@ class Edited:
     """Clips of an edit.
 
     Attributes:
-      reconstruction: of the source, by its own prompt. clips: one an edit prompt.
+      reconstruction: of the source, by its own prompt. error: mean absolute difference to x0, as the networks see it.
+      clips: one an edit prompt.
       masks: where each edit may differ from the source (all of it without blending).
       maps: the attention of the changed words, source first; 0 where nothing was asked for.
     """
 
     reconstruction: Clip
+    error: float
     clips: list[Clip]
     masks: list[np.ndarray]
     maps: Float[np.ndarray, "P F H W"]
@@ -95,14 +97,16 @@ def edit_clip(
         return sample_edits(nnx.merge(graph, state), process, path, text, null, alignment, video, edit)
 
     path = programs.run("inversion", inversion, state, x0, first_row(text))
-    again = editor.decode(programs.run("reconstruction", reconstruction, state, path[-1], first_row(text)))
-    LOGGER.info("reconstruction: PSNR %.2f dB, SSIM %.4f", scores.psnr(again, clip), scores.ssim(again, clip))
+    back = programs.run("reconstruction", reconstruction, state, path[-1], first_row(text))
+    again, error = editor.decode(back), float(jnp.abs(back - x0).mean())
+    psnr, ssim = scores.psnr(again, clip), scores.ssim(again, clip)
+    LOGGER.info("reconstruction: PSNR %.2f dB, SSIM %.4f, mean error of x0 %.1e", psnr, ssim, error)
     clips, maps = programs.run("editing", editing, state, path, text, null, alignment)
     frames = [editor.decode(clip[None]) for clip in clips[1:]]
     full = jax.image.resize(maps, (*maps.shape[:2], *frames[0].shape[1:3]), "linear")
     inside = blend_mask(full, edit.blend_threshold) if edit.blend else jnp.ones((*full.shape, 1))
     return Edited(
-        reconstruction=again, clips=frames, masks=list(np.asarray(inside[1:, ..., 0]) > 0), maps=np.asarray(full)
+        reconstruction=again, error=error, clips=frames, masks=list(np.asarray(inside[1:, ..., 0]) > 0), maps=np.asarray(full)
     )
 
 
@@ -151,7 +155,7 @@ def measure(clip: Clip, edited: Edited, settings: EditSettings, scorer: Callable
         if len(clip) > 1:
             row |= _warping(frames, clip)
         rows.append(row | (scorer(frames, prompt) if scorer else {}))
-    return {"reconstruction": rows[0], "edits": rows[1:], "source": _warping(clip, clip)}
+    return {"reconstruction": rows[0] | {"x0_error": edited.error}, "edits": rows[1:], "source": _warping(clip, clip)}
 
 
 def _warping(frames: Clip, clip: Clip) -> dict[str, float]:

@@ -188,8 +188,8 @@ class CLIPVision(nnx.Module):
         self.config = config
         width, patch = config.hidden_size, config.patch_size
         self.class_embedding = nnx.Param(jnp.zeros((width,), param_dtype))
-        patches = dict(kernel_size=(patch, patch), strides=(patch, patch), padding=0, use_bias=False, conv_general_dilated=convolve)
-        self.patch_embedding = nnx.Conv(config.num_channels, width, **patches, **policy)
+        patches = dict(kernel_size=(patch, patch), strides=(patch, patch), padding=0, use_bias=False)
+        self.patch_embedding = nnx.Conv(config.num_channels, width, **patches, conv_general_dilated=convolve, **policy)
         self.position_embedding = nnx.Embed((config.image_size // patch) ** 2 + 1, width, **policy)
         norm = dict(epsilon=config.layer_norm_eps, **policy)
         self.pre_layernorm = nnx.LayerNorm(width, **norm)

@@ -100,15 +100,27 @@ class ContextDiffusion(nnx.Module):
         return self.context(x0, tokens, mask, t, self.vision(pixels))
 
     def predict(
-        self, x: Float[Array, "B H W C"], t: Int[Array, "B"], tokens: Float[Array, "B L D"], mask: Bool[Array, "B L"]
+        self, x: Float[Array, "B H W C"], t: Int[Array, "B"], tokens: Float[Array, "B L D"], mask: Bool[Array, "B L"],
+        deep: Float[Array, "B H W E"] | None = None,
     ) -> Array | tuple[Array, Array]:
-        """The UNet's output. One of the XL kind also reads the pooled text and the picture's size (SDXL, 2.2)."""
+        """The UNet's output (`deep`: its coarser levels' part, from an earlier step)."""
+        return self.unet(x, t, *self._conditions(x, tokens, mask), deep)
+
+    def deep_features(
+        self, x: Float[Array, "B H W C"], t: Int[Array, "B"], tokens: Float[Array, "B L D"], mask: Bool[Array, "B L"]
+    ) -> Float[Array, "B H W E"]:
+        """The UNet's coarser levels' part."""
+        return self.unet.deep_features(x, t, *self._conditions(x, tokens, mask))
+
+    def _conditions(self, x: Array, tokens: Array, mask: Array) -> tuple[Array, Array | None, dict[str, Array] | None]:
+        """Tokens, which of them count, and what a UNet of the XL kind also reads: the pooled text and the picture's size
+        (SDXL, 2.2)."""
         seen = None if isinstance(self.text, FrozenText) else mask
         if self.unet.config.addition_embed_type != "text_time":
-            return self.unet(x, t, tokens, seen)
+            return tokens, seen, None
         B, H, W, _ = x.shape
         time_ids = jnp.broadcast_to(jnp.array([H, W, 0, 0, H, W], jnp.float32), (B, 6))
-        return self.unet(x, t, tokens, seen, {"text_embeds": pool(tokens, mask)[:, 0], "time_ids": time_ids})
+        return tokens, seen, {"text_embeds": pool(tokens, mask)[:, 0], "time_ids": time_ids}
 
 
 def make_denoise(
@@ -129,34 +141,35 @@ def make_denoise(
     With guidance other than 1 both branches run as one batch of 2 B. r always reads the true caption, as in the
     forward process: only the denoiser's text is dropped. x0 is bounded to the pictures' range [-1, 1], by
     clipping, or by dynamic thresholding at that percentile; latents (a model with a `vae`) have no such range.
+    The function takes as a fourth argument what `make_keep`'s gave in an earlier step.
     """
     guided = guidance != 1.0
     text = diffusion.pair(tokens, null_tokens) if guided else tokens  # [2B, L, D]
     text_mask = diffusion.pair(mask, null_mask) if guided else mask
     r_tokens, r_mask = (diffusion.pair(a, a) if guided else a for a in (tokens, mask))
 
-    def predict(x, t):
-        return model.predict(x, t, text, text_mask)
-
     def context_fn(x0, t):
         return model.relate(x0, r_tokens, r_mask, t)
 
-    if model.unet.context_head is not None:
-        branches = diffusion.posterior_mean_denoise(predict, schedule, prediction_type)
-    else:
+    def branches(x, t, s, deep):
+        def predict(x, t):
+            return model.predict(x, t, text, text_mask, deep)
+
+        if model.unet.context_head is not None:
+            return diffusion.posterior_mean_denoise(predict, schedule, prediction_type)(x, t, s)
         clip = 1.0 if model.vae is None else None
-        branches = diffusion.plugin_denoise(predict, context_fn, schedule, prediction_type, clip=clip)
+        return diffusion.plugin_denoise(predict, context_fn, schedule, prediction_type, clip=clip)(x, t, s)
 
     def bound(x0):
         if model.vae is not None:
             return x0
         return diffusion.dynamic_threshold(x0, dynamic_threshold) if dynamic_threshold else jnp.clip(x0, -1, 1)
 
-    def denoise(x, t, s):
+    def denoise(x, t, s, deep=None):
         if not guided:
-            out = branches(x, t, s)
+            out = branches(x, t, s, deep)
             return out._replace(x0=bound(out.x0))
-        both = branches(*(diffusion.pair(a, a) for a in (x, t, s)))
+        both = branches(*(diffusion.pair(a, a) for a in (x, t, s)), deep)
         conditional, unconditional = (Denoised(*part) for part in zip(*map(diffusion.unpair, both), strict=True))
         out = diffusion.guide(conditional, unconditional, guidance, guidance_rescale)
         return out._replace(x0=bound(out.x0))
@@ -164,14 +177,26 @@ def make_denoise(
     return denoise
 
 
+def make_keep(
+    model: ContextDiffusion, tokens: Float[Array, "B L D"], mask: Bool[Array, "B L"], null_tokens: Float[Array, "B L D"],
+    null_mask: Bool[Array, "B L"], guidance: float,
+) -> Callable[[Array, Array], Array]:
+    """`keep(x, t)`: the coarser levels' part of the UNet, of all branches that `make_denoise` makes for this guidance."""
+    if guidance == 1.0:
+        return lambda x, t: model.deep_features(x, t, tokens, mask)
+    text, text_mask = diffusion.pair(tokens, null_tokens), diffusion.pair(mask, null_mask)
+    return lambda x, t: model.deep_features(diffusion.pair(x, x), diffusion.pair(t, t), text, text_mask)
+
+
 def make_sampler(
     schedule: diffusion.NoiseSchedule, *, prediction_type: str, shift: str, sampler: str, steps: int, eta: float,
     spacing: str, guidance: float, guidance_rescale: float = 0.0, dynamic_threshold: float = 0.0,
-    steps_offset: int = 0, set_alpha_to_one: bool = True,
+    steps_offset: int = 0, set_alpha_to_one: bool = True, reuse: int = 1,
 ) -> Callable:
     """`sample(model, x_T, key, token_ids, token_mask, null_ids, null_mask) -> pictures [B, H, W, C]`, to be jitted: the
-    text is encoded once, the loop is one scan. Null ids are those of the empty caption, [1, L]. The last two options
-    are those of diffusers' schedulers: timesteps moved up, and an end at index 0 instead of clean data (DDIM only)."""
+    text is encoded once, the loop is one scan. Null ids are those of the empty caption, [1, L]. `steps_offset` and
+    `set_alpha_to_one` are those of diffusers' schedulers: timesteps moved up, and an end at index 0 instead of clean data (DDIM
+    only). `reuse`: the UNet's coarser levels are computed in every so many steps (DeepCache)."""
     timesteps = diffusion.spaced_timesteps(schedule.num_timesteps, steps, spacing) + steps_offset
     if timesteps[0] >= schedule.num_timesteps:
         raise ValueError(
@@ -188,17 +213,19 @@ def make_sampler(
         null_ids: Int[Array, "1 L"], null_mask: Bool[Array, "1 L"],
     ) -> Float[Array, "B H W C"]:
         tokens, null_tokens = model.text(token_ids, token_mask), model.text(null_ids, null_mask)
+        texts = (
+            tokens, token_mask, jnp.broadcast_to(null_tokens, tokens.shape), jnp.broadcast_to(null_mask, token_mask.shape)
+        )
+        keep = None if reuse == 1 else diffusion.Reuse(reuse, make_keep(model, *texts, guidance))
         denoise = make_denoise(
-            model, schedule, tokens, token_mask,
-            jnp.broadcast_to(null_tokens, tokens.shape), jnp.broadcast_to(null_mask, token_mask.shape),
-            prediction_type=prediction_type, guidance=guidance, guidance_rescale=guidance_rescale,
-            dynamic_threshold=dynamic_threshold,
+            model, schedule, *texts, prediction_type=prediction_type, guidance=guidance,
+            guidance_rescale=guidance_rescale, dynamic_threshold=dynamic_threshold,
         )
         if model.context.config.kind == "text":  # r(c) is known before x0 is, so x_T ~ N(k_T r, I) can be exact
             t = jnp.full(x_T.shape[:1], timesteps[0])
             r = model.context(x_T, tokens, token_mask, t)
             x_T = x_T + diffusion.marginal_mean(schedule, jnp.zeros_like(x_T), r, t, shift)
-        x0 = run(denoise, x_T, schedule, timesteps, eta, key, shift, **options)
+        x0 = run(denoise, x_T, schedule, timesteps, eta, key, shift, reuse=keep, **options)
         return x0 if model.vae is None else model.vae.decode(model.vae.from_diffusion(x0))
 
     return sample

@@ -187,7 +187,7 @@ def _transformer(config: UNetConfig, level: _Level, policy: dict, only_cross: bo
 
 
 class DownBlock(nnx.Module):
-    """Resnet (and transformer) layers of one level, then a downsampling; also returns the skips."""
+    """Resnet (and transformer) layers of one level, then a downsampling: the skips, of which the last goes on."""
 
     def __init__(
         self, config: UNetConfig, level: _Level, in_channels: int,
@@ -201,17 +201,23 @@ class DownBlock(nnx.Module):
         )
         self.downsamplers = nnx.List(Downsample(level.channels, **policy) for _ in range(downsample))
 
-    def __call__(self, x: Array, temb: Array, text: Array, mask: Array | None) -> tuple[Array, list[Array]]:
+    def layers(self, x: Array, temb: Array, text: Array, mask: Array | None) -> list[Array]:
+        """The output of each layer, before the downsampling."""
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb)  # [B, H, W, C]
             if self.attentions:
                 x = self.attentions[i](x, text, mask)
             skips.append(x)
-        for downsample in self.downsamplers:
-            x = downsample(x)  # [B, ceil(H/2), ceil(W/2), C]
-            skips.append(x)
-        return x, skips
+        return skips
+
+    def downsample(self, x: Array) -> list[Array]:
+        """The next level's input [B, ceil(H/2), ceil(W/2), C]; of the last level nothing."""
+        return [downsample(x) for downsample in self.downsamplers]
+
+    def __call__(self, x: Array, temb: Array, text: Array, mask: Array | None) -> list[Array]:
+        skips = self.layers(x, temb, text, mask)
+        return skips + self.downsample(skips[-1])
 
 
 class MidBlock(nnx.Module):
@@ -319,6 +325,7 @@ class UNet(nnx.Module):
         text_tokens: Float[Array, "B L D"],
         text_mask: Bool[Array, "B L"] | None = None,
         added: Mapping[str, Array] | None = None,
+        deep: Float[Array, "B H W D"] | None = None,
     ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], Float[Array, "B H W C"]]:
         """The network's prediction, float32; with a context head the pair (prediction, context).
 
@@ -327,29 +334,49 @@ class UNet(nnx.Module):
           t: timestep, one a sample or one for all; integer or fractional.
           text_tokens: encoder states to attend to. text_mask: True where a token counts; None: all count.
           added: for `addition_embed_type="text_time"` (XL) `text_embeds` [B, P] and `time_ids` [B, 6].
+          deep: `deep_features` of a near x and t: then only the finest level is computed (DeepCache, Ma et al., 2024).
         """
-        return self.forward(x, self.time(t, x.shape[0], added), text_tokens, text_mask)
+        return self.forward(x, self.time(t, x.shape[0], added), text_tokens, text_mask, deep)
+
+    def deep_features(
+        self, x: Float[Array, "B H W C"], t: Shaped[Array, "*B"], text_tokens: Float[Array, "B L D"],
+        text_mask: Bool[Array, "B L"] | None = None, added: Mapping[str, Array] | None = None,
+    ) -> Float[Array, "B H W D"]:
+        """What enters the finest level's up block from the coarser ones. Arguments: as of a call."""
+        temb = self.time(t, x.shape[0], added)
+        return self._coarse(self._fine(x, temb, text_tokens, text_mask)[-1], temb, text_tokens, text_mask)
 
     def forward(
-        self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"], text_tokens: Array, text_mask: Array | None
+        self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"], text_tokens: Array, text_mask: Array | None,
+        deep: Float[Array, "B H W D"] | None = None,
     ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], Float[Array, "B H W C"]]:
         """`__call__` with time embedded (`time`). The text is only handed on to the transformers."""
-        h = self.conv_in(x)  # [B, H, W, C0]
-        skips = [h]
-        for block in self.down_blocks:
-            h, new = block(h, temb, text_tokens, text_mask)
-            skips += new
-        if self.mid_block is not None:
-            h = self.mid_block(h, temb, text_tokens, text_mask)
-        for block in self.up_blocks:
-            count = len(block.resnets)
-            own, skips = skips[-count:], skips[:-count]
-            size = skips[-1].shape[1:3] if skips else None
-            h = block(h, own, temb, text_tokens, text_mask, size)
+        skips = self._fine(x, temb, text_tokens, text_mask)
+        deep = self._coarse(skips[-1], temb, text_tokens, text_mask) if deep is None else deep
+        h = self.up_blocks[-1](deep, skips, temb, text_tokens, text_mask, None)
         out = self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(h))).astype(jnp.float32)
         if self.context_head is None:
             return out
         return out, self.context_head(*jax.lax.stop_gradient((h, temb))).astype(jnp.float32)
+
+    def _fine(self, x: Array, temb: Array, text: Array, mask: Array | None) -> list[Array]:
+        """The skips of the finest level."""
+        h = self.conv_in(x)  # [B, H, W, C0]
+        return [h, *self.down_blocks[0].layers(h, temb, text, mask)]
+
+    def _coarse(self, h: Array, temb: Array, text: Array, mask: Array | None) -> Array:
+        """From the finest level's last skip through all others, to what its up block reads."""
+        size, skips = h.shape[1:3], self.down_blocks[0].downsample(h)
+        for block in self.down_blocks[1:]:
+            skips += block(skips[-1], temb, text, mask)
+        h = skips[-1] if skips else h
+        if self.mid_block is not None:
+            h = self.mid_block(h, temb, text, mask)
+        for block in self.up_blocks[:-1]:
+            count = len(block.resnets)
+            own, skips = skips[-count:], skips[:-count]
+            h = block(h, own, temb, text, mask, skips[-1].shape[1:3] if skips else size)
+        return h
 
     def time(self, t: Array, batch: int, added: Mapping[str, Array] | None) -> Float[Array, "B E"]:
         """The embedding of t (and of `added`) for `batch` samples."""

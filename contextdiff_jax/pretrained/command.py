@@ -26,6 +26,7 @@ class FolderRequest:
     image: str | None = None
     mask: str | None = None
     strength: float | None = None
+    reuse: int = 1
 
     def __post_init__(self):
         if self.sampler != "ddim" or self.eta:
@@ -34,6 +35,8 @@ class FolderRequest:
             raise ValueError(f"--steps={self.steps}: must be at least 1")
         if self.guidance < 0:
             raise ValueError(f"--guidance={self.guidance}: must not be negative")
+        if self.reuse < 1:
+            raise ValueError(f"--reuse={self.reuse}: must be positive")
         for name in ("mask", "strength"):
             if getattr(self, name) is not None and self.image is None:
                 raise ValueError(f"--{name}={getattr(self, name)}: needs --image")
@@ -57,7 +60,7 @@ def _read(path: str, mode: str, shape: tuple[int, int] | None, flag: str) -> Ima
 
 def sample_folder(folder: str, prompts: Sequence[str], request: FolderRequest) -> UInt8[np.ndarray, "B H W 3"]:
     """One picture a prompt, in one batch over all devices. ValueError, one line, for a folder or a picture that doesn't fit."""
-    options = dict(negative=request.negative, steps=request.steps, guidance=request.guidance, seed=request.seed)
+    options = {name: getattr(request, name) for name in ("negative", "steps", "guidance", "seed", "reuse")}
     if request.image is None:
         return load_pipeline(folder).text_to_image(prompts, size=request.shape, **options)
     image = np.asarray(_read(request.image, "RGB", request.shape, "image"))

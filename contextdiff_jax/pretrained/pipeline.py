@@ -41,6 +41,7 @@ class Request:
       guidance: its scale; 1 or less is none.
       seed: draws the noise, unless `noise` gives it.
       tile: large pictures go through the autoencoder in tiles.
+      reuse: steps that share the UNet's coarser levels; must divide their number.
     """
 
     prompts: Sequence[str]
@@ -50,6 +51,7 @@ class Request:
     seed: int = 0
     noise: Latents | None = None
     tile: bool = False
+    reuse: int = 1
 
     def __post_init__(self):
         if isinstance(self.prompts, str) or not self.prompts:
@@ -176,6 +178,7 @@ class Pipeline:
         images = sample_images(
             model, self.scheduler.schedule(), *steps, ids, negative_ids, x, jnp.float32(request.guidance), known,
             prediction_type=self.scheduler.prediction, guided=request.guidance > 1, tile=request.tile,
+            reuse=request.reuse,
         )
         return np.asarray(jnp.round(255 * images)).astype(np.uint8)[: len(request.prompts)]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from contextdiff_jax.diffusion import Denoised, NoiseSchedule, ddim_sample, pair, predict_x0, q_sample, unpair
+from contextdiff_jax.diffusion import Denoised, NoiseSchedule, Reuse, ddim_sample, pair, predict_x0, q_sample, unpair
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.vae import VAE
@@ -69,7 +69,7 @@ def encode_images(vae: VAE, images: Float[Array, "B H W 3"], *, tile: bool = Fal
     return vae.to_diffusion(vae.encode(images, tile=tile).mean)
 
 
-@functools.partial(nnx.jit, static_argnames=("prediction_type", "guided", "tile"))
+@functools.partial(nnx.jit, static_argnames=("prediction_type", "guided", "tile", "reuse"))
 def sample_images(
     model: StableDiffusion,
     schedule: NoiseSchedule,
@@ -84,6 +84,7 @@ def sample_images(
     prediction_type: str,
     guided: bool,
     tile: bool = False,
+    reuse: int = 1,
 ) -> Float[Array, "B H2 W2 3"]:
     """Pictures in [0, 1] of the texts by DDIM from the latents x at timesteps[0]: one compiled program.
 
@@ -91,7 +92,8 @@ def sample_images(
       token_ids: one array a text encoder. negative_ids: those that guidance leads away from; None: zeros are in the place
         of their states, as XL was trained.
       next_timesteps: where each step goes. guidance: of the output, u + g (c - u), read only if `guided`.
-      known: inpainting. tile: decodes large pictures in tiles.
+      known: inpainting. tile: decodes large pictures in tiles. reuse: the UNet's coarser levels are
+        computed in every so many steps (DeepCache).
     """
     size = tuple(model.vae.config.downscale * side for side in x.shape[1:3])
     text = model.encode(token_ids, size)
@@ -100,13 +102,19 @@ def sample_images(
         text = jax.tree.map(pair, without, text)  # [2B, ...]
     reads_known = known is not None and model.unet.config.in_channels != x.shape[-1]
 
-    def denoise(x, t, s):
+    def inputs(x, t):
+        """What the UNet reads: of both branches, where there is guidance."""
         h = jnp.concatenate([x, known.mask, known.masked], axis=-1) if reads_known else x  # [B, H, W, Z or 2 Z + 1]
+        return (pair(h, h), pair(t, t), text.tokens) if guided else (h, t, text.tokens)
+
+    def keep(x, t):
+        return model.unet.deep_features(*inputs(x, t), added=text.added)
+
+    def denoise(x, t, s, deep=None):
+        output = model.unet(*inputs(x, t), added=text.added, deep=deep)
         if guided:
-            without, with_text = unpair(model.unet(pair(h, h), pair(t, t), text.tokens, added=text.added))
+            without, with_text = unpair(output)
             output = without + guidance * (with_text - without)
-        else:
-            output = model.unet(h, t, text.tokens, added=text.added)
         x0 = predict_x0(schedule, output, x, t, prediction_type)
         return Denoised(x0, jnp.zeros_like(x0), jnp.zeros_like(x0))
 
@@ -116,7 +124,8 @@ def sample_images(
 
     project = keep_known if known is not None and not reads_known else None
     latents = ddim_sample(
-        denoise, x, schedule, timesteps, shift="none", next_timesteps=next_timesteps, project=project
+        denoise, x, schedule, timesteps, shift="none", next_timesteps=next_timesteps, project=project,
+        reuse=None if reuse == 1 else Reuse(reuse, keep),
     )
     images = model.vae.decode(model.vae.from_diffusion(latents), tile=tile)
     return jnp.clip(0.5 * images + 0.5, 0.0, 1.0)
