@@ -6,6 +6,7 @@ Measures one part of the work, and prints a table. Modes:
     sample  the same of the sampling loop
     aot     a train step or sampling loop compiled for a TPU that isn't here: fits, seconds, collectives       docs/scaling.md
     roofline  a step's layers against peak and bandwidth, here or (--topology) on a TPU                  docs/performance.md
+    reuse   a run's (--workdir) pictures with fewer evaluations of the UNet: seconds and differences docs/performance.md
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ COMPARE = flags.DEFINE_string("compare", "", "Run in turns with ours; of data: w
 JSON = flags.DEFINE_string("json", "", "File for the table as one JSON object with `rows`.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each row; the table has their medians.", lower_bound=1)
 NEED = flags.DEFINE_float("need", 0.0, "data: pictures a second that the devices take; 0: those of --workdir.")
-WORKDIR = flags.DEFINE_string("workdir", "", "data: a run whose metrics.jsonl tells the need.")
+WORKDIR = flags.DEFINE_string("workdir", "", "data: a run whose metrics.jsonl tells the need; reuse: the run to sample.")
 PICTURES = flags.DEFINE_integer("pictures", 256, "data: pictures a measurement.", lower_bound=8)
 SHAPE = flags.DEFINE_list("shape", ["384", "512"], "data, without data.path: height,width of the pictures made.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "aot, roofline: chips and their arrangement, as in v5e:4x4.")
@@ -72,18 +73,25 @@ def _roofline(settings):
     )
 
 
-MODES = {"data": _data, "train": _speed, "sample": _speed, "aot": _aot, "roofline": _roofline}
+def _reuse(_):
+    from contextdiff_jax.benchmarks.reuse import run
+
+    return run(WORKDIR.value, REPEATS.value)
+
+
+MODES = {"data": _data, "train": _speed, "sample": _speed, "aot": _aot, "roofline": _roofline, "reuse": _reuse}
+WITHOUT_CONFIG = ("reuse",)  # its run has one
 
 
 def main() -> None:
     """Parses, measures, prints, writes."""
     if MODE.value not in MODES:
         raise ValueError(f"--mode={MODE.value!r}: unknown; one of {', '.join(MODES)}")
-    config = cli.read_config()
+    config = None if MODE.value in WITHOUT_CONFIG else cli.read_config()
     from contextdiff_jax.evaluation.report import machine
     from contextdiff_jax.settings import parse
 
-    result = MODES[MODE.value](parse(config))
+    result = MODES[MODE.value](config and parse(config))
     print(result.text)
     if JSON.value:
         facts = {"command": shlex.join(["python", "-m", "contextdiff_jax.benchmark", *sys.argv[1:]]), "machine": machine()}

@@ -33,6 +33,7 @@ TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")
         (("sample", "--workdir=nowhere", "--prompt=a", "--eta=2"), "eta=2.0: must lie in"),
         (("evaluate", "--workdir=nowhere", "--metrics=foo"), "'foo': unknown; one of composition, bound, fid"),
         (("evaluate", "--workdir=nowhere", "--metrics=fid"), "--workdir=nowhere: holds no run"),
+        (("benchmark", "--mode=reuse", "--workdir=nowhere"), "--workdir=nowhere: holds no run"),
         (("train_classifier", "--config=configs/shapes.py"), "--workdir: missing; name the folder"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",

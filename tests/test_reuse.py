@@ -12,7 +12,10 @@ from conftest import ONE_LEVEL, config_dict
 from flax import nnx
 
 from contextdiff_jax import diffusion
+from contextdiff_jax.benchmarks import reuse as benchmark
+from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.models.contextdiff import make_sampler
+from contextdiff_jax.run import Run
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import build_model, init_state, model_graph
 
@@ -136,3 +139,14 @@ def test_the_shared_part_is_computed_once_a_group(tiny):
     fine = 1 + 2 + 2 * 2 + 1  # conv_in, a resnet down, two up, conv_out
     # Its three down there are in `keep` and in the step beside it; XLA may write one out twice of its own accord.
     assert fine <= convolutions(2) - convolutions(1) < fine + 3
+
+
+def test_the_benchmark_tells_the_difference_to_all_steps(tiny_settings, monkeypatch):
+    params = randomised(init_state(tiny_settings).params)
+    monkeypatch.setattr(benchmark, "load_run", lambda workdir: Run(tiny_settings, load_tokenizer(), params, 7))
+    monkeypatch.setattr(benchmark, "VARIANTS", ((4, 1), (4, 2), (2, 1)))
+    result = benchmark.run("somewhere", rounds=1)
+    whole, *others = result.rows
+    assert whole["error"] == 0 and whole["speedup"] == 1 and whole["pictures"] == 16
+    assert [row["name"] for row in others] == ["4 steps, reuse 2", "2 steps, reuse 1"]
+    assert all(0 < row["error"] < 1 and row["seconds"] > 0 for row in others) and "step 7" in result.text
