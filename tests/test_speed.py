@@ -12,7 +12,7 @@ import pytest
 from conftest import ONE_LEVEL, TINY, command, config_dict
 from flax import nnx
 
-from contextdiff_jax.benchmarks import paired, speed, torch_peer
+from contextdiff_jax.benchmarks import method, paired, speed, torch_method, torch_peer
 from contextdiff_jax.benchmarks.paired import Contestant, Times
 from contextdiff_jax.benchmarks.speed import SpeedBenchmark
 from contextdiff_jax.cli import RunError
@@ -62,6 +62,20 @@ def test_our_results_are_torchs(settings, program):
     assert [contestant.name for contestant in contestants] == ["unet", "torch channels_last", "torch NCHW"] and flops > 1e6
 
 
+@pytest.mark.parametrize("changes", [{}, {"diffusion.prediction_type": "epsilon", "train.caption_dropout": 0.9}])
+def test_the_methods_step_in_torch_gives_our_loss_and_parameters(changes):
+    contestants = method._torch_method(parse(config_dict(**SMALL, **changes)))  # which checks it
+    assert [contestant.name for contestant in contestants] == ["torch method channels_last", "torch method NCHW"]
+
+
+def test_a_method_that_differs_gives_no_ratio_and_one_that_torch_lacks_is_left_out(settings, monkeypatch):
+    monkeypatch.setattr(torch_method, "shift_coefficient", lambda schedule, t, shift: 0 * t)  # no context in the forward process
+    with pytest.raises(RunError, match="torch method channels_last, loss: .*no ratio"):
+        method._torch_method(settings)
+    linear = dataclasses.replace(settings, context=dataclasses.replace(settings.context, kind="linear"))
+    assert torch_method.lacking(linear) == "context.kind='linear'" and method._torch_method(linear) == []
+
+
 @pytest.mark.parametrize(
     ("method", "change", "words"),
     [
@@ -104,7 +118,10 @@ def test_the_command_prints_ratio_and_share_of_the_context_and_writes_json(tmp_p
     )
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
-    assert list(rows) == ["unet", "torch channels_last", "torch NCHW", "method, without context", "method, with context"]
+    peers = ["torch channels_last", "torch NCHW"]
+    whole = ["method, with context", "method, without context", "torch method channels_last", "torch method NCHW"]
+    assert list(rows) == ["unet", *peers, *whole]
+    assert rows["method, with context"]["ratio"] > 0 and rows["method, with context"]["peer"] in whole[2:]
     assert rows["unet"]["ratio"] > 0 and rows["unet"]["compile_seconds"] > 0 and rows["unet"]["rounds"] == 5
     assert -1 < rows["method, with context"]["context_share"] < 1
     assert all(name in done.stdout for name in rows) and "times [" in done.stdout and "the context is" in done.stdout

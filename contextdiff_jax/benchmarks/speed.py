@@ -3,18 +3,16 @@
 The UNet alone does the same work on both sides: the same weights (random, every tensor of weight), inputs and cores, AdamW on
 the mean squared error, or DDIM with guidance. Ours is on all of JAX's devices, by the config's mesh: on a CPU one a core is the
 fastest (JAX_NUM_CPU_DEVICES). Before a ratio is given the results must agree: the output, and after a step its loss and the
-change of each parameter; samples. The whole method has no torch version: it is measured with and without its context, on one
-device.
+change of each parameter; samples. The whole method's step is measured with and without its context, and against torch's
+(torch_method.py, for the configs that it has); its sampling loop only with and without.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,24 +26,27 @@ from jaxtyping import Array
 from contextdiff_jax import diffusion
 from contextdiff_jax.benchmarks import paired
 from contextdiff_jax.benchmarks.data import Result
+from contextdiff_jax.benchmarks.method import WITH_CONTEXT, WITHOUT_CONTEXT, contestants_of_method
 from contextdiff_jax.benchmarks.paired import Contestant, Times
-from contextdiff_jax.cli import RunError, num_cores
+from contextdiff_jax.benchmarks.steps import (
+    TOLERANCES,
+    Devices,
+    Inputs,
+    Stepper,
+    check,
+    check_change,
+    compile_timed,
+    randomised,
+)
+from contextdiff_jax.cli import num_cores
 from contextdiff_jax.diffusion.samplers import Denoised
-from contextdiff_jax.models.contextdiff import make_sampler
 from contextdiff_jax.models.unet import UNet
-from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings, tracing_for
 from contextdiff_jax.pretrained.unet import unet_state_to_torch
 from contextdiff_jax.settings import Settings
-from contextdiff_jax.training.state import build_model, init_state, model_graph
-from contextdiff_jax.training.step import make_train_step
 
 PEERS = ("torch",)
 PACKAGES = ("torch", "diffusers")
 PROGRAMS = ("train", "sample")
-# Largest differences, of the largest value: of an output as in the parity tests. Of a tensor's change by a step, in root mean
-# square: AdamW's first change is the learning rate times the gradient's sign, so that rounding may turn one near 0 about.
-TOLERANCES = {"output": 2e-5, "loss": 1e-5, "parameters": 0.02, "samples": 1e-4}
-Inputs = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,15 +71,7 @@ def random_unet(settings: Settings) -> UNet:
     """The config's UNet, without a context head, with random weights of about unit gain and none at 0: a new network's
     output and most of its gradients are 0, which would compare nothing."""
     unet = UNet(dataclasses.replace(settings.model, context_head=False), rngs=nnx.Rngs(settings.seed))
-    rng = np.random.default_rng(settings.seed)
-
-    def drawn(path, leaf):
-        noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        value = noise / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else (path[-1] == "scale") + 0.1 * noise
-        return leaf.replace(jnp.asarray(value, jnp.float32))
-
-    flat = nnx.to_flat_state(nnx.state(unet, nnx.Param))
-    nnx.update(unet, nnx.from_flat_state([(path, drawn(path, leaf)) for path, leaf in flat]))
+    nnx.update(unet, randomised(nnx.state(unet, nnx.Param), settings.seed))
     return unet
 
 
@@ -132,65 +125,6 @@ def unet_sample(graph: nnx.GraphDef, settings: Settings) -> Callable:
     return run
 
 
-def check(what: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
-    """Raises RunError if the largest difference is over `tolerance` of the largest value, or anything is not finite."""
-    error = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
-    if not error <= tolerance:
-        found = f"differ by {error:.2g} of the largest value, allowed {tolerance}"
-        raise RunError(f"--compare: {what}: ours and torch's {found}: no ratio")
-
-
-def check_change(
-    what: str, before: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
-) -> None:
-    """Raises RunError, naming the worst tensor, unless a step changed each parameter alike."""
-    errors = {
-        name: np.linalg.norm(ours[name] - theirs[name]) / np.linalg.norm(theirs[name] - value) for name, value in before.items()
-    }
-    off = {name: error for name, error in errors.items() if not error <= TOLERANCES["parameters"]}  # NaN is off too
-    if off:
-        name = max(off, key=off.get)
-        allowed = f"allowed {TOLERANCES['parameters']}"
-        raise RunError(f"--compare: {what}: {name}: the step's changes differ by {off[name]:.2g}, {allowed}: no ratio")
-
-
-def _compiled(function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> tuple[Callable, float, float]:
-    """The program, the seconds that it took to compile, and its floating-point operations before XLA's changes."""
-    start = time.perf_counter()
-    lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
-    compiled = lowered.compile()
-    return compiled, time.perf_counter() - start, float((lowered.cost_analysis() or {}).get("flops", 0))
-
-
-class _Devices:
-    """All of them, as the config's mesh lays them out: a step of ours runs on each with its share of the batch."""
-
-    def __init__(self, settings: Settings):
-        self.rules = settings.mesh.rules
-        self.mesh = make_mesh(settings.mesh, settings.train.batch_size)
-
-    def parameters(self, tree: Any) -> Any:
-        return jax.device_put(tree, state_shardings(self.mesh, tree, self.rules))
-
-    def batch(self, inputs: Inputs) -> dict[str, Array]:
-        return {k: jax.device_put(v, Feed(self.mesh, len(v), self.rules).sharding(v.shape)) for k, v in inputs.items()}
-
-    def tracing(self) -> contextlib.AbstractContextManager:
-        return tracing_for(self.mesh, self.rules)
-
-
-class _Stepper:
-    """A training step's program with its state: a call is a step, its result the loss."""
-
-    def __init__(self, step: Callable, *state: Any, rest: tuple):
-        self._rest, self.state = rest, state
-        self._step, self.compile_seconds, self.flops = _compiled(step, *state, *rest, donate=tuple(range(len(state))))
-
-    def __call__(self) -> Array:
-        *self.state, result = self._step(*self.state, *self._rest)
-        return jax.block_until_ready(result)
-
-
 def _peers(unet: UNet, settings: Settings, compare: str) -> dict[str, Any]:
     if not compare:
         return {}
@@ -204,14 +138,14 @@ def _train_unet(settings: Settings, options: SpeedBenchmark) -> tuple[list[Conte
     unet, inputs, train = random_unet(settings), make_inputs(settings, settings.train.batch_size), settings.train
     peers = _peers(unet, settings, options.compare)
     before = unet_state_to_torch(unet)
-    devices, (graph, params) = _Devices(settings), nnx.split(unet)
+    devices, (graph, params) = Devices(settings), nnx.split(unet)
     placed, params = devices.batch(inputs), devices.parameters(params)
     forward = jax.jit(lambda params, inputs: _predict(nnx.merge(graph, params), inputs["x"], inputs["t"], inputs))
     optimizer = optax.adamw(train.learning_rate, train.b1, train.b2, weight_decay=train.weight_decay)
     with devices.tracing():
         output = np.asarray(forward(params, placed))
         opt_state = devices.parameters(jax.jit(optimizer.init)(params))
-        ours = _Stepper(unet_step(graph, optimizer), params, opt_state, rest=(placed,))
+        ours = Stepper(unet_step(graph, optimizer), params, opt_state, rest=(placed,))
     loss = float(ours())
     after = unet_state_to_torch(nnx.merge(graph, ours.state[0]))
     contestants = [Contestant("unet", ours, ours.compile_seconds)]
@@ -230,10 +164,10 @@ def _sample_unet(settings: Settings, options: SpeedBenchmark) -> tuple[list[Cont
     peers = _peers(unet, settings, options.compare)
     inputs = make_inputs(settings, 2 * batch) | {"x": make_inputs(settings, batch)["x"]}
     del inputs["target"], inputs["t"]
-    devices, (graph, params) = _Devices(settings), nnx.split(unet)
+    devices, (graph, params) = Devices(settings), nnx.split(unet)
     arguments = devices.parameters(params), devices.batch(inputs)
     with devices.tracing():
-        program, compile_seconds, _ = _compiled(unet_sample(graph, settings), *arguments)
+        program, compile_seconds, _ = compile_timed(unet_sample(graph, settings), *arguments)
     call = lambda: jax.block_until_ready(program(*arguments))
     contestants, images = [Contestant("unet", call, compile_seconds)], np.asarray(call())
     for name, peer in peers.items():
@@ -246,44 +180,6 @@ def _sample_unet(settings: Settings, options: SpeedBenchmark) -> tuple[list[Cont
     two = {**inputs, "x": np.concatenate([inputs["x"]] * 2), "t": np.zeros(2 * batch, np.int32)}
     one_step = jax.jit(lambda params, two: _predict(nnx.merge(graph, params), two["x"], two["t"], two)).lower(params, two)
     return contestants, settings.sample.steps * float(one_step.cost_analysis().get("flops", 0))
-
-
-def _variants(settings: Settings) -> dict[str, Settings]:
-    """The whole method with its context, and the same without."""
-    plain = dataclasses.replace(
-        settings, context=dataclasses.replace(settings.context, kind="none", estimate="plugin"),
-        model=dataclasses.replace(settings.model, context_head=False),
-    )
-    return {"method, without context": plain} | ({} if settings.context.kind == "none" else {"method, with context": settings})
-
-
-def _method(settings: Settings, program: str) -> list[Contestant]:
-    """The real training step (text encoder, average of the weights and metrics included) or sampling loop."""
-    rng, size, length = np.random.default_rng(settings.seed), settings.train.batch_size, settings.data.max_length
-    ids, mask = rng.integers(1, settings.text.vocab_size, (size, length)), np.ones((size, length), bool)
-    contestants = []
-    for name, variant in _variants(settings).items():
-        state = jax.jit(functools.partial(init_state, variant))()
-        if program == "train":
-            image = rng.integers(0, 256, (size, *variant.shape)).astype(np.uint8)
-            batch = {"image": image, "token_ids": ids, "token_mask": mask}
-            null = {"token_ids": ids[:1], "token_mask": mask[:1]}
-            call = _Stepper(make_train_step(variant), state, rest=(batch, null))
-            contestants.append(Contestant(name, call, call.compile_seconds))
-            continue
-        chosen = {k: v for k, v in dataclasses.asdict(variant.sample).items() if k != "prompts"}
-        sample = make_sampler(
-            variant.diffusion.make_schedule(), prediction_type=variant.diffusion.prediction_type,
-            shift=variant.context.shift, **chosen,
-        )
-        graph = model_graph(variant)
-        arguments = (
-            state.params, rng.standard_normal((size, *variant.shape), np.float32), jax.random.key(settings.seed),
-            ids, mask, ids[:1], mask[:1],
-        )
-        run, seconds, _ = _compiled(lambda params, *rest, g=graph, s=sample: s(build_model(g, params), *rest), *arguments)
-        contestants.append(Contestant(name, lambda r=run, a=arguments: jax.block_until_ready(r(*a)), seconds))
-    return contestants
 
 
 def run(settings: Settings, options: SpeedBenchmark) -> Result:
@@ -303,13 +199,14 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
     contestants, flops = {"train": _train_unet, "sample": _sample_unet}[options.program](settings, options)
     rows = _rows(contestants, paired.measure(contestants, options.rounds), flops, peak)
     del contestants  # the peers' memory and ours
-    contestants = _method(settings, options.program)
+    contestants = contestants_of_method(settings, options.program, options.compare)
     times = paired.measure(contestants, options.rounds)
-    rows += _rows(contestants, times, 0.0, peak)
-    if len(contestants) == 2:
-        with_context, without = (times[contestant.name].wall for contestant in contestants[::-1])
+    method = _rows(contestants, times, 0.0, peak)
+    if WITH_CONTEXT in times:
+        with_context, without = times[WITH_CONTEXT].wall, times[WITHOUT_CONTEXT].wall
         share = paired.ratio([a - b for a, b in zip(with_context, without)], with_context)
-        rows[-1] |= {"context_share": share.value, "context_share_quartiles": [share.low, share.high]}
+        method[0] |= {"context_share": share.value, "context_share_quartiles": [share.low, share.high]}
+    rows += method
     facts = {"cores": num_cores(), "devices": jax.device_count(), "matmul_peak_flops_per_second": peak, "rounds": options.rounds}
     rows = [row | facts for row in rows]
     return Result(_table(rows, options.program), rows)
@@ -353,7 +250,8 @@ def _table(rows: list[dict[str, Any]], program: str) -> str:
             told = "{:.2f} times [{:.2f}, {:.2f}] of {}; in CPU s {:.2f} [{:.2f}, {:.2f}]".format(*wall, row["peer"], *cpu)
         if "context_share" in row:
             shares = row["context_share"], *row["context_share_quartiles"]
-            told = "the context is {:.1%} [{:.1%}, {:.1%}] of the time".format(*shares)
+            told += "; " * bool(told)
+            told += "the context is {:.1%} [{:.1%}, {:.1%}] of the time".format(*shares)
         lines.append(
             f"{row['name']:<30}{row['seconds']:>9.3f}{row['cpu_seconds']:>9.3f}{rate:>9}{share:>9}{compiling:>11}{memory:>12}"
             f"  {told}".rstrip()

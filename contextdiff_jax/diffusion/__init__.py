@@ -1,6 +1,13 @@
 """The mathematics of contextualized diffusion: pure functions on arrays (jax only)."""
 
-from contextdiff_jax.diffusion.guidance import dynamic_threshold, guide, pair, plugin_denoise, posterior_mean_denoise, unpair
+from contextdiff_jax.diffusion.guidance import (
+    dynamic_threshold,
+    guide,
+    pair,
+    plugin_denoise,
+    posterior_mean_denoise,
+    unpair,
+)
 from contextdiff_jax.diffusion.losses import loss_weight, prior_kl, sample_timesteps, snr, vlb, vlb_ends, vlb_kl
 from contextdiff_jax.diffusion.process import (
     Gaussian,

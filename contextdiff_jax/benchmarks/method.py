@@ -1,0 +1,116 @@
+"""The whole method, measured: its training step and sampling loop with and without the context, and torch's training step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from contextdiff_jax.benchmarks.paired import Contestant
+from contextdiff_jax.benchmarks.steps import (
+    TOLERANCES,
+    Devices,
+    Inputs,
+    Stepper,
+    check,
+    check_change,
+    compile_timed,
+    randomised,
+)
+from contextdiff_jax.models.contextdiff import make_sampler
+from contextdiff_jax.settings import Settings
+from contextdiff_jax.training.state import TrainState, build_model, init_state, model_graph
+from contextdiff_jax.training.step import draw, make_train_step
+
+LOGGER = logging.getLogger(__name__)
+WITH_CONTEXT, WITHOUT_CONTEXT = "method, with context", "method, without context"
+
+
+def _variants(settings: Settings) -> dict[str, Settings]:
+    """The whole method with its context, and the same without."""
+    plain = dataclasses.replace(
+        settings, context=dataclasses.replace(settings.context, kind="none", estimate="plugin"),
+        model=dataclasses.replace(settings.model, context_head=False),
+    )
+    return ({} if settings.context.kind == "none" else {WITH_CONTEXT: settings}) | {WITHOUT_CONTEXT: plain}
+
+
+def contestants_of_method(settings: Settings, program: str, compare: str) -> list[Contestant]:
+    """The real training step (text encoder, average of the weights and metrics included) or sampling loop, the first with its
+    context, if it has one, and torch's of that."""
+    make = {"train": _train_method, "sample": _sample_method}[program]
+    contestants = [make(variant, name) for name, variant in _variants(settings).items()]
+    return contestants + (_torch_method(settings) if compare and program == "train" else [])
+
+
+def _random_texts(settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    rng, shape = np.random.default_rng(settings.seed), (settings.train.batch_size, settings.data.max_length)
+    return rng.integers(1, settings.text.vocab_size, shape).astype(np.int32), np.ones(shape, bool)
+
+
+def _training_inputs(settings: Settings) -> tuple[Inputs, Inputs]:
+    ids, mask = _random_texts(settings)
+    image = np.random.default_rng(settings.seed).integers(0, 256, (len(ids), *settings.shape)).astype(np.uint8)
+    batch = {"image": image, "token_ids": ids, "token_mask": mask}
+    return batch, {"token_ids": ids[:1], "token_mask": mask[:1]}
+
+
+def _random_state(settings: Settings) -> TrainState:
+    """Step 0 of `randomised` parameters."""
+    state = jax.jit(functools.partial(init_state, settings))()
+    params = randomised(state.params, settings.seed)
+    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
+
+
+def _train_method(settings: Settings, name: str) -> Contestant:
+    devices, (batch, null) = Devices(settings), _training_inputs(settings)
+    state = devices.parameters(_random_state(settings))
+    call = Stepper(make_train_step(settings, devices.mesh), state, rest=(devices.batch(batch), null))
+    return Contestant(name, call, call.compile_seconds)
+
+
+def _sample_method(settings: Settings, name: str) -> Contestant:
+    devices, (ids, mask) = Devices(settings), _random_texts(settings)
+    chosen = {k: v for k, v in dataclasses.asdict(settings.sample).items() if k != "prompts"}
+    sample = make_sampler(
+        settings.diffusion.make_schedule(), prediction_type=settings.diffusion.prediction_type, shift=settings.context.shift,
+        **chosen,
+    )
+    graph = model_graph(settings)
+    x = np.random.default_rng(settings.seed).standard_normal((len(ids), *settings.shape), np.float32)
+    placed = devices.batch({"x": x, "ids": ids, "mask": mask})
+    arguments = (
+        devices.parameters(_random_state(settings).params), placed["x"], jax.random.key(settings.seed),
+        placed["ids"], placed["mask"], ids[:1], mask[:1],
+    )
+    with devices.tracing():
+        run, seconds, _ = compile_timed(lambda params, *rest: sample(build_model(graph, params), *rest), *arguments)
+    return Contestant(name, lambda: jax.block_until_ready(run(*arguments)), seconds)
+
+
+def _torch_method(settings: Settings) -> list[Contestant]:
+    """torch's whole training step, after a first one that must give the loss and the parameters of ours."""
+    from contextdiff_jax.benchmarks.torch_method import LAYOUTS, TorchMethod, lacking, method_parameters
+
+    if missing := lacking(settings):
+        LOGGER.info("the whole method has no torch version with %s: not compared", missing)
+        return []
+    # The first step of all, at the full learning rate.
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, warmup_steps=0, decay="constant"))
+    batch, null = _training_inputs(settings)
+    state, graph = _random_state(settings), model_graph(settings)
+    drawn = draw(jax.random.fold_in(jax.random.wrap_key_data(state.key), 0), batch, settings)
+    model = nnx.merge(graph, state.params)
+    before = method_parameters(model)
+    peers = {f"torch method {layout}": TorchMethod(model, settings, layout) for layout in LAYOUTS}
+    state, _ = jax.jit(make_train_step(settings))(state, batch, null)
+    loss, after = float(state.metric_sums["loss"]), method_parameters(nnx.merge(graph, state.params))
+    for name, peer in peers.items():
+        check(f"{name}, loss", np.array(loss), np.array(peer.step(batch, null, drawn)), TOLERANCES["loss"])
+        check_change(f"{name}, parameters", before, after, peer.parameters())
+    return [Contestant(name, functools.partial(peer.step, batch, null, None)) for name, peer in peers.items()]
