@@ -201,6 +201,30 @@ def test_figures_are_those_of_the_compiled_program(devices, monkeypatch):
     assert "nothing run on a TPU" in result.text and row["name"] in result.text
 
 
+def test_a_sweep_tries_meshes_rematerialisations_and_batches_and_the_fastest_that_fits_comes_first(devices, monkeypatch):
+    """The compiler's answers are made up: 3 pictures a chip don't fit, `blocks` is the slowest, fsdp costs."""
+    settings = parse(config_dict(**{"train.batch_size": 4}))
+
+    def row(candidate, program, mesh, frozen):
+        train, each = candidate.train, candidate.train.batch_size / 4
+        seconds = each * (1 + POLICY_COST[train.remat]) + 0.1 * mesh.shape["fsdp"]
+        numbers = dict.fromkeys(("flops", "kernel_seconds", "collective_seconds", "utilisation", "compile_seconds"), 1.0)
+        return numbers | dict.fromkeys(("peak_hbm", "arguments", "aliased"), 2**30) | {
+            "name": f"{mesh.shape['data']}x{mesh.shape['fsdp']} {train.remat} {train.batch_size}", "hbm": 2**34,
+            "fits": each < 3, "seconds": seconds, "pictures_per_second": train.batch_size / seconds,
+            "collectives": [], "largest": [], "optimization_level": "O0",
+        }
+
+    POLICY_COST = {"none": 0.0, "products": 0.1, "kernels": 0.2, "blocks": 0.3}
+    monkeypatch.setattr(aot, "compile_row", row)
+    result = aot.run(settings, aot.AotBenchmark(topology="v5e:2x2", sweep=True))
+    names = [each["name"] for each in result.rows]
+    assert len(set(names)) == 2 * 4 * 3 and {name.split()[0] for name in names} == {"4x1", "1x4"}
+    assert names[0] == "4x1 none 8" and [each["fits"] for each in result.rows] == [True] * 16 + [False] * 8
+    lines = result.text.splitlines()
+    assert lines[2].startswith("4x1 none 8") and "JAX_OPTIMIZATION_LEVEL=O0" in lines[0]
+
+
 @pytest.mark.slow
 def test_a_train_step_compiles_for_chips_that_are_not_here_with_its_state_in_place(devices):
     """Half a minute of compilation: bash launch/test.sh -m slow tests/test_aot.py"""

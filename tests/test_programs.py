@@ -48,6 +48,13 @@ def test_a_damaged_file_is_named(tmp_path, damage):
         kept(tmp_path, "double", "x2", never, x)
 
 
+def test_a_folder_that_cannot_be_written_is_told_and_the_program_runs(tmp_path, caplog):
+    (tmp_path / "taken").write_text("a file")
+    program = kept(tmp_path / "taken" / "compiled", "double", "x2", lambda: lambda x: 2 * x, np.ones(3, np.float32))
+    np.testing.assert_array_equal(program(np.ones(3, np.float32)), [2, 2, 2])
+    assert "can't be written" in caplog.text
+
+
 def test_a_second_generator_reads_the_program_and_makes_the_same_pictures(tiny_settings, tmp_path, monkeypatch):
     from contextdiff_jax import generation
 
