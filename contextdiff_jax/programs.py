@@ -34,7 +34,7 @@ def kept(folder: epath.PathLike, name: str, about: Any, make: Callable[[], Calla
     leaves, tree = jax.tree.flatten(arguments)
     shapes = [(path_name(path), leaf.shape, str(leaf.dtype)) for path, leaf in jax.tree_util.tree_leaves_with_path(arguments)]
     devices = [device.device_kind for device in jax.devices()]
-    key = repr((jax.__version__, _sources(), devices, about, shapes))
+    key = repr((jax.__version__, _sources(), jax.config.jax_default_matmul_precision, devices, about, shapes))
     file = epath.Path(folder) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.stablehlo"
     if file.exists():
         try:
