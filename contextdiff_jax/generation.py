@@ -63,6 +63,8 @@ class Generator:
         self._frozen = load_frozen(settings) if frozen is None else frozen
         self._make = functools.cache(functools.partial(make_pictures, settings, self.options, mesh))
         self._programs, self._mesh = programs, mesh
+        if programs is None:
+            self._make()  # refuses options that don't fit the schedule now, not when the first pictures are due
 
     def __call__(
         self, params: PyTree, prompts: Sequence[str], seed: int, batch_size: int = 64, *, first: int = 0
