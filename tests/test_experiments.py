@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import command, config_dict
+from conftest import ROOT, command, config_dict
 from flax import nnx
 from scipy import stats
 
@@ -52,6 +52,13 @@ def test_every_plan_of_the_project_has_configs_that_parse():
         assert {"none", "plugin", "posterior_mean"} <= set(plan.variants)
         for variant in plan.variants:
             parse(plan.cell(variant, 0).config)
+
+
+@pytest.mark.parametrize("name, count", [("shapes_one", 39), ("toy", 55)])
+def test_the_finished_cells_are_of_the_plan_as_it_is_now(name, count):
+    """A config's new field must not make finished experiments those of another one (plan._AS_BEFORE)."""
+    cells = load_plan(f"configs/experiments/{name}.py").cells()
+    assert sum(cell.result(ROOT / "docs" / "results" / name) is not None for cell in cells) == count
 
 
 def test_the_page_has_paired_differences_by_students_t_and_names_what_is_missing(tmp_path):

@@ -12,8 +12,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Fields of `train` that say how the same step is computed.
-_SAME_RESULTS = ("remat", "attention")
+# Fields that say how the same step is computed.
+_SAME_RESULTS = ("train.remat", "train.attention")
+# Fields younger than finished cells, at the value that does what was done without them.
+_AS_BEFORE = {"sample.reuse": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,10 +96,16 @@ class Cell:
 
     @property
     def config_hash(self) -> str:
-        """Of the config and the options, but for `_SAME_RESULTS`: results of another hash are of another experiment."""
-        config = dict(self.config)
-        if "train" in config:
-            config["train"] = {name: value for name, value in config["train"].items() if name not in _SAME_RESULTS}
+        """Of the config and the options, but for `_SAME_RESULTS` and `_AS_BEFORE`: results of another hash are of another
+        experiment."""
+
+        def counts(field: str, value: Any) -> bool:
+            return field not in _SAME_RESULTS and (field not in _AS_BEFORE or value != _AS_BEFORE[field])
+
+        config = {
+            section: {n: v for n, v in values.items() if counts(f"{section}.{n}", v)} if isinstance(values, dict) else values
+            for section, values in self.config.items()
+        }
         text = json.dumps([config, self.options], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
