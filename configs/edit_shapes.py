@@ -22,7 +22,7 @@ def video_sections() -> dict:
         edit=dict(
             steps=50, strength=1.0, guidance=3.0, negative="source", inversion="ddim", iterations=30, tolerance=1e-4,
             control="none", cross_range=(0.0, 0.8), self_range=(0.0, 0.5), self_tokens=1024, reweight=(), blend="",
-            blend_threshold=0.3, blend_range=(0.2, 1.0), attention_maps=False, clip="",
+            blend_threshold=0.3, blend_range=(0.2, 1.0), attention_maps=False, clip="", pickscore="", lpips="",
         ),
     )
 

@@ -9,7 +9,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from contextdiff_jax.editing.sampling import sample_edits
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.editing.tuning import tune
 from contextdiff_jax.evaluation import video as scores
+from contextdiff_jax.evaluation.lpips import Distance, load_lpips
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.mesh import make_mesh
 
@@ -127,7 +128,7 @@ def run_edit(settings: EditSettings, config: Mapping[str, Any], workdir: pathlib
     editor.check_size(clip)
     # Refused now, not after the tuning.
     align(video.prompt, video.edit_prompts, editor.count_tokens, editor.text_length, settings.edit)
-    scorer = scores.make_clip_scorer(settings.edit.clip) if settings.edit.clip else None
+    judges = open_judges(settings, *clip.shape[1:3])
 
     x0 = jax.device_put(editor.encode(clip), NamedSharding(mesh, PartitionSpec(None, "sequence")))
     start = time.perf_counter()
@@ -135,7 +136,7 @@ def run_edit(settings: EditSettings, config: Mapping[str, Any], workdir: pathlib
     model = tune(editor.model, editor.process, x0, text, null, settings, config, workdir)
     programs.costs["tuning"] = {"seconds": time.perf_counter() - start}
     edited = edit_clip(editor, model, clip, x0, settings, programs)
-    metrics = measure(clip, edited, settings, scorer) | {
+    metrics = measure(clip, edited, settings, judges) | {
         "context_gain": float(model.context.gain), "frames": len(clip), "size": list(clip.shape[1:3]),
         "costs": programs.costs,
     }
@@ -143,7 +144,22 @@ def run_edit(settings: EditSettings, config: Mapping[str, Any], workdir: pathlib
     return metrics
 
 
-def measure(clip: Clip, edited: Edited, settings: EditSettings, scorer: Callable | None) -> dict[str, Any]:
+class Judges(NamedTuple):
+    """Networks that score a clip: of its prompt, `text(clip, prompt) -> {name: value}`; beside the source, `lpips`."""
+
+    text: tuple[Callable[[Clip, str], dict[str, float]], ...]
+    lpips: Distance | None
+
+
+def open_judges(settings: EditSettings, height: int, width: int) -> Judges:
+    """Those that the config names, for clips of that size. ValueError, one line, for a folder or file that doesn't fit."""
+    edit = settings.edit
+    folders = ((scores.make_clip_scorer, edit.clip), (scores.make_pick_scorer, edit.pickscore))
+    lpips = load_lpips(edit.lpips, height, width) if edit.lpips else None
+    return Judges(tuple(make(folder) for make, folder in folders if folder), lpips)
+
+
+def measure(clip: Clip, edited: Edited, settings: EditSettings, judges: Judges) -> dict[str, Any]:
     """The metrics of the reconstruction and of each edit. Those of the background are where the edit may not differ."""
     rows = []
     named = [(settings.video.prompt, edited.reconstruction, None)]
@@ -152,9 +168,16 @@ def measure(clip: Clip, edited: Edited, settings: EditSettings, scorer: Callable
         row = {"prompt": prompt, "psnr": scores.psnr(frames, clip), "ssim": scores.ssim(frames, clip)}
         if mask is not None and not mask.all():
             row |= {"background_psnr": scores.psnr(frames, clip, ~mask), "background_ssim": scores.ssim(frames, clip, ~mask)}
+        if judges.lpips is not None:
+            values, maps = judges.lpips(frames, clip)  # [F], [F, H, W]
+            row["lpips"] = float(values.mean())
+            if "background_psnr" in row:
+                row["background_lpips"] = float(maps[~mask].mean())
         if len(clip) > 1:
             row |= _warping(frames, clip)
-        rows.append(row | (scorer(frames, prompt) if scorer else {}))
+        for judge in judges.text:
+            row |= judge(frames, prompt)
+        rows.append(row)
     return {"reconstruction": rows[0] | {"x0_error": edited.error}, "edits": rows[1:], "source": _warping(clip, clip)}
 
 

@@ -80,7 +80,8 @@ class EditConfig:
       reweight: (word of the edit prompt, factor) pairs.
       blend: outside of what these words attend to the clip stays: `changed` words, given ones, or "" for no blending.
       blend_threshold: share of the map's largest value. blend_range: when.
-      attention_maps: write those of every word. clip: a CLIP folder, for its metrics.
+      attention_maps: write those of every word. clip, pickscore: CLIP's and PickScore's folders, for their metrics; lpips:
+        the file of its weights (evaluation/lpips.py).
     """
 
     steps: int = 50
@@ -100,6 +101,8 @@ class EditConfig:
     blend_range: tuple[float, float] = (0.2, 1.0)
     attention_maps: bool = False
     clip: str = ""
+    pickscore: str = ""
+    lpips: str = ""
 
     def __post_init__(self):
         check_choice("edit.control", self.control, CONTROLS)

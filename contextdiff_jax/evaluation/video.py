@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable
 
 import numpy as np
+import safetensors
 from jaxtyping import Bool, Float, UInt8
 from scipy import ndimage
 
@@ -95,5 +96,26 @@ def make_clip_scorer(folder: str | pathlib.Path) -> Callable[[Clip, str], dict[s
         if len(images) > 1:
             scores["frame_consistency"] = float(clip_score(images[:-1], images[1:]).mean())
         return scores
+
+    return score
+
+
+def make_pick_scorer(folder: str | pathlib.Path) -> Callable[[Clip, str], dict[str, float]]:
+    """`score(clip, prompt)` by PickScore's folder (Kirstain et al., 2023), a CLIPModel's: `pickscore`, the mean over frames of
+    exp(logit_scale) cos(frame, text). ValueError for a folder that holds no CLIP, or no logit_scale."""
+    network, path = load_clip(folder), pathlib.Path(folder) / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"edit.pickscore={folder}: no model.safetensors, in which logit_scale is")
+    with safetensors.safe_open(path, "np") as file:
+        if "logit_scale" not in file.keys():
+            raise ValueError(f"{path}: no logit_scale, which PickScore needs")
+        scale = float(np.exp(file.get_tensor("logit_scale").astype(np.float64)))
+
+    def score(clip: Clip, prompt: str) -> dict[str, float]:
+        images, words = (
+            np.asarray(x, np.float64) for x in (network.embed_images(clip), network.embed_captions([prompt]))
+        )
+        cosines = (images @ words[0]) / (np.linalg.norm(images, axis=1) * np.linalg.norm(words[0]))
+        return {"pickscore": float(scale * cosines.mean())}
 
     return score
