@@ -84,9 +84,9 @@ def model_graph(settings: Settings) -> nnx.GraphDef:
 def build_model(graph: nnx.GraphDef, params: PyTree, frozen: Frozen = Frozen()) -> ContextDiffusion:
     """The model of a state's parameters, LoRA's products in the layers that they change, with the frozen networks; on a mesh
     (`tracing_for`) its parameters are gathered."""
-    model = nnx.merge(graph, merge_lora(params))
-    nnx.update(model, gathered(nnx.state(model), model.unet.dtype))
-    return model.attach(frozen)
+    params = merge_lora(params)
+    dtype = nnx.merge(graph, params).unet.dtype  # merged twice: updating in place would change the caller's variables
+    return nnx.merge(graph, gathered(params, dtype)).attach(frozen)
 
 
 def init_state(settings: Settings) -> TrainState:
