@@ -1,6 +1,11 @@
 """Emoji in the 16x16x4 latents of the autoencoder of configs/vae_emoji.py: a small latent model from nothing.
 
-What it reaches, and the commands (the data, a plain base, then 200 steps with context from it): docs/pretrained.md.
+What it reaches, and the commands with their data: docs/pretrained.md. A plain base, then 200 steps with context from it:
+
+    python -m contextdiff_jax.train --config=configs/emoji_latent.py --config.data.path=FOLDER --workdir=runs/plain \\
+        --config.context.kind=none --config.context.shift=none
+    python -m contextdiff_jax.train --config=configs/emoji_latent.py --config.data.path=FOLDER --workdir=runs/context \\
+        --config.train.init_from=runs/plain --config.train.steps=200 --config.train.learning_rate=1e-3
 """
 
 from ml_collections import ConfigDict

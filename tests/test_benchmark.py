@@ -69,4 +69,5 @@ def test_the_command_measures_a_configs_own_data_against_the_package(tmp_path):
 
 def test_an_unknown_mode_is_one_line_and_exit_status_2():
     done = command("benchmark", "--mode=dta")
-    assert done.returncode == 2 and done.stderr.strip() == "error: --mode='dta': unknown; one of data, train, sample, aot"
+    modes = "data, train, sample, aot, roofline, reuse"
+    assert done.returncode == 2 and done.stderr.strip() == f"error: --mode='dta': unknown; one of {modes}"
