@@ -2,6 +2,7 @@
 
 What it reaches, and the commands with their data: docs/pretrained.md. A plain base, then 200 steps with context from it:
 
+    python -m contextdiff_jax.train_vae --config=configs/vae_emoji.py --config.data.path=FOLDER --workdir=runs/vae
     python -m contextdiff_jax.train --config=configs/emoji_latent.py --config.data.path=FOLDER --workdir=runs/plain \\
         --config.context.kind=none --config.context.shift=none
     python -m contextdiff_jax.train --config=configs/emoji_latent.py --config.data.path=FOLDER --workdir=runs/context \\

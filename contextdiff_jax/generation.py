@@ -23,14 +23,19 @@ from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.state import build_model, model_graph
 
 
-def make_pictures(settings: Settings, options: SampleConfig, mesh: Mesh | None = None) -> Callable[..., UInt8[Array, "N H W 3"]]:
-    """The jitted program `pictures(params, frozen, noise_key, numbers, key, ids, mask, null_ids, null_mask)`, keys as data."""
+def configured_sampler(settings: Settings, options: SampleConfig) -> Callable:
+    """`make_sampler`'s function by a run's schedule and shift, with the options of a SampleConfig."""
     chosen = dataclasses.asdict(options)
     del chosen["prompts"]
-    sample = make_sampler(
+    return make_sampler(
         settings.diffusion.make_schedule(), prediction_type=settings.diffusion.prediction_type,
         shift=settings.context.shift, **chosen,
     )
+
+
+def make_pictures(settings: Settings, options: SampleConfig, mesh: Mesh | None = None) -> Callable[..., UInt8[Array, "N H W 3"]]:
+    """The jitted program `pictures(params, frozen, noise_key, numbers, key, ids, mask, null_ids, null_mask)`, keys as data."""
+    sample = configured_sampler(settings, options)
     graph = model_graph(settings)
 
     def pictures(params, frozen, noise_key, numbers, key, *text):

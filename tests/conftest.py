@@ -54,6 +54,15 @@ def command(name: str, *arguments: str, tiny: bool = False, **options) -> subpro
     )
 
 
+def randomised(params):
+    """Weights away from their zero-initialised branches, so that an effect anywhere reaches the output."""
+    import jax
+
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
 @pytest.fixture(scope="module")
 def optimised():
     """LLVM's optimisations on."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE_LEVEL, config_dict
+from conftest import ONE_LEVEL, config_dict, randomised
 from flax import nnx
 
 from contextdiff_jax import diffusion
@@ -20,13 +20,6 @@ from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import build_model, init_state, model_graph
 
 B = 2
-
-
-def randomised(params):
-    """Away from the branches that start at zero."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
 
 
 def made(**changes):

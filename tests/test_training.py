@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import command, config_dict
+from conftest import command, config_dict, randomised
 from flax import nnx
 
 from contextdiff_jax.cli import RunError
@@ -40,13 +40,6 @@ def with_gamma(params, value):
     params = jax.tree.map(jnp.copy, params)
     params["context"]["gamma"].set_value(jnp.asarray(value, jnp.float32))
     return params
-
-
-def randomised(params):
-    """Weights away from their zero-initialised branches, so that an effect anywhere reaches the output."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
 
 
 @pytest.fixture(scope="module")

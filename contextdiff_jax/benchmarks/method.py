@@ -22,7 +22,7 @@ from contextdiff_jax.benchmarks.steps import (
     compile_timed,
     randomised,
 )
-from contextdiff_jax.models.contextdiff import make_sampler
+from contextdiff_jax.generation import configured_sampler
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.state import TrainState, build_model, init_state, model_graph
 from contextdiff_jax.training.step import draw, make_train_step
@@ -76,12 +76,7 @@ def _train_method(settings: Settings, name: str) -> Contestant:
 
 def _sample_method(settings: Settings, name: str) -> Contestant:
     devices, (ids, mask) = Devices(settings), _random_texts(settings)
-    chosen = {k: v for k, v in dataclasses.asdict(settings.sample).items() if k != "prompts"}
-    sample = make_sampler(
-        settings.diffusion.make_schedule(), prediction_type=settings.diffusion.prediction_type, shift=settings.context.shift,
-        **chosen,
-    )
-    graph = model_graph(settings)
+    sample, graph = configured_sampler(settings, settings.sample), model_graph(settings)
     x = np.random.default_rng(settings.seed).standard_normal((len(ids), *settings.shape), np.float32)
     placed = devices.batch({"x": x, "ids": ids, "mask": mask})
     arguments = (

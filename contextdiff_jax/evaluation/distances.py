@@ -120,7 +120,12 @@ def cmmd(generated: Features, real: Features, resamples: int = 0, seed: int = 0)
 
 def clip_score(image: Features, text: Features) -> Float[np.ndarray, "N"]:
     """100 max(cos(image, text), 0) of each pair: Hessel et al. 2021, whose factor is 2.5, in torchmetrics' scale."""
-    return 100 * np.maximum((_normalised(image) * _normalised(text)).sum(1), 0)
+    return 100 * np.maximum(cosines(image, text), 0)
+
+
+def cosines(image: Features, text: Features) -> Float[np.ndarray, "N"]:
+    """Of each pair."""
+    return (_normalised(image) * _normalised(text)).sum(1)
 
 
 def _normalised(x):

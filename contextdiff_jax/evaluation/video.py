@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, UInt8
 from scipy import ndimage
 
 from contextdiff_jax.evaluation.clip import load_clip
-from contextdiff_jax.evaluation.distances import clip_score
+from contextdiff_jax.evaluation.distances import clip_score, cosines
 
 Clip = UInt8[np.ndarray, "F H W 3"]
 Inside = Bool[np.ndarray, "F H W"]
@@ -112,10 +112,7 @@ def make_pick_scorer(folder: str | pathlib.Path) -> Callable[[Clip, str], dict[s
         scale = float(np.exp(file.get_tensor("logit_scale").astype(np.float64)))
 
     def score(clip: Clip, prompt: str) -> dict[str, float]:
-        images, words = (
-            np.asarray(x, np.float64) for x in (network.embed_images(clip), network.embed_captions([prompt]))
-        )
-        cosines = (images @ words[0]) / (np.linalg.norm(images, axis=1) * np.linalg.norm(words[0]))
-        return {"pickscore": float(scale * cosines.mean())}
+        agreement = cosines(network.embed_images(clip), network.embed_captions([prompt]))
+        return {"pickscore": float(scale * agreement.mean())}
 
     return score

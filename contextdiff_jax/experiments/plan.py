@@ -100,7 +100,7 @@ class Cell:
         experiment."""
 
         def counts(field: str, value: Any) -> bool:
-            return field not in _SAME_RESULTS and (field not in _AS_BEFORE or value != _AS_BEFORE[field])
+            return field not in _SAME_RESULTS and (field, value) not in _AS_BEFORE.items()
 
         config = {
             section: {n: v for n, v in values.items() if counts(f"{section}.{n}", v)} if isinstance(values, dict) else values
