@@ -16,6 +16,7 @@ import time
 from absl import flags
 
 from contextdiff_jax import cli
+from contextdiff_jax.files import replacing
 
 PLAN = flags.DEFINE_string("plan", None, "Python file with get_plan(): see contextdiff_jax/experiments/plan.py.")
 OUT = flags.DEFINE_string("out", "docs/results", "Folder of PLAN.md and of the cells' files, PLAN/VARIANT-SEED.json.")
@@ -73,9 +74,8 @@ def run_cell(kind: str, cell, folder: pathlib.Path, out: pathlib.Path) -> None:
         "machine": machine(), "seconds": round(time.time() - start, 1), **found,
     }
     path = out / f"{cell.name}.json"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result) + "\n")
-    partial.replace(path)
+    with replacing(path) as file:
+        file.write_text(json.dumps(result) + "\n")
     print(f"{path}: {result['seconds']} s", flush=True)
     if COMMIT.value:
         _git("add", str(path))

@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from contextdiff_jax.files import replacing
+
 _CELL, _GAP, _FONT_SIZE = 128, 12, 12
 
 
@@ -106,11 +108,9 @@ def plot_curves(metrics: str | pathlib.Path, out: str | pathlib.Path) -> None:
         if len(keys) > 1:
             axis.legend(fontsize=8)
     figure.tight_layout()
-    out = pathlib.Path(out)
-    partial = out.with_name(out.name + ".partial")  # a viewer never sees half a picture
-    figure.savefig(partial, dpi=100, format="png")
+    with replacing(pathlib.Path(out)) as file:
+        figure.savefig(file, dpi=100, format="png")
     plt.close(figure)
-    partial.replace(out)
 
 
 def _smoothed(values: np.ndarray, window: int = 5) -> np.ndarray:

@@ -17,6 +17,7 @@ import jax
 from etils import epath
 from jax import export
 
+from contextdiff_jax.files import replacing
 from contextdiff_jax.parallel.mesh import path_name
 
 LOGGER = logging.getLogger(__name__)
@@ -45,19 +46,13 @@ def kept(folder: epath.PathLike, name: str, about: Any, make: Callable[[], Calla
         function = make()
         program = export.export(jax.jit(lambda *leaves: function(*jax.tree.unflatten(tree, leaves))))(*leaves)
         try:
-            _write(file, program.serialize())
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as unfinished:
+                unfinished.write_bytes(program.serialize())
         except OSError as error:  # somebody else's run, a full disk: no reason not to make pictures
             LOGGER.warning("%s: can't be written (%s); the next call traces the program again", file, error)
     call = jax.jit(program.call)
     return lambda *arguments: call(*jax.tree.leaves(arguments))
-
-
-def _write(file: epath.Path, data: bytearray) -> None:
-    """Under its name only when it is complete."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_bytes(data)
-    unfinished.rename(file)
 
 
 @functools.cache

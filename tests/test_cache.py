@@ -76,7 +76,7 @@ def test_a_killed_run_goes_on_with_what_is_missing_and_half_a_shard_is_never_rea
     names = sorted(path.name for path in cached.glob("*.array_record"))
     for name in ("cache.json", names[0]):
         (tmp_path / name).write_bytes((cached / name).read_bytes())
-    (tmp_path / names[1]).with_suffix(".partial").write_bytes((cached / names[1]).read_bytes()[:100])
+    (tmp_path / f"{names[1]}.partial").write_bytes((cached / names[1]).read_bytes()[:100])
     with pytest.raises(ValueError, match="1 of 3 shards are there; the same command as before goes on"):
         CacheSource(str(tmp_path))
     before = (tmp_path / names[0]).stat().st_mtime_ns

@@ -9,6 +9,7 @@ own latents.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -20,6 +21,8 @@ import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float, Int32
+
+from contextdiff_jax.files import replacing
 
 CACHE_FILE = "cache.json"
 _OPTIONS = "group_size:1"  # records are read one by one, in random order
@@ -84,9 +87,8 @@ def claim_cache(path: pathlib.Path, cache: Cache) -> None:
             if old.get(name) != new[name]:
                 raise ValueError(f"--out={path}: holds another cache, {name} is {old.get(name)!r} there and {new[name]!r} here")
         return
-    partial = path / (CACHE_FILE + ".partial")
-    partial.write_text(json.dumps(new, indent=2) + "\n")
-    partial.replace(path / CACHE_FILE)
+    with replacing(path / CACHE_FILE) as file:
+        file.write_text(json.dumps(new, indent=2) + "\n")
 
 
 def encode_record(
@@ -110,14 +112,9 @@ def decode_record(record: bytes) -> dict[str, Any]:
 
 def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
     """A shard, visible under its name only when it is complete."""
-    partial = path.with_suffix(".partial")
-    writer = ArrayRecordWriter(str(partial), _OPTIONS)
-    try:
+    with replacing(path) as file, contextlib.closing(ArrayRecordWriter(str(file), _OPTIONS)) as writer:
         for record in records:
             writer.write(record)
-    finally:
-        writer.close()
-    partial.replace(path)
 
 
 class CacheSource:

@@ -26,6 +26,8 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
+from contextdiff_jax.files import replacing
+
 Labels = dict[str, tuple[str, ...]]  # of one record: an attribute's values; several where objects are
 WEIGHTS_FILE, REPORT_FILE = "classifier.safetensors", "classifier.json"
 OTHER, NONE = "other", "none"
@@ -182,14 +184,12 @@ def save_classifier(model: Classifier, folder: str | pathlib.Path, report: Mappi
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     flat = {".".join(map(str, path)): np.asarray(p[...]) for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    partial = folder / (WEIGHTS_FILE + ".partial")
-    safetensors.numpy.save_file(flat, partial)
-    partial.replace(folder / WEIGHTS_FILE)
+    with replacing(folder / WEIGHTS_FILE) as file:
+        safetensors.numpy.save_file(flat, file)
     attributes = [dataclasses.asdict(a) for a in model.attributes]
     values = {"image_size": model.image_size, "attributes": attributes, **report}
-    partial = folder / (REPORT_FILE + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(folder / REPORT_FILE)
+    with replacing(folder / REPORT_FILE) as file:
+        file.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def load_classifier(folder: str | pathlib.Path) -> Classifier:

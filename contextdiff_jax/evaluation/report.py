@@ -15,6 +15,7 @@ import numpy as np
 from contextdiff_jax import pictures
 from contextdiff_jax.evaluation.intervals import Estimate
 from contextdiff_jax.evaluation.metrics import Result, Scores
+from contextdiff_jax.files import replacing
 
 _SHOWN = 24  # samples a split
 _STYLE = """
@@ -174,9 +175,8 @@ def write_report(
     body.append(f"<details><summary>the run's config</summary>{_pre(json.dumps(config, indent=1))}</details>")
     meta = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
     page = f"<!doctype html><html lang='en'>{meta}<title>{title}: evaluation</title><style>{_STYLE}</style>"
-    partial = folder / "index.html.partial"
-    partial.write_text(page + "\n".join(body) + "</html>\n", encoding="utf-8")
-    partial.replace(folder / "index.html")
+    with replacing(folder / "index.html") as file:
+        file.write_text(page + "\n".join(body) + "</html>\n", encoding="utf-8")
     return folder / "index.html"
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from contextdiff_jax.files import replacing
+
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 
 
@@ -71,9 +73,8 @@ def open_tensors(path: Path) -> safetensors.safe_open:
 
 def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes one file; a file that is there is replaced only when the new one is complete."""
-    partial = path.with_name(path.name + ".partial")
-    safetensors.numpy.save_file(dict(tensors), partial, metadata={"format": "pt", **(metadata or {})})
-    partial.replace(path)
+    with replacing(path) as file:
+        safetensors.numpy.save_file(dict(tensors), file, metadata={"format": "pt", **(metadata or {})})
 
 
 def read_json(path: Path, expected: str) -> dict:
@@ -91,9 +92,8 @@ def read_json(path: Path, expected: str) -> dict:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a JSON object, complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    partial.replace(path)
+    with replacing(path) as file:
+        file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _shards(folder: Path, file_name: str) -> list[tuple[Path, list[str] | None]]:

@@ -25,6 +25,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
 from contextdiff_jax.cli import RunError, is_remote
+from contextdiff_jax.files import replacing
 from contextdiff_jax.training.state import TrainState
 
 LOGGER = logging.getLogger(__name__)
@@ -68,9 +69,8 @@ def claim_workdir(
     if not write:
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    partial.replace(path)
+    with replacing(path) as file:
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _digest(path: pathlib.Path) -> list:

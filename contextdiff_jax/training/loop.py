@@ -30,6 +30,7 @@ from contextdiff_jax.data import (
     make_loader,
     make_source,
 )
+from contextdiff_jax.files import replacing
 from contextdiff_jax.generation import Generator
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
@@ -229,9 +230,8 @@ class Reporter:
             (local / "metrics.jsonl").write_text((self._workdir / "metrics.jsonl").read_text())
             pictures.plot_curves(local / "metrics.jsonl", local / "curves.png")
             for drawn in local.glob("curves.png"):
-                partial = self._workdir / "curves.png.partial"  # a viewer never sees half a picture
-                partial.write_bytes(drawn.read_bytes())
-                partial.replace(self._workdir / "curves.png")
+                with replacing(self._workdir / "curves.png") as file:
+                    file.write_bytes(drawn.read_bytes())
 
 
 def default_prompts(data: DataConfig, count: int = 16) -> list[str]:
