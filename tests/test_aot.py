@@ -116,7 +116,7 @@ def test_the_splash_kernel_is_attention_forward_and_backward(tokens, width):
 def test_auto_takes_the_kernel_for_long_sequences_on_the_platform_that_is_compiled_for(devices):
     tpu, here = Target(make_mesh(MeshConfig(), devices=devices)), Target(make_mesh(MeshConfig(), devices=jax.devices()[:1]))
     assert flash.formulation("auto", 4096, tpu) == "splash" and flash.formulation("auto", 256, tpu) == "xla"
-    assert flash.formulation("auto", 4096, here) == "heads" and flash.formulation("auto", 256, here) == "xla"
+    assert flash.formulation("auto", 4096, here) == "tiles" and flash.formulation("auto", 64, here) == "xla"
     assert flash.formulation("splash", 64, here) == "splash" and flash.formulation("xla", 4096, tpu) == "xla"
 
 

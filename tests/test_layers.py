@@ -9,8 +9,9 @@ import pytest
 import torch
 from flax import nnx
 
-from contextdiff_jax.models.attention import attention, attention_by_heads
+from contextdiff_jax.models.attention import attention, tiled_attention
 from contextdiff_jax.models.layers import gelu, linear
+from contextdiff_jax.models.remat import POLICIES
 
 RNG = np.random.default_rng(0)
 
@@ -62,10 +63,19 @@ def test_attention_of_large_logits_is_finite_and_picks_one_key():
     assert all(np.isfinite(gradient).all() for gradient in pullback(v))
 
 
-def test_attention_by_heads_and_its_gradients():
+@pytest.mark.parametrize("queries", [5, 128, 300])  # fewer than a tile, one, and no whole number of them
+def test_tiled_attention_and_its_gradients(queries):
     theirs = lambda *qkv: torch.nn.functional.scaled_dot_product_attention(*(y.transpose(1, 2) for y in qkv), scale=0.7)
-    ours = lambda *qkv: attention_by_heads(*qkv, scale=0.7)
-    compare(ours, lambda *qkv: theirs(*qkv).transpose(1, 2), *(RNG.standard_normal((2, n, 3, 4)) for n in (5, 7, 7)))
+    ours = lambda *qkv: tiled_attention(*qkv, scale=0.7)
+    compare(ours, lambda *qkv: theirs(*qkv).transpose(1, 2), *(RNG.standard_normal((2, n, 3, 4)) for n in (queries, 7, 7)))
+
+
+@pytest.mark.parametrize("policy", ["products", "kernels"])
+def test_a_rematerialised_block_keeps_no_logits_of_tiled_attention(policy):
+    shapes = [jax.ShapeDtypeStruct((1, n, 1, 4), jnp.float32) for n in (256, 200, 200)]
+    call = jax.checkpoint(tiled_attention, policy=POLICIES[policy])
+    kept = jax.eval_shape(lambda *qkv: jax.vjp(call, *qkv)[1], *shapes)
+    assert 0 < max(leaf.size for leaf in jax.tree.leaves(kept)) < 128 * 200
 
 
 def test_gelu_is_the_exact_one():

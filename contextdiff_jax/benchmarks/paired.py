@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _PEAK_SIDE = 1024  # of the square matrices whose product is the machine's peak
+_WARM_UP = 3  # rounds that don't count: the process's heap grows in the first ones, page by page
 
 
 class Contestant(NamedTuple):
@@ -38,17 +39,15 @@ class Ratio(NamedTuple):
 
 
 def measure(contestants: Sequence[Contestant], rounds: int) -> dict[str, Times]:
-    """Each contestant's `rounds`, in turns whose order is reversed every other round; one call of each goes before."""
-    for contestant in contestants:
-        contestant.call()
+    """Each contestant's `rounds`, in turns whose order is reversed every other round, after `_WARM_UP` more."""
     times = {contestant.name: Times([], []) for contestant in contestants}
-    for number in range(rounds):
+    for number in range(_WARM_UP + rounds):
         for contestant in contestants if number % 2 else contestants[::-1]:
             wall, cpu = time.perf_counter(), time.process_time()
             contestant.call()
             times[contestant.name].wall.append(time.perf_counter() - wall)
             times[contestant.name].cpu.append(time.process_time() - cpu)
-    return times
+    return {name: Times(*(seconds[_WARM_UP:] for seconds in both)) for name, both in times.items()}
 
 
 def ratio(peer: Sequence[float], ours: Sequence[float]) -> Ratio:

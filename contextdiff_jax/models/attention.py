@@ -1,4 +1,4 @@
-"""softmax(q k^T) v: the plain core, its form for long sequences on a CPU, and self-attention as what suits the target."""
+"""softmax(q k^T) v: the plain core, its form for many tokens on a CPU, and self-attention as what suits the target."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from contextdiff_jax.models import flash
 from contextdiff_jax.parallel.mesh import current_target
+
+_TILE = 128  # queries
 
 
 def attention(
@@ -45,16 +48,60 @@ def attention(
     return jnp.swapaxes(out, 1, 2)  # [B, N, H, D]
 
 
-def attention_by_heads(
+def tiled_attention(
     q: Float[Array, "B N H D"], k: Float[Array, "B M H D"], v: Float[Array, "B M H D"], *, scale: float | None = None
 ) -> Float[Array, "B N H D"]:
-    """`attention`, one head of one example after the other, and once more in the backward pass: N M logits are in memory at
-    a time, not B H N M, and on a CPU they stay in its cache (one core, 4 x 1024 tokens, 8 heads of 16: 39 ms against 57)."""
+    """`attention`, a tile of one head's queries after the other, as FlashAttention (Dao et al., 2022): the logits in memory are
+    a tile's, and the backward pass computes them once more. For a CPU, whose cache they stay in (one core, 2 x 1024 tokens, 8
+    heads of 16, forward and backward: 56 ms; `attention` 205, torch 78)."""
     B, N, H, D = q.shape
-    one = jax.checkpoint(lambda *qkv: attention(*(y[None, :, None] for y in qkv), scale=scale)[0, :, 0])  # [N, D]
-    heads = (jnp.swapaxes(y, 1, 2).reshape(B * H, -1, D) for y in (q, k, v))
-    out = jax.lax.map(lambda qkv: one(*qkv), tuple(heads))  # [B*H, N, D]
-    return jnp.swapaxes(out.reshape(B, H, N, D), 1, 2)
+    tile = min(_TILE, N)
+    q = jnp.swapaxes(q * (D**-0.5 if scale is None else scale), 1, 2).reshape(B * H, N, D)
+    q = jnp.pad(q, ((0, 0), (0, -N % tile), (0, 0))).reshape(B * H, -1, tile, D)
+    k, v = (jnp.moveaxis(y, 1, 3).reshape(B * H, D, -1) for y in (k, v))
+    out = jax.lax.map(lambda qkv: _head(*qkv), (q, k, v))  # [B*H, N / tile, tile, D]
+    return jnp.swapaxes(out.reshape(B, H, -1, D)[:, :, :N], 1, 2)
+
+
+@jax.custom_vjp
+def _head(q: Float[Array, "T N D"], k: Float[Array, "D M"], v: Float[Array, "D M"]) -> Float[Array, "T N D"]:
+    """One head's attention, queries scaled and in tiles."""
+    return _head_forward(q, k, v)[0]
+
+
+def _head_forward(q, k, v):
+    k, v = jax.lax.optimization_barrier((k, v))  # stay turned about, as in `attention`
+
+    def tile(q):
+        logits = jnp.dot(q, k, preferred_element_type=jnp.float32)  # [N, M]
+        largest = logits.max(-1, keepdims=True)
+        weights = jnp.exp(logits - largest)
+        total = weights.sum(-1, keepdims=True)
+        out = jnp.einsum("nm,dm->nd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (out / total).astype(v.dtype), largest + jnp.log(total)
+
+    out, lse = checkpoint_name(jax.lax.map(tile, q), flash.RESIDUALS)  # [T, N, D], [T, N, 1]
+    return out, (q, k, v, out, lse)
+
+
+def _head_backward(residuals, d_out):
+    q, k, v, out, lse = residuals
+    d_total = (d_out * out).sum(-1, keepdims=True, dtype=jnp.float32)  # [T, N, 1]
+
+    def tile(sums, rows):
+        q, d_out, lse, d_total = rows
+        dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        weights = jnp.exp(dot("nd,dm->nm", q, k) - lse)
+        d_logits = (weights * (dot("nd,dm->nm", d_out, v) - d_total)).astype(q.dtype)
+        d_k, d_v = dot("nd,nm->dm", q, d_logits), dot("nd,nm->dm", d_out, weights.astype(q.dtype))
+        return (sums[0] + d_k, sums[1] + d_v), dot("nm,dm->nd", d_logits, k).astype(q.dtype)
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    (d_k, d_v), d_q = jax.lax.scan(tile, (zeros, zeros), (q, d_out, lse, d_total))
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+_head.defvjp(_head_forward, _head_backward)
 
 
 def self_attention(
@@ -65,6 +112,6 @@ def self_attention(
     how = flash.formulation(choice, q.shape[1], target)
     if how == "splash":
         return flash.splash_attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, target=target)
-    if how == "heads":
-        return flash.on_each_device(functools.partial(attention_by_heads, scale=scale), q, k, v, target)
+    if how == "tiles":
+        return flash.on_each_device(functools.partial(tiled_attention, scale=scale), q, k, v, target)
     return attention(q, k, v, scale=scale)

@@ -1,9 +1,9 @@
 """Self-attention without its matrix of weights: JAX's Pallas splash kernel where the target is a TPU, and who decides.
 
 At 4096 tokens XLA writes the float32 logits of all heads to HBM and reads them back, several times in training; the kernel
-keeps a block of them on the chip (Dao et al., 2022). A CPU takes one head of one example at a time, whose logits fit its cache
-(`attention.attention_by_heads`). Cross-attention to a few dozen text tokens has no such matrix to save: it stays with XLA, as do
-short sequences.
+keeps a block of them on the chip (Dao et al., 2022). A CPU takes a tile of one head's queries at a time, whose logits fit its
+cache (`attention.tiled_attention`). Cross-attention to a few dozen text tokens has no such matrix to save: it stays with XLA, as
+do short sequences.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from jaxtyping import Array, Float
 
 from contextdiff_jax.parallel.mesh import Target, current_target, place
 
-CHOICES = ("auto", "xla", "splash", "heads")
-RESIDUALS = "splash_residuals"  # the checkpoint name of what the backward kernels read: output and log-sum-exp
-LONG = 1024  # tokens from which `auto` takes them: below, XLA's logits fit beside everything else
+CHOICES = ("auto", "xla", "splash", "tiles")
+RESIDUALS = "splash_residuals"  # the checkpoint name of what the backward passes read: output and log-sum-exp
+# What `auto` takes by platform, from as many tokens: below, XLA's logits fit beside everything else.
+_LONG = {"tpu": ("splash", 1024), "cpu": ("tiles", 256)}
 # The kernel's blocks are multiples of a TPU's lanes. In the backward pass 4096 keys don't fit in a v5e's or v5p's VMEM.
 _LANES, _BLOCK, _LONG_BLOCK = 128, 512, 2048
 
@@ -31,7 +32,8 @@ def formulation(choice: str, tokens: int, target: Target) -> str:
     be this machine's."""
     if choice != "auto":
         return choice
-    return {"tpu": "splash", "cpu": "heads"}.get(target.platform, "xla") if tokens >= LONG else "xla"
+    how, least = _LONG.get(target.platform, ("xla", 0))
+    return how if tokens >= least else "xla"
 
 
 def on_each_device(
