@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _PEAK_SIDE = 1024  # of the square matrices whose product is the machine's peak
+_COPIED = 2**26  # numbers in the array whose copy is the machine's bandwidth: more than its caches hold
 _WARM_UP = 3  # rounds that don't count: the process's heap grows in the first ones, page by page
 
 
@@ -62,6 +63,14 @@ def matmul_peak(repeats: int = 10) -> float:
     product = jax.jit(jnp.matmul)
     times = measure([Contestant("product", lambda: product(a, a).block_until_ready())], repeats)["product"].wall
     return 2 * _PEAK_SIDE**3 / min(times)
+
+
+def memory_bandwidth(repeats: int = 10) -> float:
+    """Bytes a second, read and written, of the fastest of some copies."""
+    x = jnp.ones(_COPIED, jnp.float32)
+    negative = jax.jit(jnp.negative)
+    times = measure([Contestant("copy", lambda: negative(x).block_until_ready())], repeats)["copy"].wall
+    return 2 * x.nbytes / min(times)
 
 
 def extra_memory(call: Callable[[], Any]) -> int | None:

@@ -31,7 +31,6 @@ from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.state import make_model, make_optimizer, moving_average
 
 LOGGER = logging.getLogger(__name__)
-_COPIED = 2**26  # numbers in the array whose copy is the machine's bandwidth: more than its caches hold
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +116,7 @@ def run(settings: Settings, options: RooflineBenchmark) -> Result:
         roofs = Roofs(f"{chip.name}, predicted by the compiler", chip.peak, chip.hbm_bandwidth)
     else:
         device = jax.devices()[0]
-        roofs = Roofs(f"{device.device_kind}, measured", paired.matmul_peak(), memory_bandwidth())
+        roofs = Roofs(f"{device.device_kind}, measured", paired.matmul_peak(), paired.memory_bandwidth())
     mesh = make_mesh(MeshConfig(), devices=[device])
     rows = []
     for part in parts(settings, options.batch or settings.train.batch_size):
@@ -148,14 +147,6 @@ def _seconds(part: Part, compiled: jax.stages.Compiled, rounds: int) -> float:
     arguments = jax.tree.map(lambda a: jnp.full(a.shape, 0.1).astype(a.dtype), part.arguments)
     call = lambda: jax.block_until_ready(compiled(*arguments))  # noqa: E731
     return statistics.median(paired.measure([Contestant(part.name, call)], rounds)[part.name].wall)
-
-
-def memory_bandwidth(repeats: int = 10) -> float:
-    """Bytes a second, read and written, of the fastest of some copies."""
-    x = jnp.ones(_COPIED, jnp.float32)
-    negative = jax.jit(jnp.negative)
-    times = paired.measure([Contestant("copy", lambda: negative(x).block_until_ready())], repeats)["copy"].wall
-    return 2 * x.nbytes / min(times)
 
 
 def _table(rows: list[dict[str, Any]], roofs: Roofs) -> str:
