@@ -22,7 +22,7 @@ from contextdiff_jax.models.context import ContextConfig
 from contextdiff_jax.models.flash import CHOICES
 from contextdiff_jax.models.remat import POLICIES
 from contextdiff_jax.models.text import TextConfig
-from contextdiff_jax.models.unet import UNetConfig
+from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAEConfig
 from contextdiff_jax.parallel.mesh import MeshConfig
 from contextdiff_jax.pretrained.files import read_json

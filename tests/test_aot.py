@@ -17,8 +17,9 @@ from contextdiff_jax.benchmarks import aot, hlo
 from contextdiff_jax.models import flash
 from contextdiff_jax.models.attention import attention
 from contextdiff_jax.models.contextdiff import Frozen
-from contextdiff_jax.models.layers import ResnetBlock, SpatialTransformer
+from contextdiff_jax.models.layers import ResnetBlock
 from contextdiff_jax.models.remat import POLICIES, configure
+from contextdiff_jax.models.transformer import SpatialTransformer
 from contextdiff_jax.parallel.mesh import MeshConfig, Target, gathered, make_mesh, path_name, state_shardings, tracing_for
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import init_state

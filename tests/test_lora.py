@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from flax import nnx
 from torch_models import assert_close, nchw, nhwc, normal, randomised
 
-from contextdiff_jax.models.unet import UNetConfig
+from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained import load_clip_text, load_unet
 from contextdiff_jax.pretrained.ldm import ldm_name
 from contextdiff_jax.pretrained.lora import LoraLayer, load_lora, merge_lora, save_lora

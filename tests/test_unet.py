@@ -15,7 +15,8 @@ from flax import nnx
 
 from contextdiff_jax.models.attention import attention
 from contextdiff_jax.models.layers import GroupNorm
-from contextdiff_jax.models.unet import UNet, UNetConfig
+from contextdiff_jax.models.unet import UNet
+from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained import load_unet, save_unet
 from contextdiff_jax.pretrained.unet import WEIGHTS_FILE, unet_state_from_torch, unet_state_to_torch
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, Attention, convolve, linear
+from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, convolve, linear
+from contextdiff_jax.models.transformer import Attention
 
 # Of the pictures that CLIP was trained on, a channel, in [0, 1].
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from contextdiff_jax.models.layers import Attention, FeedForward, TimestepEmbedding, linear, timestep_embedding
+from contextdiff_jax.models.layers import TimestepEmbedding, linear, timestep_embedding
+from contextdiff_jax.models.transformer import Attention, FeedForward
 
 TOKENS = ("patches", "clip")
 

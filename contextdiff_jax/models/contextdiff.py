@@ -15,7 +15,8 @@ from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPText, CLIPVis
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork, pool
 from contextdiff_jax.models.t5 import T5Encoder
 from contextdiff_jax.models.text import TextConfig, TextEncoder
-from contextdiff_jax.models.unet import UNet, UNetConfig
+from contextdiff_jax.models.unet import UNet
+from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAE
 
 

@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Float, Shaped
 
-from contextdiff_jax.models.attention import attention, self_attention
 from contextdiff_jax.models.remat import rematerialised
 from contextdiff_jax.parallel.mesh import current_target
 
@@ -258,122 +257,6 @@ class ResnetBlock(nnx.Module):
             scale, shift = jnp.split(time, 2, axis=-1)
             return self.norm2(h) * (1 + scale) + shift
         return self.norm2(h + time)
-
-
-class Attention(nnx.Module):
-    """Multi-head attention of tokens to `context_features` wide ones (None: to themselves).
-
-    The heads are `features` wide together, unless `head_features` gives the width of each (T5). `scale`: of the
-    logits, 1 / sqrt(head width) unless given. `self_attention`: what computes it (models.flash).
-    """
-
-    self_attention = "auto"
-
-    def __init__(
-        self, features: int, num_heads: int, *, context_features: int | None = None,
-        head_features: int | None = None, qkv_bias: bool = False, out_bias: bool = True, scale: float | None = None,
-        zero_init: bool = False,
-        dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
-    ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        source = features if context_features is None else context_features
-        inner = features if head_features is None else num_heads * head_features
-        self.num_heads = num_heads
-        self.scale = scale
-        self.to_q = linear(features, inner, use_bias=qkv_bias, **policy)
-        self.to_k = linear(source, inner, use_bias=qkv_bias, **policy)
-        self.to_v = linear(source, inner, use_bias=qkv_bias, **policy)
-        self.to_out = linear(inner, features, use_bias=out_bias, zero_init=zero_init, **policy)
-
-    def __call__(
-        self,
-        x: Float[Array, "B N D"],
-        context: Float[Array, "B M E"] | None = None,
-        mask: Bool[Array, "B *N M"] | None = None,
-        bias: Float[Array, "H N M"] | None = None,
-    ) -> Float[Array, "B N D"]:
-        whole = context is None and mask is None and bias is None  # nothing is hidden or weighed: what the kernel computes
-        context = x if context is None else context
-        q, k, v = (self._heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        if whole:
-            out = self_attention(q, k, v, self.scale, choice=self.self_attention)  # [B, N, H, D/H]
-        else:
-            out = attention(q, k, v, mask, bias=bias, scale=self.scale)
-        return self.to_out(out.reshape(*out.shape[:2], -1))  # [B, N, D]
-
-    def _heads(self, x: Float[Array, "B N D"]) -> Float[Array, "B N H D2"]:
-        return x.reshape(*x.shape[:-1], self.num_heads, -1)
-
-
-class FeedForward(nnx.Module):
-    """GEGLU feed-forward (Shazeer, 2020), four times as wide inside."""
-
-    def __init__(self, features: int, *, mult: int = 4, zero_init: bool = False, **policy):
-        self.proj_in = linear(features, 2 * mult * features, **policy)
-        self.proj_out = linear(mult * features, features, zero_init=zero_init, **policy)
-
-    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        value, gate = jnp.split(self.proj_in(x), 2, axis=-1)
-        return self.proj_out(value * gelu(gate))
-
-
-class TransformerBlock(nnx.Module):
-    """Pre-norm self-attention, cross-attention to the text and feed-forward, each with a residual."""
-
-    def __init__(
-        self, features: int, num_heads: int, text_features: int, *, only_cross_attention: bool = False,
-        dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
-    ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.only_cross_attention = only_cross_attention
-        self.norm1 = nnx.LayerNorm(features, epsilon=1e-5, **policy)
-        first = text_features if only_cross_attention else None
-        self.attn1 = Attention(features, num_heads, context_features=first, **policy)
-        self.norm2 = nnx.LayerNorm(features, epsilon=1e-5, **policy)
-        self.attn2 = Attention(features, num_heads, context_features=text_features, **policy)
-        self.norm3 = nnx.LayerNorm(features, epsilon=1e-5, **policy)
-        self.ff = FeedForward(features, **policy)
-
-    def __call__(
-        self, x: Float[Array, "B N D"], text: Float[Array, "B L E"], mask: Bool[Array, "B L"] | None
-    ) -> Float[Array, "B N D"]:
-        first = (text, mask) if self.only_cross_attention else ()
-        x = x + self.attn1(self.norm1(x), *first)
-        x = x + self.attn2(self.norm2(x), text, mask)
-        return x + self.ff(self.norm3(x))
-
-
-class SpatialTransformer(nnx.Module):
-    """`depth` transformer blocks over the H W pixels as tokens, between two 1x1 projections, with a residual.
-
-    diffusers' `use_linear_projection` only chooses how the projections' weights are stored (1x1 convolution
-    or linear): the function is the same. The last projection starts at zero. `remat`: as a ResnetBlock's.
-    """
-
-    remat = "none"
-
-    def __init__(
-        self, channels: int, num_heads: int, text_features: int, *, depth: int = 1, num_groups: int,
-        only_cross_attention: bool = False, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
-    ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        block = dict(only_cross_attention=only_cross_attention, **policy)
-        self.norm = GroupNorm(channels, num_groups, eps=1e-6, dtype=dtype, param_dtype=param_dtype)
-        self.proj_in = linear(channels, channels, **policy)
-        self.transformer_blocks = nnx.List(
-            TransformerBlock(channels, num_heads, text_features, **block) for _ in range(depth)
-        )
-        self.proj_out = linear(channels, channels, zero_init=True, **policy)
-
-    @rematerialised
-    def __call__(
-        self, x: Float[Array, "B H W C"], text: Float[Array, "B L E"], mask: Bool[Array, "B L"] | None
-    ) -> Float[Array, "B H W C"]:
-        B, H, W, C = x.shape
-        h = self.proj_in(self.norm(x).reshape(B, H * W, C))  # [B, H*W, C]
-        for block in self.transformer_blocks:
-            h = block(h, text, mask)
-        return x + self.proj_out(h).reshape(B, H, W, C)
 
 
 class Downsample(nnx.Module):

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, Attention, linear
+from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, linear
+from contextdiff_jax.models.transformer import Attention
 
 _POSITIVE = (
     "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets",

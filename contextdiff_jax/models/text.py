@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from contextdiff_jax.models.layers import Attention, FeedForward
+from contextdiff_jax.models.transformer import Attention, FeedForward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

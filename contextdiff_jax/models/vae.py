@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from contextdiff_jax.models.config import known_fields
 from contextdiff_jax.models.layers import (
     ACTIVATIONS,
-    Attention,
     Downsample,
     GroupNorm,
     ResnetBlock,
@@ -27,6 +26,7 @@ from contextdiff_jax.models.layers import (
     linear,
 )
 from contextdiff_jax.models.tiling import sliced, tiled
+from contextdiff_jax.models.transformer import Attention
 
 _OVERLAP = 0.25  # of neighbouring tiles, as in diffusers
 

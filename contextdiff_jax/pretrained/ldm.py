@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from contextdiff_jax.models.unet import UNetConfig
+from contextdiff_jax.models.unet_config import UNetConfig
 
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",

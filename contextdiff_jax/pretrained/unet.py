@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from contextdiff_jax.models.unet import ContextHead, UNet, UNetConfig
+from contextdiff_jax.models.unet import ContextHead, UNet
+from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.model import Model, Options
 from contextdiff_jax.pretrained.names import Rules, state_from_torch, state_to_torch
