@@ -21,6 +21,8 @@ VARIANTS = {
 SMALL_GAIN = {
     f"{name}-gain0.2": VARIANTS[name] | {"context.max_gain": 0.2} for name in ("plugin", "posterior_mean")
 }
+# A shift that tells less of the picture, so that guidance has more left to do (docs/results).
+MIDDLE_GAIN = {"linear-gain0.4": VARIANTS["linear"] | {"context.max_gain": 0.4}}
 
 
 def get_plan() -> Plan:
@@ -41,7 +43,7 @@ def get_plan() -> Plan:
         ),
         kind="pictures",
         config=config.to_dict(),
-        variants=VARIANTS | SMALL_GAIN,
+        variants=VARIANTS | SMALL_GAIN | MIDDLE_GAIN,
         headline={
             "held-out, exact": "held-out combinations, ddim, guidance best/exact",
             "held-out, guidance 1": "held-out combinations, ddim, guidance 1/exact",
