@@ -1,4 +1,4 @@
-"""python -m contextdiff_jax.evaluate --workdir=DIR --metrics=composition,bound,fid,kid,precision_recall,attributes,cmmd,clip_score
+"""python -m contextdiff_jax.evaluate --workdir=DIR --metrics=composition,bound,fid,...
 
 Scores of a run's samples and of its likelihood with 95% intervals: a table on the terminal, DIR/metrics.json, and the
 page DIR/report/index.html. What each metric is, and what it needs: docs/evaluation.md.
@@ -18,7 +18,9 @@ from contextdiff_jax import cli
 from contextdiff_jax.files import replacing
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
-METRICS = flags.DEFINE_list("metrics", ["composition"], "Comma-separated names of metrics.")
+METRICS = flags.DEFINE_list(
+    "metrics", ["composition"], "Of composition, bound, branches, fid, kid, precision_recall, attributes, cmmd, clip_score."
+)
 NUM = flags.DEFINE_integer("num", 256, "Samples, and pictures of the bound, a split.", lower_bound=2)
 REFERENCE = flags.DEFINE_integer("reference", 2048, "Real pictures a split to compare with.", lower_bound=2)
 FEATURES = flags.DEFINE_string("features", "", "A classifier's folder or Inception's weights; default: DIR/classifier.")

@@ -178,6 +178,29 @@ def test_bound_with_all_timesteps_is_vlb_of_the_model_by_hand(evaluation):
     np.testing.assert_allclose(result.details["kl_by_t"][row], terms["kl"][1:].mean(1), rtol=1e-3)
 
 
+def test_branches_are_x0_hat_with_and_without_the_caption(evaluation):
+    settings, row, t = evaluation.settings, "held-out combinations", evaluation.settings.diffusion.num_timesteps - 1
+    few = dataclasses.replace(evaluation, num=3)
+    found = metrics.branches(few).scores[f"{row}, t = {t}"]
+    model, schedule = nnx.merge(model_graph(settings), evaluation.params), settings.diffusion.make_schedule()
+    x0 = np.stack([record["image"] for record in few.records(row)]) / np.float32(127.5) - 1
+    ts, noise = jnp.full(3, t), jax.random.normal(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), t), x0.shape)
+
+    def texts(captions):
+        ids, mask = evaluation.tokenizer.encode(captions, settings.data.max_length)
+        return model.text(ids, mask), mask
+
+    captions = texts(few.captions(row))
+    x_t = diffusion.q_sample(schedule, x0, model.relate(x0, *captions, ts), ts, noise, settings.context.shift)
+    with_caption, without = (
+        np.asarray(diffusion.predict_x0(schedule, model.predict(x_t, ts, *text), x_t, ts, settings.diffusion.prediction_type))
+        for text in (captions, texts([""] * 3))
+    )
+    for name, difference in {"with": with_caption - x0, "without": without - x0, "apart": with_caption - without}.items():
+        expected = np.mean([np.sqrt(np.mean(d.astype(np.float64) ** 2)) for d in difference])
+        assert expected > 0 and found[name].value == pytest.approx(expected, rel=1e-4)
+
+
 def test_judge_keeps_every_picture_s_answer(evaluation):
     images, captions = evaluation.samples("seen combinations").copy(), evaluation.captions("seen combinations")
     images[3] = 0

@@ -18,6 +18,7 @@ from contextdiff_jax.data import DataConfig, RandomAccessSource, Tokenizer, make
 from contextdiff_jax.data.shapes import heldout_triples
 from contextdiff_jax.evaluation import bound as bounds
 from contextdiff_jax.evaluation import distances
+from contextdiff_jax.evaluation.branches import make_model_branches
 from contextdiff_jax.evaluation.classifier import Classifier, correct, load_classifier, read_labels
 from contextdiff_jax.evaluation.clip import Clip, load_clip
 from contextdiff_jax.evaluation.composition import is_main, judge
@@ -30,6 +31,7 @@ from contextdiff_jax.settings import Settings
 Scores = dict[str, dict[str, Estimate]]  # {row: {name: estimate}}
 FLOOR = "real pictures instead"
 _BOUND_BATCH = 32
+_BRANCHES = 8  # timesteps
 _NEIGHBOURS = 3  # of precision and recall, the paper's
 _MAX_FOR_MANY_RESAMPLES = 256  # features: a Frechet distance of 2048 takes a second or more
 
@@ -194,9 +196,9 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
             raise ValueError(
                 f"--metrics=composition: judges scenes of data.source='shapes'; the run's is {settings.data.source!r}"
             )
+        if name in ("bound", "branches") and settings.latent.vae:
+            raise ValueError(f"--metrics={name}: is of pixels; this run's x0 are latents (latent.vae)")
         if name == "bound":
-            if settings.latent.vae:
-                raise ValueError("--metrics=bound: is a likelihood of pixels; this run's x0 are latents (latent.vae)")
             bounds.make_strata(settings.diffusion.num_timesteps, evaluation.bound_timesteps or None)
         if name == "precision_recall" and min(evaluation.num, evaluation.reference) <= _NEIGHBOURS:
             raise ValueError(
@@ -227,35 +229,54 @@ def composition(evaluation: Evaluation) -> Result:
     return Result(scores, "%", note, {"parts": parts, "exact_by_sample": marks})
 
 
+def _on_pictures(
+    evaluation: Evaluation, row: str, function: Callable[..., dict[str, Any]], steps: np.ndarray, name: str
+) -> dict[str, np.ndarray]:
+    """`function(params, images, ids, mask, null ids, null mask, key, steps)` of a split's real pictures and captions, a column
+    a picture."""
+    tokenizer, length = evaluation.tokenizer, evaluation.settings.data.max_length
+    records, null = evaluation.records(row), tokenizer.encode([""], length)
+    ids, mask = tokenizer.encode([record["caption"] for record in records], length)
+    images = np.stack([record["image"] for record in records])
+    key, parts, number = jax.random.key(evaluation.seed), [], evaluation.numbers(row).start
+    for batch, real in batches((images, ids, mask), _BOUND_BATCH, name):
+        # By the first record's number: no two batches, of any process, have the same noise.
+        values = function(evaluation.params, *batch, *null, jax.random.fold_in(key, number), steps)
+        parts.append({name: np.asarray(value)[..., :real].T for name, value in values.items()})
+        number += real
+    return {name: value.T for name, value in gather_rows(join(parts)).items()}
+
+
 def bound(evaluation: Evaluation) -> Result:
     """The bound on -log2 p(picture | caption) of `num` real pictures a split."""
-    settings, tokenizer = evaluation.settings, evaluation.tokenizer
-    schedule, length = settings.diffusion.make_schedule(), settings.data.max_length
-    terms = bounds.make_model_bound(
-        evaluation.graph, schedule, settings.diffusion.prediction_type, settings.context.shift
-    )
+    settings = evaluation.settings
+    schedule = settings.diffusion.make_schedule()
+    terms = bounds.make_model_bound(evaluation.graph, schedule, settings.diffusion.prediction_type, settings.context.shift)
     edges = bounds.make_strata(schedule.num_timesteps, evaluation.bound_timesteps or None)
-    null = tokenizer.encode([""], length)
-    key = jax.random.key(evaluation.seed)
     scores, details = {}, {"edges": edges.tolist(), "kl_by_t": {}, "standard_error": {}}
     for row in evaluation.sources:
-        records = evaluation.records(row)
-        ids, mask = tokenizer.encode([record["caption"] for record in records], length)
-        images = np.stack([record["image"] for record in records])
-        parts, number = [], evaluation.numbers(row).start
-        for batch, real in batches((images, ids, mask), _BOUND_BATCH, "bound"):
-            # By the first record's number: no two batches, of any process, have the same noise.
-            values = terms(evaluation.params, *batch, *null, jax.random.fold_in(key, number), edges)
-            parts.append({name: np.asarray(value)[..., :real].T for name, value in values.items()})
-            number += real
-        gathered = gather_rows(join(parts))
-        result = bounds.collect([{name: value.T for name, value in gathered.items()}], edges)
+        result = bounds.collect([_on_pictures(evaluation, row, terms, edges, "bound")], edges)
         named = {"total": result.total, "prior": result.prior, "kl": result.kl, "decoder": result.decoder}
         scores[row] = {name: mean_interval(values) for name, values in named.items()}
         details["kl_by_t"][row], details["standard_error"][row] = result.kl_by_t.tolist(), result.standard_error
     count = len(edges) - 1
     note = f"upper bound, the lower the better; {count} of {schedule.num_timesteps - 1} KL terms a picture, guidance 1"
     return Result(scores, "bits/dim", note, details)
+
+
+def branches(evaluation: Evaluation) -> Result:
+    """The denoiser with the caption and without it on `num` real pictures a split, noised, by timestep."""
+    settings = evaluation.settings
+    schedule = settings.diffusion.make_schedule()
+    run = make_model_branches(evaluation.graph, schedule, settings.diffusion.prediction_type, settings.context.shift)
+    timesteps = np.arange(1, _BRANCHES + 1) * schedule.num_timesteps // _BRANCHES - 1
+    scores = {}
+    for row in evaluation.sources:
+        found = _on_pictures(evaluation, row, run, timesteps, "branches")
+        for i, t in enumerate(timesteps):
+            scores[f"{row}, t = {t}"] = {name: mean_interval(values[i]) for name, values in found.items()}
+    note = "root mean squares: errors of x0_hat with the caption and without it, and how far apart the two are"
+    return Result(scores, "", note)
 
 
 def _against_real(
@@ -357,6 +378,7 @@ def clip_score(evaluation: Evaluation) -> Result:
 METRICS: dict[str, Callable[[Evaluation], Result]] = {
     "composition": composition,
     "bound": bound,
+    "branches": branches,
     "fid": fid,
     "kid": kid,
     "precision_recall": precision_recall,

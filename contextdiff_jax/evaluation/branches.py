@@ -1,0 +1,53 @@
+"""What guidance has to work with: the denoiser with the caption and without, by t.
+
+Guidance extrapolates from x0_hat without the caption to x0_hat with it. At x_t of the forward process, which its context has
+shifted towards x0, both are measured against x0 and against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from contextdiff_jax import diffusion
+from contextdiff_jax.models.contextdiff import ContextDiffusion
+
+
+def make_model_branches(
+    graph: nnx.GraphDef, schedule: diffusion.NoiseSchedule, prediction_type: str, shift: str
+) -> Callable[..., dict[str, Float[Array, "K B"]]]:
+    """`distances(params, images, ids, mask, null_ids, null_mask, key, timesteps)`, jitted: root mean squares over a picture, in
+    units of x0 (in [-1, 1]), of `with` and `without`, x0_hat's errors, and of `apart`, their difference; a row a timestep.
+    Images are uint8 [B, H, W, C]."""
+
+    @jax.jit
+    def distances(
+        params: PyTree, images: Array, ids: Array, mask: Array, null_ids: Array, null_mask: Array,
+        key: PRNGKeyArray, timesteps: Int[Array, "K"],
+    ) -> dict[str, Array]:
+        model: ContextDiffusion = nnx.merge(graph, params)
+        x0 = images.astype(jnp.float32) / 127.5 - 1
+        tokens, null_tokens = model.text(ids, mask), model.text(null_ids, null_mask)
+        null_tokens, null_mask = jnp.broadcast_to(null_tokens, tokens.shape), jnp.broadcast_to(null_mask, mask.shape)
+
+        def row(_, index):
+            t = jnp.full(x0.shape[:1], index)
+            noise = jax.random.normal(jax.random.fold_in(key, index), x0.shape)
+            x_t = diffusion.q_sample(schedule, x0, model.relate(x0, tokens, mask, t), t, noise, shift)
+
+            def estimate(tokens, mask):
+                output = model.predict(x_t, t, tokens, mask)
+                output = output if model.unet.context_head is None else output[0]
+                return diffusion.predict_x0(schedule, output, x_t, t, prediction_type)
+
+            with_caption, without = estimate(tokens, mask), estimate(null_tokens, null_mask)
+            differences = {"with": with_caption - x0, "without": without - x0, "apart": with_caption - without}
+            return None, {name: jnp.sqrt((d**2).mean((1, 2, 3))) for name, d in differences.items()}
+
+        return jax.lax.scan(row, None, timesteps)[1]
+
+    return distances
