@@ -26,6 +26,7 @@ def get_plan() -> Plan:
         headline={
             "held-out, exact": "held-out records, ddim, guidance best/exact",
             "held-out, skin tone": "held-out records, ddim, guidance best/skin_tone",
+            "held-out, style": "held-out records, ddim, guidance best/vendor",
             "held-out, FID": "held-out records, ddim, guidance best/fid",
             "seen, exact": "training records, ddim, guidance best/exact",
             "bits/dim": "bound/held-out records",
