@@ -88,6 +88,8 @@ def main() -> None:
     if MODE.value not in MODES:
         raise ValueError(f"--mode={MODE.value!r}: unknown; one of {', '.join(MODES)}")
     config = None if MODE.value in WITHOUT_CONFIG else cli.read_config()
+    if MODES[MODE.value] is _speed:
+        cli.one_device_a_core(config["train"]["batch_size"])
     from contextdiff_jax.evaluation.report import machine
     from contextdiff_jax.settings import parse
 

@@ -15,7 +15,7 @@ from flax import nnx
 from contextdiff_jax.benchmarks import method, paired, speed, torch_method, torch_peer
 from contextdiff_jax.benchmarks.paired import Contestant, Times
 from contextdiff_jax.benchmarks.speed import SpeedBenchmark
-from contextdiff_jax.cli import RunError
+from contextdiff_jax.cli import RunError, num_cores
 from contextdiff_jax.settings import parse
 
 SMALL = {**ONE_LEVEL, "train.batch_size": 2, "data.image_size": 8, "sample.steps": 5}
@@ -123,6 +123,7 @@ def test_the_command_prints_ratio_and_share_of_the_context_and_writes_json(tmp_p
     assert list(rows) == ["unet", *peers, *whole]
     assert rows["method, with context"]["ratio"] > 0 and rows["method, with context"]["peer"] in whole[2:]
     assert rows["unet"]["ratio"] > 0 and rows["unet"]["compile_seconds"] > 0 and rows["unet"]["rounds"] == 5
+    assert rows["unet"]["devices"] == (num_cores() if SMALL["train.batch_size"] % num_cores() == 0 else 1)
     assert -1 < rows["method, with context"]["context_share"] < 1
     assert all(name in done.stdout for name in rows) and "times [" in done.stdout and "the context is" in done.stdout
 

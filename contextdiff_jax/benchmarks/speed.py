@@ -1,10 +1,10 @@
 """Our training step and sampling loop in turns with torch's, and what the context adds to them.
 
 The UNet alone does the same work on both sides: the same weights (random, every tensor of weight), inputs and cores, AdamW on
-the mean squared error, or DDIM with guidance. Ours is on all of JAX's devices, by the config's mesh: on a CPU one a core is the
-fastest (JAX_NUM_CPU_DEVICES). Before a ratio is given the results must agree: the output, and after a step its loss and the
-change of each parameter; samples. The whole method's step is measured with and without its context, and against torch's
-(torch_method.py, for the configs that it has); its sampling loop only with and without.
+the mean squared error, or DDIM with guidance. Ours is on all of JAX's devices, by the config's mesh: on a CPU the command makes
+one a core, unless JAX_NUM_CPU_DEVICES says otherwise. Before a ratio is given the results must agree: the output, and after a
+step its loss and the change of each parameter; samples. The whole method's step is measured with and without its context, and
+against torch's (torch_method.py, for the configs that it has); its sampling loop only with and without.
 """
 
 from __future__ import annotations
