@@ -31,7 +31,7 @@ TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")
         (("sample", "--workdir=unused"), "--prompt: the list is empty"),
         (("sample", "--workdir=nowhere", "--prompt=a"), "--workdir=nowhere: holds no run"),
         (("sample", "--workdir=nowhere", "--prompt=a", "--eta=2"), "eta=2.0: must lie in"),
-        (("evaluate", "--workdir=nowhere", "--metrics=foo"), "'foo': unknown; one of composition, bound, fid"),
+        (("evaluate", "--workdir=nowhere", "--metrics=foo"), "'foo': unknown; one of composition, bound, branches, fid"),
         (("evaluate", "--workdir=nowhere", "--metrics=fid"), "--workdir=nowhere: holds no run"),
         (("benchmark", "--mode=reuse", "--workdir=nowhere"), "--workdir=nowhere: holds no run"),
         (("train_classifier", "--config=configs/shapes.py"), "--workdir: missing; name the folder"),

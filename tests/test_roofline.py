@@ -8,7 +8,7 @@ import pytest
 from conftest import config_dict
 from PIL import Image
 
-from contextdiff_jax.benchmarks import roofline
+from contextdiff_jax.benchmarks import paired, roofline
 from contextdiff_jax.benchmarks.roofline import Part, RooflineBenchmark
 from contextdiff_jax.settings import parse
 
@@ -39,7 +39,7 @@ def test_a_plot_and_rows_of_what_was_measured(settings, tmp_path, monkeypatch):
     product = Part("product 512", lambda x: x @ x, (jax.ShapeDtypeStruct((512, 512), jnp.float32),))
     total = Part("sum 512", lambda x: x.sum(), product.arguments)
     monkeypatch.setattr(roofline, "parts", lambda *_: [product, total])
-    monkeypatch.setattr(roofline, "_COPIED", 2**12)
+    monkeypatch.setattr(paired, "_COPIED", 2**12)
     plot = tmp_path / "roof.png"
     result = roofline.run(settings, RooflineBenchmark(plot=str(plot)))
     first, second = result.rows
