@@ -85,6 +85,7 @@ def _head_forward(q, k, v):
 
 
 def _head_backward(residuals, d_out):
+    """With P = exp(S - lse) a tile at a time: dS = P (dP - rowsum(dO O)), dP = dO V^T (FlashAttention, B.2)."""
     q, k, v, out, lse = residuals
     d_total = (d_out * out).sum(-1, keepdims=True, dtype=jnp.float32)  # [T, N, 1]
 
