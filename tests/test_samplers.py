@@ -154,3 +154,17 @@ def test_terms_of_the_bound_equal_numerical_integration_in_one_dimension():
     assert float(terms["prior"][0]) == pytest.approx(integrated(p, density(0, 1)), rel=2e-3, abs=1e-5)
     total = terms["prior"] + terms["kl"].sum(0) + terms["decoder"]
     np.testing.assert_allclose(terms["total"], total, rtol=1e-6)
+
+
+def test_an_inversion_that_runs_away_keeps_the_best_it_had():
+    """A denoiser far too steep for (7) to converge: the error grows with each of its steps, to infinity in float32."""
+    denoise = lambda x, t, s: diffusion.Denoised(-40 * x, jnp.zeros_like(x), jnp.zeros_like(x))
+    x0, timesteps = jnp.linspace(-1, 1, 8).reshape(2, 4), jnp.array([100])
+    lead_back = lambda x: diffusion.ddim_sample(
+        denoise, x, SCHEDULE, timesteps, shift="none", next_timesteps=jnp.zeros_like(timesteps)
+    )
+    explicit, iterated = (
+        diffusion.ddim_invert(denoise, x0, SCHEDULE, timesteps, "none", iterations=n) for n in (0, 200)
+    )
+    errors = [float(jnp.abs(lead_back(x) - x0).mean()) for x in (explicit, iterated)]
+    assert np.isfinite(errors).all() and errors[1] <= errors[0]

@@ -147,7 +147,8 @@ def ddim_invert(
 
     until the mean of |x_s - G(x_t)| is below `tolerance`. Why not (6) with x0_hat(x_t) again and again (Pan et al.
     2023): that map's slope is b_t / b_s - 1 times the denoiser's, above 1 in the first moves; (7)'s is
-    1 - b_s / b_t minus a share of the denoiser's, inside (-1, 1) wherever the denoiser's lies in [0, 1].
+    1 - b_s / b_t minus a share of the denoiser's, inside (-1, 1) wherever the denoiser's lies in [0, 1]. Where it
+    doesn't, (7) may run away: the x_t of the smallest error is taken.
     With `keep` also x at each of the timesteps. The sampler that leads back ends at index 0, not at -1.
     """
     timesteps = jnp.asarray(timesteps)
@@ -163,15 +164,22 @@ def ddim_invert(
             out = denoise(x_t, t, s)
             return x_s - q_posterior(schedule, out.x0, x_t, out.context_t, out.context_s, t, s, 0.0, shift).mean
 
+        def size(error):
+            return jnp.mean(jnp.abs(error))
+
         def unfinished(carry):
-            i, _, error = carry
-            return (i < iterations) & (jnp.mean(jnp.abs(error)) > tolerance)
+            i, _, error, _ = carry
+            return (i < iterations) & (size(error) > tolerance)
 
         def improve(carry):
-            i, x_t, error = carry
-            return i + 1, x_t + error, residual(x_t + error)
+            i, x_t, error, (best, least) = carry
+            x_t = x_t + error
+            error = residual(x_t)
+            better = size(error) < least  # NaN is not, and ends the loop
+            return i + 1, x_t, error, (jnp.where(better, x_t, best), jnp.where(better, size(error), least))
 
-        return jax.lax.while_loop(unfinished, improve, (0, x_t, residual(x_t)))[1]
+        error = residual(x_t)
+        return jax.lax.while_loop(unfinished, improve, (0, x_t, error, (x_t, size(error))))[3][0]
 
     def step(x, inputs):
         s, t = (jnp.full(x.shape[:1], index) for index in inputs)
