@@ -164,22 +164,7 @@ def ddim_invert(
             out = denoise(x_t, t, s)
             return x_s - q_posterior(schedule, out.x0, x_t, out.context_t, out.context_s, t, s, 0.0, shift).mean
 
-        def size(error):
-            return jnp.mean(jnp.abs(error))
-
-        def unfinished(carry):
-            i, _, error, _ = carry
-            return (i < iterations) & (size(error) > tolerance)
-
-        def improve(carry):
-            i, x_t, error, (best, least) = carry
-            x_t = x_t + error
-            error = residual(x_t)
-            better = size(error) < least  # NaN is not, and ends the loop
-            return i + 1, x_t, error, (jnp.where(better, x_t, best), jnp.where(better, size(error), least))
-
-        error = residual(x_t)
-        return jax.lax.while_loop(unfinished, improve, (0, x_t, error, (x_t, size(error))))[3][0]
+        return _least_residual(residual, x_t, iterations, tolerance)
 
     def step(x, inputs):
         s, t = (jnp.full(x.shape[:1], index) for index in inputs)
@@ -190,6 +175,27 @@ def ddim_invert(
     starts = jnp.concatenate([jnp.zeros_like(timesteps[:1]), timesteps[:-1]])
     last, path = jax.lax.scan(step, x0, (starts, timesteps))
     return (last, path) if keep else last
+
+
+def _least_residual(residual: Callable[[Array], Array], x: Array, iterations: int, tolerance: float) -> Array:
+    """x <- x + residual(x), up to `iterations` times, until the mean of |residual(x)| is below `tolerance`; of all x the one
+    where it is smallest, which isn't the last where this runs away."""
+
+    def tried(x):
+        error = residual(x)
+        return x, error, jnp.mean(jnp.abs(error))
+
+    def unfinished(carry):
+        i, (_, _, size), _ = carry
+        return (i < iterations) & (size > tolerance)  # NaN is not
+
+    def improve(carry):
+        i, (x, error, _), (best, least) = carry
+        x, error, size = tried(x + error)
+        return i + 1, (x, error, size), (jnp.where(size < least, x, best), jnp.where(size < least, size, least))
+
+    first = tried(x)
+    return jax.lax.while_loop(unfinished, improve, (0, first, (x, first[2])))[2][0]
 
 
 SAMPLERS = {

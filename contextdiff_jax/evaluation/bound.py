@@ -100,11 +100,8 @@ def make_model_bound(
     ) -> dict[str, Array]:
         model: ContextDiffusion = nnx.merge(graph, params)
         x0 = images.astype(jnp.float32) / 127.5 - 1
-        tokens, null_tokens = model.text(ids, mask), model.text(null_ids, null_mask)
-        denoise = make_denoise(
-            model, schedule, tokens, mask, jnp.broadcast_to(null_tokens, tokens.shape),
-            jnp.broadcast_to(null_mask, mask.shape), prediction_type=prediction_type, guidance=1.0,
-        )
-        return bound_terms(denoise, x0, lambda x, t: model.relate(x, tokens, mask, t), schedule, key, edges, shift)
+        texts = model.encode(ids, mask, null_ids, null_mask)
+        denoise = make_denoise(model, schedule, *texts, prediction_type=prediction_type, guidance=1.0)
+        return bound_terms(denoise, x0, lambda x, t: model.relate(x, *texts[:2], t), schedule, key, edges, shift)
 
     return terms

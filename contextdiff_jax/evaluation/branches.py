@@ -31,20 +31,19 @@ def make_model_branches(
     ) -> dict[str, Array]:
         model: ContextDiffusion = nnx.merge(graph, params)
         x0 = images.astype(jnp.float32) / 127.5 - 1
-        tokens, null_tokens = model.text(ids, mask), model.text(null_ids, null_mask)
-        null_tokens, null_mask = jnp.broadcast_to(null_tokens, tokens.shape), jnp.broadcast_to(null_mask, mask.shape)
+        texts = model.encode(ids, mask, null_ids, null_mask)
 
         def row(_, index):
             t = jnp.full(x0.shape[:1], index)
             noise = jax.random.normal(jax.random.fold_in(key, index), x0.shape)
-            x_t = diffusion.q_sample(schedule, x0, model.relate(x0, tokens, mask, t), t, noise, shift)
+            x_t = diffusion.q_sample(schedule, x0, model.relate(x0, *texts[:2], t), t, noise, shift)
 
             def estimate(tokens, mask):
                 output = model.predict(x_t, t, tokens, mask)
                 output = output if model.unet.context_head is None else output[0]
                 return diffusion.predict_x0(schedule, output, x_t, t, prediction_type)
 
-            with_caption, without = estimate(tokens, mask), estimate(null_tokens, null_mask)
+            with_caption, without = estimate(*texts[:2]), estimate(*texts[2:])
             differences = {"with": with_caption - x0, "without": without - x0, "apart": with_caption - without}
             return None, {name: jnp.sqrt((d**2).mean((1, 2, 3))) for name, d in differences.items()}
 

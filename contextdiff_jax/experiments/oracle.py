@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import PyTree, UInt8
@@ -34,12 +33,10 @@ class OracleGenerator:
         @jax.jit
         def sample(params, x0, x_T, key, ids, mask, null_ids, null_mask):
             model = nnx.merge(graph, params)
-            tokens, null_tokens = model.text(ids, mask), model.text(null_ids, null_mask)
-            r = model.context(x0, tokens, mask)
+            texts = model.encode(ids, mask, null_ids, null_mask)
+            r = model.context(x0, *texts[:2])
             estimate = make_denoise(
-                model, schedule, tokens, mask, jnp.broadcast_to(null_tokens, tokens.shape),
-                jnp.broadcast_to(null_mask, mask.shape), prediction_type=settings.diffusion.prediction_type,
-                guidance=options.guidance,
+                model, schedule, *texts, prediction_type=settings.diffusion.prediction_type, guidance=options.guidance
             )
 
             def denoise(x, t, s):

@@ -88,6 +88,13 @@ class ContextDiffusion(nnx.Module):
                 setattr(self, name, nnx.data(network))
         return self
 
+    def encode(
+        self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], null_ids: Int[Array, "1 L"], null_mask: Bool[Array, "1 L"]
+    ) -> tuple[Float[Array, "B L D"], Bool[Array, "B L"], Float[Array, "B L D"], Bool[Array, "B L"]]:
+        """Tokens and mask of captions, and of the empty caption for each of them: what `make_denoise` reads."""
+        tokens, null_tokens = self.text(ids, mask), self.text(null_ids, null_mask)
+        return tokens, mask, jnp.broadcast_to(null_tokens, tokens.shape), jnp.broadcast_to(null_mask, mask.shape)
+
     def relate(
         self, x0: Float[Array, "B H W C"], tokens: Float[Array, "B L D"], mask: Bool[Array, "B L"], t: Int[Array, "B"],
         pixels: Float[Array, "B H2 W2 3"] | None = None,
@@ -213,10 +220,7 @@ def make_sampler(
         token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"],
         null_ids: Int[Array, "1 L"], null_mask: Bool[Array, "1 L"],
     ) -> Float[Array, "B H W C"]:
-        tokens, null_tokens = model.text(token_ids, token_mask), model.text(null_ids, null_mask)
-        texts = (
-            tokens, token_mask, jnp.broadcast_to(null_tokens, tokens.shape), jnp.broadcast_to(null_mask, token_mask.shape)
-        )
+        texts = model.encode(token_ids, token_mask, null_ids, null_mask)
         keep = None if reuse == 1 else diffusion.Reuse(reuse, make_keep(model, *texts, guidance))
         denoise = make_denoise(
             model, schedule, *texts, prediction_type=prediction_type, guidance=guidance,
@@ -224,7 +228,7 @@ def make_sampler(
         )
         if model.context.config.kind == "text":  # r(c) is known before x0 is, so x_T ~ N(k_T r, I) can be exact
             t = jnp.full(x_T.shape[:1], timesteps[0])
-            r = model.context(x_T, tokens, token_mask, t)
+            r = model.context(x_T, *texts[:2], t)
             x_T = x_T + diffusion.marginal_mean(schedule, jnp.zeros_like(x_T), r, t, shift)
         x0 = run(denoise, x_T, schedule, timesteps, eta, key, shift, reuse=keep, **options)
         return x0 if model.vae is None else model.vae.decode(model.vae.from_diffusion(x0))
