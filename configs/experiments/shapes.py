@@ -14,6 +14,7 @@ from contextdiff_jax.experiments.plan import Plan
 def get_plan() -> Plan:
     """`shapes_one` with two objects and 80,000 pictures: how two are told apart takes longer to learn."""
     plan = shapes_one.get_plan()
+    variants = shapes_one.VARIANTS | shapes_one.MIDDLE_GAIN
     config = {**plan.config, "data": plan.config["data"] | {"num_objects": (2, 2)}}
     config["train"] = config["train"] | {"steps": 5000, "batch_size": 16}
-    return dataclasses.replace(plan, title="Two objects", config=config)
+    return dataclasses.replace(plan, title="Two objects", config=config, variants=variants, more_seeds={})
