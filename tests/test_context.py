@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from contextdiff_jax.models.context import KINDS, ContextConfig, RelationalNetwork, compact_bilinear
+from contextdiff_jax.models.context import (
+    KINDS, ContextConfig, RelationalNetwork, compact_bilinear, position_embedding, unpatch,
+)
 from contextdiff_jax.models.text import TextConfig, TextEncoder
 
 CONFIG = ContextConfig(width=16, num_blocks=1, num_heads=2, text_width=12, patch_size=4)
@@ -42,8 +44,38 @@ def test_context_is_exactly_zero_at_the_start_yet_its_gain_learns(kind):
 def test_context_has_the_gain_as_root_mean_square_per_sample(kind):
     model, (x0, text, mask, t) = network(kind=kind, max_gain=0.7), inputs()
     rms = jnp.sqrt(jnp.mean(model(x0, text, mask, t) ** 2, axis=(1, 2, 3)))
-    np.testing.assert_allclose(rms, 0.7 * np.tanh(0.5), rtol=1e-5)
+    if kind == "affine":  # at most; see below
+        assert (0.1 * 0.7 * np.tanh(0.5) < rms).all() and (rms < 0.7 * np.tanh(0.5)).all()
+    else:
+        np.testing.assert_allclose(rms, 0.7 * np.tanh(0.5), rtol=1e-5)
     np.testing.assert_allclose(model.gain, 0.7 * np.tanh(0.5), rtol=1e-6)
+
+
+def test_only_affine_is_linear_in_the_picture_so_that_the_plugged_in_mean_is_the_mean_of_the_context():
+    x0, text, mask, t = inputs()
+    other, apart = jnp.cos(3 * x0), {}
+    for kind in ("affine", "linear"):
+        model = network(kind=kind)
+        mean = 0.25 * model(x0, text, mask, t) + 0.75 * model(other, text, mask, t)
+        apart[kind] = float(jnp.abs(model(0.25 * x0 + 0.75 * other, text, mask, t) - mean).max())
+    assert apart["affine"] < 1e-6 and apart["linear"] > 1e-2
+
+
+def test_an_affine_context_reaches_its_bound_where_every_pixel_is_as_bad_as_can_be():
+    """One output a token: the largest picture has the signs of its row of the matrix, turned to the constant's sign."""
+    model = network(kind="affine", gamma=20.0)  # tanh is 1
+    only = jnp.arange(48) == 7
+    model.unembed.kernel[...] = model.unembed.kernel[...] * only
+    _, text, mask, t = inputs()
+    row = np.asarray(model.raw.embed.kernel[...]) @ np.asarray(model.unembed.kernel[:, 7])
+    constant = model.unembed(model.raw(jnp.zeros((2, 6, 48)), position_embedding(2, 3, 16), text, mask, None))[..., 7]
+    worst = jnp.sign(constant)[..., None] * jnp.asarray(np.sign(row))  # [2, 6, 48]
+
+    def size(tokens):
+        return np.sqrt(np.mean(np.square(model(unpatch(tokens, 4, (2, 8, 12, 3)), text, mask, t)), axis=(1, 2, 3)))
+
+    np.testing.assert_allclose(size(worst), 1, rtol=1e-5)
+    assert (size(0.9 * worst) < 0.999).all() and (size(-worst) < 0.999).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,7 +129,7 @@ def test_compact_bilinear_keeps_products_of_inner_products():
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"kind": "foo"}, "context.kind='foo'.*cross_attention"), ({"max_gain": -1.0}, "context.max_gain=-1.0"),
+    [({"kind": "affine", "tokens": "clip", "clip": "x"}, "context.tokens='clip'.*affine"), ({"kind": "foo"}, "context.kind='foo'.*cross_attention"), ({"max_gain": -1.0}, "context.max_gain=-1.0"),
      ({"width": 10}, "context.width=10"), ({"patch_size": 0}, "context.patch_size=0")],
 )
 def test_a_wrong_field_is_named_with_what_is_allowed(changes, message):

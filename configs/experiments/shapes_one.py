@@ -23,6 +23,8 @@ SMALL_GAIN = {
 }
 # A shift that tells less of the picture, so that guidance has more left to do (docs/results).
 MIDDLE_GAIN = {"linear-gain0.4": VARIANTS["linear"] | {"context.max_gain": 0.4}}
+# r that is linear in x0, as it stands in r(E[x0 | x_t]) = E[r | x_t]: `linear` is divided by its own size.
+AFFINE = {"affine": PLUGIN | {"context.kind": "affine"}}
 
 
 def get_plan() -> Plan:
@@ -43,7 +45,7 @@ def get_plan() -> Plan:
         ),
         kind="pictures",
         config=config.to_dict(),
-        variants=VARIANTS | SMALL_GAIN | MIDDLE_GAIN,
+        variants=VARIANTS | SMALL_GAIN | MIDDLE_GAIN | AFFINE,
         headline={
             "held-out, exact": "held-out combinations, ddim, guidance best/exact",
             "held-out, guidance 1": "held-out combinations, ddim, guidance 1/exact",

@@ -23,6 +23,7 @@ def get_plan() -> Plan:
             "none": {"shift": "none"},
             "text-prior": {"kind": "text", "shift": "prior"},
             "linear": {"kind": "linear"},
+            "affine": {"kind": "affine"},
             "bilinear": {"kind": "bilinear"},
             "plugin": {"kind": "mlp"},
             "posterior_mean": {"kind": "mlp"} | means,

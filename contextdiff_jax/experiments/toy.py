@@ -60,7 +60,8 @@ class Network(nnx.Module):
         self.embed = nnx.Linear(2 + 16 + 16 + CLASSES, width, rngs=rngs)
         self.hidden = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(2)])
         self.out = nnx.Linear(width, 4 if self.head else 2, rngs=rngs)
-        inputs = {"none": 0, "text": CLASSES, "linear": 2 + CLASSES, "bilinear": 2 * CLASSES, "mlp": 2 + CLASSES}
+        inputs = {"none": 0, "text": CLASSES, "linear": 2 + CLASSES, "affine": 2 + CLASSES, "bilinear": 2 * CLASSES,
+                  "mlp": 2 + CLASSES}
         if kind not in inputs:
             raise ValueError(f"kind={kind!r}: unknown for the learned denoiser; one of {', '.join(inputs)}")
         if kind != "none":
@@ -87,11 +88,17 @@ class Network(nnx.Module):
         h = self.r_in({
             "text": lambda: onehot,
             "linear": lambda: jnp.concatenate([x0, onehot], -1),
+            "affine": lambda: jnp.concatenate([x0, onehot], -1),
             "mlp": lambda: jnp.concatenate([x0, onehot], -1),
             "bilinear": lambda: (x0[:, :, None] * onehot[:, None]).reshape(len(x0), -1),
         }[self.kind]())
         raw = h if self.r_out is None else self.r_out(jax.nn.silu(h))
-        rms = jnp.sqrt(jnp.mean(raw**2, -1, keepdims=True) + 1e-8)
+        if self.kind == "affine":  # divided by the most that raw can be, whatever x0: so it stays linear in x0
+            constant = self.r_in(jnp.concatenate([jnp.zeros_like(x0), onehot], -1))
+            raw_max = jnp.abs(constant) + jnp.abs(self.r_in.kernel[:2]).sum(0)
+            rms = jnp.sqrt(jnp.mean(raw_max**2, -1, keepdims=True) + 1e-8)
+        else:
+            rms = jnp.sqrt(jnp.mean(raw**2, -1, keepdims=True) + 1e-8)
         return self.max_gain * jnp.tanh(self.gamma[...]) * raw / rms
 
 

@@ -4,6 +4,10 @@
 
 An unbounded r could carry x0 through the shift and drive the loss to zero. In (1) its size is bounded and is one
 number, the gain, which is logged; at gain 0 the model is plain diffusion.
+
+The division makes r nonlinear in x0, whatever raw is: r(E[x0 | x_t]) isn't E[r | x_t]. Kind `affine` divides by the
+largest size that raw can have for any x0 in [-1, 1], so that it is linear in x0, and the plugged in estimate is
+the posterior mean; g then bounds the root mean square.
 """
 
 from __future__ import annotations
@@ -51,6 +55,8 @@ class ContextConfig:
             raise ValueError(
                 "context.tokens='clip': needs context.clip, the folder of a CLIP image encoder, and a context.kind that reads x0"
             )
+        if self.tokens == "clip" and self.kind == "affine":
+            raise ValueError("context.tokens='clip': isn't linear in x0, as context.kind='affine' is; patches, or another kind")
         if self.kind != "none" and self.kind not in KINDS:
             raise ValueError(f"context.kind={self.kind!r}: unknown; one of {', '.join([*KINDS, 'none'])}")
         if self.max_gain < 0:
@@ -147,7 +153,8 @@ class TextOnly(CrossAttention):
 
 
 class Linear(nnx.Module):
-    """A linear map of patch token, position, pooled text and time: the ablation without interaction."""
+    """A linear map of patch token, position, pooled text and time: the ablation without interaction. Divided by its size
+    it is `linear`; by the largest that it can have, `affine`."""
 
     def __init__(self, config: ContextConfig, **policy):
         self.embed = linear(config.token_width, config.width, **policy)
@@ -187,7 +194,7 @@ class Bilinear(Linear):
         return x if temb is None else x + temb[:, None]
 
 
-KINDS = {"cross_attention": CrossAttention, "linear": Linear, "bilinear": Bilinear, "text": TextOnly}
+KINDS = {"cross_attention": CrossAttention, "linear": Linear, "affine": Linear, "bilinear": Bilinear, "text": TextOnly}
 
 
 class RelationalNetwork(nnx.Module):
@@ -208,7 +215,7 @@ class RelationalNetwork(nnx.Module):
 
     @property
     def gain(self) -> Float[Array, ""]:
-        """g, the context's root mean square."""
+        """g, the context's root mean square; its bound if the kind is `affine`."""
         return jnp.zeros(()) if self.config.kind == "none" else self.config.max_gain * jnp.tanh(self.gamma[...])
 
     def __call__(
@@ -235,8 +242,17 @@ class RelationalNetwork(nnx.Module):
             tokens = visual
         position = position_embedding(x0.shape[1] // p, x0.shape[2] // p, config.width)
         temb = self.time(timestep_embedding(t, config.width)) if self.time is not None else None  # [B, D]
-        raw = self.unembed(mix(self.raw(tokens, position, text_tokens, text_mask, temb)))
-        raw = unpatch(raw, p, x0.shape).astype(jnp.float32)
+        conditions = (position, text_tokens, text_mask, temb)
+        raw = unpatch(self.unembed(mix(self.raw(tokens, *conditions))), p, x0.shape).astype(jnp.float32)
+        sized = unpatch(self._largest(jnp.zeros_like(tokens), conditions), p, x0.shape) if config.kind == "affine" else raw
         # eps inside the root: finite value and gradient at raw = 0.
-        rms = jnp.sqrt(jnp.mean(raw**2, axis=(1, 2, 3), keepdims=True) + 1e-8)
+        rms = jnp.sqrt(jnp.mean(sized**2, axis=(1, 2, 3), keepdims=True) + 1e-8)
         return self.gain * raw / rms
+
+    def _largest(self, empty: Float[Array, "B N P"], conditions: tuple) -> Float[Array, "B N P"]:
+        """The largest that the absolute values of affine tokens can be, x0 anywhere in [-1, 1]: |constant| + sum_i |M_ij|.
+        M is read off the layers, which know how they are sharded and cast."""
+        constant = self.unembed(self.raw(empty, *conditions)).astype(jnp.float32)
+        units = jnp.eye(empty.shape[-1], dtype=empty.dtype)
+        with_units, without = (self.unembed(self.raw.embed(x)).astype(jnp.float32) for x in (units, jnp.zeros_like(units)))
+        return jnp.abs(constant) + jnp.abs(with_units - without).sum(0)

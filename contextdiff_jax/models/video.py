@@ -227,12 +227,13 @@ class VideoUNet(nnx.Module):
 
 
 class VideoContext(nnx.Module):
-    """r_phi of clips: each frame's tokens query the text, then each other over the frames; a shift for each frame."""
+    """r_phi of clips: each frame's tokens query the text, then each other over the frames; a shift for each frame. The kind
+    `affine` leaves the frames apart: attention isn't linear in x0."""
 
     def __init__(self, network: RelationalNetwork, *, rngs: nnx.Rngs):
         self.image = network
         config = network.config
-        if config.kind != "none":
+        if config.kind not in ("none", "affine"):
             policy = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
             self.temporal = TemporalAttention(config.width, config.num_heads, **policy)
 
@@ -255,7 +256,8 @@ class VideoContext(nnx.Module):
         def over_frames(tokens):  # [B*F, N, D]
             return self.temporal(frames_of(tokens, B)).reshape(tokens.shape)
 
-        return frames_of(self.image(x0.reshape(-1, *x0.shape[2:]), text, mask, t, mix=over_frames), B)
+        mixing = {} if self.image.config.kind == "affine" else {"mix": over_frames}
+        return frames_of(self.image(x0.reshape(-1, *x0.shape[2:]), text, mask, t, **mixing), B)
 
 
 class VideoDiffusion(nnx.Module):
