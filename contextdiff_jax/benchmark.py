@@ -11,7 +11,6 @@ Measures one part of the work, and prints a table. Modes:
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shlex
 import sys
@@ -19,6 +18,7 @@ import sys
 from absl import flags
 
 from contextdiff_jax import cli
+from contextdiff_jax.files import write_json
 
 MODE = flags.DEFINE_string("mode", "data", "What to measure: see the list above.")
 COMPARE = flags.DEFINE_string("compare", "", "Run in turns with ours; of data: webdataset, tfds; of train, sample: torch.")
@@ -97,7 +97,7 @@ def main() -> None:
     print(result.text)
     if JSON.value:
         facts = {"command": shlex.join(["python", "-m", "contextdiff_jax.benchmark", *sys.argv[1:]]), "machine": machine()}
-        pathlib.Path(JSON.value).write_text(json.dumps({**facts, "rows": result.rows}, indent=2) + "\n")
+        write_json(pathlib.Path(JSON.value), {**facts, "rows": result.rows})
 
 
 if __name__ == "__main__":

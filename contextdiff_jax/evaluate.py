@@ -15,7 +15,7 @@ import sys
 from absl import flags
 
 from contextdiff_jax import cli
-from contextdiff_jax.files import replacing
+from contextdiff_jax.files import write_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 METRICS = flags.DEFINE_list(
@@ -81,8 +81,7 @@ def main() -> None:
         "weights": WEIGHTS.value, "num": NUM.value, "seed": SEED.value, "sample": dataclasses.asdict(options),
         "machine": report.machine(),
     }
-    with replacing(workdir / "metrics.json") as file:
-        file.write_text(json.dumps({**facts, **report.as_json(results)}, indent=2) + "\n")
+    write_json(workdir / "metrics.json", {**facts, **report.as_json(results)})
     config = json.loads((workdir / "config.json").read_text())
     samples = {row: (images, evaluation.captions(row)) for row, images in evaluation.sampled.items()}
     print(f"{report.write_report(workdir, results, samples, facts, config)}")

@@ -48,7 +48,7 @@ def main() -> None:
     (out / name).mkdir(parents=True, exist_ok=True)
     cli.set_compilation_cache(workdir)
     for cell in cells:
-        folder = workdir / f"{cell.name}-{cell.config_hash}"
+        folder = workdir / cell.folder
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
             try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from etils import epath
 
@@ -15,3 +17,9 @@ def replacing(path: epath.Path) -> Iterator[epath.Path]:
     partial = path.with_name(path.name + ".partial")
     yield partial
     partial.replace(path)
+
+
+def write_json(path: epath.Path, values: Mapping[str, Any], sort_keys: bool = False) -> None:
+    """A JSON object for people to read, complete or not at all."""
+    with replacing(path) as file:
+        file.write_text(json.dumps(values, indent=2, sort_keys=sort_keys) + "\n")

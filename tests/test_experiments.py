@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, command, config_dict
+from conftest import ONE_LEVEL, ROOT, command, config_dict, randomised
 from flax import nnx
 from scipy import stats
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import load_tokenizer, make_source
 from contextdiff_jax.experiments import results, toy
-from contextdiff_jax.experiments.oracle import OracleGenerator
+from contextdiff_jax.experiments.estimates import estimate_cell, measure
+from contextdiff_jax.experiments.oracle import OracleGenerator, scaled
 from contextdiff_jax.experiments.plan import Plan, load_plan
 from contextdiff_jax.models.contextdiff import make_sampler
 from contextdiff_jax.settings import parse
@@ -141,6 +142,59 @@ def test_the_oracle_at_gain_0_is_the_sampler_and_otherwise_reads_the_picture():
     x0 = nnx.jit(sample)(model, jax.random.normal(noise_key, (2, 16, 16, 3)), step_key, ids, mask, *null)
     expected = np.round((np.clip(x0, -1, 1) + 1) * 127.5)
     assert np.abs(plain.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_the_coefficient_is_that_of_the_least_squares_line_and_1_where_the_context_is_known():
+    timesteps = jnp.array([49, 20])
+
+    def measured(kind, num=3):
+        settings = parse(config_dict(**ONE_LEVEL, **{"context.kind": kind, "context.max_gain": 8.0}))
+        records = [make_source(settings.data, "train")[i] for i in range(num)]
+        params = randomised(nnx.state(make_model(settings), nnx.Param))
+        return measure(settings, params, load_tokenizer(None), records, timesteps, 0)
+
+    known = measured("text")  # r_hat is r: neither reads a picture
+    np.testing.assert_allclose(known["error"], 0, atol=1e-6)
+    np.testing.assert_allclose(known["coefficient"], 1, rtol=1e-6)
+    found = measured("linear")
+    assert (found["error"] > 0.01).all()
+    # |r_hat - r|^2 = |r|^2 + |r_hat|^2 - 2 <r, r_hat>, all three measured by themselves.
+    product = (found["true"] ** 2 + found["estimate"] ** 2 - found["error"] ** 2) / 2
+    np.testing.assert_allclose(found["coefficient"], product / found["estimate"] ** 2, rtol=1e-4)
+
+
+def test_an_estimate_times_0_is_no_context_in_the_steps_and_times_1_the_sampler():
+    settings = parse(config_dict(**ONE_LEVEL, **{"context.kind": "linear", "context.max_gain": 8.0}))
+    tokenizer, records = load_tokenizer(None), [make_source(settings.data, "train")[0]]
+    params = randomised(nnx.state(make_model(settings), nnx.Param))
+
+    def pictures(change):
+        return OracleGenerator(settings, tokenizer, settings.sample, change)(params, records, 0).astype(int)
+
+    as_it_is = pictures(lambda *_: lambda out, t: out)
+    assert np.abs(as_it_is - pictures(scaled(jnp.ones(50)))).max() <= 1
+    nothing = pictures(lambda *_: lambda out, t: out._replace(context_t=0 * out.x0, context_s=0 * out.x0))
+    assert np.abs(nothing - pictures(scaled(jnp.zeros(50)))).max() <= 1
+    assert np.abs(nothing - as_it_is).max() > 5
+
+
+def test_a_cell_of_estimates_trains_the_other_plans_run_and_leaves_its_numbers(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    (tmp_path / "of.py").write_text(
+        "from conftest import ONE_LEVEL, config_dict\n"
+        "from contextdiff_jax.experiments.plan import Plan\n"
+        "def get_plan():\n"
+        "    config = config_dict(**ONE_LEVEL, **{'context.kind': 'linear', 'train.steps': 2})\n"
+        "    return Plan(title='t', about='a', kind='pictures', config=config, variants={'linear': {}}, headline={}, baselines=())\n"
+    )
+    of = load_plan(str(tmp_path / "of.py"))
+    options = dict(of=str(tmp_path / "of.py"), num=2, records=2, steps=5, guidances=(1.0,), factors=(1.25,))
+    found = estimate_cell(dataclasses.replace(of, options=options).cell("linear", 1), tmp_path / "runs/estimates/cell")
+    assert (tmp_path / "runs/of" / of.cell("linear", 1).folder / "config.json").exists()
+    arms = ["as it is", "regressed", "times 1.25"]
+    assert list(found["scores"]["guidance 1"]) == arms + [f"{arm}, minus as it is" for arm in arms]
+    assert found["scores"]["guidance 1"]["as it is, minus as it is"] == 0
+    assert list(found["scores"]["coefficient"]) == ["49", "39", "29", "19", "9"]
 
 
 def test_a_plan_goes_on_where_it_was_and_gives_the_same_digits_again(tmp_path):

@@ -24,7 +24,11 @@ SMALL_GAIN = {
 # A shift that tells less of the picture, so that guidance has more left to do (docs/results).
 MIDDLE_GAIN = {"linear-gain0.4": VARIANTS["linear"] | {"context.max_gain": 0.4}}
 # r that is linear in x0, as it stands in r(E[x0 | x_t]) = E[r | x_t]: `linear` is divided by its own size.
-AFFINE = {"affine": PLUGIN | {"context.kind": "affine"}}
+# Its bound is of the largest r: at a gain of 4, r varies over pictures as `linear` at 1.
+AFFINE = {
+    "affine": PLUGIN | {"context.kind": "affine"},
+    "affine-gain4": PLUGIN | {"context.kind": "affine", "context.max_gain": 4.0},
+}
 
 
 def get_plan() -> Plan:

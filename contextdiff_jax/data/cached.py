@@ -22,7 +22,7 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float, Int32
 
-from contextdiff_jax.files import replacing
+from contextdiff_jax.files import replacing, write_json
 
 CACHE_FILE = "cache.json"
 _OPTIONS = "group_size:1"  # records are read one by one, in random order
@@ -87,8 +87,7 @@ def claim_cache(path: pathlib.Path, cache: Cache) -> None:
             if old.get(name) != new[name]:
                 raise ValueError(f"--out={path}: holds another cache, {name} is {old.get(name)!r} there and {new[name]!r} here")
         return
-    with replacing(path / CACHE_FILE) as file:
-        file.write_text(json.dumps(new, indent=2) + "\n")
+    write_json(path / CACHE_FILE, new)
 
 
 def encode_record(

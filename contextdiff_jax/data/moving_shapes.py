@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from contextdiff_jax.data.shapes import COLOURS, SHAPES, SIZES, Object, Scene, caption, diameter, heldout_triples, render
+from contextdiff_jax.files import write_json
 
 EDITS = ("colour", "shape")
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Image.fromarray(frame).save(folder / f"{i:05d}.png")
     prompts = {name: caption(scenes[0]) for name, scenes in clip.edited.items()}
     facts = {"prompt": clip.prompt, "edit_prompts": prompts}
-    (args.out / "clip.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(args.out / "clip.json", facts)
     print(f"{args.out}: {clip.prompt!r}; edits {prompts}")
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import pathlib
@@ -30,7 +29,7 @@ from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.editing.tuning import tune
 from contextdiff_jax.evaluation import video as scores
 from contextdiff_jax.evaluation.lpips import Distance, load_lpips
-from contextdiff_jax.files import replacing
+from contextdiff_jax.files import write_json
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.mesh import make_mesh
 
@@ -220,8 +219,7 @@ def write(clip: Clip, edited: Edited, settings: EditSettings, metrics: Mapping[s
         for i, maps in enumerate(edited.maps):
             scaled = np.round(255 * maps / max(maps.max(), 1e-12)).astype(np.uint8)
             Image.fromarray(np.concatenate(list(scaled), axis=1)).save(attention / f"{i:02d}.png")
-    with replacing(workdir / "metrics.json") as file:
-        file.write_text(json.dumps(_finite(metrics), indent=2) + "\n")
+    write_json(workdir / "metrics.json", _finite(metrics))
 
 
 def _finite(value: Any) -> Any:

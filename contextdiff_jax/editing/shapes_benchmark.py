@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.editing.tuning import tune_quickly
 from contextdiff_jax.evaluation.moving_shapes import columns, paired, score_edit
 from contextdiff_jax.evaluation.video import psnr
+from contextdiff_jax.files import write_json
 
 LOGGER = logging.getLogger(__name__)
 Clip = UInt8[np.ndarray, "F H W 3"]
@@ -85,7 +85,7 @@ def run_benchmark(
                 rows |= {f"{i} {name}: {caption(moving.edited[e][0])}": clip for e, clip in clips.items()}
         if i:
             report = _report(settings, plain, arms, found)
-            (workdir / "shapes_benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
+            write_json(workdir / "shapes_benchmark.json", report)
         output.strip(rows).save(workdir / "shapes_strip.png")
     return report
 

@@ -26,7 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
-from contextdiff_jax.files import replacing
+from contextdiff_jax.files import replacing, write_json
 
 Labels = dict[str, tuple[str, ...]]  # of one record: an attribute's values; several where objects are
 WEIGHTS_FILE, REPORT_FILE = "classifier.safetensors", "classifier.json"
@@ -187,9 +187,7 @@ def save_classifier(model: Classifier, folder: str | pathlib.Path, report: Mappi
     with replacing(folder / WEIGHTS_FILE) as file:
         safetensors.numpy.save_file(flat, file)
     attributes = [dataclasses.asdict(a) for a in model.attributes]
-    values = {"image_size": model.image_size, "attributes": attributes, **report}
-    with replacing(folder / REPORT_FILE) as file:
-        file.write_text(json.dumps(values, indent=2) + "\n")
+    write_json(folder / REPORT_FILE, {"image_size": model.image_size, "attributes": attributes, **report})
 
 
 def load_classifier(folder: str | pathlib.Path) -> Classifier:

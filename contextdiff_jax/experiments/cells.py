@@ -19,8 +19,9 @@ from contextdiff_jax.evaluation.classifier import WEIGHTS_FILE, correct, read_la
 from contextdiff_jax.evaluation.composition import is_main, judge
 from contextdiff_jax.evaluation.features import extract
 from contextdiff_jax.evaluation.fit import fit_classifier
+from contextdiff_jax.experiments.estimates import estimate_cell
 from contextdiff_jax.experiments.oracle import OracleGenerator
-from contextdiff_jax.experiments.plan import Cell
+from contextdiff_jax.experiments.plan import VALIDATION_SCENES, Cell
 from contextdiff_jax.experiments.toy import toy_cell
 from contextdiff_jax.generation import Generator
 from contextdiff_jax.run import load_run
@@ -29,8 +30,6 @@ from contextdiff_jax.training.loop import train
 from contextdiff_jax.training.state import model_graph
 
 Generate = Callable[[Sequence[dict[str, Any]]], UInt8[np.ndarray, "N H W 3"]]
-# Added to data.scene_seed, to which `metrics.splits` adds 1: neither trained on, evaluated on, nor a classifier's.
-_VALIDATION_SCENES = 2
 
 
 def picture_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
@@ -101,7 +100,7 @@ class _Study:
     def validate(self) -> dict[float, float]:
         """{guidance scale: share of exact pictures} on captions of the training split: other scenes of `shapes` than
         those trained and evaluated on."""
-        data = dataclasses.replace(self.settings.data, scene_seed=self.settings.data.scene_seed + _VALIDATION_SCENES)
+        data = dataclasses.replace(self.settings.data, scene_seed=self.settings.data.scene_seed + VALIDATION_SCENES)
         evaluation = self.evaluation(self.options["validation"], data)
         row = next(iter(evaluation.sources))
         shares = {}
@@ -152,4 +151,6 @@ def _training(workdir: pathlib.Path, params: Any) -> dict[str, Any]:
     }
 
 
-CELLS: dict[str, Callable[[Cell, pathlib.Path], dict[str, Any]]] = {"pictures": picture_cell, "toy": toy_cell}
+CELLS: dict[str, Callable[[Cell, pathlib.Path], dict[str, Any]]] = {
+    "pictures": picture_cell, "estimates": estimate_cell, "toy": toy_cell
+}

@@ -1,28 +1,52 @@
-"""Sampling with the true picture's context in every step: what an ideal estimate of the context could bring."""
+"""Sampling with another context than the estimated one: the true picture's, which is what an ideal estimate could bring, or
+the estimate made smaller or larger."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.generation import to_uint8
-from contextdiff_jax.models.contextdiff import make_denoise
+from contextdiff_jax.models.contextdiff import ContextDiffusion, make_denoise
 from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.training.state import model_graph
+
+Change = Callable[[diffusion.Denoised, Int[Array, "B"]], diffusion.Denoised]
+
+
+def true_context(
+    model: ContextDiffusion, x0: Float[Array, "B H W C"], tokens: Float[Array, "B L D"], mask: Bool[Array, "B L"]
+) -> Change:
+    """r_hat becomes r_phi(x0, caption)."""
+    r = model.context(x0, tokens, mask)
+    return lambda out, t: out._replace(context_t=r, context_s=r)
+
+
+def scaled(factors: Float[Array, "T"]) -> Callable[..., Change]:
+    """r_hat of index t becomes factors[t] times as large."""
+
+    def change(out: diffusion.Denoised, t: Int[Array, "B"]) -> diffusion.Denoised:
+        factor = factors[t][:, None, None, None]
+        return out._replace(context_t=factor * out.context_t, context_s=factor * out.context_s)
+
+    return lambda model, x0, tokens, mask: change
 
 
 class OracleGenerator:
     """`generator(params, records, seed) -> uint8 [N, H, W, 3]`: a picture for each record's caption, by a reverse process
-    whose r_hat is r_phi(the record's picture, caption). ValueError for a context that depends on time."""
+    whose r_hat is what `change` makes of it, which may read the record's picture. ValueError for a context that depends on
+    time."""
 
-    def __init__(self, settings: Settings, tokenizer: Tokenizer, options: SampleConfig):
+    def __init__(
+        self, settings: Settings, tokenizer: Tokenizer, options: SampleConfig, change: Callable[..., Change] = true_context
+    ):
         if settings.context.time_dependent:
             raise ValueError("context.time_dependent=True: the oracle computes r once, for all times")
         self._settings, self._tokenizer = settings, tokenizer
@@ -34,13 +58,13 @@ class OracleGenerator:
         def sample(params, x0, x_T, key, ids, mask, null_ids, null_mask):
             model = nnx.merge(graph, params)
             texts = model.encode(ids, mask, null_ids, null_mask)
-            r = model.context(x0, *texts[:2])
+            changed = change(model, x0, *texts[:2])
             estimate = make_denoise(
                 model, schedule, *texts, prediction_type=settings.diffusion.prediction_type, guidance=options.guidance
             )
 
             def denoise(x, t, s):
-                return estimate(x, t, s)._replace(context_t=r, context_s=r)
+                return changed(estimate(x, t, s), t)
 
             return to_uint8(run(denoise, x_T, schedule, timesteps, options.eta, key, settings.context.shift))
 

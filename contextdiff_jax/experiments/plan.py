@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+# Added to data.scene_seed, to which `metrics.splits` adds 1: neither trained on, evaluated on, nor a classifier's.
+VALIDATION_SCENES = 2
 # Fields that say how the same step is computed.
 _SAME_RESULTS = ("train.remat", "train.attention")
 # Fields younger than finished cells, at the value that does what was done without them.
@@ -91,8 +93,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its file and of its run's folder."""
+        """Of its file."""
         return f"{self.variant}-{self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """Of its run, within the plan's."""
+        return f"{self.name}-{self.config_hash}"
 
     @property
     def config_hash(self) -> str:

@@ -6,7 +6,6 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -88,12 +87,6 @@ def read_json(path: Path, expected: str) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a JSON object; expected {expected}")
     return values
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON object, complete or not at all."""
-    with replacing(path) as file:
-        file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _shards(folder: Path, file_name: str) -> list[tuple[Path, list[str] | None]]:

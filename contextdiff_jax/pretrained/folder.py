@@ -8,8 +8,9 @@ from typing import Any
 
 from flax import nnx
 
+from contextdiff_jax.files import write_json
 from contextdiff_jax.pretrained import native
-from contextdiff_jax.pretrained.files import FolderTensors, read_json, save_tensors, write_json
+from contextdiff_jax.pretrained.files import FolderTensors, read_json, save_tensors
 from contextdiff_jax.pretrained.model import Model, Options, abstract, identity_problem, shardings_of
 from contextdiff_jax.pretrained.names import state_from_torch, state_to_torch
 
@@ -71,5 +72,5 @@ def save(model: Model, module: nnx.Module, folder: str | Path, config: Mapping[s
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = model.to_json(module) if config is None else config
-    write_json(folder / CONFIG_FILE, values)
+    write_json(folder / CONFIG_FILE, values, sort_keys=True)
     save_tensors(state_to_torch(module, model.rules(module.config)), folder / model.weights_file)

@@ -12,7 +12,8 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from contextdiff_jax.pretrained.files import read_json, write_json
+from contextdiff_jax.files import write_json
+from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.pretrained.model import Model, Options, abstract, shardings_of
 
 CONFIG_FILE = "config.json"
@@ -40,8 +41,8 @@ def save(model: Model, module: nnx.Module, folder: Path, source: Mapping[str, An
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / PARAMS_FOLDER).absolute(), _flat(nnx.state(module, nnx.Param)))
     config = dataclasses.asdict(module.config)
-    write_json(folder / CONFIG_FILE, source)
-    write_json(folder / MODEL_FILE, {"kind": model.kind, "config": config})
+    write_json(folder / CONFIG_FILE, source, sort_keys=True)
+    write_json(folder / MODEL_FILE, {"kind": model.kind, "config": config}, sort_keys=True)
 
 
 def read_config(model: Model, folder: Path) -> Any:

@@ -8,7 +8,6 @@ small; what is left of their scale is measured afterwards and becomes the scalin
 
 from __future__ import annotations
 
-import json
 import logging
 import pathlib
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from contextdiff_jax import pictures
 from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import DataConfig, Loader, make_loader, make_source
+from contextdiff_jax.files import write_json
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
 from contextdiff_jax.parallel.processes import StopSignal
@@ -147,7 +147,7 @@ def finish(vae: VAE, data: DataConfig, workdir: pathlib.Path, seed: int = 0) -> 
         "scaling_factor": scaling_factor, "latent_mean": float(means.mean()), "psnr": float(-10 * np.log10(mse).mean()),
         "l1": float(np.abs(decoded - x).mean() / 2), "heldout": len(images),
     }
-    (workdir / "vae.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(workdir / "vae.json", report)
     return report
 
 

@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
 from contextdiff_jax.cli import RunError, is_remote
-from contextdiff_jax.files import replacing
+from contextdiff_jax.files import write_json
 from contextdiff_jax.training.state import TrainState
 
 LOGGER = logging.getLogger(__name__)
@@ -69,8 +69,7 @@ def claim_workdir(
     if not write:
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write_text(json.dumps(config, indent=2) + "\n")
+    write_json(path, config)
 
 
 def _digest(path: pathlib.Path) -> list:

@@ -19,10 +19,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from contextdiff_jax.files import write_json
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.conversion import complete_or_absent
-from contextdiff_jax.pretrained.files import PICKLES, FolderTensors, read_json, save_tensors, write_json
+from contextdiff_jax.pretrained.files import PICKLES, FolderTensors, read_json, save_tensors
 from contextdiff_jax.pretrained.lora import LoraLayer, save_lora
 from contextdiff_jax.pretrained.names import name_map
 from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE
@@ -103,7 +104,7 @@ def _write_context(run: Run, folder: Path) -> None:
     }
     if tensors:
         save_tensors(tensors, folder / CONTEXT_FILE)
-        write_json(folder / CONTEXT_CONFIG, dataclasses.asdict(run.settings.context))
+        write_json(folder / CONTEXT_CONFIG, dataclasses.asdict(run.settings.context), sort_keys=True)
 
 
 def _write_scheduler(run: Run, path: Path) -> None:
@@ -111,4 +112,4 @@ def _write_scheduler(run: Run, path: Path) -> None:
     values = read_json(path, "a pipeline's scheduler folder")
     if run.settings.diffusion.zero_terminal_snr and not values.get("rescale_betas_zero_snr"):
         changed = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
-        write_json(path, values | changed)
+        write_json(path, values | changed, sort_keys=True)
