@@ -202,7 +202,7 @@ def test_a_plan_goes_on_where_it_was_and_gives_the_same_digits_again(tmp_path):
         "from contextdiff_jax.experiments.plan import Plan\n"
         "def get_plan():\n"
         "    config = dict(seed=0, denoiser='learned', kind='mlp', shift='quadratic', estimate='plugin', max_gain=1.0,\n"
-        "                  width=8, steps=20, batch_size=8, learning_rate=1e-3)\n"
+        "                  width=8, head_width=0, time_dependent=False, steps=20, batch_size=8, learning_rate=1e-3)\n"
         "    return Plan(title='t', about='a', kind='toy', config=config, variants={'none': {}}, seeds=1,\n"
         "                headline={'TV': 'ddim/tv'}, options=dict(num=20, bound=2, samplers={'ddim': 5}))\n"
     )

@@ -10,7 +10,7 @@ def get_plan() -> Plan:
     """`exact-*`: a given context, no network at all. The others: denoiser and context learned together."""
     config = dict(
         seed=0, denoiser="learned", kind="none", shift="quadratic", estimate="plugin", max_gain=1.0,
-        width=128, steps=4000, batch_size=256, learning_rate=3e-3,
+        width=128, head_width=0, time_dependent=False, steps=4000, batch_size=256, learning_rate=3e-3,
     )
     exact = {"denoiser": "exact"}
     means = {"estimate": "posterior_mean"}
@@ -27,6 +27,10 @@ def get_plan() -> Plan:
             "bilinear": {"kind": "bilinear"},
             "plugin": {"kind": "mlp"},
             "posterior_mean": {"kind": "mlp"} | means,
+            "affine-gain4": {"kind": "affine", "max_gain": 4.0},
+            "linear-gain0.4": {"kind": "linear", "max_gain": 0.4},
+            "plugin-time": {"kind": "mlp", "time_dependent": True},
+            "posterior_mean-head": {"kind": "mlp", "head_width": 128} | means,
             "exact-none": exact | {"shift": "none"},
             "exact-text-prior": exact | {"kind": "text", "shift": "prior"},
             "exact-linear": exact | {"kind": "linear"},

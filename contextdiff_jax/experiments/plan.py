@@ -17,7 +17,7 @@ VALIDATION_SCENES = 2
 # Fields that say how the same step is computed.
 _SAME_RESULTS = ("train.remat", "train.attention")
 # Fields younger than finished cells, at the value that does what was done without them.
-_AS_BEFORE = {"sample.reuse": 1}
+_AS_BEFORE = {"sample.reuse": 1, "head_width": 0, "time_dependent": False}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class Cell:
 
         config = {
             section: {n: v for n, v in values.items() if counts(f"{section}.{n}", v)} if isinstance(values, dict) else values
-            for section, values in self.config.items()
+            for section, values in self.config.items() if isinstance(values, dict) or counts(section, values)
         }
         text = json.dumps([config, self.options], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

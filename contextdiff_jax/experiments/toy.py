@@ -52,10 +52,13 @@ def fixed_context(kind: str) -> Callable:
 
 
 class Network(nnx.Module):
-    """Denoiser and context of the learned study: MLPs of (x, time, class)."""
+    """Denoiser and context of the learned study: MLPs of (x, time, class). `head_width`: of a hidden layer that the second
+    head has for itself."""
 
-    def __init__(self, kind: str, estimate: str, width: int, max_gain: float, rngs: nnx.Rngs):
-        self.kind, self.max_gain = kind, max_gain
+    def __init__(
+        self, kind: str, estimate: str, width: int, max_gain: float, head_width: int, time_dependent: bool, rngs: nnx.Rngs
+    ):
+        self.kind, self.max_gain, self.time_dependent = kind, max_gain, time_dependent
         self.head = estimate == "posterior_mean"
         self.embed = nnx.Linear(2 + 16 + 16 + CLASSES, width, rngs=rngs)
         self.hidden = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(2)])
@@ -68,20 +71,26 @@ class Network(nnx.Module):
             self.gamma = nnx.Param(jnp.zeros(()))
             self.r_in = nnx.Linear(inputs[kind], width if kind == "mlp" else 2, rngs=rngs)
             self.r_out = nnx.Linear(width, 2, rngs=rngs) if kind == "mlp" else None
+            self.r_time = nnx.Linear(16, width if kind == "mlp" else 2, rngs=rngs) if time_dependent else None
+        if head_width:
+            self.head_in, self.head_out = nnx.Linear(width, head_width, rngs=rngs), nnx.Linear(head_width, 2, rngs=rngs)
+        self.head_width = head_width
 
     def __call__(self, x: Float[Array, "B 2"], t: Int[Array, "B"], c: Int[Array, "B"]) -> Array | tuple[Array, Array]:
         """x0_hat, with a second head also r_hat."""
-        time = t[:, None] / 1000 * np.pi * 2 ** np.arange(8) / 2
+        time = _phases(t)
         place = (x[..., None] * np.pi * 2 ** np.arange(4)).reshape(len(x), 8)  # five points a side need fine features
         phases = jnp.concatenate([time, place], -1)
         h = self.embed(jnp.concatenate([x, jnp.sin(phases), jnp.cos(phases), jax.nn.one_hot(c, CLASSES)], -1))
         for layer in self.hidden:
             h = h + layer(jax.nn.silu(h))
         out = self.out(jax.nn.silu(h))
-        return (out[:, :2], out[:, 2:]) if self.head else out
+        if not self.head:
+            return out
+        return out[:, :2], self.head_out(jax.nn.silu(self.head_in(jax.nn.silu(h)))) if self.head_width else out[:, 2:]
 
-    def context(self, x0: Float[Array, "B 2"], c: Int[Array, "B"]) -> Float[Array, "B 2"]:
-        """r(x0, c), of root mean square `max_gain tanh(gamma)` in each sample, as the pictures' (models.context)."""
+    def context(self, x0: Float[Array, "B 2"], c: Int[Array, "B"], t: Int[Array, "B"]) -> Float[Array, "B 2"]:
+        """r(x0, c[, t]), of root mean square `max_gain tanh(gamma)` in each sample, as the pictures' (models.context)."""
         if self.kind == "none":
             return jnp.zeros_like(x0)
         onehot = jax.nn.one_hot(c, CLASSES)
@@ -92,14 +101,20 @@ class Network(nnx.Module):
             "mlp": lambda: jnp.concatenate([x0, onehot], -1),
             "bilinear": lambda: (x0[:, :, None] * onehot[:, None]).reshape(len(x0), -1),
         }[self.kind]())
+        if self.r_time is not None:
+            h = h + self.r_time(jnp.concatenate([jnp.sin(_phases(t)), jnp.cos(_phases(t))], -1))
         raw = h if self.r_out is None else self.r_out(jax.nn.silu(h))
         if self.kind == "affine":  # divided by the most that raw can be, whatever x0: so it stays linear in x0
-            constant = self.r_in(jnp.concatenate([jnp.zeros_like(x0), onehot], -1))
+            constant = raw - x0 @ self.r_in.kernel[:2]
             raw_max = jnp.abs(constant) + jnp.abs(self.r_in.kernel[:2]).sum(0)
             rms = jnp.sqrt(jnp.mean(raw_max**2, -1, keepdims=True) + 1e-8)
         else:
             rms = jnp.sqrt(jnp.mean(raw**2, -1, keepdims=True) + 1e-8)
         return self.max_gain * jnp.tanh(self.gamma[...]) * raw / rms
+
+
+def _phases(t: Int[Array, "B"]) -> Float[Array, "B 8"]:
+    return t[:, None] / 1000 * np.pi * 2 ** np.arange(8) / 2
 
 
 def exact_estimates(schedule: diffusion.NoiseSchedule, context: Callable, shift: str) -> Callable:
@@ -122,7 +137,8 @@ def exact_estimates(schedule: diffusion.NoiseSchedule, context: Callable, shift:
 def train_network(config: dict[str, Any], schedule: diffusion.NoiseSchedule) -> tuple[Network, dict[str, Any]]:
     """Jointly trained with `simple`, x0-prediction, on draws of the set: one scan. And its loss and gain by step."""
     positions, weights, classes = (jnp.asarray(a) for a in points())
-    model = Network(config["kind"], config["estimate"], config["width"], config["max_gain"], nnx.Rngs(config["seed"]))
+    fields = ("kind", "estimate", "width", "max_gain", "head_width", "time_dependent")
+    model = Network(**{field: config[field] for field in fields}, rngs=nnx.Rngs(config["seed"]))
     graph, params = nnx.split(model)
     optimizer = optax.adam(optax.cosine_decay_schedule(config["learning_rate"], config["steps"]))
     probabilities = weights / weights.sum()
@@ -133,7 +149,7 @@ def train_network(config: dict[str, Any], schedule: diffusion.NoiseSchedule) -> 
         i = jax.random.choice(keys[0], len(positions), (config["batch_size"],), p=probabilities)
         x0, c = positions[i].astype(jnp.float32), classes[i]
         t = jax.random.randint(keys[1], x0.shape[:1], 0, schedule.num_timesteps)
-        r = model.context(x0, c)
+        r = model.context(x0, c, t)
         x_t = diffusion.q_sample(schedule, x0, r, t, jax.random.normal(keys[2], x0.shape), config["shift"])
         out = model(x_t, t, c)
         head = jnp.zeros(())
@@ -161,9 +177,9 @@ def train_network(config: dict[str, Any], schedule: diffusion.NoiseSchedule) -> 
 def toy_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     """Total variation from the true weights, and the bound's KL terms; nothing is written to `workdir`.
 
-    Config: `seed`, `denoiser` (exact | learned), `kind`, `shift`, `estimate`, `max_gain`, and `width`, `steps`,
-    `batch_size`, `learning_rate` of the learned one. Options: `num` samples and `bound` points (of the bound) a class,
-    `samplers` {name: steps}.
+    Config: `seed`, `denoiser` (exact | learned), `kind`, `shift`, `estimate`, `max_gain`, and `width`, `head_width`,
+    `time_dependent`, `steps`, `batch_size`, `learning_rate` of the learned one. Options: `num` samples and `bound` points (of
+    the bound) a class, `samplers` {name: steps}.
     """
     config = cell.config
     schedule = diffusion.make_schedule("cosine")
@@ -179,17 +195,18 @@ def toy_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     def functions(params, c):
         """(denoise, context_fn) for classes c."""
         if graph is None:
-            both, r = exact, context
+            both, r = exact, lambda x0, c, t: context(x0, c)
         else:
             model = nnx.merge(graph, params)
             both, r = (model if model.head else lambda x, t, c: (model(x, t, c), None)), model.context
 
         def denoise(x_t, t, s):
             x0, r_hat = both(x_t, t, c)
-            r_hat = r_hat if config["estimate"] == "posterior_mean" else r(x0, c)
-            return diffusion.Denoised(x0, r_hat, r_hat)
+            if config["estimate"] == "posterior_mean":
+                return diffusion.Denoised(x0, r_hat, r_hat)
+            return diffusion.Denoised(x0, r(x0, c, t), r(x0, c, jnp.maximum(s, 0)))
 
-        return denoise, lambda x0, t: r(x0, c)
+        return denoise, lambda x0, t: r(x0, c, t)
 
     return {"scores": _scores(functions, params, schedule, cell), "marks": {}, "training": curves}
 
