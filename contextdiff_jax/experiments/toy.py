@@ -202,9 +202,9 @@ def toy_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
 
         def denoise(x_t, t, s):
             x0, r_hat = both(x_t, t, c)
-            if config["estimate"] == "posterior_mean":
-                return diffusion.Denoised(x0, r_hat, r_hat)
-            return diffusion.Denoised(x0, r(x0, c, t), r(x0, c, jnp.maximum(s, 0)))
+            r_hat = r_hat if config["estimate"] == "posterior_mean" else r(x0, c, t)
+            moves = config["denoiser"] == "learned" and config["time_dependent"]
+            return diffusion.Denoised(x0, r_hat, r(x0, c, jnp.maximum(s, 0)) if moves else r_hat)
 
         return denoise, lambda x0, t: r(x0, c, t)
 
