@@ -135,34 +135,42 @@ def cost_table(plan: Plan, results: Results) -> str:
 
 
 def plot(plan: Plan, results: Results, out: pathlib.Path) -> None:
-    """The decisive score of every seed by variant, and the context's gain over training."""
+    """The decisive score of every seed by variant, and the context's gain over training, if the cells train."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     title, path = next(iter(plan.headline.items()))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.5 * len(results) + 2.2))
+    columns = 1 + any(cell["training"]["step"] for cells in results.values() for cell in cells.values())
+    figure, axes = plt.subplots(1, columns, figsize=(6 * columns, 0.5 * len(results) + 2.2), squeeze=False)
+    left, *rest = axes[0]
     for row, variant in enumerate(results):
         values = list(scores_of(results, variant, path).values())
         left.plot(values, [row] * len(values), "o", alpha=0.5)
         if values:
             left.plot([np.mean(values)], [row], "k|", markersize=18)
-        for number, cell in enumerate(results[variant].values()):
-            curve = cell["training"]
-            if any(curve["context_gain"]):
-                right.plot(curve["step"], np.abs(curve["context_gain"]), color=f"C{row}", alpha=0.6,
-                           label=variant if number == 0 else None)
     left.set(yticks=range(len(results)), yticklabels=list(results), title=f"{title} (each seed; bar: mean)")
     left.invert_yaxis()
     left.grid(alpha=0.3)
-    right.set(title="size of the context (|gain|)", xlabel="step")
-    right.grid(alpha=0.3)
-    if right.lines:
-        right.legend(fontsize=8)
+    for right in rest:
+        _plot_gains(right, results)
     figure.tight_layout()
     figure.savefig(out, dpi=90)
     plt.close(figure)
+
+
+def _plot_gains(axes: Any, results: Results) -> None:
+    for row, (variant, cells) in enumerate(results.items()):
+        for number, cell in enumerate(cells.values()):
+            curve = cell["training"]
+            if any(curve["context_gain"]):
+                axes.plot(curve["step"], np.abs(curve["context_gain"]), color=f"C{row}", alpha=0.6,
+                          label=variant if number == 0 else None)
+    axes.set(title="size of the context (|gain|)", xlabel="step")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize=8)
 
 
 def write_page(plan: Plan, name: str, path: str, out: pathlib.Path) -> str:
