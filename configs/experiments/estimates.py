@@ -29,7 +29,7 @@ def get_plan() -> Plan:
         headline={f"guidance {scale}, {change}": f"guidance {scale}/{change}, minus as it is" for scale, change in changes}
         | {f"guidance {scale:g}": f"guidance {scale:g}/as it is" for scale in GUIDANCES}
         | {f"coefficient at {t}": f"coefficient/{t}" for t in (999, 919, 839, 679)},
-        more_seeds={"linear": 8, "linear-gain0.4": 8},
+        more_seeds={"linear": 8, "linear-gain0.4": 8, "affine": 1, "affine-gain4": 1},
         baselines=(),
         options=dict(
             of="configs/experiments/shapes_one.py", num=192, records=256, steps=25, guidances=GUIDANCES, factors=FACTORS
