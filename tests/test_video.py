@@ -81,6 +81,17 @@ def test_trained_temporal_layers_look_at_later_frames_too():
     assert np.abs(r[:, 0]).max() > 1e-4
 
 
+def test_an_affine_context_leaves_the_frames_apart_and_stays_linear_in_each():
+    _, video = networks(**{"context.kind": "affine"})
+    noisy(video, seed=5)
+    x, t, text, mask = inputs()
+    other = x.at[:, -1].multiply(-0.5)
+    r, changed, between = (context(video, clip, text, mask, t) for clip in (x, other, 0.25 * x + 0.75 * other))
+    np.testing.assert_array_equal(changed[:, :-1], r[:, :-1])
+    assert np.abs(changed[:, -1] - r[:, -1]).max() > 1e-3
+    np.testing.assert_allclose(between, 0.25 * r + 0.75 * changed, atol=1e-6)
+
+
 def test_the_control_sees_the_weights_and_its_answer_is_used():
     _, video = networks()
     x, t, text, mask = inputs()
