@@ -1,6 +1,6 @@
 """Does a context in both processes help composition? Two objects at 16x16, an eighth of the combinations held out.
 
-About 15 minutes a cell on one core.
+About 11 minutes a cell on one quiet core.
 
     taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/shapes.py
 """
