@@ -9,7 +9,12 @@ import pytest
 from flax import nnx
 
 from contextdiff_jax.models.context import (
-    KINDS, ContextConfig, RelationalNetwork, compact_bilinear, position_embedding, unpatch,
+    KINDS,
+    ContextConfig,
+    RelationalNetwork,
+    compact_bilinear,
+    position_embedding,
+    unpatch,
 )
 from contextdiff_jax.models.text import TextConfig, TextEncoder
 
@@ -129,7 +134,8 @@ def test_compact_bilinear_keeps_products_of_inner_products():
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"kind": "affine", "tokens": "clip", "clip": "x"}, "context.tokens='clip'.*affine"), ({"kind": "foo"}, "context.kind='foo'.*cross_attention"), ({"max_gain": -1.0}, "context.max_gain=-1.0"),
+    [({"kind": "affine", "tokens": "clip", "clip": "x"}, "context.tokens='clip'.*affine"),
+     ({"kind": "foo"}, "context.kind='foo'.*cross_attention"), ({"max_gain": -1.0}, "context.max_gain=-1.0"),
      ({"width": 10}, "context.width=10"), ({"patch_size": 0}, "context.patch_size=0")],
 )
 def test_a_wrong_field_is_named_with_what_is_allowed(changes, message):

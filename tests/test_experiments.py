@@ -185,7 +185,8 @@ def test_a_cell_of_estimates_trains_the_other_plans_run_and_leaves_its_numbers(t
         "from contextdiff_jax.experiments.plan import Plan\n"
         "def get_plan():\n"
         "    config = config_dict(**ONE_LEVEL, **{'context.kind': 'linear', 'train.steps': 2})\n"
-        "    return Plan(title='t', about='a', kind='pictures', config=config, variants={'linear': {}}, headline={}, baselines=())\n"
+        "    return Plan(title='t', about='a', kind='pictures', config=config, variants={'linear': {}}, headline={},\n"
+        "                baselines=())\n"
     )
     of = load_plan(str(tmp_path / "of.py"))
     options = dict(of=str(tmp_path / "of.py"), num=2, records=2, steps=5, guidances=(1.0,), factors=(1.25,))
