@@ -7,7 +7,7 @@ number, the gain, which is logged; at gain 0 the model is plain diffusion.
 
 The division makes r nonlinear in x0, whatever raw is: r(E[x0 | x_t]) isn't E[r | x_t]. Kind `affine` divides by the
 largest size that raw can have for any x0 in [-1, 1], so that it is linear in x0, and the plugged in estimate is
-the posterior mean; g then bounds the root mean square.
+the posterior mean; g then bounds the root mean square (of latents, which go beyond [-1, 1], it can be more).
 """
 
 from __future__ import annotations
