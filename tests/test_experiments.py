@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ from flax import nnx
 from scipy import stats
 
 from contextdiff_jax import diffusion
+from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import load_tokenizer, make_source
-from contextdiff_jax.experiments import results, toy
+from contextdiff_jax.experiments import results, toy, training
 from contextdiff_jax.experiments.estimates import estimate_cell, measure
 from contextdiff_jax.experiments.oracle import OracleGenerator, scaled
 from contextdiff_jax.experiments.plan import Plan, load_plan
@@ -196,6 +198,14 @@ def test_a_cell_of_estimates_trains_the_other_plans_run_and_leaves_its_numbers(t
     assert list(found["scores"]["guidance 1"]) == arms + [f"{arm}, minus as it is" for arm in arms]
     assert found["scores"]["guidance 1"]["as it is, minus as it is"] == 0
     assert list(found["scores"]["coefficient"]) == ["49", "39", "29", "19", "9"]
+
+
+def test_a_cell_whose_training_was_stopped_is_not_scored(monkeypatch, tmp_path):
+    config = config_dict(**{"train.steps": 2})
+    plan = Plan(title="t", about="a", kind="pictures", config=config, variants={"none": {}}, headline={})
+    monkeypatch.setattr(training, "train", lambda *_: types.SimpleNamespace(step=1))
+    with pytest.raises(RunError, match="none-0: stopped while training"):
+        training.trained_params(plan.cell("none", 0), tmp_path)
 
 
 def test_a_plan_goes_on_where_it_was_and_gives_the_same_digits_again(tmp_path):

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import DataConfig, load_tokenizer
 from contextdiff_jax.evaluation import distances, metrics
 from contextdiff_jax.evaluation.classifier import WEIGHTS_FILE, correct, read_labels
@@ -23,10 +22,9 @@ from contextdiff_jax.experiments.estimates import estimate_cell
 from contextdiff_jax.experiments.oracle import OracleGenerator
 from contextdiff_jax.experiments.plan import VALIDATION_SCENES, Cell
 from contextdiff_jax.experiments.toy import toy_cell
+from contextdiff_jax.experiments.training import trained_params
 from contextdiff_jax.generation import Generator
-from contextdiff_jax.run import load_run
 from contextdiff_jax.settings import SampleConfig, Settings, parse
-from contextdiff_jax.training.loop import train
 from contextdiff_jax.training.state import model_graph
 
 Generate = Callable[[Sequence[dict[str, Any]]], UInt8[np.ndarray, "N H W 3"]]
@@ -41,9 +39,7 @@ def picture_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     is not `shapes`. It is trained once a plan, next to the runs.
     """
     settings = parse(cell.config)
-    if int(train(settings, cell.config, workdir).step) < settings.train.steps:
-        raise RunError(f"{cell.name}: stopped while training; the same command goes on from there")
-    study = _Study(settings, load_run(str(workdir)).params, cell.seed, cell.options, workdir.parent)
+    study = _Study(settings, trained_params(cell, workdir), cell.seed, cell.options, workdir.parent)
     validation = study.validate()
     best = max(validation, key=validation.get)
     scores: dict[str, Any] = {"validation": {str(scale): share for scale, share in validation.items()}, "guidance": best}

@@ -23,10 +23,9 @@ from contextdiff_jax.evaluation import metrics
 from contextdiff_jax.evaluation.composition import judge
 from contextdiff_jax.experiments.oracle import OracleGenerator, scaled
 from contextdiff_jax.experiments.plan import VALIDATION_SCENES, Cell, load_plan
+from contextdiff_jax.experiments.training import trained_params
 from contextdiff_jax.models.contextdiff import make_denoise
-from contextdiff_jax.run import load_run
 from contextdiff_jax.settings import Settings, parse
-from contextdiff_jax.training.loop import train
 from contextdiff_jax.training.state import model_graph
 
 _BATCH = 64
@@ -41,8 +40,7 @@ def estimate_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     options, settings = cell.options, parse(cell.config)
     trained = load_plan(options["of"]).cell(cell.variant, cell.seed)
     folder = workdir.parent.parent / pathlib.Path(options["of"]).stem / trained.folder
-    train(settings, trained.config, folder)
-    params, tokenizer = load_run(str(folder)).params, load_tokenizer(settings.data.tokenizer or None)
+    params, tokenizer = trained_params(trained, folder), load_tokenizer(settings.data.tokenizer or None)
     timesteps = diffusion.spaced_timesteps(settings.diffusion.num_timesteps, options["steps"], settings.sample.spacing)
 
     data = dataclasses.replace(settings.data, scene_seed=settings.data.scene_seed + VALIDATION_SCENES)

@@ -58,7 +58,7 @@ class Network(nnx.Module):
     def __init__(
         self, kind: str, estimate: str, width: int, max_gain: float, head_width: int, time_dependent: bool, rngs: nnx.Rngs
     ):
-        self.kind, self.max_gain, self.time_dependent = kind, max_gain, time_dependent
+        self.kind, self.max_gain = kind, max_gain
         self.head = estimate == "posterior_mean"
         self.embed = nnx.Linear(2 + 16 + 16 + CLASSES, width, rngs=rngs)
         self.hidden = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(2)])
@@ -72,9 +72,8 @@ class Network(nnx.Module):
             self.r_in = nnx.Linear(inputs[kind], width if kind == "mlp" else 2, rngs=rngs)
             self.r_out = nnx.Linear(width, 2, rngs=rngs) if kind == "mlp" else None
             self.r_time = nnx.Linear(16, width if kind == "mlp" else 2, rngs=rngs) if time_dependent else None
-        if head_width:
-            self.head_in, self.head_out = nnx.Linear(width, head_width, rngs=rngs), nnx.Linear(head_width, 2, rngs=rngs)
-        self.head_width = head_width
+        self.head_in = nnx.Linear(width, head_width, rngs=rngs) if head_width else None
+        self.head_out = nnx.Linear(head_width, 2, rngs=rngs) if head_width else None
 
     def __call__(self, x: Float[Array, "B 2"], t: Int[Array, "B"], c: Int[Array, "B"]) -> Array | tuple[Array, Array]:
         """x0_hat, with a second head also r_hat."""
@@ -87,7 +86,8 @@ class Network(nnx.Module):
         out = self.out(jax.nn.silu(h))
         if not self.head:
             return out
-        return out[:, :2], self.head_out(jax.nn.silu(self.head_in(jax.nn.silu(h)))) if self.head_width else out[:, 2:]
+        r_hat = out[:, 2:] if self.head_in is None else self.head_out(jax.nn.silu(self.head_in(jax.nn.silu(h))))
+        return out[:, :2], r_hat
 
     def context(self, x0: Float[Array, "B 2"], c: Int[Array, "B"], t: Int[Array, "B"]) -> Float[Array, "B 2"]:
         """r(x0, c[, t]), of root mean square `max_gain tanh(gamma)` in each sample, as the pictures' (models.context)."""
@@ -104,12 +104,11 @@ class Network(nnx.Module):
         if self.r_time is not None:
             h = h + self.r_time(jnp.concatenate([jnp.sin(_phases(t)), jnp.cos(_phases(t))], -1))
         raw = h if self.r_out is None else self.r_out(jax.nn.silu(h))
+        sized = raw
         if self.kind == "affine":  # divided by the most that raw can be, whatever x0: so it stays linear in x0
             constant = raw - x0 @ self.r_in.kernel[:2]
-            raw_max = jnp.abs(constant) + jnp.abs(self.r_in.kernel[:2]).sum(0)
-            rms = jnp.sqrt(jnp.mean(raw_max**2, -1, keepdims=True) + 1e-8)
-        else:
-            rms = jnp.sqrt(jnp.mean(raw**2, -1, keepdims=True) + 1e-8)
+            sized = jnp.abs(constant) + jnp.abs(self.r_in.kernel[:2]).sum(0)
+        rms = jnp.sqrt(jnp.mean(sized**2, -1, keepdims=True) + 1e-8)
         return self.max_gain * jnp.tanh(self.gamma[...]) * raw / rms
 
 

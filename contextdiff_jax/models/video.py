@@ -233,9 +233,9 @@ class VideoContext(nnx.Module):
     def __init__(self, network: RelationalNetwork, *, rngs: nnx.Rngs):
         self.image = network
         config = network.config
-        if config.kind not in ("none", "affine"):
-            policy = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
-            self.temporal = TemporalAttention(config.width, config.num_heads, **policy)
+        policy = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
+        mixes = config.kind not in ("none", "affine")
+        self.temporal = TemporalAttention(config.width, config.num_heads, **policy) if mixes else None
 
     @property
     def gain(self) -> Float[Array, ""]:
@@ -254,10 +254,9 @@ class VideoContext(nnx.Module):
         t = None if t is None else jnp.repeat(t, F, axis=0)
 
         def over_frames(tokens):  # [B*F, N, D]
-            return self.temporal(frames_of(tokens, B)).reshape(tokens.shape)
+            return tokens if self.temporal is None else self.temporal(frames_of(tokens, B)).reshape(tokens.shape)
 
-        mixing = {} if self.image.config.kind == "affine" else {"mix": over_frames}
-        return frames_of(self.image(x0.reshape(-1, *x0.shape[2:]), text, mask, t, **mixing), B)
+        return frames_of(self.image(x0.reshape(-1, *x0.shape[2:]), text, mask, t, mix=over_frames), B)
 
 
 class VideoDiffusion(nnx.Module):
