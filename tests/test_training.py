@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from contextdiff_jax.generation import Generator
 from contextdiff_jax.pictures import read_png_metadata
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training import checkpoints, loop
-from contextdiff_jax.training.loop import null_caption, train
+from contextdiff_jax.training.loop import count_flops, null_caption, train
 from contextdiff_jax.training.replay import replay
 from contextdiff_jax.training.state import init_state, model_graph
 from contextdiff_jax.training.step import draw, loss_fn, make_train_step
@@ -182,6 +183,17 @@ def test_non_finite_steps_are_skipped_up_to_a_limit_and_then_dumped_and_what_is_
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
+def test_a_gpus_operations_are_counted_before_its_libraries_hide_them():
+    lowered = jax.jit(lambda a: a @ a).lower(jnp.ones((32, 32)))
+
+    def counted(platform):
+        mesh = SimpleNamespace(size=2, devices=np.array([SimpleNamespace(platform=platform)]))
+        return count_flops(lowered, lowered.compile(), mesh)
+
+    assert counted("gpu") == 2 * 32**3  # of the whole program; a compiled one is each device's
+    assert counted("tpu") == 2 * counted("gpu")
+
+
 def test_a_run_of_another_config_or_model_is_not_resumed(tmp_path):
     done = tmp_path / "run"
     first = command("train", "--config=configs/base.py", f"--workdir={done}", "--config.train.steps=3", tiny=True)
@@ -190,6 +202,8 @@ def test_a_run_of_another_config_or_model_is_not_resumed(tmp_path):
     for name in ("config.json", "metrics.jsonl", "checkpoints/3"):
         assert (done / name).exists()
     assert list((done / "events").iterdir()) and list((done / "samples").iterdir())
+    again = command("train", "--config=configs/base.py", f"--workdir={done}", "--config.train.steps=3", tiny=True)
+    assert again.returncode == 0 and "trained to step 3 already" in again.stderr and "compiled" not in again.stderr
     other = command("train", "--config=configs/base.py", f"--workdir={done}", "--config.seed=4", tiny=True)
     assert other.returncode == 2 and "another config's run, seed is 0 there and 4 here" in other.stderr
     model = command(
