@@ -50,14 +50,14 @@ def test_a_plan_that_names_what_is_not_there_says_so(tmp_path):
 
 
 def test_every_plan_of_the_project_has_configs_that_parse():
-    for name in ("shapes_one", "shapes", "emoji"):
+    for name in ("shapes_one", "shapes", "shapes_gpu", "emoji"):
         plan = load_plan(f"configs/experiments/{name}.py")
         assert {"none", "plugin", "posterior_mean"} <= set(plan.variants)
         for variant in plan.variants:
             parse(plan.cell(variant, 0).config)
 
 
-@pytest.mark.parametrize("name, count", [("shapes_one", 70), ("shapes", 5), ("emoji", 9), ("estimates", 15), ("toy", 80)])
+@pytest.mark.parametrize("name, count", [("shapes_one", 70), ("shapes", 5), ("shapes_gpu", 7), ("emoji", 9), ("estimates", 15), ("toy", 80)])
 def test_the_finished_cells_are_of_the_plan_as_it_is_now(name, count):
     """A config's new field must not make finished experiments those of another one (plan._AS_BEFORE)."""
     cells = load_plan(f"configs/experiments/{name}.py").cells()

@@ -126,7 +126,7 @@ def cost_table(plan: Plan, results: Results) -> str:
             return ""
         flops = [t["flops_per_step"] for t in training if t["flops_per_step"]]
         lines.append(
-            f"| `{variant}` | {training[0]['parameters']:,} | {np.median(flops) / 1e9 if flops else float('nan'):.2f} | "
+            f"| `{variant}` | {training[0]['parameters']:,} | {f'{np.median(flops) / 1e9:.2f}' if flops else '-'} | "
             f"{1e3 * np.median([t['seconds_per_step'] for t in training]):.0f} | "
             f"{np.median([abs(t['context_gain'][-1]) for t in training]):.3f} | "
             f"{np.median([cell['seconds'] for cell in cells.values()]) / 60:.1f} |"
@@ -182,6 +182,7 @@ def write_page(plan: Plan, name: str, path: str, out: pathlib.Path) -> str:
     cells = [(variant, seed, cell) for variant, seeds in results.items() for seed, cell in seeds.items()]
     machines = sorted({f"{c['machine']['cpu']}, {c['machine']['devices']}, jax {c['machine']['jax']}" for *_, c in cells})
     missing = [cell.name for cell in plan.cells() if cell.seed not in results.get(cell.variant, {})]
+    pinned = "taskset -c 0 " if cells[0][2]["machine"]["devices"].endswith("cpu") else ""
     parts = [
         f"# {plan.title}", plan.about,
         f"    python -m contextdiff_jax.experiment --plan={path}",
@@ -191,7 +192,7 @@ def write_page(plan: Plan, name: str, path: str, out: pathlib.Path) -> str:
         table(plan, results), *(difference_table(plan, results, baseline) for baseline in plan.baselines),
         cost_table(plan, results), f"![scores and gains]({name}.png)",
         "## Cells", "Each again, in another folder, with the same digits at its commit, on the same machine and number of cores:",
-        f"    taskset -c 0 python -m contextdiff_jax.experiment --plan={path} --variants={cells[0][0]} "
+        f"    {pinned}python -m contextdiff_jax.experiment --plan={path} --variants={cells[0][0]} "
         f"--seeds={cells[0][1]} --out=/tmp/again --workdir=/tmp/again",
         "\n".join(["| cell | config | commit | seconds |", "|---|---|---|---|"] + [
             f"| [{variant}-{seed}]({name}/{variant}-{seed}.json) | {c['config_hash']} | {c['commit'][:10]} | {c['seconds']:.0f} |"
