@@ -57,7 +57,10 @@ def test_every_plan_of_the_project_has_configs_that_parse():
             parse(plan.cell(variant, 0).config)
 
 
-@pytest.mark.parametrize("name, count", [("shapes_one", 70), ("shapes", 21), ("shapes_gpu", 7), ("emoji", 18), ("estimates", 15), ("toy", 80)])
+@pytest.mark.parametrize(
+    "name, count",
+    [("shapes_one", 70), ("shapes", 21), ("shapes_gpu", 7), ("emoji", 18), ("estimates", 15), ("toy", 80)],
+)
 def test_the_finished_cells_are_of_the_plan_as_it_is_now(name, count):
     """A config's new field must not make finished experiments those of another one (plan._AS_BEFORE)."""
     cells = load_plan(f"configs/experiments/{name}.py").cells()
@@ -82,6 +85,7 @@ def test_the_page_has_paired_differences_by_students_t_and_names_what_is_missing
     np.testing.assert_allclose(difference[1:3], reference, rtol=1e-6)
     page = (tmp_path / "t.md").read_text()
     assert "Not run yet: none-2." in page and f"{difference.mean:+.3f} [{difference.low:+.3f}" in page
+    assert "taskset" not in page and "same digits" not in page  # "": no CPU's cells
     stale = json.loads((tmp_path / "t" / "none-0.json").read_text()) | {"config_hash": "0"}
     (tmp_path / "t" / "none-0.json").write_text(json.dumps(stale))
     assert list(results.read_results(PLAN, tmp_path / "t")["none"]) == [1]
@@ -225,6 +229,8 @@ def test_a_plan_goes_on_where_it_was_and_gives_the_same_digits_again(tmp_path):
     again = command("experiment", *run, f"--out={tmp_path}/a", "--seeds=0,1")
     assert again.returncode == 0 and written == (cell.read_text(), cell.stat().st_mtime_ns)
     assert (tmp_path / "a/tiny/none-1.json").exists() and (tmp_path / "a/tiny.png").exists()
+    page = (tmp_path / "a/tiny.md").read_text()
+    assert "with the same digits" in page and "    taskset -c 0 python -m contextdiff_jax.experiment" in page
     command("experiment", f"--plan={tmp_path}/tiny.py", f"--workdir={tmp_path}/other", f"--out={tmp_path}/b")
     repeated = json.loads((tmp_path / "b/tiny/none-0.json").read_text())
     first_scores = json.loads(written[0])

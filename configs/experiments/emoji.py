@@ -6,14 +6,12 @@ Reads ../shared/data/emoji. At 32x32 (a level more, 4,000 steps) a cell took 50 
 """
 
 from configs.experiments import shapes_one
-from contextdiff_jax.experiments.plan import Plan
+from contextdiff_jax.experiments.plan import Plan, changed
 
 
 def get_plan() -> Plan:
     """The shapes' variants, denoiser and budget; judged by a classifier of tone, style and category."""
-    config = {name: dict(section) if isinstance(section, dict) else section
-              for name, section in shapes_one.get_plan().config.items()}
-    config["data"] |= {"source": "emoji", "path": "../shared/data/emoji", "max_length": 32}
+    changes = {"data.source": "emoji", "data.path": "../shared/data/emoji", "data.max_length": 32}
     return Plan(
         title="Emoji",
         about=(
@@ -21,7 +19,7 @@ def get_plan() -> Plan:
             "the caption's tone, style and category; it isn't always right on real pictures either."
         ),
         kind="pictures",
-        config=config,
+        config=changed(shapes_one.get_plan().config, changes),
         variants=shapes_one.VARIANTS,
         headline={
             "held-out, exact": "held-out records, ddim, guidance best/exact",

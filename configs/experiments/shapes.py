@@ -8,7 +8,7 @@ About 11 minutes a cell on one quiet core.
 import dataclasses
 
 from configs.experiments import shapes_one
-from contextdiff_jax.experiments.plan import Plan
+from contextdiff_jax.experiments.plan import Plan, changed
 
 # After 80,000 pictures hardly any caption is obeyed as a whole: its parts say more.
 PARTS = {
@@ -21,8 +21,7 @@ def get_plan() -> Plan:
     """`shapes_one` with two objects and 80,000 pictures: how two are told apart takes longer to learn."""
     plan = shapes_one.get_plan()
     variants = shapes_one.VARIANTS | shapes_one.MIDDLE_GAIN
-    config = {**plan.config, "data": plan.config["data"] | {"num_objects": (2, 2)}}
-    config["train"] = config["train"] | {"steps": 5000, "batch_size": 16}
+    config = changed(plan.config, {"data.num_objects": (2, 2), "train.steps": 5000, "train.batch_size": 16})
     kept = ("held-out, exact", *PARTS, "bits/dim", "held-out, true context")
     headline = {name: (plan.headline | PARTS)[name] for name in kept}
     return dataclasses.replace(

@@ -20,6 +20,20 @@ _SAME_RESULTS = ("train.remat", "train.attention")
 _AS_BEFORE = {"sample.reuse": 1, "head_width": 0, "time_dependent": False}
 
 
+def changed(config: Mapping[str, Any], changes: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
+    """A copy with the dotted fields of `changes` set. ValueError, beginning with `where`, for a field that isn't there."""
+    config = copy.deepcopy(dict(config))
+    for path, value in changes.items():
+        *sections, field = path.split(".")
+        section = config
+        for name in sections:
+            section = section.get(name, {})
+        if field not in section:
+            raise ValueError(f"{where}: {path} is no field of the config")
+        section[field] = value
+    return config
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """An experiment: one config, variants that differ from it, seeds.
@@ -68,15 +82,7 @@ class Plan:
         """ValueError for an unknown variant or field."""
         if variant not in self.variants:
             raise ValueError(f"--variants={variant}: unknown; one of {', '.join(self.variants)}")
-        config = copy.deepcopy(dict(self.config))
-        for path, value in {**self.variants[variant], "seed": seed}.items():
-            *sections, field = path.split(".")
-            section = config
-            for name in sections:
-                section = section.get(name, {})
-            if field not in section:
-                raise ValueError(f"variants: {variant}: {path} is no field of the config")
-            section[field] = value
+        config = changed(self.config, {**self.variants[variant], "seed": seed}, f"variants: {variant}")
         if isinstance(config.get("data"), dict):
             config["data"]["seed"] = seed  # the order of the records
         return Cell(variant, seed, config, dict(self.options))

@@ -182,7 +182,9 @@ def write_page(plan: Plan, name: str, path: str, out: pathlib.Path) -> str:
     cells = [(variant, seed, cell) for variant, seeds in results.items() for seed, cell in seeds.items()]
     machines = sorted({f"{c['machine']['cpu']}, {c['machine']['devices']}, jax {c['machine']['jax']}" for *_, c in cells})
     missing = [cell.name for cell in plan.cells() if cell.seed not in results.get(cell.variant, {})]
-    pinned = "taskset -c 0 " if cells[0][2]["machine"]["devices"].endswith("cpu") else ""
+    on_cpu = cells[0][2]["machine"]["devices"].endswith("cpu")  # elsewhere nobody has seen the same digits again
+    pinned = "taskset -c 0 " if on_cpu else ""
+    digits = ", with the same digits at its commit, on the same machine and number of cores" if on_cpu else ""
     parts = [
         f"# {plan.title}", plan.about,
         f"    python -m contextdiff_jax.experiment --plan={path}",
@@ -191,7 +193,7 @@ def write_page(plan: Plan, name: str, path: str, out: pathlib.Path) -> str:
         f"Not run yet: {', '.join(missing)}." if missing else "",
         table(plan, results), *(difference_table(plan, results, baseline) for baseline in plan.baselines),
         cost_table(plan, results), f"![scores and gains]({name}.png)",
-        "## Cells", "Each again, in another folder, with the same digits at its commit, on the same machine and number of cores:",
+        "## Cells", f"Each again, in another folder{digits}:",
         f"    {pinned}python -m contextdiff_jax.experiment --plan={path} --variants={cells[0][0]} "
         f"--seeds={cells[0][1]} --out=/tmp/again --workdir=/tmp/again",
         "\n".join(["| cell | config | commit | seconds |", "|---|---|---|---|"] + [
