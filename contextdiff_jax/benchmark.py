@@ -1,4 +1,5 @@
-"""python -m contextdiff_jax.benchmark --mode=data --config=configs/shapes.py [--compare=webdataset] [--json=FILE]
+"""python -m contextdiff_jax.benchmark --mode=data --config=configs/shapes.py [--compare=webdataset]
+[--json=FILE]
 
 Measures one part of the work, and prints a table. Modes:
     data    pictures a second and core that the loader gives, per source, against the device's need   docs/data.md
@@ -21,17 +22,33 @@ from contextdiff_jax import cli
 from contextdiff_jax.files import write_json
 
 MODE = flags.DEFINE_string("mode", "data", "What to measure: see the list above.")
-COMPARE = flags.DEFINE_string("compare", "", "Run in turns with ours; of data: webdataset, tfds; of train, sample: torch.")
+COMPARE = flags.DEFINE_string(
+    "compare", "", "Run in turns with ours; of data: webdataset, tfds; of train, sample: torch."
+)
 JSON = flags.DEFINE_string("json", "", "File for the table as one JSON object with `rows`.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each row; the table has their medians.", lower_bound=1)
-NEED = flags.DEFINE_float("need", 0.0, "data: pictures a second that the devices take; 0: those of --workdir.")
-WORKDIR = flags.DEFINE_string("workdir", "", "data: a run whose metrics.jsonl tells the need; reuse: the run to sample.")
+REPEATS = flags.DEFINE_integer(
+    "repeats", 5, "Measurements of each row; the table has their medians.", lower_bound=1
+)
+NEED = flags.DEFINE_float(
+    "need", 0.0, "data: pictures a second that the devices take; 0: those of --workdir."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", "", "data: a run whose metrics.jsonl tells the need; reuse: the run to sample."
+)
 PICTURES = flags.DEFINE_integer("pictures", 256, "data: pictures a measurement.", lower_bound=8)
-SHAPE = flags.DEFINE_list("shape", ["384", "512"], "data, without data.path: height,width of the pictures made.")
-TOPOLOGY = flags.DEFINE_string("topology", "", "aot, roofline: chips and their arrangement, as in v5e:4x4.")
+SHAPE = flags.DEFINE_list(
+    "shape", ["384", "512"], "data, without data.path: height,width of the pictures made."
+)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "aot, roofline: chips and their arrangement, as in v5e:4x4."
+)
 PROGRAM = flags.DEFINE_string("program", "train", "aot: train (a step) or sample (the loop).")
-BATCH_PER_CHIP = flags.DEFINE_integer("batch_per_chip", 0, "aot, roofline: instead of train.batch_size.", lower_bound=0)
-SWEEP = flags.DEFINE_boolean("sweep", False, "aot: meshes x rematerialisations x batches, the best that fits first.")
+BATCH_PER_CHIP = flags.DEFINE_integer(
+    "batch_per_chip", 0, "aot, roofline: instead of train.batch_size.", lower_bound=0
+)
+SWEEP = flags.DEFINE_boolean(
+    "sweep", False, "aot: meshes x rematerialisations x batches, the best that fits first."
+)
 PLOT = flags.DEFINE_string("plot", "", "roofline: file for the plot, a PNG.")
 
 
@@ -41,8 +58,12 @@ def _data(settings):
     return run(
         settings.data,
         DataBenchmark(
-            compare=COMPARE.value, repeats=REPEATS.value, need=NEED.value, workdir=WORKDIR.value,
-            pictures=PICTURES.value, shape=tuple(int(side) for side in SHAPE.value),
+            compare=COMPARE.value,
+            repeats=REPEATS.value,
+            need=NEED.value,
+            workdir=WORKDIR.value,
+            pictures=PICTURES.value,
+            shape=tuple(int(side) for side in SHAPE.value),
         ),
     )
 
@@ -53,7 +74,10 @@ def _aot(settings):
     return run(
         settings,
         AotBenchmark(
-            topology=TOPOLOGY.value, program=PROGRAM.value, batch_per_chip=BATCH_PER_CHIP.value, sweep=SWEEP.value
+            topology=TOPOLOGY.value,
+            program=PROGRAM.value,
+            batch_per_chip=BATCH_PER_CHIP.value,
+            sweep=SWEEP.value,
         ),
     )
 
@@ -61,7 +85,9 @@ def _aot(settings):
 def _speed(settings):
     from contextdiff_jax.benchmarks.speed import SpeedBenchmark, run
 
-    return run(settings, SpeedBenchmark(program=MODE.value, compare=COMPARE.value, rounds=REPEATS.value))
+    return run(
+        settings, SpeedBenchmark(program=MODE.value, compare=COMPARE.value, rounds=REPEATS.value)
+    )
 
 
 def _roofline(settings):
@@ -69,7 +95,12 @@ def _roofline(settings):
 
     return run(
         settings,
-        RooflineBenchmark(topology=TOPOLOGY.value, batch=BATCH_PER_CHIP.value, rounds=REPEATS.value, plot=PLOT.value),
+        RooflineBenchmark(
+            topology=TOPOLOGY.value,
+            batch=BATCH_PER_CHIP.value,
+            rounds=REPEATS.value,
+            plot=PLOT.value,
+        ),
     )
 
 
@@ -79,7 +110,14 @@ def _reuse(_):
     return run(WORKDIR.value, REPEATS.value)
 
 
-MODES = {"data": _data, "train": _speed, "sample": _speed, "aot": _aot, "roofline": _roofline, "reuse": _reuse}
+MODES = {
+    "data": _data,
+    "train": _speed,
+    "sample": _speed,
+    "aot": _aot,
+    "roofline": _roofline,
+    "reuse": _reuse,
+}
 WITHOUT_CONFIG = ("reuse",)  # its run has one
 
 
@@ -96,7 +134,10 @@ def main() -> None:
     result = MODES[MODE.value](config and parse(config))
     print(result.text)
     if JSON.value:
-        facts = {"command": shlex.join(["python", "-m", "contextdiff_jax.benchmark", *sys.argv[1:]]), "machine": machine()}
+        facts = {
+            "command": shlex.join(["python", "-m", "contextdiff_jax.benchmark", *sys.argv[1:]]),
+            "machine": machine(),
+        }
         write_json(pathlib.Path(JSON.value), {**facts, "rows": result.rows})
 
 

@@ -10,7 +10,8 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -25,9 +26,13 @@ class RunError(RuntimeError):
 
 
 def define_config() -> None:
-    """Defines --config=FILE with overrides --config.a.b=c. Read it with `read_config` in the command."""
+    """Defines --config=FILE with overrides --config.a.b=c. Read it with `read_config` in the
+    command.
+    """
     global CONFIG
-    CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; a field is set by --config.a.b=c.")
+    CONFIG = config_flags.DEFINE_config_file(
+        "config", None, "Config file; a field is set by --config.a.b=c."
+    )
 
 
 def read_config() -> dict[str, Any]:
@@ -38,7 +43,9 @@ def read_config() -> dict[str, Any]:
 
 
 def is_remote(path: pathlib.Path) -> bool:
-    """Whether it is a bucket's, such as gs://BUCKET/run (an `epath.Path`), which has no working directory."""
+    """Whether it is a bucket's, such as gs://BUCKET/run (an `epath.Path`), which has no working
+    directory.
+    """
     return "://" in str(path)
 
 
@@ -48,25 +55,36 @@ def num_cores() -> int:
 
 
 def one_device_a_core(batch_size: int) -> None:
-    """On a CPU JAX shall have a device a core, the fastest (docs/performance.md), where they can share a batch evenly. To be
-    called before JAX looks for devices. JAX_NUM_CPU_DEVICES and XLA_FLAGS have the last word."""
+    """On a CPU JAX shall have a device a core, the fastest (docs/performance.md), where they can
+    share a batch evenly. To be called before JAX looks for devices. JAX_NUM_CPU_DEVICES and
+    XLA_FLAGS have the last word.
+    """
     import jax
 
-    told = "JAX_NUM_CPU_DEVICES" in os.environ or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    told = (
+        "JAX_NUM_CPU_DEVICES" in os.environ
+        or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    )
     if not told and batch_size % num_cores() == 0:
         jax.config.update("jax_num_cpu_devices", num_cores())
 
 
 def set_compilation_cache(workdir: pathlib.Path) -> str:
-    """Compiled programs are kept in DIR/compiled/N-cores, unless JAX_COMPILATION_CACHE_DIR says where.
+    """Compiled programs are kept in DIR/compiled/N-cores, unless JAX_COMPILATION_CACHE_DIR says
+    where.
 
-    By cores, because a CPU program is split for the threads of the process that compiled it, which JAX's key leaves out:
-    what was compiled on one core runs its element-wise parts on one core everywhere.
+    By cores, because a CPU program is split for the threads of the process that compiled it, which
+    JAX's key leaves out: what was compiled on one core runs its element-wise parts on one core
+    everywhere.
     """
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = (workdir if is_remote(workdir) else workdir.absolute()) / "compiled" / f"{num_cores()}-cores"
+        folder = (
+            (workdir if is_remote(workdir) else workdir.absolute())
+            / "compiled"
+            / f"{num_cores()}-cores"
+        )
         jax.config.update("jax_compilation_cache_dir", str(folder))
     return jax.config.jax_compilation_cache_dir
 
@@ -74,26 +92,37 @@ def set_compilation_cache(workdir: pathlib.Path) -> str:
 def keep_freed_memory() -> None:
     """On a host without an accelerator: memory that was freed stays the process's, in one heap.
 
-    XLA's CPU backend takes a program's temporaries anew at each call, hundreds of MiB that glibc otherwise gives back to the
-    kernel after it: their page faults were a sixth of a training step (docs/performance.md). To be called before threads start.
+    XLA's CPU backend takes a program's temporaries anew at each call, hundreds of MiB that glibc
+    otherwise gives back to the kernel after it: their page faults were a sixth of a training step
+    (docs/performance.md). To be called before threads start.
     """
-    if sys.platform != "linux" or any(map(glob.glob, ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*"))):
+    if sys.platform != "linux" or any(
+        map(glob.glob, ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*"))
+    ):
         return
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):  # musl
         return
-    for option, value in ((-4, 0), (-1, -1), (-8, 1)):  # malloc.h: M_MMAP_MAX none, M_TRIM_THRESHOLD never, M_ARENA_MAX one
+    for option, value in (
+        (-4, 0),
+        (-1, -1),
+        (-8, 1),
+    ):  # malloc.h: M_MMAP_MAX none, M_TRIM_THRESHOLD never, M_ARENA_MAX one
         libc.mallopt(option, value)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses flags and calls `main`. What the user can put right is one line on stderr and exit status 2."""
+    """Parses flags and calls `main`. What the user can put right is one line on stderr and exit
+    status 2.
+    """
     keep_freed_memory()
 
     def parse(argv):
         try:
             left = flags.FLAGS(argv)
-        except AttributeError as error:  # what ml_collections raises for an override of an unknown field
+        except (
+            AttributeError
+        ) as error:  # what ml_collections raises for an override of an unknown field
             raise flags.Error(f"--config: unknown field: {_innermost(error)}") from error
         except KeyError as error:  # the same, for an unknown section
             raise flags.Error(f"--config: unknown section: {_innermost(error)}") from error
@@ -117,7 +146,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _innermost(error: Exception) -> str:
-    """The text of an exception that may wrap others in its first argument, without the quotes that KeyError adds."""
+    """The text of an exception that may wrap others in its first argument, without the quotes that
+    KeyError adds.
+    """
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     return str(error.args[0] if error.args else error).replace("\n", "; ")

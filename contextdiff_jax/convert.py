@@ -1,8 +1,9 @@
 """python -m contextdiff_jax.convert --source=DIR --target=DIR [--reverse]
 
-A Hugging Face / diffusers folder, of one model or of a whole pipeline, in our format (Orbax parameters); --reverse
-goes back, with the same tensors bit for bit. Tokenizers, schedulers and models that we don't have are copied.
-With --reverse the source may also be a run that began as a diffusers folder (`model.pretrained`): it becomes one again.
+A Hugging Face / diffusers folder, of one model or of a whole pipeline, in our format (Orbax
+parameters); --reverse goes back, with the same tensors bit for bit. Tokenizers, schedulers and
+models that we don't have are copied. With --reverse the source may also be a run that began as a
+diffusers folder (`model.pretrained`): it becomes one again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from absl import flags
 
 from contextdiff_jax import cli
 
-SOURCE = flags.DEFINE_string("source", None, "Folder to read: with config.json, or with model_index.json.")
+SOURCE = flags.DEFINE_string(
+    "source", None, "Folder to read: with config.json, or with model_index.json."
+)
 TARGET = flags.DEFINE_string("target", None, "Folder to write; must be new.")
 REVERSE = flags.DEFINE_boolean("reverse", False, "From our format to Hugging Face's.")
 
@@ -32,8 +35,12 @@ def main() -> None:
     from contextdiff_jax.pretrained.model import Options
     from contextdiff_jax.training import export
 
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed: an accelerator's memory isn't needed
-    progress = functools.partial(tqdm.tqdm, unit="tensor", leave=False, disable=None)  # None: only on a terminal
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # nothing is computed: an accelerator's memory isn't needed
+    progress = functools.partial(
+        tqdm.tqdm, unit="tensor", leave=False, disable=None
+    )  # None: only on a terminal
     if REVERSE.value and export.is_run(pathlib.Path(SOURCE.value)):
         export.export_run(pathlib.Path(SOURCE.value), pathlib.Path(TARGET.value))
         print(f"written: {TARGET.value}")

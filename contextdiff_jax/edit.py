@@ -1,11 +1,13 @@
-"""python -m contextdiff_jax.edit --config=configs/edit_shapes.py --workdir=DIR [--config.video.path=FILE ...]
+"""python -m contextdiff_jax.edit --config=configs/edit_shapes.py --workdir=DIR
+[--config.video.path=FILE ...]
 
-One clip in, the edited clips out: tunes a video model on the clip (or goes on with the tuning in the workdir), inverts
-the clip, samples it anew by its own prompt and by each of `video.edit_prompts`. The workdir gets edits/NN.gif, NN.mp4 and
-NN/, strip.png, metrics.json, beside the tuning's config.json, metrics.jsonl, events/ and checkpoints/.
+One clip in, the edited clips out: tunes a video model on the clip (or goes on with the tuning in
+the workdir), inverts the clip, samples it anew by its own prompt and by each of
+`video.edit_prompts`. The workdir gets edits/NN.gif, NN.mp4 and NN/, strip.png, metrics.json, beside
+the tuning's config.json, metrics.jsonl, events/ and checkpoints/.
 
---shapes=50 instead edits that many clips of moving shapes in colour and in shape, with and without the context, and scores
-them exactly (shapes_benchmark.json, shapes_strip.png).
+--shapes=50 instead edits that many clips of moving shapes in colour and in shape, with and without
+the context, and scores them exactly (shapes_benchmark.json, shapes_strip.png).
 """
 
 from __future__ import annotations
@@ -16,10 +18,16 @@ from absl import flags
 
 from contextdiff_jax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the edit: everything it writes, and what it resumes from.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the edit: everything it writes, and what it resumes from."
+)
 
-SHAPES = flags.DEFINE_integer("shapes", 0, "Edit this many clips of moving shapes instead, and score them.", lower_bound=0)
-BASELINE = flags.DEFINE_string("baseline", "", "With --shapes: another model for the side without context.")
+SHAPES = flags.DEFINE_integer(
+    "shapes", 0, "Edit this many clips of moving shapes instead, and score them.", lower_bound=0
+)
+BASELINE = flags.DEFINE_string(
+    "baseline", "", "With --shapes: another model for the side without context."
+)
 
 
 def main() -> None:
@@ -36,11 +44,17 @@ def main() -> None:
     workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
     if SHAPES.value:
-        print(shapes_benchmark.table(shapes_benchmark.run_benchmark(settings, workdir, SHAPES.value, BASELINE.value)))
+        print(
+            shapes_benchmark.table(
+                shapes_benchmark.run_benchmark(settings, workdir, SHAPES.value, BASELINE.value)
+            )
+        )
         return
     metrics = run_edit(settings, config, workdir)
     print(table(metrics))
-    print(f"{len(metrics['edits'])} edited clips: {workdir / 'edits'}, side by side: {workdir / 'strip.png'}")
+    print(
+        f"{len(metrics['edits'])} edited clips: {workdir / 'edits'}, side by side: {workdir / 'strip.png'}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """python -m contextdiff_jax.evaluate --workdir=DIR --metrics=composition,bound,fid,...
 
-Scores of a run's samples and of its likelihood with 95% intervals: a table on the terminal, DIR/metrics.json, and the
-page DIR/report/index.html. What each metric is, and what it needs: docs/evaluation.md.
+Scores of a run's samples and of its likelihood with 95% intervals: a table on the terminal,
+DIR/metrics.json, and the page DIR/report/index.html. What each metric is, and what it needs:
+docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -19,13 +20,25 @@ from contextdiff_jax.files import write_json
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 METRICS = flags.DEFINE_list(
-    "metrics", ["composition"], "Of composition, bound, branches, fid, kid, precision_recall, attributes, cmmd, clip_score."
+    "metrics",
+    ["composition"],
+    "Of composition, bound, branches, fid, kid, precision_recall, attributes, cmmd, clip_score.",
 )
-NUM = flags.DEFINE_integer("num", 256, "Samples, and pictures of the bound, a split.", lower_bound=2)
-REFERENCE = flags.DEFINE_integer("reference", 2048, "Real pictures a split to compare with.", lower_bound=2)
-FEATURES = flags.DEFINE_string("features", "", "A classifier's folder or Inception's weights; default: DIR/classifier.")
-CLIP = flags.DEFINE_string("clip", "", "Folder of a transformers CLIPModel, for cmmd and clip_score.")
-BOUND_TIMESTEPS = flags.DEFINE_integer("bound_timesteps", 50, "KL terms a picture; 0: all.", lower_bound=0)
+NUM = flags.DEFINE_integer(
+    "num", 256, "Samples, and pictures of the bound, a split.", lower_bound=2
+)
+REFERENCE = flags.DEFINE_integer(
+    "reference", 2048, "Real pictures a split to compare with.", lower_bound=2
+)
+FEATURES = flags.DEFINE_string(
+    "features", "", "A classifier's folder or Inception's weights; default: DIR/classifier."
+)
+CLIP = flags.DEFINE_string(
+    "clip", "", "Folder of a transformers CLIPModel, for cmmd and clip_score."
+)
+BOUND_TIMESTEPS = flags.DEFINE_integer(
+    "bound_timesteps", 50, "KL terms a picture; 0: all.", lower_bound=0
+)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the run's config.")
 SAMPLER = flags.DEFINE_string("sampler", None, "ddim or ddpm; default: the run's config.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's config.")
@@ -61,29 +74,45 @@ def main() -> None:
     mesh = local_mesh()  # each process samples its own share
     generator = Generator(run.settings, run.tokenizer, options, frozen, mesh)
     evaluation = metrics.Evaluation(
-        settings=run.settings, tokenizer=run.tokenizer, graph=model_graph(run.settings), params=params,
+        settings=run.settings,
+        tokenizer=run.tokenizer,
+        graph=model_graph(run.settings),
+        params=params,
         generate=lambda captions, first: generator(params, captions, SEED.value, first=first),
-        features=FEATURES.value or str(workdir / "classifier"), clip=CLIP.value, num=NUM.value, seed=SEED.value,
-        reference=REFERENCE.value, bound_timesteps=BOUND_TIMESTEPS.value,
+        features=FEATURES.value or str(workdir / "classifier"),
+        clip=CLIP.value,
+        num=NUM.value,
+        seed=SEED.value,
+        reference=REFERENCE.value,
+        bound_timesteps=BOUND_TIMESTEPS.value,
     )
     metrics.check(METRICS.value, evaluation)
     results, writes = {}, jax.process_index() == 0
     for name in METRICS.value:
         result = results[name] = metrics.METRICS[name](evaluation)
         if writes:
-            print(f"{name}, step {run.step}, {NUM.value} a split, {options.sampler} {options.steps} steps, guidance "
-                  f"{options.guidance}: {result.note}\n{report.table(result.scores, result.unit)}\n", flush=True)
+            print(
+                f"{name}, step {run.step}, {NUM.value} a split, {options.sampler} {options.steps} steps, guidance "
+                f"{options.guidance}: {result.note}\n{report.table(result.scores, result.unit)}\n",
+                flush=True,
+            )
 
     if not writes:
         return
     facts = {
-        "command": shlex.join(["python", "-m", "contextdiff_jax.evaluate", *sys.argv[1:]]), "step": run.step,
-        "weights": WEIGHTS.value, "num": NUM.value, "seed": SEED.value, "sample": dataclasses.asdict(options),
+        "command": shlex.join(["python", "-m", "contextdiff_jax.evaluate", *sys.argv[1:]]),
+        "step": run.step,
+        "weights": WEIGHTS.value,
+        "num": NUM.value,
+        "seed": SEED.value,
+        "sample": dataclasses.asdict(options),
         "machine": report.machine(),
     }
     write_json(workdir / "metrics.json", {**facts, **report.as_json(results)})
     config = json.loads((workdir / "config.json").read_text())
-    samples = {row: (images, evaluation.captions(row)) for row, images in evaluation.sampled.items()}
+    samples = {
+        row: (images, evaluation.captions(row)) for row, images in evaluation.sampled.items()
+    }
     print(f"{report.write_report(workdir, results, samples, facts, config)}")
 
 

@@ -1,7 +1,9 @@
-"""python -m contextdiff_jax.experiment --plan=configs/experiments/toy.py [--variants=none,plugin --seeds=5,6]
+"""python -m contextdiff_jax.experiment --plan=configs/experiments/toy.py [--variants=none,plugin
+--seeds=5,6]
 
-Runs the cells of a plan that are missing, one JSON file each, and writes the table made of all: OUT/PLAN.md, with its
-plots. An interrupted plan goes on where it was; several processes may work on one plan. docs/results/README.md.
+Runs the cells of a plan that are missing, one JSON file each, and writes the table made of all:
+OUT/PLAN.md, with its plots. An interrupted plan goes on where it was; several processes may work on
+one plan. docs/results/README.md.
 """
 
 from __future__ import annotations
@@ -18,9 +20,15 @@ from absl import flags
 from contextdiff_jax import cli
 from contextdiff_jax.files import replacing
 
-PLAN = flags.DEFINE_string("plan", None, "Python file with get_plan(): see contextdiff_jax/experiments/plan.py.")
-OUT = flags.DEFINE_string("out", "docs/results", "Folder of PLAN.md and of the cells' files, PLAN/VARIANT-SEED.json.")
-WORKDIR = flags.DEFINE_string("workdir", "runs/experiments", "Folder of the cells' runs, PLAN/VARIANT-SEED.")
+PLAN = flags.DEFINE_string(
+    "plan", None, "Python file with get_plan(): see contextdiff_jax/experiments/plan.py."
+)
+OUT = flags.DEFINE_string(
+    "out", "docs/results", "Folder of PLAN.md and of the cells' files, PLAN/VARIANT-SEED.json."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/experiments", "Folder of the cells' runs, PLAN/VARIANT-SEED."
+)
 VARIANTS = flags.DEFINE_list("variants", [], "Only these; default: the plan's.")
 SEEDS = flags.DEFINE_list("seeds", [], "These seeds instead of the plan's, for the variants above.")
 COMMIT = flags.DEFINE_bool("commit", False, "Commit each cell's file to git when it is finished.")
@@ -32,7 +40,9 @@ def main() -> None:
     if not PLAN.value:
         raise ValueError("--plan: missing; as in --plan=configs/experiments/shapes.py")
     if not all(seed.isdecimal() for seed in SEEDS.value):
-        raise ValueError(f"--seeds={','.join(SEEDS.value)}: must be numbers from 0 on, as in --seeds=5,6")
+        raise ValueError(
+            f"--seeds={','.join(SEEDS.value)}: must be numbers from 0 on, as in --seeds=5,6"
+        )
 
     from contextdiff_jax.experiments.plan import load_plan
     from contextdiff_jax.experiments.results import write_page
@@ -41,7 +51,9 @@ def main() -> None:
     if SEEDS.value:
         cells = [plan.cell(v, int(s)) for s in SEEDS.value for v in VARIANTS.value or plan.variants]
     else:
-        unknown = [plan.cell(variant, 0) for variant in VARIANTS.value]  # raises for a name that isn't there
+        unknown = [
+            plan.cell(variant, 0) for variant in VARIANTS.value
+        ]  # raises for a name that isn't there
         names = {cell.variant for cell in unknown}
         cells = [cell for cell in plan.cells() if not names or cell.variant in names]
     out, workdir = pathlib.Path(OUT.value), pathlib.Path(WORKDIR.value) / name
@@ -70,8 +82,13 @@ def run_cell(kind: str, cell, folder: pathlib.Path, out: pathlib.Path) -> None:
     start = time.time()
     found = CELLS[kind](cell, folder)
     result = {
-        "variant": cell.variant, "seed": cell.seed, "config_hash": cell.config_hash, "commit": _git("rev-parse", "HEAD"),
-        "machine": machine(), "seconds": round(time.time() - start, 1), **found,
+        "variant": cell.variant,
+        "seed": cell.seed,
+        "config_hash": cell.config_hash,
+        "commit": _git("rev-parse", "HEAD"),
+        "machine": machine(),
+        "seconds": round(time.time() - start, 1),
+        **found,
     }
     path = out / f"{cell.name}.json"
     with replacing(path) as file:
@@ -85,7 +102,9 @@ def run_cell(kind: str, cell, folder: pathlib.Path, out: pathlib.Path) -> None:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], capture_output=True, text=True)
     if done.returncode and arguments[0] == "commit":
-        raise cli.RunError(f"git commit: {done.stderr.strip()}; the cell's file is written, --nocommit leaves it at that")
+        raise cli.RunError(
+            f"git commit: {done.stderr.strip()}; the cell's file is written, --nocommit leaves it at that"
+        )
     return done.stdout.strip() if not done.returncode else "unknown"
 
 

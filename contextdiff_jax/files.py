@@ -12,8 +12,9 @@ from etils import epath
 
 @contextlib.contextmanager
 def replacing(path: epath.Path) -> Iterator[epath.Path]:
-    """A path beside `path` to write to; it becomes `path` at the end of the block, so nobody reads half a file. After an
-    error what was there stays."""
+    """A path beside `path` to write to; it becomes `path` at the end of the block, so nobody reads
+    half a file. After an error what was there stays.
+    """
     partial = path.with_name(path.name + ".partial")
     yield partial
     partial.replace(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,19 @@ def configured_sampler(settings: Settings, options: SampleConfig) -> Callable:
     chosen = dataclasses.asdict(options)
     del chosen["prompts"]
     return make_sampler(
-        settings.diffusion.make_schedule(), prediction_type=settings.diffusion.prediction_type,
-        shift=settings.context.shift, **chosen,
+        settings.diffusion.make_schedule(),
+        prediction_type=settings.diffusion.prediction_type,
+        shift=settings.context.shift,
+        **chosen,
     )
 
 
-def make_pictures(settings: Settings, options: SampleConfig, mesh: Mesh | None = None) -> Callable[..., UInt8[Array, "N H W 3"]]:
-    """The jitted program `pictures(params, frozen, noise_key, numbers, key, ids, mask, null_ids, null_mask)`, keys as data."""
+def make_pictures(
+    settings: Settings, options: SampleConfig, mesh: Mesh | None = None
+) -> Callable[..., UInt8[Array, "N H W 3"]]:
+    """The jitted program `pictures(params, frozen, noise_key, numbers, key, ids, mask, null_ids,
+    null_mask)`, keys as data.
+    """
     sample = configured_sampler(settings, options)
     graph = model_graph(settings)
 
@@ -45,23 +51,30 @@ def make_pictures(settings: Settings, options: SampleConfig, mesh: Mesh | None =
             spread = place(mesh, x_T.shape, ("batch", "rows", None, None), settings.mesh.rules)
             x_T = jax.lax.with_sharding_constraint(x_T, spread)
         with tracing_for(mesh, settings.mesh.rules):
-            x0 = sample(build_model(graph, params, frozen), x_T, jax.random.wrap_key_data(key), *text)
+            x0 = sample(
+                build_model(graph, params, frozen), x_T, jax.random.wrap_key_data(key), *text
+            )
         return to_uint8(x0)
 
     return jax.jit(pictures, out_shardings=None if mesh is None else replicated(mesh))
 
 
 class Generator:
-    """`generator(params, prompts, seed) -> uint8 [N, H, W, 3]` with the options of a SampleConfig. The frozen networks
-    are read from their folders unless they are given.
+    """`generator(params, prompts, seed) -> uint8 [N, H, W, 3]` with the options of a SampleConfig.
+    The frozen networks are read from their folders unless they are given.
 
-    On a `mesh` the pictures are spread as a training batch is, and every process gets them all. `programs`: a folder where
-    traced programs are kept (`programs.kept`).
+    On a `mesh` the pictures are spread as a training batch is, and every process gets them all.
+    `programs`: a folder where traced programs are kept (`programs.kept`).
     """
 
     def __init__(
-        self, settings: Settings, tokenizer: Tokenizer, options: SampleConfig | None = None, frozen: Frozen | None = None,
-        mesh: Mesh | None = None, programs: epath.PathLike | None = None,
+        self,
+        settings: Settings,
+        tokenizer: Tokenizer,
+        options: SampleConfig | None = None,
+        frozen: Frozen | None = None,
+        mesh: Mesh | None = None,
+        programs: epath.PathLike | None = None,
     ):
         self._settings, self._tokenizer = settings, tokenizer
         self.options = options or settings.sample
@@ -69,33 +82,59 @@ class Generator:
         self._make = functools.cache(functools.partial(make_pictures, settings, self.options, mesh))
         self._programs, self._mesh = programs, mesh
         if programs is None:
-            self._make()  # refuses options that don't fit the schedule now, not when the first pictures are due
+            # refuses options that don't fit the schedule now, not when the first pictures are due
+            self._make()
 
     def __call__(
-        self, params: PyTree, prompts: Sequence[str], seed: int, batch_size: int = 64, *, first: int = 0
+        self,
+        params: PyTree,
+        prompts: Sequence[str],
+        seed: int,
+        batch_size: int = 64,
+        *,
+        first: int = 0,
     ) -> UInt8[np.ndarray, "N H W 3"]:
-        """One picture a prompt. Picture i's noise depends on (seed, i) alone, not on the number of prompts.
+        """One picture a prompt. Picture i's noise depends on (seed, i) alone, not on the number of
+        prompts.
 
         `first`: the number of the first prompt, of one that has a share of a longer list.
 
         Raises ValueError for an empty list of prompts.
         """
         if not prompts:
-            raise ValueError("--prompt: the list is empty; give at least one, as in --prompt='a large red circle'")
+            raise ValueError(
+                "--prompt: the list is empty; give at least one, as in --prompt='a large red circle'"
+            )
         length = self._settings.data.max_length
         null_ids, null_mask = self._tokenizer.encode([""], length)
         noise_key, sampler_key = jax.random.split(jax.random.key(seed))
         images, run = [], None
         starts = range(0, len(prompts), batch_size)
-        for start in tqdm(starts, desc="samples", leave=False, disable=None if len(starts) > 1 else True):
+        for start in tqdm(
+            starts, desc="samples", leave=False, disable=None if len(starts) > 1 else True
+        ):
             part = list(prompts[start : start + batch_size])
             real, width = len(part), min(batch_size, len(prompts))
             part += [""] * (width - real)  # one shape, one compilation
             ids, mask = self._tokenizer.encode(part, length)
-            # numpy, which every process has alike: arrays of one device can't enter a program of many processes.
-            keys = [np.asarray(jax.random.key_data(k)) for k in (noise_key, jax.random.fold_in(sampler_key, first + start))]
+            # numpy, which every process has alike: arrays of one device can't enter a program of
+            # many processes.
+            keys = [
+                np.asarray(jax.random.key_data(k))
+                for k in (noise_key, jax.random.fold_in(sampler_key, first + start))
+            ]
             numbers = np.arange(first + start, first + start + width)
-            arguments = (params, self._frozen, keys[0], numbers, keys[1], ids, mask, null_ids, null_mask)
+            arguments = (
+                params,
+                self._frozen,
+                keys[0],
+                numbers,
+                keys[1],
+                ids,
+                mask,
+                null_ids,
+                null_mask,
+            )
             run = run or self._program(arguments)
             made = run(*arguments)
             images.append(np.asarray(made)[:real])
@@ -105,7 +144,9 @@ class Generator:
         if self._programs is None:
             return self._make()
         options = dataclasses.replace(self.options, prompts=())
-        return kept(self._programs, "sample", (self._settings, options, self._mesh), self._make, *arguments)
+        return kept(
+            self._programs, "sample", (self._settings, options, self._mesh), self._make, *arguments
+        )
 
 
 def to_uint8(x: Float[Array, "*B H W 3"]) -> UInt8[Array, "*B H W 3"]:

@@ -1,11 +1,13 @@
-"""What a person looks at: grids of captioned pictures, PNGs that know how they were made, training curves."""
+"""What a person looks at: grids of captioned pictures, PNGs that know how they were made, training
+curves.
+"""
 
 from __future__ import annotations
 
 import json
 import pathlib
 import textwrap
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,18 +22,26 @@ def caption_font() -> ImageFont.FreeTypeFont:
     """What captions are set in."""
     import matplotlib  # only for the font that it bundles; seconds to import
 
-    return ImageFont.truetype(str(pathlib.Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), _FONT_SIZE)
+    return ImageFont.truetype(
+        str(pathlib.Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), _FONT_SIZE
+    )
 
 
 def caption_grid(
-    images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str], columns: int = 4, scale: int | None = None
+    images: UInt8[np.ndarray, "N H W 3"],
+    captions: Sequence[str],
+    columns: int = 4,
+    scale: int | None = None,
 ) -> Image.Image:
     """Pictures in rows of `columns`, each with its caption under it, on white.
 
-    `scale` enlarges by whole pixels (None: to at least 128 pixels wide). ValueError if the counts differ or are 0.
+    `scale` enlarges by whole pixels (None: to at least 128 pixels wide). ValueError if the counts
+    differ or are 0.
     """
     if len(images) != len(captions) or not len(images):
-        raise ValueError(f"caption_grid: {len(images)} pictures and {len(captions)} captions; must be equal, not 0")
+        raise ValueError(
+            f"caption_grid: {len(images)} pictures and {len(captions)} captions; must be equal, not 0"
+        )
     height, width = images.shape[1:3]
     scale = scale or max(1, -(-_CELL // width))
     cell = max(width * scale, _CELL)
@@ -39,20 +49,29 @@ def caption_grid(
     font, line = caption_font(), _FONT_SIZE + 4
     columns = min(columns, len(images))
     rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
-    heights = [height * scale + line * max(wrapped[i].count("\n") + 1 for i in row) + 2 * _GAP for row in rows]
+    heights = [
+        height * scale + line * max(wrapped[i].count("\n") + 1 for i in row) + 2 * _GAP
+        for row in rows
+    ]
     grid = Image.new("RGB", (columns * (cell + _GAP) + _GAP, sum(heights) + _GAP), "white")
     draw, y = ImageDraw.Draw(grid), _GAP
     for row, row_height in zip(rows, heights, strict=True):
         for column, i in enumerate(row):
             x = _GAP + column * (cell + _GAP)
-            picture = Image.fromarray(images[i]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            picture = Image.fromarray(images[i]).resize(
+                (width * scale, height * scale), Image.Resampling.NEAREST
+            )
             grid.paste(picture, (x, y))
-            draw.multiline_text((x, y + height * scale + 4), wrapped[i], fill=(30, 30, 30), font=font)
+            draw.multiline_text(
+                (x, y + height * scale + 4), wrapped[i], fill=(30, 30, 30), font=font
+            )
         y += row_height
     return grid
 
 
-def save_png(image: UInt8[np.ndarray, "H W 3"], path: str | pathlib.Path, metadata: dict[str, str]) -> None:
+def save_png(
+    image: UInt8[np.ndarray, "H W 3"], path: str | pathlib.Path, metadata: dict[str, str]
+) -> None:
     """Writes a PNG with `metadata` in its text chunks."""
     info = PngImagePlugin.PngInfo()
     for name, value in metadata.items():
@@ -78,19 +97,28 @@ _LOG_PANELS = ("loss", "loss by quartile of t (q1: least noise)")
 
 
 def plot_curves(metrics: str | pathlib.Path, out: str | pathlib.Path) -> None:
-    """Draws the curves of a metrics.jsonl into a PNG; a panel whose metrics are absent or all 0 is left out."""
+    """Draws the curves of a metrics.jsonl into a PNG; a panel whose metrics are absent or all 0 is
+    left out.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = [json.loads(line) for line in pathlib.Path(metrics).read_text().splitlines()]
-    panels = {title: keys for title, keys in PANELS.items() if any(row.get(key) for row in rows for key in keys)}
+    panels = {
+        title: keys
+        for title, keys in PANELS.items()
+        if any(row.get(key) for row in rows for key in keys)
+    }
     if not panels:
         return
     columns = min(3, len(panels))
     figure, axes = plt.subplots(
-        -(-len(panels) // columns), columns, figsize=(4.5 * columns, 3 * -(-len(panels) // columns)), squeeze=False
+        -(-len(panels) // columns),
+        columns,
+        figsize=(4.5 * columns, 3 * -(-len(panels) // columns)),
+        squeeze=False,
     )
     for axis in axes.flat[len(panels) :]:
         axis.remove()

@@ -1,7 +1,7 @@
 """Traced programs kept in a folder: the next process needn't build a network and trace it.
 
-A file holds a program's StableHLO (`jax.export`), which is data, not a pickle. What it compiles to is in JAX's compilation cache:
-the two together are the executable.
+A file holds a program's StableHLO (`jax.export`), which is data, not a pickle. What it compiles to
+is in JAX's compilation cache: the two together are the executable.
 """
 
 from __future__ import annotations
@@ -23,19 +23,34 @@ from contextdiff_jax.parallel.mesh import path_name
 LOGGER = logging.getLogger(__name__)
 
 
-def kept(folder: epath.PathLike, name: str, about: Any, make: Callable[[], Callable], *arguments: Any) -> Callable:
-    """`make()`, a function of arrays that can be jitted, as a program for `arguments` and those like them: read from `folder`,
-    or traced and written there.
+def kept(
+    folder: epath.PathLike, name: str, about: Any, make: Callable[[], Callable], *arguments: Any
+) -> Callable:
+    """`make()`, a function of arrays that can be jitted, as a program for `arguments` and those
+    like them: read from `folder`, or traced and written there.
 
-    `about`: all else that the program depends on, told apart by its `repr`. Another version of JAX or of this package, another
+    `about`: all else that the program depends on, told apart by its `repr`. Another version of JAX
+        or of this package, another
     number or kind of devices are another program.
 
     Raises ValueError for a file that isn't what was written.
     """
     leaves, tree = jax.tree.flatten(arguments)
-    shapes = [(path_name(path), leaf.shape, str(leaf.dtype)) for path, leaf in jax.tree_util.tree_leaves_with_path(arguments)]
+    shapes = [
+        (path_name(path), leaf.shape, str(leaf.dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arguments)
+    ]
     devices = [device.device_kind for device in jax.devices()]
-    key = repr((jax.__version__, _sources(), jax.config.jax_default_matmul_precision, devices, about, shapes))
+    key = repr(
+        (
+            jax.__version__,
+            _sources(),
+            jax.config.jax_default_matmul_precision,
+            devices,
+            about,
+            shapes,
+        )
+    )
     file = epath.Path(folder) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.stablehlo"
     if file.exists():
         try:
@@ -44,13 +59,17 @@ def kept(folder: epath.PathLike, name: str, about: Any, make: Callable[[], Calla
             raise ValueError(f"{file}: can't be read as a program ({error}); delete it") from error
     else:
         function = make()
-        program = export.export(jax.jit(lambda *leaves: function(*jax.tree.unflatten(tree, leaves))))(*leaves)
+        program = export.export(
+            jax.jit(lambda *leaves: function(*jax.tree.unflatten(tree, leaves)))
+        )(*leaves)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(file) as unfinished:
                 unfinished.write_bytes(program.serialize())
         except OSError as error:  # somebody else's run, a full disk: no reason not to make pictures
-            LOGGER.warning("%s: can't be written (%s); the next call traces the program again", file, error)
+            LOGGER.warning(
+                "%s: can't be written (%s); the next call traces the program again", file, error
+            )
     call = jax.jit(program.call)
     return lambda *arguments: call(*jax.tree.leaves(arguments))
 

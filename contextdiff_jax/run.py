@@ -28,7 +28,8 @@ class Run:
 
 
 def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
-    """Reads DIR/config.json and the newest checkpoint; `weights`: `ema` or `params`; `merged`: LoRA into the UNet.
+    """Reads DIR/config.json and the newest checkpoint; `weights`: `ema` or `params`; `merged`: LoRA
+    into the UNet.
 
     Raises ValueError for a folder without a run or without a finished checkpoint.
     """
@@ -38,12 +39,16 @@ def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
         raise ValueError("--workdir: missing; name the folder of a trained run")
     folder = epath.Path(workdir)
     if not (folder / "config.json").exists():
-        raise ValueError(f"--workdir={workdir}: holds no run (no config.json); train one with contextdiff_jax.train")
+        raise ValueError(
+            f"--workdir={workdir}: holds no run (no config.json); train one with contextdiff_jax.train"
+        )
     config = json.loads((folder / "config.json").read_text())
     # A run trained on many devices is read on those that are here.
     settings = parse(config | {"mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1}})
     abstract = jax.eval_shape(lambda: init_state(settings)).params
     shardings = state_shardings(make_mesh(settings.mesh), abstract)
-    params, step = checkpoints.restore_weights(folder, checkpoints.placed(abstract, shardings), weights)
+    params, step = checkpoints.restore_weights(
+        folder, checkpoints.placed(abstract, shardings), weights
+    )
     params = merge_lora(params) if merged else params
     return Run(settings, load_tokenizer(settings.data.tokenizer or None), params, step)

@@ -1,8 +1,10 @@
-"""python -m contextdiff_jax.sample --workdir=DIR --prompt="a large red circle" [--prompt=...] --num=4 --out=grid.png
-python -m contextdiff_jax.sample --model=FOLDER --prompt="..." [--negative=... --image=FILE --strength=0.8 --mask=FILE]
+"""python -m contextdiff_jax.sample --workdir=DIR --prompt="a large red circle" [--prompt=...]
+--num=4 --out=grid.png python -m contextdiff_jax.sample --model=FOLDER --prompt="..."
+[--negative=... --image=FILE --strength=0.8 --mask=FILE]
 
-Pictures for prompts, from a run's EMA weights or from a Stable Diffusion folder, as one grid with the prompts under
-them; --images=FOLDER writes each alone too, with its prompt, seed, sampler, steps and guidance in the PNG's text.
+Pictures for prompts, from a run's EMA weights or from a Stable Diffusion folder, as one grid with
+the prompts under them; --images=FOLDER writes each alone too, with its prompt, seed, sampler, steps
+and guidance in the PNG's text.
 """
 
 from __future__ import annotations
@@ -15,24 +17,42 @@ from absl import flags
 from contextdiff_jax import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
-MODEL = flags.DEFINE_string("model", None, "A Stable Diffusion 1.x or 2.x folder, instead of --workdir.")
+MODEL = flags.DEFINE_string(
+    "model", None, "A Stable Diffusion 1.x or 2.x folder, instead of --workdir."
+)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; may be given many times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with one caption a line.")
 NUM = flags.DEFINE_integer("num", 1, "Pictures a prompt.", lower_bound=1)
-SAMPLER = flags.DEFINE_string("sampler", None, "ddim or ddpm; default: the run's config. With --model: ddim.")
-STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's config. With --model: 50.")
-ETA = flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1; default: the run's config. With --model: 0.")
-GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none; default: the run's. With --model: 7.5.")
-REUSE = flags.DEFINE_integer("reuse", None, "Steps that share the UNet's coarser levels (DeepCache): faster, not the same.")
+SAMPLER = flags.DEFINE_string(
+    "sampler", None, "ddim or ddpm; default: the run's config. With --model: ddim."
+)
+STEPS = flags.DEFINE_integer(
+    "steps", None, "Sampling steps; default: the run's config. With --model: 50."
+)
+ETA = flags.DEFINE_float(
+    "eta", None, "DDIM's noise, 0 to 1; default: the run's config. With --model: 0."
+)
+GUIDANCE = flags.DEFINE_float(
+    "guidance", None, "Guidance scale, 1 is none; default: the run's. With --model: 7.5."
+)
+REUSE = flags.DEFINE_integer(
+    "reuse", None, "Steps that share the UNet's coarser levels (DeepCache): faster, not the same."
+)
 SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same pictures.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or params.")
 OUT = flags.DEFINE_string("out", "grid.png", "The grid.")
 IMAGES = flags.DEFINE_string("images", None, "A folder for the pictures one by one.")
 COLUMNS = flags.DEFINE_integer("columns", 4, "Pictures a row.", lower_bound=1)
-NEGATIVE = flags.DEFINE_string("negative", "", "With --model: the text that guidance leads away from.")
-SIZE = flags.DEFINE_list("size", None, "With --model: HEIGHT,WIDTH; default: the model's, or --image's.")
+NEGATIVE = flags.DEFINE_string(
+    "negative", "", "With --model: the text that guidance leads away from."
+)
+SIZE = flags.DEFINE_list(
+    "size", None, "With --model: HEIGHT,WIDTH; default: the model's, or --image's."
+)
 IMAGE = flags.DEFINE_string("image", None, "With --model: the picture to start from.")
-STRENGTH = flags.DEFINE_float("strength", None, "With --image: share of the steps made; default 0.8, with --mask 1.")
+STRENGTH = flags.DEFINE_float(
+    "strength", None, "With --image: share of the steps made; default 0.8, with --mask 1."
+)
 MASK = flags.DEFINE_string("mask", None, "With --image: paint anew where this picture is white.")
 OF_MODELS = (NEGATIVE, SIZE, IMAGE, STRENGTH, MASK)
 
@@ -47,30 +67,50 @@ def from_run(prompts: list[str]):
     for flag in OF_MODELS:
         if flag.value:
             raise ValueError(f"--{flag.name}={flag.value}: needs --model")
-    given = {"sampler": SAMPLER.value, "steps": STEPS.value, "eta": ETA.value, "guidance": GUIDANCE.value,
-             "reuse": REUSE.value}
+    given = {
+        "sampler": SAMPLER.value,
+        "steps": STEPS.value,
+        "eta": ETA.value,
+        "guidance": GUIDANCE.value,
+        "reuse": REUSE.value,
+    }
     given = {name: value for name, value in given.items() if value is not None}
-    SampleConfig(**given | {"reuse": 1})  # refuses a wrong flag before a checkpoint is read; reuse divides the run's steps
+    SampleConfig(
+        **given | {"reuse": 1}
+    )  # refuses a wrong flag before a checkpoint is read; reuse divides the run's steps
     run = load_run(WORKDIR.value, WEIGHTS.value)
     options = dataclasses.replace(run.settings.sample, **given)
     folder = cli.set_compilation_cache(pathlib.Path(WORKDIR.value))
     generator = Generator(run.settings, run.tokenizer, options, mesh=local_mesh(), programs=folder)
     images = generator(run.params, prompts, SEED.value)
-    made = {name: getattr(options, name) for name in ("sampler", "steps", "eta", "guidance", "reuse")}
+    made = {
+        name: getattr(options, name) for name in ("sampler", "steps", "eta", "guidance", "reuse")
+    }
     return images, made, f"step {run.step}"
 
 
 def from_model(prompts: list[str]):
-    """(pictures, how they were made, of which folder): text to image, or from --image, or inside its --mask."""
+    """(pictures, how they were made, of which folder): text to image, or from --image, or inside
+    its --mask.
+    """
     from contextdiff_jax.pretrained.command import FolderRequest, sample_folder
 
     if WORKDIR.value:
         raise ValueError(f"--model={MODEL.value}: can't be given with --workdir={WORKDIR.value}")
-    made = {"sampler": SAMPLER.value or "ddim", "steps": 50 if STEPS.value is None else STEPS.value,
-            "eta": ETA.value or 0.0, "guidance": 7.5 if GUIDANCE.value is None else GUIDANCE.value,
-            "reuse": 1 if REUSE.value is None else REUSE.value}
+    made = {
+        "sampler": SAMPLER.value or "ddim",
+        "steps": 50 if STEPS.value is None else STEPS.value,
+        "eta": ETA.value or 0.0,
+        "guidance": 7.5 if GUIDANCE.value is None else GUIDANCE.value,
+        "reuse": 1 if REUSE.value is None else REUSE.value,
+    }
     request = FolderRequest(
-        **made, negative=NEGATIVE.value, size=SIZE.value, image=IMAGE.value, mask=MASK.value, strength=STRENGTH.value,
+        **made,
+        negative=NEGATIVE.value,
+        size=SIZE.value,
+        image=IMAGE.value,
+        mask=MASK.value,
+        strength=STRENGTH.value,
         seed=SEED.value,
     )
     return sample_folder(MODEL.value, prompts, request), made, MODEL.value
@@ -80,9 +120,15 @@ def main() -> None:
     """Parses, samples, draws."""
     prompts = list(PROMPT.value)
     if PROMPTS_FILE.value:
-        prompts += [line.strip() for line in pathlib.Path(PROMPTS_FILE.value).read_text().splitlines() if line.strip()]
+        prompts += [
+            line.strip()
+            for line in pathlib.Path(PROMPTS_FILE.value).read_text().splitlines()
+            if line.strip()
+        ]
     if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError("--prompt: the list is empty; give at least one, as in --prompt='a large red circle'")
+        raise ValueError(
+            "--prompt: the list is empty; give at least one, as in --prompt='a large red circle'"
+        )
     prompts = [prompt for prompt in prompts for _ in range(NUM.value)]
     images, made, source = from_model(prompts) if MODEL.value else from_run(prompts)
 

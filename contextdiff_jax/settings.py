@@ -1,7 +1,7 @@
 """Settings: an ml_collections config, checked once, as frozen dataclasses (one a room).
 
-Commands call `parse`; no room below sees a ConfigDict. Every error is one line with field, value and what is
-allowed.
+Commands call `parse`; no room below sees a ConfigDict. Every error is one line with field, value
+and what is allowed.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import dataclasses
 import difflib
 import functools
 import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from contextdiff_jax.data import DataConfig
 from contextdiff_jax.diffusion import NoiseSchedule, get_sampler, make_schedule
@@ -46,12 +47,16 @@ def check_at_least(section: Any, name: str, **minima: float) -> None:
     """Raises ValueError for the first field of the dataclass `section` that is under its minimum."""
     for field, minimum in minima.items():
         if getattr(section, field) < minimum:
-            raise ValueError(f"{name}.{field}={getattr(section, field)}: must be at least {minimum}")
+            raise ValueError(
+                f"{name}.{field}={getattr(section, field)}: must be at least {minimum}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Optimisation and its housekeeping. Sizes and counts are global; `*_every` are in steps (0: never)."""
+    """Optimisation and its housekeeping. Sizes and counts are global; `*_every` are in steps (0:
+    never).
+    """
 
     steps: int = 1000
     batch_size: int = 64
@@ -65,20 +70,30 @@ class TrainConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     caption_dropout: float = 0.1
-    trainable: str = "full"  # lora: LoRA and the context; context: the relational network and the context head
+    trainable: str = (
+        "full"  # lora: LoRA and the context; context: the relational network and the context head
+    )
     lora_rank: int = 8
     init_from: str = ""  # a run whose EMA weights a new run starts from
-    precision: str = "float32"  # of products and activations; parameters, statistics, process, loss: float32
-    remat: str = "none"  # what a block keeps for the backward pass: everything, products, kernels, or nothing (blocks)
-    attention: str = "auto"  # self-attention: xla, splash (TPU), heads (in turns), or what suits the platform and the length
+    precision: str = (
+        "float32"  # of products and activations; parameters, statistics, process, loss: float32
+    )
+    # what a block keeps for the backward pass: everything, products, kernels, or nothing (blocks)
+    remat: str = "none"
+    # self-attention: xla, splash (TPU), heads (in turns), or what suits the platform and the length
+    attention: str = "auto"
     log_every: int = 50
     checkpoint_every: int = 500
     keep_checkpoints: int = 2  # the newest
     keep_best: int = 0  # and those with the lowest `best_metric` at the log line before
     best_metric: str = "loss"
     sample_every: int = 500
-    max_nonfinite: int = 3  # steps without a finite loss and gradient that are skipped; the next ends the run
-    peer_timeout: int = 600  # seconds after which a process that is lost or stands still ends the others
+    max_nonfinite: int = (
+        3  # steps without a finite loss and gradient that are skipped; the next ends the run
+    )
+    peer_timeout: int = (
+        600  # seconds after which a process that is lost or stands still ends the others
+    )
 
     def __post_init__(self):
         check_choice("train.decay", self.decay, DECAYS)
@@ -87,8 +102,22 @@ class TrainConfig:
         check_choice("train.remat", self.remat, POLICIES)
         check_choice("train.attention", self.attention, CHOICES)
         check_at_least(
-            self, "train", steps=1, batch_size=1, accumulation=1, lora_rank=1, log_every=1, checkpoint_every=1, sample_every=0,
-            keep_checkpoints=1, keep_best=0, max_nonfinite=0, peer_timeout=1, warmup_steps=0, learning_rate=0, clip_norm=0,
+            self,
+            "train",
+            steps=1,
+            batch_size=1,
+            accumulation=1,
+            lora_rank=1,
+            log_every=1,
+            checkpoint_every=1,
+            sample_every=0,
+            keep_checkpoints=1,
+            keep_best=0,
+            max_nonfinite=0,
+            peer_timeout=1,
+            warmup_steps=0,
+            learning_rate=0,
+            clip_norm=0,
         )
         if self.batch_size % self.accumulation:
             raise ValueError(
@@ -128,7 +157,11 @@ class DiffusionConfig:
     def make_schedule(self) -> NoiseSchedule:
         """The schedule these fields name."""
         return make_schedule(
-            self.schedule, self.num_timesteps, self.beta_start, self.beta_end, self.zero_terminal_snr
+            self.schedule,
+            self.num_timesteps,
+            self.beta_start,
+            self.beta_end,
+            self.zero_terminal_snr,
         )
 
 
@@ -150,7 +183,9 @@ class ShiftConfig(ContextConfig):
                 "read x0; one of text, none"
             )
         if self.estimate == "posterior_mean" and self.time_dependent:
-            raise ValueError("context.time_dependent=True: context.estimate='posterior_mean' needs False")
+            raise ValueError(
+                "context.time_dependent=True: context.estimate='posterior_mean' needs False"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,7 +216,9 @@ class SampleConfig:
     dynamic_threshold: float = 0.0  # a percentile; 0: x0 is clipped to [-1, 1]
     spacing: str = "trailing"
     steps_offset: int = 0  # as in diffusers' schedulers: all timesteps moved up
-    set_alpha_to_one: bool = True  # as in diffusers' DDIM: False ends at timestep 0, not at clean data
+    set_alpha_to_one: bool = (
+        True  # as in diffusers' DDIM: False ends at timestep 0, not at clean data
+    )
     reuse: int = 1  # the UNet's coarser levels are computed in every so many steps (DeepCache)
 
     def __post_init__(self):
@@ -190,7 +227,9 @@ class SampleConfig:
         if self.guidance < 0:
             raise ValueError(f"guidance={self.guidance}: must not be negative")
         if self.reuse < 1 or self.steps % self.reuse:
-            raise ValueError(f"reuse={self.reuse}: must be a positive divisor of steps={self.steps}")
+            raise ValueError(
+                f"reuse={self.reuse}: must be a positive divisor of steps={self.steps}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,13 +246,19 @@ class Settings:
     mesh: MeshConfig
     sample: SampleConfig
     latent: LatentConfig
-    pretrained: str = ""  # model.pretrained: the diffusers pipeline's folder whose UNet a new run starts from
+    pretrained: str = (
+        ""  # model.pretrained: the diffusers pipeline's folder whose UNet a new run starts from
+    )
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """[H, W, C] of x0: a picture, or its latents."""
         factor = self.latent.config.downscale if self.latent.vae else 1
-        return self.data.image_size // factor, self.data.image_size // factor, self.model.in_channels
+        return (
+            self.data.image_size // factor,
+            self.data.image_size // factor,
+            self.model.in_channels,
+        )
 
 
 def strict(cls: type, section: str, values: Mapping[str, Any], **filled: Any) -> Any:
@@ -222,7 +267,9 @@ def strict(cls: type, section: str, values: Mapping[str, Any], **filled: Any) ->
     for name, value in values.items():
         if name not in types:
             near = difflib.get_close_matches(name, types, n=3, cutoff=0.4)
-            raise ValueError(f"{section}.{name}={value!r}: unknown field; nearest: {', '.join(near) or 'none'}")
+            raise ValueError(
+                f"{section}.{name}={value!r}: unknown field; nearest: {', '.join(near) or 'none'}"
+            )
         if types[name] is float and isinstance(value, int) and not isinstance(value, bool):
             continue
         if isinstance(types[name], type) and not isinstance(value, types[name]):
@@ -247,7 +294,9 @@ def parse(config: Mapping[str, Any]) -> Settings:
     Raises ValueError, in one line, for an unknown section or field, or a value that is not allowed.
     """
     config = {"latent": {}} | dict(config)  # a run of before latents has no such section
-    _check_sections(config, [field.name for field in dataclasses.fields(Settings) if field.name != "pretrained"])
+    _check_sections(
+        config, [field.name for field in dataclasses.fields(Settings) if field.name != "pretrained"]
+    )
     context = strict(ShiftConfig, "context", config["context"])
     # The second head belongs to the estimate: one decision, made in context.estimate.
     model = {**config["model"], "context_head": context.estimate == "posterior_mean"}
@@ -259,7 +308,10 @@ def parse(config: Mapping[str, Any]) -> Settings:
         data=strict(DataConfig, "data", config["data"]),
         diffusion=strict(DiffusionConfig, "diffusion", config["diffusion"]),
         context=dataclasses.replace(
-            context, in_channels=model.in_channels, text_width=model.cross_attention_dim, visual_width=_visual_width(context)
+            context,
+            in_channels=model.in_channels,
+            text_width=model.cross_attention_dim,
+            visual_width=_visual_width(context),
         ),
         text=strict(TextConfig, "text", config["text"]),
         model=model,
@@ -286,7 +338,9 @@ def _check_text(settings: Settings) -> None:
         if not settings.data.tokenizer:
             raise ValueError("data.tokenizer='': text.pretrained needs the folder of its tokenizer")
     elif model.cross_attention_dim != text.width:
-        raise ValueError(f"model.cross_attention_dim={model.cross_attention_dim}: must be text.width={text.width}")
+        raise ValueError(
+            f"model.cross_attention_dim={model.cross_attention_dim}: must be text.width={text.width}"
+        )
     if model.addition_embed_type == "text_time":
         wanted = model.cross_attention_dim + 6 * model.addition_time_embed_dim
         if model.projection_class_embeddings_input_dim != wanted:
@@ -299,14 +353,20 @@ def _check_text(settings: Settings) -> None:
 def _check_latents(settings: Settings) -> None:
     vae, train = settings.latent.config, settings.train
     if settings.context.tokens == "clip" and settings.data.source == "cache":
-        raise ValueError("context.tokens='clip': reads pictures, and data.source='cache' has none; take the pictures' source")
+        raise ValueError(
+            "context.tokens='clip': reads pictures, and data.source='cache' has none; take the pictures' source"
+        )
     if train.trainable == "context" and not (settings.pretrained or train.init_from):
-        raise ValueError("train.trainable='context': needs a trained UNet, by model.pretrained or train.init_from")
+        raise ValueError(
+            "train.trainable='context': needs a trained UNet, by model.pretrained or train.init_from"
+        )
     if train.trainable == "context" and settings.context.kind == "none":
         raise ValueError("train.trainable='context': context.kind='none' has nothing to train")
     if vae is None:
         if settings.data.source == "cache":
-            raise ValueError("data.source='cache': holds latents; latent.vae (or model.pretrained) must name their autoencoder")
+            raise ValueError(
+                "data.source='cache': holds latents; latent.vae (or model.pretrained) must name their autoencoder"
+            )
         return
     for field in ("in_channels", "out_channels"):
         if getattr(settings.model, field) != vae.latent_channels:
@@ -351,8 +411,14 @@ def parse_autoencoder(config: Mapping[str, Any]) -> AutoencoderSettings:
     _check_sections(config, [field.name for field in dataclasses.fields(AutoencoderSettings)])
     data, vae = strict(DataConfig, "data", config["data"]), VAEConfig.from_dict(config["vae"])
     if data.image_size % vae.downscale:
-        raise ValueError(f"data.image_size={data.image_size}: must be a multiple of {vae.downscale}, vae's levels")
+        raise ValueError(
+            f"data.image_size={data.image_size}: must be a multiple of {vae.downscale}, vae's levels"
+        )
     return AutoencoderSettings(
-        seed=config["seed"], train=strict(TrainConfig, "train", config["train"]), data=data,
-        loss=strict(AutoencoderLoss, "loss", config["loss"]), vae=vae, mesh=strict(MeshConfig, "mesh", config["mesh"]),
+        seed=config["seed"],
+        train=strict(TrainConfig, "train", config["train"]),
+        data=data,
+        loss=strict(AutoencoderLoss, "loss", config["loss"]),
+        vae=vae,
+        mesh=strict(MeshConfig, "mesh", config["mesh"]),
     )

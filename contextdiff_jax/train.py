@@ -1,8 +1,9 @@
-"""python -m contextdiff_jax.train --config=configs/shapes.py --workdir=runs/shapes [--config.train.steps=500]
-python -m contextdiff_jax.train --replay=runs/shapes/nonfinite_120
+"""python -m contextdiff_jax.train --config=configs/shapes.py --workdir=runs/shapes
+[--config.train.steps=500] python -m contextdiff_jax.train --replay=runs/shapes/nonfinite_120
 
-Trains, or goes on with, the run in the workdir: config.json, metrics.jsonl, curves.png, events/, samples/,
-checkpoints/. One of many processes learns of the others by flags, environment or scheduler (docs/scaling.md).
+Trains, or goes on with, the run in the workdir: config.json, metrics.jsonl, curves.png, events/,
+samples/, checkpoints/. One of many processes learns of the others by flags, environment or
+scheduler (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ from absl import flags
 
 from contextdiff_jax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run (local or gs://): all it writes and resumes from.")
-REPLAY = flags.DEFINE_string("replay", None, "Folder of a dumped step (WORKDIR/nonfinite_N): does that step again.")
-ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for many processes.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run (local or gs://): all it writes and resumes from."
+)
+REPLAY = flags.DEFINE_string(
+    "replay", None, "Folder of a dumped step (WORKDIR/nonfinite_N): does that step again."
+)
+ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, for many processes."
+)
 COUNT = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
 INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 

@@ -1,7 +1,9 @@
-"""python -m contextdiff_jax.train_classifier --config=configs/shapes.py --workdir=DIR [--steps=1000] [--num=10000]
+"""python -m contextdiff_jax.train_classifier --config=configs/shapes.py --workdir=DIR
+[--steps=1000] [--num=10000]
 
-Trains a classifier of the attributes of a config's data: the feature network of `evaluate --features=DIR`. Writes
-DIR/classifier.safetensors and DIR/classifier.json: what it answers, and its accuracy on pictures kept aside.
+Trains a classifier of the attributes of a config's data: the feature network of `evaluate
+--features=DIR`. Writes DIR/classifier.safetensors and DIR/classifier.json: what it answers, and its
+accuracy on pictures kept aside.
 """
 
 from __future__ import annotations
@@ -14,10 +16,14 @@ from contextdiff_jax import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder to write the classifier to.")
 STEPS = flags.DEFINE_integer("steps", 1000, "Training steps.", lower_bound=1)
-NUM = flags.DEFINE_integer("num", 10_000, "Pictures, of which a tenth is kept aside for the accuracy.", lower_bound=100)
+NUM = flags.DEFINE_integer(
+    "num", 10_000, "Pictures, of which a tenth is kept aside for the accuracy.", lower_bound=100
+)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures a step.", lower_bound=1)
 LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "Of AdamW.", lower_bound=0)
-SEED = flags.DEFINE_integer("seed", 0, "Of the weights, the order of the pictures and which are kept aside.")
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the weights, the order of the pictures and which are kept aside."
+)
 
 
 def main() -> None:
@@ -34,8 +40,13 @@ def main() -> None:
     workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
     accuracy, aside = fit_classifier(
-        settings.data, workdir, steps=STEPS.value, num=NUM.value, batch_size=BATCH_SIZE.value,
-        learning_rate=LEARNING_RATE.value, seed=SEED.value,
+        settings.data,
+        workdir,
+        steps=STEPS.value,
+        num=NUM.value,
+        batch_size=BATCH_SIZE.value,
+        learning_rate=LEARNING_RATE.value,
+        seed=SEED.value,
     )
     for name, estimate in accuracy.items():
         value, low, high = (100 * v for v in estimate)

@@ -1,7 +1,9 @@
-"""python -m contextdiff_jax.train_vae --config=configs/vae_emoji.py --config.data.path=FOLDER --workdir=DIR
+"""python -m contextdiff_jax.train_vae --config=configs/vae_emoji.py --config.data.path=FOLDER
+--workdir=DIR
 
-Trains, or goes on with, a small autoencoder for latent training. Writes DIR/vae, a diffusers AutoencoderKL folder whose
-scaling_factor is measured on the data, and DIR/reconstructions.png, pictures that it has not seen beside what it makes of them.
+Trains, or goes on with, a small autoencoder for latent training. Writes DIR/vae, a diffusers
+AutoencoderKL folder whose scaling_factor is measured on the data, and DIR/reconstructions.png,
+pictures that it has not seen beside what it makes of them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from absl import flags
 
 from contextdiff_jax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: everything it writes, and what it resumes from.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: everything it writes, and what it resumes from."
+)
 
 
 def main() -> None:
@@ -27,7 +31,9 @@ def main() -> None:
     workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
     report = train_autoencoder(settings, config, workdir)
-    print(f"{workdir / 'vae'}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items()))
+    print(
+        f"{workdir / 'vae'}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items())
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What the tests share: a tiny model that trains in seconds, and a way to run commands as a user does."""
+"""What the tests share: a tiny model that trains in seconds, and a way to run commands as a user
+does.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +13,40 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# Most of the suite's time is compilation, for arrays so small that LLVM's optimisations don't pay: here, and in the processes
-# that tests start, they are off (XLA's own passes stay). With them, half as long again: JAX_DISABLE_MOST_OPTIMIZATIONS=0.
+# Most of the suite's time is compilation, for arrays so small that LLVM's optimisations don't pay:
+# here, and in the processes that tests start, they are off (XLA's own passes stay). With them, half
+# as long again: JAX_DISABLE_MOST_OPTIMIZATIONS=0.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 TINY = {
-    "train.batch_size": 8, "train.warmup_steps": 2, "train.log_every": 1, "train.sample_every": 0,
-    "train.checkpoint_every": 3, "train.steps": 9, "data.image_size": 16, "data.max_length": 12,
-    "text.width": 16, "text.num_layers": 1, "text.num_heads": 2, "model.cross_attention_dim": 16,
-    "model.block_out_channels": "(8,16)", "model.norm_num_groups": 4, "model.attention_head_dim": 2,
+    "train.batch_size": 8,
+    "train.warmup_steps": 2,
+    "train.log_every": 1,
+    "train.sample_every": 0,
+    "train.checkpoint_every": 3,
+    "train.steps": 9,
+    "data.image_size": 16,
+    "data.max_length": 12,
+    "text.width": 16,
+    "text.num_layers": 1,
+    "text.num_heads": 2,
+    "model.cross_attention_dim": 16,
+    "model.block_out_channels": "(8,16)",
+    "model.norm_num_groups": 4,
+    "model.attention_head_dim": 2,
     "model.down_block_types": "('DownBlock2D','CrossAttnDownBlock2D')",
     "model.up_block_types": "('CrossAttnUpBlock2D','UpBlock2D')",
-    "context.width": 16, "context.num_blocks": 1, "context.num_heads": 2, "sample.steps": 4,
+    "context.width": 16,
+    "context.num_blocks": 1,
+    "context.num_heads": 2,
+    "sample.steps": 4,
     "diffusion.num_timesteps": 50,
 }
 
 # With it the tiny model has one level, with text attention: half of the compilation.
 ONE_LEVEL = {
-    "model.block_out_channels": "(8,)", "model.down_block_types": "('CrossAttnDownBlock2D',)",
+    "model.block_out_channels": "(8,)",
+    "model.down_block_types": "('CrossAttnDownBlock2D',)",
     "model.up_block_types": "('CrossAttnUpBlock2D',)",
 }
 
@@ -40,27 +58,49 @@ def config_dict(**changes):
     config = get_config()
     for name, value in (TINY | changes).items():
         section, field = name.split(".")
-        config[section][field] = eval(value) if isinstance(value, str) and value.startswith("(") else value
+        config[section][field] = (
+            eval(value) if isinstance(value, str) and value.startswith("(") else value
+        )
     return config.to_dict()
 
 
-def command(name: str, *arguments: str, tiny: bool = False, **options) -> subprocess.CompletedProcess:
+def command(
+    name: str, *arguments: str, tiny: bool = False, **options
+) -> subprocess.CompletedProcess:
     """Runs `python -m contextdiff_jax.NAME`, with the tiny config's overrides if asked for."""
     overrides = [f"--config.{field}={value}" for field, value in TINY.items()] if tiny else []
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    environment = (
+        os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | options.pop("env", {})
+    )
     return subprocess.run(
-        [sys.executable, "-m", f"contextdiff_jax.{name}", *arguments[:1], *overrides, *arguments[1:]],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **options,
+        [
+            sys.executable,
+            "-m",
+            f"contextdiff_jax.{name}",
+            *arguments[:1],
+            *overrides,
+            *arguments[1:],
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        **options,
     )
 
 
 def randomised(params):
-    """Weights away from their zero-initialised branches, so that an effect anywhere reaches the output."""
+    """Weights away from their zero-initialised branches, so that an effect anywhere reaches the
+    output.
+    """
     import jax
 
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(5), len(leaves))
-    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(
+        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +110,10 @@ def optimised():
 
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] not in ("0", "false"))
+    jax.config.update(
+        "jax_disable_most_optimizations",
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] not in ("0", "false"),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
-"""Run by test_mesh.py in a process of 8 simulated devices: the losses of 20 steps, and a picture, on each mesh.
+"""Run by test_mesh.py in a process of 8 simulated devices: the losses of 20 steps, and a picture,
+on each mesh.
 
     python tests/mesh_program.py OUT.json WORKDIR 1x1x1x1 8x1x1x1 1x2x2x2/2 ...
 
 A mesh is the sizes of data, fsdp, tensor, sequence, / the parts that a batch is taken in.
 
-The first mesh to come saves its state after step 10 in WORKDIR; the others also do step 11 from there.
+The first mesh to come saves its state after step 10 in WORKDIR; the others also do step 11 from
+there.
 """
 
 from __future__ import annotations
@@ -27,9 +29,12 @@ from contextdiff_jax.training.loop import null_caption, to_devices
 from contextdiff_jax.training.state import init_state
 from contextdiff_jax.training.step import make_train_step
 
-# Attention in the middle only: a program for each mesh is compiled, and that is what the test costs.
+# Attention in the middle only: a program for each mesh is compiled, and that is what the test
+# costs.
 SMALL = {
-    "train.steps": 20, "sample.steps": 2, "model.down_block_types": "('DownBlock2D','DownBlock2D')",
+    "train.steps": 20,
+    "sample.steps": 2,
+    "model.down_block_types": "('DownBlock2D','DownBlock2D')",
     "model.up_block_types": "('UpBlock2D','UpBlock2D')",
 }
 SETTINGS = parse(config_dict(**SMALL))
@@ -38,7 +43,9 @@ SETTINGS = parse(config_dict(**SMALL))
 def run(name: str, workdir: pathlib.Path) -> dict:
     """Trains on the mesh `name` of the first devices."""
     shape, _, parts = name.partition("/")
-    sizes = dict(zip(("data", "fsdp", "tensor", "sequence"), map(int, shape.split("x")), strict=True))
+    sizes = dict(
+        zip(("data", "fsdp", "tensor", "sequence"), map(int, shape.split("x")), strict=True)
+    )
     mesh = make_mesh(MeshConfig(**sizes), 8, devices=jax.devices()[: math.prod(sizes.values())])
     train = dataclasses.replace(SETTINGS.train, accumulation=int(parts or 1))
     settings = dataclasses.replace(SETTINGS, train=train)
@@ -46,10 +53,16 @@ def run(name: str, workdir: pathlib.Path) -> dict:
     shardings = state_shardings(mesh, abstract)
     feed = Feed(mesh, 8)
     tokenizer = load_tokenizer()
-    loader = make_loader(make_source(SETTINGS.data), batch_size=8, tokenizer=tokenizer, max_length=12, rows=feed.rows)
+    loader = make_loader(
+        make_source(SETTINGS.data), batch_size=8, tokenizer=tokenizer, max_length=12, rows=feed.rows
+    )
     null = jax.device_put(null_caption(tokenizer, 12), replicated(mesh))
     state = jax.jit(lambda: init_state(SETTINGS), out_shardings=shardings)()
-    step = jax.jit(make_train_step(settings, mesh), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    step = jax.jit(
+        make_train_step(settings, mesh),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+    )
 
     def next_loss(state):
         before = float(state.metric_sums["loss"])
@@ -65,7 +78,9 @@ def run(name: str, workdir: pathlib.Path) -> dict:
             with checkpoints.closing(manager, workdir):
                 checkpoints.save(manager, state, loader.get_state())
     if resumed:
-        other, place, _ = checkpoints.restore_newest(workdir, checkpoints.placed(abstract, shardings))
+        other, place, _ = checkpoints.restore_newest(
+            workdir, checkpoints.placed(abstract, shardings)
+        )
         loader.set_state(place)
         resumed = next_loss(other)[1]
     loader.close()
@@ -73,7 +88,9 @@ def run(name: str, workdir: pathlib.Path) -> dict:
     image = generator(state.ema, ["a large red circle"] * 8, seed=0)
     largest = max(jax.tree.leaves(state.opt_state), key=lambda leaf: leaf.size)
     return {
-        "losses": losses, "resumed": resumed, "image": image.tolist(),
+        "losses": losses,
+        "resumed": resumed,
+        "image": image.tolist(),
         "opt_share": largest.addressable_shards[0].data.size / largest.size,
     }
 

@@ -1,6 +1,7 @@
-"""Run by test_processes.py: one of two processes under a PeerWatch; the second comes to grief in the way named.
+"""Run by test_processes.py: one of two processes under a PeerWatch; the second comes to grief in
+the way named.
 
-    python tests/peer_program.py HOST:PORT PROCESS_ID hang|die|fail
+python tests/peer_program.py HOST:PORT PROCESS_ID hang|die|fail
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from contextdiff_jax.parallel import processes
 
 
 def main(address: str, index: str, how: str) -> None:
-    """Both start step 1; the first then waits in a collective for a step 2 that the second never reaches."""
+    """Both start step 1; the first then waits in a collective for a step 2 that the second never
+    reaches.
+    """
     processes.start(address, 2, int(index), os.environ, timeout=60)
     with processes.PeerWatch(4) as watch:
         watch("in step 1")

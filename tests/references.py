@@ -15,7 +15,9 @@ SCHEDULES = {
     "cosine": dict(name="cosine"),
     "linear_short": dict(name="linear", num_timesteps=20, beta_start=1e-3, beta_end=0.4),
 }
-ALL_SCHEDULES = [dict(kwargs, zero_terminal_snr=zero) for kwargs in SCHEDULES.values() for zero in (False, True)]
+ALL_SCHEDULES = [
+    dict(kwargs, zero_terminal_snr=zero) for kwargs in SCHEDULES.values() for zero in (False, True)
+]
 ALL_IDS = [f"{name}{suffix}" for name in SCHEDULES for suffix in ("", "-zero_snr")]
 every_schedule = pytest.mark.parametrize("kwargs", ALL_SCHEDULES, ids=ALL_IDS)
 
@@ -27,7 +29,9 @@ def reference_alphas_cumprod(
     beta_end: float = 2e-2,
     zero_terminal_snr: bool = False,
 ) -> np.ndarray:
-    """abar in float64, written from the papers (Ho 2020; Rombach 2022; Nichol & Dhariwal 2021; Lin 2023, alg. 1)."""
+    """abar in float64, written from the papers (Ho 2020; Rombach 2022; Nichol & Dhariwal 2021; Lin
+    2023, alg. 1).
+    """
     if name == "linear":
         betas = np.linspace(beta_start, beta_end, num_timesteps)
     elif name == "scaled_linear":
@@ -44,22 +48,38 @@ def reference_alphas_cumprod(
 
 
 def reference_coefficients(kwargs: dict, index: np.ndarray, shift: str) -> tuple[np.ndarray, ...]:
-    """(abar, a, b, k) at integer indices, with -1 the clean picture (abar = 1, k = 0 by definition)."""
-    abar = np.append(reference_alphas_cumprod(**kwargs), 1.0)[index]  # numpy's index -1 is the appended 1
+    """(abar, a, b, k) at integer indices, with -1 the clean picture (abar = 1, k = 0 by
+    definition).
+    """
+    abar = np.append(reference_alphas_cumprod(**kwargs), 1.0)[
+        index
+    ]  # numpy's index -1 is the appended 1
     a, b = np.sqrt(abar), np.sqrt(1 - abar)
     k = {"quadratic": a * (1 - a), "prior": 1 - a, "data_normalization": -a, "none": 0 * a}[shift]
     return abar, a, b, np.where(np.asarray(index) < 0, 0.0, k)
 
 
 def index_pairs(num_timesteps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs t > s >= -1: every pair of a short schedule, a sample with the edge cases of a long one."""
+    """Pairs t > s >= -1: every pair of a short schedule, a sample with the edge cases of a long
+    one.
+    """
     if num_timesteps <= 20:
         pairs = [(t, s) for t in range(num_timesteps) for s in range(-1, t)]
     else:
         rng = np.random.default_rng(0)
         t = rng.integers(1, num_timesteps, size=200)
-        edges = [(0, -1), (1, -1), (1, 0), (num_timesteps - 1, num_timesteps - 2), (num_timesteps - 1, -1)]
-        pairs = edges + [(int(i), int(rng.integers(-1, i))) for i in t] + [(int(i), int(i) - 1) for i in t]
+        edges = [
+            (0, -1),
+            (1, -1),
+            (1, 0),
+            (num_timesteps - 1, num_timesteps - 2),
+            (num_timesteps - 1, -1),
+        ]
+        pairs = (
+            edges
+            + [(int(i), int(rng.integers(-1, i))) for i in t]
+            + [(int(i), int(i) - 1) for i in t]
+        )
     t, s = np.array(pairs).T
     return t, s
 
@@ -86,9 +106,19 @@ def assert_error_lists(error: pytest.ExceptionInfo, value: str, allowed: tuple[s
 
 
 def mmd2(x, y, kernel, unbiased):
-    """Squared maximum mean discrepancy of two sets, pair by pair; `unbiased`: without the pairs of one with itself."""
+    """Squared maximum mean discrepancy of two sets, pair by pair; `unbiased`: without the pairs of
+    one with itself.
+    """
+
     def mean(a, b, own):
-        return np.mean([kernel(p, q) for i, p in enumerate(a) for j, q in enumerate(b) if not (own and unbiased and i == j)])
+        return np.mean(
+            [
+                kernel(p, q)
+                for i, p in enumerate(a)
+                for j, q in enumerate(b)
+                if not (own and unbiased and i == j)
+            ]
+        )
 
     return mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False)
 

@@ -1,4 +1,6 @@
-"""Programs compiled for TPUs that aren't here, what their text says, and what makes them fit: remat and the splash kernel."""
+"""Programs compiled for TPUs that aren't here, what their text says, and what makes them fit: remat
+and the splash kernel.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,15 @@ from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.models.layers import ResnetBlock
 from contextdiff_jax.models.remat import POLICIES, configure
 from contextdiff_jax.models.transformer import SpatialTransformer
-from contextdiff_jax.parallel.mesh import MeshConfig, Target, gathered, make_mesh, path_name, state_shardings, tracing_for
+from contextdiff_jax.parallel.mesh import (
+    MeshConfig,
+    Target,
+    gathered,
+    make_mesh,
+    path_name,
+    state_shardings,
+    tracing_for,
+)
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import init_state
 
@@ -33,17 +43,33 @@ def devices():
     return aot.described_devices("v5e:2x2")
 
 
-@pytest.mark.parametrize("attributes, groups, axes", [
-    ("replica_groups={{0,1,2,3},{4,5,6,7}}", [[0, 1, 2, 3], [4, 5, 6, 7]], ("tensor",)),
-    ("replica_groups=[12,2]<=[2,12]T(1,0), use_global_device_ids=true", [[i, i + 12] for i in range(12)], ("data",)),
-    ("replica_groups=[1,24]<=[24]", [list(range(24))], ("data", "fsdp", "tensor")),
-    ("replica_groups=mesh['x'=2,'y'=12] {'x'}, to_apply=%add", [[i, i + 12] for i in range(12)], ("data",)),
-    (
-        "replica_groups=mesh['x'=2,'y'=12] {'y':(1)3}",
-        [[i + j, i + j + 4, i + j + 8] for i in (0, 12) for j in range(4)], ("fsdp",),
-    ),
-    ("channel_id=1, source_target_pairs={{0,4},{4,8},{8,0}}", [[0, 4], [4, 8], [8, 0]], ("fsdp",)),
-])
+@pytest.mark.parametrize(
+    "attributes, groups, axes",
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", [[0, 1, 2, 3], [4, 5, 6, 7]], ("tensor",)),
+        (
+            "replica_groups=[12,2]<=[2,12]T(1,0), use_global_device_ids=true",
+            [[i, i + 12] for i in range(12)],
+            ("data",),
+        ),
+        ("replica_groups=[1,24]<=[24]", [list(range(24))], ("data", "fsdp", "tensor")),
+        (
+            "replica_groups=mesh['x'=2,'y'=12] {'x'}, to_apply=%add",
+            [[i, i + 12] for i in range(12)],
+            ("data",),
+        ),
+        (
+            "replica_groups=mesh['x'=2,'y'=12] {'y':(1)3}",
+            [[i + j, i + j + 4, i + j + 8] for i in (0, 12) for j in range(4)],
+            ("fsdp",),
+        ),
+        (
+            "channel_id=1, source_target_pairs={{0,4},{4,8},{8,0}}",
+            [[0, 4], [4, 8], [8, 0]],
+            ("fsdp",),
+        ),
+    ],
+)
 def test_a_collectives_groups_are_read_onto_the_meshs_axes(attributes, groups, axes):
     found = hlo.replica_groups(attributes, 24)
     np.testing.assert_array_equal(found, groups)
@@ -72,16 +98,24 @@ def test_a_collective_spread_over_fusions_counts_once_and_a_scattered_sum_is_one
 %all-reduce-scatter.3 (p: f32[16]) -> f32[8] {
   %all-reduce.3 = f32[16]{0} all-reduce(%p), channel_id=8, replica_groups={{0,1}}, to_apply=%add
 }""")
-    rows = hlo.Traffic("all-gather", "data", 1, 1024.0), hlo.Traffic("reduce-scatter", "data", 1, 32.0)
+    rows = (
+        hlo.Traffic("all-gather", "data", 1, 1024.0),
+        hlo.Traffic("reduce-scatter", "data", 1, 32.0),
+    )
     assert hlo.collectives(program, {"data": 2}) == list(rows)
 
 
 def test_bytes_of_a_compiled_programs_collectives_are_those_of_a_ring(devices):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), devices=devices)
-    x = jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=NamedSharding(mesh, P("data", "fsdp")))
-    compiled = jax.jit(lambda x: x.sum(0), out_shardings=NamedSharding(mesh, P("fsdp"))).lower(x).compile()
+    x = jax.ShapeDtypeStruct(
+        (256, 512), jnp.float32, sharding=NamedSharding(mesh, P("data", "fsdp"))
+    )
+    compiled = (
+        jax.jit(lambda x: x.sum(0), out_shardings=NamedSharding(mesh, P("fsdp"))).lower(x).compile()
+    )
     (row,) = hlo.collectives(hlo.instructions(compiled.as_text()), mesh.shape)
-    # Each chip sums 256 of the 512 columns with the one that has the other rows: 2 V (g - 1) / g, V = 1024 bytes.
+    # Each chip sums 256 of the 512 columns with the one that has the other rows: 2 V (g - 1) / g, V
+    # = 1024 bytes.
     assert row == hlo.Traffic("all-reduce", "data", 1, 1024.0)
 
 
@@ -94,7 +128,9 @@ def test_a_kernels_hidden_work_is_counted_from_the_compiled_program(devices):
         with tracing_for(mesh):
             return flash.splash_attention(q, k, v, 1.0).astype(jnp.float32).sum()
 
-    program = hlo.instructions(jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, q, q).compile().as_text())
+    program = hlo.instructions(
+        jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, q, q).compile().as_text()
+    )
     product = 2 * 1 * 2 * 1024**2 * 128  # 1 example, 2 heads a chip
     assert [kernel.flops for kernel in hlo.kernels(program)] == [2 * product, 5 * product]
     assert hlo.collectives(program, mesh.shape) == []  # no chip needs another's
@@ -103,11 +139,17 @@ def test_a_kernels_hidden_work_is_counted_from_the_compiled_program(devices):
 @pytest.mark.parametrize("tokens, width", [(128, 40), (70, 8), (2304, 8)])
 def test_the_splash_kernel_is_attention_forward_and_backward(tokens, width):
     """Interpreted; heads narrower than the lanes, and tokens that are no whole blocks."""
-    *inputs, direction = (jax.random.normal(key, (1, tokens, 2, width)) for key in jax.random.split(jax.random.key(0), 4))
+    *inputs, direction = (
+        jax.random.normal(key, (1, tokens, 2, width))
+        for key in jax.random.split(jax.random.key(0), 4)
+    )
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
     kernel, plain = (
         jax.vjp(f, *inputs)
-        for f in (lambda *qkv: flash.splash_attention(*qkv, width**-0.5, target=Target(mesh)), attention)
+        for f in (
+            lambda *qkv: flash.splash_attention(*qkv, width**-0.5, target=Target(mesh)),
+            attention,
+        )
     )
     np.testing.assert_allclose(kernel[0], plain[0], atol=2e-6)
     for ours, theirs in zip(kernel[1](direction), plain[1](direction), strict=True):
@@ -115,10 +157,22 @@ def test_the_splash_kernel_is_attention_forward_and_backward(tokens, width):
 
 
 def test_auto_takes_the_kernel_for_long_sequences_on_the_platform_that_is_compiled_for(devices):
-    tpu, here = Target(make_mesh(MeshConfig(), devices=devices)), Target(make_mesh(MeshConfig(), devices=jax.devices()[:1]))
-    assert flash.formulation("auto", 4096, tpu) == "splash" and flash.formulation("auto", 256, tpu) == "xla"
-    assert flash.formulation("auto", 4096, here) == "tiles" and flash.formulation("auto", 64, here) == "xla"
-    assert flash.formulation("splash", 64, here) == "splash" and flash.formulation("xla", 4096, tpu) == "xla"
+    tpu, here = (
+        Target(make_mesh(MeshConfig(), devices=devices)),
+        Target(make_mesh(MeshConfig(), devices=jax.devices()[:1])),
+    )
+    assert (
+        flash.formulation("auto", 4096, tpu) == "splash"
+        and flash.formulation("auto", 256, tpu) == "xla"
+    )
+    assert (
+        flash.formulation("auto", 4096, here) == "tiles"
+        and flash.formulation("auto", 64, here) == "xla"
+    )
+    assert (
+        flash.formulation("splash", 64, here) == "splash"
+        and flash.formulation("xla", 4096, tpu) == "xla"
+    )
 
 
 class Blocks(nnx.Module):
@@ -134,7 +188,10 @@ class Blocks(nnx.Module):
 
 
 def test_rematerialised_blocks_have_the_same_loss_and_gradient_and_compute_again_what_they_say():
-    inputs = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 4, 4, 8), (2, 16), (2, 5, 12)])]
+    inputs = [
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(2, 4, 4, 8), (2, 16), (2, 5, 12)])
+    ]
     params = jax.tree.map(lambda p: p + 0.1, nnx.state(Blocks()))  # nothing that starts at zero
     results, counts = {}, {}
     for remat in POLICIES:
@@ -145,16 +202,25 @@ def test_rematerialised_blocks_have_the_same_loss_and_gradient_and_compute_again
         results[remat] = jax.jit(both)(params)
         counts[remat] = str(jax.make_jaxpr(both)(params)).count("conv_general_dilated[")
     for remat in POLICIES:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), results[remat], results["none"])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            results[remat],
+            results["none"],
+        )
     assert counts["none"] == counts["products"] < counts["kernels"] == counts["blocks"]
 
 
 @pytest.mark.parametrize("data, fsdp", [(1, 4), (2, 2)])
-def test_fsdp_gathers_kernels_in_bfloat16_and_scatters_gradients_and_sends_nothing_else(devices, data, fsdp):
+def test_fsdp_gathers_kernels_in_bfloat16_and_scatters_gradients_and_sends_nothing_else(
+    devices, data, fsdp
+):
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp), devices=devices)
     graph, params = nnx.split(nnx.eval_shape(lambda: Blocks(128, jnp.bfloat16)))
     shardings, spread = state_shardings(mesh, params), NamedSharding(mesh, P(("data", "fsdp")))
-    inputs = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=spread) for s in ((8, 8, 8, 128), (8, 16), (8, 5, 12))]
+    inputs = [
+        jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=spread)
+        for s in ((8, 8, 8, 128), (8, 16), (8, 5, 12))
+    ]
 
     def loss(params, *inputs):
         with tracing_for(mesh):
@@ -165,7 +231,9 @@ def test_fsdp_gathers_kernels_in_bfloat16_and_scatters_gradients_and_sends_nothi
     sent = hlo.collectives(hlo.instructions(compiled.as_text()), mesh.shape)
     assert {row.kind for row in sent} <= {"all-gather", "all-reduce", "reduce-scatter"}
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    whole = sum(leaf.size * (2 if path_name(path).endswith("/kernel") else 4) for path, leaf in leaves)
+    whole = sum(
+        leaf.size * (2 if path_name(path).endswith("/kernel") else 4) for path, leaf in leaves
+    )
     gather = sum(row.sent_bytes for row in sent if row.kind == "all-gather")
     assert gather == pytest.approx(whole * (1 - 1 / fsdp), rel=0.1)
     # Scattered over fsdp, and the parts summed over data: a ring sends an array twice to sum it.
@@ -175,7 +243,9 @@ def test_fsdp_gathers_kernels_in_bfloat16_and_scatters_gradients_and_sends_nothi
 
 def test_sampling_with_guidance_spread_over_data_sends_the_finished_pictures_alone(devices):
     smallest = {"model.mid_block_type": None, "context.kind": "linear", "sample.steps": 2}
-    settings = parse(config_dict(**ONE_LEVEL, **smallest, **{"train.batch_size": 4, "sample.guidance": 3.0}))
+    settings = parse(
+        config_dict(**ONE_LEVEL, **smallest, **{"train.batch_size": 4, "sample.guidance": 3.0})
+    )
     mesh = make_mesh(MeshConfig(data=4), devices=devices)
     compiled = aot.lower(settings, "sample", mesh, Frozen()).compile()
     pictures = 4 * 16 * 16 * 3
@@ -198,30 +268,51 @@ def test_figures_are_those_of_the_compiled_program(devices, monkeypatch):
     assert row["fits"] and row["chips"] == 4 and row["batch_per_chip"] == 2
     assert row["flops"] == pytest.approx(2 * 512 * 512 * 256, rel=0.01)
     assert row["aliased"] == 512 * 512 * 2 and row["collectives"] == [] and row["kernel_flops"] == 0
-    assert row["utilisation"] == pytest.approx(row["flops"] / row["seconds"] / 197e12) and 0.05 < row["utilisation"] <= 1
+    assert (
+        row["utilisation"] == pytest.approx(row["flops"] / row["seconds"] / 197e12)
+        and 0.05 < row["utilisation"] <= 1
+    )
     assert "nothing run on a TPU" in result.text and row["name"] in result.text
 
 
-def test_a_sweep_tries_meshes_rematerialisations_and_batches_and_the_fastest_that_fits_comes_first(devices, monkeypatch):
-    """The compiler's answers are made up: 3 pictures a chip don't fit, `blocks` is the slowest, fsdp costs."""
+def test_a_sweep_tries_meshes_rematerialisations_and_batches_and_the_fastest_that_fits_comes_first(
+    devices, monkeypatch
+):
+    """The compiler's answers are made up: 3 pictures a chip don't fit, `blocks` is the slowest,
+    fsdp costs.
+    """
     settings = parse(config_dict(**{"train.batch_size": 4}))
 
     def row(candidate, program, mesh, frozen):
         train, each = candidate.train, candidate.train.batch_size / 4
         seconds = each * (1 + POLICY_COST[train.remat]) + 0.1 * mesh.shape["fsdp"]
-        numbers = dict.fromkeys(("flops", "kernel_seconds", "collective_seconds", "utilisation", "compile_seconds"), 1.0)
-        return numbers | dict.fromkeys(("peak_hbm", "arguments", "aliased"), 2**30) | {
-            "name": f"{mesh.shape['data']}x{mesh.shape['fsdp']} {train.remat} {train.batch_size}", "hbm": 2**34,
-            "fits": each < 3, "seconds": seconds, "pictures_per_second": train.batch_size / seconds,
-            "collectives": [], "largest": [], "optimization_level": "O0",
-        }
+        numbers = dict.fromkeys(
+            ("flops", "kernel_seconds", "collective_seconds", "utilisation", "compile_seconds"), 1.0
+        )
+        return (
+            numbers
+            | dict.fromkeys(("peak_hbm", "arguments", "aliased"), 2**30)
+            | {
+                "name": f"{mesh.shape['data']}x{mesh.shape['fsdp']} {train.remat} {train.batch_size}",
+                "hbm": 2**34,
+                "fits": each < 3,
+                "seconds": seconds,
+                "pictures_per_second": train.batch_size / seconds,
+                "collectives": [],
+                "largest": [],
+                "optimization_level": "O0",
+            }
+        )
 
     POLICY_COST = {"none": 0.0, "products": 0.1, "kernels": 0.2, "blocks": 0.3}
     monkeypatch.setattr(aot, "compile_row", row)
     result = aot.run(settings, aot.AotBenchmark(topology="v5e:2x2", sweep=True))
     names = [each["name"] for each in result.rows]
     assert len(set(names)) == 2 * 4 * 3 and {name.split()[0] for name in names} == {"4x1", "1x4"}
-    assert names[0] == "4x1 none 8" and [each["fits"] for each in result.rows] == [True] * 16 + [False] * 8
+    assert (
+        names[0] == "4x1 none 8"
+        and [each["fits"] for each in result.rows] == [True] * 16 + [False] * 8
+    )
     lines = result.text.splitlines()
     assert lines[2].startswith("4x1 none 8") and "JAX_OPTIMIZATION_LEVEL=O0" in lines[0]
 
@@ -229,14 +320,23 @@ def test_a_sweep_tries_meshes_rematerialisations_and_batches_and_the_fastest_tha
 @pytest.mark.slow
 def test_a_train_step_compiles_for_chips_that_are_not_here_with_its_state_in_place(devices):
     """Half a minute of compilation: bash launch/test.sh -m slow tests/test_aot.py"""
-    smallest = {"model.mid_block_type": None, "context.kind": "none"}  # what a test costs is the compilation
+    smallest = {
+        "model.mid_block_type": None,
+        "context.kind": "none",
+    }  # what a test costs is the compilation
     settings = parse(config_dict(**ONE_LEVEL, **smallest))
     result = aot.run(settings, aot.AotBenchmark(topology="v5e:2x2", batch_per_chip=2))
     (row,) = result.rows
-    assert row["fits"] and row["chips"] == 4 and row["batch_per_chip"] == 2 and 0 < row["seconds"] < 0.1
+    assert (
+        row["fits"]
+        and row["chips"] == 4
+        and row["batch_per_chip"] == 2
+        and 0 < row["seconds"] < 0.1
+    )
     abstract = jax.eval_shape(lambda: init_state(settings))
     state, gradient = (
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (abstract, abstract.params)
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        for tree in (abstract, abstract.params)
     )
     assert row["aliased"] >= state  # tiling pads it
     (reduced, *_) = row["collectives"]
@@ -255,9 +355,15 @@ def test_topologies_and_batches_that_cannot_be_are_refused_in_one_line():
     settings = parse(config_dict())
     for options, changes, words in (
         ({"topology": "v9:2x2"}, {}, "--topology='v9:2x2': "),
-        ({"topology": "v5e:2x2"}, {"batch_size": 6}, "train.batch_size=6: must be a multiple of mesh.data x mesh.fsdp = 4"),
+        (
+            {"topology": "v5e:2x2"},
+            {"batch_size": 6},
+            "train.batch_size=6: must be a multiple of mesh.data x mesh.fsdp = 4",
+        ),
     ):
-        changed = dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
+        changed = dataclasses.replace(
+            settings, train=dataclasses.replace(settings.train, **changes)
+        )
         with pytest.raises(ValueError) as error:
             aot.run(changed, aot.AotBenchmark(**options))
         assert words in str(error.value) and "\n" not in str(error.value)

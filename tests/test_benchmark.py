@@ -16,7 +16,9 @@ SMALL = {"repeats": 1, "pictures": 16, "shape": (24, 32)}
 
 
 def test_every_source_is_measured_on_the_same_pictures_where_the_config_names_none(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"images_per_second": {rate}}}\n' for rate in (10, 50, 1000)))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"images_per_second": {rate}}}\n' for rate in (10, 50, 1000))
+    )
     config = DataConfig(image_size=16)
     result = run(config, DataBenchmark(**SMALL, compare="tfds", workdir=str(tmp_path)))
     rows = {row["name"]: row for row in result.rows}
@@ -31,21 +33,32 @@ def test_every_source_is_measured_on_the_same_pictures_where_the_config_names_no
 
 def test_ratios_are_of_pairs_and_rows_of_medians(monkeypatch):
     """Ours takes 1, 2, 4 s and the peer 3, 2, 8: medians 2 and 3, paired ratios 3, 1, 2."""
-    clock = iter([0, 3, 0, 1, 0, 2, 0, 2, 0, 8, 0, 4])  # peer and ours take turns at the first place
+    clock = iter(
+        [0, 3, 0, 1, 0, 2, 0, 2, 0, 8, 0, 4]
+    )  # peer and ours take turns at the first place
     monkeypatch.setattr(data_benchmark.time, "process_time", lambda: next(clock))
     endless = iter(lambda: 0, 1)
     pipelines = [Pipeline("ours", endless, 0.0, "peer"), Pipeline("peer", endless, 0.0)]
     seconds = data_benchmark._measure(pipelines, repeats=3, batches=1)
     assert seconds == {"ours": [1, 2, 4], "peer": [3, 2, 8]}
     row = data_benchmark._row(pipelines[0], seconds, 30, 8, 0)
-    assert row["seconds"] == 2 and row["ratio"] == 2 and row["pictures_per_second"] == 15 and "need" not in row
+    assert (
+        row["seconds"] == 2
+        and row["ratio"] == 2
+        and row["pictures_per_second"] == 15
+        and "need" not in row
+    )
 
 
 def test_comparisons_that_cannot_be_are_refused_in_one_line(tmp_path):
     write_webdataset(tmp_path, make_pictures(8, 16, 16))
     shards = DataConfig(source="webdataset", path=str(tmp_path))
     for config, options, words in (
-        (DataConfig(), {"compare": "torch"}, "--compare='torch': unknown for --mode=data; one of webdataset, tfds"),
+        (
+            DataConfig(),
+            {"compare": "torch"},
+            "--compare='torch': unknown for --mode=data; one of webdataset, tfds",
+        ),
         (shards, {"compare": "tfds"}, "--compare='tfds': data.path holds data.source='webdataset'"),
         (shards, {"workdir": str(tmp_path)}, "its metrics.jsonl holds no images_per_second"),
     ):
@@ -57,17 +70,30 @@ def test_comparisons_that_cannot_be_are_refused_in_one_line(tmp_path):
 def test_the_command_measures_a_configs_own_data_against_the_package(tmp_path):
     path = write_webdataset(tmp_path / "shards", make_pictures(16, 24, 32))
     done = command(
-        "benchmark", "--mode=data", "--config=configs/base.py", "--config.data.source=webdataset",
-        f"--config.data.path={path}", "--config.data.image_size=16", "--compare=webdataset", "--need=100",
-        "--pictures=16", "--repeats=1", f"--json={tmp_path / 'rows.json'}",
+        "benchmark",
+        "--mode=data",
+        "--config=configs/base.py",
+        "--config.data.source=webdataset",
+        f"--config.data.path={path}",
+        "--config.data.image_size=16",
+        "--compare=webdataset",
+        "--need=100",
+        "--pictures=16",
+        "--repeats=1",
+        f"--json={tmp_path / 'rows.json'}",
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["webdataset", "webdataset itself"] and rows[0]["ratio"] > 0
+    assert [row["name"] for row in rows] == ["webdataset", "webdataset itself"] and rows[0][
+        "ratio"
+    ] > 0
     assert "webdataset itself" in done.stdout and "times" in done.stdout
 
 
 def test_an_unknown_mode_is_one_line_and_exit_status_2():
     done = command("benchmark", "--mode=dta")
     modes = "data, train, sample, aot, roofline, reuse"
-    assert done.returncode == 2 and done.stderr.strip() == f"error: --mode='dta': unknown; one of {modes}"
+    assert (
+        done.returncode == 2
+        and done.stderr.strip() == f"error: --mode='dta': unknown; one of {modes}"
+    )

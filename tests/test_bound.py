@@ -1,4 +1,6 @@
-"""The bound against the exact value for Gaussian data, against a float64 Monte Carlo over whole chains, and itself."""
+"""The bound against the exact value for Gaussian data, against a float64 Monte Carlo over whole
+chains, and itself.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,7 @@ def step_constants(t, a, variance, shift_k):
 
 def gaussian_denoise(shift):
     """The exact posterior mean of x0 ~ N(0, STD^2) under r = WEIGHT x0."""
+
     def denoise(x_t, t, s):
         k = diffusion.shift_coefficient(SCHEDULE, t, shift)[:, None]
         m = jnp.sqrt(SCHEDULE.alpha_bar(t))[:, None] + k * WEIGHT
@@ -55,14 +58,21 @@ def exact_gaussian_bound(shift):
         return -(upper + np.log1p(-np.exp(lower - upper)))
 
     root = np.sqrt(v[0])
-    decoder, _ = integrate.quad(lambda e: nll(e) * stats.norm.pdf(e, scale=root), -10 * root, 10 * root, limit=200)
+    decoder, _ = integrate.quad(
+        lambda e: nll(e) * stats.norm.pdf(e, scale=root), -10 * root, 10 * root, limit=200
+    )
     return np.array([prior, np.sum(kl), decoder]) / np.log(2), np.array(kl) / np.log(2)
 
 
 def estimate(denoise, x0, context_fn, shift, count, seed=0):
     edges = bounds.make_strata(40, count)
-    terms = jax.jit(lambda x, key: bounds.bound_terms(denoise, x, context_fn, SCHEDULE, key, edges, shift))
-    halves = [terms(part, jax.random.fold_in(jax.random.key(seed), i)) for i, part in enumerate(np.split(x0, 2))]
+    terms = jax.jit(
+        lambda x, key: bounds.bound_terms(denoise, x, context_fn, SCHEDULE, key, edges, shift)
+    )
+    halves = [
+        terms(part, jax.random.fold_in(jax.random.key(seed), i))
+        for i, part in enumerate(np.split(x0, 2))
+    ]
     return bounds.collect(halves, edges)
 
 
@@ -80,7 +90,9 @@ def test_bound_of_gaussian_data_is_the_exact_one(shift, count):
         assert abs(values.mean() - wanted) < 4 * values.std() / np.sqrt(len(values)) + 1e-4 * exact
     strata = [by_t[lo - 1 : hi - 1].mean() for lo, hi in zip(result.edges[:-1], result.edges[1:])]
     np.testing.assert_allclose(result.kl_by_t, strata, rtol=0.1)
-    entropy = 0.5 * np.log2(2 * np.pi * np.e * STD**2) - np.log2(2 / 255)  # what no model can go below
+    entropy = 0.5 * np.log2(2 * np.pi * np.e * STD**2) - np.log2(
+        2 / 255
+    )  # what no model can go below
     assert exact > entropy and result.total.mean() > entropy
 
 
@@ -94,12 +106,16 @@ def nonlinear_context(x0, t):
 
 
 def chain_log_ratio(x0, shift, rng):
-    """log2 q(x_1..T | x0) / p(x_0..T) a dimension along sampled chains: whole densities, no closed-form KL."""
+    """log2 q(x_1..T | x0) / p(x_0..T) a dimension along sampled chains: whole densities, no
+    closed-form KL.
+    """
     a, variance, k = coefficients(shift)
 
     def posterior_mean(t, x, clean, r):
         sigma2, residual = step_constants(t, a, variance, k)
-        return a[t - 1] * clean + k[t - 1] * r + residual * (x - a[t] * clean - k[t] * r), np.sqrt(sigma2)
+        return a[t - 1] * clean + k[t - 1] * r + residual * (x - a[t] * clean - k[t] * r), np.sqrt(
+            sigma2
+        )
 
     r = np.sin(3 * x0)
     mean, std = a[39] * x0 + k[39] * r, np.sqrt(variance[39])
@@ -113,7 +129,10 @@ def chain_log_ratio(x0, shift, rng):
         total += stats.norm.logpdf(x, true, std) - stats.norm.logpdf(x, model, std)
     hat, scale = np.tanh(0.8 * x), np.sqrt(step_constants(1, a, variance, k)[0])
     error = -np.abs(x0 - hat)
-    upper, lower = stats.norm.logcdf((error + 1 / 255) / scale), stats.norm.logcdf((error - 1 / 255) / scale)
+    upper, lower = (
+        stats.norm.logcdf((error + 1 / 255) / scale),
+        stats.norm.logcdf((error - 1 / 255) / scale),
+    )
     return (total - upper - np.log1p(-np.exp(lower - upper))).mean(1) / np.log(2)
 
 
@@ -134,13 +153,17 @@ def test_every_timestep_a_stratum_is_diffusion_vlb():
     key = jax.random.key(3)
     whole = diffusion.vlb(nonlinear_denoise, x0, nonlinear_context, SCHEDULE, key)
     edges = bounds.make_strata(40)
-    result = bounds.collect([bounds.bound_terms(nonlinear_denoise, x0, nonlinear_context, SCHEDULE, key, edges)], edges)
+    result = bounds.collect(
+        [bounds.bound_terms(nonlinear_denoise, x0, nonlinear_context, SCHEDULE, key, edges)], edges
+    )
     np.testing.assert_allclose(result.total, whole["total"], rtol=1e-5)
     np.testing.assert_allclose(result.kl, whole["kl"].sum(0), rtol=1e-5)
     np.testing.assert_allclose(result.kl_by_t, whole["kl"][1:].mean(1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_timesteps, count", [(40, 1), (40, 7), (40, 38), (1000, 50), (1000, 998), (1000, None)])
+@pytest.mark.parametrize(
+    "num_timesteps, count", [(40, 1), (40, 7), (40, 38), (1000, 50), (1000, 998), (1000, None)]
+)
 def test_strata_cover_every_timestep_once(num_timesteps, count):
     edges = bounds.make_strata(num_timesteps, count)
     assert len(edges) == (count or num_timesteps - 1) + 1

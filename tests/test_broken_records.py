@@ -1,4 +1,6 @@
-"""Damaged files of every source: counted and skipped up to a share, never a crash or a hang, never passed on."""
+"""Damaged files of every source: counted and skipped up to a share, never a crash or a hang, never
+passed on.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ from contextdiff_jax.benchmarks.layouts import LAYOUTS, make_pictures
 from contextdiff_jax.data import DataConfig, make_loader, make_source
 
 PICTURES = make_pictures(12, 24, 32)
-FILES = {"folder": "metadata.jsonl", "jpeg": "images/*.jpg", "webdataset": "*.tar", "tfds": "**/*.array_record*"}
+FILES = {
+    "folder": "metadata.jsonl",
+    "jpeg": "images/*.jpg",
+    "webdataset": "*.tar",
+    "tfds": "**/*.array_record*",
+}
 TRIALS = {"folder": 70, "jpeg": 70, "webdataset": 100, "tfds": 40}
 
 
@@ -37,7 +44,9 @@ def _mutated(content: bytes, rng: np.random.Generator) -> bytes:
 def _read_all(source: str, path: str, limit: float) -> tuple[list[dict], int] | str:
     """(the records of one epoch, number of broken ones), or the one line of a source that refuses."""
     try:
-        data = make_source(DataConfig(source=source, path=path, image_size=8, max_broken_fraction=limit))
+        data = make_source(
+            DataConfig(source=source, path=path, image_size=8, max_broken_fraction=limit)
+        )
         return [data[i] for i in range(len(data))], data.num_broken
     except ValueError as error:
         assert "\n" not in str(error) and path in str(error)
@@ -50,7 +59,9 @@ def test_mutated_files_are_counted_and_skipped_or_refused_in_one_line(kind, tmp_
     source = "folder" if kind == "jpeg" else kind
     LAYOUTS[source](tmp_path, PICTURES)
     captions, rng = {caption for _, caption in PICTURES}, np.random.default_rng(5)
-    pristine = {record["caption"]: record["image"] for record in _read_all(source, str(tmp_path), 0.0)[0]}
+    pristine = {
+        record["caption"]: record["image"] for record in _read_all(source, str(tmp_path), 0.0)[0]
+    }
     outcomes = collections.Counter()
     for _ in range(TRIALS[kind]):
         file = rng.choice(sorted(tmp_path.glob(FILES[kind])))
@@ -66,7 +77,9 @@ def test_mutated_files_are_counted_and_skipped_or_refused_in_one_line(kind, tmp_
                 assert record["image"].shape == (8, 8, 3) and record["image"].dtype == np.uint8
                 assert type(record["caption"]) is str
             if kind == "tfds":  # its checksums find every change
-                assert all((record["image"] == pristine[record["caption"]]).all() for record in records)
+                assert all(
+                    (record["image"] == pristine[record["caption"]]).all() for record in records
+                )
             if kind == "jpeg":
                 assert {record["caption"] for record in records} <= captions
             if broken:
@@ -86,9 +99,14 @@ def test_a_bad_tar_header_loses_its_record_only(tmp_path):
     for member in (b"000000000.jpg", b"000000005.jpg"):
         data[data.index(member) + 100] ^= 0x55  # the mode: the checksum no longer holds
     shard.write_bytes(data)
-    source = make_source(DataConfig(source="webdataset", path=str(tmp_path), max_broken_fraction=0.5))
+    source = make_source(
+        DataConfig(source="webdataset", path=str(tmp_path), max_broken_fraction=0.5)
+    )
     captions = {source[i]["caption"] for i in range(len(source))}
-    assert captions == {caption for _, caption in PICTURES} - {"picture number 0", "picture number 5"}
+    assert captions == {caption for _, caption in PICTURES} - {
+        "picture number 0",
+        "picture number 5",
+    }
     assert source.num_broken == 4  # the header, and the record that lacks its picture, twice
 
 
@@ -97,8 +115,12 @@ def test_a_shard_that_is_cut_off_keeps_what_is_whole(tmp_path):
     shard = tmp_path / "00001.tar"
     data = shard.read_bytes()
     shard.write_bytes(data[: data.index(b"000000009.jpg") + 600])
-    source = make_source(DataConfig(source="webdataset", path=str(tmp_path), max_broken_fraction=0.2))
-    assert [source[i]["caption"] for i in range(len(source))] == [f"picture number {i}" for i in range(9)]
+    source = make_source(
+        DataConfig(source="webdataset", path=str(tmp_path), max_broken_fraction=0.2)
+    )
+    assert [source[i]["caption"] for i in range(len(source))] == [
+        f"picture number {i}" for i in range(9)
+    ]
     assert source.num_broken == 1
 
 
@@ -121,7 +143,9 @@ def test_a_loader_counts_the_broken_records_of_all_its_workers(tmp_path, num_wor
         path.write_bytes(path.read_bytes()[:300])
 
     def epoch(limit):
-        source = make_source(DataConfig(source="folder", path=str(tmp_path), image_size=8, max_broken_fraction=limit))
+        source = make_source(
+            DataConfig(source="folder", path=str(tmp_path), image_size=8, max_broken_fraction=limit)
+        )
         loader = make_loader(source, batch_size=2, num_workers=num_workers)
         try:
             captions = itertools.chain(*(next(loader)["caption"] for _ in range(6)))

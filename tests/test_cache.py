@@ -1,4 +1,6 @@
-"""The cache of latents: what it holds, that it is complete or refused, and that training from it is training on pictures."""
+"""The cache of latents: what it holds, that it is complete or refused, and that training from it is
+training on pictures.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +34,36 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for i in range(COUNT):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(folder / f"{i}.png")
-    rows = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i} é" if i else ""}) + "\n" for i in range(COUNT)]
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)).save(
+            folder / f"{i}.png"
+        )
+    rows = [
+        json.dumps({"file_name": f"{i}.png", "text": f"picture {i} é" if i else ""}) + "\n"
+        for i in range(COUNT)
+    ]
     (folder / "metadata.jsonl").write_text("".join(rows))
     levels = dict(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
     )
-    save_vae(VAE(VAEConfig(**levels, norm_num_groups=4, scaling_factor=1.7), rngs=nnx.Rngs(0)), folder / "vae")
+    save_vae(
+        VAE(VAEConfig(**levels, norm_num_groups=4, scaling_factor=1.7), rngs=nnx.Rngs(0)),
+        folder / "vae",
+    )
     return folder
 
 
 def settings_of(folder, **changes):
-    latent = {"latent.vae": str(folder / "vae"), "model.in_channels": 4, "model.out_channels": 4, "train.batch_size": 4}
-    return parse(config_dict(**latent | {"data.source": "folder", "data.path": str(folder)} | changes))
+    latent = {
+        "latent.vae": str(folder / "vae"),
+        "model.in_channels": 4,
+        "model.out_channels": 4,
+        "train.batch_size": 4,
+    }
+    return parse(
+        config_dict(**latent | {"data.source": "folder", "data.path": str(folder)} | changes)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +91,16 @@ def test_records_are_the_autoencoders_moments_with_tokens_and_captions(folder, c
     assert records[0]["caption"] == "" and "é" in records[1]["caption"]
 
 
-def test_a_killed_run_goes_on_with_what_is_missing_and_half_a_shard_is_never_read(folder, cached, tmp_path):
+def test_a_killed_run_goes_on_with_what_is_missing_and_half_a_shard_is_never_read(
+    folder, cached, tmp_path
+):
     names = sorted(path.name for path in cached.glob("*.array_record"))
     for name in ("cache.json", names[0]):
         (tmp_path / name).write_bytes((cached / name).read_bytes())
     (tmp_path / f"{names[1]}.partial").write_bytes((cached / names[1]).read_bytes()[:100])
-    with pytest.raises(ValueError, match="1 of 3 shards are there; the same command as before goes on"):
+    with pytest.raises(
+        ValueError, match="1 of 3 shards are there; the same command as before goes on"
+    ):
         CacheSource(str(tmp_path))
     before = (tmp_path / names[0]).stat().st_mtime_ns
     _, new = write_cache(settings_of(folder), tmp_path, shard_size=4, batch_size=3, dtype="float32")
@@ -94,8 +117,15 @@ def open_loader(settings):
 
 
 def test_the_loss_from_the_cache_is_the_loss_on_the_pictures(folder, cached):
-    pixels, latents = settings_of(folder), settings_of(folder, **{"data.source": "cache", "data.path": str(cached)})
-    graph, params, frozen = model_graph(pixels), jax.jit(lambda: init_state(pixels))().params, load_frozen(pixels)
+    pixels, latents = (
+        settings_of(folder),
+        settings_of(folder, **{"data.source": "cache", "data.path": str(cached)}),
+    )
+    graph, params, frozen = (
+        model_graph(pixels),
+        jax.jit(lambda: init_state(pixels))().params,
+        load_frozen(pixels),
+    )
     losses = []
     for settings in (pixels, latents):
         tokenizer, loader = open_loader(settings)
@@ -103,9 +133,16 @@ def test_the_loss_from_the_cache_is_the_loss_on_the_pictures(folder, cached):
         loader.close()
         assert ("image" in batch) == (settings is pixels)
         del batch["caption"]
-        batch, null = draw(jax.random.key(0), batch, settings), null_caption(tokenizer, settings.data.max_length)
+        batch, null = (
+            draw(jax.random.key(0), batch, settings),
+            null_caption(tokenizer, settings.data.max_length),
+        )
         schedule = settings.diffusion.make_schedule()
-        loss = jax.jit(lambda batch: loss_fn(build_model(graph, params, frozen), batch, null, schedule, settings)[0])
+        loss = jax.jit(
+            lambda batch: loss_fn(
+                build_model(graph, params, frozen), batch, null, schedule, settings
+            )[0]
+        )
         losses.append(float(loss(batch)))
     assert losses[0] > 0.1
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
@@ -127,7 +164,9 @@ def test_a_cache_of_something_else_is_refused_in_one_line(folder, cached, tmp_pa
         open_loader(settings_of(folder, **cache | {"data.max_length": 13}))
     with pytest.raises(ValueError, match="a cache of the split 'train', not of 'heldout'"):
         make_source(settings_of(folder, **cache).data, "heldout")
-    with pytest.raises(ValueError, match="holds another cache, dtype is 'float32' there and 'float16' here"):
+    with pytest.raises(
+        ValueError, match="holds another cache, dtype is 'float32' there and 'float16' here"
+    ):
         write_cache(settings_of(folder), cached, shard_size=4)
     with pytest.raises(ValueError, match="holds no cache .no cache.json."):
         read_cache(tmp_path)
@@ -142,4 +181,7 @@ def test_a_cache_of_something_else_is_refused_in_one_line(folder, cached, tmp_pa
 
 def test_the_command_refuses_a_config_of_pixels_in_one_line(tmp_path):
     run = command("data.cache", "--config=configs/base.py", f"--out={tmp_path}")
-    assert run.returncode == 2 and "error: latent.vae='': a cache needs the autoencoder's folder" in run.stderr, run.stderr
+    assert (
+        run.returncode == 2
+        and "error: latent.vae='': a cache needs the autoencoder's folder" in run.stderr
+    ), run.stderr

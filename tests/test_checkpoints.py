@@ -29,8 +29,12 @@ def state_at(step: int) -> TrainState:
     """A state whose every array says which step it is of."""
     params = {"kernel": jnp.full((8, 6), step, jnp.float32), "bias": jnp.arange(8.0) + step}
     return TrainState(
-        step=jnp.asarray(step, jnp.int32), params=params, ema=jax.tree.map(lambda x: x + 0.5, params),
-        opt_state={"mu": params}, key=jax.random.key_data(jax.random.key(step)), metric_sums=zero_metrics(),
+        step=jnp.asarray(step, jnp.int32),
+        params=params,
+        ema=jax.tree.map(lambda x: x + 0.5, params),
+        opt_state={"mu": params},
+        key=jax.random.key_data(jax.random.key(step)),
+        metric_sums=zero_metrics(),
     )
 
 
@@ -38,7 +42,9 @@ def save_steps(workdir, steps, **options):
     manager = checkpoints.open_manager(workdir, **{"keep": 2} | options)
     with checkpoints.closing(manager, workdir):
         for step in steps:
-            checkpoints.save(manager, state_at(step), {"next_batch": step}, {"loss": abs(step - 3.0)})
+            checkpoints.save(
+                manager, state_at(step), {"next_batch": step}, {"loss": abs(step - 3.0)}
+            )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +78,9 @@ def test_whole_checkpoints_are_read_and_no_file_but_the_manifest_is_left_out_of_
 
 
 def test_of_200_truncations_and_bit_flips_none_is_loaded_silently(workdir, caplog):
-    """Each damages one file of the newest checkpoint; the one before is what is read, or nothing has changed."""
+    """Each damages one file of the newest checkpoint; the one before is what is read, or nothing
+    has changed.
+    """
     rng, folder = random.Random(0), workdir / "checkpoints" / "2"
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     assert len(files) > 5
@@ -91,7 +99,10 @@ def test_of_200_truncations_and_bit_flips_none_is_loaded_silently(workdir, caplo
         with caplog.at_level(logging.WARNING, "contextdiff_jax"):
             step = checkpoints.newest_good(workdir)
         if step == 2:  # harmless: what Orbax notes last and nobody reads, or nothing at all
-            assert not changed or path.name in (checkpoints.METADATA, "commit_success.txt"), (trial, path)
+            assert not changed or path.name in (checkpoints.METADATA, "commit_success.txt"), (
+                trial,
+                path,
+            )
             harmless += changed
         else:
             assert "checkpoint 2 is skipped" in caplog.text and "damaged" in caplog.text
@@ -110,7 +121,9 @@ def test_a_missing_file_is_damage_and_a_run_that_resumes_can_save_that_step_agai
 
 
 def test_an_unfinished_save_is_not_there(workdir):
-    shutil.copytree(workdir / "checkpoints" / "2", workdir / "checkpoints" / "3.orbax-checkpoint-tmp")
+    shutil.copytree(
+        workdir / "checkpoints" / "2", workdir / "checkpoints" / "3.orbax-checkpoint-tmp"
+    )
     assert newest(workdir) == 2
     save_steps(workdir, (3,))  # and its place is free
     assert newest(workdir) == 3 and not list((workdir / "checkpoints").glob("*tmp*"))
@@ -118,12 +131,16 @@ def test_an_unfinished_save_is_not_there(workdir):
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     save_steps(tmp_path, range(1, 8), keep=2, best=1)  # the loss is lowest at step 3
-    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == [3, 6, 7]
+    assert sorted(
+        int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()
+    ) == [3, 6, 7]
 
 
 def test_an_average_is_read_alone_and_in_bf16(workdir):
     place = NamedSharding(Mesh(np.array(jax.devices()[:1]), "x"), P())
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=place), state_at(0).ema)
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=place), state_at(0).ema
+    )
     ema, step = checkpoints.restore_weights(workdir, abstract)
     assert step == 2 and ema["kernel"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(ema["kernel"].astype(jnp.float32), np.full((8, 6), 2.5))
@@ -133,13 +150,20 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(tmp_path):
     """A file system of 1 MiB, and a state of 2 MiB after one of 3 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]).returncode
+    ):
         pytest.skip("needs the right to mount a file system")
     try:
         save_steps(disk, (1,))
-        big = dataclasses.replace(state_at(2), opt_state={"mu": jax.random.normal(jax.random.key(0), (1 << 19,))})
+        big = dataclasses.replace(
+            state_at(2), opt_state={"mu": jax.random.normal(jax.random.key(0), (1 << 19,))}
+        )
         manager = checkpoints.open_manager(disk)
-        with pytest.raises(RunError, match=r"checkpoint.*could not be written.*[Nn]o space left.*step 1 is kept") as error:
+        with pytest.raises(
+            RunError, match=r"checkpoint.*could not be written.*[Nn]o space left.*step 1 is kept"
+        ) as error:
             with checkpoints.closing(manager, disk):
                 checkpoints.save(manager, big, {"next_batch": 2})
         assert "\n" not in str(error.value)

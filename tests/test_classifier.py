@@ -11,12 +11,15 @@ from contextdiff_jax.evaluation import classifier as c
 from contextdiff_jax.evaluation.features import extract
 from contextdiff_jax.evaluation.metrics import classifier_source, feature_fns, splits
 
-# Without LLVM's optimisations XLA:CPU (jaxlib 0.10.2) gives NaN for some gradients of this network; with them none was seen.
+# Without LLVM's optimisations XLA:CPU (jaxlib 0.10.2) gives NaN for some gradients of this network;
+# with them none was seen.
 pytestmark = pytest.mark.usefixtures("optimised")
 
 
 def coloured(count, seed):
-    """Noisy pictures of one colour, with bright rows, dark columns, both or neither: two attributes easy to see."""
+    """Noisy pictures of one colour, with bright rows, dark columns, both or neither: two attributes
+    easy to see.
+    """
     rng = np.random.default_rng(seed)
     images, labels = [], []
     for _ in range(count):
@@ -57,7 +60,9 @@ def test_features_are_what_the_answers_are_made_of_and_have_unit_scale(trained):
     fns = feature_fns(trained)
     images, _ = coloured(50, 2)
     features = extract(fns["features"], images, batch_size=16)
-    logits = np.maximum(features, 0) @ np.asarray(trained.out.kernel[...]) + np.asarray(trained.out.bias[...])
+    logits = np.maximum(features, 0) @ np.asarray(trained.out.kernel[...]) + np.asarray(
+        trained.out.bias[...]
+    )
     np.testing.assert_allclose(extract(fns["logits"], images), logits, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose((features**2).mean(1), 1, rtol=1e-2)
 
@@ -72,7 +77,9 @@ def test_a_saved_classifier_gives_the_same_answers(trained, tmp_path):
 
 
 def test_a_folder_without_or_with_another_classifier_is_refused_in_one_line(trained, tmp_path):
-    with pytest.raises(ValueError, match="holds no classifier.*train one with contextdiff_jax.train_classifier"):
+    with pytest.raises(
+        ValueError, match="holds no classifier.*train one with contextdiff_jax.train_classifier"
+    ):
         c.load_classifier(tmp_path)
     c.save_classifier(trained, tmp_path, {})
     report = json.loads((tmp_path / c.REPORT_FILE).read_text())
@@ -86,18 +93,31 @@ def test_a_folder_without_or_with_another_classifier_is_refused_in_one_line(trai
 
 
 def test_labels_are_read_from_scenes_and_from_metadata():
-    first, second = dict(shape="circle", colour="red", size="small"), dict(shape="cross", colour="red", size="large")
+    first, second = (
+        dict(shape="circle", colour="red", size="small"),
+        dict(shape="cross", colour="red", size="large"),
+    )
     scene = {"objects": [first, second], "relation": "above"}
-    assert c.read_labels(scene) == {"shape": ("circle", "cross"), "colour": ("red",), "size": ("large", "small")}
+    assert c.read_labels(scene) == {
+        "shape": ("circle", "cross"),
+        "colour": ("red",),
+        "size": ("large", "small"),
+    }
     record = {"vendor": "noto", "skin_tone": None, "width": 64}
     assert c.read_labels(record) == {"vendor": ("noto",), "skin_tone": ("none",)}
 
 
 def test_attributes_are_the_fields_with_a_few_frequent_values():
-    rows = [{"style": "ab"[i % 2], "name": f"name {i}", "same": "x", "tone": "cd"[i % 3 == 0]} for i in range(1000)]
+    rows = [
+        {"style": "ab"[i % 2], "name": f"name {i}", "same": "x", "tone": "cd"[i % 3 == 0]}
+        for i in range(1000)
+    ]
     rows[5]["tone"] = "rare"
     attributes = c.choose_attributes([c.read_labels(row) for row in rows])
-    assert {a.name: a.values for a in attributes} == {"style": ("a", "b"), "tone": ("c", "d", "other")}
+    assert {a.name: a.values for a in attributes} == {
+        "style": ("a", "b"),
+        "tone": ("c", "d", "other"),
+    }
     with pytest.raises(ValueError, match="no attribute of its records has 2 to 64 frequent"):
         c.choose_attributes([{"same": ("x",)}] * 10)
 
@@ -105,8 +125,10 @@ def test_attributes_are_the_fields_with_a_few_frequent_values():
 def test_answers_are_right_only_if_every_value_is():
     attributes = (c.Attribute("one", ("a", "b"), False), c.Attribute("many", ("x", "y"), True))
     labels = [
-        {"one": ("a",), "many": ("x", "y")}, {"one": ("b",), "many": ("x",)},
-        {"one": ("b",), "many": ()}, {"one": ("never seen",), "many": ("y",)},
+        {"one": ("a",), "many": ("x", "y")},
+        {"one": ("b",), "many": ("x",)},
+        {"one": ("b",), "many": ()},
+        {"one": ("never seen",), "many": ("y",)},
     ]
     logits = np.array([[2, 1, 3, 3], [2, 1, 3, 3], [0, 1, -1, -2], [0, 1, -1, 2]], float)
     right = c.correct(logits, labels, attributes)
@@ -119,17 +141,28 @@ def test_the_judge_of_scenes_learns_every_combination_from_scenes_that_are_not_e
     source, heldout = classifier_source(data), splits(data)["held-out combinations"]
     triples = {source.scene(i).objects[0].triple for i in range(2000)}
     assert {heldout.scene(i).objects[0].triple for i in range(300)} <= triples
-    assert source.config.seed not in {s.config.seed for s in splits(data).values()} | {data.scene_seed}
+    assert source.config.seed not in {s.config.seed for s in splits(data).values()} | {
+        data.scene_seed
+    }
 
 
 def test_the_command_writes_a_classifier_and_says_how_good_it_is(tmp_path):
     done = command(
-        "train_classifier", "--config=configs/base.py", f"--workdir={tmp_path}", "--steps=20", "--num=120",
-        "--batch_size=16", tiny=True,
+        "train_classifier",
+        "--config=configs/base.py",
+        f"--workdir={tmp_path}",
+        "--steps=20",
+        "--num=120",
+        "--batch_size=16",
+        tiny=True,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / c.REPORT_FILE).read_text())
-    assert {a["name"] for a in report["attributes"]} == {"shape", "colour", "size"} == set(report["accuracy"])
+    assert (
+        {a["name"] for a in report["attributes"]}
+        == {"shape", "colour", "size"}
+        == set(report["accuracy"])
+    )
     assert report["pictures"] == 108 and report["pictures_kept_aside"] == 12
     for name, estimate in report["accuracy"].items():
         assert estimate["low"] <= estimate["value"] <= estimate["high"]

@@ -12,7 +12,12 @@ from flax import nnx
 from torch_models import assert_close, assert_same_tensors, nchw, normal, randomised
 
 from contextdiff_jax.models.clip import CLIPText, CLIPTextConfig
-from contextdiff_jax.pretrained import load_clip_text, load_clip_vision, save_clip_text, save_clip_vision
+from contextdiff_jax.pretrained import (
+    load_clip_text,
+    load_clip_vision,
+    save_clip_text,
+    save_clip_vision,
+)
 
 TEXT = {
     # name: (with a projection, config)
@@ -49,7 +54,9 @@ def _built(cases, name, load, tmp_path_factory):
     built = {}
     for case, (projection, config) in cases.items():
         folder = tmp_path_factory.mktemp(case)
-        torch_class = getattr(transformers, name + "Model" + ("WithProjection" if projection else ""))
+        torch_class = getattr(
+            transformers, name + "Model" + ("WithProjection" if projection else "")
+        )
         model = randomised(torch_class(getattr(transformers, name + "Config")(**config)))
         model.save_pretrained(folder)
         built[case] = model, folder, load(folder)
@@ -62,7 +69,9 @@ def run(module, *inputs):
 
 
 def token_ids(config: dict, length: int) -> np.ndarray:
-    """Three texts with their end token in different places; one has it twice, one has larger ids after it."""
+    """Three texts with their end token in different places; one has it twice, one has larger ids
+    after it.
+    """
     ids = np.random.default_rng(0).integers(8, config["vocab_size"] - 2, (3, length))
     eos = config["eos_token_id"]
     end = config["vocab_size"] - 1 if eos == 2 else eos
@@ -73,7 +82,9 @@ def token_ids(config: dict, length: int) -> np.ndarray:
 def check_text(model, module, ids, mask=None):
     with torch.no_grad():
         expected = model(
-            torch.tensor(ids), attention_mask=None if mask is None else torch.tensor(mask), output_hidden_states=True
+            torch.tensor(ids),
+            attention_mask=None if mask is None else torch.tensor(mask),
+            output_hidden_states=True,
         )
     output = run(module, jnp.asarray(ids), *(() if mask is None else (jnp.asarray(mask),)))
     assert_close(output.last, expected.last_hidden_state)
@@ -82,7 +93,11 @@ def check_text(model, module, ids, mask=None):
     else:
         assert output.projected is None
         assert_close(output.pooled, expected.pooler_output)
-    assert len(output.hidden_states) == len(expected.hidden_states) == module.config.num_hidden_layers + 1
+    assert (
+        len(output.hidden_states)
+        == len(expected.hidden_states)
+        == module.config.num_hidden_layers + 1
+    )
     for ours, theirs in zip(output.hidden_states, expected.hidden_states):
         assert_close(ours, theirs)
 
@@ -103,8 +118,15 @@ def test_text_with_an_attention_mask_and_a_shorter_length_equals_transformers(te
     ids[1, 1] += 1  # seen by the tokens that follow
     masked = np.asarray(run(module, jnp.asarray(ids), jnp.asarray(mask)).last)
     ids[1, 3:] = 9  # padding
-    np.testing.assert_allclose(run(module, jnp.asarray(ids), jnp.asarray(mask)).last[1, :3], masked[1, :3], atol=1e-6)
-    assert np.abs(np.asarray(run(module, jnp.asarray(ids), jnp.asarray(mask | True)).last) - masked)[1, 4:].max() > 0.01
+    np.testing.assert_allclose(
+        run(module, jnp.asarray(ids), jnp.asarray(mask)).last[1, :3], masked[1, :3], atol=1e-6
+    )
+    assert (
+        np.abs(np.asarray(run(module, jnp.asarray(ids), jnp.asarray(mask | True)).last) - masked)[
+            1, 4:
+        ].max()
+        > 0.01
+    )
 
 
 def test_a_token_sees_only_what_is_before_it(texts):
@@ -144,19 +166,25 @@ def test_a_saved_text_encoder_has_the_same_bits_and_transformers_reads_it(texts,
 
 
 @pytest.mark.parametrize("name", VISION)
-def test_a_saved_vision_encoder_has_the_same_bits_and_transformers_reads_it(visions, tmp_path, name):
+def test_a_saved_vision_encoder_has_the_same_bits_and_transformers_reads_it(
+    visions, tmp_path, name
+):
     model, folder, module = visions[name]
     save_clip_vision(module, tmp_path)
     assert_same_tensors(folder, tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
-    for (key, ours), theirs in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
+    for (key, ours), theirs in zip(
+        again.state_dict().items(), model.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs), key
     assert load_clip_vision(tmp_path).config == module.config
 
 
 def test_both_encoders_are_read_from_a_folder_of_the_whole_clip(tmp_path):
     text = TEXT["sd2"][1]
-    config = transformers.CLIPConfig(text_config=text, vision_config=VISION["plain"][1], projection_dim=6)
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config=VISION["plain"][1], projection_dim=6
+    )
     model = randomised(transformers.CLIPModel(config))
     model.save_pretrained(tmp_path)
     ids, images = token_ids(text, 6), normal(2, 12, 12, 3)
@@ -185,8 +213,13 @@ def test_sizes_that_do_not_fit_are_named(texts, visions):
 def test_new_encoders_are_initialised_and_bfloat16_products_keep_the_parameters(texts):
     fresh = nnx.jit(lambda: CLIPText(texts["xl"][2].config, rngs=nnx.Rngs(0)))()
     ids = jnp.asarray(token_ids(TEXT["xl"][1], 7))
-    assert np.isfinite(run(fresh, ids).projected).all() and np.asarray(run(fresh, ids).projected).std() > 0.01
+    assert (
+        np.isfinite(run(fresh, ids).projected).all()
+        and np.asarray(run(fresh, ids).projected).std() > 0.01
+    )
     half = load_clip_text(texts["xl"][1], dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
-    difference = np.abs(np.asarray(run(half, ids).last, np.float32) - np.asarray(run(texts["xl"][2], ids).last))
+    difference = np.abs(
+        np.asarray(run(half, ids).last, np.float32) - np.asarray(run(texts["xl"][2], ids).last)
+    )
     assert 0 < difference.max() < 0.3

@@ -18,8 +18,13 @@ from contextdiff_jax.evaluation.moving_shapes import paired, score_edit
 def film(frames: int = 6, height: int = 32, width: int = 48) -> np.ndarray:
     """A smooth picture that moves two pixels a frame."""
     y, x = np.mgrid[:height, : width + 2 * frames]
-    wide = np.stack([127 + 100 * np.sin(x / 5), 127 + 100 * np.cos(y / 4), 127 + 80 * np.sin((x + y) / 7)], axis=-1)
-    return np.stack([wide[:, 2 * i : 2 * i + width] for i in range(frames)]).round().astype(np.uint8)
+    wide = np.stack(
+        [127 + 100 * np.sin(x / 5), 127 + 100 * np.cos(y / 4), 127 + 80 * np.sin((x + y) / 7)],
+        axis=-1,
+    )
+    return (
+        np.stack([wide[:, 2 * i : 2 * i + width] for i in range(frames)]).round().astype(np.uint8)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +43,18 @@ def test_a_clip_is_read_back_from_every_kind_of_file(files, name, decibel):
 
 
 def test_start_stride_and_count_choose_the_frames(files):
-    np.testing.assert_array_equal(read_clip(files / "frames", num_frames=2, start=1, stride=3), film()[[1, 4]])
-    np.testing.assert_array_equal(read_clip(files / "frames", num_frames=0, start=2, stride=2), film()[[2, 4]])
+    np.testing.assert_array_equal(
+        read_clip(files / "frames", num_frames=2, start=1, stride=3), film()[[1, 4]]
+    )
+    np.testing.assert_array_equal(
+        read_clip(files / "frames", num_frames=0, start=2, stride=2), film()[[2, 4]]
+    )
 
 
 def test_frames_are_scaled_to_cover_the_size_and_cut_about_the_middle():
-    """A picture twice as wide as high, cut to a square: its outer quarters are gone, and a disc stays a disc."""
+    """A picture twice as wide as high, cut to a square: its outer quarters are gone, and a disc
+    stays a disc.
+    """
     frame = np.zeros((40, 80, 3), np.uint8)
     frame[:, :20], frame[:, 60:] = (255, 0, 0), (0, 0, 255)
     frame[14:26, 34:46] = 255
@@ -79,13 +90,16 @@ def broken_picture(folder):
     return folder
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda folder: folder / "nowhere", "no such file or folder"),
-    (lambda folder: folder, "has no frames"),
-    (broken_film, "can't be decoded"),
-    (different_sizes, "frame 1 is 8 x 9, the first 8 x 8"),
-    (broken_picture, "can't be read as a picture"),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda folder: folder / "nowhere", "no such file or folder"),
+        (lambda folder: folder, "has no frames"),
+        (broken_film, "can't be decoded"),
+        (different_sizes, "frame 1 is 8 x 9, the first 8 x 8"),
+        (broken_picture, "can't be read as a picture"),
+    ],
+)
 def test_a_clip_that_cannot_be_read_is_one_line(tmp_path, make, words):
     with pytest.raises(ValueError, match="video.path=.*" + words) as error:
         read_clip(make(tmp_path), num_frames=2)
@@ -93,7 +107,9 @@ def test_a_clip_that_cannot_be_read_is_one_line(tmp_path, make, words):
 
 
 def test_fewer_frames_than_asked_is_one_line(files):
-    with pytest.raises(ValueError, match=r"has 6 frames; video.num_frames=4 from video.start=1 .* needs at least 8"):
+    with pytest.raises(
+        ValueError, match=r"has 6 frames; video.num_frames=4 from video.start=1 .* needs at least 8"
+    ):
         read_clip(files / "frames", num_frames=4, start=1, stride=2)
     with pytest.raises(ValueError, match="has 6 frames"):
         read_clip(files / "clip.mp4", num_frames=7)
@@ -120,7 +136,9 @@ def test_the_strip_has_every_clip_and_frame():
 
 def test_psnr_and_ssim_are_their_definitions():
     clip = film(2)
-    noisy = np.clip(clip.astype(int) + np.random.default_rng(0).integers(-9, 10, clip.shape), 0, 255).astype(np.uint8)
+    noisy = np.clip(
+        clip.astype(int) + np.random.default_rng(0).integers(-9, 10, clip.shape), 0, 255
+    ).astype(np.uint8)
     mse = ((clip.astype(float) - noisy) ** 2).mean()
     assert scores.psnr(noisy, clip) == pytest.approx(10 * np.log10(255**2 / mse))
     assert scores.psnr(clip, clip) == float("inf")
@@ -135,7 +153,11 @@ def test_psnr_and_ssim_are_their_definitions():
     kernel = np.outer(kernel, kernel) / kernel.sum() ** 2
     a, b = (c[0, 10:21, 20:31, 1].astype(float) for c in (clip, noisy))
     ma, mb = (kernel * a).sum(), (kernel * b).sum()
-    va, vb, cov = (kernel * a * a).sum() - ma**2, (kernel * b * b).sum() - mb**2, (kernel * a * b).sum() - ma * mb
+    va, vb, cov = (
+        (kernel * a * a).sum() - ma**2,
+        (kernel * b * b).sum() - mb**2,
+        (kernel * a * b).sum() - ma * mb,
+    )
     c1, c2 = 6.5025, 58.5225
     expected = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
     assert scores.ssim_map(clip[0], noisy[0])[15, 25, 1] == pytest.approx(expected, rel=1e-6)
@@ -147,7 +169,9 @@ def test_the_warping_error_follows_the_motion():
     still = ((clip[1:].astype(float) - clip[:-1]) ** 2).mean() / 255**2
     assert scores.warping_error(clip) < 0.05 * still
     flicker = clip.astype(int) + np.array([0, 40, 0, 40])[:, None, None, None]
-    assert scores.warping_error(np.clip(flicker, 0, 255).astype(np.uint8), clip) > 20 * scores.warping_error(clip)
+    assert scores.warping_error(
+        np.clip(flicker, 0, 255).astype(np.uint8), clip
+    ) > 20 * scores.warping_error(clip)
     assert np.isnan(scores.warping_error(clip[:1]))
 
 
@@ -159,7 +183,9 @@ def test_moving_shapes_are_what_their_captions_say_and_move(seed):
     for name in EDITS:
         edited = frames_of(moving.edited[name], 16)
         assert caption(moving.edited[name][0]) != moving.prompt
-        assert all(check(frame, scene)["exact"] for frame, scene in zip(edited, moving.edited[name]))
+        assert all(
+            check(frame, scene)["exact"] for frame, scene in zip(edited, moving.edited[name])
+        )
         outside = ~mask_of(clip, edited)
         np.testing.assert_array_equal(clip[outside], edited[outside])
         assert 0.3 < outside.mean() < 0.98
@@ -169,9 +195,19 @@ def test_the_true_edit_has_full_marks_and_the_source_none():
     moving = make_moving_shape(3)
     for name in EDITS:
         right = score_edit(frames_of(moving.edited[name], 16), moving, name)
-        assert right == {"changed": 1, "kept": 1, "motion": 1, "exact": 1, "background_psnr": 100, "psnr": 100}
+        assert right == {
+            "changed": 1,
+            "kept": 1,
+            "motion": 1,
+            "exact": 1,
+            "background_psnr": 100,
+            "psnr": 100,
+        }
         unedited = score_edit(frames_of(moving.scenes, 16), moving, name)
-        assert unedited["changed"] == unedited["exact"] == 0 and unedited["kept"] == unedited["motion"] == 1
+        assert (
+            unedited["changed"] == unedited["exact"] == 0
+            and unedited["kept"] == unedited["motion"] == 1
+        )
         still = np.repeat(frames_of(moving.edited[name], 16)[:1], 8, axis=0)
         assert score_edit(still, moving, name)["motion"] < 1
         assert score_edit(still, moving, name)["background_psnr"] < 40
@@ -188,5 +224,6 @@ def test_the_clip_is_written_with_its_prompts(tmp_path, capsys):
     assert main(["--out", str(tmp_path), "--seed", "3", "--num_frames", "3"]) == 0
     assert make_moving_shape(3).prompt in capsys.readouterr().out
     np.testing.assert_array_equal(
-        read_clip(tmp_path / "shape", num_frames=3), frames_of(make_moving_shape(3, 3).edited["shape"], 16)
+        read_clip(tmp_path / "shape", num_frames=3),
+        frames_of(make_moving_shape(3, 3).edited["shape"], 16),
     )

@@ -1,4 +1,6 @@
-"""Bad input: one line that names the field, the value and what is allowed, exit status 2. What every command sets up."""
+"""Bad input: one line that names the field, the value and what is allowed, exit status 2. What
+every command sets up.
+"""
 
 import json
 import os
@@ -21,17 +23,29 @@ TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")
     [
         ((*TRAIN, "--config.train.stepz=5"), "stepz.*steps"),
         ((*TRAIN, "--config.trian.steps=5"), "unknown section.*trian"),
-        ((*TRAIN, "--config.context.shift=foo"), "context.shift='foo': unknown; one of quadratic, prior"),
-        ((*TRAIN, "--config.diffusion.schedule=foo"), "diffusion.schedule='foo': unknown; one of linear"),
+        (
+            (*TRAIN, "--config.context.shift=foo"),
+            "context.shift='foo': unknown; one of quadratic, prior",
+        ),
+        (
+            (*TRAIN, "--config.diffusion.schedule=foo"),
+            "diffusion.schedule='foo': unknown; one of linear",
+        ),
         ((*TRAIN, "--config.data.source=foo"), "data.source='foo': unknown; one of shapes, folder"),
         ((*TRAIN, "--config.sample.sampler=foo"), "sampler='foo': unknown; one of ddpm, ddim"),
         ((*TRAIN, "--config.sample.eta=1.5"), r"eta=1.5: must lie in \[0, 1\]"),
         ((*TRAIN, "--config.mesh.data=3"), "mesh=.*number of devices, 8"),
-        ((*TRAIN, "--config.train.batch_size=12"), "train.batch_size=12: must be a multiple of .* 8"),
+        (
+            (*TRAIN, "--config.train.batch_size=12"),
+            "train.batch_size=12: must be a multiple of .* 8",
+        ),
         (("sample", "--workdir=unused"), "--prompt: the list is empty"),
         (("sample", "--workdir=nowhere", "--prompt=a"), "--workdir=nowhere: holds no run"),
         (("sample", "--workdir=nowhere", "--prompt=a", "--eta=2"), "eta=2.0: must lie in"),
-        (("evaluate", "--workdir=nowhere", "--metrics=foo"), "'foo': unknown; one of composition, bound, branches, fid"),
+        (
+            ("evaluate", "--workdir=nowhere", "--metrics=foo"),
+            "'foo': unknown; one of composition, bound, branches, fid",
+        ),
         (("evaluate", "--workdir=nowhere", "--metrics=fid"), "--workdir=nowhere: holds no run"),
         (("benchmark", "--mode=reuse", "--workdir=nowhere"), "--workdir=nowhere: holds no run"),
         (("train_classifier", "--config=configs/shapes.py"), "--workdir: missing; name the folder"),
@@ -49,7 +63,11 @@ def test_bad_input_gets_one_line_and_status_2(arguments, message):
 
 def test_broken_metadata_lines_are_counted_and_a_large_share_stops_the_run(tmp_path):
     Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
-    rows = [{"file_name": "a.png", "text": "red"}, {"file_name": "a.png"}, {"file_name": "gone.png", "text": "gone"}]
+    rows = [
+        {"file_name": "a.png", "text": "red"},
+        {"file_name": "a.png"},
+        {"file_name": "gone.png", "text": "gone"},
+    ]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = command(*TRAIN, "--config.data.source=folder", f"--config.data.path={tmp_path}")
     assert result.returncode == 2
@@ -58,7 +76,9 @@ def test_broken_metadata_lines_are_counted_and_a_large_share_stops_the_run(tmp_p
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_freed_memory_is_not_paid_for_again(kept):
-    """As XLA's temporaries do at each step: 64 MiB are taken, written and freed; the second time costs no page fault."""
+    """As XLA's temporaries do at each step: 64 MiB are taken, written and freed; the second time
+    costs no page fault.
+    """
     code = (
         "import glob, resource, threading; from contextdiff_jax import cli; glob.glob = lambda pattern: []\n"
         f"cli.keep_freed_memory() if {kept} else None\n"
@@ -67,8 +87,12 @@ def test_freed_memory_is_not_paid_for_again(kept):
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "run(); before = faults(); run(); print(faults() - before)\n"
     )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GLIBC")} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("GLIBC")
+    } | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert (int(done.stdout) < 1000) == kept, done.stdout
 
 

@@ -18,14 +18,23 @@ from contextdiff_jax.data.shapes import (
     caption,
     render,
 )
-from contextdiff_jax.evaluation.composition import MAX_COLOUR_DISTANCE, check, composition, find_objects
+from contextdiff_jax.evaluation.composition import (
+    MAX_COLOUR_DISTANCE,
+    check,
+    composition,
+    find_objects,
+)
 
 IMAGE_SIZES = (16, 32, 64)
 
 
 def _scenes(image_size: int, count: int, num_objects=(1, 3)) -> list[Scene]:
     config = ShapesConfig(
-        image_size=image_size, split="all", num_objects=num_objects, backgrounds=tuple(BACKGROUNDS), seed=7
+        image_size=image_size,
+        split="all",
+        num_objects=num_objects,
+        backgrounds=tuple(BACKGROUNDS),
+        seed=7,
     )
     source = ShapesSource(config)
     return [source.scene(i) for i in range(count)]
@@ -73,7 +82,9 @@ def test_an_object_of_another_colour_shape_or_size_is_not_exact(image_size):
         shape = _change(scene, last, shape=_other(scene.objects[last].shape, SHAPES))
         result = check(render(shape, image_size), text)
         assert not result["exact"] and result["shape"] < 1 and result["count"]
-        if scene.objects[last].size == "large":  # a grown object could touch others or leave the picture
+        if (
+            scene.objects[last].size == "large"
+        ):  # a grown object could touch others or leave the picture
             shrunk = render(_change(scene, last, size="small"), image_size)
             assert not check(shrunk, text)["exact"] and check(shrunk, text)["size"] < 1
 
@@ -94,9 +105,12 @@ def test_a_moved_object_is_not_exact(image_size):
     """Checked by caption where it names a place, and by scene always."""
     for scene in _scenes(image_size, 150):
         if len(scene.objects) == 2:
-            turned = [dataclasses.replace(o, centre=tuple(1 - v for v in o.centre)) for o in scene.objects]
+            turned = [
+                dataclasses.replace(o, centre=tuple(1 - v for v in o.centre)) for o in scene.objects
+            ]
             result = check(
-                render(dataclasses.replace(scene, objects=tuple(turned)), image_size), caption(scene)
+                render(dataclasses.replace(scene, objects=tuple(turned)), image_size),
+                caption(scene),
             )
             assert not result["exact"] and result["relation"] == 0
             assert result["count"] and result["shape"] == result["colour"] == result["size"] == 1
@@ -151,7 +165,14 @@ def test_what_is_no_known_shape_or_colour_is_unknown():
 def test_a_picture_without_objects_scores_zero():
     empty = np.full((32, 32, 3), BACKGROUNDS["dark"], np.uint8)
     result = check(empty, "a small red square left of a large blue circle")
-    assert result == {"exact": False, "count": False, "shape": 0, "colour": 0, "size": 0, "relation": 0}
+    assert result == {
+        "exact": False,
+        "count": False,
+        "shape": 0,
+        "colour": 0,
+        "size": 0,
+        "relation": 0,
+    }
 
 
 def test_random_pixels_are_never_exact():
@@ -180,7 +201,9 @@ def test_composition_averages_by_the_number_of_objects():
 def test_composition_leaves_out_what_no_caption_asks_for():
     scene = Scene(objects=(Object(shape="circle", colour="cyan", size="large", centre=(0.5, 0.5)),))
     result = composition([render(scene, 32)], [caption(scene)])
-    assert result == {name: 1.0 for name in ("colour", "count", "exact", "exact_1", "shape", "size")}
+    assert result == {
+        name: 1.0 for name in ("colour", "count", "exact", "exact_1", "shape", "size")
+    }
 
 
 def test_bad_input_is_refused_in_one_line():

@@ -1,4 +1,6 @@
-"""The configs in configs/: each loads and is accepted, or says which of the folders that it needs is not there."""
+"""The configs in configs/: each loads and is accepted, or says which of the folders that it needs
+is not there.
+"""
 
 import importlib
 

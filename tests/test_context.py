@@ -41,7 +41,9 @@ def test_context_is_exactly_zero_at_the_start_yet_its_gain_learns(kind):
     model, (x0, text, mask, t) = network(gamma=0, kind=kind), inputs()
     assert (model(x0, text, mask, t) == 0).all()
     graph, state = nnx.split(model)
-    grads = jax.grad(lambda state: jnp.sum((nnx.merge(graph, state)(x0, text, mask, t) - 1) ** 2))(state)
+    grads = jax.grad(lambda state: jnp.sum((nnx.merge(graph, state)(x0, text, mask, t) - 1) ** 2))(
+        state
+    )
     assert float(jnp.abs(grads["gamma"][...])) > 1e-4
 
 
@@ -67,17 +69,25 @@ def test_only_affine_is_linear_in_the_picture_so_that_the_plugged_in_mean_is_the
 
 
 def test_an_affine_context_reaches_its_bound_where_every_pixel_is_as_bad_as_can_be():
-    """One output a token: the largest picture has the signs of its row of the matrix, turned to the constant's sign."""
+    """One output a token: the largest picture has the signs of its row of the matrix, turned to the
+    constant's sign.
+    """
     model = network(kind="affine", gamma=20.0)  # tanh is 1
     only = jnp.arange(48) == 7
     model.unembed.kernel[...] = model.unembed.kernel[...] * only
     _, text, mask, t = inputs()
     row = np.asarray(model.raw.embed.kernel[...]) @ np.asarray(model.unembed.kernel[:, 7])
-    constant = model.unembed(model.raw(jnp.zeros((2, 6, 48)), position_embedding(2, 3, 16), text, mask, None))[..., 7]
+    constant = model.unembed(
+        model.raw(jnp.zeros((2, 6, 48)), position_embedding(2, 3, 16), text, mask, None)
+    )[..., 7]
     worst = jnp.sign(constant)[..., None] * jnp.asarray(np.sign(row))  # [2, 6, 48]
 
     def size(tokens):
-        return np.sqrt(np.mean(np.square(model(unpatch(tokens, 4, (2, 8, 12, 3)), text, mask, t)), axis=(1, 2, 3)))
+        return np.sqrt(
+            np.mean(
+                np.square(model(unpatch(tokens, 4, (2, 8, 12, 3)), text, mask, t)), axis=(1, 2, 3)
+            )
+        )
 
     np.testing.assert_allclose(size(worst), 1, rtol=1e-5)
     assert (size(0.9 * worst) < 0.999).all() and (size(-worst) < 0.999).all()
@@ -86,8 +96,12 @@ def test_an_affine_context_reaches_its_bound_where_every_pixel_is_as_bad_as_can_
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_kind_text_ignores_the_picture_and_every_kind_reads_the_text(kind):
     model, (x0, text, mask, t) = network(kind=kind), inputs()
-    other_picture = float(jnp.abs(model(x0, text, mask, t) - model(jnp.cos(3 * x0), text, mask, t)).max())
-    other_text = float(jnp.abs(model(x0, text, mask, t) - model(x0, jnp.cos(3 * text), mask, t)).max())
+    other_picture = float(
+        jnp.abs(model(x0, text, mask, t) - model(jnp.cos(3 * x0), text, mask, t)).max()
+    )
+    other_text = float(
+        jnp.abs(model(x0, text, mask, t) - model(x0, jnp.cos(3 * text), mask, t)).max()
+    )
     assert (other_picture == 0) == (kind == "text")
     assert other_text > 1e-3
 
@@ -134,9 +148,13 @@ def test_compact_bilinear_keeps_products_of_inner_products():
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"kind": "affine", "tokens": "clip", "clip": "x"}, "context.tokens='clip'.*affine"),
-     ({"kind": "foo"}, "context.kind='foo'.*cross_attention"), ({"max_gain": -1.0}, "context.max_gain=-1.0"),
-     ({"width": 10}, "context.width=10"), ({"patch_size": 0}, "context.patch_size=0")],
+    [
+        ({"kind": "affine", "tokens": "clip", "clip": "x"}, "context.tokens='clip'.*affine"),
+        ({"kind": "foo"}, "context.kind='foo'.*cross_attention"),
+        ({"max_gain": -1.0}, "context.max_gain=-1.0"),
+        ({"width": 10}, "context.width=10"),
+        ({"patch_size": 0}, "context.patch_size=0"),
+    ],
 )
 def test_a_wrong_field_is_named_with_what_is_allowed(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -150,21 +168,39 @@ def test_a_picture_that_patches_do_not_fit_is_refused():
 
 
 def test_text_states_do_not_depend_on_the_amount_of_padding():
-    encoder = TextEncoder(TextConfig(vocab_size=20, max_length=9, width=16, num_layers=2, num_heads=2), rngs=nnx.Rngs(0))
-    keys = iter(jax.random.split(jax.random.key(1), 99))  # away from the zeros that its branches start with
-    nnx.update(encoder, jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), nnx.state(encoder)))
+    encoder = TextEncoder(
+        TextConfig(vocab_size=20, max_length=9, width=16, num_layers=2, num_heads=2),
+        rngs=nnx.Rngs(0),
+    )
+    keys = iter(
+        jax.random.split(jax.random.key(1), 99)
+    )  # away from the zeros that its branches start with
+    nnx.update(
+        encoder,
+        jax.tree.map(
+            lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), nnx.state(encoder)
+        ),
+    )
     ids = jnp.array([[1, 5, 7, 2]])
     short = encoder(ids, jnp.ones((1, 4), bool))
     long = encoder(jnp.pad(ids, ((0, 0), (0, 5))), jnp.arange(9)[None] < 4)
     np.testing.assert_allclose(short, long[:, :4], atol=1e-5)
-    assert float(jnp.abs(short - encoder(ids.at[0, 1].set(6), jnp.ones((1, 4), bool)))[:, 3].max()) > 1e-4
+    assert (
+        float(jnp.abs(short - encoder(ids.at[0, 1].set(6), jnp.ones((1, 4), bool)))[:, 3].max())
+        > 1e-4
+    )
 
 
 def test_the_text_encoder_starts_as_a_lookup_of_its_words():
     """A changed word changes its own state, by about its norm, and no other word's."""
-    encoder = TextEncoder(TextConfig(vocab_size=50, max_length=8, width=32, num_layers=2, num_heads=4), rngs=nnx.Rngs(0))
+    encoder = TextEncoder(
+        TextConfig(vocab_size=50, max_length=8, width=32, num_layers=2, num_heads=4),
+        rngs=nnx.Rngs(0),
+    )
     mask = jnp.ones((2, 8), bool)
-    states = np.asarray(encoder(jnp.array([[1, 7, 8, 9, 10, 11, 12, 2], [1, 7, 8, 9, 10, 11, 13, 2]]), mask))
+    states = np.asarray(
+        encoder(jnp.array([[1, 7, 8, 9, 10, 11, 12, 2], [1, 7, 8, 9, 10, 11, 13, 2]]), mask)
+    )
     changed = np.linalg.norm(states[0] - states[1], axis=-1)
     assert changed[6] > 0.7 * np.linalg.norm(states[0, 6])
     assert not np.delete(changed, 6).any()

@@ -16,10 +16,19 @@ from flax import nnx
 from torch_models import assert_same_tensors, randomised, stable_diffusion
 
 from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh, state_shardings
-from contextdiff_jax.pretrained import conversion, load_clip_text, load_t5, load_unet, load_vae, native
+from contextdiff_jax.pretrained import (
+    conversion,
+    load_clip_text,
+    load_t5,
+    load_unet,
+    load_vae,
+    native,
+)
 from contextdiff_jax.pretrained.model import Options
 
-CONFIG = dict(vocab_size=56, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+CONFIG = dict(
+    vocab_size=56, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+)
 
 
 def convert(source, target, **options) -> list[str]:
@@ -39,11 +48,19 @@ def pipeline(tmp_path_factory):
     return folder / "sd"
 
 
-def test_a_pipeline_goes_to_our_format_and_back_by_command_with_the_same_bits_and_configs(pipeline, tmp_path):
+def test_a_pipeline_goes_to_our_format_and_back_by_command_with_the_same_bits_and_configs(
+    pipeline, tmp_path
+):
     ours, again = tmp_path / "ours", tmp_path / "again"
     result = command("convert", f"--source={pipeline}", f"--target={ours}")
     assert result.returncode == 0, result.stderr
-    for line in ("unet: unet, ", "vae: vae, ", "text_encoder: clip_text, ", "tokenizer: copied", "scheduler: copied"):
+    for line in (
+        "unet: unet, ",
+        "vae: vae, ",
+        "text_encoder: clip_text, ",
+        "tokenizer: copied",
+        "scheduler: copied",
+    ):
         assert line in result.stdout
     assert not list(ours.rglob("*.safetensors"))
     result = command("convert", f"--source={ours}", f"--target={again}", "--reverse")
@@ -52,7 +69,9 @@ def test_a_pipeline_goes_to_our_format_and_back_by_command_with_the_same_bits_an
     assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
     for file in files:
         if file.suffix == ".json":
-            assert json.loads((pipeline / file).read_text()) == json.loads((again / file).read_text()), file
+            assert json.loads((pipeline / file).read_text()) == json.loads(
+                (again / file).read_text()
+            ), file
     for name in ("unet", "vae", "text_encoder"):
         assert_same_tensors(pipeline / name, again / name)
     StableDiffusionPipeline.from_pretrained(again)
@@ -66,7 +85,9 @@ def test_converted_models_are_loaded_as_the_folders_they_came_from(pipeline, tmp
         assert ours.config == theirs.config
         jax.tree.map(np.testing.assert_array_equal, nnx.state(ours), nnx.state(theirs))
     half = load_unet(tmp_path / "ours" / "unet", param_dtype=jax.numpy.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half))} == {jax.numpy.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half))} == {
+        jax.numpy.dtype("bfloat16")
+    }
     with pytest.raises(ValueError, match="model.json: kind='vae': another model; wanted 'unet'"):
         load_unet(tmp_path / "ours" / "vae")
 
@@ -83,7 +104,9 @@ def test_half_types_go_round_bit_for_bit(tmp_path, dtype):
 
 
 def test_of_a_whole_t5_the_encoder_is_kept(tmp_path):
-    config = transformers.T5Config(vocab_size=30, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
+    config = transformers.T5Config(
+        vocab_size=30, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2
+    )
     model = randomised(transformers.T5ForConditionalGeneration(config))
     model.save_pretrained(tmp_path / "whole")
     convert(tmp_path / "whole", tmp_path / "ours")
@@ -91,7 +114,9 @@ def test_of_a_whole_t5_the_encoder_is_kept(tmp_path):
     encoder = transformers.T5EncoderModel.from_pretrained(tmp_path / "again")
     assert torch.equal(encoder.encoder.block[0].layer[1].DenseReluDense.wi.weight,
                        model.encoder.block[0].layer[1].DenseReluDense.wi.weight)  # fmt: skip
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == ["T5EncoderModel"]
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == [
+        "T5EncoderModel"
+    ]
     ours, again = (nnx.state(load_t5(tmp_path / name)) for name in ("ours", "again"))
     jax.tree.map(np.testing.assert_array_equal, ours, again)
 
@@ -99,10 +124,14 @@ def test_of_a_whole_t5_the_encoder_is_kept(tmp_path):
 def test_pickles_of_models_that_we_do_not_have_are_left_out(pipeline, tmp_path):
     source = tmp_path / "sd"
     (source / "safety_checker").mkdir(parents=True)
-    (source / "safety_checker" / "config.json").write_text('{"architectures": ["StableDiffusionSafetyChecker"]}')
+    (source / "safety_checker" / "config.json").write_text(
+        '{"architectures": ["StableDiffusionSafetyChecker"]}'
+    )
     (source / "safety_checker" / "pytorch_model.bin").write_bytes(b"pickle")
     (source / "safety_checker" / "model.safetensors").write_bytes(b"weights")
-    (source / "model_index.json").write_text('{"safety_checker": ["a", "b"], "vae": [null, null], "_class_name": "c"}')
+    (source / "model_index.json").write_text(
+        '{"safety_checker": ["a", "b"], "vae": [null, null], "_class_name": "c"}'
+    )
     assert convert(source, tmp_path / "ours") == ["safety_checker: copied"]
     copied = sorted(path.name for path in (tmp_path / "ours" / "safety_checker").iterdir())
     assert copied == ["config.json", "model.safetensors"]
@@ -130,14 +159,20 @@ def test_what_cannot_be_converted_is_refused(pipeline, tmp_path):
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match="--target=.*full: exists already"):
         convert(pipeline / "vae", tmp_path / "full")
-    with pytest.raises(ValueError, match="--source=.*full: holds no model of ours .unet, vae, clip_text"):
+    with pytest.raises(
+        ValueError, match="--source=.*full: holds no model of ours .unet, vae, clip_text"
+    ):
         convert(tmp_path / "full", tmp_path / "new")
     convert(pipeline / "vae", tmp_path / "ours")
     with pytest.raises(ValueError, match="in our format already; --reverse writes it back"):
         convert(tmp_path / "ours", tmp_path / "new")
     (tmp_path / "clip").mkdir()
-    (tmp_path / "clip" / "config.json").write_text('{"architectures": ["CLIPModel"], "model_type": "clip"}')
-    with pytest.raises(ValueError, match="may be clip_text and clip_vision; convert a folder of one of them"):
+    (tmp_path / "clip" / "config.json").write_text(
+        '{"architectures": ["CLIPModel"], "model_type": "clip"}'
+    )
+    with pytest.raises(
+        ValueError, match="may be clip_text and clip_vision; convert a folder of one of them"
+    ):
         convert(tmp_path / "clip", tmp_path / "new")
     (tmp_path / "ours" / native.MODEL_FILE).write_text('{"kind": "gan", "config": {}}')
     with pytest.raises(ValueError, match="kind='gan': unknown; one of unet, vae"):

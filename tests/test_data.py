@@ -46,7 +46,9 @@ def _write_folder(path, count=10, lines=()):
     records = []
     for i in range(count):
         Image.new("RGB", (12, 8), (10 * i,) * 3).save(path / "images" / f"{i}.png")
-        records.append(json.dumps({"file_name": f"images/{i}.png", "text": f"grey {i}", "level": 10 * i}))
+        records.append(
+            json.dumps({"file_name": f"images/{i}.png", "text": f"grey {i}", "level": 10 * i})
+        )
     (path / "metadata.jsonl").write_text("\n".join([*records, *lines]) + "\n")
 
 
@@ -69,7 +71,9 @@ def test_broken_lines_are_skipped_counted_and_logged_with_their_place(tmp_path, 
     ]
     _write_folder(tmp_path, lines=["", *lines])
     with caplog.at_level("WARNING", logger="absl"):
-        source = FolderSource(FolderConfig(path=str(tmp_path), image_size=4, max_broken_fraction=0.5))
+        source = FolderSource(
+            FolderConfig(path=str(tmp_path), image_size=4, max_broken_fraction=0.5)
+        )
     assert len(source) == 10 and source.num_broken == 5
     for number, reason in zip(
         range(12, 17), ("not JSON", "not a JSON object", "'file_name'", "'text'", "no.png")
@@ -189,9 +193,15 @@ def test_a_pickled_tokenizer_is_the_same():
 def test_the_command_trains_a_tokenizer_that_loads(tmp_path, capsys):
     corpus, out = tmp_path / "corpus.txt", tmp_path / "tokenizer.json"
     corpus.write_text("a red circle\na blue circle\n" * 20)
-    assert tokenizer_module.main(["--corpus", str(corpus), "--out", str(out), "--vocab_size", "270"]) == 0
+    assert (
+        tokenizer_module.main(["--corpus", str(corpus), "--out", str(out), "--vocab_size", "270"])
+        == 0
+    )
     tokenizer = load_tokenizer(out)
-    assert 259 < tokenizer.vocab_size <= 270 and f"{tokenizer.vocab_size} tokens" in capsys.readouterr().out
+    assert (
+        259 < tokenizer.vocab_size <= 270
+        and f"{tokenizer.vocab_size} tokens" in capsys.readouterr().out
+    )
     assert tokenizer.decode(tokenizer.encode(["a red circle"], 16)[0]) == ["a red circle"]
 
 
@@ -247,7 +257,9 @@ def test_a_restored_loader_goes_on_with_the_very_next_batch(num_workers):
     loader = make_loader(source, num_workers=num_workers, **options)
     _take(loader, 3)
     state = json.loads(json.dumps(loader.get_state()))
-    expected = _take(loader, 12)  # past the end of the first epoch: the states of both shuffles count
+    expected = _take(
+        loader, 12
+    )  # past the end of the first epoch: the states of both shuffles count
     loader.set_state(state)  # in place, also after more was read
     _assert_equal(_take(loader, 2), expected[:2])
     loader.close()
@@ -304,7 +316,9 @@ def test_processes_share_each_global_batch_in_order():
         for p in range(4)
     ]
     for step, batch in enumerate(whole):
-        np.testing.assert_array_equal(_numbers([share[step] for share in shares]), _numbers([batch]))
+        np.testing.assert_array_equal(
+            _numbers([share[step] for share in shares]), _numbers([batch])
+        )
 
 
 def test_the_state_does_not_depend_on_the_number_of_processes():
@@ -317,7 +331,11 @@ def test_the_state_does_not_depend_on_the_number_of_processes():
 
 def test_the_state_of_another_run_is_refused():
     state = make_loader(Numbers(30), batch_size=4, seed=1).get_state()
-    for source, options in ((Numbers(31), {}), (Numbers(30), {"batch_size": 8}), (Numbers(30), {"seed": 2})):
+    for source, options in (
+        (Numbers(31), {}),
+        (Numbers(30), {"batch_size": 8}),
+        (Numbers(30), {"seed": 2}),
+    ):
         loader = make_loader(source, **{"batch_size": 4, "seed": 1, **options})
         with pytest.raises(ValueError) as error:
             loader.set_state(state)
@@ -360,7 +378,9 @@ def test_sources_are_made_by_name(tmp_path):
     emoji = DataConfig(source="emoji", path=str(tmp_path), image_size=8)
     lengths = {split: len(make_source(emoji, split)) for split in ("train", "heldout", "all")}
     assert lengths == {"train": 10, "heldout": 1, "all": 11}
-    folder = DataConfig(source="folder", path=str(tmp_path), metadata="metadata_test.jsonl", image_size=8)
+    folder = DataConfig(
+        source="folder", path=str(tmp_path), metadata="metadata_test.jsonl", image_size=8
+    )
     assert len(make_source(folder)) == 1 and make_source(folder)[0]["image"].shape == (8, 8, 3)
     shapes = make_source(DataConfig(num_scenes=7, image_size=16), "heldout")
     assert len(shapes) == 7 and shapes.config.split == "heldout"
@@ -369,7 +389,11 @@ def test_sources_are_made_by_name(tmp_path):
 def test_unknown_sources_and_splits_are_refused_in_one_line(tmp_path):
     _write_folder(tmp_path)
     for config, split, words in (
-        (DataConfig(source="emojis"), "train", "data.source='emojis': unknown; one of shapes, folder, emoji"),
+        (
+            DataConfig(source="emojis"),
+            "train",
+            "data.source='emojis': unknown; one of shapes, folder, emoji",
+        ),
         (DataConfig(source="folder", path=str(tmp_path)), "heldout", "data.heldout_metadata"),
         (DataConfig(source="folder"), "train", "data.path=''"),
         (DataConfig(), "test", "split='test'"),

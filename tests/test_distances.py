@@ -28,7 +28,9 @@ def two_sets(n=60, m=80, width=7, seed=0):
 
 def reference_fid(x, y):
     root = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T))
-    return np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * np.real(root))
+    return np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(
+        np.cov(x.T) + np.cov(y.T) - 2 * np.real(root)
+    )
 
 
 def cubic(p, q):
@@ -87,14 +89,19 @@ def test_fid_and_kid_equal_torchmetrics():
         metric.update(torch.tensor(x[:70]), real=False)
     fid, (kid, _) = (metric.compute() for metric in metrics.values())
     assert distances.fid(x[:70], y).value == pytest.approx(float(fid), rel=1e-6)
-    assert distances.mmd2(x[:70], y, distances.polynomial_kernel).value == pytest.approx(float(kid), rel=1e-6)
-    assert distances.kid(x[:70], y, subsets=1, subset_size=70)[0] == pytest.approx(float(kid), rel=1e-6)
+    assert distances.mmd2(x[:70], y, distances.polynomial_kernel).value == pytest.approx(
+        float(kid), rel=1e-6
+    )
+    assert distances.kid(x[:70], y, subsets=1, subset_size=70)[0] == pytest.approx(
+        float(kid), rel=1e-6
+    )
 
 
 def test_fid_of_fewer_pictures_than_features_is_finite_and_right():
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(6, 20)), rng.normal(size=(9, 20)) + 1
-    # tr (C1 C2)^1/2 through the Gram matrix of the centred rows: another route, without any square root of a matrix.
+    # tr (C1 C2)^1/2 through the Gram matrix of the centred rows: another route, without any square
+    # root of a matrix.
     cx, cy = ((a - a.mean(0)) / np.sqrt(len(a) - 1) for a in (x, y))
     shared = scipy.linalg.svdvals(cx @ cy.T).sum()
     expected = np.sum((x.mean(0) - y.mean(0)) ** 2) + np.sum(cx**2) + np.sum(cy**2) - 2 * shared
@@ -104,7 +111,10 @@ def test_fid_of_fewer_pictures_than_features_is_finite_and_right():
 def test_mmd_equals_the_double_sum(monkeypatch):
     x, y = two_sets(n=23, m=31)
     monkeypatch.setattr(distances, "_BLOCK", 10)  # several blocks, the last one partly filled
-    for kernel, k in ((distances.polynomial_kernel, cubic), (distances.gaussian_kernel, gaussian_kernel)):
+    for kernel, k in (
+        (distances.polynomial_kernel, cubic),
+        (distances.gaussian_kernel, gaussian_kernel),
+    ):
         for unbiased in (True, False):
             expected = mmd2(x, y, k, unbiased)
             assert distances.mmd2(x, y, kernel, unbiased).value == pytest.approx(expected, rel=RTOL)
@@ -114,7 +124,9 @@ def test_mmd_equals_the_double_sum(monkeypatch):
 def test_cmmd_is_a_thousand_times_the_biased_gaussian_mmd_of_unit_vectors():
     x, y = two_sets(n=20, m=25)
     unit = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, y)]
-    assert distances.cmmd(x, y).value == pytest.approx(1000 * mmd2(*unit, gaussian_kernel, False), rel=1e-7)
+    assert distances.cmmd(x, y).value == pytest.approx(
+        1000 * mmd2(*unit, gaussian_kernel, False), rel=1e-7
+    )
     assert distances.cmmd(3 * x, y).value == pytest.approx(distances.cmmd(x, y).value, rel=RTOL)
     assert distances.cmmd(x, x).value == pytest.approx(0, abs=1e-9)
 
@@ -130,7 +142,11 @@ def test_kid_over_subsets_estimates_all_pairs():
 
 def test_the_intervals_of_distances_tell_equal_from_different():
     rng = np.random.default_rng(5)
-    x, same, other = rng.normal(size=(150, 6)), rng.normal(size=(150, 6)), rng.normal(size=(150, 6)) + 0.6
+    x, same, other = (
+        rng.normal(size=(150, 6)),
+        rng.normal(size=(150, 6)),
+        rng.normal(size=(150, 6)) + 0.6,
+    )
     near = distances.mmd2(x, same, distances.polynomial_kernel, resamples=200)
     far = distances.mmd2(x, other, distances.polynomial_kernel, resamples=200)
     assert near.low < 0 < near.high and far.low > near.high and far.low < far.value < far.high
@@ -144,7 +160,9 @@ def test_the_interval_of_mmd_has_the_spread_of_fresh_draws():
     rng = np.random.default_rng(6)
     draws = [(rng.normal(size=(60, 3)), rng.normal(size=(60, 3)) + 0.8) for _ in range(150)]
     values = [distances.mmd2(x, y, distances.polynomial_kernel).value for x, y in draws]
-    estimates = [distances.mmd2(x, y, distances.polynomial_kernel, resamples=60) for x, y in draws[:40]]
+    estimates = [
+        distances.mmd2(x, y, distances.polynomial_kernel, resamples=60) for x, y in draws[:40]
+    ]
     reach = np.mean([(e.high - e.low) / 2 for e in estimates])
     assert reach == pytest.approx(1.96 * np.std(values), rel=0.35)
 
@@ -153,9 +171,13 @@ def test_precision_and_recall_equal_a_loop_over_all_pairs(monkeypatch):
     monkeypatch.setattr(distances, "_BLOCK", 7)
     x, y = two_sets(n=24, m=30, width=3)
     for k in (1, 3):
+
         def inside(points, centres):
             others = [[o for j, o in enumerate(centres) if j != i] for i in range(len(centres))]
-            radii = [sorted(np.linalg.norm(c - o) for o in rest)[k - 1] for c, rest in zip(centres, others)]
+            radii = [
+                sorted(np.linalg.norm(c - o) for o in rest)[k - 1]
+                for c, rest in zip(centres, others)
+            ]
             return [any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radii)) for p in points]
 
         precision, recall = distances.precision_recall(x, y, k)
@@ -173,7 +195,10 @@ def test_copies_of_one_picture_have_precision_without_recall():
 
 
 def test_clip_score_is_100_cosine_and_never_negative():
-    image, text = np.array([[3.0, 4.0], [4.0, 3.0], [1.0, 0.0]]), np.array([[3.0, 4.0], [3.0, 4.0], [-2.0, 0.1]])
+    image, text = (
+        np.array([[3.0, 4.0], [4.0, 3.0], [1.0, 0.0]]),
+        np.array([[3.0, 4.0], [3.0, 4.0], [-2.0, 0.1]]),
+    )
     np.testing.assert_allclose(distances.clip_score(image, text), [100, 96, 0])
 
 
@@ -189,7 +214,10 @@ def test_mean_interval_is_the_normal_one_for_many_values_and_leaves_out_nan():
 
 def test_mean_interval_holds_the_truth_in_19_of_20_draws():
     rng = np.random.default_rng(1)
-    held = [e.low <= 0.3 <= e.high for e in (intervals.mean_interval(rng.random(80) < 0.3, 500) for _ in range(300))]
+    held = [
+        e.low <= 0.3 <= e.high
+        for e in (intervals.mean_interval(rng.random(80) < 0.3, 500) for _ in range(300))
+    ]
     assert 0.9 < np.mean(held) < 0.985
 
 
@@ -222,11 +250,22 @@ print(json.dumps([features.tolist(), shapes]))
 
 
 def test_features_in_padded_batches_over_8_devices_are_each_picture_s_own():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    out = subprocess.run([sys.executable, "-c", EIGHT], cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)},
-                         capture_output=True, text=True, timeout=300)
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    out = subprocess.run(
+        [sys.executable, "-c", EIGHT],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert out.returncode == 0, out.stderr
     features, shapes = json.loads(out.stdout)
     images = np.random.default_rng(0).integers(0, 256, (13, 4, 4, 3), dtype=np.uint8)
-    np.testing.assert_allclose(features, np.stack([images.mean((1, 2, 3)), images[:, 0, 0, 0]], -1), rtol=1e-6)
+    np.testing.assert_allclose(
+        features, np.stack([images.mean((1, 2, 3)), images[:, 0, 0, 0]], -1), rtol=1e-6
+    )
     assert shapes == [[8, 8], [8, 8]]

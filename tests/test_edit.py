@@ -1,4 +1,6 @@
-"""The edit command end to end: from files to films, with a new model and with a Stable Diffusion folder."""
+"""The edit command end to end: from files to films, with a new model and with a Stable Diffusion
+folder.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,18 @@ from contextdiff_jax.editing.settings import parse_edit
 
 def config_of(folder, **changes):
     """A tiny config for the clip in `folder`."""
-    own = {name: value for name, value in changes.items() if name.split(".")[0] not in ("video", "edit")}
+    own = {
+        name: value
+        for name, value in changes.items()
+        if name.split(".")[0] not in ("video", "edit")
+    }
     small = ONE_LEVEL | {"train.batch_size": 1, "train.steps": 4, "train.checkpoint_every": 2}
     config = config_dict(**small | own) | video_sections()
     config["video"] |= dict(
-        path=str(folder / "clip"), prompt="a red circle", edit_prompts=("a blue circle", "a red square"), num_frames=2
+        path=str(folder / "clip"),
+        prompt="a red circle",
+        edit_prompts=("a blue circle", "a red square"),
+        num_frames=2,
     )
     config["edit"] |= dict(steps=2)
     for name, value in changes.items():
@@ -63,8 +72,15 @@ def check_outputs(workdir, metrics, size=(16, 16)):
 
 @pytest.mark.slow  # over a minute of compilation: pytest -m slow tests/test_edit.py
 def test_a_new_model_learns_resumes_and_edits_a_clip(folder, tmp_path, monkeypatch):
-    config = config_of(folder, **{"video.tune": "all", "edit.control": "refine", "edit.blend": "changed",
-                                  "edit.attention_maps": True})
+    config = config_of(
+        folder,
+        **{
+            "video.tune": "all",
+            "edit.control": "refine",
+            "edit.blend": "changed",
+            "edit.attention_maps": True,
+        },
+    )
     # Stopped after the third step, as by SIGTERM: what was reached is saved, and the run says so.
     calls = iter([False, False, True])
     with monkeypatch.context() as stopping:
@@ -74,7 +90,9 @@ def test_a_new_model_learns_resumes_and_edits_a_clip(folder, tmp_path, monkeypat
     metrics = edit(config, tmp_path)
     check_outputs(tmp_path, metrics)
     assert len(list((tmp_path / "attention").glob("*.png"))) == 3
-    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [1, 2, 3, 4]
     with pytest.raises(ValueError, match="holds another config's run, video.prompt"):
         edit(config_of(folder, **{"video.tune": "all", "video.prompt": "a green cross"}), tmp_path)
@@ -85,25 +103,55 @@ def test_a_stable_diffusion_folder_and_a_clip_folder_go_through_every_path(folde
     pipeline = stable_diffusion(folder / "words")
     pipeline.save_pretrained(folder / "sd")
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-    CLIPModel(CLIPConfig(
-        text_config=dict(vocab_size=56, max_position_embeddings=9, eos_token_id=55, bos_token_id=54, **sizes),
-        vision_config=dict(image_size=16, patch_size=8, **sizes), projection_dim=8,
-    )).save_pretrained(folder / "clip_model")
+    CLIPModel(
+        CLIPConfig(
+            text_config=dict(
+                vocab_size=56, max_position_embeddings=9, eos_token_id=55, bos_token_id=54, **sizes
+            ),
+            vision_config=dict(image_size=16, patch_size=8, **sizes),
+            projection_dim=8,
+        )
+    ).save_pretrained(folder / "clip_model")
     pipeline.tokenizer.save_pretrained(folder / "clip_model")
-    metrics = edit(config_of(folder, **{
-        "video.model": str(folder / "sd"), "video.prompt": "a red", "video.edit_prompts": ("b red", "a b"),
-        "video.size": (16, 24), "edit.control": "replace", "edit.guidance": 5.0, "edit.inversion": "exact",
-        "edit.steps": 20, "edit.strength": 0.1,  # two moves of little noise: over more a random network's inversion runs away
-        "edit.clip": str(folder / "clip_model"), "edit.pickscore": str(folder / "clip_model"), "context.patch_size": 2,
-    }), tmp_path)
+    metrics = edit(
+        config_of(
+            folder,
+            **{
+                "video.model": str(folder / "sd"),
+                "video.prompt": "a red",
+                "video.edit_prompts": ("b red", "a b"),
+                "video.size": (16, 24),
+                "edit.control": "replace",
+                "edit.guidance": 5.0,
+                "edit.inversion": "exact",
+                "edit.steps": 20,
+                # two moves of little noise: over more a random network's inversion runs away
+                "edit.strength": 0.1,
+                "edit.clip": str(folder / "clip_model"),
+                "edit.pickscore": str(folder / "clip_model"),
+                "context.patch_size": 2,
+            },
+        ),
+        tmp_path,
+    )
     assert read_clip(tmp_path / "edits/00.mp4", num_frames=2).shape == (2, 16, 24, 3)
     assert metrics["reconstruction"]["x0_error"] < 1e-3  # exact
     row = metrics["edits"][0]
-    assert {"text_alignment", "frame_consistency", "pickscore", "warping_error"} <= row.keys() and np.isfinite(list(row.values())[1:]).all()
+    assert {
+        "text_alignment",
+        "frame_consistency",
+        "pickscore",
+        "warping_error",
+    } <= row.keys() and np.isfinite(list(row.values())[1:]).all()
 
 
 def test_what_does_not_fit_the_command_is_one_line(folder, tmp_path):
-    result = command("edit", "--config=configs/edit_shapes.py", f"--workdir={tmp_path}/x", f"--config.video.path={tmp_path}/no")
+    result = command(
+        "edit",
+        "--config=configs/edit_shapes.py",
+        f"--workdir={tmp_path}/x",
+        f"--config.video.path={tmp_path}/no",
+    )
     assert result.returncode == 2 and result.stderr.splitlines()[-1] == (
         f"error: video.path={tmp_path}/no: no such file or folder"
     )
@@ -113,11 +161,16 @@ def test_what_does_not_fit_the_command_is_one_line(folder, tmp_path):
 @pytest.mark.slow  # over a minute of compilation: pytest -m slow tests/test_edit.py
 def test_frames_over_eight_devices_give_what_one_device_gives():
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     }
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tests/frames_program.py")], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, str(ROOT / "tests/frames_program.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     found = json.loads(result.stdout.splitlines()[-1])

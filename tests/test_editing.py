@@ -1,4 +1,6 @@
-"""Inversion, attention control, windows and tuning of the editor, on closed forms and on a tiny model."""
+"""Inversion, attention control, windows and tuning of the editor, on closed forms and on a tiny
+model.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,15 @@ def gaussian_denoise(x, t, s):
 def test_the_exact_inversion_gives_the_start_back_and_the_explicit_one_does_not(shift):
     x0 = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8)) * 0.5, jnp.float32)
     ascending = np.arange(9, 100, 10)
-    back = lambda x: diffusion.ddim_sample(  # noqa: E731
-        gaussian_denoise, x, SCHEDULE, ascending[::-1], shift=shift, next_timesteps=np.append(ascending[::-1][1:], 0)
+    back = (
+        lambda x: diffusion.ddim_sample(  # noqa: E731
+            gaussian_denoise,
+            x,
+            SCHEDULE,
+            ascending[::-1],
+            shift=shift,
+            next_timesteps=np.append(ascending[::-1][1:], 0),
+        )
     )
     explicit = diffusion.ddim_invert(gaussian_denoise, x0, SCHEDULE, ascending, shift)
     exact, path = diffusion.ddim_invert(
@@ -51,7 +60,10 @@ def test_the_exact_inversion_gives_the_start_back_and_the_explicit_one_does_not(
 
 def test_the_shift_acts_on_the_inversion():
     x0 = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8)) * 0.5, jnp.float32)
-    results = [diffusion.ddim_invert(gaussian_denoise, x0, SCHEDULE, np.arange(9, 100, 10), s) for s in ("none", "quadratic")]
+    results = [
+        diffusion.ddim_invert(gaussian_denoise, x0, SCHEDULE, np.arange(9, 100, 10), s)
+        for s in ("none", "quadratic")
+    ]
     assert np.abs(results[0] - results[1]).max() > 1e-2
 
 
@@ -60,9 +72,18 @@ def count(word: str) -> int:
 
 
 def test_replaced_words_take_the_attention_of_the_word_in_their_place():
-    found = align("a grey dog sits", ["a golden retriever sits"], count, 10, EditConfig(control="replace"))
+    found = align(
+        "a grey dog sits", ["a golden retriever sits"], count, 10, EditConfig(control="replace")
+    )
     expected = np.zeros((10, 10))
-    for source, target, share in ((0, 0, 1), (1, 1, 1), (2, 2, 1), (3, 3, 0.5), (3, 4, 0.5), (4, 5, 1)):
+    for source, target, share in (
+        (0, 0, 1),
+        (1, 1, 1),
+        (2, 2, 1),
+        (3, 3, 0.5),
+        (3, 4, 0.5),
+        (4, 5, 1),
+    ):
         expected[source, target] = share
     np.testing.assert_array_equal(found.mapper[0], expected)
     assert list(found.keep[0]) == [1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
@@ -70,20 +91,27 @@ def test_replaced_words_take_the_attention_of_the_word_in_their_place():
 
 def test_refined_words_keep_their_attention_and_the_others_take_the_source_s():
     edit = EditConfig(control="refine", reweight=(("snow", 2.5),), blend="changed")
-    found = align("a jeep on a road", ["a jeep on a road with snow", "a red jeep on a road"], count, 10, edit)
+    found = align(
+        "a jeep on a road", ["a jeep on a road with snow", "a red jeep on a road"], count, 10, edit
+    )
     assert list(found.keep[0]) == [1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
     assert list(found.keep[1]) == [1, 1, 0, 1, 1, 1, 1, 0, 0, 0]
     assert found.mapper[1][2, 3] == found.mapper[1][5, 6] == 1  # jeep, road
     assert list(found.gain[0]) == [1, 1, 1, 1, 1, 1, 1, 2.5, 1, 1] and (found.gain[1] == 1).all()
-    assert list(np.flatnonzero(found.blended[1])) == [6, 7] and list(np.flatnonzero(found.blended[2])) == [2]
+    assert list(np.flatnonzero(found.blended[1])) == [6, 7] and list(
+        np.flatnonzero(found.blended[2])
+    ) == [2]
     assert changed_words("a porsche car drives", "a silver jeep drives") == [1, 2]
 
 
-@pytest.mark.parametrize("options, words", [
-    (dict(control="replace"), "has 3 words and the clip's prompt 2"),
-    (dict(reweight=(("snow", 2.0),)), "'snow' is in none of the prompts"),
-    (dict(blend="dog"), "'dog' is in none of the prompts"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(control="replace"), "has 3 words and the clip's prompt 2"),
+        (dict(reweight=(("snow", 2.0),)), "'snow' is in none of the prompts"),
+        (dict(blend="dog"), "'dog' is in none of the prompts"),
+    ],
+)
 def test_words_that_cannot_be_aligned_are_one_line(options, words):
     with pytest.raises(ValueError, match=words):
         align("a jeep", ["a red jeep"], count, 10, EditConfig(**options))
@@ -96,24 +124,39 @@ def test_a_prompt_beyond_the_text_encoder_is_one_line():
 
 def test_the_control_replaces_rows_of_the_batch_and_nothing_of_the_source():
     rng = np.random.default_rng(0)
-    found = align("a b", ["a c", "d b"], count, 5, EditConfig(control="refine", reweight=(("c", 3.0),), blend="c"))
-    weights = jnp.asarray(rng.random((6, 2, 3, 4, 5)), jnp.float32)  # source, two edits, and the other branch
+    found = align(
+        "a b",
+        ["a c", "d b"],
+        count,
+        5,
+        EditConfig(control="refine", reweight=(("c", 3.0),), blend="c"),
+    )
+    weights = jnp.asarray(
+        rng.random((6, 2, 3, 4, 5)), jnp.float32
+    )  # source, two edits, and the other branch
     control = Control(found, jnp.float32(1), jnp.float32(1), 4)
     out = control.cross(weights, (2, 2))
     np.testing.assert_array_equal(out[0], weights[0])
     np.testing.assert_array_equal(out[3:], weights[3:])
     np.testing.assert_allclose(out[1][..., :2], weights[0][..., :2], rtol=1e-6)  # the start and "a"
-    np.testing.assert_allclose(out[1][..., 2], 3 * weights[1][..., 2], rtol=1e-6)  # "c": new, and weighed
+    np.testing.assert_allclose(
+        out[1][..., 2], 3 * weights[1][..., 2], rtol=1e-6
+    )  # "c": new, and weighed
     np.testing.assert_allclose(out[2][..., 2], weights[0][..., 2], rtol=1e-6)  # "b"
-    np.testing.assert_allclose(control.mean_map((2, 2))[1].reshape(3, 4), 3 * weights[1][..., 2].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(
+        control.mean_map((2, 2))[1].reshape(3, 4), 3 * weights[1][..., 2].mean(0), rtol=1e-5
+    )
     selves = jnp.asarray(rng.random((6, 3, 2, 4, 8)), jnp.float32)
     out = control.sparse_causal(selves, (2, 2))
     for row, source in enumerate((0, 0, 0, 3, 4, 5)):
         np.testing.assert_array_equal(out[row], selves[source])
     np.testing.assert_array_equal(Control(found, 1.0, 0.0, 4).sparse_causal(selves, (2, 2)), selves)
     np.testing.assert_array_equal(Control(found, 1.0, 1.0, 3).sparse_causal(selves, (2, 2)), selves)
-    np.testing.assert_allclose(Control(align("a", ["b"], count, 5, EditConfig()), 0.0, 0.0, 0).cross(weights[:2], (2, 2)),
-                               weights[:2], rtol=1e-6)
+    np.testing.assert_allclose(
+        Control(align("a", ["b"], count, 5, EditConfig()), 0.0, 0.0, 0).cross(weights[:2], (2, 2)),
+        weights[:2],
+        rtol=1e-6,
+    )
 
 
 def test_the_mask_is_that_of_the_source_s_and_of_the_edit_s_words():
@@ -123,10 +166,17 @@ def test_the_mask_is_that_of_the_source_s_and_of_the_edit_s_words():
     assert blend_mask(jnp.asarray(maps), 0.1)[0, 0, ..., 0].tolist() == [[1, 1, 0], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("frames, window, overlap, starts", [
-    (24, 8, 2, [0, 6, 12, 16]), (9, 8, 2, [0, 1]), (8, 8, 2, [0]), (5, 0, 2, [0]), (6, 2, 0, [0, 2, 4]),
-    (20, 8, 4, [0, 4, 8, 12]),
-])
+@pytest.mark.parametrize(
+    "frames, window, overlap, starts",
+    [
+        (24, 8, 2, [0, 6, 12, 16]),
+        (9, 8, 2, [0, 1]),
+        (8, 8, 2, [0]),
+        (5, 0, 2, [0]),
+        (6, 2, 0, [0, 2, 4]),
+        (20, 8, 4, [0, 4, 8, 12]),
+    ],
+)
 def test_windows_cover_every_frame_and_their_weights_sum_to_one(frames, window, overlap, starts):
     parts = window_weights(frames, window, overlap)
     assert [part.start for part, _ in parts] == starts
@@ -146,8 +196,14 @@ def test_a_function_that_sees_each_frame_alone_is_the_same_through_windows():
 
 
 def edit_settings(**changes):
-    """A tiny model's editing config with changes as "section.field": value. The second edit asks for the source."""
-    own = {name: value for name, value in changes.items() if name.split(".")[0] not in ("video", "edit")}
+    """A tiny model's editing config with changes as "section.field": value. The second edit asks
+    for the source.
+    """
+    own = {
+        name: value
+        for name, value in changes.items()
+        if name.split(".")[0] not in ("video", "edit")
+    }
     config = config_dict(**ONE_LEVEL | own)
     sections = video_sections()
     sections["video"] |= dict(prompt="a red circle", edit_prompts=("a blue circle", "a red circle"))
@@ -167,25 +223,44 @@ def tiny():
     """(editor, its model with every branch awake, a clip) of a tiny model with context."""
     editor = open_editor(edit_settings())
     rng = np.random.default_rng(0)
-    for leaf in jax.tree.leaves(nnx.state(editor.model, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable)):
-        leaf.set_value(leaf.get_value() + 0.1 * rng.standard_normal(leaf.get_value().shape).astype(np.float32))
+    for leaf in jax.tree.leaves(
+        nnx.state(editor.model, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable)
+    ):
+        leaf.set_value(
+            leaf.get_value() + 0.1 * rng.standard_normal(leaf.get_value().shape).astype(np.float32)
+        )
     clip = rng.integers(0, 256, (FRAMES, 8, 12, 3)).astype(np.uint8)
     return editor, clip
 
 
 def program(editor, settings):
-    """The function of (state, x0) whose results are (path, reconstruction, edited clips), and its state."""
-    text, null = editor.encode_text([settings.video.prompt, *settings.video.edit_prompts]), editor.encode_text([""])
-    found = align(settings.video.prompt, settings.video.edit_prompts, editor.count_tokens, editor.text_length, settings.edit)
+    """The function of (state, x0) whose results are (path, reconstruction, edited clips), and its
+    state.
+    """
+    text, null = (
+        editor.encode_text([settings.video.prompt, *settings.video.edit_prompts]),
+        editor.encode_text([""]),
+    )
+    found = align(
+        settings.video.prompt,
+        settings.video.edit_prompts,
+        editor.count_tokens,
+        editor.text_length,
+        settings.edit,
+    )
     graph, state = nnx.split(editor.model)
 
     def run(state, x0):
         model, source = nnx.merge(graph, state), jax.tree.map(lambda a: a[:1], text)
         path = invert(model, editor.process, x0, source, settings.video, settings.edit)
         again = reconstruct(model, editor.process, path[-1], source, settings.video, settings.edit)
-        return path, again, sample_edits(
-            model, editor.process, path, text, null, found, settings.video, settings.edit
-        )[0]
+        return (
+            path,
+            again,
+            sample_edits(
+                model, editor.process, path, text, null, found, settings.video, settings.edit
+            )[0],
+        )
 
     return run, state
 
@@ -223,13 +298,25 @@ def test_a_window_that_holds_the_clip_changes_nothing(tiny):
 
 
 def test_control_blending_and_windows_act_together(tiny):
-    settings = edit_settings(**{
-        "edit.control": "refine", "edit.blend": "changed", "edit.blend_range": (0.0, 1.0), "edit.inversion": "exact",
-        "edit.guidance": 1.0, "video.window": 3, "edit.reweight": (("blue", 2.0),), "edit.blend_threshold": 0.9,
-        "edit.strength": 0.6,
-    })
+    settings = edit_settings(
+        **{
+            "edit.control": "refine",
+            "edit.blend": "changed",
+            "edit.blend_range": (0.0, 1.0),
+            "edit.inversion": "exact",
+            "edit.guidance": 1.0,
+            "video.window": 3,
+            "edit.reweight": (("blue", 2.0),),
+            "edit.blend_threshold": 0.9,
+            "edit.strength": 0.6,
+        }
+    )
     path, again, clips = edits(*tiny, settings)
-    assert path.shape[0] == 1 + 3 and np.isfinite(clips).all() and np.abs(again - path[0]).mean() < 1e-3
+    assert (
+        path.shape[0] == 1 + 3
+        and np.isfinite(clips).all()
+        and np.abs(again - path[0]).mean() < 1e-3
+    )
     same = np.abs(clips[1:] - path[0]).max(-1) < 1e-6
     assert 0.02 < same.mean() < 0.98  # outside of the mask the clip stays, to the bit
 
@@ -246,19 +333,38 @@ def test_the_shift_changes_inversion_and_sampling_of_the_model(tiny):
         for function, x in ((invert, editor.encode(clip)), (reconstruct, noise)):
             run = nnx.jit(lambda model, x, f=function, p=process: f(model, p, x, *arguments))  # noqa: B023
             results.append(run(editor.model, x))
-    assert np.abs(results[0] - results[2]).max() > 1e-3 and np.abs(results[1] - results[3]).max() > 1e-3
+    assert (
+        np.abs(results[0] - results[2]).max() > 1e-3
+        and np.abs(results[1] - results[3]).max() > 1e-3
+    )
 
 
 def test_strength_cuts_the_noisiest_steps_off():
-    assert list(edit_timesteps(100, EditConfig(steps=10))) == [9, 19, 29, 39, 49, 59, 69, 79, 89, 99]
+    assert list(edit_timesteps(100, EditConfig(steps=10))) == [
+        9,
+        19,
+        29,
+        39,
+        49,
+        59,
+        69,
+        79,
+        89,
+        99,
+    ]
     assert list(edit_timesteps(100, EditConfig(steps=10, strength=0.3))) == [9, 19, 29]
 
 
 def test_tuning_moves_only_what_is_chosen_and_lowers_the_loss(tiny):
     editor, clip = tiny
-    settings = edit_settings(**{
-        "train.learning_rate": 3e-3, "train.warmup_steps": 1, "train.steps": 60, "train.decay": "constant",
-    })
+    settings = edit_settings(
+        **{
+            "train.learning_rate": 3e-3,
+            "train.warmup_steps": 1,
+            "train.steps": 60,
+            "train.decay": "constant",
+        }
+    )
     graph, params, frozen = nnx.split(editor.model, trainable("temporal"), ...)
     names = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
     assert all("temporal" in n or "to_q" in n or n.startswith("context") for n in names)
@@ -276,15 +382,24 @@ def test_tuning_moves_only_what_is_chosen_and_lowers_the_loss(tiny):
     assert len(changed) > 0.8 * len(names)
 
 
-@pytest.mark.parametrize("field, value, words", [
-    ("video.prompt", " ", "video.prompt"), ("video.edit_prompts", (), "at least one text"),
-    ("video.size", (8, 0), "video.size"), ("video.stride", 0, "video.stride=0: must be at least 1"),
-    ("video.overlap", 9, None), ("video.window", 2, "video.overlap=2: must be below video.window=2"),
-    ("edit.control", "swap", "one of none, replace, refine"), ("edit.inversion", "null", "one of ddim, exact"),
-    ("edit.strength", 0.1, "leave one of 5 steps"), ("edit.cross_range", (0.5, 0.1), "edit.cross_range"),
-    ("edit.reweight", (("snow",),), "edit.reweight"), ("edit.guidence", 2.0, "nearest: guidance"),
-    ("video.model", "nowhere", None),
-])
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("video.prompt", " ", "video.prompt"),
+        ("video.edit_prompts", (), "at least one text"),
+        ("video.size", (8, 0), "video.size"),
+        ("video.stride", 0, "video.stride=0: must be at least 1"),
+        ("video.overlap", 9, None),
+        ("video.window", 2, "video.overlap=2: must be below video.window=2"),
+        ("edit.control", "swap", "one of none, replace, refine"),
+        ("edit.inversion", "null", "one of ddim, exact"),
+        ("edit.strength", 0.1, "leave one of 5 steps"),
+        ("edit.cross_range", (0.5, 0.1), "edit.cross_range"),
+        ("edit.reweight", (("snow",),), "edit.reweight"),
+        ("edit.guidence", 2.0, "nearest: guidance"),
+        ("video.model", "nowhere", None),
+    ],
+)
 def test_a_wrong_field_is_one_line(field, value, words):
     if words is None:
         edit_settings(**{field: value})
@@ -295,9 +410,12 @@ def test_a_wrong_field_is_one_line(field, value, words):
 
 
 def test_a_model_that_is_none_and_a_size_that_does_not_fit_are_one_line(tmp_path, tiny):
-    with pytest.raises(ValueError, match="video.model=.*neither a Stable Diffusion folder nor a trained run"):
+    with pytest.raises(
+        ValueError, match="video.model=.*neither a Stable Diffusion folder nor a trained run"
+    ):
         open_editor(edit_settings(**{"video.model": str(tmp_path)}))
-    with pytest.raises(ValueError, match=r"frames are 9 x 12; .* multiples of 4, as with --config.video.size=\(8, 12\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"frames are 9 x 12; .* multiples of 4, as with --config.video.size=\(8, 12\)",
+    ):
         tiny[0].check_size(np.zeros((1, 9, 12, 3), np.uint8))
-
-

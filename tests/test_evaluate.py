@@ -31,8 +31,9 @@ ALL = "composition,bound,fid,kid,precision_recall,attributes,cmmd,clip_score"
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run as it stands in its folder, and a classifier, both of random weights: compiling and training them would
-    take most of a minute."""
+    """A run as it stands in its folder, and a classifier, both of random weights: compiling and
+    training them would take most of a minute.
+    """
     folder = tmp_path_factory.mktemp("evaluate") / "run"
     config = config_dict(**{"data.num_objects": "(1,2)"})
     settings = parse(config)
@@ -40,16 +41,24 @@ def workdir(tmp_path_factory):
     rng = np.random.default_rng(0)
 
     def fill(leaf):
-        drawn = rng.normal(scale=0.1, size=leaf.shape) if leaf.dtype == np.float32 else np.full(leaf.shape, 3)
+        drawn = (
+            rng.normal(scale=0.1, size=leaf.shape)
+            if leaf.dtype == np.float32
+            else np.full(leaf.shape, 3)
+        )
         return jnp.asarray(drawn, leaf.dtype)  # the step is 3
 
     state = jax.tree.map(fill, jax.eval_shape(lambda: init_state(settings)))
     with checkpoints.open_manager(folder) as manager:
         checkpoints.save(manager, state, {"next_batch": 3})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": 1 / i}) + "\n" for i in (1, 2, 3)))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "loss": 1 / i}) + "\n" for i in (1, 2, 3))
+    )
     source = metrics.classifier_source(settings.data)
     labels = [classifier.read_labels(source[i]["attributes"]) for i in range(200)]
-    model = classifier.Classifier(classifier.choose_attributes(labels), settings.data.image_size, rngs=nnx.Rngs(0))
+    model = classifier.Classifier(
+        classifier.choose_attributes(labels), settings.data.image_size, rngs=nnx.Rngs(0)
+    )
     classifier.save_classifier(model, folder / "classifier", {})
     return folder
 
@@ -59,8 +68,15 @@ def evaluation(workdir):
     """Samples here are the real pictures of the captions: what a perfect model would make."""
     run = load_run(str(workdir))
     made = metrics.Evaluation(
-        settings=run.settings, tokenizer=run.tokenizer, graph=model_graph(run.settings), params=run.params,
-        generate=lambda captions, first: None, features=str(workdir / "classifier"), num=24, reference=40, bound_timesteps=7,
+        settings=run.settings,
+        tokenizer=run.tokenizer,
+        graph=model_graph(run.settings),
+        params=run.params,
+        generate=lambda captions, first: None,
+        features=str(workdir / "classifier"),
+        num=24,
+        reference=40,
+        bound_timesteps=7,
     )
 
     def generate(captions, first):
@@ -87,8 +103,12 @@ def test_a_perfect_model_is_exact_in_every_split_and_part(evaluation):
     result = metrics.composition(evaluation)
     for row in ("seen combinations", "held-out combinations"):
         assert {value(result, row, name) for name in result.scores[row]} == {1.0}
-        assert {"exact", "exact_1", "exact_2", "shape", "colour", "size"} <= result.scores[row].keys()
-        assert {"shape_1", "shape_2", "exact red", "exact circle", "exact large"} <= result.details["parts"][row].keys()
+        assert {"exact", "exact_1", "exact_2", "shape", "colour", "size"} <= result.scores[
+            row
+        ].keys()
+        assert {"shape_1", "shape_2", "exact red", "exact circle", "exact large"} <= result.details[
+            "parts"
+        ][row].keys()
         assert result.details["exact_by_sample"][row] == [True] * 24
 
 
@@ -103,14 +123,18 @@ def test_wrong_pictures_lower_each_metric(evaluation):
 
     perfect_model = with_samples(evaluation.generate)
     noisy = with_samples(lambda captions, first: noise)
-    shuffled = with_samples(lambda captions, first: np.roll(evaluation.generate(captions, first), 1, axis=0))
+    shuffled = with_samples(
+        lambda captions, first: np.roll(evaluation.generate(captions, first), 1, axis=0)
+    )
     assert value(metrics.composition(shuffled), row, "exact") < 0.3
     for metric, name in ((metrics.fid, "fid"), (metrics.kid, "kid")):
         perfect, bad = metric(perfect_model), metric(noisy)
         floor = value(perfect, f"{row}, {metrics.FLOOR}", name)
         assert value(bad, row, name) > 1.5 * max(value(perfect, row, name), floor)
     # Distances are of distributions: pictures under the wrong captions are as near.
-    assert value(metrics.kid(shuffled), row, "kid") == pytest.approx(value(perfect, row, "kid"), rel=1e-4)
+    assert value(metrics.kid(shuffled), row, "kid") == pytest.approx(
+        value(perfect, row, "kid"), rel=1e-4
+    )
     assert value(metrics.precision_recall(perfect_model), row, "precision") == 1
     assert value(metrics.precision_recall(noisy), row, "precision") < 0.5
 
@@ -127,13 +151,24 @@ def test_clip_judges_pictures_by_their_own_captions_and_beside_real_ones(evaluat
     perfect = with_samples(evaluation.generate)
     shuffled = with_samples(lambda captions, first: evaluation.samples(row)[::-1])
     grey = with_samples(lambda captions, first: evaluation.samples(row) // 4 + 96)
-    images, captions = (clip.embed_images(evaluation.samples(row)), clip.embed_captions(evaluation.captions(row)))
+    images, captions = (
+        clip.embed_images(evaluation.samples(row)),
+        clip.embed_captions(evaluation.captions(row)),
+    )
     pairs = distances.clip_score(images, captions)
     assert pairs.std() > 3
 
     result = metrics.clip_score(perfect)
-    assert value(result, row, "clip_score") == value(result, f"{row}, {metrics.FLOOR}", "clip_score") == pairs.mean()
-    assert result.scores[row]["minus real"] == (0, 0, 0)  # paired: the captions' own spread is not in it
+    assert (
+        value(result, row, "clip_score")
+        == value(result, f"{row}, {metrics.FLOOR}", "clip_score")
+        == pairs.mean()
+    )
+    assert result.scores[row]["minus real"] == (
+        0,
+        0,
+        0,
+    )  # paired: the captions' own spread is not in it
     worse = metrics.clip_score(shuffled)
     expected = distances.clip_score(images[::-1], captions)
     assert value(worse, row, "clip_score") == pytest.approx(expected.mean(), rel=1e-6)
@@ -153,7 +188,9 @@ def test_attributes_are_judged_against_the_records_of_the_captions(evaluation):
             wanted = {o[attribute.name] for o in record["attributes"]["objects"]}
             expected.append({v for v, x in zip(attribute.values, row) if x > 0} == wanted)
         assert attribute.multiple
-        assert value(metrics.attributes(evaluation), "seen combinations", attribute.name) == np.mean(expected)
+        assert value(
+            metrics.attributes(evaluation), "seen combinations", attribute.name
+        ) == np.mean(expected)
 
 
 def test_bound_with_all_timesteps_is_vlb_of_the_model_by_hand(evaluation):
@@ -169,7 +206,9 @@ def test_bound_with_all_timesteps_is_vlb_of_the_model_by_hand(evaluation):
         tokens = model.text(ids, mask)
         target, shift = settings.diffusion.prediction_type, settings.context.shift
         denoise = make_denoise(model, schedule, tokens, mask, tokens, mask, prediction_type=target)
-        return diffusion.vlb(denoise, x0, lambda x, t: model.context(x, tokens, mask, t), schedule, key, shift)
+        return diffusion.vlb(
+            denoise, x0, lambda x, t: model.context(x, tokens, mask, t), schedule, key, shift
+        )
 
     key = jax.random.fold_in(jax.random.key(0), 0)
     terms = jax.jit(by_hand)(evaluation.params, images / np.float32(127.5) - 1, key)
@@ -179,30 +218,55 @@ def test_bound_with_all_timesteps_is_vlb_of_the_model_by_hand(evaluation):
 
 
 def test_branches_are_x0_hat_with_and_without_the_caption(evaluation):
-    settings, row, t = evaluation.settings, "held-out combinations", evaluation.settings.diffusion.num_timesteps - 1
+    settings, row, t = (
+        evaluation.settings,
+        "held-out combinations",
+        evaluation.settings.diffusion.num_timesteps - 1,
+    )
     few = dataclasses.replace(evaluation, num=3)
     found = metrics.branches(few).scores[f"{row}, t = {t}"]
-    model, schedule = nnx.merge(model_graph(settings), evaluation.params), settings.diffusion.make_schedule()
+    model, schedule = (
+        nnx.merge(model_graph(settings), evaluation.params),
+        settings.diffusion.make_schedule(),
+    )
     x0 = np.stack([record["image"] for record in few.records(row)]) / np.float32(127.5) - 1
-    ts, noise = jnp.full(3, t), jax.random.normal(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), t), x0.shape)
+    ts, noise = (
+        jnp.full(3, t),
+        jax.random.normal(
+            jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), t), x0.shape
+        ),
+    )
 
     def texts(captions):
         ids, mask = evaluation.tokenizer.encode(captions, settings.data.max_length)
         return model.text(ids, mask), mask
 
     captions = texts(few.captions(row))
-    x_t = diffusion.q_sample(schedule, x0, model.relate(x0, *captions, ts), ts, noise, settings.context.shift)
+    x_t = diffusion.q_sample(
+        schedule, x0, model.relate(x0, *captions, ts), ts, noise, settings.context.shift
+    )
     with_caption, without = (
-        np.asarray(diffusion.predict_x0(schedule, model.predict(x_t, ts, *text), x_t, ts, settings.diffusion.prediction_type))
+        np.asarray(
+            diffusion.predict_x0(
+                schedule, model.predict(x_t, ts, *text), x_t, ts, settings.diffusion.prediction_type
+            )
+        )
         for text in (captions, texts([""] * 3))
     )
-    for name, difference in {"with": with_caption - x0, "without": without - x0, "apart": with_caption - without}.items():
+    for name, difference in {
+        "with": with_caption - x0,
+        "without": without - x0,
+        "apart": with_caption - without,
+    }.items():
         expected = np.mean([np.sqrt(np.mean(d.astype(np.float64) ** 2)) for d in difference])
         assert expected > 0 and found[name].value == pytest.approx(expected, rel=1e-4)
 
 
 def test_judge_keeps_every_picture_s_answer(evaluation):
-    images, captions = evaluation.samples("seen combinations").copy(), evaluation.captions("seen combinations")
+    images, captions = (
+        evaluation.samples("seen combinations").copy(),
+        evaluation.captions("seen combinations"),
+    )
     images[3] = 0
     answers = judge(images, captions)
     assert np.flatnonzero(answers["exact"] == 0).tolist() == [3]
@@ -216,12 +280,28 @@ def test_judge_keeps_every_picture_s_answer(evaluation):
 @pytest.mark.parametrize(
     "name, changes, message",
     [
-        ("composition", {"source": "folder"}, "judges scenes of data.source='shapes'; the run's is 'folder'"),
-        ("fid", {"features": "nowhere"}, "--features=nowhere: no such folder or file; name one that"),
-        ("attributes", {"features": str(ROOT / "README.md")}, "README.md: truncated or not a safetensors file"),
+        (
+            "composition",
+            {"source": "folder"},
+            "judges scenes of data.source='shapes'; the run's is 'folder'",
+        ),
+        (
+            "fid",
+            {"features": "nowhere"},
+            "--features=nowhere: no such folder or file; name one that",
+        ),
+        (
+            "attributes",
+            {"features": str(ROOT / "README.md")},
+            "README.md: truncated or not a safetensors file",
+        ),
         ("kid", {"image_size": 32}, "reads pictures of 16 pixels, the run's have 32"),
         ("precision_recall", {"num": 3}, "--num=3, --reference=40: 3 neighbours need more"),
-        ("cmmd", {}, "--clip: missing; cmmd and clip_score need a folder that transformers' CLIPModel was saved in"),
+        (
+            "cmmd",
+            {},
+            "--clip: missing; cmmd and clip_score need a folder that transformers' CLIPModel was saved in",
+        ),
         ("clip_score", {"clip": "nowhere"}, "--clip=nowhere: no such folder"),
         ("bound", {"bound_timesteps": 50}, "--bound_timesteps=50: must lie in 1..49"),
     ],
@@ -239,7 +319,9 @@ def test_what_a_run_cannot_have_is_refused_before_sampling(evaluation, name, cha
 def test_splits_have_held_out_rows_only_where_there_are_held_out_records(evaluation, tmp_path):
     data = evaluation.settings.data
     assert list(metrics.splits(data)) == ["seen combinations", "held-out combinations"]
-    assert list(metrics.splits(dataclasses.replace(data, heldout_fraction=0.0))) == ["seen combinations"]
+    assert list(metrics.splits(dataclasses.replace(data, heldout_fraction=0.0))) == [
+        "seen combinations"
+    ]
     trained_on = make_source(data, "train")
     seen = metrics.splits(data)["seen combinations"]
     assert any(seen.scene(i) != trained_on.scene(i) for i in range(5))
@@ -260,20 +342,29 @@ def test_tables_show_values_with_intervals_and_dashes():
     assert lines[0].split() == ["a", "b"]
     assert lines[1].split() == ["exact", "50.0%", "[40.0,", "62.5]", "100.0%", "[100.0,", "100.0]"]
     assert lines[2].split() == ["more", "-", "25.0%", "[0.0,", "100.0]"]
-    assert "0.01235 [-1.5, 2e-06]" in report.table({"a": {"kid": Estimate(0.012345678, -1.5, 2e-6)}}, "")
+    assert "0.01235 [-1.5, 2e-06]" in report.table(
+        {"a": {"kid": Estimate(0.012345678, -1.5, 2e-6)}}, ""
+    )
 
 
 def test_distances_are_a_line_a_row_so_that_long_names_fit():
-    scores = {"seen combinations": {"fid": Estimate(1, 0, 2)}, "real pictures instead": {"fid": Estimate(3, 2, 4)}}
+    scores = {
+        "seen combinations": {"fid": Estimate(1, 0, 2)},
+        "real pictures instead": {"fid": Estimate(3, 2, 4)},
+    }
     lines = report.table(scores, "").splitlines()
     assert [line.split() for line in lines] == [
-        ["fid"], ["seen", "combinations", "1", "[0,", "2]"], ["real", "pictures", "instead", "3", "[2,", "4]"],
+        ["fid"],
+        ["seen", "combinations", "1", "[0,", "2]"],
+        ["real", "pictures", "instead", "3", "[2,", "4]"],
     ]
 
 
 def test_a_share_of_the_captions_gives_the_pictures_that_all_of_them_do(evaluation):
     settings = evaluation.settings
-    generator = Generator(settings, evaluation.tokenizer, dataclasses.replace(settings.sample, steps=2))
+    generator = Generator(
+        settings, evaluation.tokenizer, dataclasses.replace(settings.sample, steps=2)
+    )
     captions = ["a red circle", "a blue square", "a large red circle"]
     whole = generator(evaluation.params, captions, 0, 2)
     part = generator(evaluation.params, captions[1:], 0, 2, first=1)
@@ -302,8 +393,15 @@ def test_the_command_writes_table_json_and_a_page_that_needs_no_network(workdir,
 
     before = checkpoints_now()
     done = command(
-        "evaluate", f"--workdir={workdir}", f"--metrics={ALL}", "--num=6", "--steps=2", "--reference=12",
-        "--bound_timesteps=4", "--guidance=1.5", f"--clip={clip_folder}",
+        "evaluate",
+        f"--workdir={workdir}",
+        f"--metrics={ALL}",
+        "--num=6",
+        "--steps=2",
+        "--reference=12",
+        "--bound_timesteps=4",
+        "--guidance=1.5",
+        f"--clip={clip_folder}",
     )
     assert done.returncode == 0, done.stderr
     # Nothing was written where a training may be going on, and no library warned of anything.
@@ -319,16 +417,28 @@ def test_the_command_writes_table_json_and_a_page_that_needs_no_network(workdir,
                 assert low <= number <= high and np.isfinite([low, number, high]).all()
     assert set(saved["bound"]["seen combinations"]) == {"total", "prior", "kl", "decoder"}
     assert len(saved["details"]["bound"]["kl_by_t"]["seen combinations"]) == 4
-    assert saved["sample"]["guidance"] == 1.5 and saved["step"] == 3 and saved["machine"]["jax"] == jax.__version__
+    assert (
+        saved["sample"]["guidance"] == 1.5
+        and saved["step"] == 3
+        and saved["machine"]["jax"] == jax.__version__
+    )
 
     page = Page()
     page.feed((workdir / "report" / "index.html").read_text())
     assert len(page.addresses) == len(set(page.addresses)) >= 5
     for address in page.addresses:
-        assert "/" not in address and (workdir / "report" / address).read_bytes().startswith(b"\x89PNG")
+        assert "/" not in address and (workdir / "report" / address).read_bytes().startswith(
+            b"\x89PNG"
+        )
     text = " ".join(page.text)
     cpu = saved["machine"]["cpu"]
-    for wanted in ("--bound_timesteps=4", "held-out combinations", "num_timesteps", "training", cpu):
+    for wanted in (
+        "--bound_timesteps=4",
+        "held-out combinations",
+        "num_timesteps",
+        "training",
+        cpu,
+    ):
         assert wanted in text
     exact = saved["composition"]["seen combinations"]["exact"]
     assert f"{100 * exact:.1f}%" in text

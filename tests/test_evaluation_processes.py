@@ -25,7 +25,10 @@ def test_shares_are_a_partition_in_order_of_almost_equal_sizes():
 
 
 def test_a_name_that_a_part_lacks_is_nan_there():
-    parts = [{"exact": np.array([1.0, 0.0]), "relation": np.array([1.0, np.nan])}, {"exact": np.array([1.0])}]
+    parts = [
+        {"exact": np.array([1.0, 0.0]), "relation": np.array([1.0, np.nan])},
+        {"exact": np.array([1.0])},
+    ]
     joined = processes.join(parts)
     np.testing.assert_array_equal(joined["exact"], [1, 0, 1])
     np.testing.assert_array_equal(joined["relation"], [1, np.nan, np.nan])
@@ -40,7 +43,9 @@ def workdir(tmp_path_factory):
     data = parse(config).data
     source = metrics.classifier_source(data)
     labels = [classifier.read_labels(source[i]["attributes"]) for i in range(200)]
-    model = classifier.Classifier(classifier.choose_attributes(labels), data.image_size, rngs=nnx.Rngs(0))
+    model = classifier.Classifier(
+        classifier.choose_attributes(labels), data.image_size, rngs=nnx.Rngs(0)
+    )
     classifier.save_classifier(model, folder / "classifier", {})
     return folder
 
@@ -49,7 +54,10 @@ def test_two_processes_with_a_share_each_have_the_figures_of_one(workdir):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+    }
     program = [sys.executable, str(ROOT / "tests/two_processes.py"), str(port)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     running = [subprocess.Popen([*program, str(rank), str(workdir)], **pipes) for rank in range(2)]
@@ -61,11 +69,15 @@ def test_two_processes_with_a_share_each_have_the_figures_of_one(workdir):
     assert (first.pop("pictures"), second.pop("pictures"), one.pop("pictures")) == (12, 13, 25)
     assert first == second and first["rows are the same"]
     np.testing.assert_allclose(first["mean"], one["mean"], rtol=1e-15)
-    np.testing.assert_allclose(first["covariance"], one["covariance"], rtol=1e-9, atol=1e-9)  # at 1e6, of squares 1e12
+    np.testing.assert_allclose(
+        first["covariance"], one["covariance"], rtol=1e-9, atol=1e-9
+    )  # at 1e6, of squares 1e12
     for name, rows in one["scores"].items():
         for row, scores in rows.items():
             for key, estimate in scores.items():
-                np.testing.assert_allclose(first["scores"][name][row][key], estimate, rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(
+                    first["scores"][name][row][key], estimate, rtol=1e-5, atol=1e-6
+                )
     exact = one["scores"]["composition"]["seen combinations"]["exact"]
     assert 0 <= exact[0] < 0.5 and first["scores"]["composition"] == one["scores"]["composition"]
 
@@ -74,7 +86,16 @@ def test_fewer_pictures_than_processes_are_refused(workdir, monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 3)
     settings = parse(json.loads((workdir / "config.json").read_text()))
     made = metrics.Evaluation(
-        settings=settings, tokenizer=None, graph=None, params=None, features="", num=2, generate=lambda *_: None
+        settings=settings,
+        tokenizer=None,
+        graph=None,
+        params=None,
+        features="",
+        num=2,
+        generate=lambda *_: None,
     )
-    with pytest.raises(ValueError, match="--num, --reference: 2 pictures of seen combinations for 3 processes; each"):
+    with pytest.raises(
+        ValueError,
+        match="--num, --reference: 2 pictures of seen combinations for 3 processes; each",
+    ):
         metrics.check(["composition"], made)

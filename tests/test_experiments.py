@@ -24,8 +24,14 @@ from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import make_model
 
 PLAN = Plan(
-    title="t", about="a", kind="toy", config={"seed": 0, "a": {"b": 1}},
-    variants={"none": {}, "more": {"a.b": 2}}, headline={"score": "x/y"}, seeds=2, more_seeds={"none": 3},
+    title="t",
+    about="a",
+    kind="toy",
+    config={"seed": 0, "a": {"b": 1}},
+    variants={"none": {}, "more": {"a.b": 2}},
+    headline={"score": "x/y"},
+    seeds=2,
+    more_seeds={"none": 3},
 )
 
 
@@ -59,10 +65,19 @@ def test_every_plan_of_the_project_has_configs_that_parse():
 
 @pytest.mark.parametrize(
     "name, count",
-    [("shapes_one", 70), ("shapes", 21), ("shapes_gpu", 7), ("emoji", 18), ("estimates", 15), ("toy", 80)],
+    [
+        ("shapes_one", 70),
+        ("shapes", 21),
+        ("shapes_gpu", 7),
+        ("emoji", 18),
+        ("estimates", 15),
+        ("toy", 80),
+    ],
 )
 def test_the_finished_cells_are_of_the_plan_as_it_is_now(name, count):
-    """A config's new field must not make finished experiments those of another one (plan._AS_BEFORE)."""
+    """A config's new field must not make finished experiments those of another one
+    (plan._AS_BEFORE).
+    """
     cells = load_plan(f"configs/experiments/{name}.py").cells()
     assert sum(cell.result(ROOT / "docs" / "results" / name) is not None for cell in cells) == count
 
@@ -73,8 +88,16 @@ def test_the_page_has_paired_differences_by_students_t_and_names_what_is_missing
     (tmp_path / "t").mkdir()
     for cell in PLAN.cells():
         if cell.name != "none-2":
-            found = {"scores": {"x": {"y": values[cell.variant][cell.seed]}}, "training": {"step": [], "context_gain": []}}
-            rest = {"config_hash": cell.config_hash, "seconds": 1, "commit": "c", "machine": dict(cpu="", devices="", jax="")}
+            found = {
+                "scores": {"x": {"y": values[cell.variant][cell.seed]}},
+                "training": {"step": [], "context_gain": []},
+            }
+            rest = {
+                "config_hash": cell.config_hash,
+                "seconds": 1,
+                "commit": "c",
+                "machine": dict(cpu="", devices="", jax=""),
+            }
             (tmp_path / "t" / f"{cell.name}.json").write_text(json.dumps(found | rest))
     line = results.write_page(PLAN, "t", "configs/t.py", tmp_path)
     assert "4 cells, 1 to go" in line
@@ -84,7 +107,9 @@ def test_the_page_has_paired_differences_by_students_t_and_names_what_is_missing
     reference = stats.ttest_rel(values["more"][:2], values["none"][:2]).confidence_interval(0.95)
     np.testing.assert_allclose(difference[1:3], reference, rtol=1e-6)
     page = (tmp_path / "t.md").read_text()
-    assert "Not run yet: none-2." in page and f"{difference.mean:+.3f} [{difference.low:+.3f}" in page
+    assert (
+        "Not run yet: none-2." in page and f"{difference.mean:+.3f} [{difference.low:+.3f}" in page
+    )
     assert "taskset" not in page and "same digits" not in page  # "": no CPU's cells
     stale = json.loads((tmp_path / "t" / "none-0.json").read_text()) | {"config_hash": "0"}
     (tmp_path / "t" / "none-0.json").write_text(json.dumps(stale))
@@ -94,7 +119,12 @@ def test_the_page_has_paired_differences_by_students_t_and_names_what_is_missing
 def exact_tv(kind, estimate):
     config = dict(seed=0, denoiser="exact", kind=kind, shift="quadratic", estimate=estimate)
     cell = Plan(
-        title="", about="", kind="toy", config=config, variants={"none": {}}, headline={},
+        title="",
+        about="",
+        kind="toy",
+        config=config,
+        variants={"none": {}},
+        headline={},
         options=dict(num=400, bound=2, samplers={"ddim": 50}),
     ).cell("none", 0)
     return toy.toy_cell(cell, None)["scores"]["ddim"]["tv"]
@@ -104,8 +134,12 @@ def test_the_exact_denoisers_estimates_are_those_of_numpy():
     schedule, context = diffusion.make_schedule("cosine"), toy.fixed_context("sine")
     positions, weights, classes = toy.points()
     x_t, t, c = np.random.default_rng(0).normal(size=(5, 2)), np.full(5, 400), np.arange(5)
-    x0, r = toy.exact_estimates(schedule, context, "quadratic")(jnp.asarray(x_t, jnp.float32), jnp.asarray(t), jnp.asarray(c))
-    contexts = np.asarray(context(jnp.asarray(positions, jnp.float32), jnp.zeros(25, int)), np.float64)
+    x0, r = toy.exact_estimates(schedule, context, "quadratic")(
+        jnp.asarray(x_t, jnp.float32), jnp.asarray(t), jnp.asarray(c)
+    )
+    contexts = np.asarray(
+        context(jnp.asarray(positions, jnp.float32), jnp.zeros(25, int)), np.float64
+    )
     abar = float(schedule.alphas_cumprod[400])
     a = np.sqrt(abar)
     for i in range(5):
@@ -125,7 +159,10 @@ def test_with_the_exact_denoiser_plugin_is_right_only_for_a_linear_context_and_p
 
 def test_the_oracle_at_gain_0_is_the_sampler_and_otherwise_reads_the_picture():
     settings = parse(config_dict(**{"sample.guidance": 2.0}))
-    tokenizer, records = load_tokenizer(None), [make_source(settings.data, "train")[i] for i in range(2)]
+    tokenizer, records = (
+        load_tokenizer(None),
+        [make_source(settings.data, "train")[i] for i in range(2)],
+    )
     model = make_model(settings)
     oracle = OracleGenerator(settings, tokenizer, settings.sample)
     plain = oracle(nnx.state(model, nnx.Param), records, 0)
@@ -139,13 +176,19 @@ def test_the_oracle_at_gain_0_is_the_sampler_and_otherwise_reads_the_picture():
     options = dataclasses.asdict(settings.sample)
     del options["prompts"]
     sample = make_sampler(
-        settings.diffusion.make_schedule(), prediction_type=settings.diffusion.prediction_type,
-        shift=settings.context.shift, **options,
+        settings.diffusion.make_schedule(),
+        prediction_type=settings.diffusion.prediction_type,
+        shift=settings.context.shift,
+        **options,
     )
-    ids, mask = tokenizer.encode([record["caption"] for record in records], settings.data.max_length)
+    ids, mask = tokenizer.encode(
+        [record["caption"] for record in records], settings.data.max_length
+    )
     null = tokenizer.encode([""], settings.data.max_length)
     noise_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
-    x0 = nnx.jit(sample)(model, jax.random.normal(noise_key, (2, 16, 16, 3)), step_key, ids, mask, *null)
+    x0 = nnx.jit(sample)(
+        model, jax.random.normal(noise_key, (2, 16, 16, 3)), step_key, ids, mask, *null
+    )
     expected = np.round((np.clip(x0, -1, 1) + 1) * 127.5)
     assert np.abs(plain.astype(int) - expected.astype(int)).max() <= 1
 
@@ -154,7 +197,9 @@ def test_the_coefficient_is_that_of_the_least_squares_line_and_1_where_the_conte
     timesteps = jnp.array([49, 20])
 
     def measured(kind, num=3):
-        settings = parse(config_dict(**ONE_LEVEL, **{"context.kind": kind, "context.max_gain": 8.0}))
+        settings = parse(
+            config_dict(**ONE_LEVEL, **{"context.kind": kind, "context.max_gain": 8.0})
+        )
         records = [make_source(settings.data, "train")[i] for i in range(num)]
         params = randomised(nnx.state(make_model(settings), nnx.Param))
         return measure(settings, params, load_tokenizer(None), records, timesteps, 0)
@@ -170,21 +215,29 @@ def test_the_coefficient_is_that_of_the_least_squares_line_and_1_where_the_conte
 
 
 def test_an_estimate_times_0_is_no_context_in_the_steps_and_times_1_the_sampler():
-    settings = parse(config_dict(**ONE_LEVEL, **{"context.kind": "linear", "context.max_gain": 8.0}))
+    settings = parse(
+        config_dict(**ONE_LEVEL, **{"context.kind": "linear", "context.max_gain": 8.0})
+    )
     tokenizer, records = load_tokenizer(None), [make_source(settings.data, "train")[0]]
     params = randomised(nnx.state(make_model(settings), nnx.Param))
 
     def pictures(change):
-        return OracleGenerator(settings, tokenizer, settings.sample, change)(params, records, 0).astype(int)
+        return OracleGenerator(settings, tokenizer, settings.sample, change)(
+            params, records, 0
+        ).astype(int)
 
     as_it_is = pictures(lambda *_: lambda out, t: out)
     assert np.abs(as_it_is - pictures(scaled(jnp.ones(50)))).max() <= 1
-    nothing = pictures(lambda *_: lambda out, t: out._replace(context_t=0 * out.x0, context_s=0 * out.x0))
+    nothing = pictures(
+        lambda *_: lambda out, t: out._replace(context_t=0 * out.x0, context_s=0 * out.x0)
+    )
     assert np.abs(nothing - pictures(scaled(jnp.zeros(50)))).max() <= 1
     assert np.abs(nothing - as_it_is).max() > 5
 
 
-def test_a_cell_of_estimates_trains_the_other_plans_run_and_leaves_its_numbers(tmp_path, monkeypatch):
+def test_a_cell_of_estimates_trains_the_other_plans_run_and_leaves_its_numbers(
+    tmp_path, monkeypatch
+):
     monkeypatch.syspath_prepend(ROOT)
     (tmp_path / "of.py").write_text(
         "from conftest import ONE_LEVEL, config_dict\n"
@@ -195,8 +248,12 @@ def test_a_cell_of_estimates_trains_the_other_plans_run_and_leaves_its_numbers(t
         "                baselines=())\n"
     )
     of = load_plan(str(tmp_path / "of.py"))
-    options = dict(of=str(tmp_path / "of.py"), num=2, records=2, steps=5, guidances=(1.0,), factors=(1.25,))
-    found = estimate_cell(dataclasses.replace(of, options=options).cell("linear", 1), tmp_path / "runs/estimates/cell")
+    options = dict(
+        of=str(tmp_path / "of.py"), num=2, records=2, steps=5, guidances=(1.0,), factors=(1.25,)
+    )
+    found = estimate_cell(
+        dataclasses.replace(of, options=options).cell("linear", 1), tmp_path / "runs/estimates/cell"
+    )
     assert (tmp_path / "runs/of" / of.cell("linear", 1).folder / "config.json").exists()
     arms = ["as it is", "regressed", "times 1.25"]
     assert list(found["scores"]["guidance 1"]) == arms + [f"{arm}, minus as it is" for arm in arms]
@@ -206,7 +263,9 @@ def test_a_cell_of_estimates_trains_the_other_plans_run_and_leaves_its_numbers(t
 
 def test_a_cell_whose_training_was_stopped_is_not_scored(monkeypatch, tmp_path):
     config = config_dict(**{"train.steps": 2})
-    plan = Plan(title="t", about="a", kind="pictures", config=config, variants={"none": {}}, headline={})
+    plan = Plan(
+        title="t", about="a", kind="pictures", config=config, variants={"none": {}}, headline={}
+    )
     monkeypatch.setattr(training, "train", lambda *_: types.SimpleNamespace(step=1))
     with pytest.raises(RunError, match="none-0: stopped while training"):
         training.trained_params(plan.cell("none", 0), tmp_path)
@@ -230,8 +289,19 @@ def test_a_plan_goes_on_where_it_was_and_gives_the_same_digits_again(tmp_path):
     assert again.returncode == 0 and written == (cell.read_text(), cell.stat().st_mtime_ns)
     assert (tmp_path / "a/tiny/none-1.json").exists() and (tmp_path / "a/tiny.png").exists()
     page = (tmp_path / "a/tiny.md").read_text()
-    assert "with the same digits" in page and "    taskset -c 0 python -m contextdiff_jax.experiment" in page
-    command("experiment", f"--plan={tmp_path}/tiny.py", f"--workdir={tmp_path}/other", f"--out={tmp_path}/b")
+    assert (
+        "with the same digits" in page
+        and "    taskset -c 0 python -m contextdiff_jax.experiment" in page
+    )
+    command(
+        "experiment",
+        f"--plan={tmp_path}/tiny.py",
+        f"--workdir={tmp_path}/other",
+        f"--out={tmp_path}/b",
+    )
     repeated = json.loads((tmp_path / "b/tiny/none-0.json").read_text())
     first_scores = json.loads(written[0])
-    assert repeated["scores"] == first_scores["scores"] and repeated["training"] == first_scores["training"]
+    assert (
+        repeated["scores"] == first_scores["scores"]
+        and repeated["training"] == first_scores["training"]
+    )

@@ -26,18 +26,34 @@ FIELDS = TINY | SMALL | {"train.steps": 24, "train.checkpoint_every": 2, "train.
 
 def start(workdir, cache) -> subprocess.Popen:
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     overrides = [f"--config.{field}={value}" for field, value in FIELDS.items()]
     return subprocess.Popen(
-        [sys.executable, "-m", "contextdiff_jax.train", "--config=configs/base.py", f"--workdir={workdir}", *overrides],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [
+            sys.executable,
+            "-m",
+            "contextdiff_jax.train",
+            "--config=configs/base.py",
+            f"--workdir={workdir}",
+            *overrides,
+        ],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
 def finished(workdir):
-    state, data, step = checkpoints.restore_newest(workdir, jax.eval_shape(lambda: init_state(parse(config_dict(**FIELDS)))))
+    state, data, step = checkpoints.restore_newest(
+        workdir, jax.eval_shape(lambda: init_state(parse(config_dict(**FIELDS))))
+    )
     assert step == FIELDS["train.steps"] and data["next_batch"] == step
     return state
 
@@ -73,7 +89,9 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_saves_its_step_and_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+def test_a_stopped_run_saves_its_step_and_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path,
+):
     """bash launch/test.sh -m slow tests/test_failures.py: two runs."""
     process = start(tmp_path / "run", tmp_path / "cache")
     while not (tmp_path / "run" / "checkpoints" / "4").exists():
@@ -83,7 +101,10 @@ def test_a_stopped_run_saves_its_step_and_a_damaged_checkpoint_gives_way_to_the_
     assert process.returncode == 0 and "SIGTERM: saving, then stopping" in output
     steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert steps[-1] == logged(tmp_path / "run")[-1][0] and len(steps) == 2
-    victim = max((tmp_path / "run" / "checkpoints" / str(steps[-1])).rglob("*"), key=lambda path: path.stat().st_size)
+    victim = max(
+        (tmp_path / "run" / "checkpoints" / str(steps[-1])).rglob("*"),
+        key=lambda path: path.stat().st_size,
+    )
     victim.write_bytes(victim.read_bytes()[:-1])
     process = start(tmp_path / "run", tmp_path / "cache")
     output, _ = process.communicate()

@@ -1,4 +1,5 @@
 """Guidance (classifier-free, rescaled, thresholded) and loss weights against float64 formulas."""
+
 from __future__ import annotations
 
 import jax
@@ -13,7 +14,9 @@ SCHEDULES = {
     "linear": dict(name="linear"),
     "cosine": dict(name="cosine"),
     "linear-zero_snr": dict(name="linear", zero_terminal_snr=True),
-    "scaled_linear-zero_snr": dict(name="scaled_linear", beta_start=0.00085, beta_end=0.012, zero_terminal_snr=True),
+    "scaled_linear-zero_snr": dict(
+        name="scaled_linear", beta_start=0.00085, beta_end=0.012, zero_terminal_snr=True
+    ),
 }
 every_schedule = pytest.mark.parametrize("kwargs", list(SCHEDULES.values()), ids=list(SCHEDULES))
 
@@ -25,7 +28,9 @@ def reference_snr(schedule) -> np.ndarray:
 
 def denoised(seed: int, shape=(3, 4, 4, 2)) -> diffusion.Denoised:
     rng = np.random.default_rng(seed)
-    x0, context_t, context_s = (jnp.asarray(rng.normal(size=shape) * 2, jnp.float32) for _ in range(3))
+    x0, context_t, context_s = (
+        jnp.asarray(rng.normal(size=shape) * 2, jnp.float32) for _ in range(3)
+    )
     return diffusion.Denoised(x0=x0, context_t=context_t, context_s=context_s)
 
 
@@ -47,7 +52,9 @@ def test_guidance_moves_the_picture_and_both_contexts_along_the_same_line(scale)
 def test_guidance_scale_one_is_the_conditional_and_zero_the_unconditional():
     conditional, unconditional = denoised(0), denoised(1)
     for scale, expected in ((1.0, conditional), (0.0, unconditional)):
-        for actual, wanted in zip(fields(diffusion.guide(conditional, unconditional, scale)), fields(expected)):
+        for actual, wanted in zip(
+            fields(diffusion.guide(conditional, unconditional, scale)), fields(expected)
+        ):
             np.testing.assert_allclose(actual, wanted, atol=1e-6)
 
 
@@ -68,7 +75,9 @@ def test_rescaled_guidance_mixes_in_a_picture_with_the_conditional_std_of_each_s
 def test_full_rescale_gives_every_sample_the_conditional_std():
     conditional, unconditional = denoised(2), denoised(3)
     x0 = np.asarray(diffusion.guide(conditional, unconditional, 7.5, rescale=1.0).x0)
-    np.testing.assert_allclose(x0.std((1, 2, 3)), np.asarray(conditional.x0).std((1, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(
+        x0.std((1, 2, 3)), np.asarray(conditional.x0).std((1, 2, 3)), rtol=1e-4
+    )
 
 
 def test_rescaled_guidance_of_a_constant_picture_is_finite():
@@ -89,7 +98,9 @@ def test_dynamic_threshold_clips_each_sample_at_its_own_percentile(percentile):
     rng = np.random.default_rng(4)
     x0 = rng.normal(size=(4, 8, 8, 3)) * np.array([0.2, 1.0, 2.0, 5.0])[:, None, None, None]
     x0 = x0.astype(np.float32)
-    limit = np.maximum(np.percentile(np.abs(x0).reshape(4, -1), percentile, axis=1), 1.0)[:, None, None, None]
+    limit = np.maximum(np.percentile(np.abs(x0).reshape(4, -1), percentile, axis=1), 1.0)[
+        :, None, None, None
+    ]
     actual = diffusion.dynamic_threshold(jnp.asarray(x0), percentile)
     np.testing.assert_allclose(actual, np.clip(x0, -limit, limit) / limit, rtol=1e-5, atol=1e-6)
 
@@ -114,8 +125,12 @@ def test_snr_is_abar_over_one_minus_abar_and_finite_at_both_ends(kwargs):
     assert np.all(np.isfinite(diffusion.snr(schedule, jnp.array([-1]))))
 
 
-def reference_weight(snr: np.ndarray, prediction_type: str, weighting: str, gamma: float) -> np.ndarray:
-    """The epsilon weight, carried to the other targets by |dx0|^2 = |de|^2 / snr, |dv|^2 = |de|^2 (snr + 1) / snr."""
+def reference_weight(
+    snr: np.ndarray, prediction_type: str, weighting: str, gamma: float
+) -> np.ndarray:
+    """The epsilon weight, carried to the other targets by |dx0|^2 = |de|^2 / snr, |dv|^2 = |de|^2
+    (snr + 1) / snr.
+    """
     if weighting == "min_snr":
         x0_weight = np.minimum(snr, gamma)
     else:
@@ -130,7 +145,9 @@ def reference_weight(snr: np.ndarray, prediction_type: str, weighting: str, gamm
 
 @every_schedule
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("weighting,gamma", [("min_snr", 5.0), ("min_snr", 1.0), ("p2", 1.0), ("p2", 0.5)])
+@pytest.mark.parametrize(
+    "weighting,gamma", [("min_snr", 5.0), ("min_snr", 1.0), ("p2", 1.0), ("p2", 0.5)]
+)
 def test_loss_weight_equals_its_formula_at_every_t(kwargs, prediction_type, weighting, gamma):
     schedule = diffusion.make_schedule(**kwargs)
     t = jnp.arange(schedule.num_timesteps)
@@ -165,9 +182,12 @@ def test_min_snr_gamma_defaults_to_five():
     schedule = diffusion.make_schedule()
     t = jnp.arange(1000)
     np.testing.assert_array_equal(
-        diffusion.loss_weight(schedule, t, "x0", "min_snr"), diffusion.loss_weight(schedule, t, "x0", "min_snr", 5.0)
+        diffusion.loss_weight(schedule, t, "x0", "min_snr"),
+        diffusion.loss_weight(schedule, t, "x0", "min_snr", 5.0),
     )
-    assert float(diffusion.loss_weight(schedule, t, "x0", "min_snr").max()) == pytest.approx(5.0, rel=1e-6)
+    assert float(diffusion.loss_weight(schedule, t, "x0", "min_snr").max()) == pytest.approx(
+        5.0, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", "p2"])

@@ -1,4 +1,6 @@
-"""Inception-v3 against a torch network written here from the checkpoint's names and the TensorFlow graph's rules."""
+"""Inception-v3 against a torch network written here from the checkpoint's names and the TensorFlow
+graph's rules.
+"""
 
 import jax
 import numpy as np
@@ -13,7 +15,9 @@ from contextdiff_jax.evaluation.metrics import feature_fns
 
 
 class TorchInception:
-    """The forward pass on a state dict; the first call of a name draws its weights (so this also makes the file)."""
+    """The forward pass on a state dict; the first call of a name draws its weights (so this also
+    makes the file).
+    """
 
     def __init__(self, seed: int):
         self.tensors, self.generator = {}, torch.Generator().manual_seed(seed)
@@ -31,7 +35,9 @@ class TorchInception:
             self.tensors[f"{name}.bn.num_batches_tracked"] = torch.tensor(0)
         t = self.tensors
         x = F.conv2d(x, t[f"{name}.conv.weight"], stride=stride, padding=padding)
-        norm = (t[f"{name}.bn.{leaf}"] for leaf in ("running_mean", "running_var", "weight", "bias"))
+        norm = (
+            t[f"{name}.bn.{leaf}"] for leaf in ("running_mean", "running_var", "weight", "bias")
+        )
         return F.relu(F.batch_norm(x, *norm, training=False, eps=1e-3))
 
     def chain(self, x, prefix, *layers):
@@ -41,32 +47,65 @@ class TorchInception:
         return x
 
     def pool(self, x, prefix, features, maximum=False):
-        pooled = F.max_pool2d(x, 3, 1, 1) if maximum else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        pooled = (
+            F.max_pool2d(x, 3, 1, 1)
+            if maximum
+            else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        )
         return self.conv(pooled, f"{prefix}.branch_pool", features)
 
     def a(self, x, p, pool):
         five = self.chain(x, p, ("branch5x5_1", 48, (1, 1)), ("branch5x5_2", 64, (5, 5)))
-        double = self.chain(x, p, ("branch3x3dbl_1", 64, (1, 1)), ("branch3x3dbl_2", 96, (3, 3)),
-                            ("branch3x3dbl_3", 96, (3, 3)))
-        return torch.cat([self.conv(x, f"{p}.branch1x1", 64), five, double, self.pool(x, p, pool)], 1)
+        double = self.chain(
+            x,
+            p,
+            ("branch3x3dbl_1", 64, (1, 1)),
+            ("branch3x3dbl_2", 96, (3, 3)),
+            ("branch3x3dbl_3", 96, (3, 3)),
+        )
+        return torch.cat(
+            [self.conv(x, f"{p}.branch1x1", 64), five, double, self.pool(x, p, pool)], 1
+        )
 
     def b(self, x, p):
         three = self.chain(x, p, ("branch3x3", 384, (3, 3), 2))
-        double = self.chain(x, p, ("branch3x3dbl_1", 64, (1, 1)), ("branch3x3dbl_2", 96, (3, 3)),
-                            ("branch3x3dbl_3", 96, (3, 3), 2))
+        double = self.chain(
+            x,
+            p,
+            ("branch3x3dbl_1", 64, (1, 1)),
+            ("branch3x3dbl_2", 96, (3, 3)),
+            ("branch3x3dbl_3", 96, (3, 3), 2),
+        )
         return torch.cat([three, double, F.max_pool2d(x, 3, 2)], 1)
 
     def c(self, x, p, w):
         wide, tall = (1, 7), (7, 1)
-        seven = self.chain(x, p, ("branch7x7_1", w, (1, 1)), ("branch7x7_2", w, wide), ("branch7x7_3", 192, tall))
-        double = self.chain(x, p, ("branch7x7dbl_1", w, (1, 1)), ("branch7x7dbl_2", w, tall),
-                            ("branch7x7dbl_3", w, wide), ("branch7x7dbl_4", w, tall), ("branch7x7dbl_5", 192, wide))
-        return torch.cat([self.conv(x, f"{p}.branch1x1", 192), seven, double, self.pool(x, p, 192)], 1)
+        seven = self.chain(
+            x, p, ("branch7x7_1", w, (1, 1)), ("branch7x7_2", w, wide), ("branch7x7_3", 192, tall)
+        )
+        double = self.chain(
+            x,
+            p,
+            ("branch7x7dbl_1", w, (1, 1)),
+            ("branch7x7dbl_2", w, tall),
+            ("branch7x7dbl_3", w, wide),
+            ("branch7x7dbl_4", w, tall),
+            ("branch7x7dbl_5", 192, wide),
+        )
+        return torch.cat(
+            [self.conv(x, f"{p}.branch1x1", 192), seven, double, self.pool(x, p, 192)], 1
+        )
 
     def d(self, x, p):
         three = self.chain(x, p, ("branch3x3_1", 192, (1, 1)), ("branch3x3_2", 320, (3, 3), 2))
-        seven = self.chain(x, p, ("branch7x7x3_1", 192, (1, 1)), ("branch7x7x3_2", 192, (1, 7)),
-                           ("branch7x7x3_3", 192, (7, 1)), ("branch7x7x3_4", 192, (3, 3), 2))
+        seven = self.chain(
+            x,
+            p,
+            ("branch7x7x3_1", 192, (1, 1)),
+            ("branch7x7x3_2", 192, (1, 7)),
+            ("branch7x7x3_3", 192, (7, 1)),
+            ("branch7x7x3_4", 192, (3, 3), 2),
+        )
         return torch.cat([three, seven, F.max_pool2d(x, 3, 2)], 1)
 
     def e(self, x, p, maximum):
@@ -77,14 +116,18 @@ class TorchInception:
             for y, name in ((three, "branch3x3_2"), (double, "branch3x3dbl_3"))
             for half, kernel in (("a", (1, 3)), ("b", (3, 1)))
         ]
-        return torch.cat([self.conv(x, f"{p}.branch1x1", 320), *halves, self.pool(x, p, 192, maximum)], 1)
+        return torch.cat(
+            [self.conv(x, f"{p}.branch1x1", 320), *halves, self.pool(x, p, 192, maximum)], 1
+        )
 
     @torch.no_grad()
     def __call__(self, images):
         x = torch.tensor(images).permute(0, 3, 1, 2).float() / 255
         x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
         x = self.conv(x, "Conv2d_1a_3x3", 32, (3, 3), 2)
-        x = self.conv(self.conv(x, "Conv2d_2a_3x3", 32, (3, 3)), "Conv2d_2b_3x3", 64, (3, 3), 1, (1, 1))
+        x = self.conv(
+            self.conv(x, "Conv2d_2a_3x3", 32, (3, 3)), "Conv2d_2b_3x3", 64, (3, 3), 1, (1, 1)
+        )
         x = self.conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1", 80)
         x = F.max_pool2d(self.conv(x, "Conv2d_4a_3x3", 192, (3, 3)), 3, 2)
         for name, pool in (("5b", 32), ("5c", 64), ("5d", 64)):
@@ -108,7 +151,9 @@ def pictures(size):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """(the torch network, its features of small pictures, its weights' file in the checkpoint's naming)."""
+    """(the torch network, its features of small pictures, its weights' file in the checkpoint's
+    naming).
+    """
     network = TorchInception(seed=0)
     features = network(pictures(40))
     tensors = network.tensors | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
@@ -130,14 +175,22 @@ def test_features_equal_the_torch_network_s(reference):
 def test_resize_is_torch_s_bilinear_without_antialiasing(size):
     images = pictures(size)
     x = torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    expected = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+    expected = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False).permute(
+        0, 2, 3, 1
+    )
     np.testing.assert_allclose(np.asarray(jax.jit(resize)(images)), expected.numpy(), atol=2e-5)
 
 
 def test_the_network_has_as_many_weights_as_the_published_one(reference):
     network = load_inception(reference[2])
-    weights = sum(p.size for path, p in nnx.to_flat_state(nnx.state(network, nnx.Param)) if path[-1] == "kernel")
-    assert weights == 21_751_136  # of the 94 convolutions, without classifier and batch normalisation
+    weights = sum(
+        p.size
+        for path, p in nnx.to_flat_state(nnx.state(network, nnx.Param))
+        if path[-1] == "kernel"
+    )
+    assert (
+        weights == 21_751_136
+    )  # of the 94 convolutions, without classifier and batch normalisation
 
 
 def write(tmp_path, reference, change):
@@ -149,10 +202,18 @@ def write(tmp_path, reference, change):
 
 def test_another_network_s_file_is_refused_by_the_tensor_s_name(tmp_path, reference):
     path = write(tmp_path, reference, lambda t: t.pop("Mixed_6b.branch7x7_2.bn.running_var"))
-    with pytest.raises(ValueError, match="1 tensors do not fit: Mixed_6b.branch7x7_2.bn.running_var: missing"):
+    with pytest.raises(
+        ValueError, match="1 tensors do not fit: Mixed_6b.branch7x7_2.bn.running_var: missing"
+    ):
         load_inception(path)
-    path = write(tmp_path, reference, lambda t: t.update({"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 1, 3, 3)}))
-    with pytest.raises(ValueError, match=r"Conv2d_1a_3x3.conv.weight: \(32, 1, 3, 3\), wanted \(32, 3, 3, 3\)"):
+    path = write(
+        tmp_path,
+        reference,
+        lambda t: t.update({"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 1, 3, 3)}),
+    )
+    with pytest.raises(
+        ValueError, match=r"Conv2d_1a_3x3.conv.weight: \(32, 1, 3, 3\), wanted \(32, 3, 3, 3\)"
+    ):
         load_inception(path)
     path = write(tmp_path, reference, lambda t: t.update({"Mixed_8a.conv.weight": torch.zeros(1)}))
     with pytest.raises(ValueError, match="unknown tensors.*Mixed_8a.conv.weight"):
@@ -161,7 +222,9 @@ def test_another_network_s_file_is_refused_by_the_tensor_s_name(tmp_path, refere
 
 def test_a_pickle_and_a_damaged_file_are_refused_in_one_line(tmp_path, reference):
     for name, legacy in (("new.pth", False), ("old.pth", True)):
-        torch.save({"a": torch.zeros(1)}, tmp_path / name, _use_new_zipfile_serialization=not legacy)
+        torch.save(
+            {"a": torch.zeros(1)}, tmp_path / name, _use_new_zipfile_serialization=not legacy
+        )
         with pytest.raises(ValueError, match="a torch pickle, which can run code") as error:
             load_inception(tmp_path / name)
         assert "\n" not in str(error.value) and "save_file" in str(error.value)

@@ -1,4 +1,6 @@
-"""Latent training: what is frozen, what is trained, where a run starts, and how it becomes a diffusers folder again."""
+"""Latent training: what is frozen, what is trained, where a run starts, and how it becomes a
+diffusers folder again.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,15 @@ from contextdiff_jax.training.step import clean, draw, loss_fn
 
 PROMPTS = ["a red circle", "the blue square is left of a rather long description"]
 SMALL = {
-    "train.batch_size": 4, "train.steps": 2, "train.checkpoint_every": 2, "train.learning_rate": 1e-2, "train.warmup_steps": 0,
-    "train.decay": "constant", "context.patch_size": 2, "sample.guidance": 7.5, "sample.prompts": "('a red circle',)",
+    "train.batch_size": 4,
+    "train.steps": 2,
+    "train.checkpoint_every": 2,
+    "train.learning_rate": 1e-2,
+    "train.warmup_steps": 0,
+    "train.decay": "constant",
+    "context.patch_size": 2,
+    "sample.guidance": 7.5,
+    "sample.prompts": "('a red circle',)",
 }
 
 
@@ -56,7 +65,9 @@ def config_of(folder, **changes):
 
 
 def run_of(folder, workdir, **changes):
-    """Two steps of a fine-tune: its config; without the pictures at its end, whose program takes longer than all else."""
+    """Two steps of a fine-tune: its config; without the pictures at its end, whose program takes
+    longer than all else.
+    """
     config = config_of(folder, **changes)
     reporter, loop.Reporter = loop.Reporter, lambda *_: lambda *_: None
     try:
@@ -77,9 +88,18 @@ def start_of(config):
 def runs(pipe, tmp_path_factory):
     """A run of each kind: (config, workdir)."""
     workdir = tmp_path_factory.mktemp("runs")
-    changes = {"full": {}, "lora": {"train.lora_rank": 2}, "context": {"context.estimate": "posterior_mean"}}
+    changes = {
+        "full": {},
+        "lora": {"train.lora_rank": 2},
+        "context": {"context.estimate": "posterior_mean"},
+    }
     return {
-        kind: (run_of(pipe[1], workdir / kind, **{"train.trainable": kind, "train.ema_decay": 0.5} | more), workdir / kind)
+        kind: (
+            run_of(
+                pipe[1], workdir / kind, **{"train.trainable": kind, "train.ema_decay": 0.5} | more
+            ),
+            workdir / kind,
+        )
         for kind, more in changes.items()
     }
 
@@ -87,22 +107,36 @@ def runs(pipe, tmp_path_factory):
 def batch_of(settings, seed=0):
     rng = np.random.default_rng(seed)
     ids, mask = load_tokenizer(settings.data.tokenizer).encode(PROMPTS, settings.data.max_length)
-    images = rng.integers(0, 256, (2, settings.data.image_size, settings.data.image_size, 3)).astype(np.uint8)
-    return {"image": jnp.asarray(images), "token_ids": jnp.asarray(ids), "token_mask": jnp.asarray(mask)}
+    images = rng.integers(
+        0, 256, (2, settings.data.image_size, settings.data.image_size, 3)
+    ).astype(np.uint8)
+    return {
+        "image": jnp.asarray(images),
+        "token_ids": jnp.asarray(ids),
+        "token_mask": jnp.asarray(mask),
+    }
 
 
 def test_a_fine_tune_at_gain_zero_samples_what_the_folder_samples(pipe):
     config = config_of(pipe[1], **{"sample.steps": 10})
     settings, params = parse(config), start_of(config)
-    assert settings.shape == (8, 8, 4) and settings.data.max_length == 9 and settings.sample.steps_offset == 1
+    assert (
+        settings.shape == (8, 8, 4)
+        and settings.data.max_length == 9
+        and settings.sample.steps_offset == 1
+    )
     assert float(params["context"]["gamma"][...]) == 0
     generator = Generator(settings, load_tokenizer(settings.data.tokenizer))
     ours = generator(params, PROMPTS, seed=3)
     noise_key, _ = jax.random.split(jax.random.key(3))
-    noise = jnp.stack([jax.random.normal(jax.random.fold_in(noise_key, i), settings.shape) for i in range(2)])
+    noise = jnp.stack(
+        [jax.random.normal(jax.random.fold_in(noise_key, i), settings.shape) for i in range(2)]
+    )
     theirs = load_pipeline(pipe[1]).text_to_image(PROMPTS, noise=noise, steps=10, guidance=7.5)
     assert theirs.std() > 30 and np.abs(ours.astype(int) - theirs).max() <= 1
-    assert (ours == theirs).mean() > 0.999  # what is left is the rounding of pictures to whole numbers
+    assert (
+        ours == theirs
+    ).mean() > 0.999  # what is left is the rounding of pictures to whole numbers
     moved = generator(with_gamma(params, 1.0), PROMPTS, seed=3)
     assert (moved != theirs).mean() > 0.1
 
@@ -114,7 +148,10 @@ def test_latents_are_draws_from_the_autoencoders_gaussian_as_diffusers_has_it(pi
     pixels = np.asarray(batch["image"], np.float32) / 127.5 - 1
     with torch.no_grad():
         q = pipe[0].vae.encode(nchw(pixels)).latent_dist
-        expected = nhwc(q.mean + q.std * nchw(np.array(batch["latent_noise"]))) * pipe[0].vae.config.scaling_factor
+        expected = (
+            nhwc(q.mean + q.std * nchw(np.array(batch["latent_noise"])))
+            * pipe[0].vae.config.scaling_factor
+        )
     assert_close(clean(model, batch)[0], expected)
 
 
@@ -124,7 +161,9 @@ def test_a_run_reads_text_through_t5(pipe, tmp_path):
     config = config_of(pipe[1], **folders)
     settings = parse(config)
     batch = draw(jax.random.key(0), batch_of(settings), settings)
-    rows = tokenizer(PROMPTS, padding="max_length", max_length=9, truncation=True, return_tensors="pt")
+    rows = tokenizer(
+        PROMPTS, padding="max_length", max_length=9, truncation=True, return_tensors="pt"
+    )
     np.testing.assert_array_equal(batch["token_ids"], rows.input_ids)
     np.testing.assert_array_equal(batch["token_mask"], rows.attention_mask.bool())
     assert not batch["token_mask"].all() and batch["token_mask"][:, 0].all()
@@ -135,12 +174,17 @@ def test_a_run_reads_text_through_t5(pipe, tmp_path):
     assert_close(tokens, expected.numpy())
     # Padding is read by nobody: neither inside of T5 nor by the UNet.
     x, t, padding = batch["noise"], batch["t"], ~batch["token_mask"][..., None]
-    outputs = [model.predict(x, t, tokens + change, batch["token_mask"]) for change in (0.0, 1.0 * padding, 1.0 * ~padding)]
+    outputs = [
+        model.predict(x, t, tokens + change, batch["token_mask"])
+        for change in (0.0, 1.0 * padding, 1.0 * ~padding)
+    ]
     np.testing.assert_array_equal(*outputs[:2])
     assert np.abs(outputs[2] - outputs[0]).max() > 1e-3
     t5_encoder(tmp_path / "wide", 24)
     wrong = parse(config_of(pipe[1], **folders | {"text.pretrained": str(tmp_path / "wide")}))
-    with pytest.raises(ValueError, match="model.cross_attention_dim=16: text.pretrained='.*wide' has 24"):
+    with pytest.raises(
+        ValueError, match="model.cross_attention_dim=16: text.pretrained='.*wide' has 24"
+    ):
         load_frozen(wrong)
 
 
@@ -155,7 +199,14 @@ def test_latents_are_not_clipped_to_the_range_of_pictures(pipe):
             model.vae = None
         mask = batch["token_mask"]
         denoise = make_denoise(
-            model, settings.diffusion.make_schedule(), tokens, mask, tokens, mask, prediction_type="epsilon", guidance=2.0
+            model,
+            settings.diffusion.make_schedule(),
+            tokens,
+            mask,
+            tokens,
+            mask,
+            prediction_type="epsilon",
+            guidance=2.0,
         )
         bounds.append(float(jnp.abs(denoise(x, t, t - 1).x0).max()))
     assert bounds[0] > 3 and bounds[1] == 1
@@ -163,36 +214,59 @@ def test_latents_are_not_clipped_to_the_range_of_pictures(pipe):
 
 def test_the_frozen_networks_are_read_but_are_not_in_the_state(pipe, runs):
     config, workdir = runs["full"]
-    assert config["latent"]["vae"] == str(pipe[1] / "vae") and config["text"]["pretrained"] == str(pipe[1] / "text_encoder")
-    assert {path[0] for path, _ in nnx.to_flat_state(load_run(str(workdir)).params)} == {"unet", "context"}
+    assert config["latent"]["vae"] == str(pipe[1] / "vae") and config["text"]["pretrained"] == str(
+        pipe[1] / "text_encoder"
+    )
+    assert {path[0] for path, _ in nnx.to_flat_state(load_run(str(workdir)).params)} == {
+        "unet",
+        "context",
+    }
     settings = parse(config)
     frozen, params = load_frozen(settings), randomised(start_of(config))
     batch = draw(jax.random.key(0), batch_of(settings), settings)
     null = {k: v[:1] for k, v in batch_of(settings).items() if k != "image"}
     graph, schedule = model_graph(settings), settings.diffusion.make_schedule()
-    loss = jax.jit(lambda frozen: loss_fn(build_model(graph, params, frozen), batch, null, schedule, settings)[0])
+    loss = jax.jit(
+        lambda frozen: loss_fn(build_model(graph, params, frozen), batch, null, schedule, settings)[
+            0
+        ]
+    )
     moved = jax.tree.map(lambda a: a + 0.1, frozen)
-    losses = [float(loss(f)) for f in (frozen, frozen._replace(text=moved.text), frozen._replace(vae=moved.vae))]
+    losses = [
+        float(loss(f))
+        for f in (frozen, frozen._replace(text=moved.text), frozen._replace(vae=moved.vae))
+    ]
     assert len({*losses}) == 3 and np.isfinite(losses).all()
 
 
 @pytest.mark.parametrize("trainable", ["full", "lora", "context"])
 def test_only_what_is_named_is_trained_and_has_moments(runs, trainable):
     config, workdir = runs[trainable]
-    start, wanted = dict(nnx.to_flat_state(start_of(config))), {
-        "full": {"unet", "context"}, "lora": {"lora", "context"}, "context": {"context", "context_head"}
-    }[trainable]
+    start, wanted = (
+        dict(nnx.to_flat_state(start_of(config))),
+        {
+            "full": {"unet", "context"},
+            "lora": {"lora", "context"},
+            "context": {"context", "context_head"},
+        }[trainable],
+    )
 
     def kind(path):
         return "context_head" if path[:2] == ("unet", "context_head") else path[0]
 
     for weights in ("params", "ema"):
         after = nnx.to_flat_state(load_run(str(workdir), weights, merged=False).params)
-        moved = {kind(path) for path, leaf in after if not np.array_equal(leaf.get_value(), start[path].get_value())}
+        moved = {
+            kind(path)
+            for path, leaf in after
+            if not np.array_equal(leaf.get_value(), start[path].get_value())
+        }
         assert moved == wanted
     moments = jax.eval_shape(lambda: init_state(parse(config))).opt_state
     trained = sum(leaf.size for path, leaf in start.items() if kind(path) in wanted)
-    assert sum(leaf.size for leaf in jax.tree.leaves(moments) if leaf.ndim) == 2 * trained - 2  # gamma has no axis
+    assert (
+        sum(leaf.size for leaf in jax.tree.leaves(moments) if leaf.ndim) == 2 * trained - 2
+    )  # gamma has no axis
 
 
 def test_a_full_fine_tune_goes_back_to_a_folder_that_diffusers_reads(pipe, runs, tmp_path):
@@ -202,7 +276,11 @@ def test_a_full_fine_tune_goes_back_to_a_folder_that_diffusers_reads(pipe, runs,
     export_run(workdir, tmp_path / "out", report=lambda line: None)
     run = load_run(str(workdir))
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out").unet
-    x, t, text = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32), 7, torch.randn(2, 9, 16)
+    x, t, text = (
+        np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32),
+        7,
+        torch.randn(2, 9, 16),
+    )
     with torch.no_grad():
         expected, before = (nhwc(unet(nchw(x), t, text).sample) for unet in (theirs, pipe[0].unet))
     unet = build_model(model_graph(run.settings), run.params).unet
@@ -227,8 +305,14 @@ def test_lora_goes_out_in_diffusers_names_beside_the_unet_it_changes(pipe, runs,
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0" in layers
     merge_lora(unet, layers)
     expected = load_run(str(workdir)).params["unet"]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), nnx.state(unet, nnx.Param), expected)
-    differences = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), start_of(config)["unet"], expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        nnx.state(unet, nnx.Param),
+        expected,
+    )
+    differences = jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max()), start_of(config)["unet"], expected
+    )
     assert sum(d > 1e-5 for d in jax.tree.leaves(differences)) == len(layers)
 
 
@@ -238,17 +322,28 @@ def test_a_joint_run_starts_from_a_run_that_trained_the_context_alone(pipe, runs
     jax.tree.map(np.testing.assert_array_equal, start_of(config_of(pipe[1], **start)), first.params)
     assert float(first.params["context"]["gamma"][...]) != 0
     lora = start_of(config_of(pipe[1], **start | {"train.trainable": "lora"}))
-    np.testing.assert_array_equal(lora["context"]["gamma"][...], first.params["context"]["gamma"][...])
+    np.testing.assert_array_equal(
+        lora["context"]["gamma"][...], first.params["context"]["gamma"][...]
+    )
     assert {"lora", "unet", "context"} == set(lora)
-    with pytest.raises(ValueError, match=r"init_from=.*holds another model: context/.* \(16, 16\) there, \(16, 32\) here"):
+    with pytest.raises(
+        ValueError,
+        match=r"init_from=.*holds another model: context/.* \(16, 16\) there, \(16, 32\) here",
+    ):
         start_of(config_of(pipe[1], **start | {"context.width": 32}))
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"train.trainable": "some"}, "train.trainable='some': unknown; one of full, lora, context"),
-        ({"train.trainable": "context"}, "needs a trained UNet, by model.pretrained or train.init_from"),
+        (
+            {"train.trainable": "some"},
+            "train.trainable='some': unknown; one of full, lora, context",
+        ),
+        (
+            {"train.trainable": "context"},
+            "needs a trained UNet, by model.pretrained or train.init_from",
+        ),
         ({"latent.vae": "nowhere"}, "nowhere/config.json: no such file"),
         ({"text.pretrained": "nowhere"}, "data.tokenizer='': text.pretrained needs the folder"),
         ({"model.pretrained": "nowhere"}, "nowhere/model_index.json: no such file"),
@@ -272,7 +367,9 @@ def test_what_does_not_fit_is_refused_in_one_line(changes, message):
 def test_what_does_not_fit_the_latents_is_refused_in_one_line(pipe, changes, message):
     with pytest.raises(ValueError, match=message):
         parse(config_of(pipe[1], **changes))
-    with pytest.raises(ValueError, match="model.in_channels=3: must be 4, the channels of latent.vae"):
+    with pytest.raises(
+        ValueError, match="model.in_channels=3: must be 4, the channels of latent.vae"
+    ):
         parse(config_dict(**{"latent.vae": str(pipe[1] / "vae")}))
 
 
@@ -283,8 +380,11 @@ def vae_config(folder, **train):
     config.train.update(steps=30, batch_size=4, log_every=10, checkpoint_every=10, **train)
     config.data.update(source="emoji", path=str(folder), image_size=16)
     config.vae.update(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4, sample_size=16,
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
     )
     return config.to_dict()
 
@@ -296,7 +396,9 @@ def test_an_autoencoder_learns_resumes_and_is_a_diffusers_folder_with_unit_laten
     rows = []
     for i in range(24):
         colour = rng.integers(0, 256, 3)
-        Image.fromarray(np.broadcast_to(colour.astype(np.uint8), (16, 16, 3)).copy()).save(tmp_path / f"{i}.png")
+        Image.fromarray(np.broadcast_to(colour.astype(np.uint8), (16, 16, 3)).copy()).save(
+            tmp_path / f"{i}.png"
+        )
         rows.append(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) + "\n")
     (tmp_path / "metadata_train.jsonl").write_text("".join(rows[:20]))
     (tmp_path / "metadata_test.jsonl").write_text("".join(rows[20:]))
@@ -309,7 +411,9 @@ def test_an_autoencoder_learns_resumes_and_is_a_diffusers_folder_with_unit_laten
     assert train_autoencoder(parse_autoencoder(config), config, workdir) == report
     theirs = diffusers.AutoencoderKL.from_pretrained(workdir / "vae")
     assert theirs.config.scaling_factor == report["scaling_factor"]
-    pixels = np.stack([np.asarray(Image.open(tmp_path / f"{i}.png"), np.float32) / 127.5 - 1 for i in range(20)])
+    pixels = np.stack(
+        [np.asarray(Image.open(tmp_path / f"{i}.png"), np.float32) / 127.5 - 1 for i in range(20)]
+    )
     with torch.no_grad():
         q = theirs.encode(nchw(pixels)).latent_dist
     std = float((q.mean.var() + q.var.mean()).sqrt()) * theirs.config.scaling_factor
@@ -320,20 +424,32 @@ def test_the_context_reads_the_tokens_of_a_frozen_clip_as_transformers_has_them(
     import transformers
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-    clip = randomised_torch(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4
-    )))
+    clip = randomised_torch(
+        transformers.CLIPVisionModel(
+            transformers.CLIPVisionConfig(
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=16,
+                patch_size=4,
+            )
+        )
+    )
     clip.save_pretrained(tmp_path / "clip")
     changes = {"context.tokens": "clip", "context.clip": str(tmp_path / "clip")}
     settings = parse(config_of(pipe[1], **changes))
-    model = build_model(model_graph(settings), randomised(init_state(settings).params), load_frozen(settings))
+    model = build_model(
+        model_graph(settings), randomised(init_state(settings).params), load_frozen(settings)
+    )
     batch = draw(jax.random.key(0), batch_of(settings), settings)
     pixels = np.asarray(batch["image"], np.float32) / 127.5 - 1
     with torch.no_grad():
         normed = ((pixels + 1) / 2 - np.array(OPENAI_CLIP_MEAN)) / np.array(OPENAI_CLIP_STD)
         expected = clip(nchw(normed.astype(np.float32))).last_hidden_state[:, 1:].numpy()
     assert_close(model.vision(pixels), expected)
-    # In the step the picture is there; in sampling x0 is decoded. Both reach r, and no parameter of CLIP is in the state.
+    # In the step the picture is there; in sampling x0 is decoded. Both reach r, and no parameter of
+    # CLIP is in the state.
     null = {k: v[:1] for k, v in batch_of(settings).items() if k != "image"}
     loss, _ = loss_fn(model, batch, null, settings.diffusion.make_schedule(), settings)
     assert np.isfinite(float(loss))
@@ -341,10 +457,17 @@ def test_the_context_reads_the_tokens_of_a_frozen_clip_as_transformers_has_them(
     args = model.text(batch["token_ids"], batch["token_mask"]), batch["token_mask"], batch["t"]
     decoded = model.vae.decode(model.vae.from_diffusion(x0))
     np.testing.assert_array_equal(model.relate(x0, *args), model.relate(x0, *args, decoded))
-    assert float(jnp.abs(model.relate(x0, *args, pixels) - model.relate(x0, *args, -pixels)).max()) > 1e-3
-    with pytest.raises(ValueError, match="context.patch_size=4: gives 4 patches of x0; CLIP has 16 tokens"):
+    assert (
+        float(jnp.abs(model.relate(x0, *args, pixels) - model.relate(x0, *args, -pixels)).max())
+        > 1e-3
+    )
+    with pytest.raises(
+        ValueError, match="context.patch_size=4: gives 4 patches of x0; CLIP has 16 tokens"
+    ):
         other = parse(config_of(pipe[1], **changes | {"context.patch_size": 4}))
-        build_model(model_graph(other), init_state(other).params, load_frozen(other)).relate(x0, *args)
+        build_model(model_graph(other), init_state(other).params, load_frozen(other)).relate(
+            x0, *args
+        )
     with pytest.raises(ValueError, match="reads pictures, and data.source='cache' has none"):
         parse(config_of(pipe[1], **changes | {"data.source": "cache"}))
     with pytest.raises(ValueError, match="context.tokens='clip': needs context.clip"):

@@ -1,4 +1,6 @@
-"""The formulations that were chosen for their speed, with their gradients, against torch's plain ones in float64."""
+"""The formulations that were chosen for their speed, with their gradients, against torch's plain
+ones in float64.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,14 @@ def compare(ours, theirs, *arrays, tolerance=1e-5):
     weights = RNG.standard_normal(expected.shape)
     (expected * torch.tensor(weights)).sum().backward()
     out, pullback = jax.vjp(ours, *(jnp.asarray(array, jnp.float32) for array in arrays))
-    pairs = [(out, expected.detach()), *zip(pullback(jnp.asarray(weights, jnp.float32)), (t.grad for t in tensors))]
+    pairs = [
+        (out, expected.detach()),
+        *zip(pullback(jnp.asarray(weights, jnp.float32)), (t.grad for t in tensors)),
+    ]
     for found, wanted in pairs:
-        np.testing.assert_allclose(found, wanted.numpy(), atol=tolerance * float(wanted.abs().max()))
+        np.testing.assert_allclose(
+            found, wanted.numpy(), atol=tolerance * float(wanted.abs().max())
+        )
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 3, 4)], ids=str)
@@ -35,7 +42,9 @@ def test_a_linear_layer_and_its_gradients(shape, features):
     graph, _ = nnx.split(layer)
 
     def ours(x, kernel, bias):
-        return nnx.merge(graph, nnx.State({"kernel": nnx.Param(kernel), "bias": nnx.Param(bias)}))(x)
+        return nnx.merge(graph, nnx.State({"kernel": nnx.Param(kernel), "bias": nnx.Param(bias)}))(
+            x
+        )
 
     arrays = (RNG.standard_normal(s) for s in ((*shape, features[0]), features, features[1:]))
     compare(ours, lambda x, kernel, bias: x @ kernel + bias, *arrays)
@@ -57,17 +66,27 @@ def test_attention_and_its_gradients_with_a_mask_and_a_bias(keys):
 
 def test_attention_of_large_logits_is_finite_and_picks_one_key():
     q, v = (jnp.asarray(RNG.standard_normal((1, 3, 1, 4)), jnp.float32) for _ in range(2))
-    q = 100 * q / jnp.linalg.norm(q, axis=-1, keepdims=True)  # every query is nearest to its own key; exp of 5000 overflows
+    q = (
+        100 * q / jnp.linalg.norm(q, axis=-1, keepdims=True)
+    )  # every query is nearest to its own key; exp of 5000 overflows
     out, pullback = jax.vjp(attention, q, q, v)
     np.testing.assert_allclose(out, v, rtol=1e-6)
     assert all(np.isfinite(gradient).all() for gradient in pullback(v))
 
 
-@pytest.mark.parametrize("queries", [5, 128, 300])  # fewer than a tile, one, and no whole number of them
+@pytest.mark.parametrize(
+    "queries", [5, 128, 300]
+)  # fewer than a tile, one, and no whole number of them
 def test_tiled_attention_and_its_gradients(queries):
-    theirs = lambda *qkv: torch.nn.functional.scaled_dot_product_attention(*(y.transpose(1, 2) for y in qkv), scale=0.7)
+    theirs = lambda *qkv: torch.nn.functional.scaled_dot_product_attention(
+        *(y.transpose(1, 2) for y in qkv), scale=0.7
+    )
     ours = lambda *qkv: tiled_attention(*qkv, scale=0.7)
-    compare(ours, lambda *qkv: theirs(*qkv).transpose(1, 2), *(RNG.standard_normal((2, n, 3, 4)) for n in (queries, 7, 7)))
+    compare(
+        ours,
+        lambda *qkv: theirs(*qkv).transpose(1, 2),
+        *(RNG.standard_normal((2, n, 3, 4)) for n in (queries, 7, 7)),
+    )
 
 
 @pytest.mark.parametrize("policy", ["products", "kernels"])
@@ -89,10 +108,17 @@ def test_a_rematerialised_layer_keeps_its_gradients():
     x = jnp.asarray(RNG.standard_normal((3, 6)), jnp.float32)
     loss = lambda state: (nnx.merge(graph, state)(x) ** 2).sum()
     for policy in (None, jax.checkpoint_policies.dots_saveable):
-        jax.tree.map(np.testing.assert_array_equal, jax.grad(jax.checkpoint(loss, policy=policy))(state), jax.grad(loss)(state))
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            jax.grad(jax.checkpoint(loss, policy=policy))(state),
+            jax.grad(loss)(state),
+        )
 
 
 def test_two_layers_alike_have_equal_graphs():
     """Or what nnx.jit compiled for one would be compiled again for the other."""
-    first, second = (nnx.split(linear(6, 4, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)))[0] for _ in range(2))
+    first, second = (
+        nnx.split(linear(6, 4, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0)))[0]
+        for _ in range(2)
+    )
     assert first == second and hash(first) == hash(second)

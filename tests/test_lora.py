@@ -1,4 +1,6 @@
-"""LoRA: merged weights against torch layers applied beside the frozen ones, and the names that files have."""
+"""LoRA: merged weights against torch layers applied beside the frozen ones, and the names that
+files have.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,17 @@ from contextdiff_jax.pretrained.ldm import ldm_name
 from contextdiff_jax.pretrained.lora import LoraLayer, load_lora, merge_lora, save_lora
 
 UNET = dict(
-    block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2, cross_attention_dim=12,
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    norm_num_groups=4,
+    attention_head_dim=2,
+    cross_attention_dim=12,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
 )
-TEXT = dict(vocab_size=30, hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=3)
+TEXT = dict(
+    vocab_size=30, hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=3
+)
 ALPHA = 3.0
 
 
@@ -41,7 +50,9 @@ def models(tmp_path_factory):
 
 def targets(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Every dense and convolutional layer."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
+    return {
+        n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)
+    }
 
 
 def random_lora(model: torch.nn.Module, rank: int = 2) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -58,25 +69,34 @@ def random_lora(model: torch.nn.Module, rank: int = 2) -> dict[str, tuple[np.nda
 
 def hooked(model: torch.nn.Module, pairs, scale: float):
     """Adds scale up(down(x)) to every layer's output, as LoRA is trained."""
+
     def hook(down, up):
         def add(layer, inputs, output):
             down_there, up_there = torch.tensor(down), torch.tensor(up)
             if isinstance(layer, torch.nn.Linear):
                 inner = torch.nn.functional.linear(inputs[0], down_there)
                 return output + scale * torch.nn.functional.linear(inner, up_there)
-            inner = torch.nn.functional.conv2d(inputs[0], down_there, stride=layer.stride, padding=layer.padding)
+            inner = torch.nn.functional.conv2d(
+                inputs[0], down_there, stride=layer.stride, padding=layer.padding
+            )
             return output + scale * torch.nn.functional.conv2d(inner, up_there)
 
         return add
 
-    return [layer.register_forward_hook(hook(*pairs[name])) for name, layer in targets(model).items()]
+    return [
+        layer.register_forward_hook(hook(*pairs[name])) for name, layer in targets(model).items()
+    ]
 
 
 def kohya(pairs, start: str) -> dict[str, np.ndarray]:
     tensors = {}
     for name, (down, up) in pairs.items():
         stem = start + name.replace(".", "_")
-        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": np.float32(ALPHA)}
+        tensors |= {
+            f"{stem}.lora_down.weight": down,
+            f"{stem}.lora_up.weight": up,
+            f"{stem}.alpha": np.float32(ALPHA),
+        }
     return {name: np.asarray(tensor) for name, tensor in tensors.items()}
 
 
@@ -160,10 +180,14 @@ def test_both_styles_are_written_and_read_back_as_the_same_change(models, tmp_pa
         path = tmp_path / f"{style}.safetensors"
         save_lora(lora, path, style)
         again = load_lora(path, modules)
-        assert {c: layers.keys() for c, layers in again.items()} == {c: layers.keys() for c, layers in lora.items()}
+        assert {c: layers.keys() for c, layers in again.items()} == {
+            c: layers.keys() for c, layers in lora.items()
+        }
         for component, layers in lora.items():
             for name, layer in layers.items():
-                np.testing.assert_allclose(again[component][name].delta(), layer.delta(), rtol=1e-5, atol=1e-5)
+                np.testing.assert_allclose(
+                    again[component][name].delta(), layer.delta(), rtol=1e-5, atol=1e-5
+                )
         assert load_lora(path, {"unet": modules["unet"]}).keys() == {"unet"}
     names = safetensors.numpy.load_file(tmp_path / "diffusers.safetensors")
     assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight" in names
@@ -173,9 +197,12 @@ def test_both_styles_are_written_and_read_back_as_the_same_change(models, tmp_pa
 
 
 def test_the_original_codes_names_of_a_full_size_xl_unet():
-    # https://github.com/Stability-AI/generative-models numbers its blocks so; levels of 0, 2 and 10 transformer layers.
+    # https://github.com/Stability-AI/generative-models numbers its blocks so; levels of 0, 2 and 10
+    # transformer layers.
     config = UNetConfig(
-        block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10),
+        block_out_channels=(320, 640, 1280),
+        attention_head_dim=(5, 10, 20),
+        transformer_layers_per_block=(1, 2, 10),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )
@@ -202,10 +229,17 @@ def test_alphas_in_the_metadata_count_and_what_they_cannot_say_is_refused(models
     down, up = random_lora(unet)["conv_in"]
     tensors = {"unet.conv_in.lora_A.weight": down, "unet.conv_in.lora_B.weight": up}
     path = tmp_path / "lora.safetensors"
-    for values, alpha in (({"unet.lora_alpha": 8, "unet.r": 2, "unet.use_dora": False}, 8), ({}, 2)):
-        safetensors.numpy.save_file(tensors, path, metadata={"lora_adapter_metadata": json.dumps(values)})
+    for values, alpha in (
+        ({"unet.lora_alpha": 8, "unet.r": 2, "unet.use_dora": False}, 8),
+        ({}, 2),
+    ):
+        safetensors.numpy.save_file(
+            tensors, path, metadata={"lora_adapter_metadata": json.dumps(values)}
+        )
         assert load_lora(path, modules)["unet"]["conv_in"].alpha == alpha
-    safetensors.numpy.save_file(tensors, path, metadata={"lora_adapter_metadata": '{"unet.use_rslora": true}'})
+    safetensors.numpy.save_file(
+        tensors, path, metadata={"lora_adapter_metadata": '{"unet.use_rslora": true}'}
+    )
     with pytest.raises(ValueError, match="unet.use_rslora=True in its metadata: not supported"):
         load_lora(path, modules)
 
@@ -219,7 +253,9 @@ def test_half_weights_are_merged_in_float32_and_keep_their_type(models, tmp_path
     merge_lora(ours, {"conv_out": layer})
     assert ours.conv_out.kernel[...].dtype == jnp.bfloat16
     delta = layer.delta().reshape(4, 8, 3, 3).transpose(2, 3, 1, 0)
-    np.testing.assert_array_equal(np.asarray(ours.conv_out.kernel[...]), (before + delta).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(
+        np.asarray(ours.conv_out.kernel[...]), (before + delta).astype(jnp.bfloat16)
+    )
 
 
 def test_layers_that_do_not_fit_are_all_named_in_one_line(models, tmp_path):
@@ -236,17 +272,26 @@ def test_layers_that_do_not_fit_are_all_named_in_one_line(models, tmp_path):
         for part in (str(path), *parts):
             assert part in str(error.value)
 
-    wrong = {f"lora_unet_conv_out.lora_{part}.weight": np.ones((2, 3), np.float32) for part in ("down", "up")}
+    wrong = {
+        f"lora_unet_conv_out.lora_{part}.weight": np.ones((2, 3), np.float32)
+        for part in ("down", "up")
+    }
     half = {"lora_unet_time_embedding_linear_1.lora_down.weight": np.ones((2, 8), np.float32)}
     unknown = {"lora_unet_conv_middle.lora_up.weight": np.ones((2, 8), np.float32)}
     refused(good | wrong | half | unknown, "3 layers do not fit", "unet conv_out: up (2, 3), down (2, 3); the layer's",
             "unet time_embedding_linear_1: lacks up or down", "unet conv_middle: unknown layer")  # fmt: skip
-    refused(good | {"lora_unet_conv_in.hada_w1_a": np.ones((2, 2), np.float32)}, "1 tensors are unknown", "hada_w1_a")
+    refused(
+        good | {"lora_unet_conv_in.hada_w1_a": np.ones((2, 2), np.float32)},
+        "1 tensors are unknown",
+        "hada_w1_a",
+    )
     dora = {"lora_unet_conv_in.dora_scale": np.ones((2, 2), np.float32)}
     refused(good | dora, "not LoHa, LoKr or DoRA", "dora_scale")
     refused({k.replace("_unet_", "_te_"): v for k, v in good.items()}, "holds no layers for unet")
     nan = dict(good)
-    nan["lora_unet_conv_in.lora_up.weight"] = np.full_like(nan["lora_unet_conv_in.lora_up.weight"], np.nan)
+    nan["lora_unet_conv_in.lora_up.weight"] = np.full_like(
+        nan["lora_unet_conv_in.lora_up.weight"], np.nan
+    )
     refused(nan, "lora_unet_conv_in.lora_up.weight: holds NaN or infinity")
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match="truncated"):

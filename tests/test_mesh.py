@@ -1,4 +1,6 @@
-"""One program for one device, for many, and for many processes (8 simulated devices, in processes of their own)."""
+"""One program for one device, for many, and for many processes (8 simulated devices, in processes
+of their own).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ from conftest import ROOT, TINY, command, config_dict
 from jax.sharding import PartitionSpec as P
 from mesh_program import SMALL
 
-from contextdiff_jax.parallel.mesh import AXES, RULES, Feed, MeshConfig, make_mesh, place, state_shardings
+from contextdiff_jax.parallel.mesh import (
+    AXES,
+    RULES,
+    Feed,
+    MeshConfig,
+    make_mesh,
+    place,
+    state_shardings,
+)
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import init_state
 
@@ -47,9 +57,15 @@ def test_each_parameter_lies_as_the_table_says_and_its_moments_and_average_with_
     assert block["attn1"]["to_q"]["kernel"].get_value() == P("fsdp", "tensor")
     assert block["attn1"]["to_out"]["kernel"].get_value() == P("tensor", "fsdp")
     assert block["ff"]["proj_in"]["kernel"].get_value() == P("fsdp", "tensor")
-    assert unet["mid_block"]["resnets"][0]["conv1"]["kernel"].get_value() == P(None, None, "fsdp", "tensor")
-    assert unet["mid_block"]["resnets"][0]["conv2"]["kernel"].get_value() == P(None, None, "tensor", "fsdp")
-    assert unet["conv_in"]["kernel"].get_value() == P(None, None, None, "fsdp")  # 3 channels don't divide by 2
+    assert unet["mid_block"]["resnets"][0]["conv1"]["kernel"].get_value() == P(
+        None, None, "fsdp", "tensor"
+    )
+    assert unet["mid_block"]["resnets"][0]["conv2"]["kernel"].get_value() == P(
+        None, None, "tensor", "fsdp"
+    )
+    assert unet["conv_in"]["kernel"].get_value() == P(
+        None, None, None, "fsdp"
+    )  # 3 channels don't divide by 2
     adam = spec.opt_state[1][0]
     assert spec.ema == spec.params == adam.mu == adam.nu
     assert spec.step == P() and spec.key == P(None)
@@ -69,15 +85,26 @@ def test_slices_lie_along_data_and_a_mesh_that_would_cut_them_is_refused():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2), devices=devices)
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)[:, :, 0, 0]
     assert [set(row) for row in slices] == [{0}, {0}, {1}, {1}]
-    with pytest.raises(ValueError, match="data or fsdp must be a multiple of the number of slices, 2"):
+    with pytest.raises(
+        ValueError, match="data or fsdp must be a multiple of the number of slices, 2"
+    ):
         make_mesh(MeshConfig(data=1, tensor=8), devices=devices)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"mesh.rules": {"headz": "tensor"}}, "mesh.rules.headz='tensor': unknown name; one of batch"),
-    ({"mesh.rules": {"heads": "model"}}, "mesh.rules.heads='model': unknown axis 'model'; some of data"),
-    ({"mesh.tensor": 0}, "mesh.tensor=0: must be positive"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"mesh.rules": {"headz": "tensor"}},
+            "mesh.rules.headz='tensor': unknown name; one of batch",
+        ),
+        (
+            {"mesh.rules": {"heads": "model"}},
+            "mesh.rules.heads='model': unknown axis 'model'; some of data",
+        ),
+        ({"mesh.tensor": 0}, "mesh.tensor=0: must be positive"),
+    ],
+)
 def test_wrong_rules_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         parse(config_dict(**changes))
@@ -93,15 +120,23 @@ def test_pictures_are_split_by_rows_and_what_does_not_divide_is_whole():
 def test_a_process_reads_the_rows_of_its_devices():
     feed = Feed(make_mesh(MeshConfig(), devices=jax.devices()[:1]), 4)
     np.testing.assert_array_equal(feed.rows, np.arange(4))
-    batch = feed.put({"image": np.arange(48, dtype=np.uint8).reshape(4, 2, 2, 3), "token_ids": np.ones((4, 5), np.int32)})
+    batch = feed.put(
+        {
+            "image": np.arange(48, dtype=np.uint8).reshape(4, 2, 2, 3),
+            "token_ids": np.ones((4, 5), np.int32),
+        }
+    )
     np.testing.assert_array_equal(batch["image"], np.arange(48).reshape(4, 2, 2, 3))
     assert jnp.asarray(batch["token_ids"]).shape == (4, 5)
 
 
 def losses_and_pictures(path, workdir, *meshes: str) -> dict:
     result = subprocess.run(
-        [sys.executable, ROOT / "tests" / "mesh_program.py", path, workdir, *meshes], cwd=ROOT, env=os.environ | HERE | EIGHT,
-        capture_output=True, text=True,
+        [sys.executable, ROOT / "tests" / "mesh_program.py", path, workdir, *meshes],
+        cwd=ROOT,
+        env=os.environ | HERE | EIGHT,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(path.read_text())
@@ -120,15 +155,25 @@ def one_device(workdir):
 
 def assert_same(result: dict, one: dict) -> None:
     np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-4)
-    assert len(result["losses"]) == 20 and abs(result["losses"][0] / result["losses"][-1] - 1) > 0.01
-    assert np.abs(np.array(result["image"]) - np.array(one["image"])).max() <= 1  # of 255: a rounding may tip over
+    assert (
+        len(result["losses"]) == 20 and abs(result["losses"][0] / result["losses"][-1] - 1) > 0.01
+    )
+    assert (
+        np.abs(np.array(result["image"]) - np.array(one["image"])).max() <= 1
+    )  # of 255: a rounding may tip over
 
 
-@pytest.mark.parametrize("mesh, share", [
-    ("2x2x2x1", 1 / 2), ("1x2x2x2/2", 1 / 2), pytest.param("2x2x1x2", 1 / 2, marks=pytest.mark.slow),
-    pytest.param("8x1x1x1", 1, marks=pytest.mark.slow), pytest.param("1x8x1x1", 1 / 8, marks=pytest.mark.slow),
-    pytest.param("1x1x1x8", 1, marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "mesh, share",
+    [
+        ("2x2x2x1", 1 / 2),
+        ("1x2x2x2/2", 1 / 2),
+        pytest.param("2x2x1x2", 1 / 2, marks=pytest.mark.slow),
+        pytest.param("8x1x1x1", 1, marks=pytest.mark.slow),
+        pytest.param("1x8x1x1", 1 / 8, marks=pytest.mark.slow),
+        pytest.param("1x1x1x8", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_every_mesh_gives_the_losses_and_the_picture_of_one_device_and_reads_its_checkpoint(
     one_device, workdir, mesh, share, tmp_path
 ):
@@ -142,27 +187,60 @@ def test_every_mesh_gives_the_losses_and_the_picture_of_one_device_and_reads_its
     assert result["opt_share"] == share  # of the largest moment on each device
 
 
-def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(one_device, tmp_path):
+def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(
+    one_device, tmp_path
+):
     """2 processes of 4 devices, started as a user does; the checkpoint is read here, on one."""
-    overrides = [f"--config.{field}={value}" for field, value in (TINY | SMALL | {"train.steps": 20}).items()]
+    overrides = [
+        f"--config.{field}={value}" for field, value in (TINY | SMALL | {"train.steps": 20}).items()
+    ]
     result = subprocess.run(
-        ["bash", "launch/local.sh", "2", "4", "--config=configs/base.py", f"--workdir={tmp_path}", *overrides,
-         "--config.train.checkpoint_every=20", "--config.mesh.fsdp=2", "--config.train.peer_timeout=120"],
-        cwd=ROOT, env=os.environ | HERE | {"PYTHON": sys.executable, "XLA_FLAGS": ""}, capture_output=True, text=True,
+        [
+            "bash",
+            "launch/local.sh",
+            "2",
+            "4",
+            "--config=configs/base.py",
+            f"--workdir={tmp_path}",
+            *overrides,
+            "--config.train.checkpoint_every=20",
+            "--config.mesh.fsdp=2",
+            "--config.train.peer_timeout=120",
+        ],
+        cwd=ROOT,
+        env=os.environ | HERE | {"PYTHON": sys.executable, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 21))  # once each
     np.testing.assert_allclose([row["loss"] for row in rows], one_device["losses"], rtol=1e-4)
-    assert len(list((tmp_path / "samples").iterdir())) == 1 and len(list((tmp_path / "events").iterdir())) == 1
-    sample = command("sample", f"--workdir={tmp_path}", "--prompt=a large red circle", f"--out={tmp_path / 'out.png'}")
+    assert (
+        len(list((tmp_path / "samples").iterdir())) == 1
+        and len(list((tmp_path / "events").iterdir())) == 1
+    )
+    sample = command(
+        "sample",
+        f"--workdir={tmp_path}",
+        "--prompt=a large red circle",
+        f"--out={tmp_path / 'out.png'}",
+    )
     assert sample.returncode == 0 and "pictures of step 20" in sample.stdout, sample.stderr
 
 
 def test_a_batch_that_the_devices_cannot_divide_is_refused_in_one_line(tmp_path):
-    result = command("train", "--config=configs/base.py", f"--workdir={tmp_path}", "--config.train.batch_size=12",
-                     tiny=True, env=EIGHT)
-    assert result.returncode == 2 and "train.batch_size=12" in result.stderr and "= 8" in result.stderr
+    result = command(
+        "train",
+        "--config=configs/base.py",
+        f"--workdir={tmp_path}",
+        "--config.train.batch_size=12",
+        tiny=True,
+        env=EIGHT,
+    )
+    assert (
+        result.returncode == 2 and "train.batch_size=12" in result.stderr and "= 8" in result.stderr
+    )
     assert not (tmp_path / "config.json").exists()
 
 
@@ -171,4 +249,6 @@ def test_saved_on_data_8_and_read_on_fsdp_4_by_tensor_2_and_on_one_device(tmp_pa
     """Three programs: bash launch/test.sh -m slow tests/test_mesh.py"""
     results = losses_and_pictures(tmp_path / "out.json", tmp_path, "8x1x1x1", "1x4x2x1", ONE)
     for mesh in ("1x4x2x1", ONE):
-        np.testing.assert_allclose(results[mesh]["resumed"], results["8x1x1x1"]["losses"][10], rtol=1e-5)
+        np.testing.assert_allclose(
+            results[mesh]["resumed"], results["8x1x1x1"]["losses"][10], rtol=1e-5
+        )

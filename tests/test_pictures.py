@@ -13,7 +13,11 @@ RED = np.tile(np.uint8([200, 10, 10]), (16, 16, 1))
 
 def test_a_grid_shows_every_picture_enlarged_with_its_caption_under_it():
     images = np.stack([RED, 255 - RED, RED])
-    grid = np.asarray(caption_grid(images, ["a red one", "a much longer caption that must be wrapped twice", ""], columns=2))
+    grid = np.asarray(
+        caption_grid(
+            images, ["a red one", "a much longer caption that must be wrapped twice", ""], columns=2
+        )
+    )
     assert (grid == RED[0, 0]).all(-1).sum() == 2 * 128 * 128  # two red cells of 128 pixels
     under_first = grid[12 + 128 + 4 : 12 + 128 + 24, 12 : 12 + 128]
     assert (under_first < 100).any() and (under_first > 200).any()  # dark text on white
@@ -32,11 +36,15 @@ def test_a_png_carries_how_it_was_made(tmp_path):
 
 def test_curves_are_drawn_from_the_log_and_change_with_it(tmp_path):
     log, out = tmp_path / "metrics.jsonl", tmp_path / "curves.png"
-    rows = [{"step": i, "loss": 1 / i, "loss_q1": 2 / i, "context_gain": 0.1 * i} for i in range(1, 20)]
+    rows = [
+        {"step": i, "loss": 1 / i, "loss_q1": 2 / i, "context_gain": 0.1 * i} for i in range(1, 20)
+    ]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plot_curves(log, out)
     first = np.asarray(Image.open(out))
     assert first.std() > 5 and not out.with_name("curves.png.partial").exists()
-    log.write_text(log.read_text() + json.dumps({"step": 20, "loss": 9.0, "context_gain": 0.5}) + "\n")
+    log.write_text(
+        log.read_text() + json.dumps({"step": 20, "loss": 9.0, "context_gain": 0.5}) + "\n"
+    )
     plot_curves(log, out)
     assert not np.array_equal(first, np.asarray(Image.open(out)))

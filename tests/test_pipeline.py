@@ -54,14 +54,24 @@ def check(pipe, folder, *, scheduler=None, size=(8, 8), **options):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **scheduler)
         pipe.scheduler.save_pretrained(folder / "scheduler")
     latents = normal(len(PROMPTS), *size, 4)
-    theirs = {"num_inference_steps": options.get("steps", 50), "guidance_scale": options.get("guidance", 7.5)}
+    theirs = {
+        "num_inference_steps": options.get("steps", 50),
+        "guidance_scale": options.get("guidance", 7.5),
+    }
     negative = options.get("negative")
     with torch.no_grad():
         expected = pipe(
-            PROMPTS, latents=nchw(latents), height=2 * size[0], width=2 * size[1], output_type="np",
-            negative_prompt=negative and [negative] * len(PROMPTS), **theirs,
+            PROMPTS,
+            latents=nchw(latents),
+            height=2 * size[0],
+            width=2 * size[1],
+            output_type="np",
+            negative_prompt=negative and [negative] * len(PROMPTS),
+            **theirs,
         ).images
-    images = load_pipeline(folder).text_to_image(PROMPTS, noise=latents, size=(2 * size[0], 2 * size[1]), **options)
+    images = load_pipeline(folder).text_to_image(
+        PROMPTS, noise=latents, size=(2 * size[0], 2 * size[1]), **options
+    )
     assert_same_pictures(images, expected)
     return expected
 
@@ -91,13 +101,19 @@ def test_reuse_is_the_loop_with_the_deep_features_of_every_second_step(pair):
     """Four steps by two with guidance, against a loop of DDIM's equation with torch's schedule."""
     pipeline = load_pipeline(pair[1])
     noise, unet, vae = normal(2, 8, 8, 4), pipeline.model.unet, pipeline.model.vae
-    images = pipeline.text_to_image(PROMPTS[:2], noise=noise, size=(16, 16), steps=4, guidance=3.0, reuse=2)
-    tokens, nothing = (pipeline.model.text(pipeline.token_ids(texts)[0]).last for texts in (PROMPTS[:2], ["", ""]))
+    images = pipeline.text_to_image(
+        PROMPTS[:2], noise=noise, size=(16, 16), steps=4, guidance=3.0, reuse=2
+    )
+    tokens, nothing = (
+        pipeline.model.text(pipeline.token_ids(texts)[0]).last for texts in (PROMPTS[:2], ["", ""])
+    )
     alphas_cumprod, x = np.asarray(pipeline.scheduler.schedule().alphas_cumprod), noise
     for i, (t, s) in enumerate(zip(*pipeline.scheduler.steps(4), strict=True)):
         if i % 2 == 0:
             deep = [unet.deep_features(x, t, text) for text in (nothing, tokens)]
-        without, with_text = (unet(x, t, text, deep=kept) for text, kept in zip((nothing, tokens), deep, strict=True))
+        without, with_text = (
+            unet(x, t, text, deep=kept) for text, kept in zip((nothing, tokens), deep, strict=True)
+        )
         noise_hat = without + 3 * (with_text - without)
         x0 = (x - np.sqrt(1 - alphas_cumprod[t]) * noise_hat) / np.sqrt(alphas_cumprod[t])
         after = alphas_cumprod[s] if s >= 0 else 1.0
@@ -121,7 +137,9 @@ def test_xl_gives_the_pictures_of_diffusers(pair_xl):
     assert wider.shape != plain.shape
     index = json.loads((folder / "model_index.json").read_text())
     assert index["force_zeros_for_empty_prompt"]
-    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"force_zeros_for_empty_prompt": False})
+    )
     pipe.register_to_config(force_zeros_for_empty_prompt=False)
     empty = check(pipe, folder, steps=10)
     assert np.abs(empty - plain).max() > 0.02
@@ -143,7 +161,13 @@ def test_xl_inpainting_gives_the_pictures_of_diffusers(pair_xl, same_noise):
     pipe, folder = pair_xl
     masks, mask_image = holes()
     expected = theirs_from(
-        pipe, StableDiffusionXLInpaintPipeline, strength=0.7, guidance_scale=5.0, height=16, width=24, mask_image=mask_image
+        pipe,
+        StableDiffusionXLInpaintPipeline,
+        strength=0.7,
+        guidance_scale=5.0,
+        height=16,
+        width=24,
+        mask_image=mask_image,
     )
     options = dict(steps=10, guidance=5.0, noise=same_noise)
     images = load_pipeline(folder).inpaint(PROMPTS, pictures(), masks, strength=0.7, **options)
@@ -157,7 +181,9 @@ def test_an_xl_folder_that_does_not_fit_is_refused(pair_xl, tmp_path):
     with pytest.raises(ValueError, match="XL's refiner is not supported"):
         load_pipeline(tmp_path / "sd")
     shutil.copytree(folder / "text_encoder_2", tmp_path / "sd" / "text_encoder")
-    with pytest.raises(ValueError, match="cross_attention_dim differs from the text encoders' width, 40"):
+    with pytest.raises(
+        ValueError, match="cross_attention_dim differs from the text encoders' width, 40"
+    ):
         load_pipeline(tmp_path / "sd")
     shutil.rmtree(tmp_path / "sd" / "text_encoder_2")
     with pytest.raises(ValueError, match="text_encoder_2"):
@@ -168,7 +194,11 @@ def test_an_xl_folder_that_does_not_fit_is_refused(pair_xl, tmp_path):
 def test_every_spacing_gives_the_pictures_of_diffusers(pair, prediction_type):
     pipe, folder = pair
     pictures = []
-    for spacing, more in (("leading", {}), ("trailing", dict(set_alpha_to_one=True)), ("linspace", {})):
+    for spacing, more in (
+        ("leading", {}),
+        ("trailing", dict(set_alpha_to_one=True)),
+        ("linspace", {}),
+    ):
         scheduler = dict(timestep_spacing=spacing, prediction_type=prediction_type, **more)
         pictures.append(check(pipe, folder, scheduler=scheduler, steps=20))
     # Or one spacing would do for all.
@@ -178,7 +208,9 @@ def test_every_spacing_gives_the_pictures_of_diffusers(pair, prediction_type):
 @pytest.fixture
 def same_noise(monkeypatch):
     """diffusers draws the latents around their mean, which we take, and its noise is given to us."""
-    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
+    monkeypatch.setattr(
+        DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean
+    )
     return nhwc(torch.randn((2, 4, 8, 12), generator=torch.Generator().manual_seed(3)))
 
 
@@ -192,8 +224,12 @@ def theirs_from(pipe, torch_class, **options) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         return pipe(
-            PROMPTS, image=[Image.fromarray(image) for image in pictures()], num_inference_steps=10, output_type="np",
-            generator=torch.Generator().manual_seed(3), **options,
+            PROMPTS,
+            image=[Image.fromarray(image) for image in pictures()],
+            num_inference_steps=10,
+            output_type="np",
+            generator=torch.Generator().manual_seed(3),
+            **options,
         ).images
 
 
@@ -214,20 +250,29 @@ def holes():
 
 
 @pytest.mark.parametrize("in_channels, strength", [(4, 1.0), (4, 0.6), (9, 1.0)])
-def test_inpainting_gives_the_pictures_of_diffusers(pair, same_noise, tmp_path, in_channels, strength):
+def test_inpainting_gives_the_pictures_of_diffusers(
+    pair, same_noise, tmp_path, in_channels, strength
+):
     pipe, folder = pair
     if in_channels == 9:  # a network that reads the mask and the rest of the picture
         pipe, folder = stable_diffusion(tmp_path / "words", in_channels), tmp_path / "sd"
         pipe.save_pretrained(folder)
     masks, mask_image = holes()
     expected = theirs_from(
-        pipe, StableDiffusionInpaintPipeline, strength=strength, height=16, width=24, mask_image=mask_image
+        pipe,
+        StableDiffusionInpaintPipeline,
+        strength=strength,
+        height=16,
+        width=24,
+        mask_image=mask_image,
     )
     ours = load_pipeline(folder)
     images = ours.inpaint(PROMPTS, pictures(), masks, strength=strength, steps=10, noise=same_noise)
     assert_same_pictures(images, expected)
     if in_channels == 9:
-        with pytest.raises(ValueError, match="the UNet has 9 channels in: it is only for inpainting"):
+        with pytest.raises(
+            ValueError, match="the UNet has 9 channels in: it is only for inpainting"
+        ):
             ours.text_to_image(PROMPTS)
 
 
@@ -256,9 +301,13 @@ def test_schedule_and_steps_equal_those_of_diffusers(tmp_path, steps, spacing, m
     timesteps, following = ours.steps(steps)
     np.testing.assert_array_equal(timesteps, theirs.timesteps.numpy())
     before = theirs.timesteps - theirs.config.num_train_timesteps // steps
-    alphas = torch.where(before >= 0, theirs.alphas_cumprod[before.clamp(min=0)], theirs.final_alpha_cumprod)
+    alphas = torch.where(
+        before >= 0, theirs.alphas_cumprod[before.clamp(min=0)], theirs.final_alpha_cumprod
+    )
     np.testing.assert_allclose(ours.schedule().alpha_bar(following), alphas, rtol=2e-4, atol=1e-6)
-    np.testing.assert_allclose(ours.schedule().alphas_cumprod, theirs.alphas_cumprod, rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        ours.schedule().alphas_cumprod, theirs.alphas_cumprod, rtol=2e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("change, message", [
@@ -278,16 +327,22 @@ def test_a_scheduler_that_is_not_supported_is_refused(tmp_path, change, message)
 
 
 def test_steps_after_the_schedules_end_are_refused():
-    with pytest.raises(ValueError, match="steps=1000: with steps_offset=1 they start at 1000; must be below 1000"):
+    with pytest.raises(
+        ValueError, match="steps=1000: with steps_offset=1 they start at 1000; must be below 1000"
+    ):
         Scheduler(steps_offset=1).steps(1000)
 
 
 def test_what_does_not_fit_is_named(pair, tmp_path):
     _, folder = pair
     pipeline = load_pipeline(folder)
-    with pytest.raises(ValueError, match=r"size=\(16, 15\): height and width must be multiples of 2"):
+    with pytest.raises(
+        ValueError, match=r"size=\(16, 15\): height and width must be multiples of 2"
+    ):
         pipeline.text_to_image(PROMPTS, size=(16, 15))
-    with pytest.raises(ValueError, match="negative: 1 texts; must be one, or as many as prompts, 2"):
+    with pytest.raises(
+        ValueError, match="negative: 1 texts; must be one, or as many as prompts, 2"
+    ):
         pipeline.text_to_image(PROMPTS, negative=["a"])
     with pytest.raises(ValueError, match="prompts='red': must be a list of at least one text"):
         pipeline.text_to_image("red")
@@ -297,11 +352,15 @@ def test_what_does_not_fit_is_named(pair, tmp_path):
         pipeline.image_to_image(PROMPTS, pictures()[:1])
     with pytest.raises(ValueError, match="strength=0.05: must lie in .* at least one of 10 steps"):
         pipeline.image_to_image(PROMPTS, pictures(), strength=0.05, steps=10)
-    with pytest.raises(ValueError, match=r"masks: shape \(2, 16, 16\); must be the images', \(2, 16, 24\)"):
+    with pytest.raises(
+        ValueError, match=r"masks: shape \(2, 16, 16\); must be the images', \(2, 16, 24\)"
+    ):
         pipeline.inpaint(PROMPTS, pictures(), np.zeros((2, 16, 16)))
     assert pipeline.latent_shape() == (8, 8, 4)
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
-    with pytest.raises(ValueError, match="_class_name='StableDiffusion3Pipeline': another pipeline"):
+    with pytest.raises(
+        ValueError, match="_class_name='StableDiffusion3Pipeline': another pipeline"
+    ):
         load_pipeline(tmp_path)
 
 
@@ -312,7 +371,11 @@ def test_the_product_never_imports_torch(pair):
         "pipeline.load_pipeline(sys.argv[1]).token_ids(['a red circle'])\n"
         "assert not {'torch', 'diffusers'} & sys.modules.keys()\n"
     )
-    subprocess.run([sys.executable, "-c", code, pair[1]], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, pair[1]],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
 
 
 def test_the_sample_command_makes_pictures_from_a_folder_a_picture_and_a_mask(pair, tmp_path):
@@ -323,19 +386,39 @@ def test_the_sample_command_makes_pictures_from_a_folder_a_picture_and_a_mask(pa
     Image.fromarray(mask).save(tmp_path / "mask.png")
 
     def sample(*flags):
-        run = command("sample", f"--model={folder}", "--prompt=a red circle", "--steps=3", f"--out={tmp_path}/grid.png",
-                      f"--images={tmp_path}/images", *flags)
+        run = command(
+            "sample",
+            f"--model={folder}",
+            "--prompt=a red circle",
+            "--steps=3",
+            f"--out={tmp_path}/grid.png",
+            f"--images={tmp_path}/images",
+            *flags,
+        )
         assert run.returncode == 0, run.stderr
         return np.asarray(Image.open(tmp_path / "images" / "0000.png")).astype(int)
 
     assert sample("--size=16,24", "--negative=blue").shape == (16, 24, 3)
     metadata = read_png_metadata(tmp_path / "images" / "0000.png")
-    assert metadata["prompt"] == "a red circle" and metadata["steps"] == "3" and metadata["guidance"] == "7.5"
-    expected = load_pipeline(folder).image_to_image(["a red circle"], pictures()[:1], strength=0.7, steps=3)
+    assert (
+        metadata["prompt"] == "a red circle"
+        and metadata["steps"] == "3"
+        and metadata["guidance"] == "7.5"
+    )
+    expected = load_pipeline(folder).image_to_image(
+        ["a red circle"], pictures()[:1], strength=0.7, steps=3
+    )
     again = sample(f"--image={tmp_path}/image.png", "--strength=0.7")
     assert np.abs(again - expected[0]).max() <= 1
-    expected = load_pipeline(folder).inpaint(["a red circle"], pictures()[:1], mask[None] / 255, steps=3)
-    assert np.abs(sample(f"--image={tmp_path}/image.png", f"--mask={tmp_path}/mask.png") - expected[0]).max() <= 1
+    expected = load_pipeline(folder).inpaint(
+        ["a red circle"], pictures()[:1], mask[None] / 255, steps=3
+    )
+    assert (
+        np.abs(
+            sample(f"--image={tmp_path}/image.png", f"--mask={tmp_path}/mask.png") - expected[0]
+        ).max()
+        <= 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -369,10 +452,15 @@ np.save(sys.argv[2], load_pipeline(sys.argv[1]).text_to_image(["a cat", "a dog",
 def test_a_batch_that_eight_devices_do_not_divide_gives_the_pictures_of_one(pair, tmp_path):
     folder = pair[1]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
     }
     result = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES, folder, tmp_path / "many.npy"], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", EIGHT_DEVICES, folder, tmp_path / "many.npy"],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     options = dict(size=(16, 16), steps=3, guidance=2.0)

@@ -22,7 +22,16 @@ from diffusers import UNet2DConditionModel
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from torch_models import assert_close, assert_same_tensors, edit_config, nchw, nhwc, normal, randomised, stored
+from torch_models import (
+    assert_close,
+    assert_same_tensors,
+    edit_config,
+    nchw,
+    nhwc,
+    normal,
+    randomised,
+    stored,
+)
 
 from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh, state_shardings
 from contextdiff_jax.pretrained import load_clip_text, load_t5, load_unet, load_vae, save_clip_text
@@ -34,8 +43,14 @@ TENSOR = "text_model.encoder.layers.1.mlp.fc2.weight"
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:
     config = transformers.CLIPTextConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=9, projection_dim=6, eos_token_id=2,
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=9,
+        projection_dim=6,
+        eos_token_id=2,
     )
     return randomised(transformers.CLIPTextModelWithProjection(config))
 
@@ -71,7 +86,9 @@ def test_every_float_type_goes_round_bit_for_bit(model, tmp_path, dtype):
     typed.load_state_dict(model.state_dict())
     typed.save_pretrained(source)
     module = load_clip_text(source)
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(module))} == {str(dtype).removeprefix("torch.")}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(module))} == {
+        str(dtype).removeprefix("torch.")
+    }
     save_clip_text(module, target)
     assert_same_tensors(source, target)
     again = transformers.CLIPTextModelWithProjection.from_pretrained(target)
@@ -94,14 +111,20 @@ def test_sharded_files_and_half_variants_are_read(model, folder, tmp_path):
     whole = nnx.state(load_clip_text(folder))
     model.save_pretrained(tmp_path / "sharded", max_shard_size="4KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_clip_text(tmp_path / "sharded")), whole)
+    jax.tree.map(
+        np.testing.assert_array_equal, nnx.state(load_clip_text(tmp_path / "sharded")), whole
+    )
     (folder / WEIGHTS).rename(folder / "model.fp16.safetensors")
     jax.tree.map(np.testing.assert_array_equal, nnx.state(load_clip_text(folder)), whole)
 
 
 def test_names_from_before_transformers_5_are_read_and_kept(tmp_path):
     config = transformers.CLIPTextConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     model = randomised(transformers.CLIPTextModel(config))
     source, target = tmp_path / "source", tmp_path / "target"
@@ -112,20 +135,30 @@ def test_names_from_before_transformers_5_are_read_and_kept(tmp_path):
     save_clip_text(load_clip_text(source), target)
     assert stored(target).keys() == tensors.keys()
     again = transformers.CLIPTextModel.from_pretrained(target)
-    for (name, ours), theirs in zip(again.state_dict().items(), model.state_dict().values(), strict=True):
+    for (name, ours), theirs in zip(
+        again.state_dict().items(), model.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs), name
 
 
 def test_parameters_go_straight_to_their_shards(folder):
     mesh = jax.make_mesh((1,), ("fsdp",))
     spread = load_clip_text(
-        folder, shardings=lambda tree: jax.tree.map(lambda leaf: NamedSharding(mesh, P("fsdp")), tree)
+        folder,
+        shardings=lambda tree: jax.tree.map(lambda leaf: NamedSharding(mesh, P("fsdp")), tree),
     )
     plain = load_clip_text(folder)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(spread), nnx.state(plain))
-    assert all(leaf.sharding == NamedSharding(mesh, P("fsdp")) for leaf in jax.tree.leaves(nnx.state(spread)))
+    assert all(
+        leaf.sharding == NamedSharding(mesh, P("fsdp"))
+        for leaf in jax.tree.leaves(nnx.state(spread))
+    )
     rule = functools.partial(state_shardings, make_mesh(MeshConfig()))
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_clip_text(folder, shardings=rule)), nnx.state(plain))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        nnx.state(load_clip_text(folder, shardings=rule)),
+        nnx.state(plain),
+    )
 
 
 EIGHT_DEVICES = """
@@ -152,10 +185,15 @@ print("8 devices", jax.device_count())
 
 def test_on_eight_devices_each_gets_its_part_from_either_format(folder, tmp_path):
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
     }
     result = subprocess.run(
-        [sys.executable, "-c", EIGHT_DEVICES, folder, tmp_path / "ours"], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", EIGHT_DEVICES, folder, tmp_path / "ours"],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert "8 devices 8" in result.stdout, result.stderr
 
@@ -168,7 +206,12 @@ def test_missing_unknown_and_wrong_tensors_are_all_listed_in_one_line(folder):
 
     rewritten(folder, change)
     assert_refused(
-        load_clip_text, folder, str(folder / WEIGHTS), "3 tensors", "text_projection.weight: missing", "extra.weight: unknown",
+        load_clip_text,
+        folder,
+        str(folder / WEIGHTS),
+        "3 tensors",
+        "text_projection.weight: missing",
+        "extra.weight: unknown",
         "text_model.final_layer_norm.bias: shape (5,), the config asks for (16,)",
     )
 
@@ -182,7 +225,9 @@ def test_missing_unknown_and_wrong_tensors_are_all_listed_in_one_line(folder):
 ])  # fmt: skip
 def test_a_truncated_file_is_named_with_the_first_tensor_that_it_lacks(folder, left, parts):
     data = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(data[: int(left * len(data)) if isinstance(left, float) else left])
+    (folder / WEIGHTS).write_bytes(
+        data[: int(left * len(data)) if isinstance(left, float) else left]
+    )
     assert_refused(load_clip_text, folder, str(folder / WEIGHTS), *parts)
 
 
@@ -196,12 +241,27 @@ def test_a_missing_shard_and_a_shard_without_its_tensors_are_named(model, tmp_pa
     first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
     names = sorted(safetensors.numpy.load_file(second))
     shutil.copy(first, second)
-    assert_refused(load_clip_text, tmp_path, str(second), "lacks", names[0], "which the index promises")
+    assert_refused(
+        load_clip_text, tmp_path, str(second), "lacks", names[0], "which the index promises"
+    )
     second.unlink()
-    assert_refused(load_clip_text, tmp_path, str(second), "missing shard", "model.safetensors.index.json", "it holds")
+    assert_refused(
+        load_clip_text,
+        tmp_path,
+        str(second),
+        "missing shard",
+        "model.safetensors.index.json",
+        "it holds",
+    )
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a.weight": "../a.safetensors"}}))
-    assert_refused(load_clip_text, tmp_path, str(index), "a.weight", "must be a safetensors file of the same folder")
+    assert_refused(
+        load_clip_text,
+        tmp_path,
+        str(index),
+        "a.weight",
+        "must be a safetensors file of the same folder",
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -224,19 +284,33 @@ def test_the_largest_finite_weights_are_read(folder):
 
 
 def test_whole_numbers_are_refused_as_weights(folder):
-    rewritten(folder, lambda tensors: tensors.update({TENSOR: torch.zeros(16, 24, dtype=torch.int8)}))
+    rewritten(
+        folder, lambda tensors: tensors.update({TENSOR: torch.zeros(16, 24, dtype=torch.int8)})
+    )
     assert_refused(load_clip_text, folder, TENSOR, "holds int8")
 
 
 def test_a_pickle_is_refused_with_the_reason(folder):
     (folder / WEIGHTS).unlink()
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    assert_refused(load_clip_text, folder, "pytorch_model.bin", "can run any code", "convert it to model.safetensors")
+    assert_refused(
+        load_clip_text,
+        folder,
+        "pytorch_model.bin",
+        "can run any code",
+        "convert it to model.safetensors",
+    )
 
 
 @pytest.mark.parametrize("load", [load_unet, load_vae, load_t5])
 def test_a_folder_of_another_architecture_is_refused(folder, load):
-    assert_refused(load, folder, str(folder / "config.json"), "CLIPTextModelWithProjection", "another architecture")
+    assert_refused(
+        load,
+        folder,
+        str(folder / "config.json"),
+        "CLIPTextModelWithProjection",
+        "another architecture",
+    )
 
 
 @pytest.mark.parametrize("changes, part", [
@@ -272,15 +346,20 @@ def test_a_full_size_half_precision_unet_is_loaded_fast_in_little_memory_and_equ
     unet = randomised(unet.half().to_empty(device="cpu"))
     unet.save_pretrained(tmp_path)
     result = subprocess.run(
-        [sys.executable, "-c", FULL_SIZE, tmp_path], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
-        capture_output=True, text=True,
+        [sys.executable, "-c", FULL_SIZE, tmp_path],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        text=True,
     )
     seconds, memory = map(float, result.stdout.split())
     assert seconds < 30 and memory < 2.2, result.stdout
     x, tokens = normal(1, 16, 24, 4), normal(1, 77, 768)
     with torch.no_grad():
         expected = nhwc(unet.float()(nchw(x), torch.tensor([981]), torch.tensor(tokens)).sample)
-    output = nnx.jit(lambda unet, *inputs: unet(*inputs))(load_unet(tmp_path), x, np.array([981]), tokens)
+    output = nnx.jit(lambda unet, *inputs: unet(*inputs))(
+        load_unet(tmp_path), x, np.array([981]), tokens
+    )
     print(result.stdout, np.abs(np.asarray(output) - expected).max() / np.abs(expected).max())
     assert_close(output, expected)
 

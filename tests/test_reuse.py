@@ -1,4 +1,6 @@
-"""The UNet's coarser levels, kept for some steps: the same network where they are its own, and a loop as it is written."""
+"""The UNet's coarser levels, kept for some steps: the same network where they are its own, and a
+loop as it is written.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ B = 2
 
 
 def made(**changes):
-    settings = parse(config_dict(**{"data.image_size": 9, "context.patch_size": 3} | changes))  # odd: levels of 9 and 5
+    settings = parse(
+        config_dict(**{"data.image_size": 9, "context.patch_size": 3} | changes)
+    )  # odd: levels of 9 and 5
     return settings, build_model(model_graph(settings), randomised(init_state(settings).params))
 
 
@@ -36,7 +40,11 @@ def inputs(settings):
     rng = np.random.default_rng(0)
     L, D = settings.data.max_length, settings.model.cross_attention_dim
     mask = np.arange(L) < np.array([[5], [L]])
-    return rng.standard_normal((B, 9, 9, 3), np.float32), rng.standard_normal((B, L, D), np.float32), mask
+    return (
+        rng.standard_normal((B, 9, 9, 3), np.float32),
+        rng.standard_normal((B, L, D), np.float32),
+        mask,
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, ONE_LEVEL, {"model.mid_block_type": None}])
@@ -57,12 +65,22 @@ def test_sampling_is_the_loop_with_what_the_first_step_of_each_group_computed(es
     settings, model = made(**{"context.estimate": estimate})
     x, ids = inputs(settings)[0], np.arange(1, 1 + B * 12).reshape(B, 12)
     mask, schedule = inputs(settings)[2], settings.diffusion.make_schedule()
-    options = dict(prediction_type="v", shift="quadratic", sampler="ddim", steps=6, eta=0.0, spacing="trailing", guidance=1.0)
+    options = dict(
+        prediction_type="v",
+        shift="quadratic",
+        sampler="ddim",
+        steps=6,
+        eta=0.0,
+        spacing="trailing",
+        guidance=1.0,
+    )
     sample = make_sampler(schedule, **options, reuse=3)
     made_by_us = jax.jit(sample)(model, x, jax.random.key(0), ids, mask, ids[:1], mask[:1])
 
     tokens = model.text(ids, mask)
-    deep_features, predict, relate = map(jax.jit, (model.deep_features, model.predict, model.relate))
+    deep_features, predict, relate = map(
+        jax.jit, (model.deep_features, model.predict, model.relate)
+    )
     timesteps = np.append(diffusion.spaced_timesteps(schedule.num_timesteps, 6, "trailing"), -1)
     for i, (t, s) in enumerate(zip(timesteps[:-1], timesteps[1:], strict=True)):
         t, s = np.full(B, t), np.full(B, s)
@@ -71,7 +89,11 @@ def test_sampling_is_the_loop_with_what_the_first_step_of_each_group_computed(es
         output = predict(x, t, tokens, mask, deep)
         output, r_hat = output if estimate == "posterior_mean" else (output, None)
         x0 = jnp.clip(diffusion.predict_x0(schedule, output, x, t, "v"), -1, 1)
-        r_t, r_s = (r_hat, r_hat) if r_hat is not None else (relate(x0, tokens, mask, np.maximum(i, 0)) for i in (t, s))
+        r_t, r_s = (
+            (r_hat, r_hat)
+            if r_hat is not None
+            else (relate(x0, tokens, mask, np.maximum(i, 0)) for i in (t, s))
+        )
         x = diffusion.q_posterior(schedule, x0, x, r_t, r_s, t, s, 0.0, "quadratic").mean
     np.testing.assert_allclose(made_by_us, x, atol=2e-5)
 
@@ -81,11 +103,21 @@ def test_guided_and_noisy_samples_stay_near_those_without_reuse(tiny, sampler, e
     """The same steps and the same noise, so the difference is that of the network's coarser levels."""
     settings, model = tiny
     x, ids, mask = inputs(settings)[0], np.arange(1, 1 + B * 12).reshape(B, 12), inputs(settings)[2]
-    options = dict(prediction_type="v", shift="quadratic", sampler=sampler, steps=6, eta=eta, spacing="trailing", guidance=2.0)
+    options = dict(
+        prediction_type="v",
+        shift="quadratic",
+        sampler=sampler,
+        steps=6,
+        eta=eta,
+        spacing="trailing",
+        guidance=2.0,
+    )
 
     def run(reuse):
         sample = make_sampler(settings.diffusion.make_schedule(), **options, reuse=reuse)
-        return np.asarray(jax.jit(sample)(model, x, jax.random.key(0), ids, mask, ids[:1], mask[:1]))
+        return np.asarray(
+            jax.jit(sample)(model, x, jax.random.key(0), ids, mask, ids[:1], mask[:1])
+        )
 
     plain, twos = run(1), run(2)
     assert 1e-6 < np.abs(twos - plain).mean() < 0.2 * np.abs(plain).mean()
@@ -101,7 +133,11 @@ def test_an_interval_of_one_step_is_no_reuse(tiny):
     arguments = x, schedule, np.array([40, 20, 9, 0])
     plain = diffusion.ddim_sample(denoise, *arguments, eta=0.5, key=jax.random.key(0))
     kept = diffusion.ddim_sample(
-        denoise, *arguments, eta=0.5, key=jax.random.key(0), reuse=diffusion.Reuse(1, lambda x, t: jnp.float32(0.5))
+        denoise,
+        *arguments,
+        eta=0.5,
+        key=jax.random.key(0),
+        reuse=diffusion.Reuse(1, lambda x, t: jnp.float32(0.5)),
     )
     np.testing.assert_array_equal(plain, kept)
 
@@ -112,34 +148,58 @@ def test_an_interval_that_does_not_divide_the_steps_is_refused(tiny):
         dataclasses.replace(settings.sample, reuse=3)
     with pytest.raises(ValueError, match="reuse=3: must divide the number of steps, 4"):
         diffusion.ddim_sample(
-            lambda x, t, s, kept: diffusion.Denoised(x, x, x), jnp.ones((1, 2)), settings.diffusion.make_schedule(),
-            np.array([9, 5, 2, 0]), reuse=diffusion.Reuse(3, lambda x, t: x),
+            lambda x, t, s, kept: diffusion.Denoised(x, x, x),
+            jnp.ones((1, 2)),
+            settings.diffusion.make_schedule(),
+            np.array([9, 5, 2, 0]),
+            reuse=diffusion.Reuse(3, lambda x, t: x),
         )
 
 
 def test_the_shared_part_is_computed_once_a_group(tiny):
-    """Convolutions in the compiled program: a whole network, and one finest level more for the steps that reuse."""
+    """Convolutions in the compiled program: a whole network, and one finest level more for the
+    steps that reuse.
+    """
     settings, model = tiny
     x, ids, mask = inputs(settings)[0], np.arange(1, 1 + B * 12).reshape(B, 12), inputs(settings)[2]
     graph, state = nnx.split(model)
 
     def convolutions(reuse):
-        options = dict(prediction_type="v", shift="none", sampler="ddim", steps=4, eta=0.0, spacing="trailing", guidance=1.0)
+        options = dict(
+            prediction_type="v",
+            shift="none",
+            sampler="ddim",
+            steps=4,
+            eta=0.0,
+            spacing="trailing",
+            guidance=1.0,
+        )
         sample = make_sampler(settings.diffusion.make_schedule(), **options, reuse=reuse)
         run = jax.jit(lambda state, *rest: sample(nnx.merge(graph, state), *rest))
-        return run.lower(state, x, jax.random.key(0), ids, mask, ids[:1], mask[:1]).compile().as_text().count(" convolution(")
+        return (
+            run.lower(state, x, jax.random.key(0), ids, mask, ids[:1], mask[:1])
+            .compile()
+            .as_text()
+            .count(" convolution(")
+        )
 
     fine = 1 + 2 + 2 * 2 + 1  # conv_in, a resnet down, two up, conv_out
-    # Its three down there are in `keep` and in the step beside it; XLA may write one out twice of its own accord.
+    # Its three down there are in `keep` and in the step beside it; XLA may write one out twice of
+    # its own accord.
     assert fine <= convolutions(2) - convolutions(1) < fine + 3
 
 
 def test_the_benchmark_tells_the_difference_to_all_steps(tiny_settings, monkeypatch):
     params = randomised(init_state(tiny_settings).params)
-    monkeypatch.setattr(benchmark, "load_run", lambda workdir: Run(tiny_settings, load_tokenizer(), params, 7))
+    monkeypatch.setattr(
+        benchmark, "load_run", lambda workdir: Run(tiny_settings, load_tokenizer(), params, 7)
+    )
     monkeypatch.setattr(benchmark, "VARIANTS", ((4, 1), (4, 2), (2, 1)))
     result = benchmark.run("somewhere", rounds=1)
     whole, *others = result.rows
     assert whole["error"] == 0 and whole["speedup"] == 1 and whole["pictures"] == 16
     assert [row["name"] for row in others] == ["4 steps, reuse 2", "2 steps, reuse 1"]
-    assert all(0 < row["error"] < 1 and row["seconds"] > 0 for row in others) and "step 7" in result.text
+    assert (
+        all(0 < row["error"] < 1 and row["seconds"] > 0 for row in others)
+        and "step 7" in result.text
+    )

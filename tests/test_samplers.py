@@ -7,7 +7,11 @@ import pytest
 
 from contextdiff_jax import diffusion
 
-POINTS = np.stack(np.meshgrid(np.linspace(-1, 1, 5), np.linspace(-1, 1, 5)), -1).reshape(-1, 2).astype(np.float32)
+POINTS = (
+    np.stack(np.meshgrid(np.linspace(-1, 1, 5), np.linspace(-1, 1, 5)), -1)
+    .reshape(-1, 2)
+    .astype(np.float32)
+)
 WEIGHTS = np.random.default_rng(0).dirichlet(np.full(25, 3.0)).astype(np.float32)
 SCHEDULE = diffusion.make_schedule("cosine", 200)
 MIX = np.random.default_rng(1).normal(size=(2, 2)).astype(np.float32)
@@ -47,18 +51,24 @@ def total_variation(samples):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("estimate, bound", [("posterior_mean", 0.05), ("plugin", 0.2)])
 def test_point_set_samples_have_the_true_frequencies(sampler, estimate, bound):
-    """Bound: 8192 draws of 25 cells give 0.02 by chance; plugin's estimate is biased for a non-linear r."""
+    """Bound: 8192 draws of 25 cells give 0.02 by chance; plugin's estimate is biased for a
+    non-linear r.
+    """
     x_T = jax.random.normal(jax.random.key(0), (8192, 2))
     timesteps = diffusion.spaced_timesteps(200, 200)
     run = diffusion.get_sampler(sampler)
-    samples = jax.jit(lambda x, k: run(exact(estimate), x, SCHEDULE, timesteps, 0.0, k, "quadratic"))(x_T, jax.random.key(1))
+    samples = jax.jit(
+        lambda x, k: run(exact(estimate), x, SCHEDULE, timesteps, 0.0, k, "quadratic")
+    )(x_T, jax.random.key(1))
     assert total_variation(samples) < bound
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("shift", ["none", "quadratic"])
 def test_gaussian_samples_have_the_true_moments(eta, shift):
-    """x0 ~ N(m, v), r = c x0 linear: E[x0 | x_t] is exact, in float64 numpy's formula for a linear Gaussian."""
+    """x0 ~ N(m, v), r = c x0 linear: E[x0 | x_t] is exact, in float64 numpy's formula for a linear
+    Gaussian.
+    """
     m, v, c = 0.4, 0.09, 0.8
 
     def denoise(x_t, t, s):
@@ -69,14 +79,24 @@ def test_gaussian_samples_have_the_true_moments(eta, shift):
 
     x_T = jax.random.normal(jax.random.key(2), (40_000, 1))
     samples = np.asarray(
-        diffusion.ddim_sample(denoise, x_T, SCHEDULE, diffusion.spaced_timesteps(200, 200), eta, jax.random.key(3), shift)
+        diffusion.ddim_sample(
+            denoise,
+            x_T,
+            SCHEDULE,
+            diffusion.spaced_timesteps(200, 200),
+            eta,
+            jax.random.key(3),
+            shift,
+        )
     )
     assert abs(samples.mean() - m) < 0.01
     assert abs(samples.std() - np.sqrt(v)) < 0.015
 
 
 def test_inversion_then_ddim_returns_x0():
-    """The denoiser of a known x0 makes both directions exact up to the first move, which is read at index 0."""
+    """The denoiser of a known x0 makes both directions exact up to the first move, which is read at
+    index 0.
+    """
     x0 = jax.random.normal(jax.random.key(4), (6, 4, 4, 3)) * 0.5
     r = 0.3 * jnp.cos(5 * x0)
 
@@ -99,14 +119,18 @@ def test_inversion_then_ddim_returns_gaussian_x0():
 
     x0 = 0.5 * jax.random.normal(jax.random.key(5), (64, 1))
     timesteps = diffusion.spaced_timesteps(200, 200)
-    again = diffusion.ddim_sample(denoise, diffusion.ddim_invert(denoise, x0, SCHEDULE, timesteps[::-1]), SCHEDULE, timesteps)
+    again = diffusion.ddim_sample(
+        denoise, diffusion.ddim_invert(denoise, x0, SCHEDULE, timesteps[::-1]), SCHEDULE, timesteps
+    )
     np.testing.assert_allclose(again, x0, atol=0.05)
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.5])
 def test_eta_outside_the_unit_interval_is_an_error(eta):
     with pytest.raises(ValueError, match="eta"):
-        diffusion.ddim_sample(exact("plugin"), jnp.zeros((2, 2)), SCHEDULE, jnp.array([10, 0]), eta, jax.random.key(0))
+        diffusion.ddim_sample(
+            exact("plugin"), jnp.zeros((2, 2)), SCHEDULE, jnp.array([10, 0]), eta, jax.random.key(0)
+        )
 
 
 def test_noise_without_a_key_is_an_error():
@@ -136,7 +160,10 @@ def test_terms_of_the_bound_equal_numerical_integration_in_one_dimension():
 
     def integrated(p, q):
         inside = p > 1e-200
-        return float(np.sum(p[inside] * np.log2(p[inside] / np.maximum(q[inside], 1e-300))) * (grid[1] - grid[0]))
+        return float(
+            np.sum(p[inside] * np.log2(p[inside] / np.maximum(q[inside], 1e-300)))
+            * (grid[1] - grid[0])
+        )
 
     for index in (1, 7, 19):
         t, s = jnp.array([index]), jnp.array([index - 1])
@@ -146,25 +173,33 @@ def test_terms_of_the_bound_equal_numerical_integration_in_one_dimension():
         true = diffusion.q_posterior(schedule, x0, x_t, r(x0, t), r(x0, s), t, s)
         model = diffusion.q_posterior(schedule, hat.x0, x_t, hat.context_t, hat.context_s, t, s)
         variance = np.float64(np.ravel(true.variance)[0])
-        p, q = density(np.float64(true.mean[0, 0]), variance), density(np.float64(model.mean[0, 0]), variance)
+        p, q = (
+            density(np.float64(true.mean[0, 0]), variance),
+            density(np.float64(model.mean[0, 0]), variance),
+        )
         assert float(terms["kl"][index, 0]) == pytest.approx(integrated(p, q), rel=2e-3, abs=1e-5)
     abar = np.float64(schedule.alphas_cumprod[-1])
     k = (1 - np.sqrt(abar)) * np.sqrt(abar)
     p = density(np.sqrt(abar) * 0.25 + k * c * np.sin(0.5), 1 - abar)
-    assert float(terms["prior"][0]) == pytest.approx(integrated(p, density(0, 1)), rel=2e-3, abs=1e-5)
+    assert float(terms["prior"][0]) == pytest.approx(
+        integrated(p, density(0, 1)), rel=2e-3, abs=1e-5
+    )
     total = terms["prior"] + terms["kl"].sum(0) + terms["decoder"]
     np.testing.assert_allclose(terms["total"], total, rtol=1e-6)
 
 
 def test_an_inversion_that_runs_away_keeps_the_best_it_had():
-    """A denoiser far too steep for (7) to converge: the error grows with each of its steps, to infinity in float32."""
+    """A denoiser far too steep for (7) to converge: the error grows with each of its steps, to
+    infinity in float32.
+    """
     denoise = lambda x, t, s: diffusion.Denoised(-40 * x, jnp.zeros_like(x), jnp.zeros_like(x))
     x0, timesteps = jnp.linspace(-1, 1, 8).reshape(2, 4), jnp.array([100])
     lead_back = lambda x: diffusion.ddim_sample(
         denoise, x, SCHEDULE, timesteps, shift="none", next_timesteps=jnp.zeros_like(timesteps)
     )
     explicit, iterated = (
-        diffusion.ddim_invert(denoise, x0, SCHEDULE, timesteps, "none", iterations=n) for n in (0, 200)
+        diffusion.ddim_invert(denoise, x0, SCHEDULE, timesteps, "none", iterations=n)
+        for n in (0, 200)
     )
     errors = [float(jnp.abs(lead_back(x) - x0).mean()) for x in (explicit, iterated)]
     assert np.isfinite(errors).all() and errors[1] <= errors[0]

@@ -68,7 +68,9 @@ def test_schedule_is_a_pytree_whose_length_is_static_under_jit():
     leaves, structure = jax.tree.flatten(schedule)
     rebuilt = jax.tree.unflatten(structure, leaves)
     assert rebuilt.num_timesteps == 20
-    lengths = jax.jit(lambda tree: jnp.arange(tree.num_timesteps) + 0 * tree.alphas_cumprod)(schedule)
+    lengths = jax.jit(lambda tree: jnp.arange(tree.num_timesteps) + 0 * tree.alphas_cumprod)(
+        schedule
+    )
     np.testing.assert_array_equal(lengths, np.arange(20))
 
 
@@ -76,7 +78,9 @@ def test_schedule_is_a_pytree_whose_length_is_static_under_jit():
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("num_timesteps,num_steps", [(1000, 50), (1000, 30), (1000, 7), (1000, 1000), (50, 13), (100, 2)])
+@pytest.mark.parametrize(
+    "num_timesteps,num_steps", [(1000, 50), (1000, 30), (1000, 7), (1000, 1000), (50, 13), (100, 2)]
+)
 def test_spaced_timesteps_equal_diffusers(spacing, num_timesteps, num_steps):
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(num_timesteps, timestep_spacing=spacing, steps_offset=0)
@@ -96,8 +100,12 @@ def test_spaced_timesteps_are_distinct_descending_and_in_range_for_every_number_
 
 def test_spaced_timesteps_default_to_trailing_which_starts_at_the_last_index():
     np.testing.assert_array_equal(diffusion.spaced_timesteps(1000, 4), [999, 749, 499, 249])
-    np.testing.assert_array_equal(diffusion.spaced_timesteps(1000, 4, "leading"), [750, 500, 250, 0])
-    np.testing.assert_array_equal(diffusion.spaced_timesteps(1000, 4, "linspace"), [999, 666, 333, 0])
+    np.testing.assert_array_equal(
+        diffusion.spaced_timesteps(1000, 4, "leading"), [750, 500, 250, 0]
+    )
+    np.testing.assert_array_equal(
+        diffusion.spaced_timesteps(1000, 4, "linspace"), [999, 666, 333, 0]
+    )
     np.testing.assert_array_equal(diffusion.spaced_timesteps(1000, 1), [999])
 
 

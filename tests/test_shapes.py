@@ -51,7 +51,9 @@ def test_every_heldout_scene_shows_a_heldout_combination_in_any_place():
     heldout = set(heldout_triples(0.125))
     assert all(triples & heldout for triples in _triples("heldout"))
     source = ShapesSource(ShapesConfig(split="heldout", num_objects=(3, 3)))
-    places = [[o.triple in heldout for o in source.scene(i).objects].index(True) for i in range(100)]
+    places = [
+        [o.triple in heldout for o in source.scene(i).objects].index(True) for i in range(100)
+    ]
     assert set(places) == {0, 1, 2}
 
 
@@ -81,10 +83,15 @@ def test_objects_keep_apart_within_the_picture(image_size):
         assert len({o.triple for o in scene.objects}) == 3
         image = render(scene, image_size)
         areas = [template(o.shape, diameter(o.size, image_size)).sum() for o in scene.objects]
-        assert (image != BACKGROUNDS["dark"]).any(-1).sum() == sum(areas)  # nothing hidden, nothing cut off
+        assert (image != BACKGROUNDS["dark"]).any(-1).sum() == sum(
+            areas
+        )  # nothing hidden, nothing cut off
         for a, b in itertools.combinations(scene.objects, 2):
             gap = np.abs(np.subtract(a.centre, b.centre)).max() * image_size
-            assert gap - (diameter(a.size, image_size) + diameter(b.size, image_size)) / 2 >= image_size // 16
+            assert (
+                gap - (diameter(a.size, image_size) + diameter(b.size, image_size)) / 2
+                >= image_size // 16
+            )
 
 
 def test_templates_of_a_size_all_differ():
@@ -98,7 +105,9 @@ def test_relations_are_true_and_clear_of_the_diagonal():
     assert {s.relation for s in scenes} == {"left of", "right of", "above", "below"}
     for scene in scenes:
         (x0, y0), (x1, y1) = (o.centre for o in scene.objects)
-        true = {"left of": x1 - x0, "right of": x0 - x1, "above": y1 - y0, "below": y0 - y1}[scene.relation]
+        true = {"left of": x1 - x0, "right of": x0 - x1, "above": y1 - y0, "below": y0 - y1}[
+            scene.relation
+        ]
         assert true == max(abs(x1 - x0), abs(y1 - y0))
         assert abs(abs(x1 - x0) - abs(y1 - y0)) > 1 / 16
         assert scene.relation == relation_of(*(o.centre for o in scene.objects))
@@ -111,7 +120,10 @@ def test_captions_read_as_documented():
 
     red, blue, green = obj("large red circle"), obj("small blue square"), obj("small green cross")
     assert caption(Scene(objects=(red,))) == "a large red circle"
-    assert caption(Scene(objects=(blue,), position="top left")) == "a small blue square at the top left"
+    assert (
+        caption(Scene(objects=(blue,), position="top left"))
+        == "a small blue square at the top left"
+    )
     two = Scene(objects=(blue, red), relation="left of")
     assert caption(two) == "a small blue square left of a large red circle"
     three = "a large red circle, a small blue square and a small green cross"
@@ -119,7 +131,10 @@ def test_captions_read_as_documented():
 
 
 def test_the_share_of_captions_that_state_a_place_is_as_asked_and_changes_no_scene():
-    sources = [ShapesSource(ShapesConfig(num_objects=(1, 1), position_fraction=f)) for f in (0.0, 0.25, 1.0)]
+    sources = [
+        ShapesSource(ShapesConfig(num_objects=(1, 1), position_fraction=f))
+        for f in (0.0, 0.25, 1.0)
+    ]
     captions = [[source[i]["caption"] for i in range(400)] for source in sources]
     stated = [np.mean([" at the " in text for text in texts]) for texts in captions]
     assert stated[0] == 0 and stated[2] == 1 and 0.18 < stated[1] < 0.32
@@ -136,7 +151,9 @@ def test_parsing_inverts_captions():
         assert [o.triple for o in parsed.objects] == [o.triple for o in scene.objects]
         assert (parsed.relation, parsed.position) == (scene.relation, scene.position)
         assert caption(parsed) == source[i]["caption"]
-    assert parse_caption(" A  red Circle ") == Scene(objects=(Object(shape="circle", colour="red"),))
+    assert parse_caption(" A  red Circle ") == Scene(
+        objects=(Object(shape="circle", colour="red"),)
+    )
 
 
 @pytest.mark.parametrize(

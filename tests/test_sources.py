@@ -1,4 +1,6 @@
-"""Sources of encoded pictures: webdataset and tfds beside folder; decoding, captions, crops, the cache."""
+"""Sources of encoded pictures: webdataset and tfds beside folder; decoding, captions, crops, the
+cache.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ import pytest
 from PIL import Image
 
 from contextdiff_jax.benchmarks.layouts import LAYOUTS, make_pictures
-from contextdiff_jax.data import DataConfig, WebDatasetConfig, WebDatasetSource, make_loader, make_source
+from contextdiff_jax.data import (
+    DataConfig,
+    WebDatasetConfig,
+    WebDatasetSource,
+    make_loader,
+    make_source,
+)
 from contextdiff_jax.data import webdataset as webdataset_module
 from contextdiff_jax.data.decoding import decode
 from contextdiff_jax.data.kept import kept_array
@@ -58,7 +66,9 @@ def test_every_layout_gives_the_same_records(layouts):
         for record in records:
             assert record["image"].dtype == np.uint8 and record["image"].shape == (32, 32, 3)
             assert type(record["caption"]) is str and type(record["attributes"]["number"]) is int
-        tables[name] = {r["attributes"]["number"]: (r["caption"], r["image"].tobytes()) for r in records}
+        tables[name] = {
+            r["attributes"]["number"]: (r["caption"], r["image"].tobytes()) for r in records
+        }
         assert {number: caption for number, (caption, _) in tables[name].items()} == {
             i: PICTURES[i][1] for i in range(30)
         }
@@ -106,9 +116,24 @@ def test_data_that_are_not_there_are_refused_in_one_line(tmp_path, layouts):
         ("webdataset", tmp_path / "other", {}, "hold no records"),
         ("tfds", tmp_path / "no", {}, "is not a folder"),
         ("tfds", tmp_path / "empty", {}, "must hold one tfds data set"),
-        ("tfds", layouts["tfds"], {"metadata": "nosplit"}, "data.metadata='nosplit': .* has the splits train"),
-        ("folder", layouts["folder"], {"crop": "left"}, "data.crop='left': unknown; one of centre, random"),
-        ("folder", layouts["folder"], {"caption_choice": "last"}, "data.caption_choice='last': unknown"),
+        (
+            "tfds",
+            layouts["tfds"],
+            {"metadata": "nosplit"},
+            "data.metadata='nosplit': .* has the splits train",
+        ),
+        (
+            "folder",
+            layouts["folder"],
+            {"crop": "left"},
+            "data.crop='left': unknown; one of centre, random",
+        ),
+        (
+            "folder",
+            layouts["folder"],
+            {"caption_choice": "last"},
+            "data.caption_choice='last': unknown",
+        ),
     ):
         with pytest.raises(ValueError, match=words) as error:
             make_source(DataConfig(source=source, path=str(path), **options))
@@ -117,8 +142,12 @@ def test_data_that_are_not_there_are_refused_in_one_line(tmp_path, layouts):
 
 def test_a_split_of_tfds_is_what_its_metadata_field_names(layouts):
     part = make_source(DataConfig(source="tfds", path=layouts["tfds"], metadata="train[:20%]"))
-    rest = make_source(DataConfig(source="tfds", path=layouts["tfds"], heldout_metadata="train[20%:]"), "heldout")
-    numbers = [{source[i]["attributes"]["number"] for i in range(len(source))} for source in (part, rest)]
+    rest = make_source(
+        DataConfig(source="tfds", path=layouts["tfds"], heldout_metadata="train[20%:]"), "heldout"
+    )
+    numbers = [
+        {source[i]["attributes"]["number"] for i in range(len(source))} for source in (part, rest)
+    ]
     assert len(part) == 6 and len(rest) == 24 and set.union(*numbers) == set(range(30))
 
 
@@ -127,15 +156,31 @@ def test_a_split_of_tfds_is_what_its_metadata_field_names(layouts):
 
 def test_members_of_all_kinds_make_records_and_other_files_are_passed_over(tmp_path):
     grey = np.full((8, 8, 3), 90)
-    _tar(tmp_path / "0.tar", [
-        ("./a.jpg", _encoded(grey, "JPEG")), ("./a.txt", b" a text \n"), ("./a.cls", b"3"),
-        ("sub/b.with.dots.png", _encoded(grey)),  # the extension begins at the first dot: no picture
-        ("sub/b.PNG", _encoded(grey)), ("sub/b.txt", b"b"),
-        ("c.webp", _encoded(grey, "WEBP")), ("c.json", b'{"caption": "from json", "n": 1}'),
-        ("x" * 150 + ".png", _encoded(grey)), ("x" * 150 + ".txt", b"long name"),
-    ])
+    _tar(
+        tmp_path / "0.tar",
+        [
+            ("./a.jpg", _encoded(grey, "JPEG")),
+            ("./a.txt", b" a text \n"),
+            ("./a.cls", b"3"),
+            (
+                "sub/b.with.dots.png",
+                _encoded(grey),
+            ),  # the extension begins at the first dot: no picture
+            ("sub/b.PNG", _encoded(grey)),
+            ("sub/b.txt", b"b"),
+            ("c.webp", _encoded(grey, "WEBP")),
+            ("c.json", b'{"caption": "from json", "n": 1}'),
+            ("x" * 150 + ".png", _encoded(grey)),
+            ("x" * 150 + ".txt", b"long name"),
+        ],
+    )
     source = WebDatasetSource(WebDatasetConfig(path=str(tmp_path), image_size=8))
-    assert [source[i]["caption"] for i in range(len(source))] == ["a text", "b", "from json", "long name"]
+    assert [source[i]["caption"] for i in range(len(source))] == [
+        "a text",
+        "b",
+        "from json",
+        "long name",
+    ]
     assert source[2]["attributes"] == {"n": 1} and source.num_broken == 0
     assert all(np.abs(source[i]["image"].astype(int) - 90).max() <= 2 for i in range(4))
 
@@ -144,16 +189,26 @@ def test_concatenated_shards_are_read_to_the_end(tmp_path):
     picture = _encoded(np.zeros((8, 8, 3)))
     for i in range(2):
         _tar(tmp_path / f"{i}.part", [(f"{i}.png", picture), (f"{i}.txt", str(i).encode())])
-    (tmp_path / "all.tar").write_bytes((tmp_path / "0.part").read_bytes() + (tmp_path / "1.part").read_bytes())
+    (tmp_path / "all.tar").write_bytes(
+        (tmp_path / "0.part").read_bytes() + (tmp_path / "1.part").read_bytes()
+    )
     source = WebDatasetSource(WebDatasetConfig(path=str(tmp_path)))
     assert [source[i]["caption"] for i in range(len(source))] == ["0", "1"]
 
 
 def test_records_without_picture_or_caption_are_counted_with_their_place(tmp_path, caplog):
     picture = _encoded(np.zeros((8, 8, 3)))
-    _tar(tmp_path / "0.tar", [
-        ("a.png", picture), ("a.txt", b"a"), ("b.png", picture), ("c.txt", b"c"), ("d.png", b""), ("d.txt", b"d"),
-    ])
+    _tar(
+        tmp_path / "0.tar",
+        [
+            ("a.png", picture),
+            ("a.txt", b"a"),
+            ("b.png", picture),
+            ("c.txt", b"c"),
+            ("d.png", b""),
+            ("d.txt", b"d"),
+        ],
+    )
     with caplog.at_level("WARNING", logger="absl"):
         source = WebDatasetSource(WebDatasetConfig(path=str(tmp_path), max_broken_fraction=0.8))
     assert len(source) == 1 and source.num_broken == 3
@@ -170,7 +225,9 @@ def test_the_caption_field_may_hold_a_list_to_choose_from(tmp_path):
     members = [((f"{i}.png", picture), (f"{i}.json", fields)) for i in range(20)]
     _tar(tmp_path / "0.tar", [member for record in members for member in record])
     (tmp_path / "0.png").write_bytes(picture)
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "alt": ["one", "two", "three"]}\n' * 20)
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "0.png", "alt": ["one", "two", "three"]}\n' * 20
+    )
     for name in ("webdataset", "folder"):
         shared = {"source": name, "path": str(tmp_path), "caption_field": "alt"}
         first = make_source(DataConfig(**shared))
@@ -188,9 +245,15 @@ def test_sequences_of_captions_in_tfds_are_found_by_their_path(tmp_path):
     assert _decoded([b"a", np.int64(3)]) == ["a", 3]
     source = TFDSSource.__new__(TFDSSource)
     source.config, source._image, source._caption = TFDSConfig(path=""), "image", "captions/text"
-    source._source = [{"image": b"data", "captions": {"text": [b"one", b"two"], "id": [1, 2]}, "url": b"u"}]
+    source._source = [
+        {"image": b"data", "captions": {"text": [b"one", b"two"], "id": [1, 2]}, "url": b"u"}
+    ]
     encoded = source.read(0)
-    assert encoded.captions == ["one", "two"] and encoded.attributes == {"url": "u"} and encoded.image == b"data"
+    assert (
+        encoded.captions == ["one", "two"]
+        and encoded.attributes == {"url": "u"}
+        and encoded.image == b"data"
+    )
 
 
 def test_a_random_crop_moves_over_the_longer_side_only_and_the_centre_is_the_middle():
@@ -202,13 +265,17 @@ def test_a_random_crop_moves_over_the_longer_side_only_and_the_centre_is_the_mid
 
 
 def test_random_crops_change_with_the_epoch_and_come_again_with_the_seed(tmp_path):
-    (tmp_path / "0.png").write_bytes(_encoded(np.random.default_rng(0).integers(0, 255, (16, 160, 3))))
+    (tmp_path / "0.png").write_bytes(
+        _encoded(np.random.default_rng(0).integers(0, 255, (16, 160, 3)))
+    )
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}\n')
     shared = {"source": "folder", "path": str(tmp_path), "image_size": 16, "crop": "random"}
     source = make_source(DataConfig(**shared, seed=1))
     images = [source.record(0, epoch)["image"] for epoch in range(4)]
     assert len({image.tobytes() for image in images}) == 4
-    np.testing.assert_array_equal(make_source(DataConfig(**shared, seed=1)).record(0, 2)["image"], images[2])
+    np.testing.assert_array_equal(
+        make_source(DataConfig(**shared, seed=1)).record(0, 2)["image"], images[2]
+    )
     assert (make_source(DataConfig(**shared, seed=2)).record(0, 2)["image"] != images[2]).any()
 
 
@@ -221,11 +288,16 @@ def test_pictures_of_any_shape_come_out_at_the_very_size_asked_for(size):
 
 @pytest.mark.parametrize(("height", "width"), [(512, 512), (525, 700), (1024, 768)])
 def test_reduced_jpeg_decoding_is_the_full_decoding_to_40_decibels(height, width):
-    (data, _), = make_pictures(1, height, width, seed=height)
+    ((data, _),) = make_pictures(1, height, width, seed=height)
     picture = Image.open(io.BytesIO(data)).convert("RGB")
-    side, (left, top) = min(height, width), ((width - min(height, width)) / 2, (height - min(height, width)) / 2)
+    side, (left, top) = (
+        min(height, width),
+        ((width - min(height, width)) / 2, (height - min(height, width)) / 2),
+    )
     box = (left, top, left + side, top + side)
-    expected = np.asarray(picture.resize((256, 256), Image.Resampling.LANCZOS, box=box)).astype(float)
+    expected = np.asarray(picture.resize((256, 256), Image.Resampling.LANCZOS, box=box)).astype(
+        float
+    )
     error = np.mean((decode(data, (256, 256)) - expected) ** 2)
     assert 10 * np.log10(255**2 / error) > 40
 
@@ -235,7 +307,9 @@ def test_reduced_jpeg_decoding_is_the_full_decoding_to_40_decibels(height, width
 
 def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeypatch):
     LAYOUTS["webdataset"](tmp_path / "data", PICTURES[:6], per_shard=3)
-    config = WebDatasetConfig(path=str(tmp_path / "data"), index_folder=str(tmp_path / "kept"), image_size=8)
+    config = WebDatasetConfig(
+        path=str(tmp_path / "data"), index_folder=str(tmp_path / "kept"), image_size=8
+    )
     assert len(WebDatasetSource(config)) == 6
     assert not (tmp_path / "data" / ".contextdiff_jax").exists()
 
@@ -255,12 +329,16 @@ def test_a_damaged_index_is_made_anew(tmp_path, damage, caplog):
     LAYOUTS["webdataset"](tmp_path, PICTURES[:5])
     config = WebDatasetConfig(path=str(tmp_path), image_size=8)
     WebDatasetSource(config)
-    (array,), (facts,) = (list((tmp_path / ".contextdiff_jax").glob(f"index-*.{kind}")) for kind in ("npy", "json"))
+    (array,), (facts,) = (
+        list((tmp_path / ".contextdiff_jax").glob(f"index-*.{kind}")) for kind in ("npy", "json")
+    )
     content = bytearray(array.read_bytes())
     content[-3] ^= 1
     {
-        "cut": lambda: array.write_bytes(content[:-20]), "flip": lambda: array.write_bytes(content),
-        "facts": lambda: facts.write_text("{"), "missing": array.unlink,
+        "cut": lambda: array.write_bytes(content[:-20]),
+        "flip": lambda: array.write_bytes(content),
+        "facts": lambda: facts.write_text("{"),
+        "missing": array.unlink,
     }[damage]()
     with caplog.at_level("WARNING", logger="absl"):
         source = WebDatasetSource(config)
@@ -271,20 +349,33 @@ def test_a_damaged_index_is_made_anew(tmp_path, damage, caplog):
 
 def test_a_cache_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="data.index_folder='.*file': .* cannot be written .*; name a folder that can"):
+    with pytest.raises(
+        ValueError,
+        match="data.index_folder='.*file': .* cannot be written .*; name a folder that can",
+    ):
         kept_array(str(tmp_path), str(tmp_path / "file"), "x", "key", lambda: (np.zeros(3), {}))
 
 
 def test_a_million_records_open_and_resume_within_a_second(tmp_path):
-    """An index of 1 M records, as `_index` writes it, over one real shard: record i of it is record i % 100."""
+    """An index of 1 M records, as `_index` writes it, over one real shard: record i of it is record
+    i % 100.
+    """
     LAYOUTS["webdataset"](tmp_path, [PICTURES[i % 30] for i in range(100)])
     config = WebDatasetConfig(path=str(tmp_path), image_size=16)
     small = WebDatasetSource(config)
     entries = np.resize(small._entries, 1_000_000)
-    facts, array = (next((tmp_path / ".contextdiff_jax").glob(f"index-*.{kind}")) for kind in ("json", "npy"))
+    facts, array = (
+        next((tmp_path / ".contextdiff_jax").glob(f"index-*.{kind}")) for kind in ("json", "npy")
+    )
     facts.unlink()
     array.unlink()
-    kept_array(str(tmp_path), "", "index", small.cache_key(), lambda: (entries, {"num_broken": 0, "reasons": []}))
+    kept_array(
+        str(tmp_path),
+        "",
+        "index",
+        small.cache_key(),
+        lambda: (entries, {"num_broken": 0, "reasons": []}),
+    )
     start = time.process_time()
     loader = make_loader(WebDatasetSource(config), batch_size=8, seed=1)
     loader.set_state({"seed": 1, "batch_size": 8, "num_records": 1_000_000, "next_batch": 170_003})

@@ -1,4 +1,6 @@
-"""The benchmark of the step and of the sampling loop against torch: same results or no ratio, and what is made of the times."""
+"""The benchmark of the step and of the sampling loop against torch: same results or no ratio, and
+what is made of the times.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,15 @@ def settings():
 
 def test_rounds_take_turns_and_ratios_are_of_pairs(monkeypatch):
     """Ours takes 1, 2, 4 s and the peer 3, 2, 8; the ratios of the rounds are 3, 1, 2."""
-    wall, order = iter([0, 9] * 6 + [0, 1, 0, 3, 0, 2, 0, 2, 0, 4, 0, 8]), []  # the first three rounds, of 9 s, don't count
+    wall, order = (
+        iter([0, 9] * 6 + [0, 1, 0, 3, 0, 2, 0, 2, 0, 4, 0, 8]),
+        [],
+    )  # the first three rounds, of 9 s, don't count
     monkeypatch.setattr(paired.time, "perf_counter", lambda: next(wall))
     monkeypatch.setattr(paired.time, "process_time", lambda: 0.0)
-    contestants = [Contestant(name, lambda name=name: order.append(name)) for name in ("ours", "peer")]
+    contestants = [
+        Contestant(name, lambda name=name: order.append(name)) for name in ("ours", "peer")
+    ]
     times = paired.measure(contestants, 3)
     assert times["ours"].wall == [1, 2, 4] and times["peer"].wall == [3, 2, 8]
     assert order == ["peer", "ours", "ours", "peer"] * 3
@@ -44,7 +51,9 @@ def test_the_better_of_torchs_layouts_is_the_baseline(monkeypatch):
     contestants = [Contestant(name, lambda: None) for name in seconds]
     times = {name: Times([s, s, s], [2 * s] * 3) for name, s in seconds.items()}
     rows = speed._rows(contestants, times, flops=8e9, peak=16e9)
-    assert rows[0]["peer"] == "torch channels_last" and rows[0]["ratio"] == rows[0]["cpu_ratio"] == 1.5
+    assert (
+        rows[0]["peer"] == "torch channels_last" and rows[0]["ratio"] == rows[0]["cpu_ratio"] == 1.5
+    )
     assert rows[0]["flops_per_second"] == 4e9 and rows[0]["share_of_peak"] == 0.25
     assert [row["name"] for row in rows if "ratio" in row] == ["unet"]
 
@@ -59,21 +68,39 @@ def test_our_results_are_torchs(settings, program):
     contestants, flops = {"train": speed._train_unet, "sample": speed._sample_unet}[program](
         settings, SpeedBenchmark(program=program, compare="torch")
     )
-    assert [contestant.name for contestant in contestants] == ["unet", "torch channels_last", "torch NCHW"] and flops > 1e6
+    assert [contestant.name for contestant in contestants] == [
+        "unet",
+        "torch channels_last",
+        "torch NCHW",
+    ] and flops > 1e6
 
 
-@pytest.mark.parametrize("changes", [{}, {"diffusion.prediction_type": "epsilon", "train.caption_dropout": 0.9}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"diffusion.prediction_type": "epsilon", "train.caption_dropout": 0.9}]
+)
 def test_the_methods_step_in_torch_gives_our_loss_and_parameters(changes):
     contestants = method._torch_method(parse(config_dict(**SMALL, **changes)))  # which checks it
-    assert [contestant.name for contestant in contestants] == ["torch method channels_last", "torch method NCHW"]
+    assert [contestant.name for contestant in contestants] == [
+        "torch method channels_last",
+        "torch method NCHW",
+    ]
 
 
-def test_a_method_that_differs_gives_no_ratio_and_one_that_torch_lacks_is_left_out(settings, monkeypatch):
-    monkeypatch.setattr(torch_method, "shift_coefficient", lambda schedule, t, shift: 0 * t)  # no context in the forward process
+def test_a_method_that_differs_gives_no_ratio_and_one_that_torch_lacks_is_left_out(
+    settings, monkeypatch
+):
+    monkeypatch.setattr(
+        torch_method, "shift_coefficient", lambda schedule, t, shift: 0 * t
+    )  # no context in the forward process
     with pytest.raises(RunError, match="torch method channels_last, loss: .*no ratio"):
         method._torch_method(settings)
-    linear = dataclasses.replace(settings, context=dataclasses.replace(settings.context, kind="linear"))
-    assert torch_method.lacking(linear) == "context.kind='linear'" and method._torch_method(linear) == []
+    linear = dataclasses.replace(
+        settings, context=dataclasses.replace(settings.context, kind="linear")
+    )
+    assert (
+        torch_method.lacking(linear) == "context.kind='linear'"
+        and method._torch_method(linear) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,8 +108,16 @@ def test_a_method_that_differs_gives_no_ratio_and_one_that_torch_lacks_is_left_o
     [
         ("forward", lambda output: output * 1.001, "torch channels_last, output"),
         ("step", lambda loss: loss * 1.001, "torch channels_last, loss"),
-        ("parameters", lambda tensors: {n: a + 1e-4 * (n == "conv_in.bias") for n, a in tensors.items()}, "conv_in.bias"),
-        ("sample", lambda images: np.where(images == images.max(), np.nan, images), "torch channels_last, samples"),
+        (
+            "parameters",
+            lambda tensors: {n: a + 1e-4 * (n == "conv_in.bias") for n, a in tensors.items()},
+            "conv_in.bias",
+        ),
+        (
+            "sample",
+            lambda images: np.where(images == images.max(), np.nan, images),
+            "torch channels_last, samples",
+        ),
     ],
 )
 def test_no_ratio_where_results_differ(settings, monkeypatch, method, change, words):
@@ -99,46 +134,85 @@ def test_what_cannot_be_compared_is_refused_in_one_line(settings, monkeypatch):
         SpeedBenchmark(compare="jax")
     with pytest.raises(ValueError, match="--repeats=3: must be at least 5"):
         SpeedBenchmark(rounds=3)
-    half = dataclasses.replace(settings, train=dataclasses.replace(settings.train, precision="bfloat16"))
+    half = dataclasses.replace(
+        settings, train=dataclasses.replace(settings.train, precision="bfloat16")
+    )
     with pytest.raises(ValueError, match="train.precision='bfloat16': must be float32"):
         speed.run(half, SpeedBenchmark(compare="torch"))
     uneven = dataclasses.replace(settings, sample=dataclasses.replace(settings.sample, steps=7))
     with pytest.raises(ValueError, match="sample.steps=7: must divide diffusion.num_timesteps=50"):
         torch_peer.make_scheduler(uneven)
     monkeypatch.setattr(speed, "PACKAGES", ("torch", "no_such_package"))
-    with pytest.raises(ValueError, match="--compare='torch': no_such_package not installed; see requirements-test.txt"):
+    with pytest.raises(
+        ValueError,
+        match="--compare='torch': no_such_package not installed; see requirements-test.txt",
+    ):
         SpeedBenchmark(compare="torch")
 
 
 def test_the_command_prints_ratio_and_share_of_the_context_and_writes_json(tmp_path):
     changes = [f"--config.{name}={value}" for name, value in {**TINY, **SMALL}.items()]
     done = command(
-        "benchmark", "--mode=train", "--config=configs/base.py", *changes, "--compare=torch", f"--json={tmp_path / 'rows.json'}",
+        "benchmark",
+        "--mode=train",
+        "--config=configs/base.py",
+        *changes,
+        "--compare=torch",
+        f"--json={tmp_path / 'rows.json'}",
         env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     peers = ["torch channels_last", "torch NCHW"]
-    whole = ["method, with context", "method, without context", "torch method channels_last", "torch method NCHW"]
+    whole = [
+        "method, with context",
+        "method, without context",
+        "torch method channels_last",
+        "torch method NCHW",
+    ]
     assert list(rows) == ["unet", *peers, *whole]
-    assert rows["method, with context"]["ratio"] > 0 and rows["method, with context"]["peer"] in whole[2:]
-    assert rows["unet"]["ratio"] > 0 and rows["unet"]["compile_seconds"] > 0 and rows["unet"]["rounds"] == 5
-    assert rows["unet"]["devices"] == (num_cores() if SMALL["train.batch_size"] % num_cores() == 0 else 1)
+    assert (
+        rows["method, with context"]["ratio"] > 0
+        and rows["method, with context"]["peer"] in whole[2:]
+    )
+    assert (
+        rows["unet"]["ratio"] > 0
+        and rows["unet"]["compile_seconds"] > 0
+        and rows["unet"]["rounds"] == 5
+    )
+    assert rows["unet"]["devices"] == (
+        num_cores() if SMALL["train.batch_size"] % num_cores() == 0 else 1
+    )
     assert -1 < rows["method, with context"]["context_share"] < 1
-    assert all(name in done.stdout for name in rows) and "times [" in done.stdout and "the context is" in done.stdout
+    assert (
+        all(name in done.stdout for name in rows)
+        and "times [" in done.stdout
+        and "the context is" in done.stdout
+    )
 
 
 def test_what_does_not_change_in_the_loop_is_computed_before_it():
-    """The prompt's keys and values, of every cross-attention: XLA moves them out of the sampling loop, no cache is needed."""
+    """The prompt's keys and values, of every cross-attention: XLA moves them out of the sampling
+    loop, no cache is needed.
+    """
     length, batch = 7, 3  # 2 x 3 x 7 rows are nothing else's
     settings = parse(config_dict(**SMALL, **{"data.max_length": length}))
     unet = speed.random_unet(settings)
     inputs = speed.make_inputs(settings, 2 * batch) | {"x": speed.make_inputs(settings, batch)["x"]}
     graph, params = nnx.split(unet)
-    program = jax.jit(speed.unet_sample(graph, settings)).lower(params, {k: inputs[k] for k in ("x", "text")}).compile().as_text()
+    program = (
+        jax.jit(speed.unet_sample(graph, settings))
+        .lower(params, {k: inputs[k] for k in ("x", "text")})
+        .compile()
+        .as_text()
+    )
     body = re.search(r"body=%?([\w.-]+)", program)[1]
     rows = {  # by computation, the matrices of that many rows that an operation makes
-        text.split()[0].lstrip("%"): re.findall(rf"= f32\[{2 * batch * length},\d+\]\S* (?:dot|fusion)\(", text)
+        text.split()[0].lstrip("%"): re.findall(
+            rf"= f32\[{2 * batch * length},\d+\]\S* (?:dot|fusion)\(", text
+        )
         for text in re.split(r"\n(?=%|ENTRY )", program)
     }
-    assert not rows[body] and len(rows["ENTRY"]) >= 2 * 3  # both guidance branches; down, middle and up
+    assert (
+        not rows[body] and len(rows["ENTRY"]) >= 2 * 3
+    )  # both guidance branches; down, middle and up

@@ -78,15 +78,21 @@ def test_states_with_an_attention_mask_equal_transformers(pairs, name):
     ids, mask = token_ids(length), np.arange(length) < np.array([[4], [length]])
     before = np.asarray(check(model, module, ids, mask))
     ids[0, 4:] = 29 - ids[0, 4:]
-    np.testing.assert_allclose(run(module, jnp.asarray(ids), jnp.asarray(mask))[0, :4], before[0, :4], atol=1e-6)
+    np.testing.assert_allclose(
+        run(module, jnp.asarray(ids), jnp.asarray(mask))[0, :4], before[0, :4], atol=1e-6
+    )
     unmasked = np.asarray(run(module, jnp.asarray(ids), jnp.asarray(mask | True)))
     assert np.abs(unmasked[0, :4] - before[0, :4]).max() > 0.01
 
 
-@pytest.mark.parametrize("buckets, distance", [(32, 128), (8, 9), (10, 20), (64, 500), (4, 3), (7, 11)])
+@pytest.mark.parametrize(
+    "buckets, distance", [(32, 128), (8, 9), (10, 20), (64, 500), (4, 3), (7, 11)]
+)
 def test_every_relative_position_has_the_bucket_of_transformers(buckets, distance):
     offset = torch.arange(600)[None, :] - torch.arange(600)[:, None]
-    expected = T5Attention._relative_position_bucket(offset, num_buckets=buckets, max_distance=distance)
+    expected = T5Attention._relative_position_bucket(
+        offset, num_buckets=buckets, max_distance=distance
+    )
     np.testing.assert_array_equal(relative_buckets(600, buckets, distance), expected.numpy())
 
 
@@ -95,7 +101,11 @@ def test_a_saved_encoder_has_the_same_bits_and_transformers_reads_it(pairs, tmp_
     _, folder, module = pairs[name]
     save_t5(module, tmp_path)
     assert_same_tensors(folder, tmp_path)
-    check(transformers.T5EncoderModel.from_pretrained(tmp_path).eval(), module, token_ids(CASES[name][0]))
+    check(
+        transformers.T5EncoderModel.from_pretrained(tmp_path).eval(),
+        module,
+        token_ids(CASES[name][0]),
+    )
     assert load_t5(tmp_path).config == module.config
 
 
@@ -117,10 +127,16 @@ def test_bfloat16_products_keep_the_states_close(pairs):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(feed_forward_proj="gated-tanh"), "feed_forward_proj='gated-tanh': must be ACT or gated-ACT"),
+        (
+            dict(feed_forward_proj="gated-tanh"),
+            "feed_forward_proj='gated-tanh': must be ACT or gated-ACT",
+        ),
         (dict(feed_forward_proj="a-relu"), "feed_forward_proj='a-relu': must be ACT or gated-ACT"),
         (dict(num_heads=0), "num_heads=0: must be a whole number of at least 1"),
-        (dict(relative_attention_num_buckets=3), "relative_attention_num_buckets=3: must be at least 4"),
+        (
+            dict(relative_attention_num_buckets=3),
+            "relative_attention_num_buckets=3: must be at least 4",
+        ),
     ],
 )
 def test_a_config_that_is_not_supported_is_refused(change, message):

@@ -28,7 +28,9 @@ from contextdiff_jax.training.step import draw, loss_fn, make_train_step
 def batch_of(settings):
     tokenizer = load_tokenizer()
     loader = make_loader(
-        make_source(settings.data), batch_size=settings.train.batch_size, tokenizer=tokenizer,
+        make_source(settings.data),
+        batch_size=settings.train.batch_size,
+        tokenizer=tokenizer,
         max_length=settings.data.max_length,
     )
     batch = next(loader)
@@ -72,8 +74,13 @@ def test_a_context_with_gain_changes_the_samples(estimate, sampler):
     settings = parse(config_dict(**{"context.estimate": estimate, "sample.sampler": sampler}))
     params = with_gamma(randomised(jax.jit(lambda: init_state(settings))().params), 1.5)
     with_shift = Generator(settings, load_tokenizer())(params, ["a large red circle"] * 4, 0)
-    without = dataclasses.replace(settings, context=dataclasses.replace(settings.context, shift="none"))
-    difference = np.abs(with_shift.astype(int) - Generator(without, load_tokenizer())(params, ["a large red circle"] * 4, 0))
+    without = dataclasses.replace(
+        settings, context=dataclasses.replace(settings.context, shift="none")
+    )
+    difference = np.abs(
+        with_shift.astype(int)
+        - Generator(without, load_tokenizer())(params, ["a large red circle"] * 4, 0)
+    )
     assert difference.mean() > 1
 
 
@@ -88,7 +95,9 @@ def test_the_shift_sees_the_true_caption_where_the_denoiser_does_not(tiny_settin
         model = nnx.merge(model_graph(tiny_settings), with_gamma(params, gamma))
         return float(loss_fn(model, batch, null, schedule, tiny_settings)[0])
 
-    assert loss(batch, 0.0) == loss(other, 0.0)  # no text reaches a denoiser whose captions are all dropped
+    assert loss(batch, 0.0) == loss(
+        other, 0.0
+    )  # no text reaches a denoiser whose captions are all dropped
     assert loss(batch, 1.0) != loss(other, 1.0)  # but the context still reads it
 
 
@@ -100,21 +109,38 @@ def test_a_step_is_the_same_whatever_the_accumulation(tiny_settings):
         state = jax.jit(lambda: init_state(settings))()
         state = dataclasses.replace(state, params=randomised(state.params))
         states.append(jax.jit(make_train_step(settings))(state, batch, null)[0])
-    np.testing.assert_allclose(states[0].metric_sums["loss"], states[1].metric_sums["loss"], rtol=1e-5)
-    np.testing.assert_allclose(states[0].metric_sums["grad_norm"], states[1].metric_sums["grad_norm"], rtol=1e-4)
-    np.testing.assert_allclose(states[0].metric_sums["quartile_loss"], states[1].metric_sums["quartile_loss"], rtol=1e-4)
-    np.testing.assert_array_equal(states[0].metric_sums["quartile_count"], states[1].metric_sums["quartile_count"])
+    np.testing.assert_allclose(
+        states[0].metric_sums["loss"], states[1].metric_sums["loss"], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        states[0].metric_sums["grad_norm"], states[1].metric_sums["grad_norm"], rtol=1e-4
+    )
+    np.testing.assert_allclose(
+        states[0].metric_sums["quartile_loss"], states[1].metric_sums["quartile_loss"], rtol=1e-4
+    )
+    np.testing.assert_array_equal(
+        states[0].metric_sums["quartile_count"], states[1].metric_sums["quartile_count"]
+    )
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"context.estimate": "posterior_mean"}, {"context.kind": "text", "context.shift": "prior", "diffusion.prior_kl": 0.1},
-     {"context.kind": "bilinear", "train.precision": "bfloat16", "diffusion.weighting": "min_snr"},
-     {"context.kind": "none", "context.shift": "none", "diffusion.prediction_type": "epsilon"}],
+    [
+        {"context.estimate": "posterior_mean"},
+        {"context.kind": "text", "context.shift": "prior", "diffusion.prior_kl": 0.1},
+        {
+            "context.kind": "bilinear",
+            "train.precision": "bfloat16",
+            "diffusion.weighting": "min_snr",
+        },
+        {"context.kind": "none", "context.shift": "none", "diffusion.prediction_type": "epsilon"},
+    ],
     ids=["posterior_mean", "text-prior", "bilinear-bf16", "plain-epsilon"],
 )
 def test_the_loss_falls_for_every_kind_of_run(changes):
-    settings = parse(config_dict(**changes, **{"train.learning_rate": 3e-3, "train.decay": "constant"}))
+    settings = parse(
+        config_dict(**changes, **{"train.learning_rate": 3e-3, "train.decay": "constant"})
+    )
     batch, null = batch_of(settings)
     step = jax.jit(make_train_step(settings), donate_argnums=0)
     state, losses = jax.jit(lambda: init_state(settings))(), []
@@ -128,7 +154,10 @@ def test_the_loss_falls_for_every_kind_of_run(changes):
 
 
 def losses(workdir):
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in map(json.loads, (workdir / "metrics.jsonl").open())]
+    return [
+        (row["step"], row["loss"], row["grad_norm"])
+        for row in map(json.loads, (workdir / "metrics.jsonl").open())
+    ]
 
 
 def test_a_killed_run_resumes_to_the_uninterrupted_losses_bit_for_bit(tmp_path):
@@ -139,7 +168,8 @@ def test_a_killed_run_resumes_to_the_uninterrupted_losses_bit_for_bit(tmp_path):
     class Killed(BaseException):
         """Stands for the end of the process: nothing catches it."""
 
-    # Dies in step 8, after the checkpoint of step 6 and the log line of step 6; the log has lines past a checkpoint.
+    # Dies in step 8, after the checkpoint of step 6 and the log line of step 6; the log has lines
+    # past a checkpoint.
     calls, real = [], loop.to_devices
 
     def dying(*arguments):
@@ -163,20 +193,36 @@ def test_a_killed_run_resumes_to_the_uninterrupted_losses_bit_for_bit(tmp_path):
     assert [step for step, *_ in losses(whole)] == [2, 4, 6, 8, 9]
 
 
-def test_non_finite_steps_are_skipped_up_to_a_limit_and_then_dumped_and_what_is_saved_is_finite(tmp_path, caplog):
+def test_non_finite_steps_are_skipped_up_to_a_limit_and_then_dumped_and_what_is_saved_is_finite(
+    tmp_path, caplog
+):
     """A learning rate that throws the weights away: no step after it has a finite loss."""
-    config = config_dict(**{"train.learning_rate": 1e30, "train.warmup_steps": 0, "train.clip_norm": 0.0,
-                            "train.checkpoint_every": 1, "train.log_every": 100, "train.max_nonfinite": 1})
-    with pytest.raises(RunError, match=r"step (\d+): the loss or the gradient is not finite") as error:
+    config = config_dict(
+        **{
+            "train.learning_rate": 1e30,
+            "train.warmup_steps": 0,
+            "train.clip_norm": 0.0,
+            "train.checkpoint_every": 1,
+            "train.log_every": 100,
+            "train.max_nonfinite": 1,
+        }
+    )
+    with pytest.raises(
+        RunError, match=r"step (\d+): the loss or the gradient is not finite"
+    ) as error:
         train(parse(config), config, tmp_path)
     bad = int(str(error.value).split()[1].rstrip(":"))
-    assert f"step {bad - 1}: the loss or the gradient is not finite; skipped (1 so far)" in caplog.text
+    assert (
+        f"step {bad - 1}: the loss or the gradient is not finite; skipped (1 so far)" in caplog.text
+    )
     dump = tmp_path / f"nonfinite_{bad}"
     assert f"--replay={dump}" in str(error.value)
     dumped = np.load(dump / "batch.npz")
     assert dumped["image"].shape == (8, 16, 16, 3) and dumped["token_ids"].shape == (8, 12)
     text = replay(dump)
-    assert f"step {bad}: loss " in text and re.search("first that is not finite: (metric|gradient) .*values", text)
+    assert f"step {bad}: loss " in text and re.search(
+        "first that is not finite: (metric|gradient) .*values", text
+    )
     with checkpoints.open_manager(tmp_path, read_only=True) as manager:
         assert manager.latest_step() == bad - 1
         state, _ = checkpoints.restore(manager, jax.eval_shape(lambda: init_state(parse(config))))
@@ -196,34 +242,86 @@ def test_a_gpus_operations_are_counted_before_its_libraries_hide_them():
 
 def test_a_run_of_another_config_or_model_is_not_resumed(tmp_path):
     done = tmp_path / "run"
-    first = command("train", "--config=configs/base.py", f"--workdir={done}", "--config.train.steps=3", tiny=True)
+    first = command(
+        "train",
+        "--config=configs/base.py",
+        f"--workdir={done}",
+        "--config.train.steps=3",
+        tiny=True,
+    )
     assert first.returncode == 0, first.stderr
-    assert re.search(r"compiled in [\d.]+ s", first.stderr) and re.search(r"first step done [\d.]+ s after", first.stderr)
+    assert re.search(r"compiled in [\d.]+ s", first.stderr) and re.search(
+        r"first step done [\d.]+ s after", first.stderr
+    )
     for name in ("config.json", "metrics.jsonl", "checkpoints/3"):
         assert (done / name).exists()
     assert list((done / "events").iterdir()) and list((done / "samples").iterdir())
-    again = command("train", "--config=configs/base.py", f"--workdir={done}", "--config.train.steps=3", tiny=True)
-    assert again.returncode == 0 and "trained to step 3 already" in again.stderr and "compiled" not in again.stderr
-    other = command("train", "--config=configs/base.py", f"--workdir={done}", "--config.seed=4", tiny=True)
-    assert other.returncode == 2 and "another config's run, seed is 0 there and 4 here" in other.stderr
-    model = command(
-        "train", "--config=configs/base.py", f"--workdir={done}", "--config.context.width=32", tiny=True
+    again = command(
+        "train",
+        "--config=configs/base.py",
+        f"--workdir={done}",
+        "--config.train.steps=3",
+        tiny=True,
     )
-    assert model.returncode == 2 and "of another model: context/" in model.stderr and "(16," in model.stderr
-    assert len(model.stderr.strip().splitlines()[-1]) and "Traceback" not in model.stderr + other.stderr
+    assert (
+        again.returncode == 0
+        and "trained to step 3 already" in again.stderr
+        and "compiled" not in again.stderr
+    )
+    other = command(
+        "train", "--config=configs/base.py", f"--workdir={done}", "--config.seed=4", tiny=True
+    )
+    assert (
+        other.returncode == 2 and "another config's run, seed is 0 there and 4 here" in other.stderr
+    )
+    model = command(
+        "train",
+        "--config=configs/base.py",
+        f"--workdir={done}",
+        "--config.context.width=32",
+        tiny=True,
+    )
+    assert (
+        model.returncode == 2
+        and "of another model: context/" in model.stderr
+        and "(16," in model.stderr
+    )
+    assert (
+        len(model.stderr.strip().splitlines()[-1])
+        and "Traceback" not in model.stderr + other.stderr
+    )
 
     # The same run's samples: the grid, each picture with what made it, and a wrong flag.
     out, images = tmp_path / "grid.png", tmp_path / "images"
     made = command(
-        "sample", f"--workdir={done}", "--prompt=a large red circle", "--prompt=a small blue square", "--num=2",
-        "--sampler=ddim", "--steps=3", "--guidance=2", "--seed=7", f"--out={out}", f"--images={images}",
+        "sample",
+        f"--workdir={done}",
+        "--prompt=a large red circle",
+        "--prompt=a small blue square",
+        "--num=2",
+        "--sampler=ddim",
+        "--steps=3",
+        "--guidance=2",
+        "--seed=7",
+        f"--out={out}",
+        f"--images={images}",
     )
     assert made.returncode == 0, made.stderr
     assert out.exists() and len(list(images.iterdir())) == 4
     metadata = read_png_metadata(images / "0003.png")
-    assert metadata["prompt"] == "a small blue square" and metadata["seed"] == "7" and metadata["guidance"] == "2.0"
+    assert (
+        metadata["prompt"] == "a small blue square"
+        and metadata["seed"] == "7"
+        and metadata["guidance"] == "2.0"
+    )
     wrong = command("sample", f"--workdir={done}", "--prompt=a", "--sampler=foo")
     assert wrong.returncode == 2 and "sampler='foo': unknown; one of ddpm, ddim" in wrong.stderr
-    scored = command("evaluate", f"--workdir={done}", "--metrics=composition", "--num=4", "--steps=2")
+    scored = command(
+        "evaluate", f"--workdir={done}", "--metrics=composition", "--num=4", "--steps=2"
+    )
     assert scored.returncode == 0, scored.stderr
-    assert "held-out combinations" in scored.stdout and "exact" in json.loads((done / "metrics.json").read_text())["composition"]["seen combinations"]
+    assert (
+        "held-out combinations" in scored.stdout
+        and "exact"
+        in json.loads((done / "metrics.json").read_text())["composition"]["seen combinations"]
+    )

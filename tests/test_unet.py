@@ -23,17 +23,30 @@ from contextdiff_jax.pretrained.unet import WEIGHTS_FILE, unet_state_from_torch,
 TOLERANCE = 2e-5  # of the output's largest value
 
 TINY = dict(
-    in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    norm_num_groups=4,
     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    cross_attention_dim=12, attention_head_dim=2,
+    cross_attention_dim=12,
+    attention_head_dim=2,
 )
 XL = dict(
-    block_out_channels=(8, 16, 24), layers_per_block=2, norm_num_groups=4, attention_head_dim=(2, 4, 3),
+    block_out_channels=(8, 16, 24),
+    layers_per_block=2,
+    norm_num_groups=4,
+    attention_head_dim=(2, 4, 3),
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=12,
-    transformer_layers_per_block=(1, 2, 3), use_linear_projection=True, addition_embed_type="text_time",
-    addition_time_embed_dim=6, projection_class_embeddings_input_dim=10 + 6 * 6, upcast_attention=True,
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    cross_attention_dim=12,
+    transformer_layers_per_block=(1, 2, 3),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=6,
+    projection_class_embeddings_input_dim=10 + 6 * 6,
+    upcast_attention=True,
 )
 CONFIGS = {
     "sd1": dict(
@@ -59,7 +72,9 @@ CONFIGS = {
 
 
 def torch_unet(config: dict) -> UNet2DConditionModel:
-    """A torch UNet whose every tensor matters: norms away from the identity, weights larger than torch's."""
+    """A torch UNet whose every tensor matters: norms away from the identity, weights larger than
+    torch's.
+    """
     torch.manual_seed(0)
     model = UNet2DConditionModel(sample_size=16, **config).eval()
     with torch.no_grad():
@@ -76,7 +91,8 @@ def inputs(config: dict, size=(8, 16), length=7, batch=2) -> dict:
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     values = dict(
-        x=normal(batch, *size, config.get("in_channels", 4)), t=np.array([3, 871]),
+        x=normal(batch, *size, config.get("in_channels", 4)),
+        t=np.array([3, 871]),
         text_tokens=normal(batch, length, config["cross_attention_dim"]),
     )
     if "addition_embed_type" in config:
@@ -85,10 +101,14 @@ def inputs(config: dict, size=(8, 16), length=7, batch=2) -> dict:
     return values
 
 
-def run_torch(model: UNet2DConditionModel, x, t, text_tokens, text_mask=None, added=None) -> np.ndarray:
+def run_torch(
+    model: UNet2DConditionModel, x, t, text_tokens, text_mask=None, added=None
+) -> np.ndarray:
     with torch.no_grad():
         out = model(
-            torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(t), torch.tensor(text_tokens),
+            torch.tensor(x).permute(0, 3, 1, 2),
+            torch.tensor(t),
+            torch.tensor(text_tokens),
             encoder_attention_mask=None if text_mask is None else torch.tensor(text_mask),
             added_cond_kwargs=added and {k: torch.tensor(v) for k, v in added.items()},
         ).sample
@@ -163,7 +183,9 @@ def test_one_timestep_serves_the_whole_batch_and_may_be_fractional(pairs):
     model, _, unet = pairs("sd1")
     values = inputs(CONFIGS["sd1"])
     for t in (np.int32(3), np.float32(3.5)):
-        assert_close(run(unet, **values | dict(t=t)), run_torch(model, **values | dict(t=np.full(2, t))))
+        assert_close(
+            run(unet, **values | dict(t=t)), run_torch(model, **values | dict(t=np.full(2, t)))
+        )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -220,7 +242,9 @@ def test_a_new_network_predicts_zero_and_every_parameter_gets_a_gradient_after_a
         first = value if first is None else first
         nnx.update(unet, jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(unet, nnx.Param), grads))
     assert value < first
-    dead = [path for path, g in nnx.to_flat_state(grads) if not np.abs(np.asarray(g[...])).max() > 0]
+    dead = [
+        path for path, g in nnx.to_flat_state(grads) if not np.abs(np.asarray(g[...])).max() > 0
+    ]
     assert not dead
 
 
@@ -240,8 +264,12 @@ def test_group_norm_keeps_its_precision_in_bfloat16_and_matches_torch():
     norm.scale[...] = jnp.linspace(0.5, 2, 12)
     norm.bias[...] = jnp.linspace(-1, 1, 12)
     args = torch.tensor(np.asarray(norm.scale[...])), torch.tensor(np.asarray(norm.bias[...]))
-    expected = torch.nn.functional.group_norm(torch.tensor(x).permute(0, 3, 1, 2), 4, *args, eps=1e-3)
-    np.testing.assert_allclose(norm(jnp.asarray(x)), expected.permute(0, 2, 3, 1).numpy(), atol=1e-5)
+    expected = torch.nn.functional.group_norm(
+        torch.tensor(x).permute(0, 3, 1, 2), 4, *args, eps=1e-3
+    )
+    np.testing.assert_allclose(
+        norm(jnp.asarray(x)), expected.permute(0, 2, 3, 1).numpy(), atol=1e-5
+    )
     # 4096 ones summed in bfloat16 would stop at 256: the statistics must not be.
     ones = GroupNorm(1, 1, dtype=jnp.bfloat16)(jnp.ones((1, 64, 64, 1), jnp.bfloat16))
     assert not np.asarray(ones).any()
@@ -287,19 +315,36 @@ def test_missing_and_damaged_files_are_named(pairs, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(down_block_types=("AttnDownBlock2D",)), "model.down_block_types='AttnDownBlock2D': unknown"),
+        (
+            dict(down_block_types=("AttnDownBlock2D",)),
+            "model.down_block_types='AttnDownBlock2D': unknown",
+        ),
         (dict(act_fn="tanh"), "model.act_fn='tanh': unknown; one of silu, swish"),
         (dict(up_block_types=("UpBlock2D",)), "model.up_block_types=.*each of the 2 levels"),
-        (dict(norm_num_groups=3), "model.norm_num_groups=3: must divide model.block_out_channels\\[0\\]=8"),
+        (
+            dict(norm_num_groups=3),
+            "model.norm_num_groups=3: must divide model.block_out_channels\\[0\\]=8",
+        ),
         (dict(attention_head_dim=3), "model.attention_head_dim=3 .*must divide"),
         (dict(num_attention_heads=(2, 3)), "must divide model.block_out_channels\\[1\\]=16"),
-        (dict(layers_per_block=(1, 2, 3)), "model.layers_per_block=\\(1, 2, 3\\): must be one int, or 2"),
+        (
+            dict(layers_per_block=(1, 2, 3)),
+            "model.layers_per_block=\\(1, 2, 3\\): must be one int, or 2",
+        ),
         (dict(addition_embed_type="text_time"), "model.addition_time_embed_dim=None"),
-        (dict(class_embed_type="timestep"), "model.class_embed_type='timestep': not supported; only None"),
-        (dict(block_out_chanels=[8]), "model.block_out_chanels=.*unknown field; nearest: block_out_channels"),
+        (
+            dict(class_embed_type="timestep"),
+            "model.class_embed_type='timestep': not supported; only None",
+        ),
+        (
+            dict(block_out_chanels=[8]),
+            "model.block_out_chanels=.*unknown field; nearest: block_out_channels",
+        ),
     ],
 )
-def test_a_config_that_is_not_supported_is_refused_with_field_value_and_what_is_allowed(change, message):
+def test_a_config_that_is_not_supported_is_refused_with_field_value_and_what_is_allowed(
+    change, message
+):
     with pytest.raises(ValueError, match=message) as error:
         UNetConfig.from_dict(TINY | change)
     assert "\n" not in str(error.value)

@@ -31,7 +31,10 @@ CASES = {
 
 def torch_vae(config: dict) -> AutoencoderKL:
     levels = len(config["block_out_channels"])
-    types = dict(down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels)
+    types = dict(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+    )
     return randomised(AutoencoderKL(**types, **config))
 
 
@@ -98,8 +101,8 @@ def test_tiles_equal_those_of_diffusers(pairs, name, size):
         model.disable_tiling()
     assert_close(encode(vae, jnp.asarray(images), tile=True).mean, expected.mean)
     assert_close(decode(vae, jnp.asarray(expected.mean), tile=True), pictures)
-    # Or the comparison would also hold for a decoder that doesn't tile. (Sides that a quarter of the tile's doesn't
-    # divide give diffusers, and so us, pictures of another size.)
+    # Or the comparison would also hold for a decoder that doesn't tile. (Sides that a quarter of
+    # the tile's doesn't divide give diffusers, and so us, pictures of another size.)
     whole = torch_decode(model, expected.mean)
     assert whole.shape != pictures.shape or np.abs(whole - pictures).max() > 1e-3
 
@@ -110,7 +113,9 @@ def test_slices_change_nothing_and_a_picture_of_one_tile_is_not_tiled(pairs):
     whole = encode(vae, images)
     np.testing.assert_allclose(encode(vae, images, slices=True).mean, whole.mean, atol=1e-5)
     np.testing.assert_allclose(encode(vae, images, tile=True).mean, whole.mean, atol=1e-5)
-    np.testing.assert_allclose(decode(vae, whole.mean, slices=True), decode(vae, whole.mean), atol=1e-4)
+    np.testing.assert_allclose(
+        decode(vae, whole.mean, slices=True), decode(vae, whole.mean), atol=1e-4
+    )
     large = jnp.asarray(normal(2, 8, 6, 4))
     tiled = decode(vae, large, tile=True)
     np.testing.assert_allclose(decode(vae, large, tile=True, slices=True), tiled, atol=1e-4)
@@ -122,7 +127,9 @@ def test_a_saved_autoencoder_has_the_same_bits_and_diffusers_reads_it(pairs, tmp
     save_vae(vae, tmp_path)
     assert_same_tensors(folder, tmp_path)
     z = normal(1, 3, 5, vae.config.latent_channels)
-    assert_close(decode(vae, jnp.asarray(z)), torch_decode(AutoencoderKL.from_pretrained(tmp_path).eval(), z))
+    assert_close(
+        decode(vae, jnp.asarray(z)), torch_decode(AutoencoderKL.from_pretrained(tmp_path).eval(), z)
+    )
     assert load_vae(tmp_path).config == vae.config
 
 
@@ -142,13 +149,23 @@ def test_the_attention_names_of_old_files_are_read(pairs, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_every_norm_has_the_epsilon_and_the_groups_of_diffusers(pairs, name):
     model, _, vae = pairs[name]
-    theirs = sorted((m.eps, m.num_groups, m.num_channels) for m in model.modules() if isinstance(m, torch.nn.GroupNorm))
-    ours = [(m.eps, m.num_groups, m.scale.shape[0]) for _, m in nnx.iter_modules(vae) if isinstance(m, GroupNorm)]
+    theirs = sorted(
+        (m.eps, m.num_groups, m.num_channels)
+        for m in model.modules()
+        if isinstance(m, torch.nn.GroupNorm)
+    )
+    ours = [
+        (m.eps, m.num_groups, m.scale.shape[0])
+        for _, m in nnx.iter_modules(vae)
+        if isinstance(m, GroupNorm)
+    ]
     assert sorted(ours) == theirs
 
 
 def test_samples_have_the_latents_mean_and_variance_and_factors_invert(pairs):
-    latents = LatentGaussian(jnp.full((4000, 1, 1, 1), 2.0), jnp.full((4000, 1, 1, 1), 2 * np.log(0.5)))
+    latents = LatentGaussian(
+        jnp.full((4000, 1, 1, 1), 2.0), jnp.full((4000, 1, 1, 1), 2 * np.log(0.5))
+    )
     samples = latents.sample(jax.random.key(0))
     assert abs(samples.mean() - 2) < 0.03 and abs(samples.std() - 0.5) < 0.02
     _, _, vae = pairs["no_quant"]
@@ -163,11 +180,20 @@ def test_samples_have_the_latents_mean_and_variance_and_factors_invert(pairs):
     "change, message",
     [
         (dict(act_fn="tanh"), "vae.act_fn='tanh': unknown; one of silu"),
-        (dict(down_block_types=["AttnDownEncoderBlock2D"]), "vae.down_block_types=.*must be 'DownEncoderBlock2D'"),
-        (dict(up_block_types=["UpDecoderBlock2D"] * 2), "vae.up_block_types=.*each of the 1 levels"),
+        (
+            dict(down_block_types=["AttnDownEncoderBlock2D"]),
+            "vae.down_block_types=.*must be 'DownEncoderBlock2D'",
+        ),
+        (
+            dict(up_block_types=["UpDecoderBlock2D"] * 2),
+            "vae.up_block_types=.*each of the 1 levels",
+        ),
         (dict(norm_num_groups=48), "vae.norm_num_groups=48: must divide"),
         (dict(latents_mean=[0.1]), r"vae.latents_mean=\[0.1\]: not supported; only None"),
-        (dict(block_out_chanels=[8]), "vae.block_out_chanels=.*unknown field; nearest: block_out_channels"),
+        (
+            dict(block_out_chanels=[8]),
+            "vae.block_out_chanels=.*unknown field; nearest: block_out_channels",
+        ),
     ],
 )
 def test_a_config_that_is_not_supported_is_refused(change, message):

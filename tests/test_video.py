@@ -21,8 +21,12 @@ context = nnx.jit(lambda model, *arguments: model.context(*arguments))
 def noisy(module: nnx.Module, seed: int = 0) -> None:
     """Every parameter away from its start, so that no branch is silent."""
     rng = np.random.default_rng(seed)
-    for leaf in jax.tree.leaves(nnx.state(module, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable)):
-        leaf.set_value(leaf.get_value() + 0.3 * rng.standard_normal(leaf.get_value().shape).astype(np.float32))
+    for leaf in jax.tree.leaves(
+        nnx.state(module, nnx.Param), is_leaf=lambda v: isinstance(v, nnx.Variable)
+    ):
+        leaf.set_value(
+            leaf.get_value() + 0.3 * rng.standard_normal(leaf.get_value().shape).astype(np.float32)
+        )
 
 
 def networks(remat: bool = False, **changes):
@@ -49,7 +53,9 @@ def test_a_video_of_one_frame_is_the_picture_to_the_bit(estimate):
     for theirs, ours in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
         assert np.std(theirs) > 0.1
         np.testing.assert_array_equal(ours[:, 0], theirs)
-    np.testing.assert_array_equal(context(video, x, text, mask, t)[:, 0], context(image, x[:, 0], text, mask, t))
+    np.testing.assert_array_equal(
+        context(video, x, text, mask, t)[:, 0], context(image, x[:, 0], text, mask, t)
+    )
 
 
 def test_equal_frames_are_denoised_as_the_picture_is():
@@ -86,7 +92,9 @@ def test_an_affine_context_leaves_the_frames_apart_and_stays_linear_in_each():
     noisy(video, seed=5)
     x, t, text, mask = inputs()
     other = x.at[:, -1].multiply(-0.5)
-    r, changed, between = (context(video, clip, text, mask, t) for clip in (x, other, 0.25 * x + 0.75 * other))
+    r, changed, between = (
+        context(video, clip, text, mask, t) for clip in (x, other, 0.25 * x + 0.75 * other)
+    )
     np.testing.assert_array_equal(changed[:, :-1], r[:, :-1])
     assert np.abs(changed[:, -1] - r[:, -1]).max() > 1e-3
     np.testing.assert_allclose(between, 0.25 * r + 0.75 * changed, atol=1e-6)
@@ -109,13 +117,20 @@ def test_the_control_sees_the_weights_and_its_answer_is_used():
 
     watched = nnx.jit(lambda m: m.predict(x, t, text, mask, Record()))(video)
     np.testing.assert_allclose(watched, plain, atol=2e-5 * np.abs(plain).max())
-    assert ("cross", (B, 2, F, 96, L), (8, 12)) in seen and ("self", (B, F, 2, 96, 192), (8, 12)) in seen
+    assert ("cross", (B, 2, F, 96, L), (8, 12)) in seen and (
+        "self",
+        (B, F, 2, 96, 192),
+        (8, 12),
+    ) in seen
 
     class Uniform(Record):
         def cross(self, weights, grid):
             return jnp.full_like(weights, 1 / L)
 
-    assert np.abs(nnx.jit(lambda m: m.predict(x, t, text, mask, Uniform()))(video) - plain).max() > 1e-3
+    assert (
+        np.abs(nnx.jit(lambda m: m.predict(x, t, text, mask, Uniform()))(video) - plain).max()
+        > 1e-3
+    )
 
 
 def test_rematerialised_gradients_are_the_plain_ones():

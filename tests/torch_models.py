@@ -19,7 +19,9 @@ diffusers_logging.disable_progress_bar()
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """`model` with weights whose every tensor matters: norms away from the identity, the others about unit gain."""
+    """`model` with weights whose every tensor matters: norms away from the identity, the others
+    about unit gain.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -80,32 +82,62 @@ def edit_config(folder: Path, **changes) -> None:
 
 
 def clip_tokenizer(folder: Path, max_length: int = 9):
-    """A CLIPTokenizer of 56 words: the letters, inside and at the end of a word, "re", "red" and the special ones."""
+    """A CLIPTokenizer of 56 words: the letters, inside and at the end of a word, "re", "red" and
+    the special ones.
+    """
     from transformers import CLIPTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [*letters, *(letter + "</w>" for letter in letters), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    words = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        "re",
+        "red</w>",
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
     return CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=max_length
+        vocab=str(folder / "vocab.json"),
+        merges=str(folder / "merges.txt"),
+        model_max_length=max_length,
     )
 
 
 def clip_model(folder: Path, image_size: int = 20, seed: int = 0, **preprocessing):
-    """A tiny CLIPModel with random weights and its CLIPProcessor, written to `folder` as transformers does."""
+    """A tiny CLIPModel with random weights and its CLIPProcessor, written to `folder` as
+    transformers does.
+    """
     import transformers
 
-    text = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=56,
-                max_position_embeddings=9, eos_token_id=55, bos_token_id=54, pad_token_id=55)
-    vision = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3,
-                  image_size=image_size, patch_size=5)
+    text = dict(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=56,
+        max_position_embeddings=9,
+        eos_token_id=55,
+        bos_token_id=54,
+        pad_token_id=55,
+    )
+    vision = dict(
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        image_size=image_size,
+        patch_size=5,
+    )
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
     model = randomised(transformers.CLIPModel(config), seed)
     side = {"height": image_size, "width": image_size}
     options = {"size": {"shortest_edge": image_size}, "crop_size": side} | preprocessing
-    processor = transformers.CLIPProcessor(transformers.CLIPImageProcessor(**options), clip_tokenizer(folder))
+    processor = transformers.CLIPProcessor(
+        transformers.CLIPImageProcessor(**options), clip_tokenizer(folder)
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor
@@ -117,18 +149,33 @@ def stable_diffusion(folder: Path, in_channels: int = 4, **scheduler):
     import transformers
 
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=in_channels, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        sample_size=8,
+        in_channels=in_channels,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
         attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=16,
     )
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), norm_num_groups=4, sample_size=16, down_block_types=("DownEncoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     )
     text = transformers.CLIPTextConfig(
-        vocab_size=56, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=9, eos_token_id=55, bos_token_id=54, pad_token_id=55,
+        vocab_size=56,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=9,
+        eos_token_id=55,
+        bos_token_id=54,
+        pad_token_id=55,
     )
     return diffusers.StableDiffusionPipeline(
         unet=randomised(unet), vae=randomised(vae), text_encoder=randomised(transformers.CLIPTextModel(text)),
@@ -142,18 +189,26 @@ def stable_diffusion(folder: Path, in_channels: int = 4, **scheduler):
 
 
 def stable_diffusion_xl(folder: Path):
-    """A tiny StableDiffusionXLPipeline: `stable_diffusion` with two encoders of different widths and activations."""
+    """A tiny StableDiffusionXLPipeline: `stable_diffusion` with two encoders of different widths
+    and activations.
+    """
     import diffusers
     import transformers
 
     plain = stable_diffusion(folder)
     text = dict(plain.text_encoder.config.to_dict(), hidden_act="quick_gelu", num_hidden_layers=3)
-    text_2 = text | dict(hidden_size=20, num_attention_heads=2, projection_dim=12, hidden_act="gelu")
+    text_2 = text | dict(
+        hidden_size=20, num_attention_heads=2, projection_dim=12, hidden_act="gelu"
+    )
     same = {key: value for key, value in plain.unet.config.items() if not key.startswith("_")}
     unet = diffusers.UNet2DConditionModel(
-        **same | dict(
-            cross_attention_dim=36, addition_embed_type="text_time", addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=12 + 6 * 4, transformer_layers_per_block=[1, 2],
+        **same
+        | dict(
+            cross_attention_dim=36,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=12 + 6 * 4,
+            transformer_layers_per_block=[1, 2],
             use_linear_projection=True,
         )
     )
@@ -165,22 +220,48 @@ def stable_diffusion_xl(folder: Path):
         for seed, (kind, config) in enumerate(zip(encoders, (text, text_2)))
     )
     return diffusers.StableDiffusionXLPipeline(
-        unet=randomised(unet), vae=plain.vae, text_encoder=first, text_encoder_2=second, tokenizer=plain.tokenizer,
-        tokenizer_2=tokenizer_2, scheduler=plain.scheduler, add_watermarker=False,
+        unet=randomised(unet),
+        vae=plain.vae,
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=plain.tokenizer,
+        tokenizer_2=tokenizer_2,
+        scheduler=plain.scheduler,
+        add_watermarker=False,
     )
 
 
 def t5_encoder(folder: Path, width: int = 16):
-    """A tiny T5EncoderModel with random weights and its tokenizer, both in `folder` as transformers writes them."""
+    """A tiny T5EncoderModel with random weights and its tokenizer, both in `folder` as transformers
+    writes them.
+    """
     import transformers
 
     config = transformers.T5Config(
-        vocab_size=32, d_model=width, d_kv=8, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+        vocab_size=32,
+        d_model=width,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
     )
     model = randomised(transformers.T5EncoderModel(config))
     model.save_pretrained(folder)
-    words = ["\u2581a", "\u2581red", "\u2581blue", "\u2581circle", "\u2581square", *"abcdefghijklmnopqrst"]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, -1.0 - len(word) * 0.01) for word in words)]
+    words = [
+        "\u2581a",
+        "\u2581red",
+        "\u2581blue",
+        "\u2581circle",
+        "\u2581square",
+        *"abcdefghijklmnopqrst",
+    ]
+    vocabulary = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((word, -1.0 - len(word) * 0.01) for word in words),
+    ]
     tokenizer = transformers.T5Tokenizer(vocab=vocabulary, extra_ids=0)
     tokenizer.save_pretrained(folder)
     return model, tokenizer

@@ -1,4 +1,6 @@
-"""A share of an evaluation, and a program that does one of two: python two_processes.py PORT RANK WORKDIR."""
+"""A share of an evaluation, and a program that does one of two: python two_processes.py PORT RANK
+WORKDIR.
+"""
 
 import functools
 import json
@@ -14,12 +16,21 @@ from contextdiff_jax.settings import parse
 
 
 def evaluate_share(workdir: pathlib.Path) -> dict:
-    """Metrics of a run whose samples are its pictures one record late, so right and wrong ones; and plain statistics."""
+    """Metrics of a run whose samples are its pictures one record late, so right and wrong ones; and
+    plain statistics.
+    """
     settings = parse(json.loads((workdir / "config.json").read_text()))
     row, source = next(iter(metrics.splits(settings.data).items()))
     made = metrics.Evaluation(
-        settings=settings, tokenizer=None, graph=None, params=None, features=str(workdir / "classifier"), num=25,
-        generate=lambda captions, first: np.stack([source[first + 1 + i]["image"] for i in range(len(captions))]),
+        settings=settings,
+        tokenizer=None,
+        graph=None,
+        params=None,
+        features=str(workdir / "classifier"),
+        num=25,
+        generate=lambda captions, first: np.stack(
+            [source[first + 1 + i]["image"] for i in range(len(captions))]
+        ),
         reference=41,
     )
     made.__dict__["sources"] = {row: source}
@@ -30,11 +41,21 @@ def evaluate_share(workdir: pathlib.Path) -> dict:
     rows = 1e6 + np.random.default_rng(0).normal(size=(101, 5))
     own = processes.share(len(rows))
     part = Moments.of(rows[own.start : own.stop])
-    parts = processes.gather({"count": np.array(part.count), "mean": part.mean, "scatter": part.scatter})
-    whole = functools.reduce(Moments.merge, (Moments(int(p["count"]), p["mean"], p["scatter"]) for p in parts))
-    same = processes.gather_rows({"rows": rows[own.start : own.stop]})["rows"].tobytes() == rows.tobytes()
+    parts = processes.gather(
+        {"count": np.array(part.count), "mean": part.mean, "scatter": part.scatter}
+    )
+    whole = functools.reduce(
+        Moments.merge, (Moments(int(p["count"]), p["mean"], p["scatter"]) for p in parts)
+    )
+    same = (
+        processes.gather_rows({"rows": rows[own.start : own.stop]})["rows"].tobytes()
+        == rows.tobytes()
+    )
     return {
-        "scores": result, "pictures": len(made.samples(row)), "mean": whole.mean.tolist(), "rows are the same": same,
+        "scores": result,
+        "pictures": len(made.samples(row)),
+        "mean": whole.mean.tolist(),
+        "rows are the same": same,
         "covariance": whole.covariance.tolist(),
     }
 

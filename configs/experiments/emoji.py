@@ -1,6 +1,7 @@
 """Real pictures: emoji at 16x16, held-out pairs of a person and a skin tone, two drawing styles.
 
-Reads ../shared/data/emoji. At 32x32 (a level more, 4,000 steps) a cell took 50 minutes of a core: too slow for seeds.
+Reads ../shared/data/emoji. At 32x32 (a level more, 4,000 steps) a cell took 50 minutes of a core:
+too slow for seeds.
 
     taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/emoji.py
 """
@@ -10,7 +11,9 @@ from contextdiff_jax.experiments.plan import Plan, changed
 
 
 def get_plan() -> Plan:
-    """The shapes' variants, denoiser and budget; judged by a classifier of tone, style and category."""
+    """The shapes' variants, denoiser and budget; judged by a classifier of tone, style and
+    category.
+    """
     changes = {"data.source": "emoji", "data.path": "../shared/data/emoji", "data.max_length": 32}
     return Plan(
         title="Emoji",
@@ -32,7 +35,12 @@ def get_plan() -> Plan:
         },
         baselines=("none", "text-prior"),
         options=dict(
-            num=192, guidances=(1.0, 2.0, 4.0), validation=96, samplers={"ddim": 25, "ddpm": 25}, classifier=1500,
-            bound=64, bound_timesteps=50,
+            num=192,
+            guidances=(1.0, 2.0, 4.0),
+            validation=96,
+            samplers={"ddim": 25, "ddpm": 25},
+            classifier=1500,
+            bound=64,
+            bound_timesteps=50,
         ),
     )

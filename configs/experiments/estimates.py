@@ -1,6 +1,7 @@
-"""How good is the estimate of the context, and does a better one obey the captions better? On the runs of shapes_one.
+"""How good is the estimate of the context, and does a better one obey the captions better? On the
+runs of shapes_one.
 
-    taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/estimates.py
+taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/estimates.py
 """
 
 import dataclasses
@@ -12,10 +13,14 @@ GUIDANCES, FACTORS = (1.0, 2.0), (1.25,)
 
 
 def get_plan() -> Plan:
-    """No training but of runs that aren't there: r_hat as it is, and times its regression coefficient at each t."""
+    """No training but of runs that aren't there: r_hat as it is, and times its regression
+    coefficient at each t.
+    """
     plan = shapes_one.get_plan()
     variants = ("linear", "linear-gain0.4", "affine", "affine-gain4")
-    changes = [(scale, "regressed") for scale in GUIDANCES] + [(1.0, f"times {factor}") for factor in FACTORS]
+    changes = [(scale, "regressed") for scale in GUIDANCES] + [
+        (1.0, f"times {factor}") for factor in FACTORS
+    ]
     return dataclasses.replace(
         plan,
         title="The estimate of the context",
@@ -26,12 +31,20 @@ def get_plan() -> Plan:
         ),
         kind="estimates",
         variants={name: plan.variants[name] for name in variants},
-        headline={f"guidance {scale:g}, {change}": f"guidance {scale:g}/{change}, minus as it is" for scale, change in changes}
+        headline={
+            f"guidance {scale:g}, {change}": f"guidance {scale:g}/{change}, minus as it is"
+            for scale, change in changes
+        }
         | {f"guidance {scale:g}": f"guidance {scale:g}/as it is" for scale in GUIDANCES}
         | {f"coefficient at {t}": f"coefficient/{t}" for t in (999, 919, 839, 679)},
         more_seeds={"linear": 8, "linear-gain0.4": 8, "affine": 1, "affine-gain4": 1},
         baselines=(),
         options=dict(
-            of="configs/experiments/shapes_one.py", num=192, records=256, steps=25, guidances=GUIDANCES, factors=FACTORS
+            of="configs/experiments/shapes_one.py",
+            num=192,
+            records=256,
+            steps=25,
+            guidances=GUIDANCES,
+            factors=FACTORS,
         ),
     )

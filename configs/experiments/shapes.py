@@ -1,4 +1,5 @@
-"""Does a context in both processes help composition? Two objects at 16x16, an eighth of the combinations held out.
+"""Does a context in both processes help composition? Two objects at 16x16, an eighth of the
+combinations held out.
 
 About 11 minutes a cell on one quiet core.
 
@@ -18,12 +19,21 @@ PARTS = {
 
 
 def get_plan() -> Plan:
-    """`shapes_one` with two objects and 80,000 pictures: how two are told apart takes longer to learn."""
+    """`shapes_one` with two objects and 80,000 pictures: how two are told apart takes longer to
+    learn.
+    """
     plan = shapes_one.get_plan()
     variants = shapes_one.VARIANTS | shapes_one.MIDDLE_GAIN
-    config = changed(plan.config, {"data.num_objects": (2, 2), "train.steps": 5000, "train.batch_size": 16})
+    config = changed(
+        plan.config, {"data.num_objects": (2, 2), "train.steps": 5000, "train.batch_size": 16}
+    )
     kept = ("held-out, exact", *PARTS, "bits/dim", "held-out, true context")
     headline = {name: (plan.headline | PARTS)[name] for name in kept}
     return dataclasses.replace(
-        plan, title="Two objects", config=config, variants=variants, more_seeds={}, headline=headline
+        plan,
+        title="Two objects",
+        config=config,
+        variants=variants,
+        more_seeds={},
+        headline=headline,
     )

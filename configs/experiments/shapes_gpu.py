@@ -1,8 +1,11 @@
-"""Two objects at a budget that obeys captions as a whole: 384,000 pictures for a network of 5 M parameters.
+"""Two objects at a budget that obeys captions as a whole: 384,000 pictures for a network of 5 M
+parameters.
 
-A cell took 6 minutes on an H100 that seven shared. Not run on a CPU: a quarter of a step's pictures took half a second of a core.
+A cell took 6 minutes on an H100 that seven shared. Not run on a CPU: a quarter of a step's pictures
+took half a second of a core.
 
-    XLA_FLAGS=--xla_gpu_deterministic_ops=true python -m contextdiff_jax.experiment --plan=configs/experiments/shapes_gpu.py
+    XLA_FLAGS=--xla_gpu_deterministic_ops=true python -m contextdiff_jax.experiment
+    --plan=configs/experiments/shapes_gpu.py
 """
 
 import dataclasses
@@ -13,9 +16,14 @@ from contextdiff_jax.experiments.plan import Plan, changed
 SEEN = "seen combinations, ddim, guidance best"
 PARTS = {"seen, true context": f"{SEEN}, true context/exact", "seen, relation": f"{SEEN}/relation"}
 BUDGET = {
-    "data.num_objects": (2, 2), "data.num_workers": 1,
-    "train.steps": 3000, "train.batch_size": 128, "train.checkpoint_every": 3000,
-    "train.learning_rate": 2e-3, "train.warmup_steps": 100, "train.ema_decay": 0.999,
+    "data.num_objects": (2, 2),
+    "data.num_workers": 1,
+    "train.steps": 3000,
+    "train.batch_size": 128,
+    "train.checkpoint_every": 3000,
+    "train.learning_rate": 2e-3,
+    "train.warmup_steps": 100,
+    "train.ema_decay": 0.999,
     "model.block_out_channels": (32, 64, 128),
     "model.down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
     "model.up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
@@ -23,9 +31,18 @@ BUDGET = {
 
 
 def get_plan() -> Plan:
-    """`shapes_one` with two objects, wider, and with the caption at 8x8, too: which object is which takes longer to learn."""
+    """`shapes_one` with two objects, wider, and with the caption at 8x8, too: which object is which
+    takes longer to learn.
+    """
     plan = shapes_one.get_plan()
-    names = ("held-out, exact", "held-out, guidance 1", "seen, exact", "seen, FID", "bits/dim", "held-out, true context")
+    names = (
+        "held-out, exact",
+        "held-out, guidance 1",
+        "seen, exact",
+        "seen, FID",
+        "bits/dim",
+        "held-out, true context",
+    )
     return dataclasses.replace(
         plan,
         title="Two objects, a larger budget",

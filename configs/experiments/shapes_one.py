@@ -1,4 +1,5 @@
-"""Does a context in both processes help composition? One object at 16x16, an eighth of the combinations held out.
+"""Does a context in both processes help composition? One object at 16x16, an eighth of the
+combinations held out.
 
 About 6 minutes a cell on one core.
 
@@ -8,7 +9,11 @@ About 6 minutes a cell on one core.
 from configs import shapes
 from contextdiff_jax.experiments.plan import Plan
 
-PLUGIN = {"context.kind": "cross_attention", "context.shift": "quadratic", "context.estimate": "plugin"}
+PLUGIN = {
+    "context.kind": "cross_attention",
+    "context.shift": "quadratic",
+    "context.estimate": "plugin",
+}
 VARIANTS = {
     "none": {"context.kind": "none", "context.shift": "none"},
     "plugin": PLUGIN,
@@ -19,12 +24,14 @@ VARIANTS = {
 }
 # What the bound on the gain does: at 1 the shift is as large as the picture, at 0.2 a fifth of it.
 SMALL_GAIN = {
-    f"{name}-gain0.2": VARIANTS[name] | {"context.max_gain": 0.2} for name in ("plugin", "posterior_mean")
+    f"{name}-gain0.2": VARIANTS[name] | {"context.max_gain": 0.2}
+    for name in ("plugin", "posterior_mean")
 }
 # A shift that tells less of the picture, so that guidance has more left to do (docs/results).
 MIDDLE_GAIN = {"linear-gain0.4": VARIANTS["linear"] | {"context.max_gain": 0.4}}
-# r that is linear in x0, as it stands in r(E[x0 | x_t]) = E[r | x_t]: `linear` is divided by its own size.
-# The bound is that of the largest r that the weights allow, so what pictures have is less: hence a gain of 4, too.
+# r that is linear in x0, as it stands in r(E[x0 | x_t]) = E[r | x_t]: `linear` is divided by its
+# own size. The bound is that of the largest r that the weights allow, so what pictures have is
+# less: hence a gain of 4, too.
 AFFINE = {
     "affine": PLUGIN | {"context.kind": "affine"},
     "affine-gain4": PLUGIN | {"context.kind": "affine", "context.max_gain": 4.0},
@@ -32,10 +39,17 @@ AFFINE = {
 
 
 def get_plan() -> Plan:
-    """The quickstart's model with half the channels at full resolution and half the batch: 24,000 pictures."""
+    """The quickstart's model with half the channels at full resolution and half the batch: 24,000
+    pictures.
+    """
     config = shapes.get_config()
     config.train.update(
-        steps=3000, batch_size=8, sample_every=0, checkpoint_every=500, keep_checkpoints=1, ema_decay=0.995
+        steps=3000,
+        batch_size=8,
+        sample_every=0,
+        checkpoint_every=500,
+        keep_checkpoints=1,
+        ema_decay=0.995,
     )
     config.model.block_out_channels = (16, 32, 64)
     config.context.max_gain = 1.0
@@ -59,13 +73,27 @@ def get_plan() -> Plan:
             "bits/dim": "bound/seen combinations",
             "held-out, true context": "held-out combinations, ddim, guidance best, true context/exact",
         },
-        # `linear` was the best of the first three seeds: the later ones test it. The small gains are a look, of one seed.
-        # As many of the middle gain, fixed after its first two: seeds 8 to 15 are its test, fixed before any of them ran.
-        more_seeds={"none": 16, "plugin": 5, "posterior_mean": 5, "linear": 8, "text-prior": 8, "linear-gain0.4": 16}
-        | dict.fromkeys(SMALL_GAIN, 1) | {"affine": 2, "affine-gain4": 5},
+        # `linear` was the best of the first three seeds: the later ones test it. The small gains
+        # are a look, of one seed. As many of the middle gain, fixed after its first two: seeds 8 to
+        # 15 are its test, fixed before any of them ran.
+        more_seeds={
+            "none": 16,
+            "plugin": 5,
+            "posterior_mean": 5,
+            "linear": 8,
+            "text-prior": 8,
+            "linear-gain0.4": 16,
+        }
+        | dict.fromkeys(SMALL_GAIN, 1)
+        | {"affine": 2, "affine-gain4": 5},
         baselines=("none", "text-prior"),
         options=dict(
-            num=192, guidances=(1.0, 2.0, 4.0), validation=96, samplers={"ddim": 25, "ddpm": 25}, classifier=1000,
-            bound=64, bound_timesteps=50,
+            num=192,
+            guidances=(1.0, 2.0, 4.0),
+            validation=96,
+            samplers={"ddim": 25, "ddpm": 25},
+            classifier=1000,
+            bound=64,
+            bound_timesteps=50,
         ),
     )

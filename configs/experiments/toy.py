@@ -1,16 +1,29 @@
-"""Where everything can be known: 25 points in the plane, the exact Bayes denoiser and a small learned one.
+"""Where everything can be known: 25 points in the plane, the exact Bayes denoiser and a small
+learned one.
 
-    taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/toy.py
+taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/toy.py
 """
 
 from contextdiff_jax.experiments.plan import Plan
 
 
 def get_plan() -> Plan:
-    """`exact-*`: a given context, no network at all. The others: denoiser and context learned together."""
+    """`exact-*`: a given context, no network at all. The others: denoiser and context learned
+    together.
+    """
     config = dict(
-        seed=0, denoiser="learned", kind="none", shift="quadratic", estimate="plugin", max_gain=1.0,
-        width=128, head_width=0, time_dependent=False, steps=4000, batch_size=256, learning_rate=3e-3,
+        seed=0,
+        denoiser="learned",
+        kind="none",
+        shift="quadratic",
+        estimate="plugin",
+        max_gain=1.0,
+        width=128,
+        head_width=0,
+        time_dependent=False,
+        steps=4000,
+        batch_size=256,
+        learning_rate=3e-3,
     )
     exact = {"denoiser": "exact"}
     means = {"estimate": "posterior_mean"}
@@ -38,8 +51,11 @@ def get_plan() -> Plan:
             "exact-posterior_mean": exact | {"kind": "sine"} | means,
         },
         headline={
-            "TV, DDIM": "ddim/tv", "TV, DDPM": "ddpm/tv", "TV of true draws": "floor/tv",
-            "off the points, DDIM": "ddim/off", "KL, bits/dim": "bits/kl",
+            "TV, DDIM": "ddim/tv",
+            "TV, DDPM": "ddpm/tv",
+            "TV of true draws": "floor/tv",
+            "off the points, DDIM": "ddim/off",
+            "KL, bits/dim": "bits/kl",
         },
         seeds=5,
         options=dict(num=1000, bound=40, samplers={"ddim": 100, "ddpm": 100}),

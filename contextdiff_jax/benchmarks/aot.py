@@ -1,11 +1,14 @@
-"""A train step or a sampling loop compiled for TPUs that aren't here: does it fit, how long would a step take, what is sent.
+"""A train step or a sampling loop compiled for TPUs that aren't here: does it fit, how long would a
+step take, what is sent.
 
-The compiler is libtpu's own; nothing runs, no parameter is made. Its time is an estimate of the program without what waits
-for other chips, and it takes a Pallas kernel's work for nothing, so to its seconds come, each in a column of its own,
+The compiler is libtpu's own; nothing runs, no parameter is made. Its time is an estimate of the
+program without what waits for other chips, and it takes a Pallas kernel's work for nothing, so to
+its seconds come, each in a column of its own,
 
     kernels      the longer of an attention kernel's operations (padding included) / (KERNEL_EFFICIENCY x the chip's peak), and
                  its bytes / the HBM's bandwidth
-    collectives  bytes that a chip sends / the bandwidth of its links along one axis, as if nothing were overlapped
+    collectives  bytes that a chip sends / the bandwidth of its links along one axis, as if nothing
+    were overlapped
 """
 
 from __future__ import annotations
@@ -30,7 +33,14 @@ from contextdiff_jax.benchmarks.data import Result
 from contextdiff_jax.generation import make_pictures
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.models.remat import POLICIES
-from contextdiff_jax.parallel.mesh import Feed, MeshConfig, make_mesh, place, replicated, state_shardings
+from contextdiff_jax.parallel.mesh import (
+    Feed,
+    MeshConfig,
+    make_mesh,
+    place,
+    replicated,
+    state_shardings,
+)
 from contextdiff_jax.settings import Settings, check_choice
 from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.loop import jit_step
@@ -44,10 +54,11 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip's peak bf16 operations a second, HBM in bytes and bytes a second, and bytes a second over its links along a torus
-    axis.
+    """A chip's peak bf16 operations a second, HBM in bytes and bytes a second, and bytes a second
+    over its links along a torus axis.
 
-    From Google's TPU pages (cloud.google.com/tpu/docs/v5e and so on) and jax-ml.github.io/scaling-book, chapter 2.
+    From Google's TPU pages (cloud.google.com/tpu/docs/v5e and so on) and
+    jax-ml.github.io/scaling-book, chapter 2.
     """
 
     name: str
@@ -73,7 +84,8 @@ class AotBenchmark:
     Attributes:
         topology: chips and their arrangement, such as v5e:4x4.
         program: `train` or `sample`.
-        batch_per_chip: replaces train.batch_size; 0: the config's. Of `sample`: prompts a chip (0: 1).
+        batch_per_chip: replaces train.batch_size; 0: the config's. Of `sample`: prompts a chip (0:
+            1).
         sweep: also other meshes, rematerialisations and batches.
     """
 
@@ -85,32 +97,50 @@ class AotBenchmark:
     def __post_init__(self):
         check_choice("--program", self.program, PROGRAMS)
         if not self.topology:
-            raise ValueError("--topology: missing; chips and their arrangement, as in --topology=v5e:4x4")
+            raise ValueError(
+                "--topology: missing; chips and their arrangement, as in --topology=v5e:4x4"
+            )
 
 
 def described_devices(topology: str) -> list[Any]:
-    """The devices of a topology that needn't exist. ValueError if libtpu isn't installed or doesn't know it."""
-    # libtpu asks the machine what it is part of, and takes a lock that one process holds: nothing here runs on a TPU.
+    """The devices of a topology that needn't exist. ValueError if libtpu isn't installed or doesn't
+    know it.
+    """
+    # libtpu asks the machine what it is part of, and takes a lock that one process holds: nothing
+    # here runs on a TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # a JaxRuntimeError is a RuntimeError
+    except (
+        RuntimeError,
+        ValueError,
+        NotImplementedError,
+    ) as error:  # a JaxRuntimeError is a RuntimeError
         known = "as in v5e:4x4, v5p:4x4x4, v6e:16x16 (libtpu of requirements-tpu.txt)"
         raise ValueError(f"--topology={topology!r}: {error}; {known}") from None
     if devices[0].device_kind not in CHIPS:
-        raise ValueError(f"--topology={topology!r}: {devices[0].device_kind!r} is not in the table of chips, {', '.join(CHIPS)}")
+        raise ValueError(
+            f"--topology={topology!r}: {devices[0].device_kind!r} is not in the table of chips, {', '.join(CHIPS)}"
+        )
     return devices
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
     """The shapes of a tree's arrays with their places."""
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings
+    )
 
 
-def _text(rows: int, length: int, sharding: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
+def _text(
+    rows: int, length: int, sharding: jax.sharding.Sharding
+) -> dict[str, jax.ShapeDtypeStruct]:
     types = {"token_ids": jnp.int32, "token_mask": jnp.bool_}
-    return {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding) for name, dtype in types.items()}
+    return {
+        name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
+        for name, dtype in types.items()
+    }
 
 
 def abstract_batch(settings: Settings, feed: Feed) -> dict[str, jax.ShapeDtypeStruct]:
@@ -120,7 +150,10 @@ def abstract_batch(settings: Settings, feed: Feed) -> dict[str, jax.ShapeDtypeSt
         arrays = {name: ((B, H, W, C), jnp.float16) for name in ("latent_mean", "latent_std")}
     else:
         arrays = {"image": ((B, size, size, 3 if settings.latent.vae else C), jnp.uint8)}
-    images = {name: jax.ShapeDtypeStruct(s, d, sharding=feed.sharding(s)) for name, (s, d) in arrays.items()}
+    images = {
+        name: jax.ShapeDtypeStruct(s, d, sharding=feed.sharding(s))
+        for name, (s, d) in arrays.items()
+    }
     length = settings.data.max_length
     return images | _text(B, length, feed.sharding((B, length)))
 
@@ -130,7 +163,10 @@ def lower(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) -> jax.s
     whole, rules = replicated(mesh), settings.mesh.rules
     state = jax.eval_shape(lambda: init_state(settings))
     shardings = state_shardings(mesh, state, rules)
-    state, frozen = abstract(state, shardings), abstract(frozen, state_shardings(mesh, frozen, rules))
+    state, frozen = (
+        abstract(state, shardings),
+        abstract(frozen, state_shardings(mesh, frozen, rules)),
+    )
     if program == "train":
         batch = abstract_batch(settings, Feed(mesh, settings.train.batch_size, rules))
         null = _text(1, settings.data.max_length, whole)
@@ -140,14 +176,21 @@ def lower(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) -> jax.s
     text = _text(B, length, spread), _text(1, length, whole)
     numbers = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=whole)
     pictures = make_pictures(settings, settings.sample, mesh)
-    return pictures.lower(state.ema, frozen, key, numbers, key, *(each for part in text for each in part.values()))
+    return pictures.lower(
+        state.ema, frozen, key, numbers, key, *(each for part in text for each in part.values())
+    )
 
 
 def run(settings: Settings, options: AotBenchmark) -> Result:
-    """Compiles, and tells what the programs would need. ValueError for a topology or a batch that can't be."""
+    """Compiles, and tells what the programs would need. ValueError for a topology or a batch that
+    can't be.
+    """
     devices = described_devices(options.topology)
     if settings.train.accumulation > 1:
-        LOGGER.info("train.accumulation=%d: the loop's seconds are those of its parts together", settings.train.accumulation)
+        LOGGER.info(
+            "train.accumulation=%d: the loop's seconds are those of its parts together",
+            settings.train.accumulation,
+        )
     frozen = load_frozen(settings)
     candidates = list(_candidates(settings, len(devices))) if options.sweep else [settings]
     rows = []
@@ -155,8 +198,12 @@ def run(settings: Settings, options: AotBenchmark) -> Result:
         default = candidate.train.batch_size if options.program == "train" else len(devices)
         batch = options.batch_per_chip * len(devices) or default
         if not options.sweep or options.batch_per_chip:
-            candidate = dataclasses.replace(candidate, train=dataclasses.replace(candidate.train, batch_size=batch))
-        mesh = make_mesh(candidate.mesh, candidate.train.batch_size, candidate.train.accumulation, devices)
+            candidate = dataclasses.replace(
+                candidate, train=dataclasses.replace(candidate.train, batch_size=batch)
+            )
+        mesh = make_mesh(
+            candidate.mesh, candidate.train.batch_size, candidate.train.accumulation, devices
+        )
         rows.append(compile_row(candidate, options.program, mesh, frozen))
         LOGGER.info("%s: %s", rows[-1]["name"], "fits" if rows[-1]["fits"] else "doesn't fit")
     rows.sort(key=lambda row: (not row["fits"], -row.get("pictures_per_second", 0)))
@@ -167,7 +214,9 @@ def _candidates(settings: Settings, chips: int) -> Iterator[Settings]:
     """Meshes x rematerialisations x batches a chip, those that a mesh can share."""
     meshes = [(chips // f, f) for f in (1, 4, 16, chips) if chips % f == 0 and f <= chips]
     per_chip = max(settings.train.batch_size // chips, 1)
-    for (data, fsdp), remat, batch in itertools.product(dict.fromkeys(meshes), POLICIES, (per_chip, 2 * per_chip, 4 * per_chip)):
+    for (data, fsdp), remat, batch in itertools.product(
+        dict.fromkeys(meshes), POLICIES, (per_chip, 2 * per_chip, 4 * per_chip)
+    ):
         train = dataclasses.replace(settings.train, remat=remat, batch_size=batch * chips)
         mesh = MeshConfig(data=data, fsdp=fsdp, rules=settings.mesh.rules)
         yield dataclasses.replace(settings, train=train, mesh=mesh)
@@ -179,9 +228,15 @@ def compile_row(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) ->
     shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
     name = " ".join([f"{a}={n}" for a, n in shape.items()] or ["1 chip"])
     row = {
-        "name": f"{program} {name} remat={settings.train.remat} batch={settings.train.batch_size}", "program": program,
-        "chip": chip.name, "chips": mesh.size, "mesh": dict(mesh.shape), "remat": settings.train.remat,
-        "attention": settings.train.attention, "batch_per_chip": settings.train.batch_size / mesh.size, "hbm": chip.hbm,
+        "name": f"{program} {name} remat={settings.train.remat} batch={settings.train.batch_size}",
+        "program": program,
+        "chip": chip.name,
+        "chips": mesh.size,
+        "mesh": dict(mesh.shape),
+        "remat": settings.train.remat,
+        "attention": settings.train.attention,
+        "batch_per_chip": settings.train.batch_size / mesh.size,
+        "hbm": chip.hbm,
         "optimization_level": jax.config.jax_optimization_level,
     }
     start = time.perf_counter()
@@ -194,13 +249,20 @@ def compile_row(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) ->
         reason = out_of_memory(str(error))
         if reason is None:
             raise
-        return row | {"fits": False, "seconds": None, "reason": reason, "compile_seconds": time.perf_counter() - start}
+        return row | {
+            "fits": False,
+            "seconds": None,
+            "reason": reason,
+            "compile_seconds": time.perf_counter() - start,
+        }
     row["compile_seconds"] = time.perf_counter() - start
     return row | figures(compiled, settings, program, mesh, chip)
 
 
 def compiled_anew(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles without the cache, which can't read what was compiled for devices that aren't here, and warns of it."""
+    """Compiles without the cache, which can't read what was compiled for devices that aren't here,
+    and warns of it.
+    """
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -210,35 +272,50 @@ def compiled_anew(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def out_of_memory(message: str) -> str | None:
-    """The line of a compiler's refusal that says how much is missing; None if that is not what it is."""
+    """The line of a compiler's refusal that says how much is missing; None if that is not what it
+    is.
+    """
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
     found = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ hbm[^\n]*", message)
     return found[0] if found else message.splitlines()[0]
 
 
-def predicted(compiled: jax.stages.Compiled, chip: Chip, program: list[hlo.Instruction], loop: int = 1) -> dict[str, Any]:
-    """Seconds and operations of a compiled program, the kernels' in columns of their own. A loop's body (`sample`, accumulation)
-    is counted as often as the loop runs it."""
+def predicted(
+    compiled: jax.stages.Compiled, chip: Chip, program: list[hlo.Instruction], loop: int = 1
+) -> dict[str, Any]:
+    """Seconds and operations of a compiled program, the kernels' in columns of their own. A loop's
+    body (`sample`, accumulation) is counted as often as the loop runs it.
+    """
     cost, kernels = compiled.cost_analysis(), hlo.kernels(program)
     hidden = sum(kernel.flops * kernel.times for kernel in kernels)
     hidden_seconds = sum(
-        kernel.times * max(kernel.flops / (KERNEL_EFFICIENCY * chip.peak), kernel.num_bytes / chip.hbm_bandwidth)
+        kernel.times
+        * max(kernel.flops / (KERNEL_EFFICIENCY * chip.peak), kernel.num_bytes / chip.hbm_bandwidth)
         for kernel in kernels
     )
     flops = cost["flops"] * loop
-    # The estimate counts what it can't tell (some asynchronous slices) as -1 s each; a step takes no less than its products do.
+    # The estimate counts what it can't tell (some asynchronous slices) as -1 s each; a step takes
+    # no less than its products do.
     unknown = max(math.ceil(cost["flops"] / chip.peak - cost["optimal_seconds"]), 0)
     xla = (cost["optimal_seconds"] + unknown) * loop
     seconds = xla + hidden_seconds
     return {
-        "seconds": seconds, "compiler_seconds": xla, "unknown": unknown, "kernel_seconds": hidden_seconds,
-        "flops": flops + hidden, "compiler_flops": flops, "kernel_flops": hidden,
-        "kernel_calls": sum(kernel.times for kernel in kernels), "utilisation": (flops + hidden) / seconds / chip.peak,
+        "seconds": seconds,
+        "compiler_seconds": xla,
+        "unknown": unknown,
+        "kernel_seconds": hidden_seconds,
+        "flops": flops + hidden,
+        "compiler_flops": flops,
+        "kernel_flops": hidden,
+        "kernel_calls": sum(kernel.times for kernel in kernels),
+        "utilisation": (flops + hidden) / seconds / chip.peak,
     }
 
 
-def figures(compiled: jax.stages.Compiled, settings: Settings, program: str, mesh: Mesh, chip: Chip) -> dict[str, Any]:
+def figures(
+    compiled: jax.stages.Compiled, settings: Settings, program: str, mesh: Mesh, chip: Chip
+) -> dict[str, Any]:
     """Of a compiled program."""
     memory, instructions = compiled.memory_analysis(), hlo.instructions(compiled.as_text())
     loop = settings.sample.steps if program == "sample" else settings.train.accumulation
@@ -248,17 +325,24 @@ def figures(compiled: jax.stages.Compiled, settings: Settings, program: str, mes
         "fits": memory.peak_memory_in_bytes <= chip.hbm,
         "collective_seconds": sum(row.sent_bytes for row in traffic) / chip.link,
         "peak_hbm": memory.peak_memory_in_bytes,
-        "arguments": memory.argument_size_in_bytes, "aliased": memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes, "program_bytes": memory.generated_code_size_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "program_bytes": memory.generated_code_size_in_bytes,
         "pictures_per_second": settings.train.batch_size / cost["seconds"],
         "collectives": [dataclasses.asdict(row) for row in traffic],
-        "largest": [dict(zip(("array", "bytes", "made_by"), row, strict=True)) for row in hlo.largest(instructions)],
+        "largest": [
+            dict(zip(("array", "bytes", "made_by"), row, strict=True))
+            for row in hlo.largest(instructions)
+        ],
     }
 
 
 def _table(rows: list[dict[str, Any]], options: AotBenchmark) -> str:
     columns = {"TFLOP": 7, "s": 8, "kernels": 8, "sent in": 8, "of peak": 8, "compile": 8}
-    head = f"{'':44} {'fits':>5} {'HBM GiB':>12} " + " ".join(f"{name:>{width}}" for name, width in columns.items())
+    head = f"{'':44} {'fits':>5} {'HBM GiB':>12} " + " ".join(
+        f"{name:>{width}}" for name, width in columns.items()
+    )
     level = rows[0]["optimization_level"]
     level = "" if level == "UNKNOWN" else f" at JAX_OPTIMIZATION_LEVEL={level}"
     title = f"{options.program} on {options.topology}, a chip; predicted by the compiler (libtpu{level}), nothing run on a TPU"
@@ -266,7 +350,9 @@ def _table(rows: list[dict[str, Any]], options: AotBenchmark) -> str:
     for row in rows:
         limit = f"{row['hbm'] / GiB:.4g}"
         if not row["fits"] and row["seconds"] is None:
-            lines.append(f"{row['name']:44} {'no':>5}   {row['reason']}  ({row['compile_seconds']:.0f} s)")
+            lines.append(
+                f"{row['name']:44} {'no':>5}   {row['reason']}  ({row['compile_seconds']:.0f} s)"
+            )
             continue
         lines.append(
             f"{row['name']:44} {'yes' if row['fits'] else 'no':>5} {row['peak_hbm'] / GiB:5.2f} / {limit:>4} "
@@ -282,10 +368,14 @@ def _table(rows: list[dict[str, Any]], options: AotBenchmark) -> str:
     if first["fits"]:
         lines += ["", f"{first['name']}: sent by a chip"]
         lines += [
-            f"  {c['kind']:20} {c['axes']:16} {c['count']:5} x {c['sent_bytes'] / 2**20:12.2f} MiB" for c in first["collectives"]
+            f"  {c['kind']:20} {c['axes']:16} {c['count']:5} x {c['sent_bytes'] / 2**20:12.2f} MiB"
+            for c in first["collectives"]
         ]
         inside = f"{first['aliased'] / GiB:.2f} are written in place"
         lines += [f"  state and batch {first['arguments'] / GiB:.2f} GiB, of which {inside}"]
         lines += ["largest arrays"]
-        lines += [f"  {math.floor(a['bytes'] / 2**20):8} MiB {a['array']:32} {a['made_by'][-70:]}" for a in first["largest"]]
+        lines += [
+            f"  {math.floor(a['bytes'] / 2**20):8} MiB {a['array']:32} {a['made_by'][-70:]}"
+            for a in first["largest"]
+        ]
     return "\n".join(lines)

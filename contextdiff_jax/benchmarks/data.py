@@ -1,8 +1,10 @@
-"""How fast the loader is, per source, against what the devices take and against the sources' own packages.
+"""How fast the loader is, per source, against what the devices take and against the sources' own
+packages.
 
-Everything is measured in CPU seconds of this process, so a rate is that of one core, whatever else the machine does,
-and about what each further loader process (`data.num_workers`) adds. Pipelines run in turns; all load a batch when it is
-asked for and none ahead, so that nobody works in another's time. The first batches are not counted.
+Everything is measured in CPU seconds of this process, so a rate is that of one core, whatever else
+the machine does, and about what each further loader process (`data.num_workers`) adds. Pipelines
+run in turns; all load a batch when it is asked for and none ahead, so that nobody works in
+another's time. The first batches are not counted.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ from absl import logging
 from PIL import Image
 
 from contextdiff_jax.benchmarks.layouts import LAYOUTS, make_pictures
-from contextdiff_jax.data import DataConfig, PictureSource, RandomAccessSource, make_loader, make_source
+from contextdiff_jax.data import (
+    DataConfig,
+    PictureSource,
+    RandomAccessSource,
+    make_loader,
+    make_source,
+)
 from contextdiff_jax.data.decoding import FILTERS
 
 _BATCH = 16
@@ -89,7 +97,9 @@ def _batched(images: Iterator[np.ndarray]) -> Batches:
 def _webdataset_peer(config: DataConfig) -> Iterator[np.ndarray]:
     import webdataset
 
-    shards = sorted(str(path) for path in pathlib.Path(config.path).glob(config.metadata or "*.tar"))
+    shards = sorted(
+        str(path) for path in pathlib.Path(config.path).glob(config.metadata or "*.tar")
+    )
     samples = webdataset.WebDataset(shards, shardshuffle=False).decode("pilrgb").repeat()
     for sample in samples:
         image = next(sample[name] for name in ("jpg", "jpeg", "png", "webp") if name in sample)
@@ -99,7 +109,9 @@ def _webdataset_peer(config: DataConfig) -> Iterator[np.ndarray]:
 def _tfds_peer(config: DataConfig) -> Iterator[np.ndarray]:
     import tensorflow_datasets as tfds
 
-    source = tfds.builder_from_directory(config.path).as_data_source(split=config.metadata or "train")
+    source = tfds.builder_from_directory(config.path).as_data_source(
+        split=config.metadata or "train"
+    )
     while True:
         for record in source:
             yield _resized(Image.fromarray(record["image"]), config)
@@ -107,7 +119,9 @@ def _tfds_peer(config: DataConfig) -> Iterator[np.ndarray]:
 
 def _start_peer(name: str, config: DataConfig) -> Batches:
     if importlib.util.find_spec(PACKAGES[name]) is None:
-        raise ValueError(f"--compare={name!r}: the package {PACKAGES[name]} is not installed; see requirements-test.txt")
+        raise ValueError(
+            f"--compare={name!r}: the package {PACKAGES[name]} is not installed; see requirements-test.txt"
+        )
     return _batched(PEERS[name](config))
 
 
@@ -120,7 +134,9 @@ def _pipelines(config: DataConfig, compare: str) -> list[Pipeline]:
     source = make_source(config)
     encoded = 0.0
     if isinstance(source, PictureSource):
-        encoded = float(np.mean([len(source.read(index).image) for index in range(min(len(source), 64))]))
+        encoded = float(
+            np.mean([len(source.read(index).image) for index in range(min(len(source), 64))])
+        )
     if config.source != compare:
         return [Pipeline(config.source, _ours(source), encoded)]
     peer = Pipeline(f"{compare} itself", _start_peer(compare, config), encoded)
@@ -151,19 +167,27 @@ def _need(options: DataBenchmark) -> float:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return statistics.median(line["images_per_second"] for line in lines)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--workdir={options.workdir}: its metrics.jsonl holds no images_per_second ({error})") from error
+        raise ValueError(
+            f"--workdir={options.workdir}: its metrics.jsonl holds no images_per_second ({error})"
+        ) from error
 
 
 def run(config: DataConfig, options: DataBenchmark) -> Result:
-    """Measures `config`'s source, or, where it names no `path`, each source on pictures made for it.
+    """Measures `config`'s source, or, where it names no `path`, each source on pictures made for
+    it.
 
     Raises:
-        ValueError: for a comparison that is unknown or is not of the config's source, or no need in `workdir`.
+        ValueError: for a comparison that is unknown or is not of the config's source, or no need in
+            `workdir`.
     """
     if options.compare and options.compare not in PEERS:
-        raise ValueError(f"--compare={options.compare!r}: unknown for --mode=data; one of {', '.join(PEERS)}")
+        raise ValueError(
+            f"--compare={options.compare!r}: unknown for --mode=data; one of {', '.join(PEERS)}"
+        )
     if options.compare and config.path and config.source != options.compare:
-        raise ValueError(f"--compare={options.compare!r}: data.path holds data.source={config.source!r}; must be the same")
+        raise ValueError(
+            f"--compare={options.compare!r}: data.path holds data.source={config.source!r}; must be the same"
+        )
     need = _need(options)
     logging.set_verbosity(logging.ERROR)  # the index and tfds say what they do
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +195,12 @@ def run(config: DataConfig, options: DataBenchmark) -> Result:
         if not config.path:
             made = make_pictures(min(options.pictures, 256), *options.shape)
             configs = [dataclasses.replace(config, source="shapes", metadata="")] + [
-                dataclasses.replace(config, source=name, path=str(write(pathlib.Path(folder, name), made)), metadata="")
+                dataclasses.replace(
+                    config,
+                    source=name,
+                    path=str(write(pathlib.Path(folder, name), made)),
+                    metadata="",
+                )
                 for name, write in LAYOUTS.items()
             ]
         pipelines = [pipeline for one in configs for pipeline in _pipelines(one, options.compare)]
@@ -179,29 +208,42 @@ def run(config: DataConfig, options: DataBenchmark) -> Result:
         seconds = _measure(pipelines, options.repeats, batches)
         for pipeline in pipelines:
             pipeline.batches.close()
-    rows = [_row(pipeline, seconds, batches * _BATCH, config.image_size, need) for pipeline in pipelines]
+    rows = [
+        _row(pipeline, seconds, batches * _BATCH, config.image_size, need) for pipeline in pipelines
+    ]
     return Result(_table(rows, config.image_size, need), rows)
 
 
-def _row(pipeline: Pipeline, seconds: dict[str, list[float]], count: int, size: int, need: float) -> dict[str, Any]:
+def _row(
+    pipeline: Pipeline, seconds: dict[str, list[float]], count: int, size: int, need: float
+) -> dict[str, Any]:
     median = statistics.median(seconds[pipeline.name])
     rate = count / median
     row = {
-        "name": pipeline.name, "seconds": median, "all_seconds": seconds[pipeline.name], "pictures": count,
-        "pictures_per_second": rate, "megabytes_read_per_second": rate * pipeline.bytes_read / 1e6,
+        "name": pipeline.name,
+        "seconds": median,
+        "all_seconds": seconds[pipeline.name],
+        "pictures": count,
+        "pictures_per_second": rate,
+        "megabytes_read_per_second": rate * pipeline.bytes_read / 1e6,
         "megabytes_given_per_second": rate * size * size * 3 / 1e6,
     }
     if need:
         row |= {"need": need, "cores_needed": need / rate}
     if pipeline.peer:
         pairs = zip(seconds[pipeline.peer], seconds[pipeline.name])
-        row |= {"peer": pipeline.peer, "ratio": statistics.median(peer / ours for peer, ours in pairs)}
+        row |= {
+            "peer": pipeline.peer,
+            "ratio": statistics.median(peer / ours for peer, ours in pairs),
+        }
     return row
 
 
 def _table(rows: list[dict[str, Any]], size: int, need: float) -> str:
     head = f"{size} px, per core"
-    lines = [f"{head:<30}{'pictures/s':>12}{'MB/s read':>12}{'MB/s given':>12}{'cores':>9}{'ahead':>12}"]
+    lines = [
+        f"{head:<30}{'pictures/s':>12}{'MB/s read':>12}{'MB/s given':>12}{'cores':>9}{'ahead':>12}"
+    ]
     for row in rows:
         cores = f"{row['cores_needed']:.1f}" if need else "-"
         ratio = f"{row['ratio']:.2f} times" if "ratio" in row else ""
@@ -209,5 +251,9 @@ def _table(rows: list[dict[str, Any]], size: int, need: float) -> str:
             f"{row['name']:<30}{row['pictures_per_second']:>12.0f}{row['megabytes_read_per_second']:>12.1f}"
             f"{row['megabytes_given_per_second']:>12.1f}{cores:>9}{ratio:>12}"
         )
-    told = f"cores: to give the {need:.0f} pictures/s that the devices take" if need else "cores: --need=PICTURES_PER_SECOND"
+    told = (
+        f"cores: to give the {need:.0f} pictures/s that the devices take"
+        if need
+        else "cores: --need=PICTURES_PER_SECOND"
+    )
     return "\n".join([*lines, told])

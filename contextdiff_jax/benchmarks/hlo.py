@@ -1,4 +1,6 @@
-"""What a compiled program's text (optimized HLO) says: its collectives on the mesh's axes, its kernels' work, its arrays."""
+"""What a compiled program's text (optimized HLO) says: its collectives on the mesh's axes, its
+kernels' work, its arrays.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def _bits(kind: str) -> int:
 
 
 def _shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple((kind, tuple(int(n) for n in sides.split(",") if n)) for kind, sides in _ARRAY.findall(text))
+    return tuple(
+        (kind, tuple(int(n) for n in sides.split(",") if n)) for kind, sides in _ARRAY.findall(text)
+    )
 
 
 def instructions(text: str) -> list[Instruction]:
@@ -61,8 +65,14 @@ def _loop_counts(found: list[Instruction]) -> dict[str, int]:
     """How often each computation runs. A loop whose trip count XLA doesn't know counts once."""
     callers: dict[str, tuple[str, int]] = {}
     for each in found:
-        trips = re.search(r'known_trip_count[\\":{]+n[\\":]+(\d+)', each.rest) if each.opcode == "while" else None
-        for called in re.findall(r"(?:calls|body|condition|to_apply|async_execution_thread)=%?([\w.\-]+)", each.rest):
+        trips = (
+            re.search(r'known_trip_count[\\":{]+n[\\":]+(\d+)', each.rest)
+            if each.opcode == "while"
+            else None
+        )
+        for called in re.findall(
+            r"(?:calls|body|condition|to_apply|async_execution_thread)=%?([\w.\-]+)", each.rest
+        ):
             callers[called] = (each.computation, int(trips[1]) if trips else 1)
 
     def count(name: str, depth: int = 0) -> int:
@@ -75,17 +85,23 @@ def _loop_counts(found: list[Instruction]) -> dict[str, int]:
 
 
 def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
-    """Groups [G, S] of the numbers of an instruction's devices. They are written as lists, {{0,1},{2,3}}; as an array of
-    numbers, [2,2]<=[2,2]T(1,0); as axes of a mesh, mesh['x'=2,'y'=4] {'x','y':(2)2}, where (2)2 are the inner 2 of 4; or as
-    pairs of source and target. ValueError for another way."""
+    """Groups [G, S] of the numbers of an instruction's devices. They are written as lists,
+    {{0,1},{2,3}}; as an array of numbers, [2,2]<=[2,2]T(1,0); as axes of a mesh, mesh['x'=2,'y'=4]
+    {'x','y':(2)2}, where (2)2 are the inner 2 of 4; or as pairs of source and target. ValueError
+    for another way.
+    """
     if match := re.search(r"source_target_pairs=\{\{(.*?)\}\}", attributes):
         return _lists(match[1])
     if match := re.search(r"replica_groups=\{\{(.*?)\}\}", attributes):
         return _lists(match[1])
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+    if match := re.search(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+    ):
         shape, dims = ([int(n) for n in group.split(",")] for group in match.groups()[:2])
         ids = np.arange(math.prod(dims)).reshape(dims)
-        return (ids.transpose([int(n) for n in match[3].split(",")]) if match[3] else ids).reshape(shape)
+        return (ids.transpose([int(n) for n in match[3].split(",")]) if match[3] else ids).reshape(
+            shape
+        )
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
         dims, inside = [], []  # each axis as (outer, chosen, inner)
@@ -111,7 +127,9 @@ def axes_of(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...
     """The mesh axes along which the members of a group differ."""
     coordinates = np.unravel_index(groups, tuple(mesh_shape.values()))  # an array [G, S] an axis
     return tuple(
-        axis for axis, place in zip(mesh_shape, coordinates, strict=True) if (place != place[:, :1]).any()
+        axis
+        for axis, place in zip(mesh_shape, coordinates, strict=True)
+        if (place != place[:, :1]).any()
     )
 
 
@@ -126,11 +144,12 @@ class Traffic:
 
 
 def collectives(program: list[Instruction], mesh_shape: Mapping[str, int]) -> list[Traffic]:
-    """The collectives of a program, the largest first. In a ring of g chips an array of V bytes, whole, costs each of them
-    V (g - 1) / g to gather or to scatter, and both to sum.
+    """The collectives of a program, the largest first. In a ring of g chips an array of V bytes,
+    whole, costs each of them V (g - 1) / g to gather or to scatter, and both to sum.
 
-    One that XLA:TPU runs beside computations stands in each of their fusions, with the same channel: it counts once. A sum
-    of which each keeps its part is a fusion named all-reduce-scatter.
+    One that XLA:TPU runs beside computations stands in each of their fusions, with the same
+    channel: it counts once. A sum of which each keeps its part is a fusion named
+    all-reduce-scatter.
     """
     totals: dict[tuple[str, str], tuple[int, float]] = {}
     counted = set()
@@ -146,10 +165,18 @@ def collectives(program: list[Instruction], mesh_shape: Mapping[str, int]) -> li
         if g == 1:
             continue
         # A start's result is the pair (operand, result), with some counters.
-        size = max(_bits(kind) * math.prod(sides) // 8 for kind, sides in each.shapes) if each.opcode != kind else each.num_bytes
+        size = (
+            max(_bits(kind) * math.prod(sides) // 8 for kind, sides in each.shapes)
+            if each.opcode != kind
+            else each.num_bytes
+        )
         whole = size * g if kind == "reduce-scatter" and each.opcode == kind else size
         kind = "reduce-scatter" if each.computation.startswith("all-reduce-scatter") else kind
-        sent = whole if kind == "collective-permute" else whole * (g - 1) / g * (2 if kind == "all-reduce" else 1)
+        sent = (
+            whole
+            if kind == "collective-permute"
+            else whole * (g - 1) / g * (2 if kind == "all-reduce" else 1)
+        )
         key = kind, "+".join(axes_of(groups, mesh_shape))
         count, total = totals.get(key, (0, 0.0))
         totals[key] = count + each.times, total + sent * each.times
@@ -166,38 +193,64 @@ class Kernel(NamedTuple):
 
 
 def kernels(program: list[Instruction]) -> list[Kernel]:
-    """The attention kernels, whose work XLA's cost analysis takes for nothing: ours, and the one that XLA:TPU itself puts in
-    the place of a softmax and the product that follows.
+    """The attention kernels, whose work XLA's cost analysis takes for nothing: ours, and the one
+    that XLA:TPU itself puts in the place of a softmax and the product that follows.
 
-    Read from the operands' shapes, [B, H, N, D] (or [H, N, D]), of this chip's part. ValueError for a kernel that isn't known.
+    Read from the operands' shapes, [B, H, N, D] (or [H, N, D]), of this chip's part. ValueError for
+    a kernel that isn't known.
     """
     found = []
     for each in program:
         if each.opcode != "custom-call" or 'custom_call_target="tpu_custom_call"' not in each.rest:
             continue
-        products = next((count for name, count in _KERNEL_PRODUCTS.items() if each.name.startswith(name)), None)
+        products = next(
+            (count for name, count in _KERNEL_PRODUCTS.items() if each.name.startswith(name)), None
+        )
         if products is None:
-            raise ValueError(f"{each.name}: a kernel whose work isn't known; one of {', '.join(_KERNEL_PRODUCTS)}")
-        operands = re.search(r"operand_layout_constraints=\{((?:\w+\[[\d,]*\]\{[^}]*\}(?:, )?)*)\}", each.rest)[1]
-        first, second = [sides for kind, sides in _shapes(operands) if kind in ("bf16", "f32") and len(sides) >= 3][:2]
+            raise ValueError(
+                f"{each.name}: a kernel whose work isn't known; one of {', '.join(_KERNEL_PRODUCTS)}"
+            )
+        operands = re.search(
+            r"operand_layout_constraints=\{((?:\w+\[[\d,]*\]\{[^}]*\}(?:, )?)*)\}", each.rest
+        )[1]
+        first, second = [
+            sides
+            for kind, sides in _shapes(operands)
+            if kind in ("bf16", "f32") and len(sides) >= 3
+        ][:2]
         # Ours read queries and keys, XLA's logits and values.
-        rows, columns = math.prod(first[:-1]), first[-1] if each.name.startswith(_XLA_KERNEL) else second[-2]
+        rows, columns = (
+            math.prod(first[:-1]),
+            first[-1] if each.name.startswith(_XLA_KERNEL) else second[-2],
+        )
         width = second[-1] + -second[-1] % 128
-        moved = sum(_bits(kind) * math.prod(sides) // 8 for kind, sides in (*_shapes(operands), *each.shapes))
+        moved = sum(
+            _bits(kind) * math.prod(sides) // 8
+            for kind, sides in (*_shapes(operands), *each.shapes)
+        )
         found.append(Kernel(products * 2.0 * rows * columns * width, moved, each.times))
     return found
 
 
 def largest(program: list[Instruction], count: int = 8) -> Iterator[tuple[str, int, str]]:
-    """(type and shape, bytes, what made it) of the largest arrays that lie in memory, each shape once."""
+    """(type and shape, bytes, what made it) of the largest arrays that lie in memory, each shape
+    once.
+    """
     outside = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "conditional"}
-    fused = {called for each in program if each.opcode == "fusion" for called in re.findall(r"calls=%?([\w.\-]+)", each.rest)}
+    fused = {
+        called
+        for each in program
+        if each.opcode == "fusion"
+        for called in re.findall(r"calls=%?([\w.\-]+)", each.rest)
+    }
     seen = {}
     for each in program:
         if each.computation in fused or each.opcode in outside or len(each.shapes) != 1:
             continue
         kind, sides = each.shapes[0]
         made = re.search(r'op_name="([^"]*)"', each.rest)
-        seen.setdefault(f"{kind}[{','.join(map(str, sides))}]", (each.num_bytes, made[1] if made else each.name))
+        seen.setdefault(
+            f"{kind}[{','.join(map(str, sides))}]", (each.num_bytes, made[1] if made else each.name)
+        )
     for shape, (size, made) in sorted(seen.items(), key=lambda item: -item[1][0])[:count]:
         yield shape, size, made

@@ -15,8 +15,11 @@ from PIL import Image
 Captioned = tuple[bytes, str]  # an encoded picture and its caption
 
 
-def make_pictures(count: int, height: int, width: int, seed: int = 0, quality: int = 90) -> list[Captioned]:
-    """JPEGs with a photograph's spectrum: random phases, amplitudes that fall as 1 / frequency, correlated colours.
+def make_pictures(
+    count: int, height: int, width: int, seed: int = 0, quality: int = 90
+) -> list[Captioned]:
+    """JPEGs with a photograph's spectrum: random phases, amplitudes that fall as 1 / frequency,
+    correlated colours.
 
     Their files are of about the size of photographs' (0.2 bytes a pixel at quality 90, as COCO's).
     """
@@ -27,8 +30,14 @@ def make_pictures(count: int, height: int, width: int, seed: int = 0, quality: i
     for number in range(count):
         phases = np.exp(2j * np.pi * rng.random((3, *amplitude.shape)))
         planes = np.fft.irfft2(amplitude * phases, s=(height, width))  # [3, H, W]
-        planes = planes[:1] + 0.4 * planes[1:].mean(0) + np.stack([planes[1], planes[2], -planes[1]]) * 0.3
-        pixels = np.clip(128 + 50 * planes / planes.std(), 0, 255).astype(np.uint8).transpose(1, 2, 0)
+        planes = (
+            planes[:1]
+            + 0.4 * planes[1:].mean(0)
+            + np.stack([planes[1], planes[2], -planes[1]]) * 0.3
+        )
+        pixels = (
+            np.clip(128 + 50 * planes / planes.std(), 0, 255).astype(np.uint8).transpose(1, 2, 0)
+        )
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=quality)
         pictures.append((file.getvalue(), f"picture number {number}"))
@@ -41,19 +50,29 @@ def write_folder(path: pathlib.Path, pictures: Sequence[Captioned]) -> pathlib.P
     lines = []
     for number, (image, caption) in enumerate(pictures):
         (path / "images" / f"{number}.jpg").write_bytes(image)
-        lines.append(json.dumps({"file_name": f"images/{number}.jpg", "text": caption, "number": number}))
+        lines.append(
+            json.dumps({"file_name": f"images/{number}.jpg", "text": caption, "number": number})
+        )
     (path / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return path
 
 
-def write_webdataset(path: pathlib.Path, pictures: Sequence[Captioned], per_shard: int = 100) -> pathlib.Path:
+def write_webdataset(
+    path: pathlib.Path, pictures: Sequence[Captioned], per_shard: int = 100
+) -> pathlib.Path:
     """`webdataset`: NNNNN.tar with .jpg, .txt and .json, as img2dataset writes LAION's."""
     path.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(pictures), per_shard):
         with tarfile.open(path / f"{first // per_shard:05}.tar", "w") as tar:
-            for number, (image, caption) in enumerate(pictures[first : first + per_shard], start=first):
+            for number, (image, caption) in enumerate(
+                pictures[first : first + per_shard], start=first
+            ):
                 fields = json.dumps({"caption": caption, "number": number}).encode()
-                for extension, content in (("jpg", image), ("txt", caption.encode()), ("json", fields)):
+                for extension, content in (
+                    ("jpg", image),
+                    ("txt", caption.encode()),
+                    ("json", fields),
+                ):
                     member = tarfile.TarInfo(f"{number:09}.{extension}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -70,9 +89,13 @@ def write_tfds(path: pathlib.Path, pictures: Sequence[Captioned]) -> pathlib.Pat
 
         def _info(self):
             features = {
-                "image": tfds.features.Image(encoding_format="jpeg"), "caption": tfds.features.Text(), "number": np.int64
+                "image": tfds.features.Image(encoding_format="jpeg"),
+                "caption": tfds.features.Text(),
+                "number": np.int64,
             }
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
 
         def _split_generators(self, _):
             return {"train": self._generate_examples()}

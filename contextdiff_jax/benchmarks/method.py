@@ -1,4 +1,6 @@
-"""The whole method, measured: its training step and sampling loop with and without the context, and torch's training step."""
+"""The whole method, measured: its training step and sampling loop with and without the context, and
+torch's training step.
+"""
 
 from __future__ import annotations
 
@@ -34,28 +36,39 @@ WITH_CONTEXT, WITHOUT_CONTEXT = "method, with context", "method, without context
 def _variants(settings: Settings) -> dict[str, Settings]:
     """The whole method with its context, and the same without."""
     plain = dataclasses.replace(
-        settings, context=dataclasses.replace(settings.context, kind="none", estimate="plugin"),
+        settings,
+        context=dataclasses.replace(settings.context, kind="none", estimate="plugin"),
         model=dataclasses.replace(settings.model, context_head=False),
     )
-    return ({} if settings.context.kind == "none" else {WITH_CONTEXT: settings}) | {WITHOUT_CONTEXT: plain}
+    return ({} if settings.context.kind == "none" else {WITH_CONTEXT: settings}) | {
+        WITHOUT_CONTEXT: plain
+    }
 
 
 def contestants_of_method(settings: Settings, program: str, compare: str) -> list[Contestant]:
-    """The real training step (text encoder, average of the weights and metrics included) or sampling loop, the first with its
-    context, if it has one, and torch's of that."""
+    """The real training step (text encoder, average of the weights and metrics included) or
+    sampling loop, the first with its context, if it has one, and torch's of that.
+    """
     make = {"train": _train_method, "sample": _sample_method}[program]
     contestants = [make(variant, name) for name, variant in _variants(settings).items()]
     return contestants + (_torch_method(settings) if compare and program == "train" else [])
 
 
 def _random_texts(settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    rng, shape = np.random.default_rng(settings.seed), (settings.train.batch_size, settings.data.max_length)
+    rng, shape = (
+        np.random.default_rng(settings.seed),
+        (settings.train.batch_size, settings.data.max_length),
+    )
     return rng.integers(1, settings.text.vocab_size, shape).astype(np.int32), np.ones(shape, bool)
 
 
 def _training_inputs(settings: Settings) -> tuple[Inputs, Inputs]:
     ids, mask = _random_texts(settings)
-    image = np.random.default_rng(settings.seed).integers(0, 256, (len(ids), *settings.shape)).astype(np.uint8)
+    image = (
+        np.random.default_rng(settings.seed)
+        .integers(0, 256, (len(ids), *settings.shape))
+        .astype(np.uint8)
+    )
     batch = {"image": image, "token_ids": ids, "token_mask": mask}
     return batch, {"token_ids": ids[:1], "token_mask": mask[:1]}
 
@@ -70,33 +83,53 @@ def _random_state(settings: Settings) -> TrainState:
 def _train_method(settings: Settings, name: str) -> Contestant:
     devices, (batch, null) = Devices(settings), _training_inputs(settings)
     state = devices.parameters(_random_state(settings))
-    call = Stepper(make_train_step(settings, devices.mesh), state, rest=(devices.batch(batch), null))
+    call = Stepper(
+        make_train_step(settings, devices.mesh), state, rest=(devices.batch(batch), null)
+    )
     return Contestant(name, call, call.compile_seconds)
 
 
 def _sample_method(settings: Settings, name: str) -> Contestant:
     devices, (ids, mask) = Devices(settings), _random_texts(settings)
     sample, graph = configured_sampler(settings, settings.sample), model_graph(settings)
-    x = np.random.default_rng(settings.seed).standard_normal((len(ids), *settings.shape), np.float32)
+    x = np.random.default_rng(settings.seed).standard_normal(
+        (len(ids), *settings.shape), np.float32
+    )
     placed = devices.batch({"x": x, "ids": ids, "mask": mask})
     arguments = (
-        devices.parameters(_random_state(settings).params), placed["x"], jax.random.key(settings.seed),
-        placed["ids"], placed["mask"], ids[:1], mask[:1],
+        devices.parameters(_random_state(settings).params),
+        placed["x"],
+        jax.random.key(settings.seed),
+        placed["ids"],
+        placed["mask"],
+        ids[:1],
+        mask[:1],
     )
     with devices.tracing():
-        run, seconds, _ = compile_timed(lambda params, *rest: sample(build_model(graph, params), *rest), *arguments)
+        run, seconds, _ = compile_timed(
+            lambda params, *rest: sample(build_model(graph, params), *rest), *arguments
+        )
     return Contestant(name, lambda: jax.block_until_ready(run(*arguments)), seconds)
 
 
 def _torch_method(settings: Settings) -> list[Contestant]:
-    """torch's whole training step, after a first one that must give the loss and the parameters of ours."""
-    from contextdiff_jax.benchmarks.torch_method import LAYOUTS, TorchMethod, lacking, method_parameters
+    """torch's whole training step, after a first one that must give the loss and the parameters of
+    ours.
+    """
+    from contextdiff_jax.benchmarks.torch_method import (
+        LAYOUTS,
+        TorchMethod,
+        lacking,
+        method_parameters,
+    )
 
     if missing := lacking(settings):
         LOGGER.info("the whole method has no torch version with %s: not compared", missing)
         return []
     # The first step of all, at the full learning rate.
-    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, warmup_steps=0, decay="constant"))
+    settings = dataclasses.replace(
+        settings, train=dataclasses.replace(settings.train, warmup_steps=0, decay="constant")
+    )
     batch, null = _training_inputs(settings)
     state, graph = _random_state(settings), model_graph(settings)
     drawn = draw(jax.random.fold_in(jax.random.wrap_key_data(state.key), 0), batch, settings)
@@ -104,8 +137,19 @@ def _torch_method(settings: Settings) -> list[Contestant]:
     before = method_parameters(model)
     peers = {f"torch method {layout}": TorchMethod(model, settings, layout) for layout in LAYOUTS}
     state, _ = jax.jit(make_train_step(settings))(state, batch, null)
-    loss, after = float(state.metric_sums["loss"]), method_parameters(nnx.merge(graph, state.params))
+    loss, after = (
+        float(state.metric_sums["loss"]),
+        method_parameters(nnx.merge(graph, state.params)),
+    )
     for name, peer in peers.items():
-        check(f"{name}, loss", np.array(loss), np.array(peer.step(batch, null, drawn)), TOLERANCES["loss"])
+        check(
+            f"{name}, loss",
+            np.array(loss),
+            np.array(peer.step(batch, null, drawn)),
+            TOLERANCES["loss"],
+        )
         check_change(f"{name}, parameters", before, after, peer.parameters())
-    return [Contestant(name, functools.partial(peer.step, batch, null, None)) for name, peer in peers.items()]
+    return [
+        Contestant(name, functools.partial(peer.step, batch, null, None))
+        for name, peer in peers.items()
+    ]

@@ -1,4 +1,6 @@
-"""Contestants that do the same work in turns, in one process on the same cores, and what is said of their times."""
+"""Contestants that do the same work in turns, in one process on the same cores, and what is said of
+their times.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 _PEAK_SIDE = 1024  # of the square matrices whose product is the machine's peak
-_COPIED = 2**26  # numbers in the array whose copy is the machine's bandwidth: more than its caches hold
+_COPIED = (
+    2**26
+)  # numbers in the array whose copy is the machine's bandwidth: more than its caches hold
 _WARM_UP = 3  # rounds that don't count: the process's heap grows in the first ones, page by page
 
 
@@ -40,7 +44,9 @@ class Ratio(NamedTuple):
 
 
 def measure(contestants: Sequence[Contestant], rounds: int) -> dict[str, Times]:
-    """Each contestant's `rounds`, in turns whose order is reversed every other round, after `_WARM_UP` more."""
+    """Each contestant's `rounds`, in turns whose order is reversed every other round, after
+    `_WARM_UP` more.
+    """
     times = {contestant.name: Times([], []) for contestant in contestants}
     for number in range(_WARM_UP + rounds):
         for contestant in contestants if number % 2 else contestants[::-1]:
@@ -61,7 +67,9 @@ def matmul_peak(repeats: int = 10) -> float:
     """FLOP/s of the fastest of some float32 matrix products."""
     a = jnp.ones((_PEAK_SIDE, _PEAK_SIDE), jnp.float32)
     product = jax.jit(jnp.matmul)
-    times = measure([Contestant("product", lambda: product(a, a).block_until_ready())], repeats)["product"].wall
+    times = measure([Contestant("product", lambda: product(a, a).block_until_ready())], repeats)[
+        "product"
+    ].wall
     return 2 * _PEAK_SIDE**3 / min(times)
 
 
@@ -69,12 +77,16 @@ def memory_bandwidth(repeats: int = 10) -> float:
     """Bytes a second, read and written, of the fastest of some copies."""
     x = jnp.ones(_COPIED, jnp.float32)
     negative = jax.jit(jnp.negative)
-    times = measure([Contestant("copy", lambda: negative(x).block_until_ready())], repeats)["copy"].wall
+    times = measure([Contestant("copy", lambda: negative(x).block_until_ready())], repeats)[
+        "copy"
+    ].wall
     return 2 * x.nbytes / min(times)
 
 
 def extra_memory(call: Callable[[], Any]) -> int | None:
-    """Bytes that this process grew by, at the most, during a call; None where the kernel doesn't tell (not Linux)."""
+    """Bytes that this process grew by, at the most, during a call; None where the kernel doesn't
+    tell (not Linux).
+    """
     reset, status = pathlib.Path("/proc/self/clear_refs"), pathlib.Path("/proc/self/status")
     try:
         reset.write_text("5")  # the high-water mark falls to what is resident now

@@ -1,8 +1,10 @@
-"""The parts of a training step against what products and memory allow (the roofline of Williams et al., 2009).
+"""The parts of a training step against what products and memory allow (the roofline of Williams et
+al., 2009).
 
-Each kind of layer of the config's UNet at each of its levels, forward and backward, the context, and the optimizer with the
-average are compiled by themselves. Without `topology` they run on this machine's first device, and the roofs are measured,
-too; with it they are compiled for one of its chips, and seconds and bytes are the compiler's estimates.
+Each kind of layer of the config's UNet at each of its levels, forward and backward, the context,
+and the optimizer with the average are compiled by themselves. Without `topology` they run on this
+machine's first device, and the roofs are measured, too; with it they are compiled for one of its
+chips, and seconds and bytes are the compiler's estimates.
 
     intensity = operations / bytes          operations / s <= min(peak, intensity x bandwidth)
 """
@@ -35,7 +37,9 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RooflineBenchmark:
-    """`topology`: whose chip; empty: this machine. `batch`: examples a chip (0: the config's). `plot`: a PNG, or empty."""
+    """`topology`: whose chip; empty: this machine. `batch`: examples a chip (0: the config's).
+    `plot`: a PNG, or empty.
+    """
 
     topology: str = ""
     batch: int = 0
@@ -67,16 +71,29 @@ def parts(settings: Settings, batch: int) -> Iterator[Part]:
     temb = shape((batch, settings.model.time_features), dtype)
     text = shape((batch, L, settings.model.cross_attention_dim), dtype)
     for i, block in enumerate(model.unet.down_blocks):
-        resnet, (H, W), channels = block.resnets[-1], (height >> i, width >> i), settings.model.block_out_channels[i]
-        x = shape((batch, H, W, resnet.norm1.scale.shape[0]), dtype)  # as wide as the level above, if it is the only one
+        resnet, (H, W), channels = (
+            block.resnets[-1],
+            (height >> i, width >> i),
+            settings.model.block_out_channels[i],
+        )
+        x = shape(
+            (batch, H, W, resnet.norm1.scale.shape[0]), dtype
+        )  # as wide as the level above, if it is the only one
         yield _layer(f"resnet {H}x{W}, {channels}", resnet, (x, temb))
         if block.attentions:
-            tokens, inner = shape((batch, H * W, channels), dtype), block.attentions[-1].transformer_blocks[-1]
+            tokens, inner = (
+                shape((batch, H * W, channels), dtype),
+                block.attentions[-1].transformer_blocks[-1],
+            )
             yield _layer(f"self-attention {H}x{W}, {channels}", inner.attn1, (tokens,))
             yield _layer(f"cross-attention {H}x{W}, {channels}", inner.attn2, (tokens, text))
             yield _layer(f"feed-forward {H}x{W}, {channels}", inner.ff, (tokens,))
     if settings.context.kind != "none":
-        x0, mask, t = shape((batch, height, width, C), jnp.float32), shape((batch, L), jnp.bool_), shape((batch,), jnp.int32)
+        x0, mask, t = (
+            shape((batch, height, width, C), jnp.float32),
+            shape((batch, L), jnp.bool_),
+            shape((batch,), jnp.int32),
+        )
         tokens = shape((batch, L, settings.text.width), jnp.float32)
         yield _layer(f"context: {settings.context.kind}", model.context, (x0, tokens), (mask, t))
     yield _update(settings, nnx.state(model, nnx.Param))
@@ -90,10 +107,14 @@ def _layer(name: str, module: nnx.Module, inputs: tuple, others: tuple = ()) -> 
         return nnx.merge(graph, params)(*inputs, *others)
 
     def call(cotangent, params, inputs, others):
-        output, gradients = jax.vjp(lambda *differentiated: forward(*differentiated, others), params, inputs)
+        output, gradients = jax.vjp(
+            lambda *differentiated: forward(*differentiated, others), params, inputs
+        )
         return output, gradients(cotangent)
 
-    return Part(name, call, (jax.eval_shape(forward, params, inputs, others), params, inputs, others))
+    return Part(
+        name, call, (jax.eval_shape(forward, params, inputs, others), params, inputs, others)
+    )
 
 
 def _update(settings: Settings, params: PyTree) -> Part:
@@ -103,20 +124,30 @@ def _update(settings: Settings, params: PyTree) -> Part:
     def call(params, ema, opt_state, grads):
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        return params, moving_average(params, ema, jnp.ones((), jnp.int32), settings.train.ema_decay), opt_state
+        return (
+            params,
+            moving_average(params, ema, jnp.ones((), jnp.int32), settings.train.ema_decay),
+            opt_state,
+        )
 
-    return Part("AdamW, average", call, (params, params, jax.eval_shape(optimizer.init, params), params))
+    return Part(
+        "AdamW, average", call, (params, params, jax.eval_shape(optimizer.init, params), params)
+    )
 
 
 def run(settings: Settings, options: RooflineBenchmark) -> Result:
-    """Compiles each part, and runs it if the device is here. ValueError for a topology that can't be."""
+    """Compiles each part, and runs it if the device is here. ValueError for a topology that can't
+    be.
+    """
     if options.topology:
         device = aot.described_devices(options.topology)[0]
         chip = aot.CHIPS[device.device_kind]
         roofs = Roofs(f"{chip.name}, predicted by the compiler", chip.peak, chip.hbm_bandwidth)
     else:
         device = jax.devices()[0]
-        roofs = Roofs(f"{device.device_kind}, measured", paired.matmul_peak(), paired.memory_bandwidth())
+        roofs = Roofs(
+            f"{device.device_kind}, measured", paired.matmul_peak(), paired.memory_bandwidth()
+        )
     mesh = make_mesh(MeshConfig(), devices=[device])
     rows = []
     for part in parts(settings, options.batch or settings.train.batch_size):
@@ -125,8 +156,15 @@ def run(settings: Settings, options: RooflineBenchmark) -> Result:
             cost = aot.predicted(compiled, chip, hlo.instructions(compiled.as_text()))
             row = {"flops": cost["flops"], "seconds": cost["seconds"]}
         else:
-            row = {"flops": compiled.cost_analysis()["flops"], "seconds": _seconds(part, compiled, options.rounds)}
-        row |= {"name": part.name, "bytes": compiled.cost_analysis()["bytes accessed"], "device": roofs.name}
+            row = {
+                "flops": compiled.cost_analysis()["flops"],
+                "seconds": _seconds(part, compiled, options.rounds),
+            }
+        row |= {
+            "name": part.name,
+            "bytes": compiled.cost_analysis()["bytes accessed"],
+            "device": roofs.name,
+        }
         row["intensity"] = row["flops"] / row["bytes"]
         row["flops_per_second"] = row["flops"] / row["seconds"]
         row["roof"] = min(roofs.peak, row["intensity"] * roofs.bandwidth)
@@ -138,7 +176,9 @@ def run(settings: Settings, options: RooflineBenchmark) -> Result:
 
 
 def _compile(part: Part, mesh: Mesh, settings: Settings) -> jax.stages.Compiled:
-    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), part.arguments)
+    placed = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), part.arguments
+    )
     with tracing_for(mesh, settings.mesh.rules):
         return aot.compiled_anew(jax.jit(part.call).lower(*placed))
 
@@ -177,11 +217,26 @@ def _plot(rows: list[dict[str, Any]], roofs: Roofs, out: str) -> None:
     axis.loglog(line, np.minimum(roofs.peak, line * roofs.bandwidth), color="black", label="roof")
     for kind, marker in markers.items():
         of_kind = [row for row in rows if row["name"].startswith(kind)]
-        axis.loglog([r["intensity"] for r in of_kind], [r["flops_per_second"] for r in of_kind], marker, label=kind)
+        axis.loglog(
+            [r["intensity"] for r in of_kind],
+            [r["flops_per_second"] for r in of_kind],
+            marker,
+            label=kind,
+        )
         for row in of_kind:
             text = row["name"].removeprefix(kind).strip(" ,:")
-            axis.annotate(text, (row["intensity"], row["flops_per_second"]), (5, -4), textcoords="offset points", fontsize=7)
-    axis.set(xlabel="operations / byte", ylabel="operations / s", title=f"Parts of a training step on {roofs.name}")
+            axis.annotate(
+                text,
+                (row["intensity"], row["flops_per_second"]),
+                (5, -4),
+                textcoords="offset points",
+                fontsize=7,
+            )
+    axis.set(
+        xlabel="operations / byte",
+        ylabel="operations / s",
+        title=f"Parts of a training step on {roofs.name}",
+    )
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()

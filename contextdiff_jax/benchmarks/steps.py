@@ -1,4 +1,6 @@
-"""Programs with their state on all devices, to be measured, and what must agree before a ratio is given."""
+"""Programs with their state on all devices, to be measured, and what must agree before a ratio is
+given.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ from contextdiff_jax.cli import RunError
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings, tracing_for
 from contextdiff_jax.settings import Settings
 
-# Largest differences, of the largest value: of an output as in the parity tests. Of a tensor's change by a step, in root mean
-# square: AdamW's first change is the learning rate times the gradient's sign, so that rounding may turn one near 0 about.
+# Largest differences, of the largest value: of an output as in the parity tests. Of a tensor's
+# change by a step, in root mean square: AdamW's first change is the learning rate times the
+# gradient's sign, so that rounding may turn one near 0 about.
 TOLERANCES = {"output": 2e-5, "loss": 1e-5, "parameters": 0.02, "samples": 1e-4}
 Inputs = dict[str, np.ndarray]
 
@@ -29,14 +32,22 @@ def randomised(params: nnx.State, seed: int) -> nnx.State:
 
     def drawn(path, leaf):
         noise = rng.standard_normal(leaf.shape).astype(np.float32)
-        value = noise / np.sqrt(np.prod(leaf.shape[:-1])) if leaf.ndim > 1 else (path[-1] == "scale") + 0.1 * noise
+        value = (
+            noise / np.sqrt(np.prod(leaf.shape[:-1]))
+            if leaf.ndim > 1
+            else (path[-1] == "scale") + 0.1 * noise
+        )
         return leaf.replace(jnp.asarray(value, jnp.float32))
 
-    return nnx.from_flat_state([(path, drawn(path, leaf)) for path, leaf in nnx.to_flat_state(params)])
+    return nnx.from_flat_state(
+        [(path, drawn(path, leaf)) for path, leaf in nnx.to_flat_state(params)]
+    )
 
 
 def check(what: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
-    """Raises RunError if the largest difference is over `tolerance` of the largest value, or anything is not finite."""
+    """Raises RunError if the largest difference is over `tolerance` of the largest value, or
+    anything is not finite.
+    """
     error = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
     if not error <= tolerance:
         found = f"differ by {error:.2g} of the largest value, allowed {tolerance}"
@@ -44,29 +55,47 @@ def check(what: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> 
 
 
 def check_change(
-    what: str, before: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
+    what: str,
+    before: Mapping[str, np.ndarray],
+    ours: Mapping[str, np.ndarray],
+    theirs: Mapping[str, np.ndarray],
 ) -> None:
     """Raises RunError, naming the worst tensor, unless a step changed each parameter alike."""
     errors = {
-        name: np.linalg.norm(ours[name] - theirs[name]) / np.linalg.norm(theirs[name] - value) for name, value in before.items()
+        name: np.linalg.norm(ours[name] - theirs[name]) / np.linalg.norm(theirs[name] - value)
+        for name, value in before.items()
     }
-    off = {name: error for name, error in errors.items() if not error <= TOLERANCES["parameters"]}  # NaN is off too
+    off = {
+        name: error for name, error in errors.items() if not error <= TOLERANCES["parameters"]
+    }  # NaN is off too
     if off:
         name = max(off, key=off.get)
         allowed = f"allowed {TOLERANCES['parameters']}"
-        raise RunError(f"--compare: {what}: {name}: the step's changes differ by {off[name]:.2g}, {allowed}: no ratio")
+        raise RunError(
+            f"--compare: {what}: {name}: the step's changes differ by {off[name]:.2g}, {allowed}: no ratio"
+        )
 
 
-def compile_timed(function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> tuple[Callable, float, float]:
-    """The program, the seconds that it took to compile, and its floating-point operations before XLA's changes."""
+def compile_timed(
+    function: Callable, *arguments: Any, donate: tuple[int, ...] = ()
+) -> tuple[Callable, float, float]:
+    """The program, the seconds that it took to compile, and its floating-point operations before
+    XLA's changes.
+    """
     start = time.perf_counter()
     lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
     compiled = lowered.compile()
-    return compiled, time.perf_counter() - start, float((lowered.cost_analysis() or {}).get("flops", 0))
+    return (
+        compiled,
+        time.perf_counter() - start,
+        float((lowered.cost_analysis() or {}).get("flops", 0)),
+    )
 
 
 class Devices:
-    """All of them, as the config's mesh lays them out: a step of ours runs on each with its share of the batch."""
+    """All of them, as the config's mesh lays them out: a step of ours runs on each with its share
+    of the batch.
+    """
 
     def __init__(self, settings: Settings):
         self.rules = settings.mesh.rules
@@ -76,7 +105,10 @@ class Devices:
         return jax.device_put(tree, state_shardings(self.mesh, tree, self.rules))
 
     def batch(self, inputs: Inputs) -> dict[str, Array]:
-        return {k: jax.device_put(v, Feed(self.mesh, len(v), self.rules).sharding(v.shape)) for k, v in inputs.items()}
+        return {
+            k: jax.device_put(v, Feed(self.mesh, len(v), self.rules).sharding(v.shape))
+            for k, v in inputs.items()
+        }
 
     def tracing(self) -> contextlib.AbstractContextManager:
         return tracing_for(self.mesh, self.rules)
@@ -87,7 +119,9 @@ class Stepper:
 
     def __init__(self, step: Callable, *state: Any, rest: tuple):
         self._rest, self.state = rest, state
-        self._step, self.compile_seconds, self.flops = compile_timed(step, *state, *rest, donate=tuple(range(len(state))))
+        self._step, self.compile_seconds, self.flops = compile_timed(
+            step, *state, *rest, donate=tuple(range(len(state)))
+        )
 
     def __call__(self) -> Array:
         *self.state, result = self._step(*self.state, *self._rest)

@@ -1,7 +1,9 @@
-"""The whole method's training step in torch: what a team would write there, with our weights and on our batch.
+"""The whole method's training step in torch: what a team would write there, with our weights and on
+our batch.
 
-Text encoder, relational network (`cross_attention`, plugin estimate), shift, diffusers' UNet, AdamW on clipped gradients,
-average of the weights. Parameters have our paths, joined by dots, but for the UNet's, which have diffusers' names.
+Text encoder, relational network (`cross_attention`, plugin estimate), shift, diffusers' UNet, AdamW
+on clipped gradients, average of the weights. Parameters have our paths, joined by dots, but for the
+UNet's, which have diffusers' names.
 """
 
 from __future__ import annotations
@@ -39,13 +41,20 @@ class _Attention(torch.nn.Module):
             layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
         )
-        return self.to_out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]).transpose(1, 2).flatten(2))
+        return self.to_out(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
 
 class _FeedForward(torch.nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.proj_in, self.proj_out = torch.nn.Linear(width, 8 * width), torch.nn.Linear(4 * width, width)
+        self.proj_in, self.proj_out = (
+            torch.nn.Linear(width, 8 * width),
+            torch.nn.Linear(4 * width, width),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         value, gate = self.proj_in(x).chunk(2, -1)
@@ -60,7 +69,9 @@ class _Block(torch.nn.Module):
         self.norm1, self.norm2 = (torch.nn.LayerNorm(width, eps=1e-6) for _ in range(2))
         self.attention, self.ff = _Attention(width, heads, source), _FeedForward(width)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor
+    ) -> torch.Tensor:
         h = self.norm1(x)
         x = x + self.attention(h, h if context is None else context, mask)
         return x + self.ff(self.norm2(x))
@@ -71,7 +82,9 @@ class _Text(torch.nn.Module):
         super().__init__()
         self.tokens = torch.nn.Embedding(config.vocab_size, config.width)
         self.positions = torch.nn.Parameter(torch.zeros(config.max_length, config.width))
-        self.blocks = torch.nn.ModuleList(_Block(config.width, config.num_heads, config.width) for _ in range(config.num_layers))
+        self.blocks = torch.nn.ModuleList(
+            _Block(config.width, config.num_heads, config.width) for _ in range(config.num_layers)
+        )
         self.norm = torch.nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -85,7 +98,10 @@ class _Raw(torch.nn.Module):
     def __init__(self, config: ContextConfig):
         super().__init__()
         self.embed = torch.nn.Linear(config.token_width, config.width)
-        blocks = (_Block(config.width, config.num_heads, config.text_width) for _ in range(config.num_blocks))
+        blocks = (
+            _Block(config.width, config.num_heads, config.text_width)
+            for _ in range(config.num_blocks)
+        )
         self.blocks = torch.nn.ModuleList(blocks)
         self.norm = torch.nn.LayerNorm(config.width, eps=1e-6)
 
@@ -99,15 +115,30 @@ class _Context(torch.nn.Module):
         self.grid = height // p, width // p
         self.gamma = torch.nn.Parameter(torch.zeros(()))
         self.raw, self.unembed = _Raw(config), torch.nn.Linear(config.width, config.token_width)
-        self.register_buffer("position", torch.tensor(np.asarray(position_embedding(*self.grid, config.width))), persistent=False)
+        self.register_buffer(
+            "position",
+            torch.tensor(np.asarray(position_embedding(*self.grid, config.width))),
+            persistent=False,
+        )
 
     def forward(self, x0: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         (h, w), p = self.grid, self.config.patch_size
-        patches = x0.unflatten(2, (h, p)).unflatten(4, (w, p)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        patches = (
+            x0.unflatten(2, (h, p))
+            .unflatten(4, (w, p))
+            .permute(0, 2, 4, 3, 5, 1)
+            .flatten(3)
+            .flatten(1, 2)
+        )
         x = self.raw.embed(patches) + self.position
         for block in self.raw.blocks:
             x = block(x, text, mask)
-        raw = self.unembed(self.raw.norm(x)).unflatten(1, (h, w)).unflatten(3, (p, p, -1)).permute(0, 5, 1, 3, 2, 4)
+        raw = (
+            self.unembed(self.raw.norm(x))
+            .unflatten(1, (h, w))
+            .unflatten(3, (p, p, -1))
+            .permute(0, 5, 1, 3, 2, 4)
+        )
         raw = raw.flatten(4).flatten(2, 3)
         gain = self.config.max_gain * torch.tanh(self.gamma)
         return gain * raw / torch.sqrt(raw.square().mean((1, 2, 3), keepdim=True) + 1e-8)
@@ -127,21 +158,30 @@ def _named(state: nnx.State) -> dict[str, np.ndarray]:
 def method_parameters(model: ContextDiffusion) -> dict[str, np.ndarray]:
     """All parameters of our model by the names of `TorchMethod.parameters`."""
     unet = {f"unet.{name}": array for name, array in unet_state_to_torch(model.unet).items()}
-    parts = ((part, _named(nnx.state(getattr(model, part), nnx.Param))) for part in ("text", "context"))
-    return unet | {f"{part}.{name}": array for part, named in parts for name, array in named.items()}
+    parts = (
+        (part, _named(nnx.state(getattr(model, part), nnx.Param))) for part in ("text", "context")
+    )
+    return unet | {
+        f"{part}.{name}": array for part, named in parts for name, array in named.items()
+    }
 
 
 def lacking(settings: Settings) -> str | None:
     """What of a config there is no torch version of."""
     context, diffusion = settings.context, settings.diffusion
     only = {
-        "context.kind": (context.kind, "cross_attention"), "context.tokens": (context.tokens, "patches"),
-        "context.estimate": (context.estimate, "plugin"), "context.time_dependent": (context.time_dependent, False),
-        "diffusion.weighting": (diffusion.weighting, "uniform"), "diffusion.prior_kl": (diffusion.prior_kl, 0.0),
+        "context.kind": (context.kind, "cross_attention"),
+        "context.tokens": (context.tokens, "patches"),
+        "context.estimate": (context.estimate, "plugin"),
+        "context.time_dependent": (context.time_dependent, False),
+        "diffusion.weighting": (diffusion.weighting, "uniform"),
+        "diffusion.prior_kl": (diffusion.prior_kl, 0.0),
         "model.addition_embed_type": (settings.model.addition_embed_type, None),
         "train.accumulation": (settings.train.accumulation, 1),
     }
-    return next((f"{field}={value!r}" for field, (value, known) in only.items() if value != known), None)
+    return next(
+        (f"{field}={value!r}" for field, (value, known) in only.items() if value != known), None
+    )
 
 
 class TorchMethod:
@@ -151,40 +191,66 @@ class TorchMethod:
         context, train, diffusion = settings.context, settings.train, settings.diffusion
         torch.set_num_threads(num_cores())
         self._format, self._train, self._type = LAYOUTS[layout], train, diffusion.prediction_type
-        config = {name: value for name, value in model.unet.config.to_dict().items() if name != "context_head"}
+        config = {
+            name: value
+            for name, value in model.unet.config.to_dict().items()
+            if name != "context_head"
+        }
         self._parts = torch.nn.ModuleDict({
             "unet": diffusers.UNet2DConditionModel(**config), "text": _Text(settings.text),
             "context": _Context(model.context.config, *settings.shape[:2]),
         })  # fmt: skip
-        self._parts.load_state_dict({name: torch.tensor(array) for name, array in method_parameters(model).items()})
+        self._parts.load_state_dict(
+            {name: torch.tensor(array) for name, array in method_parameters(model).items()}
+        )
         self._parts["unet"].to(memory_format=self._format)
         self._average, self._steps = copy.deepcopy(self._parts), 0
         self._optimizer = torch.optim.AdamW(
-            self._parts.parameters(), lr=train.learning_rate, betas=(train.b1, train.b2), eps=1e-8,
+            self._parts.parameters(),
+            lr=train.learning_rate,
+            betas=(train.b1, train.b2),
+            eps=1e-8,
             weight_decay=train.weight_decay,
         )
         schedule, t = diffusion.make_schedule(), jnp.arange(diffusion.num_timesteps)
         k = shift_coefficient(schedule, t, context.shift)
         coefficients = jnp.sqrt(schedule.alpha_bar(t)), jnp.sqrt(schedule.variance(t)), k
-        self._a, self._b, self._k = (torch.tensor(np.asarray(c))[:, None, None, None] for c in coefficients)
+        self._a, self._b, self._k = (
+            torch.tensor(np.asarray(c))[:, None, None, None] for c in coefficients
+        )
 
     def parameters(self) -> dict[str, np.ndarray]:
         """By name."""
         return {name: p.detach().numpy().copy() for name, p in self._parts.named_parameters()}
 
     def step(
-        self, batch: Mapping[str, np.ndarray], null: Mapping[str, np.ndarray], drawn: Mapping[str, np.ndarray] | None
+        self,
+        batch: Mapping[str, np.ndarray],
+        null: Mapping[str, np.ndarray],
+        drawn: Mapping[str, np.ndarray] | None,
     ) -> float:
         """One training step; the loss before it. `drawn`: t, noise, dropped, or None to draw them."""
-        x0 = torch.tensor(batch["image"]).permute(0, 3, 1, 2).to(torch.float32, memory_format=self._format) / 127.5 - 1
+        x0 = (
+            torch.tensor(batch["image"])
+            .permute(0, 3, 1, 2)
+            .to(torch.float32, memory_format=self._format)
+            / 127.5
+            - 1
+        )
         if drawn is None:
             t = torch.randint(len(self._a), (len(x0),))
             noise, dropped = torch.randn_like(x0), torch.rand(len(x0)) < self._train.caption_dropout
         else:
             t, dropped = (torch.tensor(drawn[name]) for name in ("t", "dropped"))
-            noise = torch.tensor(drawn["noise"]).permute(0, 3, 1, 2).contiguous(memory_format=self._format)
+            noise = (
+                torch.tensor(drawn["noise"])
+                .permute(0, 3, 1, 2)
+                .contiguous(memory_format=self._format)
+            )
         names = "token_ids", "token_mask"
-        (ids, mask), (null_ids, null_mask) = ([torch.tensor(each[name]) for name in names] for each in (batch, null))
+        (ids, mask), (null_ids, null_mask) = (
+            [torch.tensor(each[name]) for name in names] for each in (batch, null)
+        )
         self._optimizer.zero_grad()
         tokens = self._parts["text"](ids, mask)
         r = self._parts["context"](x0, tokens, mask)
@@ -192,7 +258,9 @@ class TorchMethod:
         x_t = a * x0 + k * r + b * noise
         epsilon = (x_t - a * x0) / b
         target = {"x0": x0, "epsilon": epsilon, "v": a * epsilon - b * x0}[self._type]
-        tokens = torch.where(dropped[:, None, None], self._parts["text"](null_ids, null_mask), tokens)
+        tokens = torch.where(
+            dropped[:, None, None], self._parts["text"](null_ids, null_mask), tokens
+        )
         seen = torch.where(dropped[:, None], null_mask, mask)
         output = self._parts["unet"](x_t, t, tokens, encoder_attention_mask=seen).sample
         loss = F.mse_loss(output, target)
@@ -202,6 +270,8 @@ class TorchMethod:
         self._optimizer.step()
         decay = min(self._train.ema_decay, (1 + self._steps) / (10 + self._steps))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self._average.parameters()), list(self._parts.parameters()), 1 - decay)
+            torch._foreach_lerp_(
+                list(self._average.parameters()), list(self._parts.parameters()), 1 - decay
+            )
         self._steps += 1
         return loss.item()

@@ -1,4 +1,6 @@
-"""torch's side of the comparison: diffusers' UNet with our weights, AdamW, and its DDIM loop. The one importer of torch here."""
+"""torch's side of the comparison: diffusers' UNet with our weights, AdamW, and its DDIM loop. The
+one importer of torch here.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +20,42 @@ _PREDICTION_TYPES = {"x0": "sample", "epsilon": "epsilon", "v": "v_prediction"}
 
 
 class TorchUNet:
-    """diffusers' network in one of `LAYOUTS`, eager, with as many threads as this process has cores."""
+    """diffusers' network in one of `LAYOUTS`, eager, with as many threads as this process has
+    cores.
+    """
 
     def __init__(self, unet: UNet, settings: Settings, layout: str):
         torch.set_num_threads(num_cores())
-        config = {name: value for name, value in unet.config.to_dict().items() if name != "context_head"}
+        config = {
+            name: value for name, value in unet.config.to_dict().items() if name != "context_head"
+        }
         self._format = LAYOUTS[layout]
         self._unet = diffusers.UNet2DConditionModel(**config)
-        self._unet.load_state_dict({name: torch.tensor(array) for name, array in unet_state_to_torch(unet).items()})
+        self._unet.load_state_dict(
+            {name: torch.tensor(array) for name, array in unet_state_to_torch(unet).items()}
+        )
         self._unet.to(memory_format=self._format)
         train = settings.train
         self._optimizer = torch.optim.AdamW(
-            self._unet.parameters(), lr=train.learning_rate, betas=(train.b1, train.b2), eps=1e-8, weight_decay=train.weight_decay
+            self._unet.parameters(),
+            lr=train.learning_rate,
+            betas=(train.b1, train.b2),
+            eps=1e-8,
+            weight_decay=train.weight_decay,
         )
 
     def tensors(self, inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """NHWC arrays as NCHW tensors in this layout, the others as they are."""
         return {
-            name: torch.tensor(a).permute(0, 3, 1, 2).contiguous(memory_format=self._format) if a.ndim == 4 else torch.tensor(a)
+            name: torch.tensor(a).permute(0, 3, 1, 2).contiguous(memory_format=self._format)
+            if a.ndim == 4
+            else torch.tensor(a)
             for name, a in inputs.items()
         }
 
-    def _predict(self, x: torch.Tensor, t: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _predict(
+        self, x: torch.Tensor, t: torch.Tensor, inputs: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
         added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
         return self._unet(x, t, inputs["text"], added_cond_kwargs=added or None).sample
 
@@ -51,7 +67,9 @@ class TorchUNet:
     def step(self, inputs: Mapping[str, torch.Tensor]) -> float:
         """One step of AdamW on the mean squared error; the loss before it."""
         self._optimizer.zero_grad()
-        loss = torch.nn.functional.mse_loss(self._predict(inputs["x"], inputs["t"], inputs), inputs["target"])
+        loss = torch.nn.functional.mse_loss(
+            self._predict(inputs["x"], inputs["t"], inputs), inputs["target"]
+        )
         loss.backward()
         self._optimizer.step()
         return loss.item()
@@ -61,7 +79,12 @@ class TorchUNet:
         return {name: p.detach().numpy().copy() for name, p in self._unet.named_parameters()}
 
     @torch.no_grad()
-    def sample(self, inputs: Mapping[str, torch.Tensor], scheduler: diffusers.DDIMScheduler, guidance: float) -> np.ndarray:
+    def sample(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        scheduler: diffusers.DDIMScheduler,
+        guidance: float,
+    ) -> np.ndarray:
         """The DDIM loop of diffusers' pipelines: both branches of the guidance in one batch. NHWC."""
         x = inputs["x"]
         for t in scheduler.timesteps:
@@ -73,7 +96,8 @@ class TorchUNet:
 def make_scheduler(settings: Settings) -> diffusers.DDIMScheduler:
     """diffusers' DDIM with our schedule and its steps.
 
-    Raises ValueError for a number of steps that doesn't divide the timesteps: its steps then don't end where the next begin.
+    Raises ValueError for a number of steps that doesn't divide the timesteps: its steps then don't
+    end where the next begin.
     """
     config, sample = settings.diffusion, settings.sample
     if config.num_timesteps % sample.steps:
@@ -81,8 +105,12 @@ def make_scheduler(settings: Settings) -> diffusers.DDIMScheduler:
             f"sample.steps={sample.steps}: must divide diffusion.num_timesteps={config.num_timesteps} with --compare='torch'"
         )
     scheduler = diffusers.DDIMScheduler(
-        num_train_timesteps=config.num_timesteps, clip_sample=False, set_alpha_to_one=True, steps_offset=0,
-        prediction_type=_PREDICTION_TYPES[config.prediction_type], timestep_spacing=sample.spacing,
+        num_train_timesteps=config.num_timesteps,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=0,
+        prediction_type=_PREDICTION_TYPES[config.prediction_type],
+        timestep_spacing=sample.spacing,
     )
     scheduler.alphas_cumprod = torch.tensor(np.asarray(config.make_schedule().alphas_cumprod))
     scheduler.set_timesteps(sample.steps)

@@ -56,18 +56,23 @@ class DataConfig:
     Attributes:
         source: a name in `SOURCES`.
         path: the folder (all but `shapes`).
-        metadata: what the training split is: glob of metadata files (`folder`, `emoji`), of shards (`webdataset`), name of
-            a split (`tfds`); empty: the source's default.
+        metadata: what the training split is: glob of metadata files (`folder`, `emoji`), of shards
+            (`webdataset`), name of a split (`tfds`); empty: the source's default.
         heldout_metadata: the same of the held-out split.
         caption_field: field with the caption, or a list of captions.
-        caption_choice: of several captions, the `first` or a `random` one (by seed, epoch and record).
+        caption_choice: of several captions, the `first` or a `random` one (by seed, epoch and
+            record).
         max_broken_fraction: largest share of broken records to go on with.
-        index_folder: folder of what is computed once from the data; empty: `.contextdiff_jax` in `path`.
+        index_folder: folder of what is computed once from the data; empty: `.contextdiff_jax` in
+            `path`.
         image_size: pixels a side.
-        crop: where a picture is longer than asked for, keep the `centre` or a `random` part (by seed, epoch and record).
+        crop: where a picture is longer than asked for, keep the `centre` or a `random` part (by
+            seed, epoch and record).
         resample: filter that scales pictures: lanczos, bicubic or bilinear.
-        buckets: sizes (height, width) to sort pictures into by their aspect ratios, a batch of one of them; empty: none.
-        bucket_max_ratio: derives buckets of about image_size squared pixels up to this ratio of the sides; 0: none.
+        buckets: sizes (height, width) to sort pictures into by their aspect ratios, a batch of one
+            of them; empty: none.
+        bucket_max_ratio: derives buckets of about image_size squared pixels up to this ratio of the
+            sides; 0: none.
         bucket_step: of the sides of the derived buckets.
         num_objects: fewest and most objects of a scene (`shapes`).
         num_scenes: scenes in an epoch (`shapes`).
@@ -127,7 +132,9 @@ def _shapes(config: DataConfig, split: str) -> RandomAccessSource:
 def _pictures_with(
     make: Callable[[dict[str, Any], str], RandomAccessSource], defaults: dict[str, str]
 ) -> Callable[[DataConfig, str], RandomAccessSource]:
-    """A source of encoded pictures: `make(fields of PictureConfig, what the split is)`, by default `defaults[split]`."""
+    """A source of encoded pictures: `make(fields of PictureConfig, what the split is)`, by default
+    `defaults[split]`.
+    """
     shared = [field.name for field in dataclasses.fields(PictureConfig)]
 
     def source(config: DataConfig, split: str) -> RandomAccessSource:
@@ -139,7 +146,9 @@ def _pictures_with(
                 f"{field}: data.source={config.source!r} has no metadata file for split={split!r}"
             )
         if not config.path:
-            raise ValueError(f"data.path={config.path!r}: data.source={config.source!r} needs a folder")
+            raise ValueError(
+                f"data.path={config.path!r}: data.source={config.source!r} needs a folder"
+            )
         return make({field: getattr(config, field) for field in shared}, name)
 
     return source
@@ -162,9 +171,13 @@ def _cache(config: DataConfig, split: str) -> RandomAccessSource:
     for field in ("image_size", "max_length", "tokenizer"):
         wanted, found = getattr(config, field), getattr(source.cache, field)
         if wanted != found:
-            raise ValueError(f"data.{field}={wanted!r}: the cache in data.path={config.path!r} has {found!r}")
+            raise ValueError(
+                f"data.{field}={wanted!r}: the cache in data.path={config.path!r} has {found!r}"
+            )
     if source.cache.source["split"] != split:
-        raise ValueError(f"data.path={config.path!r}: a cache of the split {source.cache.source['split']!r}, not of {split!r}")
+        raise ValueError(
+            f"data.path={config.path!r}: a cache of the split {source.cache.source['split']!r}, not of {split!r}"
+        )
     return source
 
 
@@ -172,7 +185,12 @@ SOURCES: dict[str, Callable[[DataConfig, str], RandomAccessSource]] = {
     "shapes": _shapes,
     "folder": _pictures_with(_folder, {"train": "metadata*.jsonl"}),
     "emoji": _pictures_with(
-        _folder, {"train": "metadata_train.jsonl", "heldout": "metadata_test.jsonl", "all": "metadata_*.jsonl"}
+        _folder,
+        {
+            "train": "metadata_train.jsonl",
+            "heldout": "metadata_test.jsonl",
+            "all": "metadata_*.jsonl",
+        },
     ),
     "webdataset": _pictures_with(_webdataset, {"train": "*.tar"}),
     "tfds": _pictures_with(_tfds, {"train": "train", "heldout": "test", "all": "all"}),
@@ -181,10 +199,12 @@ SOURCES: dict[str, Callable[[DataConfig, str], RandomAccessSource]] = {
 
 
 def make_source(config: DataConfig, split: str = "train") -> RandomAccessSource:
-    """The records of `config.source` in `split` (`train`, `heldout`, or `all` where the source has it).
+    """The records of `config.source` in `split` (`train`, `heldout`, or `all` where the source has
+    it).
 
     Raises:
-        ValueError: for an unknown source, a split that it does not have, or what the source itself refuses.
+        ValueError: for an unknown source, a split that it does not have, or what the source itself
+            refuses.
     """
     if config.source not in SOURCES:
         raise ValueError(f"data.source={config.source!r}: unknown; one of {', '.join(SOURCES)}")
@@ -200,5 +220,7 @@ def bucket_sizes(config: DataConfig) -> tuple[Size, ...]:
     if not config.bucket_max_ratio:
         return check_buckets(config.buckets)
     if config.buckets:
-        raise ValueError(f"data.bucket_max_ratio={config.bucket_max_ratio}: must be 0 where data.buckets are named")
+        raise ValueError(
+            f"data.bucket_max_ratio={config.bucket_max_ratio}: must be 0 where data.buckets are named"
+        )
     return derive_buckets(config.image_size**2, config.bucket_max_ratio, config.bucket_step)

@@ -1,4 +1,6 @@
-"""Aspect-ratio buckets: the few sizes that pictures are given out in, and which of them suits a picture."""
+"""Aspect-ratio buckets: the few sizes that pictures are given out in, and which of them suits a
+picture.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,12 @@ from contextdiff_jax.data.orders import Size
 
 
 def derive_buckets(area: int, max_ratio: float, step: int) -> tuple[Size, ...]:
-    """Sizes (height, width) in multiples of `step` of at most `area` pixels and a side ratio of at most `max_ratio`.
+    """Sizes (height, width) in multiples of `step` of at most `area` pixels and a side ratio of at
+    most `max_ratio`.
 
-    For each height the widest such width, from the flattest to the tallest; as Stable Diffusion XL's (arXiv 2307.01952,
-    appendix I) for area = 1024**2, max_ratio = 4 and step = 64 but for the sizes that fill the area less well.
+    For each height the widest such width, from the flattest to the tallest; as Stable Diffusion
+    XL's (arXiv 2307.01952, appendix I) for area = 1024**2, max_ratio = 4 and step = 64 but for the
+    sizes that fill the area less well.
 
     Raises:
         ValueError: if no size fits.
@@ -30,7 +34,9 @@ def derive_buckets(area: int, max_ratio: float, step: int) -> tuple[Size, ...]:
         if width and max(height / width, width / height) <= max_ratio:
             sizes.append((height, width))
     if not sizes:
-        raise ValueError(f"data.bucket_step={step}: no multiple of it fits into image_size squared = {area} pixels")
+        raise ValueError(
+            f"data.bucket_step={step}: no multiple of it fits into image_size squared = {area} pixels"
+        )
     return tuple(sizes)
 
 
@@ -46,13 +52,19 @@ def check_buckets(buckets: Sequence[Sequence[int]]) -> tuple[Size, ...]:
     return sizes
 
 
-def nearest_bucket(sizes: UInt16[np.ndarray, "N 2"], buckets: Sequence[Size]) -> Int32[np.ndarray, " N"]:
-    """For each picture's (height, width) the bucket whose ratio is nearest in logarithm; -1 for a size of 0."""
+def nearest_bucket(
+    sizes: UInt16[np.ndarray, "N 2"], buckets: Sequence[Size]
+) -> Int32[np.ndarray, " N"]:
+    """For each picture's (height, width) the bucket whose ratio is nearest in logarithm; -1 for a
+    size of 0.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.log(sizes[:, 0].astype(np.float64) / sizes[:, 1])  # [N]
     targets = np.log([height / width for height, width in buckets])  # [K]
     best, distance = np.full(len(sizes), -1, np.int32), np.full(len(sizes), np.inf)
-    for k, target in enumerate(targets):  # one pass a bucket: [N, K] of a million records would be large
+    for k, target in enumerate(
+        targets
+    ):  # one pass a bucket: [N, K] of a million records would be large
         nearer = np.abs(ratios - target) < distance
         best[nearer], distance[nearer] = k, np.abs(ratios - target)[nearer]
     return best

@@ -1,8 +1,10 @@
-"""python -m contextdiff_jax.data.cache --config=FILE --out=DIR [--split=train --shard_size=1024 --batch_size=16 --dtype=float16]
+"""python -m contextdiff_jax.data.cache --config=FILE --out=DIR [--split=train --shard_size=1024
+--batch_size=16 --dtype=float16]
 
-Latents (mean and standard deviation), token ids and captions of a config's data, for training with --config.data.source=cache
---config.data.path=DIR. The config is the one to train with: it names the autoencoder (latent.vae, or model.pretrained). A run
-that was killed goes on with the shards that aren't there; processes share the shards.
+Latents (mean and standard deviation), token ids and captions of a config's data, for training with
+--config.data.source=cache --config.data.path=DIR. The config is the one to train with: it names the
+autoencoder (latent.vae, or model.pretrained). A run that was killed goes on with the shards that
+aren't there; processes share the shards.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from contextdiff_jax import cli
 OUT = flags.DEFINE_string("out", None, "Folder of the cache.")
 SPLIT = flags.DEFINE_string("split", "train", "Of the data.")
 SHARD_SIZE = flags.DEFINE_integer("shard_size", 1024, "Records a file.", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures that are encoded at once.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 16, "Pictures that are encoded at once.", lower_bound=1
+)
 DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "Of the moments.")
 
 
@@ -31,10 +35,16 @@ def main() -> None:
     from contextdiff_jax.training.latents import write_cache
 
     cache, new = write_cache(
-        parse(adopt(config)), pathlib.Path(OUT.value), split=SPLIT.value, shard_size=SHARD_SIZE.value,
-        batch_size=BATCH_SIZE.value, dtype=DTYPE.value,
+        parse(adopt(config)),
+        pathlib.Path(OUT.value),
+        split=SPLIT.value,
+        shard_size=SHARD_SIZE.value,
+        batch_size=BATCH_SIZE.value,
+        dtype=DTYPE.value,
     )
-    print(f"{OUT.value}: {cache.num_shards} shards, {new} of them written now, {cache.num_records} records of {cache.shape}")
+    print(
+        f"{OUT.value}: {cache.num_shards} shards, {new} of them written now, {cache.num_records} records of {cache.shape}"
+    )
 
 
 if __name__ == "__main__":

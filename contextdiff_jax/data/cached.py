@@ -1,10 +1,11 @@
-"""A cache of latents, token ids and captions in ArrayRecord shards; `contextdiff_jax.data.cache` writes it.
+"""A cache of latents, token ids and captions in ArrayRecord shards; `contextdiff_jax.data.cache`
+writes it.
 
     path/cache.json                                  what it was made of (`Cache`), written first
     path/latents-00000-of-00008.array_record         records of `encode_record`; named so only when complete
 
-A record holds the mean and the standard deviation of q(z | picture), before the scaling factor, so that each epoch draws its
-own latents.
+A record holds the mean and the standard deviation of q(z | picture), before the scaling factor, so
+that each epoch draws its own latents.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ class Cache:
 
     def rows(self, number: int) -> range:
         """The records of a shard."""
-        return range(number * self.shard_size, min((number + 1) * self.shard_size, self.num_records))
+        return range(
+            number * self.shard_size, min((number + 1) * self.shard_size, self.num_records)
+        )
 
 
 def read_cache(path: str | pathlib.Path) -> Cache:
@@ -78,40 +81,55 @@ def read_cache(path: str | pathlib.Path) -> Cache:
 
 
 def claim_cache(path: pathlib.Path, cache: Cache) -> None:
-    """Writes cache.json, or checks that the one there is the same. ValueError with the first field that differs."""
+    """Writes cache.json, or checks that the one there is the same. ValueError with the first field
+    that differs.
+    """
     path.mkdir(parents=True, exist_ok=True)
     new = json.loads(json.dumps(dataclasses.asdict(cache)))
     if (path / CACHE_FILE).exists():
         old = json.loads((path / CACHE_FILE).read_text())
         for name in new:
             if old.get(name) != new[name]:
-                raise ValueError(f"--out={path}: holds another cache, {name} is {old.get(name)!r} there and {new[name]!r} here")
+                raise ValueError(
+                    f"--out={path}: holds another cache, {name} is {old.get(name)!r} there and {new[name]!r} here"
+                )
         return
     write_json(path / CACHE_FILE, new)
 
 
 def encode_record(
-    mean: Float[np.ndarray, "H W Z"], std: Float[np.ndarray, "H W Z"], token_ids: Int32[np.ndarray, "L"],
-    token_mask: np.ndarray, caption: str,
+    mean: Float[np.ndarray, "H W Z"],
+    std: Float[np.ndarray, "H W Z"],
+    token_ids: Int32[np.ndarray, L],
+    token_mask: np.ndarray,
+    caption: str,
 ) -> bytes:
     """One record: safetensors, the caption as UTF-8 bytes."""
     text = np.frombuffer(caption.encode() or b"\0", np.uint8)
     mask = token_mask.astype(np.uint8)
-    return safetensors.numpy.save({"mean": mean, "std": std, "ids": token_ids, "mask": mask, "caption": text})
+    return safetensors.numpy.save(
+        {"mean": mean, "std": std, "ids": token_ids, "mask": mask, "caption": text}
+    )
 
 
 def decode_record(record: bytes) -> dict[str, Any]:
     """The inverse, with the names of a batch."""
     values = safetensors.numpy.load(record)
     return {
-        "latent_mean": values["mean"], "latent_std": values["std"], "token_ids": values["ids"],
-        "token_mask": values["mask"].astype(bool), "caption": values["caption"].tobytes().decode().removesuffix("\0"),
+        "latent_mean": values["mean"],
+        "latent_std": values["std"],
+        "token_ids": values["ids"],
+        "token_mask": values["mask"].astype(bool),
+        "caption": values["caption"].tobytes().decode().removesuffix("\0"),
     }
 
 
 def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
     """A shard, visible under its name only when it is complete."""
-    with replacing(path) as file, contextlib.closing(ArrayRecordWriter(str(file), _OPTIONS)) as writer:
+    with (
+        replacing(path) as file,
+        contextlib.closing(ArrayRecordWriter(str(file), _OPTIONS)) as writer,
+    ):
         for record in records:
             writer.write(record)
 
@@ -119,7 +137,8 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
 class CacheSource:
     """Random access to a complete cache.
 
-    Records: `latent_mean`, `latent_std` [H, W, Z] in the cache's type, `token_ids`, `token_mask` [L], `caption`.
+    Records: `latent_mean`, `latent_std` [H, W, Z] in the cache's type, `token_ids`, `token_mask`
+        [L], `caption`.
     """
 
     def __init__(self, path: str):
@@ -128,10 +147,14 @@ class CacheSource:
         files = [pathlib.Path(path, self.cache.shard(k)) for k in range(self.cache.num_shards)]
         there = sum(file.is_file() for file in files)
         if there < len(files):
-            raise ValueError(f"data.path={path!r}: {there} of {len(files)} shards are there; the same command as before goes on")
+            raise ValueError(
+                f"data.path={path!r}: {there} of {len(files)} shards are there; the same command as before goes on"
+            )
         self._records = grain.sources.ArrayRecordDataSource([str(file) for file in files])
         if len(self._records) != self.cache.num_records:
-            raise ValueError(f"data.path={path!r}: {len(self._records)} records; {CACHE_FILE} says {self.cache.num_records}")
+            raise ValueError(
+                f"data.path={path!r}: {len(self._records)} records; {CACHE_FILE} says {self.cache.num_records}"
+            )
 
     def __len__(self) -> int:
         return self.cache.num_records

@@ -3,7 +3,8 @@
     path/metadata.jsonl     {"file_name": "images/1.png", "text": "a horse", ...}     one record a line
     path/images/1.png
 
-`file_name` is relative to the metadata file; the caption may be a list of captions. Other fields are kept as attributes.
+`file_name` is relative to the metadata file; the caption may be a list of captions. Other fields
+are kept as attributes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from jaxtyping import UInt8
 
 from contextdiff_jax.data.decoding import decode
 from contextdiff_jax.data.kept import fingerprint
-from contextdiff_jax.data.records import BrokenRecords, Encoded, PictureConfig, PictureSource, captions_of, find_files
+from contextdiff_jax.data.records import (
+    BrokenRecords,
+    Encoded,
+    PictureConfig,
+    PictureSource,
+    captions_of,
+    find_files,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,9 @@ class _Entry:
 
 
 class _Pictures:
-    """Tells whether a file exists from one listing a folder: a `stat` each is slow on network disks."""
+    """Tells whether a file exists from one listing a folder: a `stat` each is slow on network
+    disks.
+    """
 
     def __init__(self):
         self._listings: dict[str, frozenset[str]] = {}
@@ -46,7 +56,9 @@ class _Pictures:
     def __contains__(self, path: str) -> bool:
         folder, name = os.path.split(path)
         if folder not in self._listings:
-            self._listings[folder] = frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
+            self._listings[folder] = (
+                frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
+            )
         return name in self._listings[folder]
 
 
@@ -59,7 +71,9 @@ def _parse_line(line: str, folder: pathlib.Path, caption_field: str, pictures: _
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
     if not isinstance(fields.get("file_name"), str):
-        raise ValueError(f"field 'file_name' is {'not a string' if 'file_name' in fields else 'missing'}")
+        raise ValueError(
+            f"field 'file_name' is {'not a string' if 'file_name' in fields else 'missing'}"
+        )
     captions = captions_of(fields, caption_field)
     path = os.path.normpath(folder / fields.pop("file_name"))
     if path not in pictures:
@@ -100,14 +114,17 @@ class FolderSource(PictureSource):
         """Reads the metadata.
 
         Raises:
-            ValueError: if there is no such folder or metadata, no good record, or too many broken ones.
+            ValueError: if there is no such folder or metadata, no good record, or too many broken
+                ones.
         """
         self.config = config
         files = find_files(config.path, config.metadata, "file")
         self._entries, broken = _index(files, config.caption_field)
         self._key = fingerprint(files)
         total = len(self._entries) + len(broken)
-        self.broken = BrokenRecords(config.path, total, config.max_broken_fraction, len(broken), broken)
+        self.broken = BrokenRecords(
+            config.path, total, config.max_broken_fraction, len(broken), broken
+        )
         if not self._entries:
             raise ValueError(f"data.metadata={config.metadata!r}: holds no records")
 
@@ -122,4 +139,6 @@ class FolderSource(PictureSource):
 
     def read(self, index: int) -> Encoded:
         entry = self._entries[index]
-        return Encoded(pathlib.Path(entry.path).read_bytes(), entry.captions, dict(entry.attributes))
+        return Encoded(
+            pathlib.Path(entry.path).read_bytes(), entry.captions, dict(entry.attributes)
+        )

@@ -1,4 +1,6 @@
-"""Arrays that are computed once from a data set and kept on disk, memory-mapped, checked, never half written."""
+"""Arrays that are computed once from a data set and kept on disk, memory-mapped, checked, never
+half written.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,17 @@ def fingerprint(files: Iterable[pathlib.Path]) -> str:
 
 
 def kept_array(
-    path: str, index_folder: str, name: str, key: str, make: Callable[[], tuple[np.ndarray, dict[str, Any]]]
+    path: str,
+    index_folder: str,
+    name: str,
+    key: str,
+    make: Callable[[], tuple[np.ndarray, dict[str, Any]]],
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """The array and the JSON-able facts that `make` gives, from disk if they were made before under this key.
+    """The array and the JSON-able facts that `make` gives, from disk if they were made before under
+    this key.
 
-    An array read from disk is a read-only memory map. A stored one that is incomplete or changed is made anew.
+    An array read from disk is a read-only memory map. A stored one that is incomplete or changed is
+    made anew.
 
     Args:
         path: the data set's folder.

@@ -1,9 +1,10 @@
-"""From a source to batches: shuffling, sharding by process, workers, prefetch, exact resumption (Grain).
+"""From a source to batches: shuffling, sharding by process, workers, prefetch, exact resumption
+(Grain).
 
-Which records batch number b of a run holds is a pure function of (seed, batch size, records, b): see `orders`. Process
-p of P gives out the p-th of P equal blocks of it, or the `rows` that the mesh gives to its devices. So the global
-batches, and their order, do not depend on the numbers of processes and workers, also when these change on the way, and
-the state to save is one number.
+Which records batch number b of a run holds is a pure function of (seed, batch size, records, b):
+see `orders`. Process p of P gives out the p-th of P equal blocks of it, or the `rows` that the mesh
+gives to its devices. So the global batches, and their order, do not depend on the numbers of
+processes and workers, also when these change on the way, and the state to save is one number.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from contextdiff_jax.data.records import PictureSource
 from contextdiff_jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, Any]
-_BROKEN = "broken"  # (record number, reason) of the records that turned out to be broken: from workers to the loader
+# (record number, reason) of the records that turned out to be broken: from workers to the loader
+_BROKEN = "broken"
 
 
 class RandomAccessSource(Protocol):
@@ -36,7 +38,9 @@ class RandomAccessSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _LoadBatch:
-    """Batch number -> this process's block of that batch. Travels to the workers, so it is picklable."""
+    """Batch number -> this process's block of that batch. Travels to the workers, so it is
+    picklable.
+    """
 
     source: RandomAccessSource
     order: Order
@@ -47,7 +51,9 @@ class _LoadBatch:
     def __call__(self, number: int) -> Batch:
         size, indices, epochs = self.order(int(number), self.rows)
         if isinstance(self.source, PictureSource):
-            records = [self.source.record(index, epoch, size) for index, epoch in zip(indices, epochs)]
+            records = [
+                self.source.record(index, epoch, size) for index, epoch in zip(indices, epochs)
+            ]
         else:
             records = [self.source[index] for index in indices]
         captions = [record["caption"] for record in records]
@@ -55,16 +61,27 @@ class _LoadBatch:
         batch: Batch = {name: np.stack([record[name] for record in records]) for name in arrays}
         batch["caption"] = captions
         if self.tokenizer is not None and "token_ids" not in batch:
-            batch["token_ids"], batch["token_mask"] = self.tokenizer.encode(captions, self.max_length)
+            batch["token_ids"], batch["token_mask"] = self.tokenizer.encode(
+                captions, self.max_length
+            )
         if isinstance(self.source, PictureSource):
             batch[_BROKEN] = self.source.broken.drain()
         return batch
 
 
 class Loader(Iterator[Batch]):
-    """An endless iterator over batches whose place can be saved and restored. Made by `make_loader`."""
+    """An endless iterator over batches whose place can be saved and restored. Made by
+    `make_loader`.
+    """
 
-    def __init__(self, load: _LoadBatch, identity: dict[str, Any], num_workers: int, prefetch: int, num_threads: int):
+    def __init__(
+        self,
+        load: _LoadBatch,
+        identity: dict[str, Any],
+        num_workers: int,
+        prefetch: int,
+        num_threads: int,
+    ):
         self._load = load
         self._identity = identity
         self._num_workers = num_workers
@@ -81,7 +98,9 @@ class Loader(Iterator[Batch]):
             self._iterator = self._start()
         batch = next(self._iterator)
         self._next_batch += 1
-        for index, reason in batch.pop(_BROKEN, ()):  # each worker knows only of its own: count them together
+        for index, reason in batch.pop(
+            _BROKEN, ()
+        ):  # each worker knows only of its own: count them together
             self._load.source.broken.replaced(index, reason)
         if self._num_workers:  # workers hand over views of shared memory, which ends with them
             batch = {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
@@ -90,12 +109,15 @@ class Loader(Iterator[Batch]):
     def _start(self) -> grain.DatasetIterator:
         # Grain's own buffer default is 500 elements; here an element is a whole batch.
         options = grain.ReadOptions(
-            num_threads=self._num_threads, prefetch_buffer_size=self._prefetch if self._num_threads else 0
+            num_threads=self._num_threads,
+            prefetch_buffer_size=self._prefetch if self._num_threads else 0,
         )
         numbers = grain.MapDataset.range(self._next_batch, sys.maxsize)
         batches = numbers.map(self._load).to_iter_dataset(options)
         if self._num_workers:
-            if not flags.FLAGS.is_parsed():  # Grain asks absl flags, which only an absl app has parsed
+            if (
+                not flags.FLAGS.is_parsed()
+            ):  # Grain asks absl flags, which only an absl app has parsed
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(
@@ -110,19 +132,24 @@ class Loader(Iterator[Batch]):
         return getattr(self._load.source, "num_broken", 0)
 
     def get_state(self) -> dict[str, Any]:
-        """The place in the data: JSON-able, and the same in every process, whatever the number of workers."""
+        """The place in the data: JSON-able, and the same in every process, whatever the number of
+        workers.
+        """
         return {**self._identity, "next_batch": self._next_batch}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from where `get_state` was called.
 
         Raises:
-            ValueError: if the state is of a loader with another seed, batch size, buckets or number of records.
+            ValueError: if the state is of a loader with another seed, batch size, buckets or number
+                of records.
         """
         for name in sorted(self._identity.keys() | state.keys() - {"next_batch"}):
             value = self._identity.get(name)
             if state.get(name) != value:
-                raise ValueError(f"data.{name}={value}: the saved data state has {name}={state.get(name)}")
+                raise ValueError(
+                    f"data.{name}={value}: the saved data state has {name}={state.get(name)}"
+                )
         self.close()
         self._next_batch = int(state["next_batch"])
 
@@ -150,10 +177,10 @@ def make_loader(
 ) -> Loader:
     """Endless shuffled batches of this process's share.
 
-    With B = batch_size // process_count, a batch has the records' arrays, stacked (`image` uint8 [B, H, W, 3]; a cache's
-    moments and tokens), `caption` (list of B str) and, with a tokenizer, `token_ids` int32 [B, max_length] and
-    `token_mask` bool [B, max_length]. With buckets, H and W are one of them, the same in all processes, and change from
-    batch to batch.
+    With B = batch_size // process_count, a batch has the records' arrays, stacked (`image` uint8
+    [B, H, W, 3]; a cache's moments and tokens), `caption` (list of B str) and, with a tokenizer,
+    `token_ids` int32 [B, max_length] and `token_mask` bool [B, max_length]. With buckets, H and W
+    are one of them, the same in all processes, and change from batch to batch.
 
     Args:
         source: where the records are.
@@ -162,18 +189,24 @@ def make_loader(
         num_workers: loader processes; 0 loads in threads of this process.
         process_index: which block of each global batch to give out (`jax.process_index()`).
         process_count: number of blocks (`jax.process_count()`).
-        rows: instead of a block, the examples of each global batch to give out (`parallel.mesh.Feed.rows`).
+        rows: instead of a block, the examples of each global batch to give out
+            (`parallel.mesh.Feed.rows`).
         tokenizer: encodes the captions; None leaves them as text only.
         max_length: tokens a caption.
         prefetch: batches kept ready, by each worker.
-        num_threads: of each process that loads; 0: a batch is loaded when it is asked for, none ahead.
-        buckets: sizes (height, width): each picture is given out in that whose aspect ratio is nearest to its own.
+        num_threads: of each process that loads; 0: a batch is loaded when it is asked for, none
+            ahead.
+        buckets: sizes (height, width): each picture is given out in that whose aspect ratio is
+            nearest to its own.
 
     Raises:
-        ValueError: for a batch that the processes do not divide, an empty source, or numbers out of range.
+        ValueError: for a batch that the processes do not divide, an empty source, or numbers out of
+            range.
     """
     if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size}: must be a positive multiple of {process_count} processes")
+        raise ValueError(
+            f"batch_size={batch_size}: must be a positive multiple of {process_count} processes"
+        )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index={process_index}: must lie in 0..{process_count - 1}")
     if num_workers < 0:
@@ -189,18 +222,24 @@ def make_loader(
     load = _LoadBatch(
         source=source,
         order=_make_order(source, batch_size, seed, buckets),
-        rows=range(process_index * local, (process_index + 1) * local) if rows is None else rows.tolist(),
+        rows=range(process_index * local, (process_index + 1) * local)
+        if rows is None
+        else rows.tolist(),
         tokenizer=tokenizer,
         max_length=max_length,
     )
     return Loader(load, identity, num_workers, prefetch, num_threads)
 
 
-def _make_order(source: RandomAccessSource, batch_size: int, seed: int, buckets: Sequence[Size]) -> Order:
+def _make_order(
+    source: RandomAccessSource, batch_size: int, seed: int, buckets: Sequence[Size]
+) -> Order:
     if not buckets:
         return PlainOrder(ShuffledEpochs(len(source), seed), batch_size)
     if not isinstance(source, PictureSource):
-        raise ValueError(f"data.buckets={tuple(buckets)}: this data.source has pictures of one size; must be ()")
+        raise ValueError(
+            f"data.buckets={tuple(buckets)}: this data.source has pictures of one size; must be ()"
+        )
     sizes = check_buckets(buckets)
     bucket_of = nearest_bucket(source.picture_sizes(), sizes)
     if not (bucket_of >= 0).any():

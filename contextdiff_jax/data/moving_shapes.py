@@ -1,4 +1,5 @@
-"""Clips of one moving shape, with the true mask and the true edited clip, from the renderer of `shapes`.
+"""Clips of one moving shape, with the true mask and the true edited clip, from the renderer of
+`shapes`.
 
     python -m contextdiff_jax.data.moving_shapes --out=runs/clip --seed=0 --num_frames=8 --size=16
 
@@ -17,7 +18,17 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from contextdiff_jax.data.shapes import COLOURS, SHAPES, SIZES, Object, Scene, caption, diameter, heldout_triples, render
+from contextdiff_jax.data.shapes import (
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Object,
+    Scene,
+    caption,
+    diameter,
+    heldout_triples,
+    render,
+)
 from contextdiff_jax.files import write_json
 
 EDITS = ("colour", "shape")
@@ -41,15 +52,21 @@ def frames_of(scenes: Sequence[Scene], size: int) -> UInt8[np.ndarray, "F S S 3"
     return np.stack([render(scene, size) for scene in scenes])
 
 
-def mask_of(clip: UInt8[np.ndarray, "F S S 3"], other: UInt8[np.ndarray, "F S S 3"]) -> Bool[np.ndarray, "F S S"]:
+def mask_of(
+    clip: UInt8[np.ndarray, "F S S 3"], other: UInt8[np.ndarray, "F S S 3"]
+) -> Bool[np.ndarray, "F S S"]:
     """Where either shows its object; both lie on one background, which fills the corners."""
     return ((clip != clip[:, :1, :1]) | (other != other[:, :1, :1])).any(-1)
 
 
-def make_moving_shape(seed: int, num_frames: int = 8, size: int = 16, heldout_fraction: float = 0.125) -> MovingShape:
-    """A shape that crosses the picture at an even pace, from one place to another at least a quarter of the way off.
+def make_moving_shape(
+    seed: int, num_frames: int = 8, size: int = 16, heldout_fraction: float = 0.125
+) -> MovingShape:
+    """A shape that crosses the picture at an even pace, from one place to another at least a
+    quarter of the way off.
 
-    Sources and edits show combinations that the split `train` has. One pixel about the picture stays free.
+    Sources and edits show combinations that the split `train` has. One pixel about the picture
+    stays free.
     """
     rng = np.random.default_rng((seed, 7))
     known = set(heldout_triples(heldout_fraction))
@@ -74,7 +91,8 @@ def make_moving_shape(seed: int, num_frames: int = 8, size: int = 16, heldout_fr
 
     def scenes(shape, colour):
         return tuple(
-            Scene(objects=(Object(shape=shape, colour=colour, size=extent, centre=centre),)) for centre in centres
+            Scene(objects=(Object(shape=shape, colour=colour, size=extent, centre=centre),))
+            for centre in centres
         )
 
     edited = {"colour": scenes(shape, colours[0]), "shape": scenes(shapes[0], colour)}
@@ -83,7 +101,9 @@ def make_moving_shape(seed: int, num_frames: int = 8, size: int = 16, heldout_fr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Draws a clip of a moving shape and its true edits.")
+    parser = argparse.ArgumentParser(
+        description="Draws a clip of a moving shape and its true edits."
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_frames", type=int, default=8)

@@ -1,9 +1,11 @@
-"""Which records a global batch holds: pure functions of (seed, batch size, record numbers, batch number).
+"""Which records a global batch holds: pure functions of (seed, batch size, record numbers, batch
+number).
 
-Records are counted through in shuffled epochs, one after the other without a gap, each in another order, so that every
-record is seen exactly once before any is seen again. `BucketOrder` does so within each bucket of aspect ratios and
-then shuffles whole batches: a bucket's records that fill no batch in one epoch begin its next one, none is dropped.
-No state: any batch of any epoch is found at once, also among millions of records.
+Records are counted through in shuffled epochs, one after the other without a gap, each in another
+order, so that every record is seen exactly once before any is seen again. `BucketOrder` does so
+within each bucket of aspect ratios and then shuffles whole batches: a bucket's records that fill no
+batch in one epoch begin its next one, none is dropped. No state: any batch of any epoch is found at
+once, also among millions of records.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ Size = tuple[int, int]  # height, width
 
 
 class Share(NamedTuple):
-    """Some rows of a global batch: the pictures' size (None: the source's), record numbers, their epochs."""
+    """Some rows of a global batch: the pictures' size (None: the source's), record numbers, their
+    epochs.
+    """
 
     size: Size | None
     records: list[int]
@@ -65,14 +69,20 @@ def _permutation(count: int, seed: int, epoch: int) -> Int64[np.ndarray, " N"]:
 
 
 class BucketOrder:
-    """Batches of one bucket each. Epoch e of the run is the batches that complete epoch e of every bucket."""
+    """Batches of one bucket each. Epoch e of the run is the batches that complete epoch e of every
+    bucket.
+    """
 
-    def __init__(self, sizes: Sequence[Size], bucket_of: Int[np.ndarray, " N"], batch_size: int, seed: int):
+    def __init__(
+        self, sizes: Sequence[Size], bucket_of: Int[np.ndarray, " N"], batch_size: int, seed: int
+    ):
         """Record n is of bucket `bucket_of[n]`, of size `sizes[bucket_of[n]]`; below 0: of none."""
         self._batch_size, self._seed = batch_size, seed
         members = [np.flatnonzero(bucket_of == k).astype(np.int32) for k in range(len(sizes))]
         self._buckets = [
-            (size, records, ShuffledEpochs(len(records), seed)) for size, records in zip(sizes, members) if len(records)
+            (size, records, ShuffledEpochs(len(records), seed))
+            for size, records in zip(sizes, members)
+            if len(records)
         ]
         self._counts = np.array([len(records) for _, records, _ in self._buckets], np.int64)
 
@@ -97,4 +107,6 @@ class BucketOrder:
         local = int(before[bucket]) + slot - int(ends[bucket] - (after - before)[bucket])
         size, members, epochs = self._buckets[bucket]
         places = [epochs(local * self._batch_size + row) for row in rows]
-        return Share(size, [int(members[place]) for place, _ in places], [epoch for _, epoch in places])
+        return Share(
+            size, [int(members[place]) for place, _ in places], [epoch for _, epoch in places]
+        )

@@ -1,8 +1,9 @@
 """What the sources of encoded pictures share: captions, crops, broken records.
 
-Broken records never pass silently. What can be told without decoding (not JSON, no caption, no picture) is skipped,
-counted and logged when a source is made; a record that fails when it is read is counted, logged, and its place is
-taken by the next good record. A share of broken records above `max_broken_fraction` raises.
+Broken records never pass silently. What can be told without decoding (not JSON, no caption, no
+picture) is skipped, counted and logged when a source is made; a record that fails when it is read
+is counted, logged, and its place is taken by the next good record. A share of broken records above
+`max_broken_fraction` raises.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class PictureConfig:
         crop: of what hangs over, keep the `centre` or a `random` part.
         resample: filter that scales pictures, a name in `decoding.FILTERS`.
         seed: of the random choices.
-        index_folder: folder of what is computed once from the data; empty: `.contextdiff_jax` in `path`.
+        index_folder: folder of what is computed once from the data; empty: `.contextdiff_jax` in
+            `path`.
     """
 
     path: str
@@ -58,9 +60,15 @@ class PictureConfig:
             raise ValueError(f"image_size={self.image_size}: must be at least 1")
         if not 0 <= self.max_broken_fraction <= 1:
             raise ValueError(f"max_broken_fraction={self.max_broken_fraction}: must lie in [0, 1]")
-        for field, allowed in (("crop", CROPS), ("caption_choice", CAPTION_CHOICES), ("resample", FILTERS)):
+        for field, allowed in (
+            ("crop", CROPS),
+            ("caption_choice", CAPTION_CHOICES),
+            ("resample", FILTERS),
+        ):
             if getattr(self, field) not in allowed:
-                raise ValueError(f"data.{field}={getattr(self, field)!r}: unknown; one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"data.{field}={getattr(self, field)!r}: unknown; one of {', '.join(allowed)}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,23 +81,41 @@ class Encoded:
 
 
 def captions_of(fields: Mapping[str, Any], name: str) -> list[str]:
-    """The caption, or the list of them, in field `name`; ValueError with the reason if there is none."""
+    """The caption, or the list of them, in field `name`; ValueError with the reason if there is
+    none.
+    """
     value = fields.get(name)
     captions = [value] if isinstance(value, str) else value
-    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
-        raise ValueError(f"field {name!r} is {'no string or list of strings' if name in fields else 'missing'}")
+    if (
+        not isinstance(captions, list)
+        or not captions
+        or not all(isinstance(c, str) for c in captions)
+    ):
+        raise ValueError(
+            f"field {name!r} is {'no string or list of strings' if name in fields else 'missing'}"
+        )
     return captions
 
 
 class BrokenRecords:
-    """Counts and logs the broken records of a source, and ends the run when there are too many. Picklable.
+    """Counts and logs the broken records of a source, and ends the run when there are too many.
+    Picklable.
 
-    Those found while reading are counted in each process for itself; `drain` hands them on, so that the loader can
-    count those of its workers together.
+    Those found while reading are counted in each process for itself; `drain` hands them on, so that
+    the loader can count those of its workers together.
     """
 
-    def __init__(self, path: str, total: int, max_fraction: float, skipped: int = 0, reasons: Sequence[str] = ()):
-        """`skipped` of `total` records are known to be broken, for example for `reasons`; ValueError if too many."""
+    def __init__(
+        self,
+        path: str,
+        total: int,
+        max_fraction: float,
+        skipped: int = 0,
+        reasons: Sequence[str] = (),
+    ):
+        """`skipped` of `total` records are known to be broken, for example for `reasons`;
+        ValueError if too many.
+        """
         self._path, self._total, self._limit, self._skipped = path, total, max_fraction, skipped
         self._replaced: dict[int, str] = {}
         self._new: collections.deque[tuple[int, str]] = collections.deque()
@@ -128,7 +154,9 @@ class BrokenRecords:
 
 
 def find_files(path: str, pattern: str, kind: str) -> list[pathlib.Path]:
-    """The files of the folder `path` that the glob `data.metadata` names, sorted. ValueError if there are none."""
+    """The files of the folder `path` that the glob `data.metadata` names, sorted. ValueError if
+    there are none.
+    """
     root = pathlib.Path(path)
     if not root.is_dir():
         raise ValueError(f"data.path={path!r}: is not a folder")
@@ -139,7 +167,8 @@ def find_files(path: str, pattern: str, kind: str) -> list[pathlib.Path]:
 
 
 class PictureSource(abc.ABC):
-    """Random access to records of encoded pictures; a subclass says how one is read (`read`, `where`, `__len__`).
+    """Random access to records of encoded pictures; a subclass says how one is read (`read`,
+    `where`, `__len__`).
 
     Records: `image` uint8 [H, W, 3], `caption` str, `attributes` (the other fields).
     """
@@ -152,7 +181,9 @@ class PictureSource(abc.ABC):
 
     @abc.abstractmethod
     def read(self, index: int) -> Encoded:
-        """Record `index` as it is stored; raises one of `UNDECODABLE`, with the reason, if it is broken."""
+        """Record `index` as it is stored; raises one of `UNDECODABLE`, with the reason, if it is
+        broken.
+        """
 
     @abc.abstractmethod
     def where(self, index: int) -> str:
@@ -170,12 +201,16 @@ class PictureSource(abc.ABC):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.record(index)
 
-    def record(self, index: int, epoch: int = 0, size: tuple[int, int] | None = None) -> dict[str, Any]:
-        """Record `index`, or the next one that decodes, so that the answer never depends on earlier reads.
+    def record(
+        self, index: int, epoch: int = 0, size: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        """Record `index`, or the next one that decodes, so that the answer never depends on earlier
+        reads.
 
         Args:
             index: in 0..len - 1.
-            epoch: with the config's seed and the record's number it decides the random crop and caption.
+            epoch: with the config's seed and the record's number it decides the random crop and
+                caption.
             size: (height, width) of the picture; None: `image_size` squared.
 
         Raises:
@@ -193,7 +228,9 @@ class PictureSource(abc.ABC):
             try:
                 encoded = self.read(position)
                 place, choice = self._draw(position, epoch)
-                image: UInt8[np.ndarray, "H W 3"] = decode(encoded.image, size, place, self.config.resample)
+                image: UInt8[np.ndarray, "H W 3"] = decode(
+                    encoded.image, size, place, self.config.resample
+                )
             except UNDECODABLE as error:
                 self.broken.replaced(position, f"{self.where(position)}: {error}")
                 continue
@@ -213,7 +250,8 @@ class PictureSource(abc.ABC):
         )
 
     def picture_sizes(self) -> UInt16[np.ndarray, "N 2"]:
-        """(height, width) of each record's picture; (0, 0), and counted as broken, where it has no readable header.
+        """(height, width) of each record's picture; (0, 0), and counted as broken, where it has no
+        readable header.
 
         Reads each record once and keeps the answer in `index_folder`.
         """
@@ -223,14 +261,22 @@ class PictureSource(abc.ABC):
             sizes = np.zeros((len(self), 2), np.uint16)
             for index in range(len(self)):
                 try:
-                    sizes[index] = np.minimum(picture_size(self.read(index).image), np.iinfo(np.uint16).max)
+                    sizes[index] = np.minimum(
+                        picture_size(self.read(index).image), np.iinfo(np.uint16).max
+                    )
                 except UNDECODABLE as error:
                     logging.log_first_n(
-                        logging.WARNING, "No picture's size: %s: %s", _MAX_LOGGED, self.where(index), error
+                        logging.WARNING,
+                        "No picture's size: %s: %s",
+                        _MAX_LOGGED,
+                        self.where(index),
+                        error,
                     )
             return sizes, {}
 
-        sizes, _ = kept_array(self.config.path, self.config.index_folder, "sizes", self.cache_key(), measure)
+        sizes, _ = kept_array(
+            self.config.path, self.config.index_folder, "sizes", self.cache_key(), measure
+        )
         for index in np.flatnonzero(sizes[:, 0] == 0):
             self.broken.replaced(int(index), f"{self.where(index)}: no picture's header")
         return sizes

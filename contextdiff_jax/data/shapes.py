@@ -1,18 +1,19 @@
 """Procedural captioned scenes: the embedded data set and the compositional benchmark.
 
-A scene holds one to three objects, each with a shape, a colour, a size and a place; two objects also stand
-in a relation. Everything lies on the pixel grid and is drawn without anti-aliasing, with free pixels around
-every object, so that `contextdiff_jax.evaluation.composition` can read a scene back from its pixels
-exactly.
+A scene holds one to three objects, each with a shape, a colour, a size and a place; two objects
+also stand in a relation. Everything lies on the pixel grid and is drawn without anti-aliasing, with
+free pixels around every object, so that `contextdiff_jax.evaluation.composition` can read a scene
+back from its pixels exactly.
 
 Captions:
     one object      a large red circle | a small blue square at the top left
     two objects     a small blue square left of a large green triangle
     three objects   a small red circle, a large blue cross and a small green square
 
-Held-out combinations: a fixed share of the (shape, colour, size) triples never occurs in split `train`,
-though every value of every attribute does. Every scene of split `heldout` contains at least one of them, so
-a model that is right there composes attributes that it has never seen together.
+Held-out combinations: a fixed share of the (shape, colour, size) triples never occurs in split
+`train`, though every value of every attribute does. Every scene of split `heldout` contains at
+least one of them, so a model that is right there composes attributes that it has never seen
+together.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class Object:
 class Scene:
     """A picture's content, or (from `parse_caption`) what a caption asks for.
 
-    `relation` is that of the first object to the second. `position` is set where the caption states it.
+    `relation` is that of the first object to the second. `position` is set where the caption states
+    it.
     """
 
     objects: tuple[Object, ...]
@@ -110,7 +112,8 @@ class ShapesConfig:
         length: number of scenes in an epoch.
         split: `train`, `heldout` or `all`.
         seed: another seed gives other scenes (the held-out combinations stay).
-        heldout_fraction: share of the (shape, colour, size) triples that `train` never shows, in [0, 0.5].
+        heldout_fraction: share of the (shape, colour, size) triples that `train` never shows, in
+            [0, 0.5].
         backgrounds: names in `BACKGROUNDS`, drawn uniformly.
         position_fraction: share of the captions of one object that also state its place.
     """
@@ -146,12 +149,15 @@ class ShapesConfig:
             raise ValueError(f"position_fraction={self.position_fraction}: must lie in [0, 1]")
         unknown = set(self.backgrounds) - set(BACKGROUNDS)
         if unknown or not self.backgrounds:
-            raise ValueError(f"backgrounds={self.backgrounds}: must be some of {', '.join(BACKGROUNDS)}")
+            raise ValueError(
+                f"backgrounds={self.backgrounds}: must be some of {', '.join(BACKGROUNDS)}"
+            )
 
 
 @functools.lru_cache
 def heldout_triples(fraction: float) -> tuple[Triple, ...]:
-    """The (shape, colour, size) triples that split `train` never shows; decided by `fraction` alone.
+    """The (shape, colour, size) triples that split `train` never shows; decided by `fraction`
+    alone.
 
     They are spread evenly, so that every value, and every pair of values, still occurs in `train`.
     """
@@ -233,13 +239,17 @@ def _draw_triples(rng: np.random.Generator, count: int, config: ShapesConfig) ->
         triple = pool[rng.integers(len(pool))]
         if triple not in triples:
             triples.append(triple)
-    if config.split == "heldout":  # the held-out object must not always be the one that is named first
+    if (
+        config.split == "heldout"
+    ):  # the held-out object must not always be the one that is named first
         slot = rng.integers(count)
         triples[0], triples[slot] = triples[slot], triples[0]
     return triples
 
 
-def _place(rng: np.random.Generator, widths: list[int], image_size: int) -> list[tuple[int, int]] | None:
+def _place(
+    rng: np.random.Generator, widths: list[int], image_size: int
+) -> list[tuple[int, int]] | None:
     """(left, top) of each box, uniform over the places still free; None if one has no place left."""
     margin, gap = image_size // 32, max(1, image_size // 16)
     boxes: list[tuple[int, int]] = []
@@ -266,7 +276,9 @@ def sample_scene(rng: np.random.Generator, config: ShapesConfig) -> Scene:
     triples = _draw_triples(rng, int(rng.integers(low, high + 1)), config)
     background = config.backgrounds[rng.integers(len(config.backgrounds))]
     widths = [diameter(triple[2], size) for triple in triples]
-    while True:  # a bad first place can leave no room for the rest; the corners always do, so this ends
+    while (
+        True
+    ):  # a bad first place can leave no room for the rest; the corners always do, so this ends
         boxes = _place(rng, widths, size)
         if boxes is None:
             continue
@@ -290,7 +302,8 @@ def render(scene: Scene, image_size: int) -> UInt8[np.ndarray, "H W 3"]:
     """Draws a scene, later objects over earlier ones.
 
     Raises:
-        ValueError: for an object that has no size or centre, or that does not lie within the picture.
+        ValueError: for an object that has no size or centre, or that does not lie within the
+            picture.
     """
     image = np.empty((image_size, image_size, 3), np.uint8)
     image[:] = BACKGROUNDS[scene.background]

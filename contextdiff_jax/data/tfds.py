@@ -1,10 +1,11 @@
-"""TensorFlow Datasets' ArrayRecord files, read at random by `tfds.data_source`; TensorFlow is never imported.
+"""TensorFlow Datasets' ArrayRecord files, read at random by `tfds.data_source`; TensorFlow is never
+imported.
 
     path/dataset_info.json, features.json, NAME-SPLIT.array_record-00000-of-00001 ...     as tfds writes them
 
-The picture is the feature `image`, else the one of type `tfds.features.Image`; the caption is the feature
-`caption_field` (`a/b`: feature b of the sequence a), else `caption`, else `captions`; one string or a sequence of them.
-Other features that are strings or numbers are kept as attributes.
+The picture is the feature `image`, else the one of type `tfds.features.Image`; the caption is the
+feature `caption_field` (`a/b`: feature b of the sequence a), else `caption`, else `captions`; one
+string or a sequence of them. Other features that are strings or numbers are kept as attributes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from typing import Any
 import numpy as np
 
 from contextdiff_jax.data.kept import fingerprint
-from contextdiff_jax.data.records import BrokenRecords, Encoded, PictureConfig, PictureSource, captions_of
+from contextdiff_jax.data.records import (
+    BrokenRecords,
+    Encoded,
+    PictureConfig,
+    PictureSource,
+    captions_of,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +34,9 @@ class TFDSConfig(PictureConfig):
 
 
 def _folder(path: str) -> pathlib.Path:
-    """The folder with dataset_info.json: `path`, or the only one below it (a tfds data_dir, or a data set's name)."""
+    """The folder with dataset_info.json: `path`, or the only one below it (a tfds data_dir, or a
+    data set's name).
+    """
     root = pathlib.Path(path)
     if not path or not root.is_dir():
         raise ValueError(f"data.path={path!r}: is not a folder")
@@ -37,7 +46,9 @@ def _folder(path: str) -> pathlib.Path:
     if len(found) == 1:
         return found[0]
     names = ", ".join(str(folder.relative_to(root)) for folder in found[:5])
-    raise ValueError(f"data.path={path!r}: must hold one tfds data set (dataset_info.json); holds {names or 'none'}")
+    raise ValueError(
+        f"data.path={path!r}: must hold one tfds data set (dataset_info.json); holds {names or 'none'}"
+    )
 
 
 def _decoded(value: Any) -> Any:
@@ -58,9 +69,11 @@ class TFDSSource(PictureSource):
         """Opens the data set.
 
         Raises:
-            ValueError: if there is none, or none of that split, without a picture or caption, or not ArrayRecord.
+            ValueError: if there is none, or none of that split, without a picture or caption, or
+                not ArrayRecord.
         """
-        import tensorflow_datasets as tfds  # here: it takes a second that other sources need not spend
+        # here: it takes a second that other sources need not spend
+        import tensorflow_datasets as tfds
 
         self.config = config
         folder = _folder(config.path)
@@ -70,9 +83,13 @@ class TFDSSource(PictureSource):
                 f"data.path={config.path!r}: is of format {builder.info.file_format.value}; must be array_record"
             )
         features = builder.info.features
-        pictures = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+        pictures = [
+            name for name, feature in features.items() if isinstance(feature, tfds.features.Image)
+        ]
         if not pictures:
-            raise ValueError(f"data.path={config.path!r}: has no Image feature; it has {', '.join(features)}")
+            raise ValueError(
+                f"data.path={config.path!r}: has no Image feature; it has {', '.join(features)}"
+            )
         self._image = "image" if "image" in pictures else pictures[0]
         names = dict.fromkeys((config.caption_field, "caption", "captions"))
         found = [name for name in names if name.split("/")[0] in features]
@@ -88,7 +105,9 @@ class TFDSSource(PictureSource):
             )
         except ValueError as error:
             splits = ", ".join(builder.info.splits)
-            raise ValueError(f"data.metadata={config.split!r}: {config.path} has the splits {splits}") from error
+            raise ValueError(
+                f"data.metadata={config.split!r}: {config.path} has the splits {splits}"
+            ) from error
         self._key = fingerprint(sorted(folder.glob("*.array_record*")))
         self.broken = BrokenRecords(config.path, len(self), config.max_broken_fraction)
         if not len(self):
@@ -111,5 +130,9 @@ class TFDSSource(PictureSource):
         for name in rest:
             value = value[name]
         captions = captions_of({self._caption: _decoded(value)}, self._caption)
-        plain = {k: _decoded(v) for k, v in record.items() if not isinstance(v, (dict, np.ndarray)) or np.ndim(v) == 0}
+        plain = {
+            k: _decoded(v)
+            for k, v in record.items()
+            if not isinstance(v, (dict, np.ndarray)) or np.ndim(v) == 0
+        }
         return Encoded(image, captions, plain)

@@ -1,7 +1,7 @@
 """The bundled caption tokenizer: byte-level BPE, lowercased, so any text has tokens, offline.
 
-`tokenizer.json` beside this file (4096 tokens; a Hugging Face `tokenizers` file) was trained on captions of
-the `shapes` and emoji data sets and general English text. Train another one with
+`tokenizer.json` beside this file (4096 tokens; a Hugging Face `tokenizers` file) was trained on
+captions of the `shapes` and emoji data sets and general English text. Train another one with
 
     python -m contextdiff_jax.data.tokenizer --corpus FILE [--corpus FILE ...] --out tokenizer.json
 
@@ -30,11 +30,15 @@ class Tokenizer:
     """Captions to arrays of token ids. Picklable, so loader workers can hold it."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
-        """Wraps a tokenizer whose ids 0, 1, 2 are `<pad>`, `<bos>`, `<eos>`; ValueError if they are not."""
+        """Wraps a tokenizer whose ids 0, 1, 2 are `<pad>`, `<bos>`, `<eos>`; ValueError if they are
+        not.
+        """
         found = tuple(tokenizer.id_to_token(i) for i in range(len(SPECIAL_TOKENS)))
         if found != SPECIAL_TOKENS:
             raise ValueError(f"tokenizer: its first tokens are {found}; must be {SPECIAL_TOKENS}")
-        tokenizer.encode_special_tokens = True  # a caption that contains "<eos>" is text, not an end
+        tokenizer.encode_special_tokens = (
+            True  # a caption that contains "<eos>" is text, not an end
+        )
         self._tokenizer = tokenizer
 
     def __reduce__(self):
@@ -51,8 +55,8 @@ class Tokenizer:
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
         """Token ids and the mask of those that are not padding; L = `max_length`.
 
-        A row is <bos>, the caption's tokens (as many as fit), <eos>, padding. An empty caption is <bos>,
-        <eos>.
+        A row is <bos>, the caption's tokens (as many as fit), <eos>, padding. An empty caption is
+        <bos>, <eos>.
 
         Raises:
             ValueError: if `max_length` is below 2, or captions is one string.
@@ -60,7 +64,9 @@ class Tokenizer:
         if max_length < 2:
             raise ValueError(f"max_length={max_length}: must be at least 2 (<bos> and <eos>)")
         if isinstance(captions, str):
-            raise ValueError(f"captions={captions!r}: must be a sequence of strings, not one string")
+            raise ValueError(
+                f"captions={captions!r}: must be a sequence of strings, not one string"
+            )
         ids = np.full((len(captions), max_length), PAD, np.int32)
         encodings = self._tokenizer.encode_batch(
             [" ".join(c.split()) for c in captions], add_special_tokens=False
@@ -80,19 +86,31 @@ def _from_json(text: str) -> Tokenizer:
 
 
 class FolderTokens:
-    """transformers' CLIP or T5 tokenizer of a folder (a pipeline's `tokenizer/`), with `Tokenizer`'s methods. Picklable."""
+    """transformers' CLIP or T5 tokenizer of a folder (a pipeline's `tokenizer/`), with
+    `Tokenizer`'s methods. Picklable.
+    """
 
     def __init__(self, folder: str | pathlib.Path):
-        """ValueError if the folder holds none. transformers is imported here and nowhere else in this room."""
+        """ValueError if the folder holds none. transformers is imported here and nowhere else in
+        this room.
+        """
         from transformers import CLIPTokenizer, T5Tokenizer
 
         self._folder = str(folder)
         try:
             config = pathlib.Path(folder, "tokenizer_config.json")
-            name = json.loads(config.read_text()).get("tokenizer_class", "") if config.is_file() else ""
-            self._tokenizer = (T5Tokenizer if name.startswith("T5") else CLIPTokenizer).from_pretrained(self._folder)
+            name = (
+                json.loads(config.read_text()).get("tokenizer_class", "")
+                if config.is_file()
+                else ""
+            )
+            self._tokenizer = (
+                T5Tokenizer if name.startswith("T5") else CLIPTokenizer
+            ).from_pretrained(self._folder)
         except (OSError, TypeError, ValueError) as error:  # TypeError: files are missing
-            raise ValueError(f"tokenizer={folder}: holds no CLIP or T5 tokenizer ({' '.join(str(error).split())})") from None
+            raise ValueError(
+                f"tokenizer={folder}: holds no CLIP or T5 tokenizer ({' '.join(str(error).split())})"
+            ) from None
 
     def __reduce__(self):
         return FolderTokens, (self._folder,)
@@ -105,13 +123,18 @@ class FolderTokens:
     def encode(
         self, captions: Sequence[str], max_length: int
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-        """As `Tokenizer.encode`: the caption's tokens (as many as fit) between the model's special ones, padding."""
-        rows = self._tokenizer(list(captions), padding="max_length", max_length=max_length, truncation=True)
+        """As `Tokenizer.encode`: the caption's tokens (as many as fit) between the model's special
+        ones, padding.
+        """
+        rows = self._tokenizer(
+            list(captions), padding="max_length", max_length=max_length, truncation=True
+        )
         return np.array(rows.input_ids, np.int32), np.array(rows.attention_mask, bool)
 
 
 def load_tokenizer(path: str | pathlib.Path | None = None) -> Tokenizer | FolderTokens:
-    """Loads a tokenizer file written by `train_tokenizer`, or CLIP's or T5's from a folder; the bundled one if `path` is None.
+    """Loads a tokenizer file written by `train_tokenizer`, or CLIP's or T5's from a folder; the
+    bundled one if `path` is None.
 
     Raises:
         ValueError: if the file is missing or no such tokenizer, in one line.
@@ -128,7 +151,8 @@ def load_tokenizer(path: str | pathlib.Path | None = None) -> Tokenizer | Folder
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int = 4096) -> tokenizers.Tokenizer:
-    """Trains a lowercased byte-level BPE of exactly `vocab_size` tokens, if the text offers as many.
+    """Trains a lowercased byte-level BPE of exactly `vocab_size` tokens, if the text offers as
+    many.
 
     All 256 bytes are tokens, so nothing is ever unknown.
     """

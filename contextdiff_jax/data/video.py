@@ -28,7 +28,9 @@ def _from_folder(folder: pathlib.Path) -> Iterator[Frame]:
             with Image.open(path) as image:
                 yield _opaque(image)
         except OSError as error:
-            raise ValueError(f"video.path={path}: can't be read as a picture ({error}); remove or replace it") from None
+            raise ValueError(
+                f"video.path={path}: can't be read as a picture ({error}); remove or replace it"
+            ) from None
 
 
 def _from_gif(path: pathlib.Path) -> Iterator[Frame]:
@@ -56,7 +58,9 @@ def _from_film(path: pathlib.Path) -> Iterator[Frame]:
 
 
 def resize(frame: Frame, size: tuple[int, int]) -> Frame:
-    """`frame` at (height, width) `size`: scaled until it covers it, then cut about the middle, nothing distorted."""
+    """`frame` at (height, width) `size`: scaled until it covers it, then cut about the middle,
+    nothing distorted.
+    """
     height, width = frame.shape[:2]
     if (height, width) == tuple(size):
         return frame
@@ -68,17 +72,29 @@ def resize(frame: Frame, size: tuple[int, int]) -> Frame:
 
 
 def read_clip(
-    path: str | pathlib.Path, *, num_frames: int, start: int = 0, stride: int = 1, size: tuple[int, int] | None = None
+    path: str | pathlib.Path,
+    *,
+    num_frames: int,
+    start: int = 0,
+    stride: int = 1,
+    size: tuple[int, int] | None = None,
 ) -> UInt8[np.ndarray, "F H W 3"]:
-    """`num_frames` frames (0: all that there are) from `start`, every `stride`-th, at `size` (None: as they are).
+    """`num_frames` frames (0: all that there are) from `start`, every `stride`-th, at `size` (None:
+    as they are).
 
-    Raises ValueError, one line: a path that is missing, unreadable or without frames; frames of different sizes;
-    fewer frames than asked.
+    Raises ValueError, one line: a path that is missing, unreadable or without frames; frames of
+    different sizes; fewer frames than asked.
     """
     path = pathlib.Path(path)
     if not path.exists():
         raise ValueError(f"video.path={path}: no such file or folder")
-    read = _from_folder if path.is_dir() else _from_gif if path.suffix.lower() == ".gif" else _from_film
+    read = (
+        _from_folder
+        if path.is_dir()
+        else _from_gif
+        if path.suffix.lower() == ".gif"
+        else _from_film
+    )
     stop = start + (num_frames - 1) * stride + 1 if num_frames else None
     frames, seen, first = [], 0, None
     for seen, frame in enumerate(itertools.islice(read(path), stop), start=1):
@@ -86,11 +102,19 @@ def read_clip(
             first = first or frame.shape
             if frame.shape != first:
                 sizes = ["{} x {}".format(*shape[:2]) for shape in (first, frame.shape)]
-                raise ValueError(f"video.path={path}: frame {seen - 1} is {sizes[1]}, the first {sizes[0]}; all must agree")
+                raise ValueError(
+                    f"video.path={path}: frame {seen - 1} is {sizes[1]}, the first {sizes[0]}; all must agree"
+                )
             frames.append(frame if size is None else resize(frame, size))
     if not seen:
-        raise ValueError(f"video.path={path}: has no frames ({', '.join(PICTURES)} are read in a folder)")
+        raise ValueError(
+            f"video.path={path}: has no frames ({', '.join(PICTURES)} are read in a folder)"
+        )
     if len(frames) < max(num_frames, 1):
-        wanted = f"video.num_frames={num_frames} from video.start={start} every video.stride={stride}"
-        raise ValueError(f"video.path={path}: has {seen} frames; {wanted} needs at least {stop or start + 1}")
+        wanted = (
+            f"video.num_frames={num_frames} from video.start={start} every video.stride={stride}"
+        )
+        raise ValueError(
+            f"video.path={path}: has {seen} frames; {wanted} needs at least {stop or start + 1}"
+        )
     return np.stack(frames)

@@ -1,13 +1,16 @@
-"""Tar shards in WebDataset's layout, as LAION's are: read at random through an index of the members' places.
+"""Tar shards in WebDataset's layout, as LAION's are: read at random through an index of the
+members' places.
 
     path/00000.tar: 000000000.jpg  000000000.txt  000000000.json  000000001.jpg ...      one record a key
 
-The members of a record are neighbours and share the name up to the first dot of its last part. The picture is one of
-`PICTURES`; the caption is `caption_field` of the `.json` (a string or a list of them), else the `.txt`, else `caption` of
-the `.json`; the other fields of the `.json` are kept as attributes.
+The members of a record are neighbours and share the name up to the first dot of its last part. The
+picture is one of `PICTURES`; the caption is `caption_field` of the `.json` (a string or a list of
+them), else the `.txt`, else `caption` of the `.json`; the other fields of the `.json` are kept as
+attributes.
 
-The index is made once from the tar headers, and kept (see `kept`): afterwards a source opens in the time that it
-takes to map one file into memory. No shard is ever extracted; a record is one `pread` a member.
+The index is made once from the tar headers, and kept (see `kept`): afterwards a source opens in the
+time that it takes to map one file into memory. No shard is ever extracted; a record is one `pread`
+a member.
 """
 
 from __future__ import annotations
@@ -26,11 +29,23 @@ import numpy as np
 from absl import logging
 
 from contextdiff_jax.data.kept import fingerprint, kept_array
-from contextdiff_jax.data.records import BrokenRecords, Encoded, PictureConfig, PictureSource, captions_of, find_files
+from contextdiff_jax.data.records import (
+    BrokenRecords,
+    Encoded,
+    PictureConfig,
+    PictureSource,
+    captions_of,
+    find_files,
+)
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 _KINDS = {**dict.fromkeys(PICTURES, "image"), "txt": "text", "json": "json"}
-_ENTRY = np.dtype([("shard", "<i4"), *((kind, [("offset", "<i8"), ("size", "<i4")]) for kind in ("image", "text", "json"))])
+_ENTRY = np.dtype(
+    [
+        ("shard", "<i4"),
+        *((kind, [("offset", "<i8"), ("size", "<i4")]) for kind in ("image", "text", "json")),
+    ]
+)
 _MAX_OPEN = 256  # shards; a process may have 1024 files open by default
 
 
@@ -42,16 +57,22 @@ class WebDatasetConfig(PictureConfig):
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo | str]:
-    """The members of a tar file; a str for a header that is broken, after which the next good one is looked for."""
+    """The members of a tar file; a str for a header that is broken, after which the next good one
+    is looked for.
+    """
     size = os.fstat(file.fileno()).st_size
-    with tarfile.TarFile(fileobj=file, ignore_zeros=True) as tar:  # ignore_zeros: a broken first header is no error
+    with tarfile.TarFile(
+        fileobj=file, ignore_zeros=True
+    ) as tar:  # ignore_zeros: a broken first header is no error
         tar.offset, broken = 0, False
         while tar.offset < size:
             start = tar.offset
             file.seek(start)
             try:
                 member = tarfile.TarInfo.fromtarfile(tar)
-            except tarfile.EOFHeaderError:  # a block of zeros: the end, or what `cat a.tar b.tar` leaves in between
+            except (
+                tarfile.EOFHeaderError
+            ):  # a block of zeros: the end, or what `cat a.tar b.tar` leaves in between
                 tar.offset = start + tarfile.BLOCKSIZE
                 continue
             except (tarfile.TarError, ValueError, OverflowError) as error:
@@ -76,7 +97,9 @@ def _index_shard(path: pathlib.Path, number: int) -> tuple[list[tuple], list[str
             return
         if "image" in record and ("text" in record or "json" in record):
             absent = (0, 0)
-            entries.append((number, record["image"], record.get("text", absent), record.get("json", absent)))
+            entries.append(
+                (number, record["image"], record.get("text", absent), record.get("json", absent))
+            )
         else:
             name, lacks = "/".join(filter(None, key)), "caption" if "image" in record else "picture"
             broken.append(f"{path.name}: byte {at}: {name} has no {lacks}")
@@ -118,7 +141,9 @@ def _index(root: pathlib.Path, shards: list[str]) -> tuple[np.ndarray, dict[str,
 
 @functools.lru_cache(_MAX_OPEN)
 def _open(path: str, key: str) -> BinaryIO:
-    """A shard to `pread` from, shared by all threads; closed when it is neither among the latest nor in use."""
+    """A shard to `pread` from, shared by all threads; closed when it is neither among the latest
+    nor in use.
+    """
     return open(path, "rb", buffering=0)
 
 
@@ -149,11 +174,16 @@ class WebDatasetSource(PictureSource):
             config.path, total, config.max_broken_fraction, num_broken, self._facts["reasons"]
         )
         if not len(self):
-            raise ValueError(f"data.path={config.path!r}: the shards {config.shards} hold no records")
+            raise ValueError(
+                f"data.path={config.path!r}: the shards {config.shards} hold no records"
+            )
 
     def _load_index(self) -> None:
         self._entries, self._facts = kept_array(
-            self.config.path, self.config.index_folder, "index", self.cache_key(),
+            self.config.path,
+            self.config.index_folder,
+            "index",
+            self.cache_key(),
             lambda: _index(pathlib.Path(self.config.path), self._shards),
         )
 

@@ -8,7 +8,15 @@ from contextdiff_jax.diffusion.guidance import (
     posterior_mean_denoise,
     unpair,
 )
-from contextdiff_jax.diffusion.losses import loss_weight, prior_kl, sample_timesteps, snr, vlb, vlb_ends, vlb_kl
+from contextdiff_jax.diffusion.losses import (
+    loss_weight,
+    prior_kl,
+    sample_timesteps,
+    snr,
+    vlb,
+    vlb_ends,
+    vlb_kl,
+)
 from contextdiff_jax.diffusion.process import (
     Gaussian,
     marginal_mean,
@@ -18,7 +26,14 @@ from contextdiff_jax.diffusion.process import (
     shift_coefficient,
     training_target,
 )
-from contextdiff_jax.diffusion.samplers import Denoised, Reuse, ddim_invert, ddim_sample, ddpm_sample, get_sampler
+from contextdiff_jax.diffusion.samplers import (
+    Denoised,
+    Reuse,
+    ddim_invert,
+    ddim_sample,
+    ddpm_sample,
+    get_sampler,
+)
 from contextdiff_jax.diffusion.schedule import NoiseSchedule, make_schedule, spaced_timesteps
 
 __all__ = [

@@ -1,11 +1,12 @@
 """From networks to denoise functions: estimates of the context, guidance, thresholding.
 
-`predict(x_t, t)` is a network with its text bound; `context_fn(x0, t)` is r_phi with its text bound.
+`predict(x_t, t)` is a network with its text bound; `context_fn(x0, t)` is r_phi with its text
+bound.
 """
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
@@ -16,7 +17,11 @@ from contextdiff_jax.diffusion.schedule import NoiseSchedule
 
 
 def plugin_denoise(
-    predict: Callable, context_fn: Callable, schedule: NoiseSchedule, prediction_type: str, clip: float | None = None
+    predict: Callable,
+    context_fn: Callable,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    clip: float | None = None,
 ) -> DenoiseFn:
     """The paper's estimate: r_hat = r_phi(x0_hat, c, .) at t and at s. `clip` bounds |x0_hat|."""
 
@@ -31,7 +36,9 @@ def plugin_denoise(
 def posterior_mean_denoise(
     predict: Callable, schedule: NoiseSchedule, prediction_type: str, clip: float | None = None
 ) -> DenoiseFn:
-    """Ours: `predict` returns (output, E[r | x_t, c]), the second head's regression; r doesn't depend on t."""
+    """Ours: `predict` returns (output, E[r | x_t, c]), the second head's regression; r doesn't
+    depend on t.
+    """
 
     def denoise(x_t, t, s):
         output, context = predict(x_t, t)
@@ -41,16 +48,18 @@ def posterior_mean_denoise(
     return denoise
 
 
-def _clip(x0: Float[Array, "B *D"], clip: float | None) -> Float[Array, "B *D"]:
+def _clip(x0: Float[Array, B * D], clip: float | None) -> Float[Array, B * D]:
     return x0 if clip is None else jnp.clip(x0, -clip, clip)
 
 
-def pair(first: Shaped[Array, "B *D"], second: Shaped[Array, "B *D"]) -> Shaped[Array, "2B *D"]:
-    """The rows of guidance's two branches as one batch, side by side: so those of an example stay on its device."""
+def pair(first: Shaped[Array, B * D], second: Shaped[Array, B * D]) -> Shaped[Array, "2B *D"]:
+    """The rows of guidance's two branches as one batch, side by side: so those of an example stay
+    on its device.
+    """
     return jnp.stack([first, second], 1).reshape(-1, *first.shape[1:])
 
 
-def unpair(both: Shaped[Array, "2B *D"]) -> tuple[Shaped[Array, "B *D"], Shaped[Array, "B *D"]]:
+def unpair(both: Shaped[Array, "2B *D"]) -> tuple[Shaped[Array, B * D], Shaped[Array, B * D]]:
     """The inverse of `pair`."""
     rows = both.reshape(-1, 2, *both.shape[1:])
     return rows[:, 0], rows[:, 1]
@@ -61,19 +70,22 @@ def guide(
 ) -> Denoised:
     """Classifier-free guidance (Ho & Salimans 2022) of x0 and of both contexts: u + g (c - u).
 
-    `rescale` in [0, 1] mixes in the guided x0 with its standard deviation per sample set back to the
-    conditional's (Lin et al. 2023, eq. 15-16). guidance_scale 1 is the conditional branch.
+    `rescale` in [0, 1] mixes in the guided x0 with its standard deviation per sample set back to
+    the conditional's (Lin et al. 2023, eq. 15-16). guidance_scale 1 is the conditional branch.
     """
-    guided = Denoised(*(u + guidance_scale * (c - u) for c, u in zip(conditional, unconditional, strict=True)))
+    guided = Denoised(
+        *(u + guidance_scale * (c - u) for c, u in zip(conditional, unconditional, strict=True))
+    )
     axes = tuple(range(1, guided.x0.ndim))
     std, target = guided.x0.std(axes), conditional.x0.std(axes)
     factor = 1 + rescale * (target / jnp.maximum(std, 1e-8) - 1)
     return guided._replace(x0=bcast(factor, guided.x0) * guided.x0) if rescale else guided
 
 
-def dynamic_threshold(x0: Float[Array, "B *D"], percentile: float = 99.5) -> Float[Array, "B *D"]:
-    """Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3): with s the percentile (in 0..100) of
-    |x0| per sample and s >= 1, x0 is clipped to [-s, s] and divided by s."""
+def dynamic_threshold(x0: Float[Array, B * D], percentile: float = 99.5) -> Float[Array, B * D]:
+    """Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3): with s the percentile (in
+    0..100) of |x0| per sample and s >= 1, x0 is clipped to [-s, s] and divided by s.
+    """
     s = jnp.percentile(jnp.abs(x0).reshape(x0.shape[0], -1), percentile, axis=-1)
     s = bcast(jnp.maximum(s, 1.0), x0)
     return jnp.clip(x0, -s, s) / s

@@ -1,4 +1,5 @@
-"""Training objectives: timestep sampling, weights by signal-to-noise ratio, L_T, and the exact bound.
+"""Training objectives: timestep sampling, weights by signal-to-noise ratio, L_T, and the exact
+bound.
 
 bound    L = L_T + sum_{t=1}^{T-1} KL_t + L_0,  in bits per dimension                                      (7)
 KL_t     |mu(x_t, x0, r) - mu(x_t, x0_hat, r_hat)|^2 / (2 sigma_t^2), mu and sigma of (3) at eta = 1       (8)
@@ -8,13 +9,18 @@ L_0      -log of a Gaussian around x0_hat, integrated over the pixel's 1/255-wid
 from __future__ import annotations
 
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from contextdiff_jax.diffusion.process import check_prediction_type, marginal_mean, q_posterior, q_sample
+from contextdiff_jax.diffusion.process import (
+    check_prediction_type,
+    marginal_mean,
+    q_posterior,
+    q_sample,
+)
 from contextdiff_jax.diffusion.samplers import DenoiseFn
 from contextdiff_jax.diffusion.schedule import NoiseSchedule
 
@@ -37,7 +43,8 @@ def _p2(ratio, prediction_type, gamma):
 
 
 def _from_epsilon_weight(weight, ratio, prediction_type):
-    # |x0 error|^2 = |e error|^2 / snr, |v error|^2 = |e error|^2 (snr + 1) / snr: one loss, three scales.
+    # |x0 error|^2 = |e error|^2 / snr, |v error|^2 = |e error|^2 (snr + 1) / snr: one loss, three
+    # scales.
     return weight * {"epsilon": 1.0, "x0": ratio, "v": ratio / (1 + ratio)}[prediction_type]
 
 
@@ -51,13 +58,16 @@ def loss_weight(
     weighting: str = "uniform",
     gamma: float = 5.0,
 ) -> Float[Array, "*B"]:
-    """The weight of the squared error on the target at t: `uniform` 1; `min_snr` min(snr, gamma)/snr on epsilon
-    (Hang et al. 2023); `p2` (1 + snr)^-gamma on epsilon (Choi et al. 2022, k = 1); both carried over to the same
-    loss on x0 and v. Finite at SNR 0. Raises ValueError for an unknown weighting or prediction type.
+    """The weight of the squared error on the target at t: `uniform` 1; `min_snr` min(snr,
+    gamma)/snr on epsilon (Hang et al. 2023); `p2` (1 + snr)^-gamma on epsilon (Choi et al. 2022, k
+    = 1); both carried over to the same loss on x0 and v. Finite at SNR 0. Raises ValueError for an
+    unknown weighting or prediction type.
     """
     check_prediction_type(prediction_type)
     if weighting not in WEIGHTINGS:
-        raise ValueError(f"diffusion.weighting={weighting!r}: unknown; one of {', '.join(WEIGHTINGS)}")
+        raise ValueError(
+            f"diffusion.weighting={weighting!r}: unknown; one of {', '.join(WEIGHTINGS)}"
+        )
     return WEIGHTINGS[weighting](snr(schedule, t), prediction_type, gamma)
 
 
@@ -77,13 +87,18 @@ def _antithetic(key, batch_size, num_timesteps):
     return jnp.concatenate([t, num_timesteps - 1 - t])[:batch_size]
 
 
-TIMESTEP_SAMPLINGS = {"independent": _independent, "stratified": _stratified, "antithetic": _antithetic}
+TIMESTEP_SAMPLINGS = {
+    "independent": _independent,
+    "stratified": _stratified,
+    "antithetic": _antithetic,
+}
 
 
 def sample_timesteps(
     key: PRNGKeyArray, batch_size: int, num_timesteps: int, sampling: str = "stratified"
-) -> Int[Array, "B"]:
-    """Indices in 0..T-1, each uniform: `independent`, `stratified` (one a stratum) or `antithetic` (t, T-1-t).
+) -> Int[Array, B]:
+    """Indices in 0..T-1, each uniform: `independent`, `stratified` (one a stratum) or `antithetic`
+    (t, T-1-t).
 
     Raises ValueError for an unknown sampling.
     """
@@ -95,29 +110,37 @@ def sample_timesteps(
 
 
 def prior_kl(
-    schedule: NoiseSchedule, x0: Float[Array, "B *D"], context: Float[Array, "B *D"], shift: str = "quadratic"
-) -> Float[Array, "B"]:
-    """L_T: KL(q(x_{T-1} | x0, c) || N(0, I)) in bits/dim; `context` is r at T-1. Its weight in the loss keeps x_T
-    standard normal where k_T is not 0."""
+    schedule: NoiseSchedule,
+    x0: Float[Array, B * D],
+    context: Float[Array, B * D],
+    shift: str = "quadratic",
+) -> Float[Array, B]:
+    """L_T: KL(q(x_{T-1} | x0, c) || N(0, I)) in bits/dim; `context` is r at T-1. Its weight in the
+    loss keeps x_T standard normal where k_T is not 0.
+    """
     T = jnp.full(x0.shape[:1], schedule.num_timesteps - 1)
     mean = marginal_mean(schedule, x0, context, T, shift)
     variance = schedule.variances[-1]
     return _bits_per_dim(0.5 * (variance + mean**2 - 1 - jnp.log(variance)))
 
 
-def _bits_per_dim(nats: Float[Array, "B *D"]) -> Float[Array, "B"]:
+def _bits_per_dim(nats: Float[Array, B * D]) -> Float[Array, B]:
     return nats.mean(tuple(range(1, nats.ndim))) / math.log(2)
 
 
 def _discretised_gaussian_nll(x0, mean, variance):
-    """-log of N(mean, variance) integrated over x0's bin; the outermost bins reach to infinity, (9)."""
+    """-log of N(mean, variance) integrated over x0's bin; the outermost bins reach to infinity,
+    (9).
+    """
     inverse_std = jax.lax.rsqrt(variance)
     upper, lower = ((x0 - mean + d / 255) * inverse_std for d in (1, -1))
-    # Log of a difference of CDFs through log CDFs, mirrored into the left tail where they keep their digits.
+    # Log of a difference of CDFs through log CDFs, mirrored into the left tail where they keep
+    # their digits.
     mirrored = upper + lower > 0
     upper, lower = jnp.where(mirrored, -lower, upper), jnp.where(mirrored, -upper, lower)
     log_upper, log_lower = jax.scipy.stats.norm.logcdf(upper), jax.scipy.stats.norm.logcdf(lower)
-    # The difference is bounded away from 0 because the bin has width 2/255; the clip only guards its gradient.
+    # The difference is bounded away from 0 because the bin has width 2/255; the clip only guards
+    # its gradient.
     inner = log_upper + jnp.log(-jnp.expm1(jnp.minimum(log_lower - log_upper, -1e-12)))
     first = jax.scipy.stats.norm.logcdf((x0 - mean + 1 / 255) * inverse_std)
     last = jax.scipy.stats.norm.logcdf(-(x0 - mean - 1 / 255) * inverse_std)
@@ -134,9 +157,14 @@ def _denoised_at(denoise, x0, context_fn, schedule, key, t, shift):
 
 
 def vlb_kl(
-    denoise: DenoiseFn, x0: Float[Array, "B *D"], context_fn: ContextFn, schedule: NoiseSchedule, key: PRNGKeyArray,
-    t: Int[Array, "B"], shift: str = "quadratic",
-) -> Float[Array, "B"]:
+    denoise: DenoiseFn,
+    x0: Float[Array, B * D],
+    context_fn: ContextFn,
+    schedule: NoiseSchedule,
+    key: PRNGKeyArray,
+    t: Int[Array, B],
+    shift: str = "quadratic",
+) -> Float[Array, B]:
     """(8) at t in 1..T-1, each sample's own, with one noise draw, in bits/dim."""
     x_t, r_t, r_s, hat = _denoised_at(denoise, x0, context_fn, schedule, key, t, shift)
     true = q_posterior(schedule, x0, x_t, r_t, r_s, t, t - 1, shift=shift)
@@ -145,33 +173,47 @@ def vlb_kl(
 
 
 def vlb_ends(
-    denoise: DenoiseFn, x0: Float[Array, "B *D"], context_fn: ContextFn, schedule: NoiseSchedule, key: PRNGKeyArray,
+    denoise: DenoiseFn,
+    x0: Float[Array, B * D],
+    context_fn: ContextFn,
+    schedule: NoiseSchedule,
+    key: PRNGKeyArray,
     shift: str = "quadratic",
-) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """(L_T, L_0) of (7) in bits/dim; L_0 (9) with one noise draw and the posterior variance of t = 1 (Nichol &
-    Dhariwal 2021), as DDPM's own is 0 at t = 0."""
+) -> tuple[Float[Array, B], Float[Array, B]]:
+    """(L_T, L_0) of (7) in bits/dim; L_0 (9) with one noise draw and the posterior variance of t =
+    1 (Nichol & Dhariwal 2021), as DDPM's own is 0 at t = 0.
+    """
     t = jnp.zeros(x0.shape[:1], jnp.int32)
     *_, hat = _denoised_at(denoise, x0, context_fn, schedule, key, t, shift)
     decoder_variance = q_posterior(schedule, x0, x0, x0, x0, jnp.int32(1), jnp.int32(0)).variance
     decoder = _bits_per_dim(_discretised_gaussian_nll(x0, hat.x0, decoder_variance))
-    prior = prior_kl(schedule, x0, context_fn(x0, jnp.full_like(t, schedule.num_timesteps - 1)), shift)
+    prior = prior_kl(
+        schedule, x0, context_fn(x0, jnp.full_like(t, schedule.num_timesteps - 1)), shift
+    )
     return prior, decoder
 
 
 def vlb(
-    denoise: DenoiseFn, x0: Float[Array, "B *D"], context_fn: ContextFn, schedule: NoiseSchedule, key: PRNGKeyArray,
+    denoise: DenoiseFn,
+    x0: Float[Array, B * D],
+    context_fn: ContextFn,
+    schedule: NoiseSchedule,
+    key: PRNGKeyArray,
     shift: str = "quadratic",
-) -> dict[str, Float[Array, "..."]]:
-    """The bound (7) on -log2 p(x0 | c) a dimension, one noise draw for each t; x0 holds pixels in {-1, ..., 1}, 256
-    levels. With a shift, (8) contains the errors of the context too.
+) -> dict[str, Float[Array, ...]]:
+    """The bound (7) on -log2 p(x0 | c) a dimension, one noise draw for each t; x0 holds pixels in
+    {-1, ..., 1}, 256 levels. With a shift, (8) contains the errors of the context too.
 
-    Returns `total` [B], `prior` [B] (L_T), `kl` [T, B] (row 0 is 0: that step is the decoder) and `decoder` [B] (L_0).
+    Returns `total` [B], `prior` [B] (L_T), `kl` [T, B] (row 0 is 0: that step is the decoder) and
+    `decoder` [B] (L_0).
     """
     batch = x0.shape[:1]
 
     def row(_, index):
         step_key = jax.random.fold_in(key, index)
-        return None, vlb_kl(denoise, x0, context_fn, schedule, step_key, jnp.full(batch, index), shift)
+        return None, vlb_kl(
+            denoise, x0, context_fn, schedule, step_key, jnp.full(batch, index), shift
+        )
 
     _, kl = jax.lax.scan(row, None, jnp.arange(1, schedule.num_timesteps))
     kl = jnp.concatenate([jnp.zeros((1, *batch)), kl])

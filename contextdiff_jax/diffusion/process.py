@@ -8,8 +8,9 @@ posterior   q(x_s | x_t, x0, c) = N(a_s x0 + k_s r_s
             sigma^2 = eta^2 (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s)                              (4)
 targets     e = (x_t - a_t x0) / b_t,  v = a_t e - b_t x0                                                  (5)
 
-(3) keeps (2) exact at s for every eta: eta = 1 is DDPM's posterior, eta = 0 is DDIM. e is the *effective*
-noise, it contains the shift: so x0 is explicit in every target, and r = 0 is plain diffusion.
+(3) keeps (2) exact at s for every eta: eta = 1 is DDPM's posterior, eta = 0 is DDIM. e is the
+*effective* noise, it contains the shift: so x0 is explicit in every target, and r = 0 is plain
+diffusion.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from contextdiff_jax.diffusion.schedule import NoiseSchedule
 class Gaussian(NamedTuple):
     """An isotropic Gaussian per sample; `variance` broadcasts against `mean`."""
 
-    mean: Float[Array, "B *D"]
-    variance: Float[Array, "B *D"]
+    mean: Float[Array, B * D]
+    variance: Float[Array, B * D]
 
 
 def _quadratic(a: Float[Array, "*B"], variance: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -45,20 +46,29 @@ def _none(a: Float[Array, "*B"], variance: Float[Array, "*B"]) -> Float[Array, "
     return jnp.zeros_like(variance)
 
 
-SHIFTS = {"quadratic": _quadratic, "prior": _prior, "data_normalization": _data_normalization, "none": _none}
+SHIFTS = {
+    "quadratic": _quadratic,
+    "prior": _prior,
+    "data_normalization": _data_normalization,
+    "none": _none,
+}
 
 
-def bcast(coefficient: Float[Array, "*B"], x: Float[Array, "B *D"]) -> Float[Array, "*B *ones"]:
+def bcast(coefficient: Float[Array, "*B"], x: Float[Array, B * D]) -> Float[Array, "*B *ones"]:
     """Appends axes to a per-sample coefficient (or a scalar) so that it multiplies x."""
     coefficient = jnp.asarray(coefficient)
-    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim)) if coefficient.ndim else coefficient
+    return (
+        coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+        if coefficient.ndim
+        else coefficient
+    )
 
 
 def shift_coefficient(
     schedule: NoiseSchedule, t: Int[Array, "*B"], shift: str = "quadratic"
 ) -> Float[Array, "*B"]:
-    """k_t: `quadratic` a(1-a) (ContextDiff), `prior` 1-a and `data_normalization` -a (ShiftDDPM, Zhang et al.
-    2023; only for a context of the text alone), `none` 0. Always 0 at t = -1.
+    """k_t: `quadratic` a(1-a) (ContextDiff), `prior` 1-a and `data_normalization` -a (ShiftDDPM,
+    Zhang et al. 2023; only for a context of the text alone), `none` 0. Always 0 at t = -1.
 
     Raises ValueError for an unknown shift.
     """
@@ -69,11 +79,11 @@ def shift_coefficient(
 
 def marginal_mean(
     schedule: NoiseSchedule,
-    x0: Float[Array, "B *D"],
-    context: Float[Array, "B *D"],
+    x0: Float[Array, B * D],
+    context: Float[Array, B * D],
     t: Int[Array, "*B"],
     shift: str = "quadratic",
-) -> Float[Array, "B *D"]:
+) -> Float[Array, B * D]:
     """a_t x0 + k_t r_t, the mean of (2)."""
     a = bcast(jnp.sqrt(schedule.alpha_bar(t)), x0)
     return a * x0 + bcast(shift_coefficient(schedule, t, shift), x0) * context
@@ -81,22 +91,25 @@ def marginal_mean(
 
 def q_sample(
     schedule: NoiseSchedule,
-    x0: Float[Array, "B *D"],
-    context: Float[Array, "B *D"],
+    x0: Float[Array, B * D],
+    context: Float[Array, B * D],
     t: Int[Array, "*B"],
-    noise: Float[Array, "B *D"],
+    noise: Float[Array, B * D],
     shift: str = "quadratic",
-) -> Float[Array, "B *D"]:
+) -> Float[Array, B * D]:
     """x_t from (2), reparameterised by standard normal `noise`."""
-    return marginal_mean(schedule, x0, context, t, shift) + bcast(jnp.sqrt(schedule.variance(t)), x0) * noise
+    return (
+        marginal_mean(schedule, x0, context, t, shift)
+        + bcast(jnp.sqrt(schedule.variance(t)), x0) * noise
+    )
 
 
 def q_posterior(
     schedule: NoiseSchedule,
-    x0: Float[Array, "B *D"],
-    x_t: Float[Array, "B *D"],
-    context_t: Float[Array, "B *D"],
-    context_s: Float[Array, "B *D"],
+    x0: Float[Array, B * D],
+    x_t: Float[Array, B * D],
+    context_t: Float[Array, B * D],
+    context_s: Float[Array, B * D],
     t: Int[Array, "*B"],
     s: Int[Array, "*B"],
     eta: float | Float[Array, ""] = 1.0,
@@ -108,13 +121,18 @@ def q_posterior(
     """
     abar_t, abar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
     var_t, var_s = schedule.variance(t), schedule.variance(s)
-    # 1 - abar_t/abar_s, by whichever difference keeps its digits in float32: near clean data or near noise.
+    # 1 - abar_t/abar_s, by whichever difference keeps its digits in float32: near clean data or
+    # near noise.
     gap = jnp.where(abar_s > 0.5, (var_t - var_s) / abar_s, 1 - abar_t / abar_s)
     sigma2 = eta**2 * var_s / var_t * gap
-    # 1 - abar_s - sigma^2, rearranged into a sum of non-negative terms: nothing cancels, the root is real.
+    # 1 - abar_s - sigma^2, rearranged into a sum of non-negative terms: nothing cancels, the root
+    # is real.
     direction = (1 - eta**2) * var_s + eta**2 * var_s**2 * abar_t / (abar_s * var_t)
     residual = x_t - marginal_mean(schedule, x0, context_t, t, shift)
-    mean = marginal_mean(schedule, x0, context_s, s, shift) + bcast(jnp.sqrt(direction / var_t), x0) * residual
+    mean = (
+        marginal_mean(schedule, x0, context_s, s, shift)
+        + bcast(jnp.sqrt(direction / var_t), x0) * residual
+    )
     return Gaussian(mean, bcast(sigma2, x0))
 
 
@@ -135,7 +153,8 @@ def _x0_from_x0(output, x_t, a, b):
 
 
 def _x0_from_epsilon(output, x_t, a, b):
-    # Where a = 0 (zero terminal SNR) e = x_t says nothing of x0; its conditional mean given nothing is 0.
+    # Where a = 0 (zero terminal SNR) e = x_t says nothing of x0; its conditional mean given nothing
+    # is 0.
     return jnp.where(a > 0, (x_t - b * output) / jnp.where(a > 0, a, 1.0), 0.0)
 
 
@@ -160,11 +179,11 @@ def check_prediction_type(prediction_type: str) -> None:
 
 def training_target(
     schedule: NoiseSchedule,
-    x0: Float[Array, "B *D"],
-    x_t: Float[Array, "B *D"],
+    x0: Float[Array, B * D],
+    x_t: Float[Array, B * D],
     t: Int[Array, "*B"],
     prediction_type: str,
-) -> Float[Array, "B *D"]:
+) -> Float[Array, B * D]:
     """What the network is to predict at t: `x0`, the effective noise `epsilon`, or `v`, (5).
 
     Raises ValueError for an unknown prediction type.
@@ -177,18 +196,22 @@ def training_target(
 
 def predict_x0(
     schedule: NoiseSchedule,
-    output: Float[Array, "B *D"],
-    x_t: Float[Array, "B *D"],
+    output: Float[Array, B * D],
+    x_t: Float[Array, B * D],
     t: Int[Array, "*B"],
     prediction_type: str,
-) -> Float[Array, "B *D"]:
-    """x0 from the network's output at t, the inverse of `training_target`. An `epsilon` output at an index with
-    abar = 0 carries no x0: the result is 0 there (use `v` or `x0` with zero terminal SNR).
+) -> Float[Array, B * D]:
+    """x0 from the network's output at t, the inverse of `training_target`. An `epsilon` output at
+    an index with abar = 0 carries no x0: the result is 0 there (use `v` or `x0` with zero terminal
+    SNR).
 
     Raises ValueError for an unknown prediction type.
     """
     check_prediction_type(prediction_type)
     _, inverse = PREDICTION_TYPES[prediction_type]
     return inverse(
-        output, x_t, bcast(jnp.sqrt(schedule.alpha_bar(t)), x_t), bcast(jnp.sqrt(schedule.variance(t)), x_t)
+        output,
+        x_t,
+        bcast(jnp.sqrt(schedule.alpha_bar(t)), x_t),
+        bcast(jnp.sqrt(schedule.variance(t)), x_t),
     )

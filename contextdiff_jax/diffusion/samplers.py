@@ -1,7 +1,8 @@
 """Samplers: the reverse process as one `lax.scan` over timesteps.
 
-Each is a function of a denoise function, a start, a schedule and timesteps. Guidance, thresholding and the
-way the context is estimated belong to the denoise function (`guidance.py`), so a sampler is its equation.
+Each is a function of a denoise function, a start, a schedule and timesteps. Guidance, thresholding
+and the way the context is estimated belong to the denoise function (`guidance.py`), so a sampler is
+its equation.
 """
 
 from __future__ import annotations
@@ -20,23 +21,28 @@ from contextdiff_jax.diffusion.schedule import NoiseSchedule
 class Denoised(NamedTuple):
     """An estimate of the clean sample and of its context at the current and at the next index."""
 
-    x0: Float[Array, "B *D"]
-    context_t: Float[Array, "B *D"]
-    context_s: Float[Array, "B *D"]
+    x0: Float[Array, B * D]
+    context_t: Float[Array, B * D]
+    context_s: Float[Array, B * D]
 
 
 class DenoiseFn(Protocol):
-    """`denoise(x_t, t, s)`: t, s int [B]; the context is wanted at t (where x_t is) and at s (where it goes)."""
+    """`denoise(x_t, t, s)`: t, s int [B]; the context is wanted at t (where x_t is) and at s (where
+    it goes).
+    """
 
-    def __call__(self, x_t: Float[Array, "B *D"], t: Int[Array, "B"], s: Int[Array, "B"]) -> Denoised: ...
+    def __call__(
+        self, x_t: Float[Array, B * D], t: Int[Array, B], s: Int[Array, B]
+    ) -> Denoised: ...
 
 
 class Reuse(NamedTuple):
-    """What of a step serves the next ones too: `keep(x_t, t)` is computed every `interval` steps and handed to the denoise
-    function, `denoise(x_t, t, s, kept)`."""
+    """What of a step serves the next ones too: `keep(x_t, t)` is computed every `interval` steps
+    and handed to the denoise function, `denoise(x_t, t, s, kept)`.
+    """
 
     interval: int
-    keep: Callable[[Float[Array, "B *D"], Int[Array, "B"]], PyTree]
+    keep: Callable[[Float[Array, B * D], Int[Array, B]], PyTree]
 
 
 def check_eta(eta: float) -> None:
@@ -45,7 +51,18 @@ def check_eta(eta: float) -> None:
         raise ValueError(f"eta={eta}: must lie in [0, 1] (0 is DDIM, 1 is DDPM)")
 
 
-def _reverse(denoise, x_T, schedule, timesteps, eta, key, shift, next_timesteps=None, project=None, reuse=None):
+def _reverse(
+    denoise,
+    x_T,
+    schedule,
+    timesteps,
+    eta,
+    key,
+    shift,
+    next_timesteps=None,
+    project=None,
+    reuse=None,
+):
     timesteps = jnp.asarray(timesteps)
     keys = None if key is None else jax.random.split(key, timesteps.shape[0])
 
@@ -67,10 +84,14 @@ def _reverse(denoise, x_T, schedule, timesteps, eta, key, shift, next_timesteps=
     if reuse is None:
         return jax.lax.scan(step, x_T, inputs)[0]
     if timesteps.shape[0] % reuse.interval:
-        raise ValueError(f"reuse={reuse.interval}: must divide the number of steps, {timesteps.shape[0]}")
+        raise ValueError(
+            f"reuse={reuse.interval}: must divide the number of steps, {timesteps.shape[0]}"
+        )
 
     def group(x, inputs):
-        first, rest = (jax.tree.map(lambda a, part=part: a[part], inputs) for part in (0, slice(1, None)))
+        first, rest = (
+            jax.tree.map(lambda a, part=part: a[part], inputs) for part in (0, slice(1, None))
+        )
         kept = reuse.keep(x, jnp.full(x.shape[:1], first[0]))
         x, _ = step(x, first, kept)  # not in the scan: what it shares with `keep` is computed once
         return jax.lax.scan(lambda x, each: step(x, each, kept), x, rest)
@@ -81,13 +102,13 @@ def _reverse(denoise, x_T, schedule, timesteps, eta, key, shift, next_timesteps=
 
 def ddpm_sample(
     denoise: DenoiseFn,
-    x_T: Float[Array, "B *D"],
+    x_T: Float[Array, B * D],
     schedule: NoiseSchedule,
-    timesteps: Int[Array, "S"],
+    timesteps: Int[Array, S],
     key: PRNGKeyArray,
     shift: str = "quadratic",
     reuse: Reuse | None = None,
-) -> Float[Array, "B *D"]:
+) -> Float[Array, B * D]:
     """Ancestral sampling (Ho et al. 2020, alg. 2) with ContextDiff's posterior, (3) at eta = 1.
 
     `timesteps` descend; the last step goes to clean data (s = -1) and adds no noise.
@@ -97,59 +118,65 @@ def ddpm_sample(
 
 def ddim_sample(
     denoise: DenoiseFn,
-    x_T: Float[Array, "B *D"],
+    x_T: Float[Array, B * D],
     schedule: NoiseSchedule,
-    timesteps: Int[Array, "S"],
+    timesteps: Int[Array, S],
     eta: float = 0.0,
     key: PRNGKeyArray | None = None,
     shift: str = "quadratic",
-    next_timesteps: Int[Array, "S"] | None = None,
-    project: Callable[[Float[Array, "B *D"], Int[Array, ""]], Float[Array, "B *D"]] | None = None,
+    next_timesteps: Int[Array, S] | None = None,
+    project: Callable[[Float[Array, B * D], Int[Array, ""]], Float[Array, B * D]] | None = None,
     reuse: Reuse | None = None,
-) -> Float[Array, "B *D"]:
-    """DDIM (Song et al. 2021, eq. 12) with ContextDiff's shift: (3) at any eta in [0, 1], deterministic at 0.
+) -> Float[Array, B * D]:
+    """DDIM (Song et al. 2021, eq. 12) with ContextDiff's shift: (3) at any eta in [0, 1],
+    deterministic at 0.
 
-    `timesteps` descend; the last step goes to clean data (s = -1), unless `next_timesteps` says where each goes
-    (other implementations' steps don't all end where the next begins). `project(x, t)` replaces x after each step, t
-    being the index where the next begins, -1 at the end (inpainting). `key` is needed when eta > 0.
-    Raises ValueError for eta outside [0, 1], eta > 0 without a key, or a number of steps that `reuse` doesn't divide.
+    `timesteps` descend; the last step goes to clean data (s = -1), unless `next_timesteps` says
+    where each goes (other implementations' steps don't all end where the next begins). `project(x,
+    t)` replaces x after each step, t being the index where the next begins, -1 at the end
+    (inpainting). `key` is needed when eta > 0. Raises ValueError for eta outside [0, 1], eta > 0
+    without a key, or a number of steps that `reuse` doesn't divide.
     """
     check_eta(eta)
     deterministic = not isinstance(eta, jax.core.Tracer) and eta == 0
     if not deterministic and key is None:
         raise ValueError(f"eta={eta}: sampling with noise needs a key")
     key = None if deterministic else key
-    return _reverse(denoise, x_T, schedule, timesteps, eta, key, shift, next_timesteps, project, reuse)
+    return _reverse(
+        denoise, x_T, schedule, timesteps, eta, key, shift, next_timesteps, project, reuse
+    )
 
 
 def ddim_invert(
     denoise: DenoiseFn,
-    x0: Float[Array, "B *D"],
+    x0: Float[Array, B * D],
     schedule: NoiseSchedule,
-    timesteps: Int[Array, "S"],
+    timesteps: Int[Array, S],
     shift: str = "quadratic",
     *,
     iterations: int = 0,
     tolerance: float = 1e-4,
     keep: bool = False,
-) -> Float[Array, "B *D"] | tuple[Float[Array, "B *D"], Float[Array, "S B *D"]]:
-    """DDIM backwards, from clean data to x at the last of the *ascending* `timesteps` (DESIGN.md, Inversion):
+) -> Float[Array, B * D] | tuple[Float[Array, B * D], Float[Array, "S B *D"]]:
+    """DDIM backwards, from clean data to x at the last of the *ascending* `timesteps` (DESIGN.md,
+    Inversion):
 
     x_t = a_t x0_hat + k_t r_t + b_t / b_s (x_s - a_s x0_hat - k_s r_s), x0_hat and r_hat from (x_s, s).    (6)
 
-    The first move starts on clean data, where b_s = 0 and the direction is 0/0: the picture is read as a sample
-    at index 0, the least noisy one that the network knows.
+    The first move starts on clean data, where b_s = 0 and the direction is 0/0: the picture is read
+    as a sample at index 0, the least noisy one that the network knows.
 
-    (6) is exact only for x0_hat and r_hat of (x_t, t), which sampling will use. `iterations` > 0 solves for that x_t,
-    from (6) on, up to that many steps of
+    (6) is exact only for x0_hat and r_hat of (x_t, t), which sampling will use. `iterations` > 0
+    solves for that x_t, from (6) on, up to that many steps of
 
     x_t <- x_t + (x_s - G(x_t)),   G: one step of DDIM from t to s,                                         (7)
 
-    until the mean of |x_s - G(x_t)| is below `tolerance`. Why not (6) with x0_hat(x_t) again and again (Pan et al.
-    2023): that map's slope is b_t / b_s - 1 times the denoiser's, above 1 in the first moves; (7)'s is
-    1 - b_s / b_t minus a share of the denoiser's, inside (-1, 1) wherever the denoiser's lies in [0, 1]. Where it
-    doesn't, (7) may run away: the x_t of the smallest error is taken.
-    With `keep` also x at each of the timesteps. The sampler that leads back ends at index 0, not at -1.
+    until the mean of |x_s - G(x_t)| is below `tolerance`. Why not (6) with x0_hat(x_t) again and
+    again (Pan et al. 2023): that map's slope is b_t / b_s - 1 times the denoiser's, above 1 in the
+    first moves; (7)'s is 1 - b_s / b_t minus a share of the denoiser's, inside (-1, 1) wherever the
+    denoiser's lies in [0, 1]. Where it doesn't, (7) may run away: the x_t of the smallest error is
+    taken. With `keep` also x at each of the timesteps. The sampler that leads back ends at index 0,
+    not at -1.
     """
     timesteps = jnp.asarray(timesteps)
 
@@ -157,12 +184,20 @@ def ddim_invert(
         denoised = denoise(x, s, t)
         direction = bcast(jnp.sqrt(schedule.variance(t) / schedule.variance(s)), x)
         residual = x - marginal_mean(schedule, denoised.x0, denoised.context_t, s, shift)
-        return marginal_mean(schedule, denoised.x0, denoised.context_s, t, shift) + direction * residual
+        return (
+            marginal_mean(schedule, denoised.x0, denoised.context_s, t, shift)
+            + direction * residual
+        )
 
     def solve(x_s, x_t, s, t):
         def residual(x_t):
             out = denoise(x_t, t, s)
-            return x_s - q_posterior(schedule, out.x0, x_t, out.context_t, out.context_s, t, s, 0.0, shift).mean
+            return (
+                x_s
+                - q_posterior(
+                    schedule, out.x0, x_t, out.context_t, out.context_s, t, s, 0.0, shift
+                ).mean
+            )
 
         return _least_residual(residual, x_t, iterations, tolerance)
 
@@ -177,9 +212,12 @@ def ddim_invert(
     return (last, path) if keep else last
 
 
-def _least_residual(residual: Callable[[Array], Array], x: Array, iterations: int, tolerance: float) -> Array:
-    """x <- x + residual(x), up to `iterations` times, until the mean of |residual(x)| is below `tolerance`; of all x the one
-    where it is smallest, which isn't the last where this runs away."""
+def _least_residual(
+    residual: Callable[[Array], Array], x: Array, iterations: int, tolerance: float
+) -> Array:
+    """x <- x + residual(x), up to `iterations` times, until the mean of |residual(x)| is below
+    `tolerance`; of all x the one where it is smallest, which isn't the last where this runs away.
+    """
 
     def tried(x):
         error = residual(x)
@@ -192,7 +230,11 @@ def _least_residual(residual: Callable[[Array], Array], x: Array, iterations: in
     def improve(carry):
         i, (x, error, _), (best, least) = carry
         x, error, size = tried(x + error)
-        return i + 1, (x, error, size), (jnp.where(size < least, x, best), jnp.where(size < least, size, least))
+        return (
+            i + 1,
+            (x, error, size),
+            (jnp.where(size < least, x, best), jnp.where(size < least, size, least)),
+        )
 
     first = tried(x)
     return jax.lax.while_loop(unfinished, improve, (0, first, (x, first[2])))[2][0]
@@ -207,7 +249,8 @@ SAMPLERS = {
 
 
 def get_sampler(name: str):
-    """The sampler by name, with the signature of `ddim_sample` (`ddpm` takes no notice of eta, it is 1).
+    """The sampler by name, with the signature of `ddim_sample` (`ddpm` takes no notice of eta, it
+    is 1).
 
     Raises ValueError for an unknown name.
     """

@@ -3,8 +3,8 @@
 abar_t = prod_{i<=t} (1 - beta_i), a_t = sqrt(abar_t), b_t = sqrt(1 - abar_t), for t = 0..T-1.            (1)
 The index -1 means clean data: abar = 1, b = 0.
 
-1 - abar_t is stored beside abar_t: near t = 0 it is about 1e-4, and a float32 subtraction would keep
-only three of its digits.
+1 - abar_t is stored beside abar_t: near t = 0 it is about 1e-4, and a float32 subtraction would
+keep only three of its digits.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Int
 class NoiseSchedule:
     """A discrete variance-preserving schedule (a pytree of two arrays)."""
 
-    alphas_cumprod: Float[Array, "T"]
-    variances: Float[Array, "T"]  # 1 - alphas_cumprod, to full precision
+    alphas_cumprod: Float[Array, T]
+    variances: Float[Array, T]  # 1 - alphas_cumprod, to full precision
 
     @property
     def num_timesteps(self) -> int:
@@ -65,11 +65,11 @@ def make_schedule(
     beta_end: float = 2e-2,
     zero_terminal_snr: bool = False,
 ) -> NoiseSchedule:
-    """A schedule by name: `linear` (Ho et al. 2020), `scaled_linear` (Stable Diffusion), `cosine` (Nichol &
-    Dhariwal 2021, eq. 17; `beta_start` and `beta_end` have no meaning there).
+    """A schedule by name: `linear` (Ho et al. 2020), `scaled_linear` (Stable Diffusion), `cosine`
+    (Nichol & Dhariwal 2021, eq. 17; `beta_start` and `beta_end` have no meaning there).
 
-    `zero_terminal_snr` shifts and scales a_t so that a_{T-1} = 0 and a_0 is kept (Lin et al. 2023, alg. 1).
-    Computed in float64, stored in JAX's default float type.
+    `zero_terminal_snr` shifts and scales a_t so that a_{T-1} = 0 and a_0 is kept (Lin et al. 2023,
+    alg. 1). Computed in float64, stored in JAX's default float type.
 
     Raises ValueError for an unknown name, T < 2, or betas outside 0 < beta_start <= beta_end < 1.
     """
@@ -78,7 +78,9 @@ def make_schedule(
     if num_timesteps < 2:
         raise ValueError(f"diffusion.num_timesteps={num_timesteps}: must be at least 2")
     if not 0 < beta_start <= beta_end < 1:
-        raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}: 0 < beta_start <= beta_end < 1 is needed")
+        raise ValueError(
+            f"beta_start={beta_start}, beta_end={beta_end}: 0 < beta_start <= beta_end < 1 is needed"
+        )
     betas = SCHEDULES[name](num_timesteps, beta_start, beta_end)
     log_alphas_cumprod = np.cumsum(np.log1p(-betas))
     alphas_cumprod, variances = np.exp(log_alphas_cumprod), -np.expm1(log_alphas_cumprod)
@@ -104,14 +106,18 @@ def _linspace(num_timesteps: int, num_steps: int) -> np.ndarray:
 SPACINGS = {"leading": _leading, "linspace": _linspace, "trailing": _trailing}
 
 
-def spaced_timesteps(num_timesteps: int, num_steps: int, spacing: str = "trailing") -> Int[Array, "S"]:
-    """`num_steps` descending indices of 0..T-1. `trailing` starts at T-1 (Lin et al. 2023, table 2), `leading`
-    ends at 0, `linspace` does both.
+def spaced_timesteps(
+    num_timesteps: int, num_steps: int, spacing: str = "trailing"
+) -> Int[Array, S]:
+    """`num_steps` descending indices of 0..T-1. `trailing` starts at T-1 (Lin et al. 2023, table
+    2), `leading` ends at 0, `linspace` does both.
 
     Raises ValueError for an unknown spacing or num_steps outside 1..T.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"spacing={spacing!r}: unknown; one of {', '.join(SPACINGS)}")
     if not 1 <= num_steps <= num_timesteps:
-        raise ValueError(f"steps={num_steps}: must lie in 1..{num_timesteps}, the schedule's number of timesteps")
+        raise ValueError(
+            f"steps={num_steps}: must lie in 1..{num_timesteps}, the schedule's number of timesteps"
+        )
     return jnp.asarray(SPACINGS[spacing](num_timesteps, num_steps).astype(np.int32))

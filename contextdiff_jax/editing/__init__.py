@@ -1,1 +1,3 @@
-"""One clip in, the edited clips out: tuning on the clip, inversion, sampling with attention control."""
+"""One clip in, the edited clips out: tuning on the clip, inversion, sampling with attention
+control.
+"""

@@ -1,4 +1,6 @@
-"""Prompt-to-prompt attention control (Hertz et al., 2022) for clips: replace, refine, re-weight, injection, masks."""
+"""Prompt-to-prompt attention control (Hertz et al., 2022) for clips: replace, refine, re-weight,
+injection, masks.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,15 @@ CountTokens = Callable[[str], int]
 
 
 class Alignment(NamedTuple):
-    """How the tokens of E edit prompts go with those of the source's, and which of them count for what.
+    """How the tokens of E edit prompts go with those of the source's, and which of them count for
+    what.
 
     Attributes:
-      mapper: share of each source token's attention that an edit's token takes. keep: 1 where it takes it, 0 where the
+      mapper: share of each source token's attention that an edit's token takes. keep: 1 where it
+          takes it, 0 where the
         token keeps its own. gain: factor of its attention.
-      blended: 1 for the tokens of the words inside whose attention the clip may change; row 0 is the source's.
+      blended: 1 for the tokens of the words inside whose attention the clip may change; row 0 is
+          the source's.
     """
 
     mapper: Float[np.ndarray, "E L L"]
@@ -46,7 +51,9 @@ def token_spans(prompt: str, count_tokens: CountTokens, length: int) -> list[ran
     for word in words_of(prompt):
         start, end = end, end + count_tokens(word)
         if end >= length:
-            raise ValueError(f"prompt={prompt!r}: {word!r} lies beyond the text encoder's {length} tokens; shorten it")
+            raise ValueError(
+                f"prompt={prompt!r}: {word!r} lies beyond the text encoder's {length} tokens; shorten it"
+            )
         spans.append(range(start, end))
     return spans
 
@@ -71,10 +78,13 @@ def changed_words(prompt: str, other: str) -> list[int]:
     return [i for i in range(len(words)) if i not in same]
 
 
-def align(prompt: str, edits: Sequence[str], count_tokens: CountTokens, length: int, edit: EditConfig) -> Alignment:
+def align(
+    prompt: str, edits: Sequence[str], count_tokens: CountTokens, length: int, edit: EditConfig
+) -> Alignment:
     """The alignment that `edit` asks for, `length` tokens wide.
 
-    Raises ValueError, one line: a prompt that is too long or can't be aligned, a word that no prompt has.
+    Raises ValueError, one line: a prompt that is too long or can't be aligned, a word that no
+    prompt has.
     """
     E = len(edits)
     source, spans = words_of(prompt), token_spans(prompt, count_tokens, length)
@@ -94,9 +104,16 @@ def align(prompt: str, edits: Sequence[str], count_tokens: CountTokens, length: 
             for i in (i for i, other in enumerate(target) if other == word.lower()):
                 gain[e, target_spans[i]] = factor
         changed = edit.blend == CHANGED
-        for row, names, places, other in ((0, source, spans, text), (e + 1, target, target_spans, prompt)):
+        for row, names, places, other in (
+            (0, source, spans, text),
+            (e + 1, target, target_spans, prompt),
+        ):
             own = " ".join(names)
-            for i in changed_words(own, other) if changed else [i for i, w in enumerate(names) if w in wanted]:
+            for i in (
+                changed_words(own, other)
+                if changed
+                else [i for i, w in enumerate(names) if w in wanted]
+            ):
                 blended[row, places[i]] = 1
     return Alignment(mapper, keep, gain, blended)
 
@@ -105,15 +122,19 @@ def _check_words(words: Sequence[str], prompts: Sequence[str]) -> None:
     known = {word for prompt in prompts for word in words_of(prompt)}
     for word in words:
         if word.lower() not in known:
-            raise ValueError(f"edit: the word {word!r} is in none of the prompts, so its attention can't be found")
+            raise ValueError(
+                f"edit: the word {word!r} is in none of the prompts, so its attention can't be found"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """An `AttentionControl` for rows [source, edits ..., then maybe as many of guidance's other branch].
+    """An `AttentionControl` for rows [source, edits ..., then maybe as many of guidance's other
+    branch].
 
     Attributes:
-      cross_on, self_on: 1 while the source's attention is taken. self_tokens: grids up to this many tokens.
+      cross_on, self_on: 1 while the source's attention is taken. self_tokens: grids up to this many
+      tokens.
       maps: collects, a layer each, where the blended words are looked at: [P, F, H, W].
     """
 
@@ -121,9 +142,13 @@ class Control:
     cross_on: Float[Array, ""]
     self_on: Float[Array, ""]
     self_tokens: int
-    maps: list[tuple[Float[Array, "P F N"], tuple[int, int]]] = dataclasses.field(default_factory=list)
+    maps: list[tuple[Float[Array, "P F N"], tuple[int, int]]] = dataclasses.field(
+        default_factory=list
+    )
 
-    def cross(self, weights: Float[Array, "R H F N L"], grid: tuple[int, int]) -> Float[Array, "R H F N L"]:
+    def cross(
+        self, weights: Float[Array, "R H F N L"], grid: tuple[int, int]
+    ) -> Float[Array, "R H F N L"]:
         """Words that are aligned take the source's attention; then factors."""
         P = len(self.alignment.blended)
         source, edits = weights[:1], weights[1:P]
@@ -131,10 +156,14 @@ class Control:
         share = (self.cross_on * self.alignment.keep)[:, None, None, None]  # [E, 1, 1, 1, L]
         edits = (share * taken + (1 - share) * edits) * self.alignment.gain[:, None, None, None]
         rows = jnp.concatenate([source, edits])
-        self.maps.append((jnp.einsum("phfnl,pl->pfn", rows, self.alignment.blended) / weights.shape[1], grid))
+        self.maps.append(
+            (jnp.einsum("phfnl,pl->pfn", rows, self.alignment.blended) / weights.shape[1], grid)
+        )
         return jnp.concatenate([rows, weights[P:]])
 
-    def sparse_causal(self, weights: Float[Array, "R F H N M"], grid: tuple[int, int]) -> Float[Array, "R F H N M"]:
+    def sparse_causal(
+        self, weights: Float[Array, "R F H N M"], grid: tuple[int, int]
+    ) -> Float[Array, "R F H N M"]:
         """The edits' frames attend as the source's do."""
         P = len(self.alignment.blended)
         if weights.shape[3] > self.self_tokens:
@@ -152,6 +181,8 @@ class Control:
 
 
 def blend_mask(maps: Float[Array, "P F H W"], threshold: float) -> Float[Array, "P F H W 1"]:
-    """1 where the source's or the edit's words are looked at, at least `threshold` of each map's largest value."""
+    """1 where the source's or the edit's words are looked at, at least `threshold` of each map's
+    largest value.
+    """
     inside = maps > threshold * maps.max((1, 2, 3), keepdims=True)
     return (inside | inside[:1]).astype(jnp.float32)[..., None]

@@ -25,7 +25,9 @@ class Text(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Process:
-    """What a model was trained on: schedule, prediction type, shift. `bound`: of |x0| (1 for pictures, None: latents)."""
+    """What a model was trained on: schedule, prediction type, shift. `bound`: of |x0| (1 for
+    pictures, None: latents).
+    """
 
     schedule: diffusion.NoiseSchedule
     prediction_type: str
@@ -49,10 +51,11 @@ def repeat(text: Text, count: int) -> Text:
 
 
 def window_weights(frames: int, window: int, overlap: int) -> list[tuple[slice, np.ndarray]]:
-    """(frames, weight of each frame) of windows that cover the clip; the weights of a frame sum to 1.
+    """(frames, weight of each frame) of windows that cover the clip; the weights of a frame sum to
+    1.
 
-    Windows start every window - overlap frames, the last ends with the clip. Inside an overlap one fades into the
-    next. A clip that fits in one window is one window.
+    Windows start every window - overlap frames, the last ends with the clip. Inside an overlap one
+    fades into the next. A clip that fits in one window is one window.
     """
     if not window or frames <= window:
         return [(slice(0, frames), np.ones(frames, np.float32))]
@@ -65,7 +68,9 @@ def window_weights(frames: int, window: int, overlap: int) -> list[tuple[slice, 
     return [(slice(s, s + window), row[s : s + window]) for s, row in zip(starts, weights)]
 
 
-def windowed(function: Callable[..., Any], frames: int, window: int, overlap: int) -> Callable[..., Any]:
+def windowed(
+    function: Callable[..., Any], frames: int, window: int, overlap: int
+) -> Callable[..., Any]:
     """function(x, ...) on windows of x's frames; its results, trees of [B, F, ...], are blended."""
     parts = window_weights(frames, window, overlap)
     if len(parts) == 1:
@@ -75,8 +80,11 @@ def windowed(function: Callable[..., Any], frames: int, window: int, overlap: in
         total = None
         for part, weight in parts:
             out = jax.tree.map(
-                lambda y: jnp.zeros((y.shape[0], frames, *y.shape[2:]), y.dtype)
-                .at[:, part].set(y * weight.reshape(1, -1, *[1] * (y.ndim - 2))),  # noqa: B023
+                lambda y: (
+                    jnp.zeros((y.shape[0], frames, *y.shape[2:]), y.dtype)
+                    .at[:, part]
+                    .set(y * weight.reshape(1, -1, *[1] * (y.ndim - 2)))
+                ),  # noqa: B023
                 function(x[:, part], *rest),
             )
             total = out if total is None else jax.tree.map(jnp.add, total, out)
@@ -86,7 +94,11 @@ def windowed(function: Callable[..., Any], frames: int, window: int, overlap: in
 
 
 def make_branches(
-    model: VideoDiffusion, process: Process, text: Text, r_text: Text, control: AttentionControl | None = None
+    model: VideoDiffusion,
+    process: Process,
+    text: Text,
+    r_text: Text,
+    control: AttentionControl | None = None,
 ) -> DenoiseFn:
     """Denoises rows of clips, each by its own text; r reads `r_text`, the true captions."""
 
@@ -94,20 +106,30 @@ def make_branches(
         return model.predict(x, t, *text, control)
 
     if model.unet.context_head is not None:
-        return diffusion.posterior_mean_denoise(predict, process.schedule, process.prediction_type, process.bound)
+        return diffusion.posterior_mean_denoise(
+            predict, process.schedule, process.prediction_type, process.bound
+        )
 
     def context_fn(x0, t):
         return model.context(x0, *r_text, t)
 
-    return diffusion.plugin_denoise(predict, context_fn, process.schedule, process.prediction_type, process.bound)
+    return diffusion.plugin_denoise(
+        predict, context_fn, process.schedule, process.prediction_type, process.bound
+    )
 
 
 def make_denoise(
-    model: VideoDiffusion, process: Process, text: Text, null: Text | None = None, *, guidance: float = 1.0,
+    model: VideoDiffusion,
+    process: Process,
+    text: Text,
+    null: Text | None = None,
+    *,
+    guidance: float = 1.0,
     control: AttentionControl | None = None,
 ) -> DenoiseFn:
-    """`denoise(x, t, s)` of P clips [P, F, H, W, C]. With guidance other than 1 the rows of `null` follow those of
-    `text` in one batch of 2 P: a control sees both."""
+    """`denoise(x, t, s)` of P clips [P, F, H, W, C]. With guidance other than 1 the rows of `null`
+    follow those of `text` in one batch of 2 P: a control sees both.
+    """
     if guidance == 1.0 or null is None:
         return make_branches(model, process, text, text, control)
     branches = make_branches(model, process, join(text, null), join(text, text), control)
@@ -117,6 +139,10 @@ def make_denoise(
         halves = zip(*(jnp.split(a, 2) for a in both), strict=True)
         conditional, unconditional = (Denoised(*half) for half in halves)
         out = diffusion.guide(conditional, unconditional, guidance)
-        return out if process.bound is None else out._replace(x0=jnp.clip(out.x0, -process.bound, process.bound))
+        return (
+            out
+            if process.bound is None
+            else out._replace(x0=jnp.clip(out.x0, -process.bound, process.bound))
+        )
 
     return denoise

@@ -13,34 +13,55 @@ from contextdiff_jax.editing.settings import EditConfig, VideoConfig
 from contextdiff_jax.models.video import VideoDiffusion
 
 
-def edit_timesteps(num_timesteps: int, edit: EditConfig) -> Int[np.ndarray, "S"]:
-    """The indices that an edit visits, ascending from the first above 0; `strength` cuts the noisiest off.
+def edit_timesteps(num_timesteps: int, edit: EditConfig) -> Int[np.ndarray, S]:
+    """The indices that an edit visits, ascending from the first above 0; `strength` cuts the
+    noisiest off.
 
     A clip is read as a sample at index 0, so all start and end there.
     """
     with jax.ensure_compile_time_eval():
-        ascending = np.asarray(diffusion.spaced_timesteps(num_timesteps, edit.steps, "trailing"))[::-1]
+        ascending = np.asarray(diffusion.spaced_timesteps(num_timesteps, edit.steps, "trailing"))[
+            ::-1
+        ]
     return ascending[ascending > 0][: edit.moves]
 
 
 def invert(
-    model: VideoDiffusion, process: Process, x0: Float[Array, "1 F H W C"], source: Text, video: VideoConfig,
+    model: VideoDiffusion,
+    process: Process,
+    x0: Float[Array, "1 F H W C"],
+    source: Text,
+    video: VideoConfig,
     edit: EditConfig,
 ) -> Float[Array, "S1 1 F H W C"]:
     """The clip at index 0 and at each of `edit_timesteps`, without guidance."""
-    denoise = windowed(make_denoise(model, process, source), x0.shape[1], video.window, video.overlap)
-    exact = dict(iterations=edit.iterations, tolerance=edit.tolerance) if edit.inversion == "exact" else {}
+    denoise = windowed(
+        make_denoise(model, process, source), x0.shape[1], video.window, video.overlap
+    )
+    exact = (
+        dict(iterations=edit.iterations, tolerance=edit.tolerance)
+        if edit.inversion == "exact"
+        else {}
+    )
     timesteps = edit_timesteps(process.schedule.num_timesteps, edit)
-    _, path = diffusion.ddim_invert(denoise, x0, process.schedule, timesteps, process.shift, keep=True, **exact)
+    _, path = diffusion.ddim_invert(
+        denoise, x0, process.schedule, timesteps, process.shift, keep=True, **exact
+    )
     return jnp.concatenate([x0[None], path])
 
 
 def reconstruct(
-    model: VideoDiffusion, process: Process, x: Float[Array, "1 F H W C"], source: Text, video: VideoConfig,
+    model: VideoDiffusion,
+    process: Process,
+    x: Float[Array, "1 F H W C"],
+    source: Text,
+    video: VideoConfig,
     edit: EditConfig,
 ) -> Float[Array, "1 F H W C"]:
     """The inverted clip, sampled with its own prompt and without guidance."""
-    denoise = windowed(make_denoise(model, process, source), x.shape[1], video.window, video.overlap)
+    denoise = windowed(
+        make_denoise(model, process, source), x.shape[1], video.window, video.overlap
+    )
     descending = edit_timesteps(process.schedule.num_timesteps, edit)[::-1]
     following = np.append(descending[1:], 0)
     return diffusion.ddim_sample(

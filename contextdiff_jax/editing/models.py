@@ -1,4 +1,6 @@
-"""What an edit works with, whatever the model came from: video networks, a process, and ways in and out of them."""
+"""What an edit works with, whatever the model came from: video networks, a process, and ways in and
+out of them.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class Editor:
 
     Attributes:
       model: the inflated networks. process: what they were trained on.
-      encode_text: prompts -> states. count_tokens: of a word. text_length: of the encoder, in tokens.
+      encode_text: prompts -> states. count_tokens: of a word. text_length: of the encoder, in
+          tokens.
       encode, decode: frames <-> what is diffused, [1, F, H, W, C].
       multiple: height and width of a clip must be multiples of it.
     """
@@ -53,7 +56,10 @@ class Editor:
         """Raises ValueError unless the networks take the clip's height and width."""
         height, width = clip.shape[1:3]
         if height % self.multiple or width % self.multiple:
-            nearest = tuple(max(self.multiple, round(side / self.multiple) * self.multiple) for side in (height, width))
+            nearest = tuple(
+                max(self.multiple, round(side / self.multiple) * self.multiple)
+                for side in (height, width)
+            )
             raise ValueError(
                 f"video.size: the frames are {height} x {width}; height and width must be multiples of "
                 f"{self.multiple}, as with --config.video.size={nearest}"
@@ -61,7 +67,9 @@ class Editor:
 
 
 def open_editor(settings: EditSettings) -> Editor:
-    """The editor of `video.model`. ValueError for a folder that is neither a run nor a Stable Diffusion folder."""
+    """The editor of `video.model`. ValueError for a folder that is neither a run nor a Stable
+    Diffusion folder.
+    """
     name, base = settings.video.model, settings.base
     if not name:
         tokenizer = load_tokenizer(base.data.tokenizer or None)
@@ -71,12 +79,16 @@ def open_editor(settings: EditSettings) -> Editor:
     try:
         run = load_run(name, settings.video.weights)
     except ValueError as error:
-        raise ValueError(f"video.model={name}: neither a Stable Diffusion folder nor a trained run ({error})") from None
+        raise ValueError(
+            f"video.model={name}: neither a Stable Diffusion folder nor a trained run ({error})"
+        ) from None
     model = build_model(model_graph(run.settings), run.params, load_frozen(run.settings))
     return _from_model(settings, run.settings, model, run.tokenizer)
 
 
-def _context(settings: EditSettings, trained: RelationalNetwork | None, channels: int, text_width: int) -> RelationalNetwork:
+def _context(
+    settings: EditSettings, trained: RelationalNetwork | None, channels: int, text_width: int
+) -> RelationalNetwork:
     """The trained network, or a new one of the config's kind that fits the model."""
     if trained is not None and settings.video.transfer_context:
         return trained
@@ -90,7 +102,9 @@ def _multiple(config: ContextConfig) -> int:
     return 1 if config.kind == "none" else config.patch_size
 
 
-def _from_model(settings: EditSettings, trained: Settings, model: ContextDiffusion, tokenizer: Tokenizer) -> Editor:
+def _from_model(
+    settings: EditSettings, trained: Settings, model: ContextDiffusion, tokenizer: Tokenizer
+) -> Editor:
     """The editor of a model of pictures or latents that this package trained, or will."""
     length = trained.data.max_length
     if model.vision is not None and settings.video.transfer_context:
@@ -98,10 +112,14 @@ def _from_model(settings: EditSettings, trained: Settings, model: ContextDiffusi
             f"video.model={settings.video.model}: its context reads CLIP's tokens of pictures (context.tokens='clip'), "
             "which clips have not; use --config.video.transfer_context=False"
         )
-    network = _context(settings, model.context, trained.model.in_channels, trained.model.cross_attention_dim)
+    network = _context(
+        settings, model.context, trained.model.in_channels, trained.model.cross_attention_dim
+    )
     process = Process(
-        schedule=trained.diffusion.make_schedule(), prediction_type=trained.diffusion.prediction_type,
-        shift=_shift(settings.base.context, network.config), bound=1.0 if model.vae is None else None,
+        schedule=trained.diffusion.make_schedule(),
+        prediction_type=trained.diffusion.prediction_type,
+        shift=_shift(settings.base.context, network.config),
+        bound=1.0 if model.vae is None else None,
     )
     encode_ids = nnx.jit(lambda text, ids, mask: text(ids, mask))
 
@@ -109,13 +127,22 @@ def _from_model(settings: EditSettings, trained: Settings, model: ContextDiffusi
         ids, mask = tokenizer.encode(list(prompts), length)
         return Text(encode_ids(model.text, ids, mask), jnp.asarray(mask))
 
-    encode, decode, factor = (_to_pixels, _from_pixels, 1) if model.vae is None else _through_vae(model.vae)
+    encode, decode, factor = (
+        (_to_pixels, _from_pixels, 1) if model.vae is None else _through_vae(model.vae)
+    )
     return Editor(
         model=inflate(
-            model.unet, network, seed=settings.base.seed, remat=settings.video.remat,
+            model.unet,
+            network,
+            seed=settings.base.seed,
+            remat=settings.video.remat,
             reads_mask=not isinstance(model.text, FrozenText),
         ),
-        process=process, encode_text=encode_text, text_length=length, encode=encode, decode=decode,
+        process=process,
+        encode_text=encode_text,
+        text_length=length,
+        encode=encode,
+        decode=decode,
         count_tokens=lambda word: int(tokenizer.encode([word], 64)[1].sum()) - 2,
         multiple=factor * _multiple(network.config),
     )
@@ -130,12 +157,15 @@ def _from_pixels(x: Float[Array, "1 F H W 3"]) -> Clip:
 
 
 def _through_vae(vae: VAE) -> tuple[Callable, Callable, int]:
-    """(encode, decode, factor) by way of latents, each frame's mean. One frame after another: a clip's activations at full
-    resolution would not fit."""
+    """(encode, decode, factor) by way of latents, each frame's mean. One frame after another: a
+    clip's activations at full resolution would not fit.
+    """
     decode_frame = nnx.jit(lambda vae, z: vae.decode(vae.from_diffusion(z)))
 
     def encode(clip: Clip) -> Float[Array, "1 F H W C"]:
-        return jnp.stack([encode_images(vae, frame[None])[0] for frame in _to_pixels(clip)[0]])[None]
+        return jnp.stack([encode_images(vae, frame[None])[0] for frame in _to_pixels(clip)[0]])[
+            None
+        ]
 
     def decode(x: Float[Array, "1 F H W C"]) -> Clip:
         return _from_pixels(jnp.stack([decode_frame(vae, frame[None])[0] for frame in x[0]])[None])
@@ -154,14 +184,20 @@ def _from_pipeline(settings: EditSettings, folder: str) -> Editor:
     pipeline = load_pipeline(folder)
     stable = pipeline.model
     if stable.text_2 is not None:
-        raise ValueError(f"video.model={folder}: is XL; Stable Diffusion 1.x and 2.x can be edited with")
+        raise ValueError(
+            f"video.model={folder}: is XL; Stable Diffusion 1.x and 2.x can be edited with"
+        )
     channels, width = stable.vae.config.latent_channels, stable.text.config.hidden_size
     if stable.unet.config.in_channels != channels:
-        raise ValueError(f"video.model={folder}: is for inpainting; a text-to-image folder is wanted")
+        raise ValueError(
+            f"video.model={folder}: is for inpainting; a text-to-image folder is wanted"
+        )
     network = _context(settings, None, channels, width)
     process = Process(
-        schedule=pipeline.scheduler.schedule(), prediction_type=pipeline.scheduler.prediction,
-        shift=_shift(settings.base.context, network.config), bound=None,
+        schedule=pipeline.scheduler.schedule(),
+        prediction_type=pipeline.scheduler.prediction,
+        shift=_shift(settings.base.context, network.config),
+        bound=None,
     )
     tokenizer, encode_ids = pipeline.tokenizers[0], nnx.jit(lambda text, ids: text(ids).last)
     encode, decode, factor = _through_vae(stable.vae)
@@ -172,11 +208,23 @@ def _from_pipeline(settings: EditSettings, folder: str) -> Editor:
     def encode_text(prompts: Sequence[str]) -> Text:
         (ids,) = pipeline.token_ids(prompts)
         lengths = [2 + sum(map(count_tokens, prompt.split())) for prompt in prompts]
-        return Text(encode_ids(stable.text, ids), jnp.arange(ids.shape[1]) < jnp.array(lengths)[:, None])
+        return Text(
+            encode_ids(stable.text, ids), jnp.arange(ids.shape[1]) < jnp.array(lengths)[:, None]
+        )
 
     return Editor(
-        model=inflate(stable.unet, network, seed=settings.base.seed, remat=settings.video.remat, reads_mask=False),
-        process=process, encode_text=encode_text, count_tokens=count_tokens,
-        text_length=pipeline.token_ids([""])[0].shape[1], encode=encode, decode=decode,
+        model=inflate(
+            stable.unet,
+            network,
+            seed=settings.base.seed,
+            remat=settings.video.remat,
+            reads_mask=False,
+        ),
+        process=process,
+        encode_text=encode_text,
+        count_tokens=count_tokens,
+        text_length=pipeline.token_ids([""])[0].shape[1],
+        encode=encode,
+        decode=decode,
         multiple=factor * _multiple(network.config),
     )

@@ -20,16 +20,27 @@ _LABEL, _GAP, _LINE, _MIN_CELL = 190, 4, 15, 64
 def save_gif(clip: Clip, path: pathlib.Path, fps: float) -> None:
     """An endless GIF; its clock counts hundredths of a second."""
     first, *rest = [Image.fromarray(frame) for frame in clip]
-    first.save(path, save_all=True, append_images=rest, duration=max(20, round(1000 / fps)), loop=0, disposal=2)
+    first.save(
+        path,
+        save_all=True,
+        append_images=rest,
+        duration=max(20, round(1000 / fps)),
+        loop=0,
+        disposal=2,
+    )
 
 
 def save_mp4(clip: Clip, path: pathlib.Path, fps: float) -> None:
-    """H.264 in 4:2:0, which every player shows: an odd side is made even by repeating its last row or column."""
+    """H.264 in 4:2:0, which every player shows: an odd side is made even by repeating its last row
+    or column.
+    """
     import av
 
     clip = np.pad(clip, [(0, 0), *((0, side % 2) for side in clip.shape[1:3]), (0, 0)], mode="edge")
     with av.open(str(path), "w") as film:
-        stream = film.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "12"})
+        stream = film.add_stream(
+            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "12"}
+        )
         stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for image in clip:
@@ -45,12 +56,15 @@ def save_frames(clip: Clip, folder: pathlib.Path) -> None:
 
 
 def strip(clips: Mapping[str, Clip], max_frames: int = 8) -> Image.Image:
-    """One row a clip with its label on the left, columns are frames; of longer clips `max_frames` spread evenly.
+    """One row a clip with its label on the left, columns are frames; of longer clips `max_frames`
+    spread evenly.
 
     Small frames are enlarged by whole pixels. ValueError if the clips differ in shape.
     """
     if len({clip.shape for clip in clips.values()}) != 1:
-        raise ValueError(f"strip: clips of shapes {[clip.shape for clip in clips.values()]}; must be equal")
+        raise ValueError(
+            f"strip: clips of shapes {[clip.shape for clip in clips.values()]}; must be equal"
+        )
     count, height, width = next(iter(clips.values())).shape[:3]
     shown = np.unique(np.linspace(0, count - 1, min(count, max_frames)).round().astype(int))
     scale = max(1, -(-_MIN_CELL // max(height, width)))
@@ -59,8 +73,12 @@ def strip(clips: Mapping[str, Clip], max_frames: int = 8) -> Image.Image:
     draw, font = ImageDraw.Draw(sheet), caption_font()
     for row, (label, clip) in enumerate(clips.items()):
         lines = textwrap.wrap(label, _LABEL // 7)[: max(1, cell[0] // _LINE)]
-        draw.multiline_text((_GAP, row * cell[0] + _GAP), "\n".join(lines), fill=(30, 30, 30), font=font)
+        draw.multiline_text(
+            (_GAP, row * cell[0] + _GAP), "\n".join(lines), fill=(30, 30, 30), font=font
+        )
         for column, i in enumerate(shown):
-            picture = Image.fromarray(clip[i]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            picture = Image.fromarray(clip[i]).resize(
+                (width * scale, height * scale), Image.Resampling.NEAREST
+            )
             sheet.paste(picture, (_LABEL + column * cell[1], row * cell[0] + _GAP))
     return sheet

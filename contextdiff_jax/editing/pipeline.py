@@ -38,21 +38,26 @@ Clip = UInt8[np.ndarray, "F H W 3"]
 
 
 class Programs:
-    """Compiles each stage once; notes what it takes: seconds (compilation apart) and memory on a device."""
+    """Compiles each stage once; notes what it takes: seconds (compilation apart) and memory on a
+    device.
+    """
 
     def __init__(self):
         self.costs: dict[str, dict[str, float]] = {}
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def run(self, stage: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """function(*arguments), compiled at the stage's first call: later ones must have the same shapes."""
+        """function(*arguments), compiled at the stage's first call: later ones must have the same
+        shapes.
+        """
         if stage not in self._compiled:
             start = time.perf_counter()
             self._compiled[stage] = compiled = jax.jit(function).lower(*arguments).compile()
             memory = compiled.memory_analysis()
             self.costs[stage] = {
                 "compile_seconds": time.perf_counter() - start,
-                "memory_megabytes": (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**20,
+                "memory_megabytes": (memory.temp_size_in_bytes + memory.argument_size_in_bytes)
+                / 2**20,
             }
         start = time.perf_counter()
         result = jax.block_until_ready(self._compiled[stage](*arguments))
@@ -65,7 +70,8 @@ class Edited:
     """Clips of an edit.
 
     Attributes:
-      reconstruction: of the source, by its own prompt. error: mean absolute difference to x0, as the networks see it.
+      reconstruction: of the source, by its own prompt. error: mean absolute difference to x0, as
+          the networks see it.
       clips: one an edit prompt.
       masks: where each edit may differ from the source (all of it without blending).
       maps: the attention of the changed words, source first; 0 where nothing was asked for.
@@ -79,13 +85,21 @@ class Edited:
 
 
 def edit_clip(
-    editor: Editor, model: VideoDiffusion, clip: Clip, x0: Float[Array, "1 F H W C"], settings: EditSettings,
+    editor: Editor,
+    model: VideoDiffusion,
+    clip: Clip,
+    x0: Float[Array, "1 F H W C"],
+    settings: EditSettings,
     programs: Programs,
 ) -> Edited:
-    """Inversion, reconstruction and all edits of a clip, x0 as the networks see it, by a tuned model."""
+    """Inversion, reconstruction and all edits of a clip, x0 as the networks see it, by a tuned
+    model.
+    """
     video, edit, process = settings.video, settings.edit, editor.process
     text, null = editor.encode_text([video.prompt, *video.edit_prompts]), editor.encode_text([""])
-    alignment = align(video.prompt, video.edit_prompts, editor.count_tokens, editor.text_length, edit)
+    alignment = align(
+        video.prompt, video.edit_prompts, editor.count_tokens, editor.text_length, edit
+    )
     graph, state = nnx.split(model)
 
     def inversion(state, x0, source):
@@ -95,7 +109,9 @@ def edit_clip(
         return reconstruct(nnx.merge(graph, state), process, x, source, video, edit)
 
     def editing(state, path, text, null, alignment):
-        return sample_edits(nnx.merge(graph, state), process, path, text, null, alignment, video, edit)
+        return sample_edits(
+            nnx.merge(graph, state), process, path, text, null, alignment, video, edit
+        )
 
     path = programs.run("inversion", inversion, state, x0, first_row(text))
     back = programs.run("reconstruction", reconstruction, state, path[-1], first_row(text))
@@ -107,19 +123,27 @@ def edit_clip(
     full = jax.image.resize(maps, (*maps.shape[:2], *frames[0].shape[1:3]), "linear")
     inside = blend_mask(full, edit.blend_threshold) if edit.blend else jnp.ones((*full.shape, 1))
     return Edited(
-        reconstruction=again, error=error, clips=frames, masks=list(np.asarray(inside[1:, ..., 0]) > 0), maps=np.asarray(full)
+        reconstruction=again,
+        error=error,
+        clips=frames,
+        masks=list(np.asarray(inside[1:, ..., 0]) > 0),
+        maps=np.asarray(full),
     )
 
 
-def run_edit(settings: EditSettings, config: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
-    """Reads the clip, tunes on it (or takes up the tuning in `workdir`), edits, writes all and the metrics, which are
-    returned. `config` is what config.json records.
+def run_edit(
+    settings: EditSettings, config: Mapping[str, Any], workdir: pathlib.Path
+) -> dict[str, Any]:
+    """Reads the clip, tunes on it (or takes up the tuning in `workdir`), edits, writes all and the
+    metrics, which are returned. `config` is what config.json records.
 
     Raises ValueError for what the user must change.
     """
     video, programs = settings.video, Programs()
     size = tuple(video.size) if max(video.size) else None
-    clip = read_clip(video.path, num_frames=video.num_frames, start=video.start, stride=video.stride, size=size)
+    clip = read_clip(
+        video.path, num_frames=video.num_frames, start=video.start, stride=video.stride, size=size
+    )
     mesh = make_mesh(settings.base.mesh)
     ways = mesh.shape["sequence"]
     if len(clip) % ways:
@@ -137,7 +161,9 @@ def run_edit(settings: EditSettings, config: Mapping[str, Any], workdir: pathlib
     programs.costs["tuning"] = {"seconds": time.perf_counter() - start}
     edited = edit_clip(editor, model, clip, x0, settings, programs)
     metrics = measure(clip, edited, settings, judges) | {
-        "context_gain": float(model.context.gain), "frames": len(clip), "size": list(clip.shape[1:3]),
+        "context_gain": float(model.context.gain),
+        "frames": len(clip),
+        "size": list(clip.shape[1:3]),
         "costs": programs.costs,
     }
     write(clip, edited, settings, metrics, workdir)
@@ -145,14 +171,18 @@ def run_edit(settings: EditSettings, config: Mapping[str, Any], workdir: pathlib
 
 
 class Judges(NamedTuple):
-    """Networks that score a clip: of its prompt, `text(clip, prompt) -> {name: value}`; beside the source, `lpips`."""
+    """Networks that score a clip: of its prompt, `text(clip, prompt) -> {name: value}`; beside the
+    source, `lpips`.
+    """
 
     text: tuple[Callable[[Clip, str], dict[str, float]], ...]
     lpips: Distance | None
 
 
 def open_judges(settings: EditSettings, height: int, width: int) -> Judges:
-    """Those that the config names, for clips of that size. ValueError, one line, for a folder or file that doesn't fit."""
+    """Those that the config names, for clips of that size. ValueError, one line, for a folder or
+    file that doesn't fit.
+    """
     edit = settings.edit
     folders = ((scores.make_clip_scorer, edit.clip), (scores.make_pick_scorer, edit.pickscore))
     lpips = load_lpips(edit.lpips, height, width) if edit.lpips else None
@@ -160,14 +190,23 @@ def open_judges(settings: EditSettings, height: int, width: int) -> Judges:
 
 
 def measure(clip: Clip, edited: Edited, settings: EditSettings, judges: Judges) -> dict[str, Any]:
-    """The metrics of the reconstruction and of each edit. Those of the background are where the edit may not differ."""
+    """The metrics of the reconstruction and of each edit. Those of the background are where the
+    edit may not differ.
+    """
     rows = []
     named = [(settings.video.prompt, edited.reconstruction, None)]
     named += list(zip(settings.video.edit_prompts, edited.clips, edited.masks, strict=True))
     for prompt, frames, mask in named:
-        row = {"prompt": prompt, "psnr": scores.psnr(frames, clip), "ssim": scores.ssim(frames, clip)}
+        row = {
+            "prompt": prompt,
+            "psnr": scores.psnr(frames, clip),
+            "ssim": scores.ssim(frames, clip),
+        }
         if mask is not None and not mask.all():
-            row |= {"background_psnr": scores.psnr(frames, clip, ~mask), "background_ssim": scores.ssim(frames, clip, ~mask)}
+            row |= {
+                "background_psnr": scores.psnr(frames, clip, ~mask),
+                "background_ssim": scores.ssim(frames, clip, ~mask),
+            }
         if judges.lpips is not None:
             values, maps = judges.lpips(frames, clip)  # [F], [F, H, W]
             row["lpips"] = float(values.mean())
@@ -178,7 +217,11 @@ def measure(clip: Clip, edited: Edited, settings: EditSettings, judges: Judges) 
         for judge in judges.text:
             row |= judge(frames, prompt)
         rows.append(row)
-    return {"reconstruction": rows[0] | {"x0_error": edited.error}, "edits": rows[1:], "source": _warping(clip, clip)}
+    return {
+        "reconstruction": rows[0] | {"x0_error": edited.error},
+        "edits": rows[1:],
+        "source": _warping(clip, clip),
+    }
 
 
 def _warping(frames: Clip, clip: Clip) -> dict[str, float]:
@@ -195,14 +238,24 @@ def table(metrics: Mapping[str, Any]) -> str:
     rows += [(f"{i:02d} {row['prompt']}", row) for i, row in enumerate(metrics["edits"])]
     columns = list(dict.fromkeys(key for _, row in rows for key in row if key != "prompt"))
     widths = [max(len(column), 8) for column in columns]
-    lines = [f"{'clip':40}" + "".join(f"  {column:>{width}}" for column, width in zip(columns, widths))]
+    lines = [
+        f"{'clip':40}" + "".join(f"  {column:>{width}}" for column, width in zip(columns, widths))
+    ]
     for label, row in rows:
         cells = [f"{row[column]:.4g}" if column in row else "" for column in columns]
-        lines.append(f"{label[:40]:40}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths)))
+        lines.append(
+            f"{label[:40]:40}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths))
+        )
     return "\n".join(lines)
 
 
-def write(clip: Clip, edited: Edited, settings: EditSettings, metrics: Mapping[str, Any], workdir: pathlib.Path) -> None:
+def write(
+    clip: Clip,
+    edited: Edited,
+    settings: EditSettings,
+    metrics: Mapping[str, Any],
+    workdir: pathlib.Path,
+) -> None:
     """DIR/edits/NN.gif, NN.mp4 and NN/ (frames), strip.png, attention/ if asked for, metrics.json."""
     video, folder = settings.video, workdir / "edits"
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,7 +264,10 @@ def write(clip: Clip, edited: Edited, settings: EditSettings, metrics: Mapping[s
         output.save_mp4(frames, folder / f"{i:02d}.mp4", video.fps)
         output.save_frames(frames, folder / f"{i:02d}")
     rows = {f"source: {video.prompt}": clip, "reconstruction": edited.reconstruction}
-    rows |= {f"{i}: {prompt}": frames for i, (prompt, frames) in enumerate(zip(video.edit_prompts, edited.clips))}
+    rows |= {
+        f"{i}: {prompt}": frames
+        for i, (prompt, frames) in enumerate(zip(video.edit_prompts, edited.clips))
+    }
     output.strip(rows).save(workdir / "strip.png")
     if settings.edit.attention_maps:
         attention = workdir / "attention"
@@ -229,4 +285,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-

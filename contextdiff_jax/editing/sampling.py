@@ -15,24 +15,34 @@ from contextdiff_jax.editing.settings import EditConfig, VideoConfig
 from contextdiff_jax.models.video import VideoDiffusion
 
 
-def _during(progress: Float[np.ndarray, "S"], limits: tuple[float, float]) -> Float[np.ndarray, "S"]:
+def _during(progress: Float[np.ndarray, S], limits: tuple[float, float]) -> Float[np.ndarray, S]:
     """1 for the steps inside a range."""
     return ((progress >= limits[0]) & (progress < limits[1])).astype(np.float32)
 
 
 def sample_edits(
-    model: VideoDiffusion, process: Process, path: Float[Array, "S1 1 F H W C"], text: Text, null: Text,
-    alignment: Alignment, video: VideoConfig, edit: EditConfig,
+    model: VideoDiffusion,
+    process: Process,
+    path: Float[Array, "S1 1 F H W C"],
+    text: Text,
+    null: Text,
+    alignment: Alignment,
+    video: VideoConfig,
+    edit: EditConfig,
 ) -> tuple[Float[Array, "P F H W C"], Float[Array, "P F H W"]]:
     """(clips, attention maps of the blended words) of `text`, whose first row is the source's.
 
-    The source row is set to the inversion's own `path` at each step, so what is taken from it, its attention and,
-    outside of the blend's mask, its pixels, is that of the true clip (as direct inversion, Ju et al. 2023).
+    The source row is set to the inversion's own `path` at each step, so what is taken from it, its
+    attention and, outside of the blend's mask, its pixels, is that of the true clip (as direct
+    inversion, Ju et al. 2023).
     """
     P, F, (H, W) = text.tokens.shape[0], path.shape[2], path.shape[3:5]
     timesteps = edit_timesteps(process.schedule.num_timesteps, edit)[::-1]
     progress = np.arange(len(timesteps)) / len(timesteps)
-    ranges = [_during(progress, limits) for limits in (edit.cross_range, edit.self_range, edit.blend_range)]
+    ranges = [
+        _during(progress, limits)
+        for limits in (edit.cross_range, edit.self_range, edit.blend_range)
+    ]
     controlled = edit.control != "none" or bool(edit.reweight) or bool(edit.blend)
     null = first_row(text) if edit.negative == "source" else null
 

@@ -1,8 +1,9 @@
-"""The sections `video` and `edit` of an editing config, beside those of every config (`contextdiff_jax.settings`).
+"""The sections `video` and `edit` of an editing config, beside those of every config
+(`contextdiff_jax.settings`).
 
-`train` is the tuning on the clip. `model`, `text`, `context`, `diffusion` are read where `video.model` is empty; else
-networks and process are the model's own, but for `context.shift` (and all of `context` where
-`video.transfer_context` is off).
+`train` is the tuning on the clip. `model`, `text`, `context`, `diffusion` are read where
+`video.model` is empty; else networks and process are the model's own, but for `context.shift` (and
+all of `context` where `video.transfer_context` is off).
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ class VideoConfig:
     """The clip, the model, and how the model is laid over the clip.
 
     Attributes:
-      path: a folder of pictures, a GIF or a film. start, stride, num_frames: which frames (num_frames 0: all).
+      path: a folder of pictures, a GIF or a film. start, stride, num_frames: which frames
+          (num_frames 0: all).
       size: (height, width), the frames are scaled and cut to; (0, 0): as they are.
       prompt: what the clip shows. edit_prompts: one edited clip each.
-      model: a training run's workdir, a Stable Diffusion folder, or "": a new model, trained on the clip alone.
+      model: a training run's workdir, a Stable Diffusion folder, or "": a new model, trained on the
+          clip alone.
       tune: `temporal` (temporal layers, queries and the context) or `all` parameters.
-      transfer_context: start from the run's relational network, trained on pictures; else from a new one.
-      window, overlap: frames that the networks see at a time, and how many of them two windows share; window 0: all.
+      transfer_context: start from the run's relational network, trained on pictures; else from a
+          new one.
+      window, overlap: frames that the networks see at a time, and how many of them two windows
+      share; window 0: all.
       remat: recompute activations in the backward pass.
       fps: of what is written.
     """
@@ -55,14 +60,26 @@ class VideoConfig:
     def __post_init__(self):
         check_choice("video.tune", self.tune, TUNED)
         check_at_least(self, "video", num_frames=0, start=0, stride=1, window=0, overlap=0, fps=1)
-        if len(self.size) != 2 or min(self.size) < 0 or (min(self.size) == 0) != (max(self.size) == 0):
-            raise ValueError(f"video.size={self.size}: must be (height, width), or (0, 0) for the file's own")
+        if (
+            len(self.size) != 2
+            or min(self.size) < 0
+            or (min(self.size) == 0) != (max(self.size) == 0)
+        ):
+            raise ValueError(
+                f"video.size={self.size}: must be (height, width), or (0, 0) for the file's own"
+            )
         if not self.prompt.strip():
             raise ValueError("video.prompt='': missing; say what the clip shows")
-        if not self.edit_prompts or not all(isinstance(p, str) and p.strip() for p in self.edit_prompts):
-            raise ValueError(f"video.edit_prompts={self.edit_prompts}: must be at least one text, as in ('a red car',)")
+        if not self.edit_prompts or not all(
+            isinstance(p, str) and p.strip() for p in self.edit_prompts
+        ):
+            raise ValueError(
+                f"video.edit_prompts={self.edit_prompts}: must be at least one text, as in ('a red car',)"
+            )
         if self.window and not self.overlap < self.window:
-            raise ValueError(f"video.overlap={self.overlap}: must be below video.window={self.window}")
+            raise ValueError(
+                f"video.overlap={self.overlap}: must be below video.window={self.window}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,17 +87,22 @@ class EditConfig:
     """Inversion and sampling. A range (from, to) is in shares of the steps made, 0 at the noisiest.
 
     Attributes:
-      steps, strength: DDIM steps of the whole process, and the share of them that is undone and made anew.
-      guidance: its scale; what it leads away from is `negative`: the clip's own prompt (`source`: negative-prompt
+      steps, strength: DDIM steps of the whole process, and the share of them that is undone and
+      made anew.
+      guidance: its scale; what it leads away from is `negative`: the clip's own prompt (`source`:
+          negative-prompt
         inversion, Miyake et al. 2023, by which guidance leaves the source as it is) or `empty`.
       inversion: `ddim`, or `exact`: solved to `tolerance` by up to `iterations` calls a step.
-      control: prompt-to-prompt (Hertz et al. 2022): `replace` (as many words), `refine` (aligned words), `none`.
+      control: prompt-to-prompt (Hertz et al. 2022): `replace` (as many words), `refine` (aligned
+          words), `none`.
       cross_range, self_range: when words' and frames' attention is the source's.
       self_tokens: self-attention of finer grids than this many tokens is left alone.
       reweight: (word of the edit prompt, factor) pairs.
-      blend: outside of what these words attend to the clip stays: `changed` words, given ones, or "" for no blending.
+      blend: outside of what these words attend to the clip stays: `changed` words, given ones, or
+          "" for no blending.
       blend_threshold: share of the map's largest value. blend_range: when.
-      attention_maps: write those of every word. clip, pickscore: CLIP's and PickScore's folders, for their metrics; lpips:
+      attention_maps: write those of every word. clip, pickscore: CLIP's and PickScore's folders,
+          for their metrics; lpips:
         the file of its weights (evaluation/lpips.py).
     """
 
@@ -110,14 +132,24 @@ class EditConfig:
         check_choice("edit.negative", self.negative, NEGATIVES)
         check_at_least(self, "edit", steps=1, guidance=0, iterations=1, self_tokens=0)
         if not 0 < self.strength <= 1 or int(self.steps * self.strength + 1e-6) < 1:
-            raise ValueError(f"edit.strength={self.strength}: must lie in (0, 1] and leave one of {self.steps} steps")
+            raise ValueError(
+                f"edit.strength={self.strength}: must lie in (0, 1] and leave one of {self.steps} steps"
+            )
         for field in ("cross_range", "self_range", "blend_range"):
             value = getattr(self, field)
             if len(value) != 2 or not 0 <= value[0] <= value[1] <= 1:
-                raise ValueError(f"edit.{field}={value}: must be (from, to) with 0 <= from <= to <= 1")
+                raise ValueError(
+                    f"edit.{field}={value}: must be (from, to) with 0 <= from <= to <= 1"
+                )
         for pair in self.reweight:
-            if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], (int, float)):
-                raise ValueError(f"edit.reweight={self.reweight}: must be pairs as in (('snow', 2.0),)")
+            if (
+                len(pair) != 2
+                or not isinstance(pair[0], str)
+                or not isinstance(pair[1], (int, float))
+            ):
+                raise ValueError(
+                    f"edit.reweight={self.reweight}: must be pairs as in (('snow', 2.0),)"
+                )
 
     @property
     def moves(self) -> int:
@@ -138,7 +170,9 @@ def parse_edit(config: Mapping[str, Any]) -> EditSettings:
     """Checks an editing config. ValueError, one line with field, value and what is allowed."""
     for name in ("video", "edit"):
         if name not in config:
-            raise ValueError(f"{name}: missing; an editing config has the sections video and edit, see configs/edit_shapes.py")
+            raise ValueError(
+                f"{name}: missing; an editing config has the sections video and edit, see configs/edit_shapes.py"
+            )
     rest = {name: section for name, section in config.items() if name not in ("video", "edit")}
     return EditSettings(
         base=parse(rest),

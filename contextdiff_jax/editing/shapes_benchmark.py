@@ -1,4 +1,6 @@
-"""Editing scored exactly on moving shapes: a model with its context against one without, clip by clip."""
+"""Editing scored exactly on moving shapes: a model with its context against one without, clip by
+clip.
+"""
 
 from __future__ import annotations
 
@@ -37,17 +39,26 @@ class Arm:
     def __call__(self, moving: MovingShape) -> tuple[dict[str, Clip], dict[str, dict[str, float]]]:
         """(clips, scores) by edit, and of the `reconstruction`."""
         video = dataclasses.replace(
-            self.settings.video, prompt=moving.prompt,
+            self.settings.video,
+            prompt=moving.prompt,
             edit_prompts=tuple(caption(moving.edited[name][0]) for name in EDITS),
         )
         settings, editor = dataclasses.replace(self.settings, video=video), self.editor
         source = frames_of(moving.scenes, _side(settings))
-        x0, text, null = editor.encode(source), editor.encode_text([video.prompt]), editor.encode_text([""])
-        model = tune_quickly(editor.model, editor.process, x0, text, null, settings, self.programs.run)
+        x0, text, null = (
+            editor.encode(source),
+            editor.encode_text([video.prompt]),
+            editor.encode_text([""]),
+        )
+        model = tune_quickly(
+            editor.model, editor.process, x0, text, null, settings, self.programs.run
+        )
         edited = edit_clip(editor, model, source, x0, settings, self.programs)
         clips = dict(zip(EDITS, edited.clips, strict=True))
         scores = {name: score_edit(clip, moving, name) for name, clip in clips.items()}
-        return clips, scores | {"reconstruction": {"psnr": min(psnr(edited.reconstruction, source), 100.0)}}
+        return clips, scores | {
+            "reconstruction": {"psnr": min(psnr(edited.reconstruction, source), 100.0)}
+        }
 
 
 def _side(settings: EditSettings) -> int:
@@ -55,19 +66,29 @@ def _side(settings: EditSettings) -> int:
 
 
 def run_benchmark(
-    settings: EditSettings, workdir: pathlib.Path, count: int, baseline: str = "", first_seed: int = 0
+    settings: EditSettings,
+    workdir: pathlib.Path,
+    count: int,
+    baseline: str = "",
+    first_seed: int = 0,
 ) -> dict[str, Any]:
-    """`count` clips by the settings' pipeline and by the same one with `context.shift` none; `baseline` may name another
-    model for it, one that was trained without. Writes shapes_benchmark.json and shapes_strip.png, anew after each clip.
+    """`count` clips by the settings' pipeline and by the same one with `context.shift` none;
+    `baseline` may name another model for it, one that was trained without. Writes
+    shapes_benchmark.json and shapes_strip.png, anew after each clip.
 
     Raises ValueError for settings without a shift, and for fewer than two clips.
     """
     if count < 2:
         raise ValueError(f"--shapes={count}: must be at least 2, for a standard error")
     if settings.base.context.shift == "none":
-        raise ValueError("context.shift='none': is what --shapes compares with; leave context.shift as the model has it")
+        raise ValueError(
+            "context.shift='none': is what --shapes compares with; leave context.shift as the model has it"
+        )
     plain = dataclasses.replace(
-        settings, base=dataclasses.replace(settings.base, context=dataclasses.replace(settings.base.context, shift="none")),
+        settings,
+        base=dataclasses.replace(
+            settings.base, context=dataclasses.replace(settings.base.context, shift="none")
+        ),
         video=dataclasses.replace(settings.video, model=baseline or settings.video.model),
     )
     arms = {"context": Arm(settings), "none": Arm(plain)}
@@ -82,7 +103,9 @@ def run_benchmark(
             found[name].append(scores)
             if i < SHOWN:
                 rows.setdefault(f"{i} source: {moving.prompt}", frames_of(moving.scenes, side))
-                rows |= {f"{i} {name}: {caption(moving.edited[e][0])}": clip for e, clip in clips.items()}
+                rows |= {
+                    f"{i} {name}: {caption(moving.edited[e][0])}": clip for e, clip in clips.items()
+                }
         if i:
             report = _report(settings, plain, arms, found)
             write_json(workdir / "shapes_benchmark.json", report)
@@ -90,21 +113,31 @@ def run_benchmark(
     return report
 
 
-def _report(settings: EditSettings, plain: EditSettings, arms: Mapping[str, Arm], found: Mapping[str, list]) -> dict[str, Any]:
+def _report(
+    settings: EditSettings, plain: EditSettings, arms: Mapping[str, Arm], found: Mapping[str, list]
+) -> dict[str, Any]:
     results = {
-        kind: paired(*(columns([scores[kind] for scores in found[name]]) for name in ("context", "none")))
+        kind: paired(
+            *(columns([scores[kind] for scores in found[name]]) for name in ("context", "none"))
+        )
         for kind in (*EDITS, "reconstruction")
     }
     return {
-        "clips": len(found["none"]), "model": settings.video.model, "baseline": plain.video.model,
-        "edit": dataclasses.asdict(settings.edit), "results": results,
-        "costs": {name: arm.programs.costs for name, arm in arms.items()}, "scores": found,
+        "clips": len(found["none"]),
+        "model": settings.video.model,
+        "baseline": plain.video.model,
+        "edit": dataclasses.asdict(settings.edit),
+        "results": results,
+        "costs": {name: arm.programs.costs for name, arm in arms.items()},
+        "scores": found,
     }
 
 
 def table(report: Mapping[str, Any]) -> str:
     """The paired comparison as text."""
-    lines = [f"{'edit':15} {'metric':16} {'context':>8} {'none':>8} {'difference':>11} {'standard error':>15}"]
+    lines = [
+        f"{'edit':15} {'metric':16} {'context':>8} {'none':>8} {'difference':>11} {'standard error':>15}"
+    ]
     for kind, rows in report["results"].items():
         for name, row in rows.items():
             values = f"{row['first']:8.3f} {row['second']:8.3f} {row['difference']:+11.3f} {row['standard_error']:15.3f}"

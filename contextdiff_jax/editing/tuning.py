@@ -1,4 +1,6 @@
-"""One-shot tuning (Wu et al., 2023): the video networks learn the clip, through the shifted process."""
+"""One-shot tuning (Wu et al., 2023): the video networks learn the clip, through the shifted
+process.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class TuneState:
 
 
 def trainable(which: str) -> Callable[[tuple, Any], bool]:
-    """The NNX filter of the parameters that are tuned: `all`, or `temporal` layers, queries and the context."""
+    """The NNX filter of the parameters that are tuned: `all`, or `temporal` layers, queries and the
+    context.
+    """
 
     def chosen(path: tuple, _: Any) -> bool:
         return which == "all" or path[0] == "context" or "temporal" in path or "to_q" in path
@@ -57,21 +61,32 @@ def trainable(which: str) -> Callable[[tuple, Any], bool]:
 def init_tuning(params: PyTree, train: TrainConfig, seed: int) -> TuneState:
     """Step 0."""
     return TuneState(
-        step=jnp.zeros((), jnp.int32), params=params, ema=jax.tree.map(jnp.copy, params),
-        opt_state=make_optimizer(train).init(params), key=jax.random.key_data(jax.random.key(seed)),
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=make_optimizer(train).init(params),
+        key=jax.random.key_data(jax.random.key(seed)),
     )
 
 
 def tuning_loss(
-    model: VideoDiffusion, process: Process, x0: Float[Array, "1 F H W C"], text: Text, null: Text, key: PRNGKeyArray,
-    train: TrainConfig, window: int,
+    model: VideoDiffusion,
+    process: Process,
+    x0: Float[Array, "1 F H W C"],
+    text: Text,
+    null: Text,
+    key: PRNGKeyArray,
+    train: TrainConfig,
+    window: int,
 ) -> Float[Array, ""]:
     """The mean squared error of the clip (of random windows of it) at `train.batch_size` indices.
 
     As `training.step.loss_fn`: r reads the true caption, of the network's text a share is dropped.
     """
     B, F, T = train.batch_size, x0.shape[1], process.schedule.num_timesteps
-    keys = dict(zip(("timestep", "noise", "dropout", "window"), jax.random.split(key, 4), strict=True))
+    keys = dict(
+        zip(("timestep", "noise", "dropout", "window"), jax.random.split(key, 4), strict=True)
+    )
     if window and window < F:
         starts = jax.random.randint(keys["window"], (B,), 0, F - window + 1)
         x0 = jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(x0[0], start, window))(starts)
@@ -84,7 +99,9 @@ def tuning_loss(
     r = model.context(x0, tokens, mask, t)
     x_t = diffusion.q_sample(process.schedule, x0, r, t, noise, process.shift)
     read = jax.tree.map(
-        lambda full, empty: jnp.where(dropped.reshape(B, *[1] * (full.ndim - 1)), empty, full), Text(tokens, mask), null
+        lambda full, empty: jnp.where(dropped.reshape(B, *[1] * (full.ndim - 1)), empty, full),
+        Text(tokens, mask),
+        null,
     )
     output, head_loss = model.predict(x_t, t, *read), 0.0
     if model.unet.context_head is not None:
@@ -97,15 +114,20 @@ def tuning_loss(
 def make_tuning_step(
     graph: nnx.GraphDef, process: Process, train: TrainConfig, window: int
 ) -> Callable[..., tuple[TuneState, Float[Array, ""]]]:
-    """`step(state, frozen, x0, text, null) -> (state, loss)`, to be jitted. Where the loss or the gradient is not finite
-    the state comes back as it was."""
+    """`step(state, frozen, x0, text, null) -> (state, loss)`, to be jitted. Where the loss or the
+    gradient is not finite the state comes back as it was.
+    """
     optimizer = make_optimizer(train)
 
-    def step(state: TuneState, frozen: PyTree, x0: Array, text: Text, null: Text) -> tuple[TuneState, Array]:
+    def step(
+        state: TuneState, frozen: PyTree, x0: Array, text: Text, null: Text
+    ) -> tuple[TuneState, Array]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def loss_fn(params):
-            return tuning_loss(nnx.merge(graph, params, frozen), process, x0, text, null, key, train, window)
+            return tuning_loss(
+                nnx.merge(graph, params, frozen), process, x0, text, null, key, train, window
+            )
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -113,16 +135,25 @@ def make_tuning_step(
         ema = moving_average(params, state.ema, state.step, train.ema_decay)
         new = TuneState(state.step + 1, params, ema, opt_state, state.key)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), jnp.where(finite, loss, jnp.nan)
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), jnp.where(
+            finite, loss, jnp.nan
+        )
 
     return step
 
 
 def tune_quickly(
-    model: VideoDiffusion, process: Process, x0: Float[Array, "1 F H W C"], text: Text, null: Text,
-    settings: EditSettings, run: Callable[..., Any],
+    model: VideoDiffusion,
+    process: Process,
+    x0: Float[Array, "1 F H W C"],
+    text: Text,
+    null: Text,
+    settings: EditSettings,
+    run: Callable[..., Any],
 ) -> VideoDiffusion:
-    """As `tune`, all steps as one program, which `run(name, function, *arguments)` compiles; nothing is written."""
+    """As `tune`, all steps as one program, which `run(name, function, *arguments)` compiles;
+    nothing is written.
+    """
     train = settings.base.train
     graph, params, frozen = nnx.split(model, trainable(settings.video.tune), ...)
     step = make_tuning_step(graph, process, train, settings.video.window)
@@ -135,12 +166,19 @@ def tune_quickly(
 
 
 def tune(
-    model: VideoDiffusion, process: Process, x0: Float[Array, "1 F H W C"], text: Text, null: Text,
-    settings: EditSettings, config: Mapping[str, Any], workdir: pathlib.Path,
+    model: VideoDiffusion,
+    process: Process,
+    x0: Float[Array, "1 F H W C"],
+    text: Text,
+    null: Text,
+    settings: EditSettings,
+    config: Mapping[str, Any],
+    workdir: pathlib.Path,
 ) -> VideoDiffusion:
     """The model tuned on x0 for `train.steps`, with what is in `workdir` as the start.
 
-    Raises ValueError for a workdir of another tuning, RunError for a loss that is not finite or a stop by a signal.
+    Raises ValueError for a workdir of another tuning, RunError for a loss that is not finite or a
+    stop by a signal.
     """
     train = settings.base.train
     graph, params, frozen = nnx.split(model, trainable(settings.video.tune), ...)
@@ -149,21 +187,33 @@ def tune(
     checkpoints.check_shapes(manager, workdir, state)
     checkpoints.claim_workdir(workdir, config, FREE_FIELDS)
     if manager.latest_step() is not None:
-        state, _ = checkpoints.restore(manager, checkpoints.placed(state, jax.tree.map(lambda a: a.sharding, state)))
+        state, _ = checkpoints.restore(
+            manager, checkpoints.placed(state, jax.tree.map(lambda a: a.sharding, state))
+        )
     first = int(state.step)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     LOGGER.info("tuning %d parameters, from step %d to %d", count, first, train.steps)
-    step_fn = jax.jit(make_tuning_step(graph, process, train, settings.video.window), donate_argnums=0)
+    step_fn = jax.jit(
+        make_tuning_step(graph, process, train, settings.video.window), donate_argnums=0
+    )
     stop, log = StopSignal(), MetricsLog(workdir, first)
     with closing(log), checkpoints.closing(manager, workdir):
-        bar = tqdm(range(first + 1, train.steps + 1), initial=first, total=train.steps, desc="tuning", disable=None)
+        bar = tqdm(
+            range(first + 1, train.steps + 1),
+            initial=first,
+            total=train.steps,
+            desc="tuning",
+            disable=None,
+        )
         for step in bar:
             state, loss = step_fn(state, frozen, x0, text, null)
             last = step == train.steps or stop(step)
             if step % train.log_every == 0 or last:
                 value = float(loss)
                 if value != value:
-                    raise RunError(f"step {step}: the loss is not finite; lower train.learning_rate and run again")
+                    raise RunError(
+                        f"step {step}: the loss is not finite; lower train.learning_rate and run again"
+                    )
                 bar.set_postfix(loss=f"{value:.4g}")
                 gain = nnx.merge(graph, state.params, frozen).context.gain
                 log.write(step, {"loss": value, "context_gain": float(gain)})
@@ -171,7 +221,9 @@ def tune(
                 checkpoints.save(manager, state, {})
             if last:
                 break
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be saved: what follows may be ended at once
+    signal.signal(
+        signal.SIGTERM, signal.SIG_DFL
+    )  # nothing is left to be saved: what follows may be ended at once
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if int(state.step) < train.steps:
         raise RunError(f"stopped at step {int(state.step)} of {train.steps}; run again to go on")

@@ -1,15 +1,17 @@
-"""The bound on a run's -log2 p(picture | caption), in bits/dim: exact in t, or at a seeded part of the timesteps.
+"""The bound on a run's -log2 p(picture | caption), in bits/dim: exact in t, or at a seeded part of
+the timesteps.
 
     L = L_T + sum_{t=1}^{T-1} KL_t + L_0        (diffusion.losses, (7)-(9))
 
-The sum costs T - 1 network calls a picture. So 1..T-1 is cut into K strata of n_s neighbours, each picture draws one
-t_s uniformly in each, and
+The sum costs T - 1 network calls a picture. So 1..T-1 is cut into K strata of n_s neighbours, each
+picture draws one t_s uniformly in each, and
 
     L_T + sum_s n_s KL_{t_s} + L_0                                                                       (1)
 
-has the same expectation, for every K. Strata grow with the cube of t: measured on `shapes`, KL_t falls by 10^3 over the
-first tenth of the timesteps and is flat after. So the first terms are all there, and the draws add little to what the
-pictures' totals differ by anyway; their standard error covers both. K = T - 1 is the whole sum.
+has the same expectation, for every K. Strata grow with the cube of t: measured on `shapes`, KL_t
+falls by 10^3 over the first tenth of the timesteps and is flat after. So the first terms are all
+there, and the draws add little to what the pictures' totals differ by anyway; their standard error
+covers both. K = T - 1 is the whole sum.
 """
 
 from __future__ import annotations
@@ -31,12 +33,12 @@ from contextdiff_jax.models.contextdiff import ContextDiffusion, make_denoise
 class Bound(NamedTuple):
     """Bits/dim by picture, and the KL a timestep by stratum (mean over pictures)."""
 
-    total: Float[np.ndarray, "N"]
-    prior: Float[np.ndarray, "N"]
-    kl: Float[np.ndarray, "N"]
-    decoder: Float[np.ndarray, "N"]
-    edges: Int[np.ndarray, "K1"]  # stratum s is edges[s] .. edges[s + 1] - 1
-    kl_by_t: Float[np.ndarray, "K"]
+    total: Float[np.ndarray, N]
+    prior: Float[np.ndarray, N]
+    kl: Float[np.ndarray, N]
+    decoder: Float[np.ndarray, N]
+    edges: Int[np.ndarray, K1]  # stratum s is edges[s] .. edges[s + 1] - 1
+    kl_by_t: Float[np.ndarray, K]
 
     @property
     def standard_error(self) -> float:
@@ -44,8 +46,10 @@ class Bound(NamedTuple):
         return float(self.total.std(ddof=1) / np.sqrt(len(self.total)))
 
 
-def make_strata(num_timesteps: int, count: int | None = None) -> Int[np.ndarray, "K1"]:
-    """Edges of `count` strata of 1..T-1, narrow at small t; None: one for each t. ValueError outside 1..T-1."""
+def make_strata(num_timesteps: int, count: int | None = None) -> Int[np.ndarray, K1]:
+    """Edges of `count` strata of 1..T-1, narrow at small t; None: one for each t. ValueError
+    outside 1..T-1.
+    """
     terms = num_timesteps - 1
     count = terms if count is None else count
     if not 1 <= count <= terms:
@@ -57,8 +61,13 @@ def make_strata(num_timesteps: int, count: int | None = None) -> Int[np.ndarray,
 
 
 def bound_terms(
-    denoise: DenoiseFn, x0: Float[Array, "B *D"], context_fn: Callable, schedule: diffusion.NoiseSchedule,
-    key: PRNGKeyArray, edges: Int[Array, "K1"], shift: str = "quadratic",
+    denoise: DenoiseFn,
+    x0: Float[Array, B * D],
+    context_fn: Callable,
+    schedule: diffusion.NoiseSchedule,
+    key: PRNGKeyArray,
+    edges: Int[Array, K1],
+    shift: str = "quadratic",
 ) -> dict[str, Array]:
     """The terms of (1): `prior` [B], `kl` [K, B] (each KL_{t_s}, not yet times n_s), `decoder` [B].
 
@@ -71,18 +80,24 @@ def bound_terms(
         index, start, size = inputs
         u = jax.random.uniform(jax.random.fold_in(draw_key, index), x0.shape[:1])
         t = start + jnp.minimum((u * size).astype(jnp.int32), size - 1)
-        kl = diffusion.vlb_kl(denoise, x0, context_fn, schedule, jax.random.fold_in(key, start), t, shift)
+        kl = diffusion.vlb_kl(
+            denoise, x0, context_fn, schedule, jax.random.fold_in(key, start), t, shift
+        )
         return None, kl
 
     _, kl = jax.lax.scan(row, None, (jnp.arange(len(starts)), starts, sizes))
-    prior, decoder = diffusion.vlb_ends(denoise, x0, context_fn, schedule, jax.random.fold_in(key, 0), shift)
+    prior, decoder = diffusion.vlb_ends(
+        denoise, x0, context_fn, schedule, jax.random.fold_in(key, 0), shift
+    )
     return {"prior": prior, "kl": kl, "decoder": decoder}
 
 
-def collect(parts: Iterable[dict[str, Array]], edges: Int[np.ndarray, "K1"]) -> Bound:
+def collect(parts: Iterable[dict[str, Array]], edges: Int[np.ndarray, K1]) -> Bound:
     """One Bound from the `bound_terms` of all batches."""
     rows = [{name: np.asarray(value, np.float64) for name, value in part.items()} for part in parts]
-    prior, kl, decoder = (np.concatenate([row[name] for row in rows], axis=-1) for name in ("prior", "kl", "decoder"))
+    prior, kl, decoder = (
+        np.concatenate([row[name] for row in rows], axis=-1) for name in ("prior", "kl", "decoder")
+    )
     summed = np.diff(edges) @ kl
     return Bound(prior + summed + decoder, prior, summed, decoder, edges, kl.mean(1))
 
@@ -90,18 +105,29 @@ def collect(parts: Iterable[dict[str, Array]], edges: Int[np.ndarray, "K1"]) -> 
 def make_model_bound(
     graph: nnx.GraphDef, schedule: diffusion.NoiseSchedule, prediction_type: str, shift: str
 ) -> Callable:
-    """`terms(params, images, ids, mask, null_ids, null_mask, key, edges)`: `bound_terms` of the model as it samples at
-    guidance 1, jitted; images are uint8 [B, H, W, C]."""
+    """`terms(params, images, ids, mask, null_ids, null_mask, key, edges)`: `bound_terms` of the
+    model as it samples at guidance 1, jitted; images are uint8 [B, H, W, C].
+    """
 
     @jax.jit
     def terms(
-        params: PyTree, images: Array, ids: Array, mask: Array, null_ids: Array, null_mask: Array,
-        key: PRNGKeyArray, edges: Int[Array, "K1"],
+        params: PyTree,
+        images: Array,
+        ids: Array,
+        mask: Array,
+        null_ids: Array,
+        null_mask: Array,
+        key: PRNGKeyArray,
+        edges: Int[Array, K1],
     ) -> dict[str, Array]:
         model: ContextDiffusion = nnx.merge(graph, params)
         x0 = images.astype(jnp.float32) / 127.5 - 1
         texts = model.encode(ids, mask, null_ids, null_mask)
-        denoise = make_denoise(model, schedule, *texts, prediction_type=prediction_type, guidance=1.0)
-        return bound_terms(denoise, x0, lambda x, t: model.relate(x, *texts[:2], t), schedule, key, edges, shift)
+        denoise = make_denoise(
+            model, schedule, *texts, prediction_type=prediction_type, guidance=1.0
+        )
+        return bound_terms(
+            denoise, x0, lambda x, t: model.relate(x, *texts[:2], t), schedule, key, edges, shift
+        )
 
     return terms

@@ -1,7 +1,8 @@
 """What guidance has to work with: the denoiser with the caption and without, by t.
 
-Guidance extrapolates from x0_hat without the caption to x0_hat with it. At x_t of the forward process, which its context has
-shifted towards x0, both are measured against x0 and against each other.
+Guidance extrapolates from x0_hat without the caption to x0_hat with it. At x_t of the forward
+process, which its context has shifted towards x0, both are measured against x0 and against each
+other.
 """
 
 from __future__ import annotations
@@ -20,14 +21,21 @@ from contextdiff_jax.models.contextdiff import ContextDiffusion
 def make_model_branches(
     graph: nnx.GraphDef, schedule: diffusion.NoiseSchedule, prediction_type: str, shift: str
 ) -> Callable[..., dict[str, Float[Array, "K B"]]]:
-    """`distances(params, images, ids, mask, null_ids, null_mask, key, timesteps)`, jitted: root mean squares over a picture, in
-    units of x0 (in [-1, 1]), of `with` and `without`, x0_hat's errors, and of `apart`, their difference; a row a timestep.
-    Images are uint8 [B, H, W, C]."""
+    """`distances(params, images, ids, mask, null_ids, null_mask, key, timesteps)`, jitted: root
+    mean squares over a picture, in units of x0 (in [-1, 1]), of `with` and `without`, x0_hat's
+    errors, and of `apart`, their difference; a row a timestep. Images are uint8 [B, H, W, C].
+    """
 
     @jax.jit
     def distances(
-        params: PyTree, images: Array, ids: Array, mask: Array, null_ids: Array, null_mask: Array,
-        key: PRNGKeyArray, timesteps: Int[Array, "K"],
+        params: PyTree,
+        images: Array,
+        ids: Array,
+        mask: Array,
+        null_ids: Array,
+        null_mask: Array,
+        key: PRNGKeyArray,
+        timesteps: Int[Array, K],
     ) -> dict[str, Array]:
         model: ContextDiffusion = nnx.merge(graph, params)
         x0 = images.astype(jnp.float32) / 127.5 - 1
@@ -44,7 +52,11 @@ def make_model_branches(
                 return diffusion.predict_x0(schedule, output, x_t, t, prediction_type)
 
             with_caption, without = estimate(*texts[:2]), estimate(*texts[2:])
-            differences = {"with": with_caption - x0, "without": without - x0, "apart": with_caption - without}
+            differences = {
+                "with": with_caption - x0,
+                "without": without - x0,
+                "apart": with_caption - without,
+            }
             return None, {name: jnp.sqrt((d**2).mean((1, 2, 3))) for name, d in differences.items()}
 
         return jax.lax.scan(row, None, timesteps)[1]

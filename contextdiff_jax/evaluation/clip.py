@@ -1,7 +1,9 @@
-"""CLIP's embeddings of pictures and captions (Radford et al. 2021), from a folder of transformers' CLIPModel.
+"""CLIP's embeddings of pictures and captions (Radford et al. 2021), from a folder of transformers'
+CLIPModel.
 
-It reads config.json and model.safetensors, the tokenizer's files, and how pictures are prepared: preprocessor_config.json,
-which transformers 5 writes into processor_config.json; without either, CLIP's own way at the model's size.
+It reads config.json and model.safetensors, the tokenizer's files, and how pictures are prepared:
+preprocessor_config.json, which transformers 5 writes into processor_config.json; without either,
+CLIP's own way at the model's size.
 """
 
 from __future__ import annotations
@@ -28,9 +30,12 @@ class Preprocessing:
     """transformers' CLIPImageProcessor: uint8 pictures to what the vision encoder reads.
 
     Attributes:
-      size: a whole number, to which the shorter side is resized, or (height, width); None: no resizing.
-      resample: PIL's number of the filter, 3 is bicubic. PIL's filters antialias when they make a picture smaller.
-      crop_size: (height, width) of the middle that is kept, with 0 around a smaller picture; None: all.
+      size: a whole number, to which the shorter side is resized, or (height, width); None: no
+          resizing.
+      resample: PIL's number of the filter, 3 is bicubic. PIL's filters antialias when they make a
+          picture smaller.
+      crop_size: (height, width) of the middle that is kept, with 0 around a smaller picture; None:
+          all.
       rescale_factor, image_mean, image_std: (uint8 x rescale_factor - mean) / std.
     """
 
@@ -43,38 +48,62 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], default_size: int) -> Preprocessing:
-        """From the values of a preprocessor_config.json, of any age. ValueError for what is not CLIP's.
+        """From the values of a preprocessor_config.json, of any age. ValueError for what is not
+        CLIP's.
 
         Args:
           default_size: of what the file leaves out.
         """
-        kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "CLIPImageProcessor"
+        kind = (
+            values.get("image_processor_type")
+            or values.get("feature_extractor_type")
+            or "CLIPImageProcessor"
+        )
         if not kind.startswith(("CLIPImageProcessor", "CLIPFeatureExtractor")):
-            raise ValueError(f"image_processor_type={kind!r}: another model's; must be CLIPImageProcessor")
-        given = {name: values.get(f"do_{name}", True) for name in ("resize", "center_crop", "rescale", "normalize")}
+            raise ValueError(
+                f"image_processor_type={kind!r}: another model's; must be CLIPImageProcessor"
+            )
+        given = {
+            name: values.get(f"do_{name}", True)
+            for name in ("resize", "center_crop", "rescale", "normalize")
+        }
         return cls(
-            size=_size("size", values.get("size", default_size), False) if given["resize"] else None,
-            crop_size=_size("crop_size", values.get("crop_size", default_size), True) if given["center_crop"] else None,
+            size=_size("size", values.get("size", default_size), False)
+            if given["resize"]
+            else None,
+            crop_size=_size("crop_size", values.get("crop_size", default_size), True)
+            if given["center_crop"]
+            else None,
             resample=int(Image.Resampling(values.get("resample", Image.Resampling.BICUBIC))),
             rescale_factor=values.get("rescale_factor", 1 / 255) if given["rescale"] else 1.0,
-            image_mean=tuple(values.get("image_mean", PIXEL_MEAN)) if given["normalize"] else (0.0,) * 3,
-            image_std=tuple(values.get("image_std", PIXEL_STD)) if given["normalize"] else (1.0,) * 3,
+            image_mean=tuple(values.get("image_mean", PIXEL_MEAN))
+            if given["normalize"]
+            else (0.0,) * 3,
+            image_std=tuple(values.get("image_std", PIXEL_STD))
+            if given["normalize"]
+            else (1.0,) * 3,
         )
 
     def __call__(self, images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, "N h w 3"]:
         """The pictures as the encoder reads them."""
         if self.size is not None:
             height, width = _resized(images.shape[1:3], self.size)
-            resized = (Image.fromarray(image).resize((width, height), self.resample) for image in images)
+            resized = (
+                Image.fromarray(image).resize((width, height), self.resample) for image in images
+            )
             images = np.stack([np.asarray(image) for image in resized])
         if self.crop_size is not None:
             images = _center_crop(images, self.crop_size)
         scaled = images.astype(np.float32) * np.float32(self.rescale_factor)
-        return (scaled - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)
+        return (scaled - np.array(self.image_mean, np.float32)) / np.array(
+            self.image_std, np.float32
+        )
 
 
 def _size(field: str, value: Any, square: bool) -> int | tuple[int, int]:
-    """{"shortest_edge": n}, {"height": h, "width": w}, or the plain number of old files: a square crop, or a short side."""
+    """{"shortest_edge": n}, {"height": h, "width": w}, or the plain number of old files: a square
+    crop, or a short side.
+    """
     if isinstance(value, int):
         return (value, value) if square else value
     match value:
@@ -94,7 +123,9 @@ def _resized(shape: tuple[int, int], size: int | tuple[int, int]) -> tuple[int, 
     return (long, size) if width <= height else (size, long)
 
 
-def _center_crop(images: UInt8[np.ndarray, "N H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "N h w 3"]:
+def _center_crop(
+    images: UInt8[np.ndarray, "N H W 3"], size: tuple[int, int]
+) -> UInt8[np.ndarray, "N h w 3"]:
     lack = [max(0, wanted - have) for wanted, have in zip(size, images.shape[1:3], strict=True)]
     images = np.pad(images, ((0, 0), *((-(-n // 2), n // 2) for n in lack), (0, 0)))
     top, left = ((have - wanted) // 2 for wanted, have in zip(size, images.shape[1:3], strict=True))
@@ -102,7 +133,9 @@ def _center_crop(images: UInt8[np.ndarray, "N H W 3"], size: tuple[int, int]) ->
 
 
 class _Prepared:
-    """Pictures prepared when they are sliced: all at once, at the encoder's size in float32, may not fit the memory."""
+    """Pictures prepared when they are sliced: all at once, at the encoder's size in float32, may
+    not fit the memory.
+    """
 
     def __init__(self, images: Sequence[np.ndarray], preprocessing: Preprocessing):
         self._images, self._preprocessing = images, preprocessing
@@ -118,7 +151,8 @@ class _Prepared:
 class Clip:
     """A CLIPModel with its tokenizer and preprocessing; `load_clip` makes it.
 
-    `vision`: prepared pictures, of `image_size`, to embeddings; `tokenize`: captions to ids; `text`: ids to embeddings.
+    `vision`: prepared pictures, of `image_size`, to embeddings; `tokenize`: captions to ids;
+        `text`: ids to embeddings.
     """
 
     name: str
@@ -129,7 +163,9 @@ class Clip:
     text: FeatureFn
 
     def check(self, size: int) -> None:
-        """Raises ValueError if the preprocessing doesn't make what the encoder reads of pictures of `size` pixels."""
+        """Raises ValueError if the preprocessing doesn't make what the encoder reads of pictures of
+        `size` pixels.
+        """
         height, width = self.preprocessing(np.zeros((1, size, size, 3), np.uint8)).shape[1:3]
         if (height, width) != (self.image_size, self.image_size):
             raise ValueError(
@@ -137,29 +173,38 @@ class Clip:
                 f"reads {self.image_size} x {self.image_size}"
             )
 
-    def embed_images(self, images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> Float[np.ndarray, "N P"]:
+    def embed_images(
+        self, images: Sequence[UInt8[np.ndarray, "H W 3"]]
+    ) -> Float[np.ndarray, "N P"]:
         """transformers' `image_embeds` before they are normalised, of pictures of one size."""
         return extract(self.vision, _Prepared(images, self.preprocessing), label="CLIP of pictures")
 
     def embed_captions(self, captions: Sequence[str]) -> Float[np.ndarray, "N P"]:
-        """transformers' `text_embeds` before they are normalised; captions are cut to the encoder's length, with their
-        end token."""
+        """transformers' `text_embeds` before they are normalised; captions are cut to the encoder's
+        length, with their end token.
+        """
         return extract(self.text, self.tokenize(captions), label="CLIP of captions")
 
 
 def load_clip(folder: str | pathlib.Path) -> Clip:
     """A CLIPModel's folder.
 
-    Raises ValueError, one line with the file, if it is absent, of another architecture, lacks weights or the tokenizer,
-    or its parts do not fit each other.
+    Raises ValueError, one line with the file, if it is absent, of another architecture, lacks
+    weights or the tokenizer, or its parts do not fit each other.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"--clip={folder}: no such folder; name one that transformers' CLIPModel was saved in")
+        raise ValueError(
+            f"--clip={folder}: no such folder; name one that transformers' CLIPModel was saved in"
+        )
     values = read_json(folder / "config.json", "a CLIPModel's folder")
-    architecture = (values.get("architectures") or [None])[0] or {"clip": "CLIPModel"}.get(values.get("model_type"))
+    architecture = (values.get("architectures") or [None])[0] or {"clip": "CLIPModel"}.get(
+        values.get("model_type")
+    )
     if architecture != "CLIPModel":
-        raise ValueError(f"{folder / 'config.json'}: architectures={architecture!r}: another architecture; must be CLIPModel")
+        raise ValueError(
+            f"{folder / 'config.json'}: architectures={architecture!r}: another architecture; must be CLIPModel"
+        )
     vision, text = load_clip_vision(folder), load_clip_text(folder)
     image_size = vision.config.image_size
     return Clip(
@@ -185,9 +230,13 @@ def _load_preprocessing(folder: pathlib.Path, image_size: int) -> Preprocessing:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _load_tokenizer(folder: pathlib.Path, config) -> Callable[[Sequence[str]], Int[np.ndarray, "N L"]]:
+def _load_tokenizer(
+    folder: pathlib.Path, config
+) -> Callable[[Sequence[str]], Int[np.ndarray, "N L"]]:
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
-        raise ValueError(f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt")
+        raise ValueError(
+            f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt"
+        )
     from transformers import CLIPTokenizer  # seconds to import
 
     tokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -201,7 +250,9 @@ def _load_tokenizer(folder: pathlib.Path, config) -> Callable[[Sequence[str]], I
     length = min(tokenizer.model_max_length, config.max_position_embeddings)
 
     def tokenize(captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
-        ids = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True).input_ids
+        ids = tokenizer(
+            list(captions), padding="max_length", max_length=length, truncation=True
+        ).input_ids
         return np.array(ids, np.int32)
 
     return tokenize

@@ -1,10 +1,15 @@
-"""Does a picture of the `shapes` data set show what its caption says? Decided from the pixels alone.
+"""Does a picture of the `shapes` data set show what its caption says? Decided from the pixels
+alone.
 
-    1. Each pixel takes the nearest colour of the palette and the picture's background; a pixel far from all
+    1. Each pixel takes the nearest colour of the palette and the picture's background; a pixel far
+      from all
        of these is foreground of unknown colour.
-    2. Connected foreground pixels are a blob. A blob with one dominant colour is one object (the off-colour
-       fringe of a generated picture belongs to it); other blobs are split by colour. Specks are ignored.
-    3. An object's shape and size are those of the renderer's own template that overlaps it best (IoU),
+    2. Connected foreground pixels are a blob. A blob with one dominant colour is one object (the
+      off-colour
+       fringe of a generated picture belongs to it); other blobs are split by colour. Specks are
+       ignored.
+    3. An object's shape and size are those of the renderer's own template that overlaps it best
+      (IoU),
        within a pixel or so of its place; below `MIN_IOU` its shape is `unknown`.
 
 Pictures from the renderer are read back exactly, also under noise (see the tests).
@@ -46,17 +51,24 @@ def _nearest_colours(image: UInt8[np.ndarray, "H W 3"]) -> Int[np.ndarray, "H W"
     """Index of each pixel's colour in `_COLOUR_NAMES`; `_NOTHING` where it is the background's."""
     pixels = image.astype(np.float32)
     palette = np.array([*BACKGROUNDS.values(), *COLOURS.values()], np.float32)
-    distances = np.linalg.norm(pixels[:, :, None] - palette, axis=-1)  # [H, W, backgrounds + colours]
-    # The background is the one that covers most; another counts as a colour that is not in the palette.
+    distances = np.linalg.norm(
+        pixels[:, :, None] - palette, axis=-1
+    )  # [H, W, backgrounds + colours]
+    # The background is the one that covers most; another counts as a colour that is not in the
+    # palette.
     nearest = distances.argmin(-1)
     background = np.bincount(nearest.ravel(), minlength=len(palette))[: len(BACKGROUNDS)].argmax()
-    distances = np.concatenate([distances[:, :, len(BACKGROUNDS) :], distances[:, :, [background]]], axis=-1)
+    distances = np.concatenate(
+        [distances[:, :, len(BACKGROUNDS) :], distances[:, :, [background]]], axis=-1
+    )
     nearest = distances.argmin(-1)
     labels = np.where(nearest == len(COLOURS), _NOTHING, nearest)
     return np.where(distances.min(-1) > MAX_COLOUR_DISTANCE, len(COLOURS), labels)
 
 
-def _parts(labels: Int[np.ndarray, "H W"], min_area: float) -> Iterator[tuple[int, Bool[np.ndarray, "H W"]]]:
+def _parts(
+    labels: Int[np.ndarray, "H W"], min_area: float
+) -> Iterator[tuple[int, Bool[np.ndarray, "H W"]]]:
     """(colour index, mask) of each object."""
     blobs, count = ndimage.label(labels != _NOTHING)
     for number, box in enumerate(ndimage.find_objects(blobs, count), start=1):
@@ -79,7 +91,9 @@ def _parts(labels: Int[np.ndarray, "H W"], min_area: float) -> Iterator[tuple[in
 def _overlap(
     mask: Bool[np.ndarray, "H W"], shape_mask: Bool[np.ndarray, "d d"], left: int, top: int
 ) -> float:
-    """IoU of a mask with a template whose box starts at (left, top), which may reach out of the picture."""
+    """IoU of a mask with a template whose box starts at (left, top), which may reach out of the
+    picture.
+    """
     height, width = mask.shape
     size = len(shape_mask)
     inside = mask[max(top, 0) : top + size, max(left, 0) : left + size]
@@ -119,14 +133,23 @@ def find_objects(image: UInt8[np.ndarray, "S S 3"]) -> list[Object]:
         ValueError: if the picture is not uint8 [S, S, 3].
     """
     image = np.asarray(image)
-    if image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3 or image.dtype != np.uint8:
+    if (
+        image.ndim != 3
+        or image.shape[0] != image.shape[1]
+        or image.shape[2] != 3
+        or image.dtype != np.uint8
+    ):
         raise ValueError(f"image={image.dtype}{list(image.shape)}: must be uint8 [S, S, 3]")
-    smallest = min(np.count_nonzero(template(shape, diameter("small", len(image)))) for shape in SHAPES)
+    smallest = min(
+        np.count_nonzero(template(shape, diameter("small", len(image)))) for shape in SHAPES
+    )
     found = []
     for colour, mask in _parts(_nearest_colours(image), min_area=smallest / 2):
         fit = _fit(mask)
         name = _COLOUR_NAMES[colour]
-        found.append((mask.sum(), Object(shape=fit.shape, colour=name, size=fit.size, centre=fit.centre)))
+        found.append(
+            (mask.sum(), Object(shape=fit.shape, colour=name, size=fit.size, centre=fit.centre))
+        )
     return [obj for _, obj in sorted(found, key=lambda item: -item[0])]
 
 
@@ -135,13 +158,16 @@ def _place_matches(wanted: Scene, matched: Sequence[Object | None]) -> list[bool
     answers = []
     if wanted.relation is not None:
         known = None not in matched[:2]
-        answers.append(known and relation_of(matched[0].centre, matched[1].centre) == wanted.relation)
+        answers.append(
+            known and relation_of(matched[0].centre, matched[1].centre) == wanted.relation
+        )
     if wanted.position is not None:
         answers.append(matched[0] is not None and matched[0].position == wanted.position)
     for target, obj in zip(wanted.objects, matched):
         if target.centre is not None:
             close = (
-                obj is not None and np.abs(np.subtract(target.centre, obj.centre)).max() <= CENTRE_TOLERANCE
+                obj is not None
+                and np.abs(np.subtract(target.centre, obj.centre)).max() <= CENTRE_TOLERANCE
             )
             answers.append(bool(close))
     return answers
@@ -156,7 +182,10 @@ def _compare(wanted: Scene, matched: Sequence[Object | None]) -> dict[str, float
     pairs = list(zip(wanted.objects, matched))
     shares = {
         name: share(
-            [obj is not None and getattr(obj, name) == getattr(target, name) for target, obj in pairs]
+            [
+                obj is not None and getattr(obj, name) == getattr(target, name)
+                for target, obj in pairs
+            ]
         )
         for name in ("shape", "colour")
     }
@@ -175,9 +204,9 @@ def _quality(shares: dict[str, float]) -> tuple[float, float]:
 def check(image: UInt8[np.ndarray, "S S 3"], wanted: str | Scene) -> dict[str, float | bool]:
     """Compares a picture with a caption, or with a scene (then the objects' centres count too).
 
-    The objects found are matched with those asked for so that as many shapes, colours and sizes as possible
-    are right, and of equally good matchings, places. So a swapped pair is a wrong relation, not two wrong
-    objects.
+    The objects found are matched with those asked for so that as many shapes, colours and sizes as
+    possible are right, and of equally good matchings, places. So a swapped pair is a wrong
+    relation, not two wrong objects.
 
     Returns:
         `exact`: all of the following hold, and nothing else is in the picture.
@@ -187,12 +216,15 @@ def check(image: UInt8[np.ndarray, "S S 3"], wanted: str | Scene) -> dict[str, f
         A share is nan if nothing of its kind is asked for.
 
     Raises:
-        ValueError: for a caption that `parse_caption` refuses, or a picture that `find_objects` does.
+        ValueError: for a caption that `parse_caption` refuses, or a picture that `find_objects`
+            does.
     """
     wanted = parse_caption(wanted) if isinstance(wanted, str) else wanted
     found = find_objects(image)
     candidates: list[Object | None] = [*found[:_MAX_MATCHED], *[None] * len(wanted.objects)]
-    matchings = dict.fromkeys(itertools.permutations(candidates, len(wanted.objects)))  # distinct, in order
+    matchings = dict.fromkeys(
+        itertools.permutations(candidates, len(wanted.objects))
+    )  # distinct, in order
     results = [_compare(wanted, matched) for matched in matchings]
     best = max(results, key=_quality)
     count = len(found) == len(wanted.objects)
@@ -201,12 +233,14 @@ def check(image: UInt8[np.ndarray, "S S 3"], wanted: str | Scene) -> dict[str, f
 
 
 def judge(
-    images: Sequence[UInt8[np.ndarray, "S S 3"]] | UInt8[np.ndarray, "N S S 3"], captions: Sequence[str]
-) -> dict[str, Float[np.ndarray, "N"]]:
-    """`check` of every picture and its caption, an array a name; nan where the caption asks for nothing of the kind.
+    images: Sequence[UInt8[np.ndarray, "S S 3"]] | UInt8[np.ndarray, "N S S 3"],
+    captions: Sequence[str],
+) -> dict[str, Float[np.ndarray, N]]:
+    """`check` of every picture and its caption, an array a name; nan where the caption asks for
+    nothing of the kind.
 
-    Beside the names of `check`, each also by the number of objects asked for (`exact_2`), and `exact` by what is
-    asked for (`exact circle`). Only what occurs.
+    Beside the names of `check`, each also by the number of objects asked for (`exact_2`), and
+    `exact` by what is asked for (`exact circle`). Only what occurs.
 
     Raises:
         ValueError: if there are no pictures, or not as many as captions, or a caption is refused.
@@ -215,7 +249,7 @@ def judge(
         raise ValueError(
             f"images={len(images)}, captions={len(captions)}: must be equally many, and at least one"
         )
-    values: dict[str, Float[np.ndarray, "N"]] = {}
+    values: dict[str, Float[np.ndarray, N]] = {}
 
     def note(name: str, index: int, value: float) -> None:
         if value == value:  # not nan
@@ -234,20 +268,28 @@ def judge(
 
 
 def composition(
-    images: Sequence[UInt8[np.ndarray, "S S 3"]] | UInt8[np.ndarray, "N S S 3"], captions: Sequence[str]
+    images: Sequence[UInt8[np.ndarray, "S S 3"]] | UInt8[np.ndarray, "N S S 3"],
+    captions: Sequence[str],
 ) -> dict[str, float]:
     """Means of `check` over pictures and their captions.
 
     Returns:
-        `exact`, `count`, `shape`, `colour`, `size`, `relation` (means over the pictures that ask for it), and
-        `exact_1`, `exact_2`, `exact_3`: `exact` by the number of objects asked for. Only what occurs.
+        `exact`, `count`, `shape`, `colour`, `size`, `relation` (means over the pictures that ask
+        for it), and `exact_1`, `exact_2`, `exact_3`: `exact` by the number of objects asked for.
+        Only what occurs.
 
     Raises:
         ValueError: as `judge`.
     """
-    return {name: float(np.nanmean(values)) for name, values in judge(images, captions).items() if is_main(name)}
+    return {
+        name: float(np.nanmean(values))
+        for name, values in judge(images, captions).items()
+        if is_main(name)
+    }
 
 
 def is_main(name: str) -> bool:
-    """Whether one of `judge`'s names is a headline: all but attributes by number of objects and `exact` by value."""
+    """Whether one of `judge`'s names is a headline: all but attributes by number of objects and
+    `exact` by value.
+    """
     return name.startswith("exact_") or not any(c in name for c in " _")

@@ -5,7 +5,8 @@ MMD^2   mean k(x, x') + mean k(y, y') - 2 mean k(x, y)                        Gr
 KID     (2) with k = (x.y / D + 1)^3, no pair of a vector with itself         Binkowski et al. 2018
 CMMD    1000 x (2) with k = exp(-|x - y|^2 / (2 10^2)), pairs with itself too, on normalised CLIP embeddings
                                                                               Jayasumana et al. 2024
-precision, recall: share of one set inside the other's k-nearest-neighbour balls, Kynkaanniemi et al. 2019
+precision, recall: share of one set inside the other's k-nearest-neighbour balls, Kynkaanniemi et
+al. 2019
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ _BLOCK = 1024  # rows of a pairwise matrix in memory at once
 
 
 def frechet_distance(first: Moments, second: Moments) -> float:
-    """(1). The trace of (C1 C2)^1/2 is the sum of the singular values of C1^1/2 C2^1/2: real and stable for
-    singular covariances too (fewer pictures than features), where the general square root needs an offset."""
+    """(1). The trace of (C1 C2)^1/2 is the sum of the singular values of C1^1/2 C2^1/2: real and
+    stable for singular covariances too (fewer pictures than features), where the general square
+    root needs an offset.
+    """
     roots = []
     for moments in (first, second):
         values, vectors = np.linalg.eigh(moments.covariance)
@@ -36,7 +39,8 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 
 
 def fid(generated: Features, real: Features, resamples: int = 0, seed: int = 0) -> Estimate:
-    """Frechet distance of two sets; `resamples` (at least 2) give the interval, without them it is a point.
+    """Frechet distance of two sets; `resamples` (at least 2) give the interval, without them it is
+    a point.
 
     FID is biased upwards, the more the fewer pictures there are: only sets of equal sizes compare.
     """
@@ -69,7 +73,9 @@ def _blocks(size: int) -> Iterator[slice]:
 
 
 def _weighted_mean(kernel, x, y, u, v, own: bool):
-    """[R]: mean of k(x_i, y_j) with counts u_ri, v_rj; with `own`, x is y and pairs i = j are left out."""
+    """[R]: mean of k(x_i, y_j) with counts u_ri, v_rj; with `own`, x is y and pairs i = j are left
+    out.
+    """
     total = np.zeros(len(u))
     for rows in _blocks(len(x)):
         k = kernel(x[rows], y)
@@ -81,28 +87,44 @@ def _weighted_mean(kernel, x, y, u, v, own: bool):
 
 
 def mmd2(
-    x: Features, y: Features, kernel: Kernel, unbiased: bool = True, resamples: int = 0, seed: int = 0
+    x: Features,
+    y: Features,
+    kernel: Kernel,
+    unbiased: bool = True,
+    resamples: int = 0,
+    seed: int = 0,
 ) -> Estimate:
-    """(2). `unbiased` leaves out the pairs of a vector with itself, so it can be negative; in a resample, copies of
-    one picture are no pair either, or every resample would look too alike. The kernel's matrices are never whole."""
+    """(2). `unbiased` leaves out the pairs of a vector with itself, so it can be negative; in a
+    resample, copies of one picture are no pair either, or every resample would look too alike. The
+    kernel's matrices are never whole.
+    """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if min(len(x), len(y)) < 2:
-        raise ValueError(f"generated={len(x)}, real={len(y)} pictures: the distance needs at least 2 of each")
+        raise ValueError(
+            f"generated={len(x)}, real={len(y)} pictures: the distance needs at least 2 of each"
+        )
     rng = np.random.default_rng(seed)
     # Row 0 counts every vector once: the value itself.
-    u, v = (np.concatenate([np.ones((1, len(a)), int), resample_counts(len(a), resamples, rng)]) for a in (x, y))
+    u, v = (
+        np.concatenate([np.ones((1, len(a)), int), resample_counts(len(a), resamples, rng)])
+        for a in (x, y)
+    )
     values = (
-        _weighted_mean(kernel, x, x, u, u, unbiased) + _weighted_mean(kernel, y, y, v, v, unbiased)
+        _weighted_mean(kernel, x, x, u, u, unbiased)
+        + _weighted_mean(kernel, y, y, v, v, unbiased)
         - 2 * _weighted_mean(kernel, x, y, u, v, False)
     )
-    return spread_interval(values[0], values[1:]) if resamples else Estimate(*(float(values[0]),) * 3)
+    return (
+        spread_interval(values[0], values[1:]) if resamples else Estimate(*(float(values[0]),) * 3)
+    )
 
 
 def kid(
     generated: Features, real: Features, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """KID as the packages report it: mean and standard deviation over random subsets, each without repeats. The mean
-    estimates what `mmd2` with `polynomial_kernel` computes from all pairs."""
+    """KID as the packages report it: mean and standard deviation over random subsets, each without
+    repeats. The mean estimates what `mmd2` with `polynomial_kernel` computes from all pairs.
+    """
     size = min(subset_size, len(generated), len(real))
     rng = np.random.default_rng(seed)
     values = []
@@ -113,17 +135,21 @@ def kid(
 
 
 def cmmd(generated: Features, real: Features, resamples: int = 0, seed: int = 0) -> Estimate:
-    """CMMD of two sets of CLIP image embeddings, which are normalised here. The paper's are of ViT-L/14 at 336."""
+    """CMMD of two sets of CLIP image embeddings, which are normalised here. The paper's are of
+    ViT-L/14 at 336.
+    """
     x, y = (_normalised(a) for a in (generated, real))
     return Estimate(*(1000 * v for v in mmd2(x, y, gaussian_kernel, False, resamples, seed)))
 
 
-def clip_score(image: Features, text: Features) -> Float[np.ndarray, "N"]:
-    """100 max(cos(image, text), 0) of each pair: Hessel et al. 2021, whose factor is 2.5, in torchmetrics' scale."""
+def clip_score(image: Features, text: Features) -> Float[np.ndarray, N]:
+    """100 max(cos(image, text), 0) of each pair: Hessel et al. 2021, whose factor is 2.5, in
+    torchmetrics' scale.
+    """
     return 100 * np.maximum(cosines(image, text), 0)
 
 
-def cosines(image: Features, text: Features) -> Float[np.ndarray, "N"]:
+def cosines(image: Features, text: Features) -> Float[np.ndarray, N]:
     """Of each pair."""
     return (_normalised(image) * _normalised(text)).sum(1)
 
@@ -133,22 +159,32 @@ def _normalised(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def _radii(x: Features, k: int) -> Float[np.ndarray, "N"]:
+def _radii(x: Features, k: int) -> Float[np.ndarray, N]:
     """Squared distance of each vector to its k-th nearest other."""
     # Index 0 of the sorted row is the vector itself.
-    return np.concatenate([np.partition(_squared_distances(x[rows], x), k, axis=1)[:, k] for rows in _blocks(len(x))])
+    return np.concatenate(
+        [np.partition(_squared_distances(x[rows], x), k, axis=1)[:, k] for rows in _blocks(len(x))]
+    )
 
 
-def _inside(points: Features, centres: Features, radii: Float[np.ndarray, "M"]) -> Bool[np.ndarray, "N"]:
-    return np.concatenate([(_squared_distances(points[b], centres) <= radii).any(1) for b in _blocks(len(points))])
+def _inside(
+    points: Features, centres: Features, radii: Float[np.ndarray, M]
+) -> Bool[np.ndarray, N]:
+    return np.concatenate(
+        [(_squared_distances(points[b], centres) <= radii).any(1) for b in _blocks(len(points))]
+    )
 
 
 def precision_recall(
     generated: Features, real: Features, k: int = 3
-) -> tuple[Bool[np.ndarray, "N"], Bool[np.ndarray, "M"]]:
-    """Whether each generated vector lies inside the real ones' balls (precision is its mean), and each real vector
-    inside the generated ones' (recall). ValueError unless both sets have more than k vectors."""
+) -> tuple[Bool[np.ndarray, N], Bool[np.ndarray, M]]:
+    """Whether each generated vector lies inside the real ones' balls (precision is its mean), and
+    each real vector inside the generated ones' (recall). ValueError unless both sets have more than
+    k vectors.
+    """
     generated, real = np.asarray(generated, np.float64), np.asarray(real, np.float64)
     if min(len(generated), len(real)) <= k:
-        raise ValueError(f"generated={len(generated)}, real={len(real)} pictures: k={k} neighbours need more of each")
+        raise ValueError(
+            f"generated={len(generated)}, real={len(real)} pictures: k={k} neighbours need more of each"
+        )
     return _inside(generated, real, _radii(real, k)), _inside(real, generated, _radii(generated, k))

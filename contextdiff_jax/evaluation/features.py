@@ -22,25 +22,29 @@ _BLOCK = 4096  # rows in float64 at once
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Count, mean and scatter (sum of outer products of deviations from the mean) of feature vectors, in float64.
+    """Count, mean and scatter (sum of outer products of deviations from the mean) of feature
+    vectors, in float64.
 
-    Deviations, not raw products: sum x x^T - n mean mean^T loses its digits where the mean is large. `merge` (Chan,
-    Golub & LeVeque 1979) takes the statistics of any partition of the vectors, over batches or processes, to those
-    of the whole.
+    Deviations, not raw products: sum x x^T - n mean mean^T loses its digits where the mean is
+    large. `merge` (Chan, Golub & LeVeque 1979) takes the statistics of any partition of the
+    vectors, over batches or processes, to those of the whole.
     """
 
     count: int
-    mean: Float[np.ndarray, "D"]
+    mean: Float[np.ndarray, D]
     scatter: Float[np.ndarray, "D D"]
 
     @classmethod
     def of(cls, features: Float[np.ndarray, "N D"]) -> Moments:
-        """Those of all rows, block by block: of 50,000 rows of 2048, copies in float64 would take 1.6 GB.
-        ValueError if there are none."""
+        """Those of all rows, block by block: of 50,000 rows of 2048, copies in float64 would take
+        1.6 GB. ValueError if there are none.
+        """
         if not len(features):
             raise ValueError("features: there are none")
         starts = range(0, len(features), _BLOCK)
-        return functools.reduce(cls.merge, (cls._of_block(features[start : start + _BLOCK]) for start in starts))
+        return functools.reduce(
+            cls.merge, (cls._of_block(features[start : start + _BLOCK]) for start in starts)
+        )
 
     @classmethod
     def _of_block(cls, features: Float[np.ndarray, "N D"]) -> Moments:
@@ -53,7 +57,11 @@ class Moments:
         """Those of both sets together."""
         count = self.count + other.count
         delta = other.mean - self.mean
-        scatter = self.scatter + other.scatter + np.outer(delta, delta) * (self.count * other.count / count)
+        scatter = (
+            self.scatter
+            + other.scatter
+            + np.outer(delta, delta) * (self.count * other.count / count)
+        )
         return Moments(count, self.mean + delta * (other.count / count), scatter)
 
     @property
@@ -70,9 +78,12 @@ def batch_sharding() -> NamedSharding:
 
 
 def replicate(tree: PyTree) -> PyTree:
-    """Arrays that every process has whole (numpy's, or replicated over the devices of all), on each of this one's."""
+    """Arrays that every process has whole (numpy's, or replicated over the devices of all), on each
+    of this one's.
+    """
     sharding = replicated(local_mesh())
-    # Through the host: no array of a job's mesh can be used beside one on the devices of a single process.
+    # Through the host: no array of a job's mesh can be used beside one on the devices of a single
+    # process.
     return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), sharding), tree)
 
 
@@ -84,9 +95,13 @@ def make_feature_fn(network: nnx.Module, method: Callable[[Any, Array], Array]) 
     return lambda batch: compiled(params, batch)
 
 
-def batches(arrays: Sequence[np.ndarray], batch_size: int, label: str) -> Iterator[tuple[list[jax.Array], int]]:
-    """Batches of the arrays' rows, split over this process's devices, each with how many of its rows are real: the last
-    is filled up with copies of its first row, so that there is one shape and one compilation."""
+def batches(
+    arrays: Sequence[np.ndarray], batch_size: int, label: str
+) -> Iterator[tuple[list[jax.Array], int]]:
+    """Batches of the arrays' rows, split over this process's devices, each with how many of its
+    rows are real: the last is filled up with copies of its first row, so that there is one shape
+    and one compilation.
+    """
     sharding = batch_sharding()
     ways = sharding.num_devices
     batch_size = -(-min(batch_size, len(arrays[0])) // ways) * ways
@@ -94,16 +109,21 @@ def batches(arrays: Sequence[np.ndarray], batch_size: int, label: str) -> Iterat
     for start in tqdm(starts, desc=label, leave=False, disable=None if len(starts) > 1 else True):
         parts = [array[start : start + batch_size] for array in arrays]
         real = len(parts[0])
-        parts = [np.concatenate([part, np.repeat(part[:1], batch_size - real, axis=0)]) for part in parts]
+        parts = [
+            np.concatenate([part, np.repeat(part[:1], batch_size - real, axis=0)]) for part in parts
+        ]
         yield [jax.device_put(part, sharding) for part in parts], real
 
 
 def extract(
-    feature_fn: FeatureFn, rows: Sequence[np.ndarray] | Shaped[np.ndarray, "N ..."], batch_size: int = 64,
+    feature_fn: FeatureFn,
+    rows: Sequence[np.ndarray] | Shaped[np.ndarray, "N ..."],
+    batch_size: int = 64,
     label: str = "features",
 ) -> Float[np.ndarray, "N D"]:
-    """float32 features of all rows (pictures, or what else is read when sliced), in batches over the devices.
-    ValueError if there are none."""
+    """float32 features of all rows (pictures, or what else is read when sliced), in batches over
+    the devices. ValueError if there are none.
+    """
     if not len(rows):
         raise ValueError("images: the list is empty")
     parts = []

@@ -1,14 +1,20 @@
-"""Inception-v3 as FID uses it: the 2015-12-05 TensorFlow graph's 2048 pooled features, in NNX, NHWC.
+"""Inception-v3 as FID uses it: the 2015-12-05 TensorFlow graph's 2048 pooled features, in NNX,
+NHWC.
 
-Topology: Szegedy et al. 2016 with the graph's own quirks, known from its torch ports: average pools leave the
+Topology: Szegedy et al. 2016 with the graph's own quirks, known from its torch ports: average pools
+    leave the
 padding out of their count, and the last block (`Mixed_7c`) pools by maximum.
 
-Weights: the ports' checkpoint `pt_inception-2015-12-05-6726825d.pth` as safetensors, under its own names. A pickle is
+Weights: the ports' checkpoint `pt_inception-2015-12-05-6726825d.pth` as safetensors, under its own
+    names. A pickle is
 not read: it can run code. Batch normalisation is folded into the convolutions when they are loaded.
 
-Pictures: uint8 -> [-1, 1], resized to 299 x 299 bilinearly, half-pixel centres, no antialiasing: pytorch-fid's choice.
-TensorFlow 1's own resize (torch-fidelity, torchmetrics) aligns corners at 0 and clean-fid antialiases with PIL's
-bicubic: figures of different resizes don't compare, and small pictures are mostly resize. See docs/evaluation.md.
+Pictures: uint8 -> [-1, 1], resized to 299 x 299 bilinearly, half-pixel centres, no antialiasing:
+    pytorch-fid's choice.
+TensorFlow 1's own resize (torch-fidelity, torchmetrics) aligns corners at 0 and clean-fid
+antialiases with PIL's
+bicubic: figures of different resizes don't compare, and small pictures are mostly resize. See
+    docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -29,19 +35,33 @@ WIDTH = 2048
 _BN_EPS = 1e-3
 _UNUSED = ("fc.", "AuxLogits.")  # the classifier on top of the features
 TO_SAFETENSORS = (
-    "python -c \"import sys, torch; from safetensors.torch import save_file; "
+    'python -c "import sys, torch; from safetensors.torch import save_file; '
     "save_file(torch.load(sys.argv[1], map_location='cpu', weights_only=True), sys.argv[2])\" FILE.pth FILE.safetensors"
 )
 
 
 class ConvReLU(nnx.Conv):
-    """Convolution, bias (of the folded batch normalisation), ReLU. `padding` is on both sides, as in torch."""
+    """Convolution, bias (of the folded batch normalisation), ReLU. `padding` is on both sides, as
+    in torch.
+    """
 
     def __init__(
-        self, features_in: int, features: int, kernel=(1, 1), stride: int = 1, padding=(0, 0), *, rngs: nnx.Rngs
+        self,
+        features_in: int,
+        features: int,
+        kernel=(1, 1),
+        stride: int = 1,
+        padding=(0, 0),
+        *,
+        rngs: nnx.Rngs,
     ):
         super().__init__(
-            features_in, features, kernel, strides=(stride, stride), padding=tuple((p, p) for p in padding), rngs=rngs
+            features_in,
+            features,
+            kernel,
+            strides=(stride, stride),
+            padding=tuple((p, p) for p in padding),
+            rngs=rngs,
         )
 
     def __call__(self, x):
@@ -57,7 +77,9 @@ def _average_pool(x):
 
 
 class _Block(nnx.Module):
-    """Convolutions by the checkpoint's names: those of stride 1 keep the size, those of stride 2 are not padded."""
+    """Convolutions by the checkpoint's names: those of stride 1 keep the size, those of stride 2
+    are not padded.
+    """
 
     def _add(self, name, features_in, features, kernel=(1, 1), stride=1, *, rngs):
         padding = tuple(k // 2 for k in kernel) if stride == 1 else (0, 0)
@@ -172,8 +194,12 @@ class MixedE(_Block):
         pooled = _max_pool(x, 1, "SAME") if self.max_pool else _average_pool(x)
         return jnp.concatenate(
             [
-                self.branch1x1(x), self.branch3x3_2a(three), self.branch3x3_2b(three),
-                self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), self.branch_pool(pooled),
+                self.branch1x1(x),
+                self.branch3x3_2a(three),
+                self.branch3x3_2b(three),
+                self.branch3x3dbl_3a(double),
+                self.branch3x3dbl_3b(double),
+                self.branch_pool(pooled),
             ],
             axis=-1,
         )
@@ -216,7 +242,8 @@ def resize(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B 299 299 3"]:
 
 
 def inception_state_from_torch(tensors: Mapping[str, np.ndarray], network: Inception) -> nnx.State:
-    """The parameters of `network` (may be abstract) from the checkpoint's tensors, batch normalisation folded in.
+    """The parameters of `network` (may be abstract) from the checkpoint's tensors, batch
+    normalisation folded in.
 
     Raises ValueError, in one line, naming tensors that are missing or of another shape.
     """
@@ -226,22 +253,37 @@ def inception_state_from_torch(tensors: Mapping[str, np.ndarray], network: Incep
         name = ".".join(path)
         height, width, features_in, features = params[(*path, "kernel")].shape
         shapes = {f"{name}.conv.weight": (features, features_in, height, width)}
-        shapes |= {f"{name}.bn.{leaf}": (features,) for leaf in ("weight", "bias", "running_mean", "running_var")}
+        shapes |= {
+            f"{name}.bn.{leaf}": (features,)
+            for leaf in ("weight", "bias", "running_mean", "running_var")
+        }
         found = {key: tensors[key].shape if key in tensors else "missing" for key in shapes}
-        problems += [f"{key}: {found[key]}, wanted {shapes[key]}" for key in shapes if found[key] != shapes[key]]
+        problems += [
+            f"{key}: {found[key]}, wanted {shapes[key]}"
+            for key in shapes
+            if found[key] != shapes[key]
+        ]
         if problems:
             continue
-        kernel, scale, bias, mean, variance = (np.asarray(tensors[key], np.float64) for key in shapes)
+        kernel, scale, bias, mean, variance = (
+            np.asarray(tensors[key], np.float64) for key in shapes
+        )
         scale = scale / np.sqrt(variance + _BN_EPS)
         kernel = kernel.transpose(2, 3, 1, 0) * scale  # OIHW -> HWIO
         for leaf, value in (("kernel", kernel), ("bias", bias - mean * scale)):
             flat[(*path, leaf)] = params[(*path, leaf)].replace(jnp.asarray(value, jnp.float32))
     if problems:
-        raise ValueError(f"Inception weights: {len(problems)} tensors do not fit: {'; '.join(sorted(problems)[:3])}")
+        raise ValueError(
+            f"Inception weights: {len(problems)} tensors do not fit: {'; '.join(sorted(problems)[:3])}"
+        )
     known = {".".join(path) for path in {path[:-1] for path in params}}
-    unknown = [k for k in tensors if not k.startswith(_UNUSED) and ".".join(k.split(".")[:-2]) not in known]
+    unknown = [
+        k for k in tensors if not k.startswith(_UNUSED) and ".".join(k.split(".")[:-2]) not in known
+    ]
     if unknown:
-        raise ValueError(f"Inception weights: unknown tensors, so another network's: {', '.join(sorted(unknown)[:3])}")
+        raise ValueError(
+            f"Inception weights: unknown tensors, so another network's: {', '.join(sorted(unknown)[:3])}"
+        )
     return nnx.from_flat_state(flat)
 
 

@@ -1,9 +1,11 @@
 """LPIPS (Zhang et al., 2018), version 0.1 on AlexNet: how different two pictures look.
 
-Weights: the `lpips` package's state, backbone and linear layers together, as safetensors under its own names:
+Weights: the `lpips` package's state, backbone and linear layers together, as safetensors under its
+    own names:
 
     python -c "import lpips; from safetensors.torch import save_file; \
-        save_file({k: v.clone() for k, v in lpips.LPIPS(net='alex').state_dict().items()}, 'lpips.safetensors')"
+        save_file({k: v.clone() for k, v in lpips.LPIPS(net='alex').state_dict().items()},
+        'lpips.safetensors')"
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import safetensors.numpy
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
-# AlexNet's convolutions by their names in the file: (kernel, input, output, stride, padding, whether a pooling comes before).
+# AlexNet's convolutions by their names in the file: (kernel, input, output, stride, padding,
+# whether a pooling comes before).
 _LAYERS = {
     "net.slice1.0": (11, 3, 64, 4, 2, False), "net.slice2.3": (5, 64, 192, 1, 2, True),
     "net.slice3.6": (3, 192, 384, 1, 1, True), "net.slice4.8": (3, 384, 256, 1, 1, False),
@@ -29,25 +32,33 @@ _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures 
 SMALLEST = 31  # pixels a side: below, nothing is left for the second pooling
 Params = dict[str, Float[Array, "..."]]
 Distance = Callable[
-    [UInt8[np.ndarray, "N H W 3"], UInt8[np.ndarray, "N H W 3"]], tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N H W"]]
+    [UInt8[np.ndarray, "N H W 3"], UInt8[np.ndarray, "N H W 3"]],
+    tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N H W"]],
 ]
 
 
 def load_lpips(path: str | pathlib.Path, height: int, width: int) -> Distance:
-    """`distance(pictures, others)` of pictures of that size: LPIPS of each pair, and its map (the package's `spatial=True`).
+    """`distance(pictures, others)` of pictures of that size: LPIPS of each pair, and its map (the
+    package's `spatial=True`).
 
-    Raises ValueError, one line, for a file that isn't there, isn't safetensors, or lacks tensors; and for pictures under
-    `SMALLEST` pixels a side.
+    Raises ValueError, one line, for a file that isn't there, isn't safetensors, or lacks tensors;
+    and for pictures under `SMALLEST` pixels a side.
     """
     path = pathlib.Path(path)
     if min(height, width) < SMALLEST:
-        raise ValueError(f"edit.lpips={path}: pictures of {height} x {width} pixels; it needs {SMALLEST} a side")
+        raise ValueError(
+            f"edit.lpips={path}: pictures of {height} x {width} pixels; it needs {SMALLEST} a side"
+        )
     if not path.is_file():
-        raise ValueError(f"edit.lpips={path}: no such file; contextdiff_jax/evaluation/lpips.py says how it is made")
+        raise ValueError(
+            f"edit.lpips={path}: no such file; contextdiff_jax/evaluation/lpips.py says how it is made"
+        )
     try:
         tensors = safetensors.numpy.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"edit.lpips={path}: not safetensors ({error}); a pickle is not read, it can run code") from None
+        raise ValueError(
+            f"edit.lpips={path}: not safetensors ({error}); a pickle is not read, it can run code"
+        ) from None
     params = _params(tensors, path)
     compiled = jax.jit(lpips)
     return lambda pictures, others: tuple(map(np.asarray, compiled(params, pictures, others)))
@@ -59,7 +70,11 @@ def _params(tensors: Mapping[str, np.ndarray], path: pathlib.Path) -> Params:
         wanted |= {f"{name}.weight": (outputs, inputs, side, side), f"{name}.bias": (outputs,)}
         wanted[f"lin{i}.model.1.weight"] = (1, outputs, 1, 1)
     found = {name: tensors[name].shape if name in tensors else "missing" for name in wanted}
-    problems = [f"{name} is {found[name]}, not {shape}" for name, shape in wanted.items() if found[name] != shape]
+    problems = [
+        f"{name} is {found[name]}, not {shape}"
+        for name, shape in wanted.items()
+        if found[name] != shape
+    ]
     if problems:
         raise ValueError(f"edit.lpips={path}: {'; '.join(problems)}")
     return {name: jnp.asarray(tensors[name], jnp.float32) for name in wanted}
@@ -73,7 +88,11 @@ def _features(params: Params, x: Float[Array, "N H W 3"]) -> list[Float[Array, "
             x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
         kernel = params[f"{name}.weight"].transpose(2, 3, 1, 0)
         x = lax.conv_general_dilated(
-            x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x,
+            kernel,
+            (stride, stride),
+            [(padding, padding)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         x = jax.nn.relu(x + params[f"{name}.bias"])
         found.append(x / (jnp.sqrt(jnp.sum(x**2, -1, keepdims=True)) + 1e-10))
@@ -82,9 +101,14 @@ def _features(params: Params, x: Float[Array, "N H W 3"]) -> list[Float[Array, "
 
 def lpips(
     params: Params, pictures: UInt8[Array, "N H W 3"], others: UInt8[Array, "N H W 3"]
-) -> tuple[Float[Array, "N"], Float[Array, "N H W"]]:
-    """Sum over the layers of the weighted squared differences: their means, and enlarged (bilinearly) to the pictures' size."""
-    scaled = (((x.astype(jnp.float32) / 127.5 - 1) - jnp.array(_SHIFT)) / jnp.array(_SCALE) for x in (pictures, others))
+) -> tuple[Float[Array, N], Float[Array, "N H W"]]:
+    """Sum over the layers of the weighted squared differences: their means, and enlarged
+    (bilinearly) to the pictures' size.
+    """
+    scaled = (
+        ((x.astype(jnp.float32) / 127.5 - 1) - jnp.array(_SHIFT)) / jnp.array(_SCALE)
+        for x in (pictures, others)
+    )
     value, total = jnp.zeros(len(pictures)), jnp.zeros(pictures.shape[:3])
     for i, (a, b) in enumerate(zip(*(_features(params, x) for x in scaled), strict=True)):
         layer = ((a - b) ** 2) @ params[f"lin{i}.model.1.weight"][0, :, 0, 0]  # [N, h, w]

@@ -1,4 +1,6 @@
-"""The evaluate command's metrics by name: functions of an `Evaluation`, which makes once what several of them share."""
+"""The evaluate command's metrics by name: functions of an `Evaluation`, which makes once what
+several of them share.
+"""
 
 from __future__ import annotations
 
@@ -55,12 +57,17 @@ def splits(data: DataConfig) -> dict[str, RandomAccessSource]:
     else:
         names = {"train": "training records", "heldout": "held-out records"}
         has_heldout = data.source != "folder" or bool(data.heldout_metadata)
-    return {row: make_source(data, split) for split, row in names.items() if split == "train" or has_heldout}
+    return {
+        row: make_source(data, split)
+        for split, row in names.items()
+        if split == "train" or has_heldout
+    }
 
 
 def classifier_source(data: DataConfig) -> RandomAccessSource:
-    """What a classifier learns from: of scenes, all combinations (a judge must know those held out from the model),
-    none of them evaluated on; else the training records."""
+    """What a classifier learns from: of scenes, all combinations (a judge must know those held out
+    from the model), none of them evaluated on; else the training records.
+    """
     if data.source == "shapes":
         return make_source(dataclasses.replace(data, scene_seed=data.scene_seed + 2), "all")
     return make_source(data, "train")
@@ -79,7 +86,9 @@ def feature_fns(network: Inception | Classifier) -> dict[str, FeatureFn]:
 
 
 class _Pictures:
-    """The pictures of some of a source's records, read when sliced: all at once may not fit the memory."""
+    """The pictures of some of a source's records, read when sliced: all at once may not fit the
+    memory.
+    """
 
     def __init__(self, source: RandomAccessSource, numbers: range):
         self._source, self._numbers = source, numbers
@@ -93,11 +102,14 @@ class _Pictures:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A trained model, what to ask of it, and (cached) this process's share of its samples and their features.
+    """A trained model, what to ask of it, and (cached) this process's share of its samples and
+    their features.
 
-    `graph`, `params`: the model, split, on this process's devices. `generate`: (captions, number of the first one among
-    all processes') to pictures. `features`: a classifier's folder or Inception's weights. `clip`: a CLIPModel's folder.
-    `num`: samples a split. `reference`: real pictures a split. `bound_timesteps`: strata of the bound's sum, 0: every
+    `graph`, `params`: the model, split, on this process's devices. `generate`: (captions, number of
+    the first one among all processes') to pictures. `features`: a classifier's folder or
+    Inception's weights. `clip`: a CLIPModel's folder.
+    `num`: samples a split. `reference`: real pictures a split. `bound_timesteps`: strata of the
+        bound's sum, 0: every
     timestep.
     """
 
@@ -137,7 +149,9 @@ class Evaluation:
     @functools.cached_property
     def clip_network(self) -> Clip:
         if not self.clip:
-            raise ValueError("--clip: missing; cmmd and clip_score need a folder that transformers' CLIPModel was saved in")
+            raise ValueError(
+                "--clip: missing; cmmd and clip_score need a folder that transformers' CLIPModel was saved in"
+            )
         return load_clip(self.clip)
 
     @functools.cached_property
@@ -154,12 +168,16 @@ class Evaluation:
         return feature_fns(self.network)
 
     def numbers(self, row: str) -> range:
-        """Of the split's first `num` records (or as many as there are), those that this process has to do with."""
+        """Of the split's first `num` records (or as many as there are), those that this process has
+        to do with.
+        """
         return share(min(self.num, len(self.sources[row])))
 
     def records(self, row: str) -> list[dict[str, Any]]:
         """Those records."""
-        return self._once(("records", row), lambda: [self.sources[row][i] for i in self.numbers(row)])
+        return self._once(
+            ("records", row), lambda: [self.sources[row][i] for i in self.numbers(row)]
+        )
 
     def captions(self, row: str) -> list[str]:
         """Those that the samples are made for."""
@@ -167,7 +185,9 @@ class Evaluation:
 
     def samples(self, row: str) -> UInt8[np.ndarray, "N H W 3"]:
         """One picture a caption."""
-        return self._once(("samples", row), lambda: self.generate(self.captions(row), self.numbers(row).start))
+        return self._once(
+            ("samples", row), lambda: self.generate(self.captions(row), self.numbers(row).start)
+        )
 
     @property
     def sampled(self) -> dict[str, UInt8[np.ndarray, "N H W 3"]]:
@@ -175,14 +195,22 @@ class Evaluation:
         return {row: self.samples(row) for row in self.sources if ("samples", row) in self._cache}
 
     def _extract(self, kind: str, images: Sequence[np.ndarray]) -> Float[np.ndarray, "N D"]:
-        return self.clip_network.embed_images(images) if kind == "clip" else extract(self.feature_fns[kind], images)
+        return (
+            self.clip_network.embed_images(images)
+            if kind == "clip"
+            else extract(self.feature_fns[kind], images)
+        )
 
     def sample_features(self, row: str, kind: str = "features") -> Float[np.ndarray, "N D"]:
         """Of the samples; `kind`: features, logits or clip."""
         return self._once((kind, row), lambda: self._extract(kind, self.samples(row)))
 
-    def real_features(self, row: str, start: int, count: int, kind: str = "features") -> Float[np.ndarray, "N D"]:
-        """Of this process's share of `count` of the split's pictures, or as many as there are, from `start` on."""
+    def real_features(
+        self, row: str, start: int, count: int, kind: str = "features"
+    ) -> Float[np.ndarray, "N D"]:
+        """Of this process's share of `count` of the split's pictures, or as many as there are, from
+        `start` on.
+        """
         part = share(min(count, len(self.sources[row]) - start))
         images = _Pictures(self.sources[row], range(start + part.start, start + part.stop))
         return self._once(("real", kind, row, start, count), lambda: self._extract(kind, images))
@@ -197,7 +225,9 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
                 f"--metrics=composition: judges scenes of data.source='shapes'; the run's is {settings.data.source!r}"
             )
         if name in ("bound", "branches") and settings.latent.vae:
-            raise ValueError(f"--metrics={name}: is of pixels; this run's x0 are latents (latent.vae)")
+            raise ValueError(
+                f"--metrics={name}: is of pixels; this run's x0 are latents (latent.vae)"
+            )
         if name == "bound":
             bounds.make_strata(settings.diffusion.num_timesteps, evaluation.bound_timesteps or None)
         if name == "precision_recall" and min(evaluation.num, evaluation.reference) <= _NEIGHBOURS:
@@ -209,31 +239,49 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
         if name in ("fid", "kid", "precision_recall", "attributes"):
             network = evaluation.network
             if name == "attributes" and not isinstance(network, Classifier):
-                raise ValueError(f"--features={evaluation.features}: --metrics=attributes needs a classifier's folder")
+                raise ValueError(
+                    f"--features={evaluation.features}: --metrics=attributes needs a classifier's folder"
+                )
     processes = jax.process_count()
     for row, source in evaluation.sources.items():
         fewest = min(evaluation.num, evaluation.reference, len(source))
         if fewest < processes:
-            raise ValueError(f"--num, --reference: {fewest} pictures of {row} for {processes} processes; each needs one")
+            raise ValueError(
+                f"--num, --reference: {fewest} pictures of {row} for {processes} processes; each needs one"
+            )
 
 
 def composition(evaluation: Evaluation) -> Result:
     """What the scenes' pixels show against what their captions say."""
     rows = evaluation.sources
-    judged = {row: gather_rows(judge(evaluation.samples(row), evaluation.captions(row))) for row in rows}
-    estimates = {row: {name: mean_interval(v) for name, v in values.items()} for row, values in judged.items()}
-    scores = {row: {n: e for n, e in names.items() if is_main(n)} for row, names in estimates.items()}
-    parts = {row: {n: e for n, e in names.items() if not is_main(n)} for row, names in estimates.items()}
+    judged = {
+        row: gather_rows(judge(evaluation.samples(row), evaluation.captions(row))) for row in rows
+    }
+    estimates = {
+        row: {name: mean_interval(v) for name, v in values.items()}
+        for row, values in judged.items()
+    }
+    scores = {
+        row: {n: e for n, e in names.items() if is_main(n)} for row, names in estimates.items()
+    }
+    parts = {
+        row: {n: e for n, e in names.items() if not is_main(n)} for row, names in estimates.items()
+    }
     marks = {row: [bool(v) for v in values["exact"]] for row, values in judged.items()}
     note = "share of captions; exact: every object, its shape, colour, size and place, and nothing else"
     return Result(scores, "%", note, {"parts": parts, "exact_by_sample": marks})
 
 
 def _on_pictures(
-    evaluation: Evaluation, row: str, function: Callable[..., dict[str, Any]], steps: np.ndarray, name: str
+    evaluation: Evaluation,
+    row: str,
+    function: Callable[..., dict[str, Any]],
+    steps: np.ndarray,
+    name: str,
 ) -> dict[str, np.ndarray]:
-    """`function(params, images, ids, mask, null ids, null mask, key, steps)` of a split's real pictures and captions, a column
-    a picture."""
+    """`function(params, images, ids, mask, null ids, null mask, key, steps)` of a split's real
+    pictures and captions, a column a picture.
+    """
     tokenizer, length = evaluation.tokenizer, evaluation.settings.data.max_length
     records, null = evaluation.records(row), tokenizer.encode([""], length)
     ids, mask = tokenizer.encode([record["caption"] for record in records], length)
@@ -251,39 +299,58 @@ def bound(evaluation: Evaluation) -> Result:
     """The bound on -log2 p(picture | caption) of `num` real pictures a split."""
     settings = evaluation.settings
     schedule = settings.diffusion.make_schedule()
-    terms = bounds.make_model_bound(evaluation.graph, schedule, settings.diffusion.prediction_type, settings.context.shift)
+    terms = bounds.make_model_bound(
+        evaluation.graph, schedule, settings.diffusion.prediction_type, settings.context.shift
+    )
     edges = bounds.make_strata(schedule.num_timesteps, evaluation.bound_timesteps or None)
     scores, details = {}, {"edges": edges.tolist(), "kl_by_t": {}, "standard_error": {}}
     for row in evaluation.sources:
         result = bounds.collect([_on_pictures(evaluation, row, terms, edges, "bound")], edges)
-        named = {"total": result.total, "prior": result.prior, "kl": result.kl, "decoder": result.decoder}
+        named = {
+            "total": result.total,
+            "prior": result.prior,
+            "kl": result.kl,
+            "decoder": result.decoder,
+        }
         scores[row] = {name: mean_interval(values) for name, values in named.items()}
-        details["kl_by_t"][row], details["standard_error"][row] = result.kl_by_t.tolist(), result.standard_error
+        details["kl_by_t"][row], details["standard_error"][row] = (
+            result.kl_by_t.tolist(),
+            result.standard_error,
+        )
     count = len(edges) - 1
     note = f"upper bound, the lower the better; {count} of {schedule.num_timesteps - 1} KL terms a picture, guidance 1"
     return Result(scores, "bits/dim", note, details)
 
 
 def branches(evaluation: Evaluation) -> Result:
-    """The denoiser with the caption and without it on `num` real pictures a split, noised, by timestep."""
+    """The denoiser with the caption and without it on `num` real pictures a split, noised, by
+    timestep.
+    """
     settings = evaluation.settings
     schedule = settings.diffusion.make_schedule()
-    run = make_model_branches(evaluation.graph, schedule, settings.diffusion.prediction_type, settings.context.shift)
+    run = make_model_branches(
+        evaluation.graph, schedule, settings.diffusion.prediction_type, settings.context.shift
+    )
     timesteps = np.arange(1, _BRANCHES + 1) * schedule.num_timesteps // _BRANCHES - 1
     scores = {}
     for row in evaluation.sources:
         found = _on_pictures(evaluation, row, run, timesteps, "branches")
         for i, t in enumerate(timesteps):
-            scores[f"{row}, t = {t}"] = {name: mean_interval(values[i]) for name, values in found.items()}
+            scores[f"{row}, t = {t}"] = {
+                name: mean_interval(values[i]) for name, values in found.items()
+            }
     note = "root mean squares: errors of x0_hat with the caption and without it, and how far apart the two are"
     return Result(scores, "", note)
 
 
 def _against_real(
-    evaluation: Evaluation, distance: Callable[[np.ndarray, np.ndarray], dict[str, Estimate]], kind: str = "features"
+    evaluation: Evaluation,
+    distance: Callable[[np.ndarray, np.ndarray], dict[str, Estimate]],
+    kind: str = "features",
 ) -> Scores:
-    """The distance of each split's samples to its real pictures; and of as many other real pictures, what perfect
-    samples would get at this number."""
+    """The distance of each split's samples to its real pictures; and of as many other real
+    pictures, what perfect samples would get at this number.
+    """
 
     def whole(features):
         return gather_rows({"features": features})["features"]
@@ -314,16 +381,22 @@ def fid(evaluation: Evaluation) -> Result:
         resamples = 100 if x.shape[1] <= _MAX_FOR_MANY_RESAMPLES else 10
         return {"fid": distances.fid(x, y, resamples, evaluation.seed)}
 
-    return Result(_against_real(evaluation, distance), "", f"{_note(evaluation)}; the lower the better")
+    return Result(
+        _against_real(evaluation, distance), "", f"{_note(evaluation)}; the lower the better"
+    )
 
 
 def kid(evaluation: Evaluation) -> Result:
     """Unbiased polynomial MMD^2 of the features, from all pairs."""
 
     def distance(x, y):
-        return {"kid": distances.mmd2(x, y, distances.polynomial_kernel, True, 200, evaluation.seed)}
+        return {
+            "kid": distances.mmd2(x, y, distances.polynomial_kernel, True, 200, evaluation.seed)
+        }
 
-    return Result(_against_real(evaluation, distance), "", f"{_note(evaluation)}; the lower the better")
+    return Result(
+        _against_real(evaluation, distance), "", f"{_note(evaluation)}; the lower the better"
+    )
 
 
 def precision_recall(evaluation: Evaluation) -> Result:
@@ -331,21 +404,33 @@ def precision_recall(evaluation: Evaluation) -> Result:
 
     def distance(x, y):
         inside = distances.precision_recall(x, y, _NEIGHBOURS)
-        return {name: mean_interval(v) for name, v in zip(("precision", "recall"), inside, strict=True)}
+        return {
+            name: mean_interval(v) for name, v in zip(("precision", "recall"), inside, strict=True)
+        }
 
     note = f"{_note(evaluation)}, k = {_NEIGHBOURS}; the higher the better"
     return Result(_against_real(evaluation, distance), "%", note)
 
 
 def attributes(evaluation: Evaluation) -> Result:
-    """Share of samples in which the classifier sees the attributes of the record whose caption was given."""
+    """Share of samples in which the classifier sees the attributes of the record whose caption was
+    given.
+    """
     scores = {}
     for row in evaluation.sources:
         labels = [read_labels(record["attributes"]) for record in evaluation.records(row)]
-        answers = correct(evaluation.sample_features(row, "logits"), labels, evaluation.network.attributes)
-        known = {name: values for name, values in gather_rows(answers).items() if not np.isnan(values).all()}
+        answers = correct(
+            evaluation.sample_features(row, "logits"), labels, evaluation.network.attributes
+        )
+        known = {
+            name: values
+            for name, values in gather_rows(answers).items()
+            if not np.isnan(values).all()
+        }
         scores[row] = {name: mean_interval(values) for name, values in known.items()}
-    return Result(scores, "%", "share of samples in which the classifier sees what the caption's record has")
+    return Result(
+        scores, "%", "share of samples in which the classifier sees what the caption's record has"
+    )
 
 
 def cmmd(evaluation: Evaluation) -> Result:
@@ -359,17 +444,26 @@ def cmmd(evaluation: Evaluation) -> Result:
 
 
 def clip_score(evaluation: Evaluation) -> Result:
-    """How near CLIP finds the samples to their captions, and the captions' own pictures; the difference a caption."""
+    """How near CLIP finds the samples to their captions, and the captions' own pictures; the
+    difference a caption.
+    """
     clip, scores = evaluation.clip_network, {}
     for row in evaluation.sources:
         captions = clip.embed_captions(evaluation.captions(row))
         real = clip.embed_images([record["image"] for record in evaluation.records(row)])
-        rows = gather_rows({
-            "clip_score": distances.clip_score(evaluation.sample_features(row, "clip"), captions),
-            FLOOR: distances.clip_score(real, captions),
-        })
+        rows = gather_rows(
+            {
+                "clip_score": distances.clip_score(
+                    evaluation.sample_features(row, "clip"), captions
+                ),
+                FLOOR: distances.clip_score(real, captions),
+            }
+        )
         difference = rows["clip_score"] - rows[FLOOR]
-        scores[row] = {"clip_score": mean_interval(rows["clip_score"]), "minus real": mean_interval(difference)}
+        scores[row] = {
+            "clip_score": mean_interval(rows["clip_score"]),
+            "minus real": mean_interval(difference),
+        }
         scores[f"{row}, {FLOOR}"] = {"clip_score": mean_interval(rows[FLOOR])}
     note = f"CLIP of {clip.name}, 100 max(cos, 0) of samples and captions, the higher the better; minus real: paired by caption"
     return Result(scores, "", note)

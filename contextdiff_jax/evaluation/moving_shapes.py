@@ -1,4 +1,6 @@
-"""Edits of moving shapes, scored exactly: the renderer knows the true clip, and frames are read back from their pixels."""
+"""Edits of moving shapes, scored exactly: the renderer knows the true clip, and frames are read
+back from their pixels.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ KEPT = {"colour": ("shape", "size"), "shape": ("colour", "size")}
 
 
 def score_frame(found: Sequence[Object], wanted: Object, attribute: str) -> dict[str, float]:
-    """Of the largest object in a frame: is `attribute` as it was asked for, are the others as they were, is the place?"""
+    """Of the largest object in a frame: is `attribute` as it was asked for, are the others as they
+    were, is the place?
+    """
     if not found:
         return {"changed": 0.0, "kept": 0.0, "motion": 0.0, "exact": 0.0}
     largest = found[0]
@@ -25,28 +29,46 @@ def score_frame(found: Sequence[Object], wanted: Object, attribute: str) -> dict
     kept = all(getattr(largest, name) == getattr(wanted, name) for name in KEPT[attribute])
     near = np.abs(np.subtract(largest.centre, wanted.centre)).max() <= CENTRE_TOLERANCE
     exact = changed and kept and near and len(found) == 1
-    return {"changed": float(changed), "kept": float(kept), "motion": float(near), "exact": float(exact)}
-
-
-def score_edit(clip: Clip, moving: MovingShape, attribute: str) -> dict[str, float]:
-    """Of an edited clip: shares of frames (`score_frame`), `background_psnr` in dB against the source where neither it nor
-    the true edit shows an object, and `psnr` against the true edit. Infinite ones count as 100 dB."""
-    scenes = moving.edited[attribute]
-    frames = [score_frame(find_objects(f), s.objects[0], attribute) for f, s in zip(clip, scenes, strict=True)]
-    source, true = (frames_of(s, clip.shape[1]) for s in (moving.scenes, scenes))
-    background = psnr(clip, source, ~mask_of(source, true))
-    return {name: float(np.mean([f[name] for f in frames])) for name in frames[0]} | {
-        "background_psnr": min(background, 100.0), "psnr": min(psnr(clip, true), 100.0),
+    return {
+        "changed": float(changed),
+        "kept": float(kept),
+        "motion": float(near),
+        "exact": float(exact),
     }
 
 
-def paired(first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+def score_edit(clip: Clip, moving: MovingShape, attribute: str) -> dict[str, float]:
+    """Of an edited clip: shares of frames (`score_frame`), `background_psnr` in dB against the
+    source where neither it nor the true edit shows an object, and `psnr` against the true edit.
+    Infinite ones count as 100 dB.
+    """
+    scenes = moving.edited[attribute]
+    frames = [
+        score_frame(find_objects(f), s.objects[0], attribute)
+        for f, s in zip(clip, scenes, strict=True)
+    ]
+    source, true = (frames_of(s, clip.shape[1]) for s in (moving.scenes, scenes))
+    background = psnr(clip, source, ~mask_of(source, true))
+    return {name: float(np.mean([f[name] for f in frames])) for name in frames[0]} | {
+        "background_psnr": min(background, 100.0),
+        "psnr": min(psnr(clip, true), 100.0),
+    }
+
+
+def paired(
+    first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]
+) -> dict[str, dict[str, float]]:
     """By metric: both means, the mean difference of the pairs, and its standard error."""
     rows = {}
     for name in first:
         a, b = np.asarray(first[name], np.float64), np.asarray(second[name], np.float64)
         error = np.std(a - b, ddof=1) / np.sqrt(len(a)) if len(a) > 1 else float("nan")
-        rows[name] = {"first": a.mean(), "second": b.mean(), "difference": (a - b).mean(), "standard_error": float(error)}
+        rows[name] = {
+            "first": a.mean(),
+            "second": b.mean(),
+            "difference": (a - b).mean(),
+            "standard_error": float(error),
+        }
     return rows
 
 

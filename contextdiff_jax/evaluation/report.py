@@ -1,4 +1,6 @@
-"""What a person reads of an evaluation: text tables, plots, and one static page that needs no network."""
+"""What a person reads of an evaluation: text tables, plots, and one static page that needs no
+network.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,11 @@ def machine() -> dict[str, Any]:
         cpu = f"{len(models)} x {models[0]}" if models else cpu
     devices = jax.devices()
     return {
-        "devices": f"{len(devices)} x {devices[0].device_kind}", "cpu": cpu, "system": platform.platform(),
-        "python": platform.python_version(), "jax": jax.__version__,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "cpu": cpu,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
     }
 
 
@@ -64,26 +69,38 @@ def cell(estimate: Estimate | None, unit: str) -> str:
 
 
 def _cells(scores: Scores, unit: str) -> list[list[str]]:
-    """A line a name and a column a row; the other way round where rows are more, as those of a distance."""
-    lines = [[name, *(cell(scores[row].get(name), unit) for row in scores)] for name in _names(scores)]
+    """A line a name and a column a row; the other way round where rows are more, as those of a
+    distance.
+    """
+    lines = [
+        [name, *(cell(scores[row].get(name), unit) for row in scores)] for name in _names(scores)
+    ]
     cells = [["", *scores], *lines]
-    return [list(column) for column in zip(*cells, strict=True)] if len(scores) > len(lines) else cells
+    return (
+        [list(column) for column in zip(*cells, strict=True)] if len(scores) > len(lines) else cells
+    )
 
 
 def table(scores: Scores, unit: str) -> str:
     """Scores with their 95% intervals as lines of text."""
     cells = _cells(scores, unit)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+    return "\n".join(
+        "  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
 
 
 def as_json(results: Mapping[str, Result]) -> dict[str, Any]:
     """metrics.json's part: {metric: {row: {name: value}}}, the same of `intervals`, and `details`."""
     values, intervals, details = {}, {}, {}
     for metric, result in results.items():
-        values[metric] = {row: {n: e.value for n, e in names.items()} for row, names in result.scores.items()}
+        values[metric] = {
+            row: {n: e.value for n, e in names.items()} for row, names in result.scores.items()
+        }
         intervals[metric] = {
-            row: {n: [e.low, e.high] for n, e in names.items()} for row, names in result.scores.items()
+            row: {n: [e.low, e.high] for n, e in names.items()}
+            for row, names in result.scores.items()
         }
         if result.details:
             details[metric] = result.details  # an Estimate inside is written as [value, low, high]
@@ -96,8 +113,12 @@ def plot_bound(details: Mapping[str, Any], path: pathlib.Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for row, values in details["kl_by_t"].items():
         axis.stairs(values, details["edges"], baseline=None, label=row, linewidth=1.5)
-    axis.set(xlabel="t (1: nearly clean)", ylabel="bits/dim a timestep", title="KL terms of the bound")
-    axis.set(xscale="log", yscale="log")  # the terms fall by orders of magnitude over the first timesteps
+    axis.set(
+        xlabel="t (1: nearly clean)", ylabel="bits/dim a timestep", title="KL terms of the bound"
+    )
+    axis.set(
+        xscale="log", yscale="log"
+    )  # the terms fall by orders of magnitude over the first timesteps
     axis.grid(alpha=0.3)
     axis.legend()
     _save(plt, figure, path)
@@ -112,8 +133,14 @@ def plot_shares(scores: Scores, path: pathlib.Path) -> None:
         found = [(x, estimates[name]) for x, name in enumerate(names) if name in estimates]
         middle = np.array([e.value for _, e in found])
         reach = [middle - [e.low for _, e in found], [e.high for _, e in found] - middle]
-        axis.bar([x + (i - (len(scores) - 1) / 2) * width for x, _ in found], middle, width, label=row,
-                 yerr=np.maximum(reach, 0), capsize=2)
+        axis.bar(
+            [x + (i - (len(scores) - 1) / 2) * width for x, _ in found],
+            middle,
+            width,
+            label=row,
+            yerr=np.maximum(reach, 0),
+            capsize=2,
+        )
     axis.set_xticks(range(len(names)), names)
     axis.set(ylim=(0, 1.05), ylabel="share")
     axis.grid(alpha=0.3, axis="y")
@@ -136,17 +163,26 @@ def _save(plt, figure, path: pathlib.Path) -> None:
 
 
 def write_report(
-    workdir: pathlib.Path, results: Mapping[str, Result], samples: Mapping[str, tuple[np.ndarray, Sequence[str]]],
-    facts: Mapping[str, Any], config: Mapping[str, Any],
+    workdir: pathlib.Path,
+    results: Mapping[str, Result],
+    samples: Mapping[str, tuple[np.ndarray, Sequence[str]]],
+    facts: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> pathlib.Path:
-    """Writes DIR/report/index.html and its pictures: tables, plots, the `samples` ({row: (pictures, captions)}) and
-    the run's curves, then `facts` (command, step, machine) and the config. Returns the page's path."""
+    """Writes DIR/report/index.html and its pictures: tables, plots, the `samples` ({row: (pictures,
+    captions)}) and the run's curves, then `facts` (command, step, machine) and the config. Returns
+    the page's path.
+    """
     folder = workdir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     title = html.escape(f"{workdir.absolute().name}, step {facts['step']}")
     body = [f"<h1>{title}</h1>", _pre(facts["command"])]
     for metric, result in results.items():
-        body += [f"<h2>{metric}</h2>", _paragraph(result.note), _html_table(result.scores, result.unit)]
+        body += [
+            f"<h2>{metric}</h2>",
+            _paragraph(result.note),
+            _html_table(result.scores, result.unit),
+        ]
         if "kl_by_t" in result.details:
             plot_bound(result.details, folder / f"{metric}.png")
             body.append(_image(f"{metric}.png", "bits per dimension by timestep"))
@@ -162,17 +198,30 @@ def write_report(
     for i, (row, (images, captions)) in enumerate(samples.items()):
         captions = list(captions)[:_SHOWN]
         if row in marks:
-            captions = [f"{'✓' if right else '✗'} {text}" for right, text in zip(marks[row], captions)]
-        pictures.caption_grid(images[:_SHOWN], captions, columns=6).save(folder / f"samples_{i}.png")
-        body += [f"<h3>{html.escape(row)}</h3>", _image(f"samples_{i}.png", f"samples for captions of {row}")]
+            captions = [
+                f"{'✓' if right else '✗'} {text}" for right, text in zip(marks[row], captions)
+            ]
+        pictures.caption_grid(images[:_SHOWN], captions, columns=6).save(
+            folder / f"samples_{i}.png"
+        )
+        body += [
+            f"<h3>{html.escape(row)}</h3>",
+            _image(f"samples_{i}.png", f"samples for captions of {row}"),
+        ]
     if (workdir / "metrics.jsonl").exists():
         pictures.plot_curves(workdir / "metrics.jsonl", folder / "curves.png")
         if (folder / "curves.png").exists():  # a log without any known curve has none
             body += ["<h2>training</h2>", _image("curves.png", "training curves")]
-    flat = {name: value for name, value in _flat(facts).items() if name != "command"}  # it is at the top
-    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in flat.items())
+    flat = {
+        name: value for name, value in _flat(facts).items() if name != "command"
+    }  # it is at the top
+    rows = "".join(
+        f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in flat.items()
+    )
     body += ["<h2>how it was made</h2>", f"<table>{rows}</table>"]
-    body.append(f"<details><summary>the run's config</summary>{_pre(json.dumps(config, indent=1))}</details>")
+    body.append(
+        f"<details><summary>the run's config</summary>{_pre(json.dumps(config, indent=1))}</details>"
+    )
     meta = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
     page = f"<!doctype html><html lang='en'>{meta}<title>{title}: evaluation</title><style>{_STYLE}</style>"
     with replacing(folder / "index.html") as file:
@@ -183,7 +232,11 @@ def write_report(
 def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
     flat = {}
     for name, value in facts.items():
-        flat |= {f"{name}: {k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+        flat |= (
+            {f"{name}: {k}": v for k, v in value.items()}
+            if isinstance(value, Mapping)
+            else {name: value}
+        )
     return flat
 
 
@@ -204,6 +257,9 @@ def _html_table(scores: Scores, unit: str) -> str:
     rows = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
     for name, *cells in lines:
         parts = (text.partition(" ") for text in cells)
-        tds = "".join(f"<td class='number'>{value} <small>{interval}</small></td>" for value, _, interval in parts)
+        tds = "".join(
+            f"<td class='number'>{value} <small>{interval}</small></td>"
+            for value, _, interval in parts
+        )
         rows.append(f"<th>{html.escape(name)}</th>{tds}")
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

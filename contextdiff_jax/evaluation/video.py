@@ -1,4 +1,6 @@
-"""How good an edited clip is: fidelity, consistency from frame to frame, and agreement with the text."""
+"""How good an edited clip is: fidelity, consistency from frame to frame, and agreement with the
+text.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ Inside = Bool[np.ndarray, "F H W"]
 
 
 def psnr(clip: Clip, reference: Clip, where: Inside | None = None) -> float:
-    """Peak signal-to-noise ratio in dB over all frames (`where` given: over its pixels); inf for equal ones.
+    """Peak signal-to-noise ratio in dB over all frames (`where` given: over its pixels); inf for
+    equal ones.
 
     Raises ValueError if there is no pixel.
     """
@@ -30,8 +33,12 @@ def psnr(clip: Clip, reference: Clip, where: Inside | None = None) -> float:
     return float("inf") if mean == 0 else float(10 * np.log10(255**2 / mean))
 
 
-def ssim_map(frame: UInt8[np.ndarray, "H W 3"], other: UInt8[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 3"]:
-    """Structural similarity (Wang et al., 2004): Gaussian windows of sigma 1.5, 11 pixels wide, each channel."""
+def ssim_map(
+    frame: UInt8[np.ndarray, "H W 3"], other: UInt8[np.ndarray, "H W 3"]
+) -> Float[np.ndarray, "H W 3"]:
+    """Structural similarity (Wang et al., 2004): Gaussian windows of sigma 1.5, 11 pixels wide,
+    each channel.
+    """
     a, b = frame.astype(np.float64), other.astype(np.float64)
 
     def blur(x):
@@ -52,12 +59,14 @@ def ssim(clip: Clip, reference: Clip, where: Inside | None = None) -> float:
 
 
 def warping_error(clip: Clip, reference: Clip | None = None) -> float:
-    """Mean squared difference, values in [0, 1], between each frame and the next one warped back onto it.
+    """Mean squared difference, values in [0, 1], between each frame and the next one warped back
+    onto it.
 
-    The flow is that of `reference` (the source clip: then it asks whether the edit moves as the source does; None: of the
-    clip itself) by OpenCV's DIS; pixels whose forward and backward flow disagree by more than a pixel are occluded and
-    left out (Lai et al., 2018). Frames under 16 pixels a side are enlarged for the flow. nan for a clip of one frame.
-    Raises ImportError without OpenCV.
+    The flow is that of `reference` (the source clip: then it asks whether the edit moves as the
+    source does; None: of the clip itself) by OpenCV's DIS; pixels whose forward and backward flow
+    disagree by more than a pixel are occluded and left out (Lai et al., 2018). Frames under 16
+    pixels a side are enlarged for the flow. nan for a clip of one frame. Raises ImportError without
+    OpenCV.
     """
     import cv2
 
@@ -85,8 +94,10 @@ def warping_error(clip: Clip, reference: Clip | None = None) -> float:
 
 
 def make_clip_scorer(folder: str | pathlib.Path) -> Callable[[Clip, str], dict[str, float]]:
-    """`score(clip, prompt)` by a CLIP folder: `frame_consistency`, the mean cosine of neighbouring frames, and
-    `text_alignment`, that of frames and text (both times 100, as usual). ValueError for a folder that holds no CLIP."""
+    """`score(clip, prompt)` by a CLIP folder: `frame_consistency`, the mean cosine of neighbouring
+    frames, and `text_alignment`, that of frames and text (both times 100, as usual). ValueError for
+    a folder that holds no CLIP.
+    """
     network = load_clip(folder)
 
     def score(clip: Clip, prompt: str) -> dict[str, float]:
@@ -101,8 +112,10 @@ def make_clip_scorer(folder: str | pathlib.Path) -> Callable[[Clip, str], dict[s
 
 
 def make_pick_scorer(folder: str | pathlib.Path) -> Callable[[Clip, str], dict[str, float]]:
-    """`score(clip, prompt)` by PickScore's folder (Kirstain et al., 2023), a CLIPModel's: `pickscore`, the mean over frames of
-    exp(logit_scale) cos(frame, text). ValueError for a folder that holds no CLIP, or no logit_scale."""
+    """`score(clip, prompt)` by PickScore's folder (Kirstain et al., 2023), a CLIPModel's:
+    `pickscore`, the mean over frames of exp(logit_scale) cos(frame, text). ValueError for a folder
+    that holds no CLIP, or no logit_scale.
+    """
     network, path = load_clip(folder), pathlib.Path(folder) / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"edit.pickscore={folder}: no model.safetensors, in which logit_scale is")

@@ -31,24 +31,32 @@ Generate = Callable[[Sequence[dict[str, Any]]], UInt8[np.ndarray, "N H W 3"]]
 
 
 def picture_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains, chooses the guidance scale on validation captions, and scores the samples and the bound.
+    """Trains, chooses the guidance scale on validation captions, and scores the samples and the
+    bound.
 
-    Options: `num` samples a split; `guidances` the grid; `validation` captions to choose on; `samplers`
-    {name: steps}, of which the first is the one to choose with; `bound` pictures a split (0: none) at `bound_timesteps`
-    strata; `classifier` training steps (0: none) of the network whose features give the FID, and which judges what
-    is not `shapes`. It is trained once a plan, next to the runs.
+    Options: `num` samples a split; `guidances` the grid; `validation` captions to choose on;
+        `samplers`
+    {name: steps}, of which the first is the one to choose with; `bound` pictures a split (0: none)
+    at `bound_timesteps` strata; `classifier` training steps (0: none) of the network whose features
+    give the FID, and which judges what is not `shapes`. It is trained once a plan, next to the
+    runs.
     """
     settings = parse(cell.config)
     study = _Study(settings, trained_params(cell, workdir), cell.seed, cell.options, workdir.parent)
     validation = study.validate()
     best = max(validation, key=validation.get)
-    scores: dict[str, Any] = {"validation": {str(scale): share for scale, share in validation.items()}, "guidance": best}
+    scores: dict[str, Any] = {
+        "validation": {str(scale): share for scale, share in validation.items()},
+        "guidance": best,
+    }
     marks = {}
     for sampler, steps in cell.options["samplers"].items():
         found = {}
         for label, scale in (("1", 1.0), ("best", best)):
             if scale not in found:
-                options = dataclasses.replace(settings.sample, sampler=sampler, steps=steps, guidance=scale)
+                options = dataclasses.replace(
+                    settings.sample, sampler=sampler, steps=steps, guidance=scale
+                )
                 found[scale] = study.score(study.generator(options), fidelity=True)
             for row, (values, exact) in found[scale].items():
                 scores[f"{row}, {sampler}, guidance {label}"] = values
@@ -56,8 +64,13 @@ def picture_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     if settings.context.kind not in ("none", "text"):  # r(c) is known: its estimate is the true one
         options = study.first_sampler(best)
         oracle = OracleGenerator(settings, study.tokenizer, options)
-        found = study.score(lambda records: oracle(study.params, records, cell.seed), fidelity=False)
-        scores |= {f"{row}, {options.sampler}, guidance best, true context": values for row, (values, _) in found.items()}
+        found = study.score(
+            lambda records: oracle(study.params, records, cell.seed), fidelity=False
+        )
+        scores |= {
+            f"{row}, {options.sampler}, guidance best, true context": values
+            for row, (values, _) in found.items()
+        }
     if cell.options["bound"]:
         bits = metrics.bound(study.evaluation(cell.options["bound"]))
         scores["bound"] = {row: values["total"].value for row, values in bits.scores.items()}
@@ -65,9 +78,18 @@ def picture_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 class _Study:
-    """A trained model and the questions to it. What is asked for is a record: its caption, for the oracle its picture."""
+    """A trained model and the questions to it. What is asked for is a record: its caption, for the
+    oracle its picture.
+    """
 
-    def __init__(self, settings: Settings, params: Any, seed: int, options: dict[str, Any], folder: pathlib.Path):
+    def __init__(
+        self,
+        settings: Settings,
+        params: Any,
+        seed: int,
+        options: dict[str, Any],
+        folder: pathlib.Path,
+    ):
         self.settings, self.params, self.seed, self.options = settings, params, seed, options
         self.tokenizer = load_tokenizer(settings.data.tokenizer or None)
         self.features = ""
@@ -81,22 +103,36 @@ class _Study:
     def evaluation(self, num: int, data: DataConfig | None = None) -> metrics.Evaluation:
         settings = self.settings if data is None else dataclasses.replace(self.settings, data=data)
         return metrics.Evaluation(
-            settings=settings, tokenizer=self.tokenizer, graph=model_graph(self.settings), params=self.params,
-            generate=None, features=self.features, num=num, seed=self.seed, bound_timesteps=self.options["bound_timesteps"],
+            settings=settings,
+            tokenizer=self.tokenizer,
+            graph=model_graph(self.settings),
+            params=self.params,
+            generate=None,
+            features=self.features,
+            num=num,
+            seed=self.seed,
+            bound_timesteps=self.options["bound_timesteps"],
         )
 
     def generator(self, options: SampleConfig) -> Generate:
         generator = Generator(self.settings, self.tokenizer, options)
-        return lambda records: generator(self.params, [record["caption"] for record in records], self.seed)
+        return lambda records: generator(
+            self.params, [record["caption"] for record in records], self.seed
+        )
 
     def first_sampler(self, guidance: float) -> SampleConfig:
         sampler, steps = next(iter(self.options["samplers"].items()))
-        return dataclasses.replace(self.settings.sample, sampler=sampler, steps=steps, guidance=guidance)
+        return dataclasses.replace(
+            self.settings.sample, sampler=sampler, steps=steps, guidance=guidance
+        )
 
     def validate(self) -> dict[float, float]:
-        """{guidance scale: share of exact pictures} on captions of the training split: other scenes of `shapes` than
-        those trained and evaluated on."""
-        data = dataclasses.replace(self.settings.data, scene_seed=self.settings.data.scene_seed + VALIDATION_SCENES)
+        """{guidance scale: share of exact pictures} on captions of the training split: other scenes
+        of `shapes` than those trained and evaluated on.
+        """
+        data = dataclasses.replace(
+            self.settings.data, scene_seed=self.settings.data.scene_seed + VALIDATION_SCENES
+        )
         evaluation = self.evaluation(self.options["validation"], data)
         row = next(iter(evaluation.sources))
         shares = {}
@@ -114,39 +150,60 @@ class _Study:
             values = {name: float(np.nanmean(v)) for name, v in answers.items()}
             if fidelity and self.features:
                 real = evaluation.real_features(row, 0, evaluation.reference)
-                values["fid"] = distances.fid(extract(evaluation.feature_fns["features"], images), real).value
+                values["fid"] = distances.fid(
+                    extract(evaluation.feature_fns["features"], images), real
+                ).value
             found[row] = values, "".join("01"[int(v)] for v in answers["exact"])
         return found
 
 
 def _alignment(
     evaluation: metrics.Evaluation, row: str, images: UInt8[np.ndarray, "N H W 3"]
-) -> dict[str, Float[np.ndarray, "N"]]:
-    """Which pictures show what their record says, by attribute, and `exact`: in all. Judged from the pixels where that is
-    possible, else by the classifier."""
+) -> dict[str, Float[np.ndarray, N]]:
+    """Which pictures show what their record says, by attribute, and `exact`: in all. Judged from
+    the pixels where that is possible, else by the classifier.
+    """
     records = evaluation.records(row)
     if evaluation.settings.data.source == "shapes":
         judged = judge(images, [record["caption"] for record in records])
         return {name: values for name, values in judged.items() if is_main(name)}
     labels = [read_labels(record["attributes"]) for record in records]
     logits = extract(evaluation.feature_fns["logits"], images)
-    answers = {n: v for n, v in correct(logits, labels, evaluation.network.attributes).items() if not np.isnan(v).all()}
-    return {**answers, "exact": np.all([np.nan_to_num(v, nan=1.0) == 1 for v in answers.values()], axis=0).astype(float)}
+    answers = {
+        n: v
+        for n, v in correct(logits, labels, evaluation.network.attributes).items()
+        if not np.isnan(v).all()
+    }
+    return {
+        **answers,
+        "exact": np.all([np.nan_to_num(v, nan=1.0) == 1 for v in answers.values()], axis=0).astype(
+            float
+        ),
+    }
 
 
 def _training(workdir: pathlib.Path, params: Any) -> dict[str, Any]:
     """Cost and course of the training, from its log."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     speeds = [row["seconds_per_step"] for row in rows]
-    flops = [row["model_flops_per_second"] * row["seconds_per_step"] for row in rows if "model_flops_per_second" in row]
+    flops = [
+        row["model_flops_per_second"] * row["seconds_per_step"]
+        for row in rows
+        if "model_flops_per_second" in row
+    ]
     return {
-        "steps": rows[-1]["step"], "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "seconds_per_step": float(np.median(speeds)), "flops_per_step": float(np.median(flops)) if flops else None,
+        "steps": rows[-1]["step"],
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "seconds_per_step": float(np.median(speeds)),
+        "flops_per_step": float(np.median(flops)) if flops else None,
         "step": [row["step"] for row in rows],
-        "loss": [row["loss"] for row in rows], "context_gain": [row["context_gain"] for row in rows],
+        "loss": [row["loss"] for row in rows],
+        "context_gain": [row["context_gain"] for row in rows],
     }
 
 
 CELLS: dict[str, Callable[[Cell, pathlib.Path], dict[str, Any]]] = {
-    "pictures": picture_cell, "estimates": estimate_cell, "toy": toy_cell
+    "pictures": picture_cell,
+    "estimates": estimate_cell,
+    "toy": toy_cell,
 }

@@ -1,7 +1,8 @@
-"""How good the estimate of the context is, by t, and what happens to samples when it is made smaller or larger.
+"""How good the estimate of the context is, by t, and what happens to samples when it is made
+smaller or larger.
 
-The best multiple of r_hat, in the mean square, is its regression coefficient <r_hat, r> / <r_hat, r_hat>. It is 1 at every t
-if r_hat is E[r | x_t].
+The best multiple of r_hat, in the mean square, is its regression coefficient <r_hat, r> / <r_hat,
+r_hat>. It is 1 at every t if r_hat is E[r | x_t].
 """
 
 from __future__ import annotations
@@ -32,22 +33,40 @@ _BATCH = 64
 
 
 def estimate_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
-    """Reads the run of the same variant and seed of another plan, beside this one's; trains it if it isn't there.
+    """Reads the run of the same variant and seed of another plan, beside this one's; trains it if
+    it isn't there.
 
-    Options: `of` that plan's file; `num` held-out captions; `records` of the training split, other scenes than any that is
-    trained or evaluated on, for the coefficients; `steps` of DDIM; `guidances`; `factors` for guidance 1.
+    Options: `of` that plan's file; `num` held-out captions; `records` of the training split, other
+        scenes than any that is
+    trained or evaluated on, for the coefficients; `steps` of DDIM; `guidances`; `factors` for
+    guidance 1.
     """
     options, settings = cell.options, parse(cell.config)
     trained = load_plan(options["of"]).cell(cell.variant, cell.seed)
     folder = workdir.parent.parent / pathlib.Path(options["of"]).stem / trained.folder
-    params, tokenizer = trained_params(trained, folder), load_tokenizer(settings.data.tokenizer or None)
-    timesteps = diffusion.spaced_timesteps(settings.diffusion.num_timesteps, options["steps"], settings.sample.spacing)
+    params, tokenizer = (
+        trained_params(trained, folder),
+        load_tokenizer(settings.data.tokenizer or None),
+    )
+    timesteps = diffusion.spaced_timesteps(
+        settings.diffusion.num_timesteps, options["steps"], settings.sample.spacing
+    )
 
-    data = dataclasses.replace(settings.data, scene_seed=settings.data.scene_seed + VALIDATION_SCENES)
+    data = dataclasses.replace(
+        settings.data, scene_seed=settings.data.scene_seed + VALIDATION_SCENES
+    )
     source = make_source(data, "train")
-    found = measure(settings, params, tokenizer, [source[i] for i in range(options["records"])], timesteps, cell.seed)
+    found = measure(
+        settings,
+        params,
+        tokenizer,
+        [source[i] for i in range(options["records"])],
+        timesteps,
+        cell.seed,
+    )
     scores: dict[str, Any] = {
-        name: {str(int(t)): float(v) for t, v in zip(timesteps, values, strict=True)} for name, values in found.items()
+        name: {str(int(t)): float(v) for t, v in zip(timesteps, values, strict=True)}
+        for name, values in found.items()
     }
     every = np.arange(settings.diffusion.num_timesteps)
     regressed = np.interp(every, np.asarray(timesteps)[::-1], found["coefficient"][::-1])
@@ -57,40 +76,66 @@ def estimate_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     for guidance in options["guidances"]:
         arms = {"as it is": np.ones_like(regressed), "regressed": regressed}
         if guidance == 1.0:
-            arms |= {f"times {factor}": np.full_like(regressed, factor) for factor in options["factors"]}
-        sample = dataclasses.replace(settings.sample, sampler="ddim", steps=options["steps"], guidance=guidance)
+            arms |= {
+                f"times {factor}": np.full_like(regressed, factor) for factor in options["factors"]
+            }
+        sample = dataclasses.replace(
+            settings.sample, sampler="ddim", steps=options["steps"], guidance=guidance
+        )
         exact = {}
         for name, factors in arms.items():
-            generate = OracleGenerator(settings, tokenizer, sample, scaled(jnp.asarray(factors, jnp.float32)))
+            generate = OracleGenerator(
+                settings, tokenizer, sample, scaled(jnp.asarray(factors, jnp.float32))
+            )
             images = generate(params, records, cell.seed)
-            exact[name] = float(judge(images, [record["caption"] for record in records])["exact"].mean())
-        differences = {f"{name}, minus as it is": value - exact["as it is"] for name, value in exact.items()}
+            exact[name] = float(
+                judge(images, [record["caption"] for record in records])["exact"].mean()
+            )
+        differences = {
+            f"{name}, minus as it is": value - exact["as it is"] for name, value in exact.items()
+        }
         scores[f"guidance {guidance:g}"] = exact | differences
     return {"scores": scores, "marks": {}, "training": {"step": [], "loss": [], "context_gain": []}}
 
 
 def measure(
-    settings: Settings, params: PyTree, tokenizer: Tokenizer, records: Sequence[dict[str, Any]], timesteps: Int[Array, "K"],
+    settings: Settings,
+    params: PyTree,
+    tokenizer: Tokenizer,
+    records: Sequence[dict[str, Any]],
+    timesteps: Int[Array, K],
     seed: int,
-) -> dict[str, Float[np.ndarray, "K"]]:
-    """By timestep, over the records noised by the forward process: root mean squares of r (`true`), r_hat (`estimate`) and
-    their difference (`error`), and the regression `coefficient`. No guidance."""
+) -> dict[str, Float[np.ndarray, K]]:
+    """By timestep, over the records noised by the forward process: root mean squares of r (`true`),
+    r_hat (`estimate`) and their difference (`error`), and the regression `coefficient`. No
+    guidance.
+    """
     graph, schedule = model_graph(settings), settings.diffusion.make_schedule()
     null = tokenizer.encode([""], settings.data.max_length)
 
     @jax.jit
-    def sums(params, x0: Float[Array, "B H W C"], ids, mask, key: PRNGKeyArray) -> dict[str, Float[Array, "K"]]:
+    def sums(
+        params, x0: Float[Array, "B H W C"], ids, mask, key: PRNGKeyArray
+    ) -> dict[str, Float[Array, K]]:
         model = nnx.merge(graph, params)
         texts = model.encode(ids, mask, *null)
-        denoise = make_denoise(model, schedule, *texts, prediction_type=settings.diffusion.prediction_type)
+        denoise = make_denoise(
+            model, schedule, *texts, prediction_type=settings.diffusion.prediction_type
+        )
 
         def row(_, index):
             t = jnp.full(x0.shape[:1], index)
             r = model.relate(x0, *texts[:2], t)
             noise = jax.random.normal(jax.random.fold_in(key, index), x0.shape)
-            r_hat = denoise(diffusion.q_sample(schedule, x0, r, t, noise, settings.context.shift), t, t).context_t
-            return None, {"true": (r**2).sum(), "estimate": (r_hat**2).sum(), "error": ((r_hat - r) ** 2).sum(),
-                          "product": (r_hat * r).sum()}
+            r_hat = denoise(
+                diffusion.q_sample(schedule, x0, r, t, noise, settings.context.shift), t, t
+            ).context_t
+            return None, {
+                "true": (r**2).sum(),
+                "estimate": (r_hat**2).sum(),
+                "error": ((r_hat - r) ** 2).sum(),
+                "product": (r_hat * r).sum(),
+            }
 
         return jax.lax.scan(row, None, timesteps)[1]
 
@@ -100,7 +145,12 @@ def measure(
         x0 = np.stack([record["image"] for record in part]).astype(np.float32) / 127.5 - 1
         text = tokenizer.encode([record["caption"] for record in part], settings.data.max_length)
         found = sums(params, x0, *text, jax.random.fold_in(jax.random.key(seed), start))
-        total = {name: np.asarray(value, np.float64) + total.get(name, 0) for name, value in found.items()}
+        total = {
+            name: np.asarray(value, np.float64) + total.get(name, 0)
+            for name, value in found.items()
+        }
     coefficient = total.pop("product") / total["estimate"]
     size = len(records) * np.prod(settings.shape)
-    return {name: np.sqrt(value / size) for name, value in total.items()} | {"coefficient": coefficient}
+    return {name: np.sqrt(value / size) for name, value in total.items()} | {
+        "coefficient": coefficient
+    }

@@ -1,5 +1,6 @@
-"""Sampling with another context than the estimated one: the true picture's, which is what an ideal estimate could bring, or
-the estimate made smaller or larger."""
+"""Sampling with another context than the estimated one: the true picture's, which is what an ideal
+estimate could bring, or the estimate made smaller or larger.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +23,20 @@ Change = Callable[[diffusion.Denoised, Int[Array, "B"]], diffusion.Denoised]
 
 
 def true_context(
-    model: ContextDiffusion, x0: Float[Array, "B H W C"], tokens: Float[Array, "B L D"], mask: Bool[Array, "B L"]
+    model: ContextDiffusion,
+    x0: Float[Array, "B H W C"],
+    tokens: Float[Array, "B L D"],
+    mask: Bool[Array, "B L"],
 ) -> Change:
     """r_hat becomes r_phi(x0, caption)."""
     r = model.context(x0, tokens, mask)
     return lambda out, t: out._replace(context_t=r, context_s=r)
 
 
-def scaled(factors: Float[Array, "T"]) -> Callable[..., Change]:
+def scaled(factors: Float[Array, T]) -> Callable[..., Change]:
     """r_hat of index t becomes factors[t] times as large."""
 
-    def change(out: diffusion.Denoised, t: Int[Array, "B"]) -> diffusion.Denoised:
+    def change(out: diffusion.Denoised, t: Int[Array, B]) -> diffusion.Denoised:
         factor = factors[t][:, None, None, None]
         return out._replace(context_t=factor * out.context_t, context_s=factor * out.context_s)
 
@@ -40,18 +44,27 @@ def scaled(factors: Float[Array, "T"]) -> Callable[..., Change]:
 
 
 class OracleGenerator:
-    """`generator(params, records, seed) -> uint8 [N, H, W, 3]`: a picture for each record's caption, by a reverse process
-    whose r_hat is what `change` makes of it, which may read the record's picture. ValueError for a context that depends on
-    time."""
+    """`generator(params, records, seed) -> uint8 [N, H, W, 3]`: a picture for each record's
+    caption, by a reverse process whose r_hat is what `change` makes of it, which may read the
+    record's picture. ValueError for a context that depends on time.
+    """
 
     def __init__(
-        self, settings: Settings, tokenizer: Tokenizer, options: SampleConfig, change: Callable[..., Change] = true_context
+        self,
+        settings: Settings,
+        tokenizer: Tokenizer,
+        options: SampleConfig,
+        change: Callable[..., Change] = true_context,
     ):
         if settings.context.time_dependent:
-            raise ValueError("context.time_dependent=True: the oracle computes r once, for all times")
+            raise ValueError(
+                "context.time_dependent=True: the oracle computes r once, for all times"
+            )
         self._settings, self._tokenizer = settings, tokenizer
         graph, schedule = model_graph(settings), settings.diffusion.make_schedule()
-        timesteps = diffusion.spaced_timesteps(schedule.num_timesteps, options.steps, options.spacing)
+        timesteps = diffusion.spaced_timesteps(
+            schedule.num_timesteps, options.steps, options.spacing
+        )
         run = diffusion.get_sampler(options.sampler)
 
         @jax.jit
@@ -60,13 +73,19 @@ class OracleGenerator:
             texts = model.encode(ids, mask, null_ids, null_mask)
             changed = change(model, x0, *texts[:2])
             estimate = make_denoise(
-                model, schedule, *texts, prediction_type=settings.diffusion.prediction_type, guidance=options.guidance
+                model,
+                schedule,
+                *texts,
+                prediction_type=settings.diffusion.prediction_type,
+                guidance=options.guidance,
             )
 
             def denoise(x, t, s):
                 return changed(estimate(x, t, s), t)
 
-            return to_uint8(run(denoise, x_T, schedule, timesteps, options.eta, key, settings.context.shift))
+            return to_uint8(
+                run(denoise, x_T, schedule, timesteps, options.eta, key, settings.context.shift)
+            )
 
         self._sample = sample
 

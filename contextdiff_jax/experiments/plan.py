@@ -1,4 +1,6 @@
-"""A plan: which variants, how many seeds, what is asked of each. Its cells are files that say what they are of."""
+"""A plan: which variants, how many seeds, what is asked of each. Its cells are files that say what
+they are of.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Added to data.scene_seed, to which `metrics.splits` adds 1: neither trained on, evaluated on, nor a classifier's.
+# Added to data.scene_seed, to which `metrics.splits` adds 1: neither trained on, evaluated on, nor
+# a classifier's.
 VALIDATION_SCENES = 2
 # Fields that say how the same step is computed.
 _SAME_RESULTS = ("train.remat", "train.attention")
@@ -20,8 +23,12 @@ _SAME_RESULTS = ("train.remat", "train.attention")
 _AS_BEFORE = {"sample.reuse": 1, "head_width": 0, "time_dependent": False}
 
 
-def changed(config: Mapping[str, Any], changes: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
-    """A copy with the dotted fields of `changes` set. ValueError, beginning with `where`, for a field that isn't there."""
+def changed(
+    config: Mapping[str, Any], changes: Mapping[str, Any], where: str = "config"
+) -> dict[str, Any]:
+    """A copy with the dotted fields of `changes` set. ValueError, beginning with `where`, for a
+    field that isn't there.
+    """
     config = copy.deepcopy(dict(config))
     for path, value in changes.items():
         *sections, field = path.split(".")
@@ -47,7 +54,8 @@ class Plan:
         seeds: seeds 0..n-1 of every variant; `more_seeds` has the n of those that differ.
         baselines: the variants that the others are compared with, seed by seed; a table each.
         options: what the cell's function is told beside the config.
-        headline: the scores of the table, {column: path in the cell's scores}, the first one being decisive.
+        headline: the scores of the table, {column: path in the cell's scores}, the first one being
+            decisive.
     """
 
     title: str
@@ -65,10 +73,14 @@ class Plan:
         for field in ("baselines", "more_seeds"):
             for name in getattr(self, field):
                 if name not in self.variants:
-                    raise ValueError(f"{field}: {name!r} is no variant; they are {', '.join(self.variants)}")
+                    raise ValueError(
+                        f"{field}: {name!r} is no variant; they are {', '.join(self.variants)}"
+                    )
         for name in self.variants:
             if not re.fullmatch(r"[\w.+-]+", name):
-                raise ValueError(f"variants: {name!r} names files; letters, digits, and _ . + - only")
+                raise ValueError(
+                    f"variants: {name!r} names files; letters, digits, and _ . + - only"
+                )
 
     def cells(self) -> Iterator[Cell]:
         """Seed by seed, so that an interrupted plan has whole comparisons."""
@@ -82,7 +94,9 @@ class Plan:
         """ValueError for an unknown variant or field."""
         if variant not in self.variants:
             raise ValueError(f"--variants={variant}: unknown; one of {', '.join(self.variants)}")
-        config = changed(self.config, {**self.variants[variant], "seed": seed}, f"variants: {variant}")
+        config = changed(
+            self.config, {**self.variants[variant], "seed": seed}, f"variants: {variant}"
+        )
         if isinstance(config.get("data"), dict):
             config["data"]["seed"] = seed  # the order of the records
         return Cell(variant, seed, config, dict(self.options))
@@ -109,15 +123,19 @@ class Cell:
 
     @property
     def config_hash(self) -> str:
-        """Of the config and the options, but for `_SAME_RESULTS` and `_AS_BEFORE`: results of another hash are of another
-        experiment."""
+        """Of the config and the options, but for `_SAME_RESULTS` and `_AS_BEFORE`: results of
+        another hash are of another experiment.
+        """
 
         def counts(field: str, value: Any) -> bool:
             return field not in _SAME_RESULTS and (field, value) not in _AS_BEFORE.items()
 
         config = {
-            section: {n: v for n, v in values.items() if counts(f"{section}.{n}", v)} if isinstance(values, dict) else values
-            for section, values in self.config.items() if isinstance(values, dict) or counts(section, values)
+            section: {n: v for n, v in values.items() if counts(f"{section}.{n}", v)}
+            if isinstance(values, dict)
+            else values
+            for section, values in self.config.items()
+            if isinstance(values, dict) or counts(section, values)
         }
         text = json.dumps([config, self.options], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

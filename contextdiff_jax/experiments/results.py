@@ -1,4 +1,6 @@
-"""What a person reads of a plan: OUT/PLAN.md with tables, plots, commands; only of cells that are there."""
+"""What a person reads of a plan: OUT/PLAN.md with tables, plots, commands; only of cells that are
+there.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Summary(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Mean difference to the baseline over the seeds that both have, and its 95% interval by Student's t."""
+    """Mean difference to the baseline over the seeds that both have, and its 95% interval by
+    Student's t.
+    """
 
     mean: float
     low: float
@@ -45,7 +49,9 @@ def summarise(values: Sequence[float]) -> Summary:
     """ValueError of no values."""
     if not len(values):
         raise ValueError("summarise: no values")
-    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    error = (
+        float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    )
     return Summary(float(np.mean(values)), error, len(values))
 
 
@@ -75,27 +81,37 @@ def read_results(plan: Plan, folder: pathlib.Path) -> Results:
 
 def scores_of(results: Results, variant: str, path: str) -> dict[int, float]:
     """{seed: score}, of the seeds that have it."""
-    found = {seed: look_up(result["scores"], path) for seed, result in results.get(variant, {}).items()}
+    found = {
+        seed: look_up(result["scores"], path) for seed, result in results.get(variant, {}).items()
+    }
     return {seed: value for seed, value in found.items() if value is not None}
 
 
 def table(plan: Plan, results: Results) -> str:
     """A row a variant: mean and standard error of each headline score."""
-    lines = ["| variant | seeds | " + " | ".join(plan.headline) + " |", "|---" * (len(plan.headline) + 2) + "|"]
+    lines = [
+        "| variant | seeds | " + " | ".join(plan.headline) + " |",
+        "|---" * (len(plan.headline) + 2) + "|",
+    ]
     for variant, cells in results.items():
-        values = [list(scores_of(results, variant, path).values()) for path in plan.headline.values()]
+        values = [
+            list(scores_of(results, variant, path).values()) for path in plan.headline.values()
+        ]
         entries = [_mean_text(summarise(found)) if found else "-" for found in values]
         lines.append(f"| `{variant}` | {len(cells)} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
 
 
 def difference_table(plan: Plan, results: Results, baseline: str) -> str:
-    """A row a variant: its difference to the baseline in each headline score, bold where the interval is clear of 0; empty
-    if there is no pair of seeds. No correction for the number of comparisons."""
+    """A row a variant: its difference to the baseline in each headline score, bold where the
+    interval is clear of 0; empty if there is no pair of seeds. No correction for the number of
+    comparisons.
+    """
     rows = []
     for variant in results:
         found = [
-            paired(scores_of(results, variant, path), scores_of(results, baseline, path)) for path in plan.headline.values()
+            paired(scores_of(results, variant, path), scores_of(results, baseline, path))
+            for path in plan.headline.values()
         ]
         if variant == baseline or not any(found):
             continue
@@ -118,8 +134,13 @@ def _mean_text(summary: Summary) -> str:
 
 
 def cost_table(plan: Plan, results: Results) -> str:
-    """Parameters, FLOPs and time a step, size of the learned gain at the end, minutes: medians over seeds."""
-    lines = [r"| variant | parameters | GFLOP a step | ms a step | \|gain\| at the end | minutes a cell |", "|---" * 6 + "|"]
+    """Parameters, FLOPs and time a step, size of the learned gain at the end, minutes: medians over
+    seeds.
+    """
+    lines = [
+        r"| variant | parameters | GFLOP a step | ms a step | \|gain\| at the end | minutes a cell |",
+        "|---" * 6 + "|",
+    ]
     for variant, cells in results.items():
         training = [cell["training"] for cell in cells.values()]
         if "parameters" not in training[0]:
@@ -135,22 +156,32 @@ def cost_table(plan: Plan, results: Results) -> str:
 
 
 def plot(plan: Plan, results: Results, out: pathlib.Path) -> None:
-    """The decisive score of every seed by variant, and the context's gain over training, if the cells train."""
+    """The decisive score of every seed by variant, and the context's gain over training, if the
+    cells train.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     title, path = next(iter(plan.headline.items()))
-    columns = 1 + any(cell["training"]["step"] for cells in results.values() for cell in cells.values())
-    figure, axes = plt.subplots(1, columns, figsize=(6 * columns, 0.5 * len(results) + 2.2), squeeze=False)
+    columns = 1 + any(
+        cell["training"]["step"] for cells in results.values() for cell in cells.values()
+    )
+    figure, axes = plt.subplots(
+        1, columns, figsize=(6 * columns, 0.5 * len(results) + 2.2), squeeze=False
+    )
     left, *rest = axes[0]
     for row, variant in enumerate(results):
         values = list(scores_of(results, variant, path).values())
         left.plot(values, [row] * len(values), "o", alpha=0.5)
         if values:
             left.plot([np.mean(values)], [row], "k|", markersize=18)
-    left.set(yticks=range(len(results)), yticklabels=list(results), title=f"{title} (each seed; bar: mean)")
+    left.set(
+        yticks=range(len(results)),
+        yticklabels=list(results),
+        title=f"{title} (each seed; bar: mean)",
+    )
     left.invert_yaxis()
     left.grid(alpha=0.3)
     for right in rest:
@@ -165,8 +196,13 @@ def _plot_gains(axes: Any, results: Results) -> None:
         for number, cell in enumerate(cells.values()):
             curve = cell["training"]
             if any(curve["context_gain"]):
-                axes.plot(curve["step"], np.abs(curve["context_gain"]), color=f"C{row}", alpha=0.6,
-                          label=variant if number == 0 else None)
+                axes.plot(
+                    curve["step"],
+                    np.abs(curve["context_gain"]),
+                    color=f"C{row}",
+                    alpha=0.6,
+                    label=variant if number == 0 else None,
+                )
     axes.set(title="size of the context (|gain|)", xlabel="step")
     axes.grid(alpha=0.3)
     if axes.lines:
@@ -179,27 +215,47 @@ def write_page(plan: Plan, name: str, path: str, out: pathlib.Path) -> str:
     if not results:
         return f"{out / name}: no finished cell yet"
     plot(plan, results, out / f"{name}.png")
-    cells = [(variant, seed, cell) for variant, seeds in results.items() for seed, cell in seeds.items()]
-    machines = sorted({f"{c['machine']['cpu']}, {c['machine']['devices']}, jax {c['machine']['jax']}" for *_, c in cells})
+    cells = [
+        (variant, seed, cell) for variant, seeds in results.items() for seed, cell in seeds.items()
+    ]
+    machines = sorted(
+        {
+            f"{c['machine']['cpu']}, {c['machine']['devices']}, jax {c['machine']['jax']}"
+            for *_, c in cells
+        }
+    )
     missing = [cell.name for cell in plan.cells() if cell.seed not in results.get(cell.variant, {})]
-    on_cpu = cells[0][2]["machine"]["devices"].endswith("cpu")  # elsewhere nobody has seen the same digits again
+    on_cpu = cells[0][2]["machine"]["devices"].endswith(
+        "cpu"
+    )  # elsewhere nobody has seen the same digits again
     pinned = "taskset -c 0 " if on_cpu else ""
-    digits = ", with the same digits at its commit, on the same machine and number of cores" if on_cpu else ""
+    digits = (
+        ", with the same digits at its commit, on the same machine and number of cores"
+        if on_cpu
+        else ""
+    )
     parts = [
-        f"# {plan.title}", plan.about,
+        f"# {plan.title}",
+        plan.about,
         f"    python -m contextdiff_jax.experiment --plan={path}",
         f"{len(cells)} cells, {sum(c['seconds'] for *_, c in cells) / 3600:.1f} hours in all, on {'; '.join(machines)}. "
         "Mean ± standard error over seeds; differences are paired by seed, with Student's 95% interval.",
         f"Not run yet: {', '.join(missing)}." if missing else "",
-        table(plan, results), *(difference_table(plan, results, baseline) for baseline in plan.baselines),
-        cost_table(plan, results), f"![scores and gains]({name}.png)",
-        "## Cells", f"Each again, in another folder{digits}:",
+        table(plan, results),
+        *(difference_table(plan, results, baseline) for baseline in plan.baselines),
+        cost_table(plan, results),
+        f"![scores and gains]({name}.png)",
+        "## Cells",
+        f"Each again, in another folder{digits}:",
         f"    {pinned}python -m contextdiff_jax.experiment --plan={path} --variants={cells[0][0]} "
         f"--seeds={cells[0][1]} --out=/tmp/again --workdir=/tmp/again",
-        "\n".join(["| cell | config | commit | seconds |", "|---|---|---|---|"] + [
-            f"| [{variant}-{seed}]({name}/{variant}-{seed}.json) | {c['config_hash']} | {c['commit'][:10]} | {c['seconds']:.0f} |"
-            for variant, seed, c in cells
-        ]),
+        "\n".join(
+            ["| cell | config | commit | seconds |", "|---|---|---|---|"]
+            + [
+                f"| [{variant}-{seed}]({name}/{variant}-{seed}.json) | {c['config_hash']} | {c['commit'][:10]} | {c['seconds']:.0f} |"
+                for variant, seed, c in cells
+            ]
+        ),
     ]
     page = out / f"{name}.md"
     page.write_text("\n\n".join(part for part in parts if part) + "\n")

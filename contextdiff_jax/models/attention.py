@@ -1,4 +1,6 @@
-"""softmax(q k^T) v: the plain core, its form for many tokens on a CPU, and self-attention as what suits the target."""
+"""softmax(q k^T) v: the plain core, its form for many tokens on a CPU, and self-attention as what
+suits the target.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,18 @@ def attention(
     bias: Float[Array, "H N M"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B N H D"]:
-    """softmax(scale q k^T + bias) v per head, logits and softmax in float32: the one attention core.
+    """softmax(scale q k^T + bias) v per head, logits and softmax in float32: the one attention
+    core.
 
-    `scale` is 1 / sqrt(D) unless given. Keys whose mask is False (for every query, or with an axis N for each)
-    get no weight; a row without any valid key attends uniformly, so it stays finite.
-    The weights are normalised after their product with v, which has D columns and not M: two passes over N M less.
-    XLA's CPU backend is why heads go in front of tokens (over the B N H D layout the same einsums take four times as
-    long: forward at B 16, N 256, H 8, D 16: 60 ms against 15), and why k and v stand across: their gradients are then
-    products that it is fast at (62 against 20 GFLOP/s, one core), which without the barriers it would turn about again.
+    `scale` is 1 / sqrt(D) unless given. Keys whose mask is False (for every query, or with an axis
+    N for each) get no weight; a row without any valid key attends uniformly, so it stays finite.
+    The weights are normalised after their product with v, which has D columns and not M: two passes
+    over N M less. XLA's CPU backend is why heads go in front of tokens (over the B N H D layout the
+    same einsums take four times as
+    long: forward at B 16, N 256, H 8, D 16: 60 ms against 15), and why k and v stand across: their
+        gradients are then
+    products that it is fast at (62 against 20 GFLOP/s, one core), which without the barriers it
+    would turn about again.
     """
     q = jnp.swapaxes(q, 1, 2)  # [B, H, N, D]
     k, v = (jax.lax.optimization_barrier(jnp.moveaxis(y, 1, 3)) for y in (k, v))  # [B, H, D, M]
@@ -43,17 +49,25 @@ def attention(
         mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]  # [B, 1, 1 or N, M]
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))  # [B, H, N, M]
-    out = jnp.einsum("bhnm,bhdm->bhnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bhnm,bhdm->bhnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
     out = (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
     return jnp.swapaxes(out, 1, 2)  # [B, N, H, D]
 
 
 def tiled_attention(
-    q: Float[Array, "B N H D"], k: Float[Array, "B M H D"], v: Float[Array, "B M H D"], *, scale: float | None = None
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B M H D"],
+    v: Float[Array, "B M H D"],
+    *,
+    scale: float | None = None,
 ) -> Float[Array, "B N H D"]:
-    """`attention`, a tile of one head's queries after the other, as FlashAttention (Dao et al., 2022): the logits in memory are
-    a tile's, and the backward pass computes them once more. For a CPU, whose cache they stay in (one core, 2 x 1024 tokens, 8
-    heads of 16, forward and backward: 56 ms; `attention` 205, torch 78)."""
+    """`attention`, a tile of one head's queries after the other, as FlashAttention (Dao et al.,
+    2022): the logits in memory are a tile's, and the backward pass computes them once more. For a
+    CPU, whose cache they stay in (one core, 2 x 1024 tokens, 8 heads of 16, forward and backward:
+    56 ms; `attention` 205, torch 78).
+    """
     B, N, H, D = q.shape
     tile = min(_TILE, N)
     q = jnp.swapaxes(q * (D**-0.5 if scale is None else scale), 1, 2).reshape(B * H, N, D)
@@ -64,7 +78,9 @@ def tiled_attention(
 
 
 @jax.custom_vjp
-def _head(q: Float[Array, "T N D"], k: Float[Array, "D M"], v: Float[Array, "D M"]) -> Float[Array, "T N D"]:
+def _head(
+    q: Float[Array, "T N D"], k: Float[Array, "D M"], v: Float[Array, "D M"]
+) -> Float[Array, "T N D"]:
     """One head's attention, queries scaled and in tiles."""
     return _head_forward(q, k, v)[0]
 
@@ -77,7 +93,9 @@ def _head_forward(q, k, v):
         largest = logits.max(-1, keepdims=True)
         weights = jnp.exp(logits - largest)
         total = weights.sum(-1, keepdims=True)
-        out = jnp.einsum("nm,dm->nd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        out = jnp.einsum(
+            "nm,dm->nd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
         return (out / total).astype(v.dtype), largest + jnp.log(total)
 
     out, lse = checkpoint_name(jax.lax.map(tile, q), flash.RESIDUALS)  # [T, N, D], [T, N, 1]
@@ -85,7 +103,9 @@ def _head_forward(q, k, v):
 
 
 def _head_backward(residuals, d_out):
-    """With P = exp(S - lse) a tile at a time: dS = P (dP - rowsum(dO O)), dP = dO V^T (FlashAttention, B.2)."""
+    """With P = exp(S - lse) a tile at a time: dS = P (dP - rowsum(dO O)), dP = dO V^T
+    (FlashAttention, B.2).
+    """
     q, k, v, out, lse = residuals
     d_total = (d_out * out).sum(-1, keepdims=True, dtype=jnp.float32)  # [T, N, 1]
 
@@ -106,13 +126,24 @@ _head.defvjp(_head_forward, _head_backward)
 
 
 def self_attention(
-    q: Float[Array, "B N H D"], k: Float[Array, "B N H D"], v: Float[Array, "B N H D"], scale: float | None, *, choice: str
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    scale: float | None,
+    *,
+    choice: str,
 ) -> Float[Array, "B N H D"]:
-    """`attention` of tokens to themselves, all of them, as `choice` of `flash.CHOICES` says or its `auto` finds."""
+    """`attention` of tokens to themselves, all of them, as `choice` of `flash.CHOICES` says or its
+    `auto` finds.
+    """
     target = current_target()
     how = flash.formulation(choice, q.shape[1], target)
     if how == "splash":
-        return flash.splash_attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, target=target)
+        return flash.splash_attention(
+            q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, target=target
+        )
     if how == "tiles":
-        return flash.on_each_device(functools.partial(tiled_attention, scale=scale), q, k, v, target)
+        return flash.on_each_device(
+            functools.partial(tiled_attention, scale=scale), q, k, v, target
+        )
     return attention(q, k, v, scale=scale)

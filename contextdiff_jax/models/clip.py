@@ -1,7 +1,8 @@
-"""CLIP's text and vision encoders (Radford et al., 2021), with or without their projections, in Flax NNX.
+"""CLIP's text and vision encoders (Radford et al., 2021), with or without their projections, in
+Flax NNX.
 
-Config names and functions are those of `transformers`: ViT-L/14 (Stable Diffusion 1.x), OpenCLIP-H (2.x) and
-bigG (XL) are configs of these classes.
+Config names and functions are those of `transformers`: ViT-L/14 (Stable Diffusion 1.x), OpenCLIP-H
+(2.x) and bigG (XL) are configs of these classes.
 """
 
 from __future__ import annotations
@@ -32,14 +33,17 @@ class _CLIPConfig:
     num_attention_heads: int = 8
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    # Ours: whether there is a projection, and whether tensors are named as transformers did before version 5
-    # (`text_model.` in front of every name even without a projection). Both are read off the weights.
+    # Ours: whether there is a projection, and whether tensors are named as transformers did before
+    # version 5 (`text_model.` in front of every name even without a projection). Both are read off
+    # the weights.
     with_projection: bool = False
     prefixed_names: bool = False
 
     def __post_init__(self):
         if self.hidden_act not in TEXT_ACTIVATIONS:
-            raise ValueError(f"hidden_act={self.hidden_act!r}: unknown; one of {', '.join(TEXT_ACTIVATIONS)}")
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r}: unknown; one of {', '.join(TEXT_ACTIVATIONS)}"
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (not isinstance(value, int) or value < 0):
@@ -51,7 +55,9 @@ class _CLIPConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From a transformers config.json, whose other fields (generation, training) don't change the function."""
+        """From a transformers config.json, whose other fields (generation, training) don't change
+        the function.
+        """
         fields = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in fields})
 
@@ -63,7 +69,9 @@ class _CLIPConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig(_CLIPConfig):
-    """transformers' `CLIPTextConfig`; the first and the padding token's ids are carried for tokenizers."""
+    """transformers' `CLIPTextConfig`; the first and the padding token's ids are carried for
+    tokenizers.
+    """
 
     vocab_size: int = 49408
     max_position_embeddings: int = 77
@@ -89,9 +97,12 @@ class CLIPOutput(NamedTuple):
 
     Attributes:
       last: [B, L, D] states of the tokens; the text encoder's after the final norm.
-      pooled: [B, D] state of the text's end token, or of the image's class token, after the final norm.
-      projected: [B, P] the projection of `pooled` (transformers' `text_embeds`, `image_embeds`), if there is one.
-      hidden_states: the embeddings, then the output of each layer, without the final norm: [-2] is the
+      pooled: [B, D] state of the text's end token, or of the image's class token, after the final
+          norm.
+      projected: [B, P] the projection of `pooled` (transformers' `text_embeds`, `image_embeds`), if
+          there is one.
+      hidden_states: the embeddings, then the output of each layer, without the final norm: [-2] is
+          the
         penultimate layer that XL reads.
     """
 
@@ -113,7 +124,9 @@ class CLIPLayer(nnx.Module):
         self.fc1 = linear(width, config.intermediate_size, **policy)
         self.fc2 = linear(config.intermediate_size, width, **policy)
 
-    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L L"] | None) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L L"] | None
+    ) -> Float[Array, "B L D"]:
         x = x + self.self_attn(self.norm1(x), mask=mask)
         return x + self.fc2(self.act(self.fc1(self.norm2(x))))
 
@@ -135,11 +148,16 @@ class CLIPText(nnx.Module):
 
     Args:
       config: sizes.
-      dtype: of the products; statistics and softmax stay float32. param_dtype: of the stored parameters.
+      dtype: of the products; statistics and softmax stay float32. param_dtype: of the stored
+          parameters.
     """
 
     def __init__(
-        self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32,
+        self,
+        config: CLIPTextConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -150,30 +168,39 @@ class CLIPText(nnx.Module):
         self.layers = _layers(config, policy)
         self.final_layer_norm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, **policy)
         projection = dict(use_bias=False, **policy)
-        self.text_projection = linear(width, config.projection_dim, **projection) if config.with_projection else None
+        self.text_projection = (
+            linear(width, config.projection_dim, **projection) if config.with_projection else None
+        )
 
     def __call__(
         self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"] | None = None
     ) -> CLIPOutput:
-        """Encodes `token_ids`; each token sees itself and those before it, of which `token_mask` is True.
+        """Encodes `token_ids`; each token sees itself and those before it, of which `token_mask` is
+        True.
 
         Stable Diffusion gives no mask: its padding is read, too.
         """
         L = token_ids.shape[1]
         if L > self.config.max_position_embeddings:
-            raise ValueError(f"token_ids: {L} tokens; the model has {self.config.max_position_embeddings} positions")
+            raise ValueError(
+                f"token_ids: {L} tokens; the model has {self.config.max_position_embeddings} positions"
+            )
         x = self.token_embedding(token_ids) + self.position_embedding(jnp.arange(L))  # [B, L, D]
         mask = jnp.tril(jnp.ones((1, L, L), bool))
         if token_mask is not None:
             mask = mask & token_mask.astype(bool)[:, None, :]  # [B, L, L]
         states = _run(self.layers, x, mask)
         last = self.final_layer_norm(states[-1])
-        pooled = jnp.take_along_axis(last, self._end(token_ids)[:, None, None], axis=1)[:, 0]  # [B, D]
+        pooled = jnp.take_along_axis(last, self._end(token_ids)[:, None, None], axis=1)[
+            :, 0
+        ]  # [B, D]
         projected = None if self.text_projection is None else self.text_projection(pooled)
         return CLIPOutput(last, pooled, projected, states)
 
-    def _end(self, token_ids: Int[Array, "B L"]) -> Int[Array, "B"]:
-        """Place of the end token: configs from before its id was right (2) mean the largest id instead."""
+    def _end(self, token_ids: Int[Array, "B L"]) -> Int[Array, B]:
+        """Place of the end token: configs from before its id was right (2) mean the largest id
+        instead.
+        """
         eos = self.config.eos_token_id
         return jnp.argmax(token_ids if eos == 2 else token_ids == eos, axis=-1)
 
@@ -182,29 +209,42 @@ class CLIPVision(nnx.Module):
     """Images, normalised as CLIP's preprocessing does, to a class token and patch tokens."""
 
     def __init__(
-        self, config: CLIPVisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32,
+        self,
+        config: CLIPVisionConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
         width, patch = config.hidden_size, config.patch_size
         self.class_embedding = nnx.Param(jnp.zeros((width,), param_dtype))
-        patches = dict(kernel_size=(patch, patch), strides=(patch, patch), padding=0, use_bias=False)
-        self.patch_embedding = nnx.Conv(config.num_channels, width, **patches, conv_general_dilated=convolve, **policy)
+        patches = dict(
+            kernel_size=(patch, patch), strides=(patch, patch), padding=0, use_bias=False
+        )
+        self.patch_embedding = nnx.Conv(
+            config.num_channels, width, **patches, conv_general_dilated=convolve, **policy
+        )
         self.position_embedding = nnx.Embed((config.image_size // patch) ** 2 + 1, width, **policy)
         norm = dict(epsilon=config.layer_norm_eps, **policy)
         self.pre_layernorm = nnx.LayerNorm(width, **norm)
         self.layers = _layers(config, policy)
         self.post_layernorm = nnx.LayerNorm(width, **norm)
         projection = dict(use_bias=False, **policy)
-        self.visual_projection = linear(width, config.projection_dim, **projection) if config.with_projection else None
+        self.visual_projection = (
+            linear(width, config.projection_dim, **projection) if config.with_projection else None
+        )
 
     def __call__(self, images: Float[Array, "B H W C"]) -> CLIPOutput:
-        """Encodes `images` of the config's size. `last` and `hidden_states` are before the final norm, as in
+        """Encodes `images` of the config's size. `last` and `hidden_states` are before the final
+        norm, as in
         transformers: [:, 0] is the class token, [:, 1:] are the patches, row by row."""
         size = self.config.image_size
         if images.shape[1:3] != (size, size):
-            raise ValueError(f"images: {images.shape[1]} x {images.shape[2]}; the model reads {size} x {size}")
+            raise ValueError(
+                f"images: {images.shape[1]} x {images.shape[2]}; the model reads {size} x {size}"
+            )
         x = self.patch_embedding(images)  # [B, H/P, W/P, D]
         B, D = x.shape[0], x.shape[-1]
         first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (B, 1, D))

@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def known_fields(cls: type, section: str, values: Mapping[str, Any], off: Mapping[str, tuple]) -> dict[str, Any]:
-    """The fields of the dataclass `cls` in `values`, lists as tuples. Keys with a leading underscore are metadata.
+def known_fields(
+    cls: type, section: str, values: Mapping[str, Any], off: Mapping[str, tuple]
+) -> dict[str, Any]:
+    """The fields of the dataclass `cls` in `values`, lists as tuples. Keys with a leading
+    underscore are metadata.
 
     Args:
-      section: names the config in errors. off: options that we lack, {key: the values that mean it isn't used}.
+      section: names the config in errors. off: options that we lack, {key: the values that mean it
+          isn't used}.
 
     Raises ValueError for an unknown key (with the nearest names) and for an option that we lack.
     """
@@ -23,8 +27,12 @@ def known_fields(cls: type, section: str, values: Mapping[str, Any], off: Mappin
             known[key] = tuple(value) if isinstance(value, list) else value
         elif key in off:
             if value not in off[key]:
-                raise ValueError(f"{section}.{key}={value!r}: not supported; only {', '.join(map(str, off[key]))}")
+                raise ValueError(
+                    f"{section}.{key}={value!r}: not supported; only {', '.join(map(str, off[key]))}"
+                )
         elif not key.startswith("_"):
-            names = ", ".join(difflib.get_close_matches(key, sorted(fields), n=3, cutoff=0.4)) or "none"
+            names = (
+                ", ".join(difflib.get_close_matches(key, sorted(fields), n=3, cutoff=0.4)) or "none"
+            )
             raise ValueError(f"{section}.{key}={value!r}: unknown field; nearest: {names}")
     return known

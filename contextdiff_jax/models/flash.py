@@ -1,9 +1,11 @@
-"""Self-attention without its matrix of weights: JAX's Pallas splash kernel where the target is a TPU, and who decides.
+"""Self-attention without its matrix of weights: JAX's Pallas splash kernel where the target is a
+TPU, and who decides.
 
-At 4096 tokens XLA writes the float32 logits of all heads to HBM and reads them back, several times in training; the kernel
-keeps a block of them on the chip (Dao et al., 2022). A CPU takes a tile of one head's queries at a time, whose logits fit its
-cache (`attention.tiled_attention`). Cross-attention to a few dozen text tokens has no such matrix to save: it stays with XLA, as
-do short sequences.
+At 4096 tokens XLA writes the float32 logits of all heads to HBM and reads them back, several times
+in training; the kernel keeps a block of them on the chip (Dao et al., 2022). A CPU takes a tile of
+one head's queries at a time, whose logits fit its cache (`attention.tiled_attention`).
+Cross-attention to a few dozen text tokens has no such matrix to save: it stays with XLA, as do
+short sequences.
 """
 
 from __future__ import annotations
@@ -13,23 +15,29 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash_kernel,
+)
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float
 
 from contextdiff_jax.parallel.mesh import Target, current_target, place
 
 CHOICES = ("auto", "xla", "splash", "tiles")
-RESIDUALS = "splash_residuals"  # the checkpoint name of what the backward passes read: output and log-sum-exp
-# What `auto` takes by platform, from as many tokens: below, XLA's logits fit beside everything else.
+# the checkpoint name of what the backward passes read: output and log-sum-exp
+RESIDUALS = "splash_residuals"
+# What `auto` takes by platform, from as many tokens: below, XLA's logits fit beside everything
+# else.
 _LONG = {"tpu": ("splash", 1024), "cpu": ("tiles", 256)}
-# The kernel's blocks are multiples of a TPU's lanes. In the backward pass 4096 keys don't fit in a v5e's or v5p's VMEM.
+# The kernel's blocks are multiples of a TPU's lanes. In the backward pass 4096 keys don't fit in a
+# v5e's or v5p's VMEM.
 _LANES, _BLOCK, _LONG_BLOCK = 128, 512, 2048
 
 
 def formulation(choice: str, tokens: int, target: Target) -> str:
-    """Of `CHOICES`, as what self-attention over `tokens` runs. `auto` follows the platform that is compiled for, which needn't
-    be this machine's."""
+    """Of `CHOICES`, as what self-attention over `tokens` runs. `auto` follows the platform that is
+    compiled for, which needn't be this machine's.
+    """
     if choice != "auto":
         return choice
     how, least = _LONG.get(target.platform, ("xla", 0))
@@ -37,44 +45,71 @@ def formulation(choice: str, tokens: int, target: Target) -> str:
 
 
 def on_each_device(
-    kernel: Callable[[Array, Array, Array], Array], q: Float[Array, "B N H D"], k: Float[Array, "B M H D"],
-    v: Float[Array, "B M H D"], target: Target,
+    kernel: Callable[[Array, Array, Array], Array],
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B M H D"],
+    v: Float[Array, "B M H D"],
+    target: Target,
 ) -> Float[Array, "B N H D"]:
-    """`kernel(q, k, v)` by each of the target's devices for its own examples, heads and rows: a program of one device, which
-    XLA's partitioner can't split."""
+    """`kernel(q, k, v)` by each of the target's devices for its own examples, heads and rows: a
+    program of one device, which XLA's partitioner can't split.
+    """
     if target.mesh is None:
         return kernel(q, k, v)
     queries = place(target.mesh, q.shape, ("batch", "rows", "heads", None), target.rules).spec
-    keys = place(target.mesh, k.shape, ("batch", None, "heads", None), target.rules).spec  # all rows: every query reads them
+    keys = place(
+        target.mesh, k.shape, ("batch", None, "heads", None), target.rules
+    ).spec  # all rows: every query reads them
     return jax.shard_map(
         kernel, mesh=target.mesh, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False
     )(q, k, v)
 
 
 def splash_attention(
-    q: Float[Array, "B N H D"], k: Float[Array, "B M H D"], v: Float[Array, "B M H D"], scale: float,
-    *, target: Target | None = None,
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B M H D"],
+    v: Float[Array, "B M H D"],
+    scale: float,
+    *,
+    target: Target | None = None,
 ) -> Float[Array, "B N H D"]:
-    """softmax(scale q k^T) v per head (`target`: the current one). Off a TPU the kernel is interpreted: right, and slow."""
+    """softmax(scale q k^T) v per head (`target`: the current one). Off a TPU the kernel is
+    interpreted: right, and slow.
+    """
     target = current_target() if target is None else target
-    return on_each_device(functools.partial(_one_device, scale=scale, interpret=target.platform != "tpu"), q, k, v, target)
+    return on_each_device(
+        functools.partial(_one_device, scale=scale, interpret=target.platform != "tpu"),
+        q,
+        k,
+        v,
+        target,
+    )
 
 
 def _one_device(q: Array, k: Array, v: Array, *, scale: float, interpret: bool) -> Array:
-    """Tokens are padded to whole blocks, which segment ids hide, and the head's width to the lanes, which zeros hide."""
+    """Tokens are padded to whole blocks, which segment ids hide, and the head's width to the lanes,
+    which zeros hide.
+    """
     (N, H, D), M = q.shape[1:], k.shape[1]
     rows, columns = _padded(N), _padded(M)
     width = -D % _LANES
     q, k, v = (
-        jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, length - x.shape[1]), (0, width)))  # [B, H, N, D]
+        jnp.pad(
+            jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, length - x.shape[1]), (0, width))
+        )  # [B, H, N, D]
         for x, length in ((q * scale, rows), (k, columns), (v, columns))
     )
     block_q, block_kv = _block(rows, _BLOCK), _block(columns, _BLOCK)
-    # One backward kernel for all three gradients: a second, for dq alone, would compute the logits and their gradient again.
-    # It writes a dq for each of its blocks of keys, summed after it: so these are long.
+    # One backward kernel for all three gradients: a second, for dq alone, would compute the logits
+    # and their gradient again. It writes a dq for each of its blocks of keys, summed after it: so
+    # these are long.
     sizes = splash_kernel.BlockSizes(
-        block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv, block_q_dkv=block_q,
-        block_kv_dkv=block_kv * _block(columns // block_kv, _LONG_BLOCK // block_kv, 1), block_kv_dkv_compute=block_kv,
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv * _block(columns // block_kv, _LONG_BLOCK // block_kv, 1),
+        block_kv_dkv_compute=block_kv,
         use_fused_bwd_kernel=True,
     )
     mask = splash_mask.MultiHeadMask([splash_mask.FullMask((rows, columns))] * H)
@@ -83,7 +118,9 @@ def _one_device(q: Array, k: Array, v: Array, *, scale: float, interpret: bool) 
     )
     segments = None
     if rows > N or columns > M:
-        segments = splash_kernel.SegmentIds(*(jnp.arange(a) >= b for a, b in ((rows, N), (columns, M))))
+        segments = splash_kernel.SegmentIds(
+            *(jnp.arange(a) >= b for a, b in ((rows, N), (columns, M)))
+        )
         segments = jax.tree.map(lambda x: x.astype(jnp.int32), segments)
     out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)
     return jnp.swapaxes(out[:, :, :N, :D], 1, 2)

@@ -1,8 +1,9 @@
 """Blocks shared by the image and video networks: NHWC, Flax NNX, parameters only.
 
-The functions are those of diffusers' torch modules, and the attribute names follow theirs, so that the name
-map of `contextdiff_jax.pretrained` stays mechanical. Precision: parameters are stored in `param_dtype`,
-products run in `dtype`; the statistics of the normalisations and the softmax are float32 whatever `dtype` is.
+The functions are those of diffusers' torch modules, and the attribute names follow theirs, so that
+the name map of `contextdiff_jax.pretrained` stays mechanical. Precision: parameters are stored in
+`param_dtype`, products run in `dtype`; the statistics of the normalisations and the softmax are
+float32 whatever `dtype` is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def mish(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
 def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     """The exact (erf) GELU: the pretrained networks were not trained with the tanh approximation.
 
-    As torch writes it. `jax.nn.gelu` takes erfc, whose two branches cost three times as much on a CPU.
+    As torch writes it. `jax.nn.gelu` takes erfc, whose two branches cost three times as much on a
+    CPU.
     """
     return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
 
@@ -76,7 +78,11 @@ def timestep_embedding(
     exponents = jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
     frequencies = jnp.exp(-math.log(10000.0) * exponents)
     angles = jnp.asarray(t, jnp.float32)[..., None] * frequencies  # [*N, D // 2]
-    parts = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
+    parts = (
+        [jnp.cos(angles), jnp.sin(angles)]
+        if flip_sin_to_cos
+        else [jnp.sin(angles), jnp.cos(angles)]
+    )
     if dim % 2:
         parts.append(jnp.zeros_like(angles[..., :1]))
     return jnp.concatenate(parts, axis=-1)
@@ -85,7 +91,8 @@ def timestep_embedding(
 def upsample_nearest(
     x: Float[Array, "B H W C"], size: tuple[int, int] | None = None
 ) -> Float[Array, "B H2 W2 C"]:
-    """Twice the height and width by repetition, cropped to `size` (sides of 2n or 2n - 1: a stride-2 skip's).
+    """Twice the height and width by repetition, cropped to `size` (sides of 2n or 2n - 1: a
+    stride-2 skip's).
 
     The crop equals torch's nearest interpolation to that size: floor(i n / (2n - 1)) = i // 2.
     """
@@ -98,8 +105,9 @@ def upsample_nearest(
 def matmul(x: Float[Array, "*N K"], kernel: Float[Array, "K M"]) -> Float[Array, "*N M"]:
     """x kernel, with its gradient by the kernel in the form that XLA's CPU backend is fast at.
 
-    JAX's own rule computes (g^T x)^T, which it turns into a loop over a transposed g (one core, 4 x 256 tokens, 128 to
-    1024 features: 38 GFLOP/s). Here x^T g (90), or, to transpose the narrower of the two, (g^T x)^T behind a barrier.
+    JAX's own rule computes (g^T x)^T, which it turns into a loop over a transposed g (one core, 4 x
+    256 tokens, 128 to 1024 features: 38 GFLOP/s). Here x^T g (90), or, to transpose the narrower of
+    the two, (g^T x)^T behind a barrier.
     """
     return x @ kernel
 
@@ -120,64 +128,116 @@ matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def _dot_general(x: Array, kernel: Array, *_, **__) -> Array:
-    """What nnx.Linear calls: one function for all layers, or two modules alike would have unequal graphs, compiled twice."""
+    """What nnx.Linear calls: one function for all layers, or two modules alike would have unequal
+    graphs, compiled twice.
+    """
     return matmul(x, kernel)
 
 
 def linear(
-    in_features: int, out_features: int, *, use_bias: bool = True, zero_init: bool = False,
-    dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
+    in_features: int,
+    out_features: int,
+    *,
+    use_bias: bool = True,
+    zero_init: bool = False,
+    dtype: jnp.dtype,
+    param_dtype: jnp.dtype,
+    rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """A dense layer; `zero_init` is for the last one of a residual branch, so that it starts as nothing."""
+    """A dense layer; `zero_init` is for the last one of a residual branch, so that it starts as
+    nothing.
+    """
     return nnx.Linear(
-        in_features, out_features, use_bias=use_bias, kernel_init=_ZEROS if zero_init else _LECUN,
-        dot_general=_dot_general, dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        kernel_init=_ZEROS if zero_init else _LECUN,
+        dot_general=_dot_general,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
     )
 
 
 def convolve(
-    x: Float[Array, "B H W C"], kernel: Float[Array, "K L C D"], strides: tuple[int, int],
-    padding: Sequence[tuple[int, int]], *, dimension_numbers: lax.ConvDimensionNumbers, **options,
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "K L C D"],
+    strides: tuple[int, int],
+    padding: Sequence[tuple[int, int]],
+    *,
+    dimension_numbers: lax.ConvDimensionNumbers,
+    **options,
 ) -> Float[Array, "B H2 W2 D"]:
-    """`lax.conv_general_dilated`, which nnx.Conv calls; where devices share the rows of a picture, the sum of what each row of
-    the kernel gives.
+    """`lax.conv_general_dilated`, which nnx.Conv calls; where devices share the rows of a picture,
+    the sum of what each row of the kernel gives.
 
-    XLA's partitioner (jaxlib 0.10.2, also without Shardy) adds up a convolution over split rows once too often for each device
-    that holds the same rows. Slices it gets right, and sends the same borders.
+    XLA's partitioner (jaxlib 0.10.2, also without Shardy) adds up a convolution over split rows
+    once too often for each device that holds the same rows. Slices it gets right, and sends the
+    same borders.
     """
-    run = functools.partial(lax.conv_general_dilated, dimension_numbers=dimension_numbers, **options)
+    run = functools.partial(
+        lax.conv_general_dilated, dimension_numbers=dimension_numbers, **options
+    )
     if not current_target().splits_rows:
         return run(x, kernel, strides, padding)
     rows = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0)))
     last = rows.shape[1] - kernel.shape[0]  # where the kernel comes to lie at last
     return sum(
-        run(lax.slice_in_dim(rows, i, i + last + 1, strides[0], axis=1), kernel[i : i + 1], (1, strides[1]), ((0, 0), padding[1]))
+        run(
+            lax.slice_in_dim(rows, i, i + last + 1, strides[0], axis=1),
+            kernel[i : i + 1],
+            (1, strides[1]),
+            ((0, 0), padding[1]),
+        )
         for i in range(kernel.shape[0])
     )
 
 
 def conv3x3(
-    in_channels: int, out_channels: int, *, stride: int = 1, padding: tuple[int, int] = (1, 1), zero_init: bool = False,
-    dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
+    in_channels: int,
+    out_channels: int,
+    *,
+    stride: int = 1,
+    padding: tuple[int, int] = (1, 1),
+    zero_init: bool = False,
+    dtype: jnp.dtype,
+    param_dtype: jnp.dtype,
+    rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A 3x3 convolution padded by 1 on each side (as torch; XLA's SAME differs from it at stride 2)."""
+    """A 3x3 convolution padded by 1 on each side (as torch; XLA's SAME differs from it at stride
+    2).
+    """
     return nnx.Conv(
-        in_channels, out_channels, (3, 3), strides=(stride, stride), padding=(padding, padding),
-        kernel_init=_ZEROS if zero_init else _LECUN, conv_general_dilated=convolve,
-        dtype=dtype, param_dtype=param_dtype, rngs=rngs,
+        in_channels,
+        out_channels,
+        (3, 3),
+        strides=(stride, stride),
+        padding=(padding, padding),
+        kernel_init=_ZEROS if zero_init else _LECUN,
+        conv_general_dilated=convolve,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
     )
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation (Wu & He, 2018) as x * a + b, with a and b [B, C] from per-channel sums in float32.
+    """Group normalisation (Wu & He, 2018) as x * a + b, with a and b [B, C] from per-channel sums
+    in float32.
 
-    The sums over H, W come first and the groups are formed from [B, C]: x is never reshaped, is read once for
-    the statistics and once for the multiply-add, and the backward pass inherits the same form.
+    The sums over H, W come first and the groups are formed from [B, C]: x is never reshaped, is
+    read once for the statistics and once for the multiply-add, and the backward pass inherits the
+    same form.
     """
 
     def __init__(
-        self, channels: int, num_groups: int, *, eps: float = 1e-5,
-        dtype: jnp.dtype = jnp.float32, param_dtype: jnp.dtype = jnp.float32,
+        self,
+        channels: int,
+        num_groups: int,
+        *,
+        eps: float = 1e-5,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
     ):
         self.num_groups = num_groups
         self.eps = eps
@@ -215,17 +275,28 @@ class TimestepEmbedding(nnx.Module):
 class ResnetBlock(nnx.Module):
     """GroupNorm, activation, conv; time; GroupNorm, activation, conv; plus the (projected) input.
 
-    `time_scale_shift`: "default" adds the projected time embedding before the second norm, "scale_shift"
+    `time_scale_shift`: "default" adds the projected time embedding before the second norm,
+        "scale_shift"
     modulates its output (ADM). The last conv starts at zero, so that a new block is its shortcut.
-    Without `time_features` (autoencoders) there is no time. `remat`: what is kept for the backward pass (models.remat).
+    Without `time_features` (autoencoders) there is no time. `remat`: what is kept for the backward
+    pass (models.remat).
     """
 
     remat = "none"
 
     def __init__(
-        self, in_channels: int, out_channels: int, time_features: int | None, *, num_groups: int, eps: float,
-        act_fn: str = "silu", time_scale_shift: str = "default",
-        dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_features: int | None,
+        *,
+        num_groups: int,
+        eps: float,
+        act_fn: str = "silu",
+        time_scale_shift: str = "default",
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         norm = dict(eps=eps, dtype=dtype, param_dtype=param_dtype)
@@ -234,7 +305,9 @@ class ResnetBlock(nnx.Module):
         self.norm1 = GroupNorm(in_channels, num_groups, **norm)
         self.conv1 = conv3x3(in_channels, out_channels, **policy)
         time_out = 2 * out_channels if time_scale_shift == "scale_shift" else out_channels
-        self.time_emb_proj = None if time_features is None else linear(time_features, time_out, **policy)
+        self.time_emb_proj = (
+            None if time_features is None else linear(time_features, time_out, **policy)
+        )
         self.norm2 = GroupNorm(out_channels, num_groups, **norm)
         self.conv2 = conv3x3(out_channels, out_channels, zero_init=True, **policy)
         # A 1x1 convolution is a matrix product, which XLA differentiates into matrix products too.
@@ -249,7 +322,9 @@ class ResnetBlock(nnx.Module):
         h = self.conv2(self.act(h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
-    def _second_norm(self, h: Float[Array, "B H W D"], temb: Float[Array, "B E"] | None) -> Float[Array, "B H W D"]:
+    def _second_norm(
+        self, h: Float[Array, "B H W D"], temb: Float[Array, "B E"] | None
+    ) -> Float[Array, "B H W D"]:
         if self.time_emb_proj is None:
             return self.norm2(h)
         time = self.time_emb_proj(self.act(temb))[:, None, None, :]
@@ -266,7 +341,9 @@ class Downsample(nnx.Module):
     """
 
     def __init__(self, channels: int, *, pad_end: bool = False, **policy):
-        self.conv = conv3x3(channels, channels, stride=2, padding=(0, 1) if pad_end else (1, 1), **policy)
+        self.conv = conv3x3(
+            channels, channels, stride=2, padding=(0, 1) if pad_end else (1, 1), **policy
+        )
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
         return self.conv(x)

@@ -1,8 +1,9 @@
-"""Rematerialisation: what a block of a network keeps for its backward pass, and what is computed again there.
+"""Rematerialisation: what a block of a network keeps for its backward pass, and what is computed
+again there.
 
-Activations of a UNet's blocks, not its parameters, fill a chip: at Stable Diffusion's size 17 GiB at 8 pictures a chip. The
-convolutions' and products' outputs cost the most to compute again; what lies between them (normalisations, activations,
-the attention's weights) costs a reading of memory.
+Activations of a UNet's blocks, not its parameters, fill a chip: at Stable Diffusion's size 17 GiB
+at 8 pictures a chip. The convolutions' and products' outputs cost the most to compute again; what
+lies between them (normalisations, activations, the attention's weights) costs a reading of memory.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ _KERNELS = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 
 
 def _products(primitive: jax.extend.core.Primitive, *_, **params) -> bool:
-    """Outputs of convolutions and of products with parameters (which have no batch dimensions; q k^T has)."""
+    """Outputs of convolutions and of products with parameters (which have no batch dimensions; q
+    k^T has).
+    """
     if primitive.name == "dot_general":
         return not any(params["dimension_numbers"][1])
     return primitive.name == "conv_general_dilated"
 
 
-# train.remat: what of a block's inside is kept beside its inputs. `none`: everything, nothing is computed again.
+# train.remat: what of a block's inside is kept beside its inputs. `none`: everything, nothing is
+# computed again.
 POLICIES: dict[str, Callable | None] = {
     "none": None,
     "products": jax.checkpoint_policies.save_from_both_policies(_products, _KERNELS),
@@ -35,10 +39,14 @@ POLICIES: dict[str, Callable | None] = {
 
 
 def recomputed(method: Callable, module: nnx.Module, *arguments, policy: Callable | None = None):
-    """method(module, *arguments), whose activations the backward pass computes anew, but for what `policy` keeps. Not
-    `nnx.remat`, which writes the parameters back: inside a scan they belong to another trace."""
+    """method(module, *arguments), whose activations the backward pass computes anew, but for what
+    `policy` keeps. Not `nnx.remat`, which writes the parameters back: inside a scan they belong to
+    another trace.
+    """
     graph, state = nnx.split(module)
-    return jax.checkpoint(lambda state, *rest: method(nnx.merge(graph, state), *rest), policy=policy)(state, *arguments)
+    return jax.checkpoint(
+        lambda state, *rest: method(nnx.merge(graph, state), *rest), policy=policy
+    )(state, *arguments)
 
 
 def rematerialised(call: Callable) -> Callable:
@@ -47,7 +55,11 @@ def rematerialised(call: Callable) -> Callable:
     @functools.wraps(call)
     def wrapped(self: nnx.Module, *arrays):
         policy = POLICIES[self.remat]
-        return call(self, *arrays) if policy is None else recomputed(call, self, *arrays, policy=policy)
+        return (
+            call(self, *arrays)
+            if policy is None
+            else recomputed(call, self, *arrays, policy=policy)
+        )
 
     return wrapped
 

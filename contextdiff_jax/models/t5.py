@@ -26,7 +26,9 @@ _POSITIVE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """transformers' `T5Config`, the encoder's part. Raises ValueError with field, value and what is allowed."""
+    """transformers' `T5Config`, the encoder's part. Raises ValueError with field, value and what is
+    allowed.
+    """
 
     vocab_size: int = 32128
     d_model: int = 512
@@ -52,7 +54,10 @@ class T5Config:
                 f"relative_attention_num_buckets={self.relative_attention_num_buckets}: must be at least 4, and less "
                 f"than 4 relative_attention_max_distance={self.relative_attention_max_distance}"
             )
-        if self.activation not in TEXT_ACTIVATIONS or self.feed_forward_proj.count("-") > self.gated:
+        if (
+            self.activation not in TEXT_ACTIVATIONS
+            or self.feed_forward_proj.count("-") > self.gated
+        ):
             names = ", ".join(TEXT_ACTIVATIONS)
             raise ValueError(
                 f"feed_forward_proj={self.feed_forward_proj!r}: must be ACT or gated-ACT, where ACT is one of {names}"
@@ -66,11 +71,17 @@ class T5Config:
     @property
     def activation(self) -> str:
         """Name in TEXT_ACTIVATIONS; "gated-gelu" alone means the tanh approximation (T5 1.1)."""
-        return "gelu_new" if self.feed_forward_proj == "gated-gelu" else self.feed_forward_proj.split("-")[-1]
+        return (
+            "gelu_new"
+            if self.feed_forward_proj == "gated-gelu"
+            else self.feed_forward_proj.split("-")[-1]
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
-        """From a transformers config.json, whose other fields (decoder, generation) the encoder doesn't read."""
+        """From a transformers config.json, whose other fields (decoder, generation) the encoder
+        doesn't read.
+        """
         fields = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in fields})
 
@@ -80,9 +91,11 @@ class T5Config:
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "N M"]:
-    """The bucket of (query n, key m): exact for small distances, logarithmic up to `max_distance`, by sign.
+    """The bucket of (query n, key m): exact for small distances, logarithmic up to `max_distance`,
+    by sign.
 
-    In numpy, while tracing: the logarithm's last bit decides a bucket, so that it must not depend on a device.
+    In numpy, while tracing: the logarithm's last bit decides a bucket, so that it must not depend
+    on a device.
     """
     half = num_buckets // 2
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]  # [N, M]: key minus query
@@ -116,7 +129,12 @@ class T5Block(nnx.Module):
         norm = dict(epsilon=config.layer_norm_epsilon, **policy)
         self.norm1 = nnx.RMSNorm(config.d_model, **norm)
         self.attention = Attention(
-            config.d_model, config.num_heads, head_features=config.d_kv, out_bias=False, scale=1.0, **policy
+            config.d_model,
+            config.num_heads,
+            head_features=config.d_kv,
+            out_bias=False,
+            scale=1.0,
+            **policy,
         )
         self.norm2 = nnx.RMSNorm(config.d_model, **norm)
         self.ff = T5FeedForward(config, **policy)
@@ -133,20 +151,30 @@ class T5Encoder(nnx.Module):
 
     Args:
       config: sizes.
-      dtype: of the products (bfloat16 or float32: in float16 T5's states overflow); statistics and softmax stay
+      dtype: of the products (bfloat16 or float32: in float16 T5's states overflow); statistics and
+          softmax stay
         float32. param_dtype: of the stored parameters.
     """
 
     def __init__(
-        self, config: T5Config, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, param_dtype: jnp.dtype = jnp.float32
+        self,
+        config: T5Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
         self.shared = nnx.Embed(config.vocab_size, config.d_model, **policy)
         # The first block's in torch, where the others are handed it.
-        self.relative_attention_bias = nnx.Embed(config.relative_attention_num_buckets, config.num_heads, **policy)
+        self.relative_attention_bias = nnx.Embed(
+            config.relative_attention_num_buckets, config.num_heads, **policy
+        )
         self.blocks = nnx.List(T5Block(config, **policy) for _ in range(config.num_layers))
-        self.final_layer_norm = nnx.RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, **policy)
+        self.final_layer_norm = nnx.RMSNorm(
+            config.d_model, epsilon=config.layer_norm_epsilon, **policy
+        )
 
     def __call__(
         self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"] | None = None
@@ -155,7 +183,9 @@ class T5Encoder(nnx.Module):
         config = self.config
         sizes = config.relative_attention_num_buckets, config.relative_attention_max_distance
         buckets = relative_buckets(token_ids.shape[1], *sizes)
-        bias = jnp.transpose(self.relative_attention_bias(jnp.asarray(buckets)), (2, 0, 1))  # [H, L, L]
+        bias = jnp.transpose(
+            self.relative_attention_bias(jnp.asarray(buckets)), (2, 0, 1)
+        )  # [H, L, L]
         mask = None if token_mask is None else token_mask.astype(bool)
         x = self.shared(token_ids)
         for block in self.blocks:

@@ -14,7 +14,9 @@ from contextdiff_jax.models.transformer import Attention, FeedForward
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Sizes of the text encoder; with `pretrained`, the folder of a frozen CLIP text or T5 encoder, it is read instead."""
+    """Sizes of the text encoder; with `pretrained`, the folder of a frozen CLIP text or T5 encoder,
+    it is read instead.
+    """
 
     pretrained: str = ""
     vocab_size: int = 4096
@@ -28,7 +30,9 @@ class TextConfig:
             if getattr(self, field) < 1:
                 raise ValueError(f"text.{field}={getattr(self, field)}: must be at least 1")
         if self.width % self.num_heads:
-            raise ValueError(f"text.width={self.width}: must be a multiple of num_heads={self.num_heads}")
+            raise ValueError(
+                f"text.width={self.width}: must be a multiple of num_heads={self.num_heads}"
+            )
 
 
 class TextBlock(nnx.Module):
@@ -48,15 +52,22 @@ class TextEncoder(nnx.Module):
     """Token ids to token states; padding has no influence on the tokens that count."""
 
     def __init__(
-        self, config: TextConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32,
+        self,
+        config: TextConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        # With blocks that start as nothing and embeddings of unit size the encoder starts as a lookup of its words. With
-        # 0.02 and random blocks, trained runs mapped "top left" and "bottom right" to nearly one state.
+        # With blocks that start as nothing and embeddings of unit size the encoder starts as a
+        # lookup of its words. With 0.02 and random blocks, trained runs mapped "top left" and
+        # "bottom right" to nearly one state.
         normal = jax.nn.initializers.normal(1.0)
         self.tokens = nnx.Embed(config.vocab_size, config.width, embedding_init=normal, **policy)
-        self.positions = nnx.Param(0.1 * normal(rngs.params(), (config.max_length, config.width), param_dtype))
+        self.positions = nnx.Param(
+            0.1 * normal(rngs.params(), (config.max_length, config.width), param_dtype)
+        )
         self.blocks = nnx.List([TextBlock(config, **policy) for _ in range(config.num_layers)])
         self.norm = nnx.LayerNorm(config.width, **policy)
 

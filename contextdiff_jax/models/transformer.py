@@ -17,17 +17,27 @@ from contextdiff_jax.models.remat import rematerialised
 class Attention(nnx.Module):
     """Multi-head attention of tokens to `context_features` wide ones (None: to themselves).
 
-    The heads are `features` wide together, unless `head_features` gives the width of each (T5). `scale`: of the
-    logits, 1 / sqrt(head width) unless given. `self_attention`: what computes it (models.flash).
+    The heads are `features` wide together, unless `head_features` gives the width of each (T5).
+    `scale`: of the logits, 1 / sqrt(head width) unless given. `self_attention`: what computes it
+    (models.flash).
     """
 
     self_attention = "auto"
 
     def __init__(
-        self, features: int, num_heads: int, *, context_features: int | None = None,
-        head_features: int | None = None, qkv_bias: bool = False, out_bias: bool = True, scale: float | None = None,
+        self,
+        features: int,
+        num_heads: int,
+        *,
+        context_features: int | None = None,
+        head_features: int | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = True,
+        scale: float | None = None,
         zero_init: bool = False,
-        dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         source = features if context_features is None else context_features
@@ -46,7 +56,9 @@ class Attention(nnx.Module):
         mask: Bool[Array, "B *N M"] | None = None,
         bias: Float[Array, "H N M"] | None = None,
     ) -> Float[Array, "B N D"]:
-        whole = context is None and mask is None and bias is None  # nothing is hidden or weighed: what the kernel computes
+        whole = (
+            context is None and mask is None and bias is None
+        )  # nothing is hidden or weighed: what the kernel computes
         context = x if context is None else context
         q, k, v = (self._heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         if whole:
@@ -75,8 +87,15 @@ class TransformerBlock(nnx.Module):
     """Pre-norm self-attention, cross-attention to the text and feed-forward, each with a residual."""
 
     def __init__(
-        self, features: int, num_heads: int, text_features: int, *, only_cross_attention: bool = False,
-        dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
+        self,
+        features: int,
+        num_heads: int,
+        text_features: int,
+        *,
+        only_cross_attention: bool = False,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.only_cross_attention = only_cross_attention
@@ -98,17 +117,28 @@ class TransformerBlock(nnx.Module):
 
 
 class SpatialTransformer(nnx.Module):
-    """`depth` transformer blocks over the H W pixels as tokens, between two 1x1 projections, with a residual.
+    """`depth` transformer blocks over the H W pixels as tokens, between two 1x1 projections, with a
+    residual.
 
-    diffusers' `use_linear_projection` only chooses how the projections' weights are stored (1x1 convolution
-    or linear): the function is the same. The last projection starts at zero. `remat`: as a ResnetBlock's.
+    diffusers' `use_linear_projection` only chooses how the projections' weights are stored (1x1
+    convolution or linear): the function is the same. The last projection starts at zero. `remat`:
+    as a ResnetBlock's.
     """
 
     remat = "none"
 
     def __init__(
-        self, channels: int, num_heads: int, text_features: int, *, depth: int = 1, num_groups: int,
-        only_cross_attention: bool = False, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs,
+        self,
+        channels: int,
+        num_heads: int,
+        text_features: int,
+        *,
+        depth: int = 1,
+        num_groups: int,
+        only_cross_attention: bool = False,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         block = dict(only_cross_attention=only_cross_attention, **policy)
@@ -121,7 +151,10 @@ class SpatialTransformer(nnx.Module):
 
     @rematerialised
     def __call__(
-        self, x: Float[Array, "B H W C"], text: Float[Array, "B L E"], mask: Bool[Array, "B L"] | None
+        self,
+        x: Float[Array, "B H W C"],
+        text: Float[Array, "B L E"],
+        mask: Bool[Array, "B L"] | None,
     ) -> Float[Array, "B H W C"]:
         B, H, W, C = x.shape
         h = self.proj_in(self.norm(x).reshape(B, H * W, C))  # [B, H*W, C]

@@ -1,9 +1,10 @@
-"""The text-conditioned UNet of Stable Diffusion 1.x, 2.x and XL (Rombach et al., 2022), NHWC, in Flax NNX.
+"""The text-conditioned UNet of Stable Diffusion 1.x, 2.x and XL (Rombach et al., 2022), NHWC, in
+Flax NNX.
 
 The topology, the config's field names and the attribute names are those of diffusers'
-`UNet2DConditionModel`, so that its weights load one to one (`contextdiff_jax.pretrained.unet`) and the torch
-model is the same function. Every size, from two million parameters for a CPU to Stable Diffusion's, is a
-`UNetConfig` of this one class.
+`UNet2DConditionModel`, so that its weights load one to one (`contextdiff_jax.pretrained.unet`) and
+the torch model is the same function. Every size, from two million parameters for a CPU to Stable
+Diffusion's, is a `UNetConfig` of this one class.
 
 Ours: an optional context head, which predicts E[r(x0, c) | x_t, c] from the last features.
 """
@@ -33,33 +34,57 @@ from contextdiff_jax.models.unet_config import Level, UNetConfig
 
 def _resnet(config: UNetConfig, in_channels: int, out_channels: int, policy: dict) -> ResnetBlock:
     return ResnetBlock(
-        in_channels, out_channels, config.time_features,
-        num_groups=config.norm_num_groups, eps=config.norm_eps, act_fn=config.act_fn,
-        time_scale_shift=config.resnet_time_scale_shift, **policy,
+        in_channels,
+        out_channels,
+        config.time_features,
+        num_groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        act_fn=config.act_fn,
+        time_scale_shift=config.resnet_time_scale_shift,
+        **policy,
     )
 
 
-def _transformer(config: UNetConfig, level: Level, policy: dict, only_cross: bool) -> SpatialTransformer:
+def _transformer(
+    config: UNetConfig, level: Level, policy: dict, only_cross: bool
+) -> SpatialTransformer:
     return SpatialTransformer(
-        level.channels, level.num_heads, level.text_features, depth=level.depth,
-        num_groups=config.norm_num_groups, only_cross_attention=only_cross, **policy,
+        level.channels,
+        level.num_heads,
+        level.text_features,
+        depth=level.depth,
+        num_groups=config.norm_num_groups,
+        only_cross_attention=only_cross,
+        **policy,
     )
 
 
 class DownBlock(nnx.Module):
-    """Resnet (and transformer) layers of one level, then a downsampling: the skips, of which the last goes on."""
+    """Resnet (and transformer) layers of one level, then a downsampling: the skips, of which the
+    last goes on.
+    """
 
     def __init__(
-        self, config: UNetConfig, level: Level, in_channels: int,
-        *, cross_attention: bool, downsample: bool, **policy,
+        self,
+        config: UNetConfig,
+        level: Level,
+        in_channels: int,
+        *,
+        cross_attention: bool,
+        downsample: bool,
+        **policy,
     ):
         widths = [in_channels] + [level.channels] * level.num_layers
-        self.resnets = nnx.List(_resnet(config, a, b, policy) for a, b in zip(widths[:-1], widths[1:]))
+        self.resnets = nnx.List(
+            _resnet(config, a, b, policy) for a, b in zip(widths[:-1], widths[1:])
+        )
         self.attentions = nnx.List(
             _transformer(config, level, policy, level.only_cross_attention)
             for _ in range(level.num_layers if cross_attention else 0)
         )
-        self.downsamplers = nnx.List(Downsample(level.channels, **policy) for _ in range(downsample))
+        self.downsamplers = nnx.List(
+            Downsample(level.channels, **policy) for _ in range(downsample)
+        )
 
     def layers(self, x: Array, temb: Array, text: Array, mask: Array | None) -> list[Array]:
         """The output of each layer, before the downsampling."""
@@ -81,14 +106,21 @@ class DownBlock(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    """Resnet, transformer, resnet at the coarsest level; `UNetMidBlock2D` is, as in diffusers, one resnet."""
+    """Resnet, transformer, resnet at the coarsest level; `UNetMidBlock2D` is, as in diffusers, one
+    resnet.
+    """
 
     def __init__(self, config: UNetConfig, **policy):
         level = config.levels()[-1]
         count = 2 if config.mid_block_type == "UNetMidBlock2DCrossAttn" else 1
-        self.resnets = nnx.List(_resnet(config, *[level.channels] * 2, policy) for _ in range(count))
-        # diffusers keeps the self-attention here even where `only_cross_attention` drops it elsewhere.
-        self.attentions = nnx.List(_transformer(config, level, policy, False) for _ in range(count - 1))
+        self.resnets = nnx.List(
+            _resnet(config, *[level.channels] * 2, policy) for _ in range(count)
+        )
+        # diffusers keeps the self-attention here even where `only_cross_attention` drops it
+        # elsewhere.
+        self.attentions = nnx.List(
+            _transformer(config, level, policy, False) for _ in range(count - 1)
+        )
 
     def __call__(self, x: Array, temb: Array, text: Array, mask: Array | None) -> Array:
         x = self.resnets[0](x, temb)
@@ -101,8 +133,14 @@ class UpBlock(nnx.Module):
     """Resnet (and transformer) layers of one level, each fed one more skip, then an upsampling."""
 
     def __init__(
-        self, config: UNetConfig, level: Level, in_channels: list[int],
-        *, cross_attention: bool, upsample: bool, **policy,
+        self,
+        config: UNetConfig,
+        level: Level,
+        in_channels: list[int],
+        *,
+        cross_attention: bool,
+        upsample: bool,
+        **policy,
     ):
         self.resnets = nnx.List(_resnet(config, c, level.channels, policy) for c in in_channels)
         self.attentions = nnx.List(
@@ -112,7 +150,12 @@ class UpBlock(nnx.Module):
         self.upsamplers = nnx.List(Upsample(level.channels, **policy) for _ in range(upsample))
 
     def __call__(
-        self, x: Array, skips: list[Array], temb: Array, text: Array, mask: Array | None,
+        self,
+        x: Array,
+        skips: list[Array],
+        temb: Array,
+        text: Array,
+        mask: Array | None,
         size: tuple[int, int] | None,
     ) -> Array:
         for i, resnet in enumerate(self.resnets):
@@ -125,13 +168,17 @@ class UpBlock(nnx.Module):
 
 
 class ContextHead(nnx.Module):
-    """Own resnet, GroupNorm, activation and zero-initialised convolution: the context estimate starts at 0.
+    """Own resnet, GroupNorm, activation and zero-initialised convolution: the context estimate
+    starts at 0.
 
-    It reads the trunk's features and doesn't train them: the context is as large as the picture and moves while phi
-    learns, and a head that pulled at the trunk spoiled the denoiser (docs/results/README.md). So its resnet is its own.
+    It reads the trunk's features and doesn't train them: the context is as large as the picture and
+    moves while phi learns, and a head that pulled at the trunk spoiled the denoiser
+    (docs/results/README.md). So its resnet is its own.
     """
 
-    def __init__(self, config: UNetConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: UNetConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = config.block_out_channels[0]
         self.act = ACTIVATIONS[config.act_fn]
@@ -140,7 +187,9 @@ class ContextHead(nnx.Module):
         self.norm = GroupNorm(width, config.norm_num_groups, **norm)
         self.conv = conv3x3(width, config.in_channels, zero_init=True, **policy)
 
-    def __call__(self, h: Float[Array, "B H W C"], temb: Float[Array, "B E"]) -> Float[Array, "B H W I"]:
+    def __call__(
+        self, h: Float[Array, "B H W C"], temb: Float[Array, "B E"]
+    ) -> Float[Array, "B H W I"]:
         return self.conv(self.act(self.norm(self.resnet(h, temb))))
 
 
@@ -149,13 +198,19 @@ class UNet(nnx.Module):
 
     Args:
       config: topology and widths.
-      rngs: initialisation; residual branches and both outputs start at zero (Dhariwal & Nichol, 2021).
-      dtype: of the products; statistics and softmax stay float32. param_dtype: of the stored parameters.
+      rngs: initialisation; residual branches and both outputs start at zero (Dhariwal & Nichol,
+          2021).
+      dtype: of the products; statistics and softmax stay float32. param_dtype: of the stored
+          parameters.
     """
 
     def __init__(
-        self, config: UNetConfig, *, rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32, param_dtype: jnp.dtype = jnp.float32,
+        self,
+        config: UNetConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
@@ -192,29 +247,44 @@ class UNet(nnx.Module):
         Args:
           x: noisy image or latent; any height and width, odd ones included.
           t: timestep, one a sample or one for all; integer or fractional.
-          text_tokens: encoder states to attend to. text_mask: True where a token counts; None: all count.
-          added: for `addition_embed_type="text_time"` (XL) `text_embeds` [B, P] and `time_ids` [B, 6].
-          deep: `deep_features` of a near x and t: then only the finest level is computed (DeepCache, Ma et al., 2024).
+          text_tokens: encoder states to attend to. text_mask: True where a token counts; None: all
+              count.
+          added: for `addition_embed_type="text_time"` (XL) `text_embeds` [B, P] and `time_ids` [B,
+              6].
+          deep: `deep_features` of a near x and t: then only the finest level is computed
+              (DeepCache, Ma et al., 2024).
         """
         return self.forward(x, self.time(t, x.shape[0], added), text_tokens, text_mask, deep)
 
     def deep_features(
-        self, x: Float[Array, "B H W C"], t: Shaped[Array, "*B"], text_tokens: Float[Array, "B L D"],
-        text_mask: Bool[Array, "B L"] | None = None, added: Mapping[str, Array] | None = None,
+        self,
+        x: Float[Array, "B H W C"],
+        t: Shaped[Array, "*B"],
+        text_tokens: Float[Array, "B L D"],
+        text_mask: Bool[Array, "B L"] | None = None,
+        added: Mapping[str, Array] | None = None,
     ) -> Float[Array, "B H W D"]:
         """What enters the finest level's up block from the coarser ones. Arguments: as of a call."""
         temb = self.time(t, x.shape[0], added)
-        return self._coarse(self._fine(x, temb, text_tokens, text_mask)[-1], temb, text_tokens, text_mask)
+        return self._coarse(
+            self._fine(x, temb, text_tokens, text_mask)[-1], temb, text_tokens, text_mask
+        )
 
     def forward(
-        self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"], text_tokens: Array, text_mask: Array | None,
+        self,
+        x: Float[Array, "B H W C"],
+        temb: Float[Array, "B E"],
+        text_tokens: Array,
+        text_mask: Array | None,
         deep: Float[Array, "B H W D"] | None = None,
     ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], Float[Array, "B H W C"]]:
         """`__call__` with time embedded (`time`). The text is only handed on to the transformers."""
         skips = self._fine(x, temb, text_tokens, text_mask)
         deep = self._coarse(skips[-1], temb, text_tokens, text_mask) if deep is None else deep
         h = self.up_blocks[-1](deep, skips, temb, text_tokens, text_mask, None)
-        out = self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(h))).astype(jnp.float32)
+        out = self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(h))).astype(
+            jnp.float32
+        )
         if self.context_head is None:
             return out
         return out, self.context_head(*jax.lax.stop_gradient((h, temb))).astype(jnp.float32)
@@ -248,8 +318,12 @@ class UNet(nnx.Module):
             return temb
         missing = sorted({"text_embeds", "time_ids"} - set(added or ()))
         if missing:
-            raise ValueError(f"added: lacks {', '.join(missing)}; addition_embed_type='text_time' needs it")
-        ids = timestep_embedding(added["time_ids"], config.addition_time_embed_dim, **sinusoid)  # [B, 6, A]
+            raise ValueError(
+                f"added: lacks {', '.join(missing)}; addition_embed_type='text_time' needs it"
+            )
+        ids = timestep_embedding(
+            added["time_ids"], config.addition_time_embed_dim, **sinusoid
+        )  # [B, 6, A]
         pooled = jnp.concatenate([added["text_embeds"], ids.reshape(batch, -1)], axis=-1)
         return temb + self.add_embedding(pooled)
 
@@ -261,7 +335,9 @@ def _down_blocks(config: UNetConfig, policy: dict) -> tuple[nnx.List, list[int]]
     for i, (kind, level) in enumerate(zip(config.down_block_types, config.levels())):
         last = i == len(config.block_out_channels) - 1
         cross = kind == "CrossAttnDownBlock2D"
-        blocks.append(DownBlock(config, level, width, cross_attention=cross, downsample=not last, **policy))
+        blocks.append(
+            DownBlock(config, level, width, cross_attention=cross, downsample=not last, **policy)
+        )
         width = level.channels
         skips += [width] * (level.num_layers + (not last))
     return blocks, skips
@@ -276,6 +352,8 @@ def _up_blocks(config: UNetConfig, skips: list[int], policy: dict) -> nnx.List:
         inputs = [skip + h for skip, h in zip(own, [width] + [level.channels] * (count - 1))]
         more = bool(skips)  # the last block has used them up
         cross = kind == "CrossAttnUpBlock2D"
-        blocks.append(UpBlock(config, level, inputs, cross_attention=cross, upsample=more, **policy))
+        blocks.append(
+            UpBlock(config, level, inputs, cross_attention=cross, upsample=more, **policy)
+        )
         width = level.channels
     return blocks

@@ -18,7 +18,8 @@ _CHOICES = {
     "addition_embed_type": (None, "text_time"),
 }
 
-# diffusers' options that we don't have: a config file may hold them at the value that switches them off.
+# diffusers' options that we don't have: a config file may hold them at the value that switches them
+# off.
 _OFF: dict[str, tuple] = {
     "center_input_sample": (False,), "downsample_padding": (1,), "mid_block_scale_factor": (1,),
     "dropout": (0.0,), "reverse_transformer_layers_per_block": (None,), "encoder_hid_dim": (None,),
@@ -48,10 +49,10 @@ class Level:
 class UNetConfig:
     """diffusers' `UNet2DConditionModel` config (names and defaults) and `context_head`.
 
-    A tuple gives one value a level, from the finest. `attention_head_dim` is, for historical reasons, the
-    *number* of heads in diffusers; `num_attention_heads` overrides it. `upcast_attention` is accepted and
-    changes nothing: logits and softmax are always float32. Raises ValueError, one line with field, value and
-    what is allowed.
+    A tuple gives one value a level, from the finest. `attention_head_dim` is, for historical
+    reasons, the *number* of heads in diffusers; `num_attention_heads` overrides it.
+    `upcast_attention` is accepted and changes nothing: logits and softmax are always float32.
+    Raises ValueError, one line with field, value and what is allowed.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -97,7 +98,9 @@ class UNetConfig:
         if self.addition_embed_type == "text_time":
             for field in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
                 if getattr(self, field) is None:
-                    raise ValueError(f"model.{field}=None: needed by addition_embed_type='text_time'")
+                    raise ValueError(
+                        f"model.{field}=None: needed by addition_embed_type='text_time'"
+                    )
         self._check_divisibility()
 
     def _check_divisibility(self) -> None:
@@ -117,9 +120,11 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
-        """A config from a diffusers config.json (or ours). Keys with a leading underscore are metadata.
+        """A config from a diffusers config.json (or ours). Keys with a leading underscore are
+        metadata.
 
-        Raises ValueError for an unknown key (with the nearest names) and for an option that we lack.
+        Raises ValueError for an unknown key (with the nearest names) and for an option that we
+        lack.
         """
         return cls(**known_fields(cls, "model", values, _OFF))
 
@@ -133,7 +138,9 @@ class UNetConfig:
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
     def levels(self) -> tuple[Level, ...]:
-        """The levels from the finest to the coarsest; ValueError if a per-level tuple has another length."""
+        """The levels from the finest to the coarsest; ValueError if a per-level tuple has another
+        length.
+        """
         heads = "attention_head_dim" if self.num_attention_heads is None else "num_attention_heads"
         names = ("layers_per_block", heads, "transformer_layers_per_block", "cross_attention_dim")
         columns = [self._per_level(name) for name in (*names, "only_cross_attention")]
@@ -144,5 +151,7 @@ class UNetConfig:
         if not isinstance(value, tuple):
             return (value,) * n
         if len(value) != n or not all(isinstance(v, int) for v in value):
-            raise ValueError(f"model.{field}={value}: must be one int, or {n} of them (one a level)")
+            raise ValueError(
+                f"model.{field}={value}: must be one int, or {n} of them (one a level)"
+            )
         return value

@@ -30,7 +30,8 @@ from contextdiff_jax.models.transformer import Attention
 
 _OVERLAP = 0.25  # of neighbouring tiles, as in diffusers
 
-# diffusers' options that we don't have: a config file may hold them at the value that switches them off.
+# diffusers' options that we don't have: a config file may hold them at the value that switches them
+# off.
 _OFF: dict[str, tuple] = {"latents_mean": (None,), "latents_std": (None,)}
 
 
@@ -38,9 +39,10 @@ _OFF: dict[str, tuple] = {"latents_mean": (None,), "latents_std": (None,)}
 class VAEConfig:
     """diffusers' `AutoencoderKL` config (names and defaults).
 
-    `force_upcast` is carried and changes nothing: the products' type is the caller's. `sample_size` is the side of
-    a tile; as in diffusers, a quarter of it must be whole in pixels and in latent pixels, or tiled pictures come out
-    larger. Raises ValueError, one line with field, value and what is allowed.
+    `force_upcast` is carried and changes nothing: the products' type is the caller's. `sample_size`
+    is the side of a tile; as in diffusers, a quarter of it must be whole in pixels and in latent
+    pixels, or tiled pictures come out larger. Raises ValueError, one line with field, value and
+    what is allowed.
     """
 
     in_channels: int = 3
@@ -62,11 +64,18 @@ class VAEConfig:
 
     def __post_init__(self):
         if self.act_fn not in ACTIVATIONS:
-            raise ValueError(f"vae.act_fn={self.act_fn!r}: unknown; one of {', '.join(ACTIVATIONS)}")
-        for field, only in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            raise ValueError(
+                f"vae.act_fn={self.act_fn!r}: unknown; one of {', '.join(ACTIVATIONS)}"
+            )
+        for field, only in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
             value, levels = getattr(self, field), len(self.block_out_channels)
             if tuple(value) != (only,) * levels or not levels:
-                raise ValueError(f"vae.{field}={value}: must be {only!r} for each of the {levels} levels")
+                raise ValueError(
+                    f"vae.{field}={value}: must be {only!r} for each of the {levels} levels"
+                )
         for channels in self.block_out_channels:
             if self.norm_num_groups < 1 or channels % self.norm_num_groups:
                 raise ValueError(
@@ -85,7 +94,8 @@ class VAEConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> VAEConfig:
         """A config from a diffusers config.json. Keys with a leading underscore are metadata.
 
-        Raises ValueError for an unknown key (with the nearest names) and for an option that we lack.
+        Raises ValueError for an unknown key (with the nearest names) and for an option that we
+        lack.
         """
         return cls(**known_fields(cls, "vae", values, _OFF))
 
@@ -102,7 +112,9 @@ class LatentGaussian(NamedTuple):
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "B H W Z"]:
         """One draw."""
-        return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        return self.mean + jnp.exp(0.5 * self.logvar) * jax.random.normal(
+            key, self.mean.shape, self.mean.dtype
+        )
 
 
 class _Parts:
@@ -116,7 +128,12 @@ class _Parts:
         return GroupNorm(channels, self.config.norm_num_groups, eps=1e-6, **precision)
 
     def resnets(self, widths: list[int]) -> nnx.List:
-        options = dict(num_groups=self.config.norm_num_groups, eps=1e-6, act_fn=self.config.act_fn, **self.policy)
+        options = dict(
+            num_groups=self.config.norm_num_groups,
+            eps=1e-6,
+            act_fn=self.config.act_fn,
+            **self.policy,
+        )
         return nnx.List(ResnetBlock(a, b, None, **options) for a, b in zip(widths[:-1], widths[1:]))
 
 
@@ -136,7 +153,13 @@ class Level(nnx.Module):
     """Resnets, attention after the first if any (the middle), then a resampling if any."""
 
     def __init__(
-        self, parts: _Parts, widths: list[int], *, attention: bool = False, resample: type | None = None, **options
+        self,
+        parts: _Parts,
+        widths: list[int],
+        *,
+        attention: bool = False,
+        resample: type | None = None,
+        **options,
     ):
         self.resnets = parts.resnets(widths)
         self.attentions = nnx.List(PixelAttention(parts, widths[-1]) for _ in range(attention))
@@ -155,7 +178,9 @@ class Level(nnx.Module):
 
 
 class Coder(nnx.Module):
-    """Convolution, levels, norm, activation, convolution: the encoder (`down_blocks`) or decoder (`up_blocks`)."""
+    """Convolution, levels, norm, activation, convolution: the encoder (`down_blocks`) or decoder
+    (`up_blocks`).
+    """
 
     def __init__(self, parts: _Parts, in_channels: int, out_channels: int, *, decoder: bool):
         config = parts.config
@@ -179,7 +204,9 @@ class Coder(nnx.Module):
         x = self.conv_in(x)
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             x = block(x)
-        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))  # silu whatever act_fn is, as in diffusers
+        return self.conv_out(
+            jax.nn.silu(self.conv_norm_out(x))
+        )  # silu whatever act_fn is, as in diffusers
 
 
 class VAE(nnx.Module):
@@ -187,11 +214,17 @@ class VAE(nnx.Module):
 
     Args:
       config: topology and widths.
-      dtype: of the products; statistics and softmax stay float32. param_dtype: of the stored parameters.
+      dtype: of the products; statistics and softmax stay float32. param_dtype: of the stored
+          parameters.
     """
 
     def __init__(
-        self, config: VAEConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, param_dtype: jnp.dtype = jnp.float32
+        self,
+        config: VAEConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         parts = _Parts(config, policy)
@@ -205,10 +238,14 @@ class VAE(nnx.Module):
     def encode(
         self, images: Float[Array, "B H W C"], *, tile: bool = False, slices: bool = False
     ) -> LatentGaussian:
-        """q(z | images), float32. `tile`: pictures larger than the config's `sample_size` in blended tiles of that
-        size (diffusers' `enable_tiling`); `slices`: one picture after another."""
+        """q(z | images), float32. `tile`: pictures larger than the config's `sample_size` in
+        blended tiles of that size (diffusers' `enable_tiling`); `slices`: one picture after
+        another.
+        """
         side, latent_side = self._tile_sides()
-        fn = functools.partial(tiled, self._encode, tile_in=side, tile_out=latent_side, overlap=_OVERLAP)
+        fn = functools.partial(
+            tiled, self._encode, tile_in=side, tile_out=latent_side, overlap=_OVERLAP
+        )
         fn = fn if tile else self._encode
         moments = (sliced(fn, images) if slices else fn(images)).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
@@ -219,12 +256,16 @@ class VAE(nnx.Module):
     ) -> Float[Array, "B H2 W2 O"]:
         """Pictures of z, float32, not clipped; `tile` and `slices` as in `encode`."""
         side, latent_side = self._tile_sides()
-        fn = functools.partial(tiled, self._decode, tile_in=latent_side, tile_out=side, overlap=_OVERLAP)
+        fn = functools.partial(
+            tiled, self._decode, tile_in=latent_side, tile_out=side, overlap=_OVERLAP
+        )
         fn = fn if tile else self._decode
         return (sliced(fn, z) if slices else fn(z)).astype(jnp.float32)
 
     def to_diffusion(self, z: Float[Array, "*S"]) -> Float[Array, "*S"]:
-        """z as the diffusion model sees it: about unit variance, by the config's shift and scaling factors."""
+        """z as the diffusion model sees it: about unit variance, by the config's shift and scaling
+        factors.
+        """
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
     def from_diffusion(self, latents: Float[Array, "*S"]) -> Float[Array, "*S"]:

@@ -1,13 +1,17 @@
-"""The image networks inflated to clips [B, F, H, W, C]: Tune-A-Video's UNet (Wu et al., 2023) and r_phi over frames.
+"""The image networks inflated to clips [B, F, H, W, C]: Tune-A-Video's UNet (Wu et al., 2023) and
+r_phi over frames.
 
-`inflate` takes trained image modules apart and puts them together again with layers that see other frames:
+`inflate` takes trained image modules apart and puts them together again with layers that see other
+frames:
 
-- self-attention reads keys and values of the first and of the previous frame (sparse-causal: F attentions of N to
-  2 N tokens instead of one of F N to F N);
-- after each transformer block, attention over the frames at each place; after each resnet, a low-rank temporal
-  convolution. Both start at zero, so that an inflated network starts as the image network, frame by frame.
+- self-attention reads keys and values of the first and of the previous frame (sparse-causal: F
+  attentions of N to 2 N tokens instead of one of F N to F N);
+- after each transformer block, attention over the frames at each place; after each resnet, a
+  low-rank temporal convolution. Both start at zero, so that an inflated network starts as the image
+  network, frame by frame.
 
-A clip of one frame takes exactly the image network's path. The weights stay the image network's own arrays.
+A clip of one frame takes exactly the image network's path. The weights stay the image network's own
+arrays.
 """
 
 from __future__ import annotations
@@ -30,12 +34,18 @@ RANK_DIVISOR = 4  # a temporal convolution works on a quarter of the channels
 
 
 class AttentionControl(Protocol):
-    """What an editor may do with the attention of a network: each method gives the weights that are used."""
+    """What an editor may do with the attention of a network: each method gives the weights that are
+    used.
+    """
 
-    def cross(self, weights: Float[Array, "B H F N L"], grid: tuple[int, int]) -> Float[Array, "B H F N L"]:
+    def cross(
+        self, weights: Float[Array, "B H F N L"], grid: tuple[int, int]
+    ) -> Float[Array, "B H F N L"]:
         """Weights of the pixels' tokens (N = rows x columns of `grid`) on the text's."""
 
-    def sparse_causal(self, weights: Float[Array, "B F H N M"], grid: tuple[int, int]) -> Float[Array, "B F H N M"]:
+    def sparse_causal(
+        self, weights: Float[Array, "B F H N M"], grid: tuple[int, int]
+    ) -> Float[Array, "B F H N M"]:
         """Weights of a frame's tokens on those of the first and of the previous frame, M = 2 N."""
 
 
@@ -46,13 +56,16 @@ class VideoText(NamedTuple):
     control: AttentionControl | None = None
 
 
-def frames_of(x: Float[Array, "BF *D"], batch: int) -> Float[Array, "B F *D"]:
+def frames_of(x: Float[Array, BF * D], batch: int) -> Float[Array, "B F *D"]:
     """The axis of frames apart from that of clips."""
     return x.reshape(batch, x.shape[0] // batch, *x.shape[1:])
 
 
 def _attend(
-    module: Attention, x: Float[Array, "B N D"], context: Float[Array, "B M E"], mask: Bool[Array, "B M"] | None,
+    module: Attention,
+    x: Float[Array, "B N D"],
+    context: Float[Array, "B M E"],
+    mask: Bool[Array, "B M"] | None,
     change: Callable[[Array], Array],
 ) -> Float[Array, "B N D"]:
     """`module` with its weights [B, H, N, M] replaced by `change(weights)`."""
@@ -89,7 +102,15 @@ class TemporalAttention(nnx.Module):
 class TemporalConv(nnx.Module):
     """Three frames' low-rank convolution at each place, with a residual; starts as the identity."""
 
-    def __init__(self, channels: int, num_groups: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: int,
+        num_groups: int,
+        *,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         rank = max(1, channels // RANK_DIVISOR)
         self.norm = GroupNorm(channels, num_groups, dtype=dtype, param_dtype=param_dtype)
@@ -98,7 +119,9 @@ class TemporalConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
         h = jax.nn.silu(self.norm(x))
-        around = jnp.concatenate([h[:, :1], h, h[:, -1:]], axis=1)  # the clip's ends see themselves twice
+        around = jnp.concatenate(
+            [h[:, :1], h, h[:, -1:]], axis=1
+        )  # the clip's ends see themselves twice
         F = x.shape[1]
         h = jnp.concatenate([around[:, i : i + F] for i in range(3)], axis=-1)  # [B, F, H, W, 3C]
         return x + self.out(self.conv(h))
@@ -112,7 +135,9 @@ class VideoResnet(nnx.Module):
         self.temporal = TemporalConv(resnet.conv2.out_features, resnet.norm2.num_groups, **policy)
         self.remat = remat
 
-    def __call__(self, x: Float[Array, "BF H W C"], temb: Float[Array, "B E"]) -> Float[Array, "BF H W D"]:
+    def __call__(
+        self, x: Float[Array, "BF H W C"], temb: Float[Array, "B E"]
+    ) -> Float[Array, "BF H W D"]:
         return recomputed(VideoResnet._run, self, x, temb) if self.remat else self._run(x, temb)
 
     def _run(self, x, temb):
@@ -122,13 +147,17 @@ class VideoResnet(nnx.Module):
 
 
 class VideoTransformer(nnx.Module):
-    """A spatial transformer whose self-attention is sparse-causal, with temporal attention after each block."""
+    """A spatial transformer whose self-attention is sparse-causal, with temporal attention after
+    each block.
+    """
 
     def __init__(self, spatial: SpatialTransformer, *, remat: bool, **policy):
         self.spatial = spatial
         heads = spatial.transformer_blocks[0].attn1.num_heads
         width = spatial.proj_in.out_features
-        self.temporal = nnx.List([TemporalAttention(width, heads, **policy) for _ in spatial.transformer_blocks])
+        self.temporal = nnx.List(
+            [TemporalAttention(width, heads, **policy) for _ in spatial.transformer_blocks]
+        )
         self.remat = remat
 
     def __call__(
@@ -156,7 +185,9 @@ class VideoTransformer(nnx.Module):
         return x + self.spatial.proj_out(h).reshape(x.shape)
 
     @staticmethod
-    def _sparse_causal(module: Attention, x: Float[Array, "BF N D"], batch: int, control, grid) -> Float[Array, "BF N D"]:
+    def _sparse_causal(
+        module: Attention, x: Float[Array, "BF N D"], batch: int, control, grid
+    ) -> Float[Array, "BF N D"]:
         BF, N, D = x.shape
         frames = x.reshape(batch, -1, N, D)
         first = jnp.broadcast_to(frames[:, :1], frames.shape)
@@ -171,7 +202,9 @@ class VideoTransformer(nnx.Module):
         return _attend(module, x, source, None, change)
 
     @staticmethod
-    def _cross(module: Attention, x: Float[Array, "BF N D"], text: VideoText, mask, grid) -> Float[Array, "BF N D"]:
+    def _cross(
+        module: Attention, x: Float[Array, "BF N D"], text: VideoText, mask, grid
+    ) -> Float[Array, "BF N D"]:
         BF, N, D = x.shape
         B, L, _ = text.tokens.shape
         x = x.reshape(B, -1, D)  # all frames read the clip's one text
@@ -179,13 +212,16 @@ class VideoTransformer(nnx.Module):
             return module(x, text.tokens, mask).reshape(BF, N, -1)
 
         def change(weights):  # [B, H, F*N, L]
-            return text.control.cross(weights.reshape(B, -1, BF // B, N, L), grid).reshape(weights.shape)
+            return text.control.cross(weights.reshape(B, -1, BF // B, N, L), grid).reshape(
+                weights.shape
+            )
 
         return _attend(module, x, text.tokens, mask, change).reshape(BF, N, -1)
 
 
 class VideoUNet(nnx.Module):
-    """A UNet for clips. It takes over the image UNet's blocks, which is of no use by itself afterwards.
+    """A UNet for clips. It takes over the image UNet's blocks, which is of no use by itself
+    afterwards.
 
     `remat`: activations of each block are computed anew in the backward pass.
     """
@@ -193,10 +229,18 @@ class VideoUNet(nnx.Module):
     def __init__(self, unet: UNet, *, rngs: nnx.Rngs, remat: bool = False):
         policy = dict(dtype=unet.dtype, param_dtype=jnp.float32, rngs=rngs)
         self.image = unet
-        blocks = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
+        blocks = [
+            *unet.down_blocks,
+            *([] if unet.mid_block is None else [unet.mid_block]),
+            *unet.up_blocks,
+        ]
         for block in blocks:
-            block.resnets = nnx.List([VideoResnet(resnet, remat=remat, **policy) for resnet in block.resnets])
-            block.attentions = nnx.List([VideoTransformer(each, remat=remat, **policy) for each in block.attentions])
+            block.resnets = nnx.List(
+                [VideoResnet(resnet, remat=remat, **policy) for resnet in block.resnets]
+            )
+            block.attentions = nnx.List(
+                [VideoTransformer(each, remat=remat, **policy) for each in block.attentions]
+            )
         if unet.context_head is not None:
             unet.context_head.resnet = VideoResnet(unet.context_head.resnet, remat=remat, **policy)
 
@@ -219,23 +263,30 @@ class VideoUNet(nnx.Module):
         added: Mapping[str, Array] | None = None,
         control: AttentionControl | None = None,
     ) -> Float[Array, "B F H W O"] | tuple[Float[Array, "B F H W O"], Float[Array, "B F H W C"]]:
-        """The prediction (with a context head: and the context) of every frame; arguments as the image UNet's."""
+        """The prediction (with a context head: and the context) of every frame; arguments as the
+        image UNet's.
+        """
         B = x.shape[0]
         flat = x.reshape(-1, *x.shape[2:])  # [B*F, H, W, C]
-        out = self.image.forward(flat, self.image.time(t, B, added), VideoText(text_tokens, control), text_mask)
+        out = self.image.forward(
+            flat, self.image.time(t, B, added), VideoText(text_tokens, control), text_mask
+        )
         return jax.tree.map(lambda y: frames_of(y, B), out)
 
 
 class VideoContext(nnx.Module):
-    """r_phi of clips: each frame's tokens query the text, then each other over the frames; a shift for each frame. The kind
-    `affine` leaves the frames apart: attention isn't linear in x0."""
+    """r_phi of clips: each frame's tokens query the text, then each other over the frames; a shift
+    for each frame. The kind `affine` leaves the frames apart: attention isn't linear in x0.
+    """
 
     def __init__(self, network: RelationalNetwork, *, rngs: nnx.Rngs):
         self.image = network
         config = network.config
         policy = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
         mixes = config.kind not in ("none", "affine")
-        self.temporal = TemporalAttention(config.width, config.num_heads, **policy) if mixes else None
+        self.temporal = (
+            TemporalAttention(config.width, config.num_heads, **policy) if mixes else None
+        )
 
     @property
     def gain(self) -> Float[Array, ""]:
@@ -243,8 +294,11 @@ class VideoContext(nnx.Module):
         return self.image.gain
 
     def __call__(
-        self, x0: Float[Array, "B F H W C"], text_tokens: Float[Array, "B L D"], text_mask: Bool[Array, "B L"],
-        t: Int[Array, "B"] | None = None,
+        self,
+        x0: Float[Array, "B F H W C"],
+        text_tokens: Float[Array, "B L D"],
+        text_mask: Bool[Array, "B L"],
+        t: Int[Array, B] | None = None,
     ) -> Float[Array, "B F H W C"]:
         """r, float32."""
         B, F = x0.shape[:2]
@@ -254,15 +308,22 @@ class VideoContext(nnx.Module):
         t = None if t is None else jnp.repeat(t, F, axis=0)
 
         def over_frames(tokens):  # [B*F, N, D]
-            return tokens if self.temporal is None else self.temporal(frames_of(tokens, B)).reshape(tokens.shape)
+            return (
+                tokens
+                if self.temporal is None
+                else self.temporal(frames_of(tokens, B)).reshape(tokens.shape)
+            )
 
-        return frames_of(self.image(x0.reshape(-1, *x0.shape[2:]), text, mask, t, mix=over_frames), B)
+        return frames_of(
+            self.image(x0.reshape(-1, *x0.shape[2:]), text, mask, t, mix=over_frames), B
+        )
 
 
 class VideoDiffusion(nnx.Module):
     """The networks that are tuned on a clip: `unet` and `context`, for text that is encoded.
 
-    Without `reads_mask` the UNet attends to padding too, as Stable Diffusion's do; the context never does.
+    Without `reads_mask` the UNet attends to padding too, as Stable Diffusion's do; the context
+    never does.
     """
 
     def __init__(self, unet: VideoUNet, context: VideoContext, reads_mask: bool = True):
@@ -271,8 +332,12 @@ class VideoDiffusion(nnx.Module):
         self.reads_mask = reads_mask
 
     def predict(
-        self, x: Float[Array, "B F H W C"], t: Int[Array, "B"], tokens: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"], control: AttentionControl | None = None,
+        self,
+        x: Float[Array, "B F H W C"],
+        t: Int[Array, B],
+        tokens: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"],
+        control: AttentionControl | None = None,
     ) -> Array | tuple[Array, Array]:
         """As `ContextDiffusion.predict`."""
         seen = mask if self.reads_mask else None
@@ -285,8 +350,17 @@ class VideoDiffusion(nnx.Module):
 
 
 def inflate(
-    unet: UNet, context: RelationalNetwork, *, seed: int = 0, remat: bool = False, reads_mask: bool = True
+    unet: UNet,
+    context: RelationalNetwork,
+    *,
+    seed: int = 0,
+    remat: bool = False,
+    reads_mask: bool = True,
 ) -> VideoDiffusion:
-    """Video networks that start as the image networks do, frame by frame. The modules that are given are used up."""
+    """Video networks that start as the image networks do, frame by frame. The modules that are
+    given are used up.
+    """
     rngs = nnx.Rngs(seed)
-    return VideoDiffusion(VideoUNet(unet, rngs=rngs, remat=remat), VideoContext(context, rngs=rngs), reads_mask)
+    return VideoDiffusion(
+        VideoUNet(unet, rngs=rngs, remat=remat), VideoContext(context, rngs=rngs), reads_mask
+    )

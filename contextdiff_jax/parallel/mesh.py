@@ -1,10 +1,13 @@
-"""One mesh for 1 device and for many, and how every array gets its place on it. Read it from top to bottom:
+"""One mesh for 1 device and for many, and how every array gets its place on it. Read it from top to
+bottom:
 
-    a parameter's path --PARAMETER_AXES--> logical names of its dimensions --rules (config)--> mesh axes
+    a parameter's path --PARAMETER_AXES--> logical names of its dimensions --rules (config)--> mesh
+    axes
 
-`unet/mid_block/resnets/0/conv1/kernel` [3, 3, 1280, 1280] is (-, -, width, channels), which the default rules put over
-(-, -, fsdp, tensor). The table reads the end of a path, so the moving average and the optimizer's moments, which are
-trees of parameters, lie as their parameters do. A dimension that its mesh axes don't divide is replicated.
+`unet/mid_block/resnets/0/conv1/kernel` [3, 3, 1280, 1280] is (-, -, width, channels), which the
+default rules put over (-, -, fsdp, tensor). The table reads the end of a path, so the moving
+average and the optimizer's moments, which are trees of parameters, lie as their parameters do. A
+dimension that its mesh axes don't divide is replicated.
 """
 
 from __future__ import annotations
@@ -29,19 +32,23 @@ from jaxtyping import PyTree
 # Outermost first: the innermost axes get the nearest devices, for they talk most.
 AXES = ("data", "fsdp", "sequence", "tensor")
 
-# Logical name -> mesh axes (several: joined by commas; none: ''). The config's `mesh.rules` replaces single entries.
+# Logical name -> mesh axes (several: joined by commas; none: ''). The config's `mesh.rules`
+# replaces single entries.
 RULES = {
     "batch": "data,fsdp",  # examples
-    "rows": "sequence",  # a picture's rows: the compiler adds the exchange of borders that `layers.convolve` needs
-    "width": "fsdp",  # a parameter's side on the residual stream, which all devices' activations hold whole
+    # a picture's rows: the compiler adds the exchange of borders that `layers.convolve` needs
+    "rows": "sequence",
+    # a parameter's side on the residual stream, which all devices' activations hold whole
+    "width": "fsdp",
     "heads": "tensor",  # attention's inside
     "hidden": "tensor",  # a feed-forward's inside
     "channels": "tensor",  # a residual block's inside, between its two convolutions
     "vocab": "",
 }
 
-# (pattern in the path, logical names of the last dimensions); the first that matches counts, dimensions before are
-# replicated. What enters a block's inside is split there by columns, what leaves it by rows: one sum a block.
+# (pattern in the path, logical names of the last dimensions); the first that matches counts,
+# dimensions before are replicated. What enters a block's inside is split there by columns, what
+# leaves it by rows: one sum a block.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"^(step|key|metric_sums)\b", ()),  # the training state's small change
     (r"\bto_[qkv]/kernel$", ("width", "heads")),
@@ -73,23 +80,34 @@ class MeshConfig:
         sizes = {axis: getattr(self, axis) for axis in AXES}
         for axis, size in sizes.items():
             if size < 1 and size != -1:
-                raise ValueError(f"mesh.{axis}={size}: must be positive, or -1 for the rest of the devices")
+                raise ValueError(
+                    f"mesh.{axis}={size}: must be positive, or -1 for the rest of the devices"
+                )
         if list(sizes.values()).count(-1) > 1:
             raise ValueError(f"mesh={sizes}: only one axis may be -1")
         for name, axes in self.rules.items():
             if name not in RULES:
-                raise ValueError(f"mesh.rules.{name}={axes!r}: unknown name; one of {', '.join(RULES)}")
+                raise ValueError(
+                    f"mesh.rules.{name}={axes!r}: unknown name; one of {', '.join(RULES)}"
+                )
             for axis in _split(axes):
                 if axis not in AXES:
-                    raise ValueError(f"mesh.rules.{name}={axes!r}: unknown axis {axis!r}; some of {', '.join(AXES)}")
+                    raise ValueError(
+                        f"mesh.rules.{name}={axes!r}: unknown axis {axis!r}; some of {', '.join(AXES)}"
+                    )
 
 
 def make_mesh(
-    config: MeshConfig, batch_size: int | None = None, accumulation: int = 1, devices: Sequence[Any] | None = None
+    config: MeshConfig,
+    batch_size: int | None = None,
+    accumulation: int = 1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """The mesh over `devices` (all that there are; or a described topology's, to compile without them).
+    """The mesh over `devices` (all that there are; or a described topology's, to compile without
+    them).
 
-    Raises ValueError if the axes do not multiply to the number of devices, or they can't share a batch equally.
+    Raises ValueError if the axes do not multiply to the number of devices, or they can't share a
+    batch equally.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -100,23 +118,33 @@ def make_mesh(
     axes = _split((RULES | dict(config.rules))["batch"])
     ways = math.prod(sizes[axis] for axis in axes)
     if batch_size is not None and batch_size % (ways * accumulation):
-        product = " x ".join([f"mesh.{axis}" for axis in axes] + ["train.accumulation"] * (accumulation > 1))
-        raise ValueError(f"train.batch_size={batch_size}: must be a multiple of {product} = {ways * accumulation}")
+        product = " x ".join(
+            [f"mesh.{axis}" for axis in axes] + ["train.accumulation"] * (accumulation > 1)
+        )
+        raise ValueError(
+            f"train.batch_size={batch_size}: must be a multiple of {product} = {ways * accumulation}"
+        )
     return Mesh(_arrange(list(devices), sizes), AXES)
 
 
 def _arrange(devices: list, sizes: dict[str, int]) -> np.ndarray:
-    """The devices as an array of the mesh's shape: neighbours on the chip network are neighbours on the inner axes, and
-    slices, which only the data-centre network joins, lie along `data` (or `fsdp`)."""
+    """The devices as an array of the mesh's shape: neighbours on the chip network are neighbours on
+    the inner axes, and slices, which only the data-centre network joins, lie along `data` (or
+    `fsdp`).
+    """
     shape = tuple(sizes.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
         outer = next((axis for axis in ("data", "fsdp") if sizes[axis] % slices == 0), None)
         if outer is None:
-            raise ValueError(f"mesh={sizes}: data or fsdp must be a multiple of the number of slices, {slices}")
+            raise ValueError(
+                f"mesh={sizes}: data or fsdp must be a multiple of the number of slices, {slices}"
+            )
         across = tuple(slices if axis == outer else 1 for axis in AXES)
         inside = tuple(size // count for size, count in zip(shape, across, strict=True))
-        return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+        return mesh_utils.create_hybrid_device_mesh(
+            inside, across, devices, allow_split_physical_axes=True
+        )
     if devices[0].platform == "tpu":
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return np.asarray(devices).reshape(shape)
@@ -133,7 +161,9 @@ def logical_axes(name: str) -> tuple[str | None, ...]:
     return next(axes for pattern, axes in PARAMETER_AXES if re.search(pattern, name))
 
 
-def place(mesh: Mesh, shape: Sequence[int], names: Sequence[str | None], rules: Mapping[str, str] = RULES) -> NamedSharding:
+def place(
+    mesh: Mesh, shape: Sequence[int], names: Sequence[str | None], rules: Mapping[str, str] = RULES
+) -> NamedSharding:
     """Where an array lies whose last dimensions have the logical `names`.
 
     A mesh axis splits one dimension of an array, the first that asks for it and that it divides.
@@ -152,7 +182,9 @@ def place(mesh: Mesh, shape: Sequence[int], names: Sequence[str | None], rules: 
 
 
 def state_shardings(mesh: Mesh, abstract: PyTree, rules: Mapping[str, str] = RULES) -> PyTree:
-    """The place of each array of a tree of parameters, or of a whole training state. Needs only shapes."""
+    """The place of each array of a tree of parameters, or of a whole training state. Needs only
+    shapes.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: place(mesh, leaf.shape, logical_axes(path_name(path)), rules), abstract
     )
@@ -160,15 +192,19 @@ def state_shardings(mesh: Mesh, abstract: PyTree, rules: Mapping[str, str] = RUL
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The devices that a program is traced for: what a kernel needs that XLA's partitioner can't split by itself."""
+    """The devices that a program is traced for: what a kernel needs that XLA's partitioner can't
+    split by itself.
+    """
 
     mesh: Mesh | None = None
     rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def platform(self) -> str:
-        """Of the mesh, which for a described topology isn't this machine's. Without a mesh the only device's: several
-        devices without one are answered with `unknown`, for nothing says how they share the work."""
+        """Of the mesh, which for a described topology isn't this machine's. Without a mesh the only
+        device's: several devices without one are answered with `unknown`, for nothing says how they
+        share the work.
+        """
         if self.mesh is not None:
             return self.mesh.devices.flat[0].platform
         return jax.default_backend() if jax.device_count() == 1 else "unknown"
@@ -200,31 +236,41 @@ def current_target() -> Target:
 
 
 def gathered(params: PyTree, dtype: jnp.dtype) -> PyTree:
-    """Parameters as the network reads them on the current target: whole along the axes that split the batch, and kernels in
-    `dtype`, that of the products, so that half the bytes are sent where it is bfloat16.
+    """Parameters as the network reads them on the current target: whole along the axes that split
+    the batch, and kernels in `dtype`, that of the products, so that half the bytes are sent where
+    it is bfloat16.
 
-    Left to itself XLA's partitioner also multiplies the rows of a kernel that a device holds with everybody's examples, and
-    sends activations. That each parameter is gathered before its use is what FSDP means.
+    Left to itself XLA's partitioner also multiplies the rows of a kernel that a device holds with
+    everybody's examples, and sends activations. That each parameter is gathered before its use is
+    what FSDP means.
     """
     target = current_target()
     if target.mesh is None:
         return params
     rules = RULES | dict(target.rules)
     split = _split(rules["batch"])
-    kept = {name: ",".join(axis for axis in _split(axes) if axis not in split) for name, axes in rules.items()}
+    kept = {
+        name: ",".join(axis for axis in _split(axes) if axis not in split)
+        for name, axes in rules.items()
+    }
 
     def one(path, leaf: jax.Array) -> jax.Array:
         name = path_name(path)
         used = leaf.astype(dtype) if name.endswith("/kernel") else leaf
-        return _gather(used, *(place(target.mesh, leaf.shape, logical_axes(name), each) for each in (rules, kept)))
+        return _gather(
+            used,
+            *(place(target.mesh, leaf.shape, logical_axes(name), each) for each in (rules, kept)),
+        )
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, split: NamedSharding, whole: NamedSharding) -> jax.Array:
-    """x, first where it lies, so that what is sent is this and not what it was made of. Its gradient goes back split: JAX's own
-    rule asks for it whole, which is a sum of all of it for everybody."""
+    """x, first where it lies, so that what is sent is this and not what it was made of. Its
+    gradient goes back split: JAX's own rule asks for it whole, which is a sum of all of it for
+    everybody.
+    """
     return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, split), whole)
 
 
@@ -235,7 +281,9 @@ _gather.defvjp(
 
 
 def local_mesh() -> Mesh:
-    """This process's devices alone, all along `data`: for what each process does with its own share."""
+    """This process's devices alone, all along `data`: for what each process does with its own
+    share.
+    """
     return make_mesh(MeshConfig(), devices=jax.local_devices())
 
 
@@ -246,7 +294,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """The way of a global batch of `batch_size` examples onto the mesh, from what each process has read."""
+    """The way of a global batch of `batch_size` examples onto the mesh, from what each process has
+    read.
+    """
 
     mesh: Mesh
     batch_size: int
@@ -254,8 +304,9 @@ class Feed:
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
-        """The examples of each batch that this process's devices hold: what it has to read. Processes that share
-        examples (by tensor or sequence parallelism) read them all."""
+        """The examples of each batch that this process's devices hold: what it has to read.
+        Processes that share examples (by tensor or sequence parallelism) read them all.
+        """
         owned = place(self.mesh, (self.batch_size,), ("batch",), self.rules)
         indices = owned.addressable_devices_indices_map((self.batch_size,)).values()
         return np.unique(np.concatenate([np.arange(self.batch_size)[index] for index in indices]))

@@ -1,7 +1,8 @@
-"""Processes of one run: how they find each other, stop together, and notice that one of them is gone.
+"""Processes of one run: how they find each other, stop together, and notice that one of them is
+gone.
 
-Found by flags, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by what a cluster's scheduler
-tells (`CLUSTERS`); none of them: one process.
+Found by flags, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by what a
+cluster's scheduler tells (`CLUSTERS`); none of them: one process.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ import time
 from collections.abc import Callable, Mapping
 
 import jax
-from jax._src import distributed  # the coordination service's client has no public name; Orbax uses this one too
+from jax._src import (
+    distributed,
+)  # the coordination service's client has no public name; Orbax uses this one too
 from jax.experimental import multihost_utils
 
 LOGGER = logging.getLogger(__name__)
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # How a collective's error begins, be it JaxRuntimeError or (Gloo's, on CPUs) ValueError.
-STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION)\b")
+STATUS = re.compile(
+    r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION)\b"
+)
 FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
 
 
@@ -37,23 +42,31 @@ def _on_tpu_machine(env: Mapping[str, str]) -> bool:
 # Signs of a scheduler whose processes `jax.distributed` can bring together by itself.
 CLUSTERS: dict[str, Callable[[Mapping[str, str]], bool]] = {
     "SLURM": lambda env: "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1,
-    "GKE": lambda env: "," in env.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in env,
+    "GKE": lambda env: (
+        "," in env.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in env
+    ),
     "Open MPI": lambda env: "OMPI_MCA_orte_hnp_uri" in env,
     "Cloud TPU": _on_tpu_machine,
 }
 
 
-def start(address: str | None, count: int | None, index: int | None, env: Mapping[str, str], timeout: int) -> str:
-    """Joins this process to the others; returns how they were found. Call it before anything asks JAX for devices.
+def start(
+    address: str | None, count: int | None, index: int | None, env: Mapping[str, str], timeout: int
+) -> str:
+    """Joins this process to the others; returns how they were found. Call it before anything asks
+    JAX for devices.
 
-    Raises ValueError for an incomplete or impossible answer to "who are we", or if the others don't come in `timeout`
-    seconds.
+    Raises ValueError for an incomplete or impossible answer to "who are we", or if the others don't
+    come in `timeout` seconds.
     """
     given = (address, count, index)
     source = "flags"
     if given == (None, None, None) and VARIABLES[0] in env:
         source = "environment"
-        given = (env[VARIABLES[0]], *(int(env[name]) if name in env else None for name in VARIABLES[1:]))
+        given = (
+            env[VARIABLES[0]],
+            *(int(env[name]) if name in env else None for name in VARIABLES[1:]),
+        )
     if given == (None, None, None):
         source = next((name for name, sign in CLUSTERS.items() if sign(env)), "alone")
         if source == "alone":
@@ -62,18 +75,27 @@ def start(address: str | None, count: int | None, index: int | None, env: Mappin
         names = FLAGS if source == "flags" else VARIABLES
         missing = [name for name, value in zip(names, given, strict=True) if value is None]
         if missing:
-            raise ValueError(f"{', '.join(missing)}: missing; many processes need {', '.join(names)}")
+            raise ValueError(
+                f"{', '.join(missing)}: missing; many processes need {', '.join(names)}"
+            )
         address, count, index = given
         if not 0 <= index < count or ":" not in address:
-            raise ValueError(f"{names[0]}={address}, {names[2]}={index}: must be HOST:PORT and lie in 0..{count - 1}")
+            raise ValueError(
+                f"{names[0]}={address}, {names[2]}={index}: must be HOST:PORT and lie in 0..{count - 1}"
+            )
         if count == 1:
             return "alone"
     try:
         jax.distributed.initialize(
-            *given, initialization_timeout=timeout, heartbeat_timeout_seconds=timeout, shutdown_timeout_seconds=timeout
+            *given,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=timeout,
+            shutdown_timeout_seconds=timeout,
         )
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"{source}: the processes did not all start within {timeout} s: {error}") from error
+        raise ValueError(
+            f"{source}: the processes did not all start within {timeout} s: {error}"
+        ) from error
     LOGGER.info("process %d of %d, found by %s", jax.process_index(), jax.process_count(), source)
     return source
 
@@ -84,8 +106,9 @@ def is_first() -> bool:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT as an orderly stop: called at every step, it says whether this is the last. Many processes
-    stop at the same step, whichever of them got the signal."""
+    """SIGTERM and SIGINT as an orderly stop: called at every step, it says whether this is the
+    last. Many processes stop at the same step, whichever of them got the signal.
+    """
 
     def __init__(self):
         self._came, self._many = False, jax.process_count() > 1
@@ -105,11 +128,13 @@ class StopSignal:
 
 
 class PeerWatch:
-    """Ends this process, with a line that names the culprit, when a peer is lost, failed, or stands still.
+    """Ends this process, with a line that names the culprit, when a peer is lost, failed, or stands
+    still.
 
-    Each process writes its progress into the coordination service's table every few seconds, from a thread of its own.
-    A peer whose entry stays as it is for `timeout` is lost. If this process hasn't gone on for `timeout`, the peer that
-    has gone on least holds it up: all run the same program, so their counts compare.
+    Each process writes its progress into the coordination service's table every few seconds, from a
+    thread of its own. A peer whose entry stays as it is for `timeout` is lost. If this process
+    hasn't gone on for `timeout`, the peer that has gone on least holds it up: all run the same
+    program, so their counts compare.
     """
 
     FOLDER = "contextdiff/progress"
@@ -125,17 +150,22 @@ class PeerWatch:
 
     def __enter__(self) -> PeerWatch:
         if self._many:
-            self._publish()  # at once: a peer that dies before its thread's first turn has a name, too
+            # at once: a peer that dies before its thread's first turn has a name, too
+            self._publish()
             threading.Thread(target=self._run, name="peer-watch", daemon=True).start()
         return self
 
     def __exit__(self, kind, error, _) -> None:
-        """An error is told to the others, which end; what only reports that a peer is gone waits for its name."""
+        """An error is told to the others, which end; what only reports that a peer is gone waits
+        for its name.
+        """
         if self._many and isinstance(error, Exception):
             text = " ".join(str(error).split())
             if STATUS.match(text):
                 self._silence = 4 * self._interval
-                time.sleep(2 * self._silence)  # the thread ends the process when it knows who it was
+                time.sleep(
+                    2 * self._silence
+                )  # the thread ends the process when it knows who it was
             self._failed = text
             self._publish()
             _end(f"process {self._me}: {self._failed}")
@@ -149,15 +179,24 @@ class PeerWatch:
 
     def _publish(self) -> None:
         self._beat += 1
-        entry = {"beat": self._beat, "count": self._count, "doing": self._doing, "failed": self._failed,
-                 "who": f"process {self._me} ({socket.gethostname()}, pid {os.getpid()})"}
-        self._client.key_value_set(f"{self.FOLDER}/{self._me}", json.dumps(entry), allow_overwrite=True)
+        entry = {
+            "beat": self._beat,
+            "count": self._count,
+            "doing": self._doing,
+            "failed": self._failed,
+            "who": f"process {self._me} ({socket.gethostname()}, pid {os.getpid()})",
+        }
+        self._client.key_value_set(
+            f"{self.FOLDER}/{self._me}", json.dumps(entry), allow_overwrite=True
+        )
 
     def _run(self) -> None:
         while not self._closed.wait(self._interval):
             try:
                 self._publish()
-                entries = [json.loads(text) for _, text in self._client.key_value_dir_get(self.FOLDER)]
+                entries = [
+                    json.loads(text) for _, text in self._client.key_value_dir_get(self.FOLDER)
+                ]
             except jax.errors.JaxRuntimeError as error:
                 if self._closed.is_set():
                     return
@@ -186,6 +225,8 @@ class PeerWatch:
 
 
 def _end(message: str) -> None:
-    """Ends the process at once: its collectives wait for a peer that won't come, so nothing can be unwound."""
+    """Ends the process at once: its collectives wait for a peer that won't come, so nothing can be
+    unwound.
+    """
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(2)

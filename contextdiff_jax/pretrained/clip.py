@@ -1,4 +1,6 @@
-"""transformers' CLIP folders <-> `CLIPText` and `CLIPVision`; each is also read from a folder of the whole CLIP."""
+"""transformers' CLIP folders <-> `CLIPText` and `CLIPVision`; each is also read from a folder of
+the whole CLIP.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,12 @@ _LAYER = (
 _POSITIONS = r"(^|\.)embeddings\.position_ids$"
 
 
-def _prefix(config: CLIPTextConfig | CLIPVisionConfig, prefix: str, projection: str) -> tuple[tuple[str, str], ...]:
-    """`prefix` in front of every name but the projection's, if transformers has the encoder inside a whole."""
+def _prefix(
+    config: CLIPTextConfig | CLIPVisionConfig, prefix: str, projection: str
+) -> tuple[tuple[str, str], ...]:
+    """`prefix` in front of every name but the projection's, if transformers has the encoder inside
+    a whole.
+    """
     whole = config.with_projection or config.prefixed_names
     return ((rf"^(?!{projection}\.)", prefix),) if whole else ()
 
@@ -41,7 +47,12 @@ def _vision_rules(config: CLIPVisionConfig) -> Rules:
     embeddings = (r"^((class|patch|position)_embedding)\b", r"embeddings.\1")
     misspelt = (r"^pre_layernorm\.", "pre_layrnorm.")  # as in CLIP's transformers files
     return Rules(
-        renames=(*_LAYER, embeddings, misspelt, *_prefix(config, "vision_model.", "visual_projection")),
+        renames=(
+            *_LAYER,
+            embeddings,
+            misspelt,
+            *_prefix(config, "vision_model.", "visual_projection"),
+        ),
         unread=(_POSITIONS, r"^text_model\.", r"^text_projection\.", r"^logit_scale$"),
     )
 
@@ -49,7 +60,9 @@ def _vision_rules(config: CLIPVisionConfig) -> Rules:
 def _values(
     values: Mapping[str, Any], names: Collection[str], part: str, prefix: str, projection: str
 ) -> dict[str, Any]:
-    """The encoder's fields: the config's own, or those of `part` in a whole CLIP's; ours are read off the names."""
+    """The encoder's fields: the config's own, or those of `part` in a whole CLIP's; ours are read
+    off the names.
+    """
     own = dict(values)
     if values.get("model_type") == "clip" or part in values:
         # Old files repeat the section as NAME_dict, which wins in transformers.
@@ -107,7 +120,9 @@ def load_clip_text(folder: str | Path, **options) -> CLIPText:
 
 
 def save_clip_text(module: CLIPText, folder: str | Path) -> None:
-    """Writes a transformers folder, which `load_clip_text` reads back exactly (and so does transformers)."""
+    """Writes a transformers folder, which `load_clip_text` reads back exactly (and so does
+    transformers).
+    """
     folders.save(TEXT, module, folder)
 
 
@@ -120,5 +135,7 @@ def load_clip_vision(folder: str | Path, **options) -> CLIPVision:
 
 
 def save_clip_vision(module: CLIPVision, folder: str | Path) -> None:
-    """Writes a transformers folder, which `load_clip_vision` reads back exactly (and so does transformers)."""
+    """Writes a transformers folder, which `load_clip_vision` reads back exactly (and so does
+    transformers).
+    """
     folders.save(VISION, module, folder)

@@ -1,4 +1,6 @@
-"""Sampling from a Stable Diffusion folder as the `sample` command asks for it: files in, pictures out."""
+"""Sampling from a Stable Diffusion folder as the `sample` command asks for it: files in, pictures
+out.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from contextdiff_jax.pretrained.pipeline import load_pipeline
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderRequest:
-    """The command's flags. ValueError, one line with flag and what is allowed, for those that don't fit together."""
+    """The command's flags. ValueError, one line with flag and what is allowed, for those that don't
+    fit together.
+    """
 
     sampler: str = "ddim"
     steps: int = 50
@@ -30,7 +34,9 @@ class FolderRequest:
 
     def __post_init__(self):
         if self.sampler != "ddim" or self.eta:
-            raise ValueError(f"--sampler={self.sampler}, --eta={self.eta}: with --model only ddim at eta 0")
+            raise ValueError(
+                f"--sampler={self.sampler}, --eta={self.eta}: with --model only ddim at eta 0"
+            )
         if self.steps < 1:
             raise ValueError(f"--steps={self.steps}: must be at least 1")
         if self.guidance < 0:
@@ -40,8 +46,12 @@ class FolderRequest:
         for name in ("mask", "strength"):
             if getattr(self, name) is not None and self.image is None:
                 raise ValueError(f"--{name}={getattr(self, name)}: needs --image")
-        if self.size is not None and (len(self.size) != 2 or not all(side.isdigit() for side in self.size)):
-            raise ValueError(f"--size={','.join(self.size)}: must be HEIGHT,WIDTH in pixels, as in 512,768")
+        if self.size is not None and (
+            len(self.size) != 2 or not all(side.isdigit() for side in self.size)
+        ):
+            raise ValueError(
+                f"--size={','.join(self.size)}: must be HEIGHT,WIDTH in pixels, as in 512,768"
+            )
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -58,9 +68,15 @@ def _read(path: str, mode: str, shape: tuple[int, int] | None, flag: str) -> Ima
     return image if shape is None else image.resize(shape[::-1], Image.Resampling.LANCZOS)
 
 
-def sample_folder(folder: str, prompts: Sequence[str], request: FolderRequest) -> UInt8[np.ndarray, "B H W 3"]:
-    """One picture a prompt, in one batch over all devices. ValueError, one line, for a folder or a picture that doesn't fit."""
-    options = {name: getattr(request, name) for name in ("negative", "steps", "guidance", "seed", "reuse")}
+def sample_folder(
+    folder: str, prompts: Sequence[str], request: FolderRequest
+) -> UInt8[np.ndarray, "B H W 3"]:
+    """One picture a prompt, in one batch over all devices. ValueError, one line, for a folder or a
+    picture that doesn't fit.
+    """
+    options = {
+        name: getattr(request, name) for name in ("negative", "steps", "guidance", "seed", "reuse")
+    }
     if request.image is None:
         return load_pipeline(folder).text_to_image(prompts, size=request.shape, **options)
     image = np.asarray(_read(request.image, "RGB", request.shape, "image"))
@@ -70,4 +86,6 @@ def sample_folder(folder: str, prompts: Sequence[str], request: FolderRequest) -
     if request.mask is None:
         return load_pipeline(folder).image_to_image(prompts, images, **options)
     mask = np.asarray(_read(request.mask, "L", image.shape[:2], "mask"), np.float32) / 255
-    return load_pipeline(folder).inpaint(prompts, images, np.tile(mask, (len(prompts), 1, 1)), **options)
+    return load_pipeline(folder).inpaint(
+        prompts, images, np.tile(mask, (len(prompts), 1, 1)), **options
+    )

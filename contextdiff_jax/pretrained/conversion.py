@@ -1,4 +1,6 @@
-"""Folders of a model, or of a whole pipeline (model_index.json), from Hugging Face's format to ours and back."""
+"""Folders of a model, or of a whole pipeline (model_index.json), from Hugging Face's format to ours
+and back.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ Report = Callable[[str], None]
 def to_native(source: Path, target: Path, options: Options, report: Report = print) -> None:
     """A Hugging Face folder in our format; `target` is complete or isn't there.
 
-    Raises ValueError for a folder that can't be read, a kind that we don't have, or a target that holds something.
+    Raises ValueError for a folder that can't be read, a kind that we don't have, or a target that
+    holds something.
     """
     if native.is_native(source):
         raise ValueError(f"--source={source}: is in our format already; --reverse writes it back")
@@ -49,7 +52,9 @@ def _convert(source: Path, target: Path, read: Callable, write: Callable, report
         for name in _components(source):
             line = _one(source / name, partial / name, read, write)
             if line is None:
-                shutil.copytree(source / name, partial / name, ignore=shutil.ignore_patterns(*PICKLES))
+                shutil.copytree(
+                    source / name, partial / name, ignore=shutil.ignore_patterns(*PICKLES)
+                )
             report(f"{name}: {line or 'copied'}")
         shutil.copy(source / INDEX_FILE, partial / INDEX_FILE)
 
@@ -66,14 +71,18 @@ def _one(source: Path, target: Path, read: Callable, write: Callable) -> str | N
     return f"{model.kind}, {len(sizes)} tensors, {sum(sizes) / 1e6:.1f} M parameters, {time.time() - start:.1f} s"
 
 
-def _read_foreign(folder: Path, options: Options) -> tuple[Model, nnx.Module, Mapping[str, Any]] | None:
+def _read_foreign(
+    folder: Path, options: Options
+) -> tuple[Model, nnx.Module, Mapping[str, Any]] | None:
     if not (folder / folders.CONFIG_FILE).is_file():
         return None
     values = read_json(folder / folders.CONFIG_FILE, "a model's config")
     fitting = [model for model in MODELS.values() if identity_problem(model, values) is None]
     if len(fitting) > 1:
         kinds = " and ".join(model.kind for model in fitting)
-        raise ValueError(f"{folder / folders.CONFIG_FILE}: may be {kinds}; convert a folder of one of them")
+        raise ValueError(
+            f"{folder / folders.CONFIG_FILE}: may be {kinds}; convert a folder of one of them"
+        )
     if not fitting:
         return None
     module = folders.load(fitting[0], folder, options)
@@ -83,33 +92,47 @@ def _read_foreign(folder: Path, options: Options) -> tuple[Model, nnx.Module, Ma
     return fitting[0], module, values if same else own
 
 
-def _read_native(folder: Path, options: Options) -> tuple[Model, nnx.Module, Mapping[str, Any]] | None:
+def _read_native(
+    folder: Path, options: Options
+) -> tuple[Model, nnx.Module, Mapping[str, Any]] | None:
     if not native.is_native(folder):
         return None
     values = native.description(folder)
     if values["kind"] not in MODELS:
-        raise ValueError(f"{folder / native.MODEL_FILE}: kind={values['kind']!r}: unknown; one of {', '.join(MODELS)}")
+        raise ValueError(
+            f"{folder / native.MODEL_FILE}: kind={values['kind']!r}: unknown; one of {', '.join(MODELS)}"
+        )
     model = MODELS[values["kind"]]
     config = read_json(folder / native.CONFIG_FILE, "the config.json of the Hugging Face folder")
     return model, native.load(model, folder, options), config
 
 
-def _write_native(model: Model, module: nnx.Module, folder: Path, config: Mapping[str, Any]) -> None:
+def _write_native(
+    model: Model, module: nnx.Module, folder: Path, config: Mapping[str, Any]
+) -> None:
     native.save(model, module, folder, config)
 
 
-def _write_foreign(model: Model, module: nnx.Module, folder: Path, config: Mapping[str, Any]) -> None:
+def _write_foreign(
+    model: Model, module: nnx.Module, folder: Path, config: Mapping[str, Any]
+) -> None:
     folders.save(model, module, folder, config)
 
 
 def _refuse(source: Path) -> str:
-    raise ValueError(f"--source={source}: holds no model of ours ({', '.join(MODELS)}) and no {INDEX_FILE}")
+    raise ValueError(
+        f"--source={source}: holds no model of ours ({', '.join(MODELS)}) and no {INDEX_FILE}"
+    )
 
 
 def _components(source: Path) -> list[str]:
     """The pipeline's folders, as its index names them."""
     index = read_json(source / INDEX_FILE, "a pipeline's index")
-    names = [name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None]
+    names = [
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and value and value[0] is not None
+    ]
     for name in names:
         if not (source / name).is_dir():
             raise ValueError(f"{source / name}: no such folder, though {INDEX_FILE} names it")

@@ -1,4 +1,6 @@
-"""The files of a folder: JSON, and safetensors read one tensor at a time; what is damaged or refused is named."""
+"""The files of a folder: JSON, and safetensors read one tensor at a time; what is damaged or
+refused is named.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,9 @@ class LazyTensor:
 class FolderTensors(Mapping):
     """torch name -> `LazyTensor`, from a folder's single file or its shards.
 
-    `source` is the file, or the folder of the shards. Raises ValueError for a folder without weights (with the
-    reason, if only pickles are there), a missing shard, and a truncated file, with the first tensor that it lacks.
+    `source` is the file, or the folder of the shards. Raises ValueError for a folder without
+    weights (with the reason, if only pickles are there), a missing shard, and a truncated file,
+    with the first tensor that it lacks.
     """
 
     def __init__(self, folder: Path, file_name: str):
@@ -43,8 +46,8 @@ class FolderTensors(Mapping):
         shards = _shards(folder, file_name)
         self.source = shards[0][0] if len(shards) == 1 else folder
         for path, names in shards:
-            # Reads, not a mapping: a mapped file's pages stay resident while it is open, and peak memory was the
-            # parameters' size plus the file's.
+            # Reads, not a mapping: a mapped file's pages stay resident while it is open, and peak
+            # memory was the parameters' size plus the file's.
             file = open_tensors(path)
             stored = set(file.keys())
             lacking = sorted(set(names or ()) - stored)
@@ -67,13 +70,19 @@ def open_tensors(path: Path) -> safetensors.safe_open:
     try:
         return safetensors.safe_open(path, framework="np", backend="pread")
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: {_damage(path) or f'not a safetensors file ({error})'}") from None
+        raise ValueError(
+            f"{path}: {_damage(path) or f'not a safetensors file ({error})'}"
+        ) from None
 
 
-def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes one file; a file that is there is replaced only when the new one is complete."""
     with replacing(path) as file:
-        safetensors.numpy.save_file(dict(tensors), file, metadata={"format": "pt", **(metadata or {})})
+        safetensors.numpy.save_file(
+            dict(tensors), file, metadata={"format": "pt", **(metadata or {})}
+        )
 
 
 def read_json(path: Path, expected: str) -> dict:
@@ -90,7 +99,9 @@ def read_json(path: Path, expected: str) -> dict:
 
 
 def _shards(folder: Path, file_name: str) -> list[tuple[Path, list[str] | None]]:
-    """The files to read and, from an index, the names each must hold. The plain name first, then its half variants."""
+    """The files to read and, from an index, the names each must hold. The plain name first, then
+    its half variants.
+    """
     stem = file_name.removesuffix(".safetensors")
     for variant in ("", ".fp16", ".bf16"):
         single = folder / f"{stem}{variant}.safetensors"
@@ -112,7 +123,10 @@ def _shards(folder: Path, file_name: str) -> list[tuple[Path, list[str] | None]]
 
 def _index(folder: Path, stem: str, variant: str) -> Path | None:
     # Today's writers put the variant before .json; older diffusers put it after the stem.
-    for name in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json"):
+    for name in (
+        f"{stem}.safetensors.index{variant}.json",
+        f"{stem}{variant}.safetensors.index.json",
+    ):
         if (folder / name).is_file():
             return folder / name
     return None
@@ -124,12 +138,20 @@ def _indexed(folder: Path, index: Path) -> list[tuple[Path, list[str]]]:
         raise ValueError(f"{index}: has no weight_map")
     shards: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: {name}: lies in {file!r}; must be a safetensors file of the same folder")
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or not file.endswith(".safetensors")
+        ):
+            raise ValueError(
+                f"{index}: {name}: lies in {file!r}; must be a safetensors file of the same folder"
+            )
         shards.setdefault(file, []).append(name)
     for file, names in sorted(shards.items()):
         if not (folder / file).is_file():
-            raise ValueError(f"{folder / file}: missing shard, named by {index.name}; it holds {names[0]}")
+            raise ValueError(
+                f"{folder / file}: missing shard, named by {index.name}; it holds {names[0]}"
+            )
     return [(folder / file, names) for file, names in sorted(shards.items())]
 
 
@@ -147,7 +169,11 @@ def _damage(path: Path) -> str | None:
             return f"truncated within its header: {size} bytes of at least {8 + length}"
         try:
             header = json.loads(data.read(length))
-            ends = {name: int(value["data_offsets"][1]) for name, value in header.items() if name != "__metadata__"}
+            ends = {
+                name: int(value["data_offsets"][1])
+                for name, value in header.items()
+                if name != "__metadata__"
+            }
         except (ValueError, TypeError, LookupError, AttributeError):
             return None
     lacking = sorted((end, name) for name, end in ends.items() if 8 + length + end > size)

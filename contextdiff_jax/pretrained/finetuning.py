@@ -1,4 +1,6 @@
-"""A config whose `model.pretrained` names a diffusers pipeline's folder: what the folder says takes its place."""
+"""A config whose `model.pretrained` names a diffusers pipeline's folder: what the folder says takes
+its place.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,16 @@ from contextdiff_jax.pretrained.unet import MODEL as UNET
 
 
 def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with `model.*` (the UNet's config), `diffusion.*` (schedule and prediction type), the steps of `sample.*`, and,
-    where they are empty, `latent.vae`, `text.pretrained` and `data.tokenizer` as the folder has them.
+    """`config` with `model.*` (the UNet's config), `diffusion.*` (schedule and prediction type),
+    the steps of `sample.*`, and, where they are empty, `latent.vae`, `text.pretrained` and
+    `data.tokenizer` as the folder has them.
 
-    `diffusion.zero_terminal_snr=True` stays: fine-tuning to a rescaled schedule is a choice of the run. Without
-    `model.pretrained` the config as it is. Idempotent, so that config.json says all and the same command resumes.
+    `diffusion.zero_terminal_snr=True` stays: fine-tuning to a rescaled schedule is a choice of the
+    run. Without `model.pretrained` the config as it is. Idempotent, so that config.json says all
+    and the same command resumes.
 
-    Raises ValueError, one line with file and field, for a folder of another pipeline or one that is not supported.
+    Raises ValueError, one line with file and field, for a folder of another pipeline or one that is
+    not supported.
     """
     source = config.get("model", {}).get("pretrained", "")
     if not source:
@@ -28,9 +33,15 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(source)
     name = read_json(folder / INDEX_FILE, "a diffusers pipeline folder").get("_class_name")
     if name not in CLASSES:
-        raise ValueError(f"{folder / INDEX_FILE}: _class_name={name!r}: another pipeline; one of {', '.join(CLASSES)}")
+        raise ValueError(
+            f"{folder / INDEX_FILE}: _class_name={name!r}: another pipeline; one of {', '.join(CLASSES)}"
+        )
     unet, scheduler = read_config(UNET, folder / "unet"), load_scheduler(folder / "scheduler")
-    if isinstance(unet.cross_attention_dim, tuple) or unet.addition_embed_type is not None or unet.context_head:
+    if (
+        isinstance(unet.cross_attention_dim, tuple)
+        or unet.addition_embed_type is not None
+        or unet.context_head
+    ):
         raise ValueError(
             f"{folder / 'unet'}: a UNet with added conditions, a context head or several text widths is not fine-tuned"
         )
@@ -39,19 +50,27 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
     length = min(text.get("max_position_embeddings", 77), tokenizer.get("model_max_length", 77))
     text_width = {"max_length": length, "width": unet.cross_attention_dim}
     diffusion = {
-        "schedule": scheduler.schedule_name, "num_timesteps": scheduler.num_train_timesteps,
-        "beta_start": scheduler.beta_start, "beta_end": scheduler.beta_end, "prediction_type": scheduler.prediction,
-        "zero_terminal_snr": scheduler.rescale_betas_zero_snr or config["diffusion"]["zero_terminal_snr"],
+        "schedule": scheduler.schedule_name,
+        "num_timesteps": scheduler.num_train_timesteps,
+        "beta_start": scheduler.beta_start,
+        "beta_end": scheduler.beta_end,
+        "prediction_type": scheduler.prediction,
+        "zero_terminal_snr": scheduler.rescale_betas_zero_snr
+        or config["diffusion"]["zero_terminal_snr"],
     }
     steps = {
-        "spacing": scheduler.timestep_spacing, "steps_offset": scheduler.steps_offset,
+        "spacing": scheduler.timestep_spacing,
+        "steps_offset": scheduler.steps_offset,
         "set_alpha_to_one": scheduler.set_alpha_to_one,
     }
     if diffusion["zero_terminal_snr"] and not scheduler.rescale_betas_zero_snr:
         # The only spacing that starts where the signal is 0.
         steps = {"spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
     # Lists, as in a config.json: what is compared on resuming.
-    model = {key: list(value) if isinstance(value, tuple) else value for key, value in unet.to_dict().items()}
+    model = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in unet.to_dict().items()
+    }
 
     def filled(section: str, field: str, value: Any) -> dict[str, Any]:
         return {field: config[section].get(field) or value}
@@ -62,6 +81,14 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
         "diffusion": {**config["diffusion"], **diffusion},
         "sample": {**config["sample"], **steps},
         "latent": {**config["latent"], **filled("latent", "vae", str(folder / "vae"))},
-        "text": {**config["text"], **text_width, **filled("text", "pretrained", str(folder / "text_encoder"))},
-        "data": {**config["data"], "max_length": length, **filled("data", "tokenizer", str(folder / "tokenizer"))},
+        "text": {
+            **config["text"],
+            **text_width,
+            **filled("text", "pretrained", str(folder / "text_encoder")),
+        },
+        "data": {
+            **config["data"],
+            "max_length": length,
+            **filled("data", "tokenizer", str(folder / "tokenizer")),
+        },
     }

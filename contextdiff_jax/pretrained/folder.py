@@ -1,4 +1,6 @@
-"""Hugging Face folders of one model (config.json, safetensors) <-> an NNX module; our own are read as well."""
+"""Hugging Face folders of one model (config.json, safetensors) <-> an NNX module; our own are read
+as well.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ from flax import nnx
 from contextdiff_jax.files import write_json
 from contextdiff_jax.pretrained import native
 from contextdiff_jax.pretrained.files import FolderTensors, read_json, save_tensors
-from contextdiff_jax.pretrained.model import Model, Options, abstract, identity_problem, shardings_of
+from contextdiff_jax.pretrained.model import (
+    Model,
+    Options,
+    abstract,
+    identity_problem,
+    shardings_of,
+)
 from contextdiff_jax.pretrained.names import state_from_torch, state_to_torch
 
 CONFIG_FILE = "config.json"
@@ -20,8 +28,9 @@ CONFIG_FILE = "config.json"
 def load(model: Model, folder: str | Path, options: Options = Options()) -> nnx.Module:
     """The module in `folder`, Hugging Face's or ours.
 
-    Raises ValueError, one line with file and field or tensor: a file is missing, damaged or refused, the config is
-    of another model or not supported, tensors don't fit it or are not finite.
+    Raises ValueError, one line with file and field or tensor: a file is missing, damaged or
+    refused, the config is of another model or not supported, tensors don't fit it or are not
+    finite.
     """
     folder = Path(folder)
     if native.is_native(folder):
@@ -31,15 +40,22 @@ def load(model: Model, folder: str | Path, options: Options = Options()) -> nnx.
     config = _config(model, folder, values, tensors.keys())
     module = abstract(model, config, options)
     state = state_from_torch(
-        tensors, module, model.rules(config), what=str(tensors.source), param_dtype=options.param_dtype,
-        shardings=shardings_of(module, options), progress=options.progress,
+        tensors,
+        module,
+        model.rules(config),
+        what=str(tensors.source),
+        param_dtype=options.param_dtype,
+        shardings=shardings_of(module, options),
+        progress=options.progress,
     )
     nnx.update(module, state)
     return module
 
 
 def read_config(model: Model, folder: str | Path) -> Any:
-    """The config of the model in `folder`, of a kind that config.json tells all of (UNet, VAE); raises as `load`."""
+    """The config of the model in `folder`, of a kind that config.json tells all of (UNet, VAE);
+    raises as `load`.
+    """
     folder = Path(folder)
     if native.is_native(folder):
         return native.read_config(model, folder)
@@ -63,11 +79,14 @@ def _config(model: Model, folder: Path, values: Mapping[str, Any], names: Collec
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
 
 
-def save(model: Model, module: nnx.Module, folder: str | Path, config: Mapping[str, Any] | None = None) -> None:
+def save(
+    model: Model, module: nnx.Module, folder: str | Path, config: Mapping[str, Any] | None = None
+) -> None:
     """Writes `module` as a Hugging Face folder, in the parameters' own types.
 
     Args:
-      config: config.json's values, if they are known better than from the module (a converted folder's).
+      config: config.json's values, if they are known better than from the module (a converted
+          folder's).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""Names of the UNet's layers in the original latent-diffusion code, which kohya's LoRA files for XL use."""
+"""Names of the UNet's layers in the original latent-diffusion code, which kohya's LoRA files for XL
+use.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,11 @@ _RESNET = {
 
 
 def ldm_name(name: str, config: UNetConfig) -> str | None:
-    """The original name of the layer that diffusers calls `name`; None for one that the original doesn't have.
+    """The original name of the layer that diffusers calls `name`; None for one that the original
+    doesn't have.
 
-    There, blocks are counted through: one a layer and one a downsampling on the way down (after the first
-    convolution), one a layer on the way up, where the upsampling belongs to its level's last.
+    There, blocks are counted through: one a layer and one a downsampling on the way down (after the
+    first convolution), one a layer on the way up, where the upsampling belongs to its level's last.
     """
     if name in _OUTSIDE:
         return _OUTSIDE[name]
@@ -35,7 +38,9 @@ def ldm_name(name: str, config: UNetConfig) -> str | None:
     level = int(level)
     layers = [one.num_layers for one in config.levels()]
     if path == "down":
-        block = 1 + sum(layers[:level]) + level + (layers[level] if part == "downsamplers" else index)
+        block = (
+            1 + sum(layers[:level]) + level + (layers[level] if part == "downsamplers" else index)
+        )
         places = {"resnets": f"0.{rest}", "attentions": f"1.{rest}", "downsamplers": "0.op"}
         return f"input_blocks.{block}.{places[part]}"
     layers = [count + 1 for count in layers[::-1]]

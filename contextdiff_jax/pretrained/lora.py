@@ -1,7 +1,8 @@
-"""LoRA weights (Hu et al., 2021) in kohya's and diffusers' names: read, merged into a network, written.
+"""LoRA weights (Hu et al., 2021) in kohya's and diffusers' names: read, merged into a network,
+written.
 
-A layer's weight W becomes W + scale (alpha / rank) up @ down, with down [R, I, ...] and up [O, R, ...] in torch's
-layout, where a convolution's down has the kernel and its up is 1x1.
+A layer's weight W becomes W + scale (alpha / rank) up @ down, with down [R, I, ...] and up [O, R,
+...] in torch's layout, where a convolution's down has the kernel and its up is 1x1.
 """
 
 from __future__ import annotations
@@ -25,8 +26,13 @@ from contextdiff_jax.pretrained.files import open_tensors, save_tensors
 from contextdiff_jax.pretrained.ldm import ldm_name
 from contextdiff_jax.pretrained.names import Entry, name_map
 
-# Component of a pipeline -> how kohya begins its names. The first text encoder has another name beside a second.
-KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
+# Component of a pipeline -> how kohya begins its names. The first text encoder has another name
+# beside a second.
+KOHYA = {
+    "unet": ("lora_unet_",),
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+}
 STYLES = ("diffusers", "kohya")
 # How files call the matrices, as endings of their names.
 _PARTS = {
@@ -57,21 +63,27 @@ class LoraLayer:
         return (self.alpha / self.rank) * (up.reshape(len(up), -1) @ down.reshape(len(down), -1))
 
 
-Lora = dict[str, dict[str, LoraLayer]]  # component -> torch name of the layer (without `text_model.`) -> change
+Lora = dict[
+    str, dict[str, LoraLayer]
+]  # component -> torch name of the layer (without `text_model.`) -> change
 
 
 def load_lora(path: str | Path, modules: Mapping[str, nnx.Module]) -> Lora:
     """The changes that a LoRA file holds for `modules`.
 
     Args:
-      path: a safetensors file in kohya's names (also those of the original Stable Diffusion code, which kohya has
+      path: a safetensors file in kohya's names (also those of the original Stable Diffusion code,
+          which kohya has
         for XL) or in diffusers', PEFT's or older.
-      modules: {"unet": UNet, "text_encoder": CLIPText, "text_encoder_2": CLIPText} or some of them; the file's
+      modules: {"unet": UNet, "text_encoder": CLIPText, "text_encoder_2": CLIPText} or some of them;
+          the file's
         layers of other components are not returned.
 
     Raises:
-      ValueError: one line with file and tensor, for a damaged file, a layer that the modules don't have, one of
-        another kind (LoHa, DoRA), one that is incomplete or has another shape, and a file without any for `modules`.
+      ValueError: one line with file and tensor, for a damaged file, a layer that the modules don't
+          have, one of
+        another kind (LoHa, DoRA), one that is incomplete or has another shape, and a file without
+        any for `modules`.
     """
     path = Path(path)
     raw, alphas = _read(path)
@@ -84,7 +96,9 @@ def load_lora(path: str | Path, modules: Mapping[str, nnx.Module]) -> Lora:
             continue
         name = names[component].get(_flat(key))
         if name is None or not {"down", "up"} <= parts.keys():
-            problems.append(f"{component} {key}: " + ("unknown layer" if name is None else "lacks up or down"))
+            problems.append(
+                f"{component} {key}: " + ("unknown layer" if name is None else "lacks up or down")
+            )
             continue
         rank = parts["down"].shape[0]
         alpha = np.asarray(parts.get("alpha", alphas.get(component, rank)), np.float32)
@@ -100,11 +114,15 @@ def load_lora(path: str | Path, modules: Mapping[str, nnx.Module]) -> Lora:
     return lora
 
 
-def merge_lora(module: UNet | CLIPText, layers: Mapping[str, LoraLayer], scale: float = 1.0) -> None:
-    """Adds `scale` times the changes to the parameters of `module`, in place, in float32 and then their own type.
+def merge_lora(
+    module: UNet | CLIPText, layers: Mapping[str, LoraLayer], scale: float = 1.0
+) -> None:
+    """Adds `scale` times the changes to the parameters of `module`, in place, in float32 and then
+    their own type.
 
     Args:
-      layers: one component of what `load_lora` returns. scale: 1 is as trained; the negative takes it back.
+      layers: one component of what `load_lora` returns. scale: 1 is as trained; the negative takes
+          it back.
     """
     entries = _entries(module)
     flat = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
@@ -119,7 +137,9 @@ def merge_lora(module: UNet | CLIPText, layers: Mapping[str, LoraLayer], scale: 
         param = flat[entry.path]
         delta = entry.from_torch(layer.delta().reshape(entry.torch_shape))
         value = param.get_value()
-        changed[entry.path] = param.replace((value.astype(jnp.float32) + scale * delta).astype(value.dtype))
+        changed[entry.path] = param.replace(
+            (value.astype(jnp.float32) + scale * delta).astype(value.dtype)
+        )
     nnx.update(module, nnx.from_flat_state(changed))
 
 
@@ -133,18 +153,31 @@ def save_lora(lora: Lora, path: str | Path, style: str = "diffusers") -> None:
             name = name if component == "unet" else f"text_model.{name}"
             if style == "diffusers":
                 factor = layer.alpha / layer.rank
-                up = layer.up if factor == 1 else (layer.up.astype(np.float32) * factor).astype(layer.up.dtype)
-                tensors |= {f"{component}.{name}.lora_A.weight": layer.down, f"{component}.{name}.lora_B.weight": up}
+                up = (
+                    layer.up
+                    if factor == 1
+                    else (layer.up.astype(np.float32) * factor).astype(layer.up.dtype)
+                )
+                tensors |= {
+                    f"{component}.{name}.lora_A.weight": layer.down,
+                    f"{component}.{name}.lora_B.weight": up,
+                }
                 continue
-            first = KOHYA[component][1 if component == "text_encoder" and "text_encoder_2" in lora else 0]
+            first = KOHYA[component][
+                1 if component == "text_encoder" and "text_encoder_2" in lora else 0
+            ]
             stem = first + name.replace(".", "_")
             tensors |= {f"{stem}.lora_down.weight": layer.down, f"{stem}.lora_up.weight": layer.up}
             tensors[f"{stem}.alpha"] = np.array(layer.alpha, layer.down.dtype)
-    save_tensors({name: np.array(tensor, order="C") for name, tensor in tensors.items()}, Path(path))
+    save_tensors(
+        {name: np.array(tensor, order="C") for name, tensor in tensors.items()}, Path(path)
+    )
 
 
 def _read(path: Path) -> tuple[dict[tuple[str, str], dict[str, np.ndarray]], dict[str, float]]:
-    """(component, layer) -> its parts, and the alphas of whole components (PEFT keeps them in the metadata)."""
+    """(component, layer) -> its parts, and the alphas of whole components (PEFT keeps them in the
+    metadata).
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected LoRA weights in safetensors format")
     file = open_tensors(path)
@@ -161,7 +194,9 @@ def _read(path: Path) -> tuple[dict[tuple[str, str], dict[str, np.ndarray]], dic
         raw.setdefault(_component(stem), {})[part] = tensor
     if unknown:
         kinds = "only LoRA's up, down and alpha are read, not LoHa, LoKr or DoRA"
-        raise ValueError(f"{path}: {len(unknown)} tensors are unknown ({kinds}): {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"{path}: {len(unknown)} tensors are unknown ({kinds}): {', '.join(sorted(unknown))}"
+        )
     return raw, _metadata_alphas(path, file)
 
 
@@ -180,7 +215,9 @@ def _component(stem: str) -> tuple[str, str]:
         for start in (*starts, f"{component}."):
             if stem.startswith(start):
                 stem = stem.removeprefix(start)
-                return component, re.sub(r"^text_model[._]", "", stem) if component != "unet" else stem
+                return component, re.sub(
+                    r"^text_model[._]", "", stem
+                ) if component != "unet" else stem
     return "unet", stem.removeprefix("base_model.model.")
 
 
@@ -189,11 +226,17 @@ def _metadata_alphas(path: Path, file: safetensors.safe_open) -> dict[str, float
     for name, value in values.items():
         if value and name.endswith((".alpha_pattern", ".use_rslora", ".use_dora")):
             raise ValueError(f"{path}: {name}={value!r} in its metadata: not supported")
-    return {name.removesuffix(".lora_alpha"): float(v) for name, v in values.items() if name.endswith(".lora_alpha")}
+    return {
+        name.removesuffix(".lora_alpha"): float(v)
+        for name, v in values.items()
+        if name.endswith(".lora_alpha")
+    }
 
 
 def _flat(key: str) -> str:
-    """kohya's form of a name, to which diffusers' old `attn1.processor.to_q` and `to_out` are brought too."""
+    """kohya's form of a name, to which diffusers' old `attn1.processor.to_q` and `to_out` are
+    brought too.
+    """
     key = key.replace(".processor.", ".").replace(".", "_")
     return re.sub(r"to_out$", "to_out_0", key)
 
@@ -207,7 +250,10 @@ def _entries(module: UNet | CLIPText) -> dict[str, Entry]:
     else:
         raise ValueError(f"{type(module).__name__}: LoRA is for UNet and CLIPText")
     weights = {name: entry for name, entry in entries.items() if name.endswith(".weight")}
-    return {name.removesuffix(".weight").removeprefix("text_model."): entry for name, entry in weights.items()}
+    return {
+        name.removesuffix(".weight").removeprefix("text_model."): entry
+        for name, entry in weights.items()
+    }
 
 
 def _names(layers: Iterable[str], module: UNet | CLIPText) -> dict[str, str]:
@@ -215,7 +261,9 @@ def _names(layers: Iterable[str], module: UNet | CLIPText) -> dict[str, str]:
     names = {name.replace(".", "_"): name for name in layers}
     if isinstance(module, UNet):
         original = {ldm_name(name, module.config): name for name in layers}
-        names |= {name.replace(".", "_"): ours for name, ours in original.items() if name is not None}
+        names |= {
+            name.replace(".", "_"): ours for name, ours in original.items() if name is not None
+        }
     return names
 
 
@@ -226,4 +274,8 @@ def _shape_problem(layer: LoraLayer, entry: Entry) -> str | None:
         and layer.up.size == shape[0] * layer.rank
         and layer.down.size == layer.rank * math.prod(shape[1:])
     )
-    return None if fits else f"up {layer.up.shape}, down {layer.down.shape}; the layer's weight is {shape}"
+    return (
+        None
+        if fits
+        else f"up {layer.up.shape}, down {layer.down.shape}; the layer's weight is {shape}"
+    )

@@ -53,7 +53,8 @@ class Options:
 
     Attributes:
       dtype: of the module's products.
-      param_dtype: of the parameters; None: each tensor as it is stored, so that saving gives the same bits.
+      param_dtype: of the parameters; None: each tensor as it is stored, so that saving gives the
+          same bits.
       shardings: the module's abstract parameters -> a tree of shardings like them, for example
         `functools.partial(state_shardings, mesh)`: each tensor goes straight to its shards.
       progress: wraps the loop over the tensors (tqdm).
@@ -70,7 +71,11 @@ def identity_problem(model: Model, values: Mapping[str, Any]) -> str | None:
     for field in IDENTITY:
         value = values.get(field)
         allowed = model.model_types if field == "model_type" else model.classes
-        wrong = [name for name in (value if isinstance(value, list) else [value]) if name not in (None, *allowed)]
+        wrong = [
+            name
+            for name in (value if isinstance(value, list) else [value])
+            if name not in (None, *allowed)
+        ]
         if wrong:
             wanted = ", ".join(allowed or model.classes)
             return f"{field}={wrong[0]!r}: another architecture; a {model.kind} folder has {wanted}"
@@ -78,7 +83,9 @@ def identity_problem(model: Model, values: Mapping[str, Any]) -> str | None:
 
 
 def abstract(model: Model, config: Any, options: Options) -> nnx.Module:
-    """The module without arrays: the random initialisation of a large one would cost more than reading the file."""
+    """The module without arrays: the random initialisation of a large one would cost more than
+    reading the file.
+    """
     policy = dict(dtype=options.dtype, param_dtype=options.param_dtype or jnp.float32)
     return nnx.eval_shape(lambda: model.build(config, rngs=nnx.Rngs(0), **policy))
 

@@ -1,9 +1,10 @@
 """The declarative name map: what a parameter is called, and how its array lies, in torch.
 
-A parameter's torch name is its path here, with a model's `Rules.renames` applied (regular expressions, in order),
-and the leaf `weight` for our `kernel`, `scale` and `embedding`. Arrays change layout: convolutions OIHW <-> HWIO,
-dense layers transposed, and those that torch stores as 1x1 convolutions (`Rules.pointwise`) (O, I, 1, 1) <-> (I, O).
-All changes are views, so that only what is used is copied.
+A parameter's torch name is its path here, with a model's `Rules.renames` applied (regular
+expressions, in order), and the leaf `weight` for our `kernel`, `scale` and `embedding`. Arrays
+change layout: convolutions OIHW <-> HWIO, dense layers transposed, and those that torch stores as
+1x1 convolutions (`Rules.pointwise`) (O, I, 1, 1) <-> (I, O). All changes are views, so that only
+what is used is copied.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-    """One model's names: `renames` are (pattern, replacement) on the dotted torch name, `pointwise` a pattern of
-    our dotted paths, `aliases` renames of tensors in files of older writers, `unread` patterns of stored tensors
-    that are no parameters of ours (buffers, the half of a model that isn't loaded)."""
+    """One model's names: `renames` are (pattern, replacement) on the dotted torch name, `pointwise`
+    a pattern of our dotted paths, `aliases` renames of tensors in files of older writers, `unread`
+    patterns of stored tensors that are no parameters of ours (buffers, the half of a model that
+    isn't loaded).
+    """
 
     renames: tuple[tuple[str, str], ...] = ()
     pointwise: str | None = None
@@ -97,19 +100,24 @@ def state_from_torch(
     """The parameters of `module`, for `nnx.update(module, state)`, one tensor at a time.
 
     Args:
-      tensors: torch names -> arrays in torch layout, or what has a `shape` and becomes an array by `np.asarray`.
+      tensors: torch names -> arrays in torch layout, or what has a `shape` and becomes an array by
+          `np.asarray`.
       module: gives names and shapes; may be abstract (`nnx.eval_shape`).
       what: begins the error's line.
       param_dtype: of the parameters; None: each as it is stored.
-      shardings: where the parameters go, a tree like `nnx.state(module, nnx.Param)`; None: the default device.
+      shardings: where the parameters go, a tree like `nnx.state(module, nnx.Param)`; None: the
+          default device.
       progress: wraps the loop over the tensors (tqdm).
 
     Raises:
-      ValueError: one line with every missing, unknown and wrongly shaped tensor, or with the first that is not
+      ValueError: one line with every missing, unknown and wrongly shaped tensor, or with the first
+          that is not
         finite.
     """
     entries = name_map(module, rules)
-    named = {renamed(name, rules.aliases): name for name in tensors if not _matches(name, rules.unread)}
+    named = {
+        renamed(name, rules.aliases): name for name in tensors if not _matches(name, rules.unread)
+    }
     _check(entries, {name: tuple(tensors[stored].shape) for name, stored in named.items()}, what)
     state = nnx.state(module, nnx.Param)
     params = dict(nnx.to_flat_state(state))
@@ -121,7 +129,9 @@ def state_from_torch(
         _check_finite(array, named[name], getattr(tensor, "path", what))
         array = entry.from_torch(array)
         dtype = array.dtype if param_dtype is None else param_dtype
-        flat[entry.path] = params[entry.path].replace(_placed(array, dtype, _sharding(places.get(entry.path))))
+        flat[entry.path] = params[entry.path].replace(
+            _placed(array, dtype, _sharding(places.get(entry.path)))
+        )
     return nnx.from_flat_state(flat)
 
 
@@ -129,7 +139,9 @@ def state_to_torch(module: nnx.Module, rules: Rules) -> dict[str, np.ndarray]:
     """The inverse of `state_from_torch`: torch names -> contiguous arrays in torch layout."""
     params = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
     return {
-        name: np.ascontiguousarray(entry.to_torch(np.asarray(jax.device_get(params[entry.path][...]))))
+        name: np.ascontiguousarray(
+            entry.to_torch(np.asarray(jax.device_get(params[entry.path][...])))
+        )
         for name, entry in name_map(module, rules).items()
     }
 
@@ -143,14 +155,18 @@ def _check(entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], 
     problems += [f"{name}: unknown" for name in sorted(shapes.keys() - entries.keys())]
     for name in sorted(entries.keys() & shapes.keys()):
         if shapes[name] != entries[name].torch_shape:
-            problems.append(f"{name}: shape {shapes[name]}, the config asks for {entries[name].torch_shape}")
+            problems.append(
+                f"{name}: shape {shapes[name]}, the config asks for {entries[name].torch_shape}"
+            )
     if problems:
         raise ValueError(f"{what}: {len(problems)} tensors do not fit: " + "; ".join(problems))
 
 
 def _check_finite(array: np.ndarray, name: str, what: str | Path) -> None:
     if array.dtype.name not in _FLOATS:
-        raise ValueError(f"{what}: {name}: holds {array.dtype}; weights must be one of {', '.join(_FLOATS)}")
+        raise ValueError(
+            f"{what}: {name}: holds {array.dtype}; weights must be one of {', '.join(_FLOATS)}"
+        )
     if array.size and not _finite(array):
         raise ValueError(f"{what}: {name}: holds NaN or infinity")
 

@@ -1,5 +1,7 @@
-"""Our folder of one model: Orbax parameters in `params/`, by dotted path; config.json, as it was in the Hugging Face
-folder that it came from; and model.json, written last, with the kind and the module's config."""
+"""Our folder of one model: Orbax parameters in `params/`, by dotted path; config.json, as it was in
+the Hugging Face folder that it came from; and model.json, written last, with the kind and the
+module's config.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +51,13 @@ def read_config(model: Model, folder: Path) -> Any:
     """The module's config. ValueError if the folder is of another model."""
     values = description(folder)
     if values["kind"] != model.kind:
-        raise ValueError(f"{folder / MODEL_FILE}: kind={values['kind']!r}: another model; wanted {model.kind!r}")
-    config = {key: tuple(value) if isinstance(value, list) else value for key, value in values["config"].items()}
+        raise ValueError(
+            f"{folder / MODEL_FILE}: kind={values['kind']!r}: another model; wanted {model.kind!r}"
+        )
+    config = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in values["config"].items()
+    }
     try:
         return model.restore_config(**config)
     except (ValueError, TypeError) as error:
@@ -65,7 +72,9 @@ def load(model: Model, folder: Path, options: Options) -> nnx.Module:
         wanted = _wanted(module, _stored(checkpointer, path), options, path)
         arrays = checkpointer.restore(path, wanted)
     params = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    nnx.update(module, nnx.from_flat_state((p, param.replace(arrays[_name(p)])) for p, param in params))
+    nnx.update(
+        module, nnx.from_flat_state((p, param.replace(arrays[_name(p)])) for p, param in params)
+    )
     return module
 
 
@@ -85,19 +94,28 @@ def _stored(checkpointer: ocp.StandardCheckpointer, path: Path) -> dict[str, Any
     return dict(getattr(metadata, "tree", metadata))
 
 
-def _wanted(module: nnx.Module, stored: Mapping[str, Any], options: Options, path: Path) -> dict[str, Any]:
+def _wanted(
+    module: nnx.Module, stored: Mapping[str, Any], options: Options, path: Path
+) -> dict[str, Any]:
     """What Orbax shall give: the module's shapes, the stored or asked types, the asked shardings."""
     shapes = _flat(nnx.state(module, nnx.Param))
     differing = [
-        name for name in sorted(shapes.keys() | stored.keys())
-        if name not in shapes or name not in stored or tuple(shapes[name].shape) != tuple(stored[name].shape)
+        name
+        for name in sorted(shapes.keys() | stored.keys())
+        if name not in shapes
+        or name not in stored
+        or tuple(shapes[name].shape) != tuple(stored[name].shape)
     ]
     if differing:
-        raise ValueError(f"{path}: {len(differing)} parameters do not fit the config: {', '.join(differing)}")
+        raise ValueError(
+            f"{path}: {len(differing)} parameters do not fit the config: {', '.join(differing)}"
+        )
     tree = shardings_of(module, options)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = dict.fromkeys(shapes, here) if tree is None else _flat(tree)
     return {
-        name: jax.ShapeDtypeStruct(leaf.shape, options.param_dtype or stored[name].dtype, sharding=places[name])
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, options.param_dtype or stored[name].dtype, sharding=places[name]
+        )
         for name, leaf in shapes.items()
     }

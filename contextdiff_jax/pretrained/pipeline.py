@@ -1,4 +1,6 @@
-"""A Stable Diffusion folder (1.x, 2.x, XL; model_index.json and its parts): text to image, image to image, inpainting."""
+"""A Stable Diffusion folder (1.x, 2.x, XL; model_index.json and its parts): text to image, image to
+image, inpainting.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ from contextdiff_jax.pretrained.unet import load_unet
 from contextdiff_jax.pretrained.vae import load_vae
 
 INDEX_FILE = "model_index.json"
-CLASSES = tuple(f"StableDiffusion{kind}{way}Pipeline" for kind in ("", "XL") for way in ("", "Img2Img", "Inpaint"))
+CLASSES = tuple(
+    f"StableDiffusion{kind}{way}Pipeline"
+    for kind in ("", "XL")
+    for way in ("", "Img2Img", "Inpaint")
+)
 Latents = Float[Array, "B H W Z"]
 Pictures = UInt8[np.ndarray, "B H W 3"]
 
@@ -58,12 +64,18 @@ class Request:
             raise ValueError(f"prompts={self.prompts!r}: must be a list of at least one text")
         if not isinstance(self.negative, str) and len(self.negative) != len(self.prompts):
             count = len(self.prompts)
-            raise ValueError(f"negative: {len(self.negative)} texts; must be one, or as many as prompts, {count}")
+            raise ValueError(
+                f"negative: {len(self.negative)} texts; must be one, or as many as prompts, {count}"
+            )
 
     @property
     def negatives(self) -> list[str]:
         """One a prompt."""
-        return [self.negative] * len(self.prompts) if isinstance(self.negative, str) else list(self.negative)
+        return (
+            [self.negative] * len(self.prompts)
+            if isinstance(self.negative, str)
+            else list(self.negative)
+        )
 
     def draw(self, shape: tuple[int, int, int]) -> Latents:
         """The noise [B, *shape]. Raises ValueError if the one that is given has another shape."""
@@ -77,8 +89,10 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """The networks, the scheduler, and transformers' tokenizers, one a text encoder. The options of all three ways:
-    `Request`. `zeros_for_empty`: without a negative text guidance leads away from zeros (XL), not from the empty text."""
+    """The networks, the scheduler, and transformers' tokenizers, one a text encoder. The options of
+    all three ways: `Request`. `zeros_for_empty`: without a negative text guidance leads away from
+    zeros (XL), not from the empty text.
+    """
 
     model: StableDiffusion
     scheduler: Scheduler
@@ -90,12 +104,16 @@ class Pipeline:
     ) -> Pictures:
         """Pictures of `size` (height, width), by default the UNet's own, from noise."""
         request = Request(prompts=prompts, **options)
-        return self._sample(request, request.draw(self.latent_shape(size)), self.scheduler.steps(request.steps))
+        return self._sample(
+            request, request.draw(self.latent_shape(size)), self.scheduler.steps(request.steps)
+        )
 
     def image_to_image(
         self, prompts: Sequence[str], images: Pictures, *, strength: float = 0.8, **options
     ) -> Pictures:
-        """Pictures from `images`, one a prompt, noised to where the last `strength` of the steps begins."""
+        """Pictures from `images`, one a prompt, noised to where the last `strength` of the steps
+        begins.
+        """
         request = Request(prompts=prompts, **options)
         latents = self._encode(images, request)
         timesteps, following = self._last_steps(request.steps, strength)
@@ -103,17 +121,25 @@ class Pipeline:
         return self._sample(request, noised, (timesteps, following))
 
     def inpaint(
-        self, prompts: Sequence[str], images: Pictures, masks: Float[np.ndarray, "B H W"], *, strength: float = 1.0,
+        self,
+        prompts: Sequence[str],
+        images: Pictures,
+        masks: Float[np.ndarray, "B H W"],
+        *,
+        strength: float = 1.0,
         **options,
     ) -> Pictures:
-        """`images` painted anew where `masks` are at least 0.5. At strength 1 the hole begins as noise.
+        """`images` painted anew where `masks` are at least 0.5. At strength 1 the hole begins as
+        noise.
 
-        A network made for inpainting reads the mask and the rest of the picture; for another the rest is put back,
-        noised, after each step.
+        A network made for inpainting reads the mask and the rest of the picture; for another the
+        rest is put back, noised, after each step.
         """
         request = Request(prompts=prompts, **options)
         if tuple(masks.shape) != tuple(images.shape[:3]):
-            raise ValueError(f"masks: shape {tuple(masks.shape)}; must be the images', {tuple(images.shape[:3])}")
+            raise ValueError(
+                f"masks: shape {tuple(masks.shape)}; must be the images', {tuple(images.shape[:3])}"
+            )
         hole = (np.asarray(masks) >= 0.5)[..., None]
         latents = self._encode(images, request)
         noise = request.draw(latents.shape[1:])
@@ -129,7 +155,11 @@ class Pipeline:
 
         def ids(tokenizer, encoder):
             length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-            return np.array(tokenizer(list(texts), padding="max_length", max_length=length, truncation=True).input_ids)
+            return np.array(
+                tokenizer(
+                    list(texts), padding="max_length", max_length=length, truncation=True
+                ).input_ids
+            )
 
         return tuple(map(ids, self.tokenizers, (self.model.text, self.model.text_2)))
 
@@ -149,9 +179,13 @@ class Pipeline:
             raise ValueError(f"size={tuple(size)}: height and width must be multiples of {factor}")
         return size[0] // factor, size[1] // factor, channels
 
-    def _encode(self, images: Pictures, request: Request, hole: np.ndarray | bool = False) -> Latents:
+    def _encode(
+        self, images: Pictures, request: Request, hole: np.ndarray | bool = False
+    ) -> Latents:
         if len(images) != len(request.prompts):
-            raise ValueError(f"images: {len(images)}; one for each of the {len(request.prompts)} prompts")
+            raise ValueError(
+                f"images: {len(images)}; one for each of the {len(request.prompts)} prompts"
+            )
         self.latent_shape(images.shape[1:3])  # refuses a size that doesn't fit
         pixels = np.where(hole, 0.0, np.asarray(images, np.float32) / 127.5 - 1).astype(np.float32)
         return encode_images(self.model.vae, pixels, tile=request.tile)
@@ -159,33 +193,54 @@ class Pipeline:
     def _last_steps(self, steps: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
         count = min(int(steps * strength), steps)
         if not 0 < strength <= 1 or count < 1:
-            raise ValueError(f"strength={strength}: must lie in (0, 1] and leave at least one of {steps} steps")
+            raise ValueError(
+                f"strength={strength}: must lie in (0, 1] and leave at least one of {steps} steps"
+            )
         timesteps, following = self.scheduler.steps(steps)
         return timesteps[-count:], following[-count:]
 
     def _noised(self, latents: Latents, noise: Latents, t: int) -> Latents:
-        return q_sample(self.scheduler.schedule(), latents, jnp.zeros_like(latents), t, noise, shift="none")
+        return q_sample(
+            self.scheduler.schedule(), latents, jnp.zeros_like(latents), t, noise, shift="none"
+        )
 
     def _sample(
-        self, request: Request, x: Latents, steps: tuple[np.ndarray, np.ndarray], known: Known | None = None
+        self,
+        request: Request,
+        x: Latents,
+        steps: tuple[np.ndarray, np.ndarray],
+        known: Known | None = None,
     ) -> Pictures:
         if known is None and self.model.unet.config.in_channels != x.shape[-1]:
             channels = self.model.unet.config.in_channels
             raise ValueError(f"the UNet has {channels} channels in: it is only for inpainting")
         leads_from_zeros = self.zeros_for_empty and not any(request.negatives)
-        texts = self.token_ids(request.prompts), None if leads_from_zeros else self.token_ids(request.negatives)
+        texts = (
+            self.token_ids(request.prompts),
+            None if leads_from_zeros else self.token_ids(request.negatives),
+        )
         model, (ids, negative_ids, x, known) = spread(self.model, (*texts, x, known))
         images = sample_images(
-            model, self.scheduler.schedule(), *steps, ids, negative_ids, x, jnp.float32(request.guidance), known,
-            prediction_type=self.scheduler.prediction, guided=request.guidance > 1, tile=request.tile,
+            model,
+            self.scheduler.schedule(),
+            *steps,
+            ids,
+            negative_ids,
+            x,
+            jnp.float32(request.guidance),
+            known,
+            prediction_type=self.scheduler.prediction,
+            guided=request.guidance > 1,
+            tile=request.tile,
             reuse=request.reuse,
         )
         return np.asarray(jnp.round(255 * images)).astype(np.uint8)[: len(request.prompts)]
 
 
 def spread(model: StableDiffusion, batch: PyTree) -> tuple[StableDiffusion, PyTree]:
-    """The model on every device of this process and the batch's rows split over them, filled up with copies of the last
-    one where they don't divide. With one device, as they are."""
+    """The model on every device of this process and the batch's rows split over them, filled up
+    with copies of the last one where they don't divide. With one device, as they are.
+    """
     mesh = local_mesh()
     if mesh.size == 1:
         return model, batch
@@ -201,52 +256,72 @@ def spread(model: StableDiffusion, batch: PyTree) -> tuple[StableDiffusion, PyTr
 def load_pipeline(folder: str | Path, **options) -> Pipeline:
     """A Stable Diffusion 1.x, 2.x or XL folder, as diffusers wrote it or converted.
 
-    `options` of all three networks: see `contextdiff_jax.pretrained.model.Options`. The tokenizer is transformers',
-    which is imported here and nowhere else.
+    `options` of all three networks: see `contextdiff_jax.pretrained.model.Options`. The tokenizer
+    is transformers', which is imported here and nowhere else.
 
-    Raises ValueError, one line, for a folder of another pipeline, a part that is missing, damaged or doesn't fit.
+    Raises ValueError, one line, for a folder of another pipeline, a part that is missing, damaged
+    or doesn't fit.
     """
     folder = Path(folder)
     path = folder / INDEX_FILE
     index = read_json(path, "a diffusers pipeline folder")
     name = index.get("_class_name")
     if name not in CLASSES:
-        raise ValueError(f"{path}: _class_name={name!r}: another pipeline; one of {', '.join(CLASSES)}")
+        raise ValueError(
+            f"{path}: _class_name={name!r}: another pipeline; one of {', '.join(CLASSES)}"
+        )
     scheduler = load_scheduler(folder / "scheduler")
     unet = load_unet(folder / "unet", **options)
     vae = load_vae(folder / "vae", **options)
     is_xl = "XL" in name
     names = ("text_encoder", "text_encoder_2") if is_xl else ("text_encoder",)
     if index.get("requires_aesthetics_score") or (is_xl and not (folder / names[0]).is_dir()):
-        raise ValueError(f"{path}: XL's refiner is not supported; its base, with two text encoders, is")
+        raise ValueError(
+            f"{path}: XL's refiner is not supported; its base, with two text encoders, is"
+        )
     texts = [load_clip_text(folder / part, **options) for part in names]
     _check_fit(folder, unet, vae, texts)
     return Pipeline(
-        model=StableDiffusion(unet, vae, *texts), scheduler=scheduler,
-        tokenizers=tuple(_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in names),
+        model=StableDiffusion(unet, vae, *texts),
+        scheduler=scheduler,
+        tokenizers=tuple(
+            _tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in names
+        ),
         zeros_for_empty=is_xl and index.get("force_zeros_for_empty_prompt", True),
     )
 
 
 def _check_fit(folder: Path, unet: UNet, vae: VAE, texts: Sequence[CLIPText]) -> None:
     channels, width = vae.config.latent_channels, sum(text.config.hidden_size for text in texts)
-    if unet.config.in_channels not in (channels, 2 * channels + 1) or unet.config.out_channels != channels:
+    if (
+        unet.config.in_channels not in (channels, 2 * channels + 1)
+        or unet.config.out_channels != channels
+    ):
         raise ValueError(
             f"{folder}: the UNet has {unet.config.in_channels} channels in and {unet.config.out_channels} out; must be "
             f"{channels} (or {2 * channels + 1}, for inpainting) and {channels}, as the autoencoder's latents have"
         )
     if any(level.text_features != width for level in unet.config.levels()):
-        raise ValueError(f"{folder}: the UNet's cross_attention_dim differs from the text encoders' width, {width}")
-    if unet.config.context_head or (unet.config.addition_embed_type is not None) != (len(texts) == 2):
+        raise ValueError(
+            f"{folder}: the UNet's cross_attention_dim differs from the text encoders' width, {width}"
+        )
+    if unet.config.context_head or (unet.config.addition_embed_type is not None) != (
+        len(texts) == 2
+    ):
         raise ValueError(
             f"{folder}: the UNet's addition_embed_type={unet.config.addition_embed_type!r} doesn't fit {len(texts)} text "
             "encoders, or it has a context head: not sampled here"
         )
     if len(texts) == 2:
-        read = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        read = (
+            unet.config.projection_class_embeddings_input_dim
+            - 6 * unet.config.addition_time_embed_dim
+        )
         pooled = texts[1].config.projection_dim if texts[1].config.with_projection else 0
         if read != pooled:
-            raise ValueError(f"{folder}: the UNet reads a pooled text {read} wide; text_encoder_2 gives {pooled}")
+            raise ValueError(
+                f"{folder}: the UNet reads a pooled text {read} wide; text_encoder_2 gives {pooled}"
+            )
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -1,4 +1,6 @@
-"""Latent diffusion from texts, from pictures and into holes of pictures, as pure functions to be jitted."""
+"""Latent diffusion from texts, from pictures and into holes of pictures, as pure functions to be
+jitted.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,34 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from contextdiff_jax.diffusion import Denoised, NoiseSchedule, Reuse, ddim_sample, pair, predict_x0, q_sample, unpair
+from contextdiff_jax.diffusion import (
+    Denoised,
+    NoiseSchedule,
+    Reuse,
+    ddim_sample,
+    pair,
+    predict_x0,
+    q_sample,
+    unpair,
+)
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.vae import VAE
 
 
 class Conditions(NamedTuple):
-    """What the UNet reads of texts: token states [B, L, D] and, of XL, what is added to its time embedding."""
+    """What the UNet reads of texts: token states [B, L, D] and, of XL, what is added to its time
+    embedding.
+    """
 
     tokens: Float[Array, "B L D"]
     added: dict[str, Array] | None
 
 
 class StableDiffusion(nnx.Module):
-    """The networks, to be handed to a jitted function together. `text_2` is XL's second text encoder (bigG)."""
+    """The networks, to be handed to a jitted function together. `text_2` is XL's second text
+    encoder (bigG).
+    """
 
     def __init__(self, unet: UNet, vae: VAE, text: CLIPText, text_2: CLIPText | None = None):
         self.unet = unet
@@ -33,8 +48,9 @@ class StableDiffusion(nnx.Module):
         self.text_2 = text_2
 
     def encode(self, token_ids: tuple[Int[Array, "B L"], ...], size: tuple[int, int]) -> Conditions:
-        """Of texts, by each encoder's ids. XL reads the penultimate layers of both, the second's pooled projection, and the
-        picture's `size` in pixels (Podell et al., 2023, 2.2)."""
+        """Of texts, by each encoder's ids. XL reads the penultimate layers of both, the second's
+        pooled projection, and the picture's `size` in pixels (Podell et al., 2023, 2.2).
+        """
         if self.text_2 is None:
             return Conditions(self.text(token_ids[0]).last, None)
         first, second = self.text(token_ids[0]), self.text_2(token_ids[1])
@@ -64,7 +80,9 @@ def _nothing(text: Conditions) -> Conditions:
 
 
 @functools.partial(nnx.jit, static_argnames=("tile",))
-def encode_images(vae: VAE, images: Float[Array, "B H W 3"], *, tile: bool = False) -> Float[Array, "B H2 W2 Z"]:
+def encode_images(
+    vae: VAE, images: Float[Array, "B H W 3"], *, tile: bool = False
+) -> Float[Array, "B H2 W2 Z"]:
     """The diffusion model's latents (their mean) of pictures in [-1, 1]."""
     return vae.to_diffusion(vae.encode(images, tile=tile).mean)
 
@@ -73,8 +91,8 @@ def encode_images(vae: VAE, images: Float[Array, "B H W 3"], *, tile: bool = Fal
 def sample_images(
     model: StableDiffusion,
     schedule: NoiseSchedule,
-    timesteps: Int[Array, "S"],
-    next_timesteps: Int[Array, "S"],
+    timesteps: Int[Array, S],
+    next_timesteps: Int[Array, S],
     token_ids: tuple[Int[Array, "B L"], ...],
     negative_ids: tuple[Int[Array, "B L"], ...] | None,
     x: Float[Array, "B H W Z"],
@@ -86,12 +104,15 @@ def sample_images(
     tile: bool = False,
     reuse: int = 1,
 ) -> Float[Array, "B H2 W2 3"]:
-    """Pictures in [0, 1] of the texts by DDIM from the latents x at timesteps[0]: one compiled program.
+    """Pictures in [0, 1] of the texts by DDIM from the latents x at timesteps[0]: one compiled
+    program.
 
     Args:
-      token_ids: one array a text encoder. negative_ids: those that guidance leads away from; None: zeros are in the place
+      token_ids: one array a text encoder. negative_ids: those that guidance leads away from; None:
+          zeros are in the place
         of their states, as XL was trained.
-      next_timesteps: where each step goes. guidance: of the output, u + g (c - u), read only if `guided`.
+      next_timesteps: where each step goes. guidance: of the output, u + g (c - u), read only if
+          `guided`.
       known: inpainting. tile: decodes large pictures in tiles. reuse: the UNet's coarser levels are
         computed in every so many steps (DeepCache).
     """
@@ -104,7 +125,9 @@ def sample_images(
 
     def inputs(x, t):
         """What the UNet reads: of both branches, where there is guidance."""
-        h = jnp.concatenate([x, known.mask, known.masked], axis=-1) if reads_known else x  # [B, H, W, Z or 2 Z + 1]
+        h = (
+            jnp.concatenate([x, known.mask, known.masked], axis=-1) if reads_known else x
+        )  # [B, H, W, Z or 2 Z + 1]
         return (pair(h, h), pair(t, t), text.tokens) if guided else (h, t, text.tokens)
 
     def keep(x, t):
@@ -124,7 +147,13 @@ def sample_images(
 
     project = keep_known if known is not None and not reads_known else None
     latents = ddim_sample(
-        denoise, x, schedule, timesteps, shift="none", next_timesteps=next_timesteps, project=project,
+        denoise,
+        x,
+        schedule,
+        timesteps,
+        shift="none",
+        next_timesteps=next_timesteps,
+        project=project,
         reuse=None if reuse == 1 else Reuse(reuse, keep),
     )
     images = model.vae.decode(model.vae.from_diffusion(latents), tile=tile)

@@ -1,4 +1,6 @@
-"""diffusers' scheduler_config.json -> our noise schedule, and the steps of diffusers' `DDIMScheduler`."""
+"""diffusers' scheduler_config.json -> our noise schedule, and the steps of diffusers'
+`DDIMScheduler`.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,23 @@ CONFIG_FILE = "scheduler_config.json"
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 _PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 _SPACINGS = ("leading", "linspace", "trailing")
-# Schedulers of networks trained on a variance-preserving schedule of betas: DDIM samples all of them.
+# Schedulers of networks trained on a variance-preserving schedule of betas: DDIM samples all of
+# them.
 _CLASSES = (
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
 )  # fmt: skip
-_CLIPPED = ("DDIMScheduler", "DDPMScheduler")  # whose `clip_sample` is on unless the file says otherwise
+_CLIPPED = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+)  # whose `clip_sample` is on unless the file says otherwise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheduler:
-    """What a Stable Diffusion network was trained on, and how DDIM walks back; diffusers' names and defaults.
+    """What a Stable Diffusion network was trained on, and how DDIM walks back; diffusers' names and
+    defaults.
 
     Raises ValueError with field, value and what is allowed.
     """
@@ -42,10 +49,16 @@ class Scheduler:
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self):
-        choices = {"beta_schedule": _SCHEDULES, "prediction_type": _PREDICTIONS, "timestep_spacing": _SPACINGS}
+        choices = {
+            "beta_schedule": _SCHEDULES,
+            "prediction_type": _PREDICTIONS,
+            "timestep_spacing": _SPACINGS,
+        }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}={getattr(self, field)!r}: unknown; one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r}: unknown; one of {', '.join(allowed)}"
+                )
 
     @property
     def prediction(self) -> str:
@@ -60,13 +73,19 @@ class Scheduler:
     def schedule(self) -> NoiseSchedule:
         """The noise schedule."""
         betas = self.beta_start, self.beta_end
-        return make_schedule(self.schedule_name, self.num_train_timesteps, *betas, zero_terminal_snr=self.rescale_betas_zero_snr)
+        return make_schedule(
+            self.schedule_name,
+            self.num_train_timesteps,
+            *betas,
+            zero_terminal_snr=self.rescale_betas_zero_snr,
+        )
 
     def steps(self, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
         """(timesteps, where each step goes), as diffusers' DDIM has them.
 
-        A step goes T // num_steps down, which is the next timestep only if num_steps divides T and the spacing is
-        not linspace. Below 0 it goes to clean data (-1), or to index 0 without `set_alpha_to_one`.
+        A step goes T // num_steps down, which is the next timestep only if num_steps divides T and
+        the spacing is not linspace. Below 0 it goes to clean data (-1), or to index 0 without
+        `set_alpha_to_one`.
         """
         T = self.num_train_timesteps
         timesteps = np.array(spaced_timesteps(T, num_steps, self.timestep_spacing))
@@ -82,9 +101,11 @@ class Scheduler:
 
 
 def load_scheduler(folder: str | Path) -> Scheduler:
-    """The scheduler of a pipeline's `scheduler/` folder, whichever class it names: we sample by DDIM.
+    """The scheduler of a pipeline's `scheduler/` folder, whichever class it names: we sample by
+    DDIM.
 
-    Raises ValueError, one line with file and field: flow matching, given betas, clipped or thresholded samples.
+    Raises ValueError, one line with file and field: flow matching, given betas, clipped or
+    thresholded samples.
     """
     path = Path(folder) / CONFIG_FILE
     values = read_json(path, "a pipeline's scheduler folder")
@@ -102,6 +123,8 @@ def _scheduler(values: dict[str, Any]) -> Scheduler:
         raise ValueError("trained_betas: not supported; only None")
     for field, default in (("clip_sample", name in _CLIPPED), ("thresholding", False)):
         if values.get(field, default):
-            raise ValueError(f"{field}=True: not supported; only False (it is for networks of pictures)")
+            raise ValueError(
+                f"{field}=True: not supported; only False (it is for networks of pictures)"
+            )
     fields = {field.name for field in dataclasses.fields(Scheduler)}
     return Scheduler(**{key: value for key, value in values.items() if key in fields})

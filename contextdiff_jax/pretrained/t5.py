@@ -1,4 +1,6 @@
-"""transformers' T5 folders <-> `contextdiff_jax.models.t5.T5Encoder`; a whole T5's folder is read as well."""
+"""transformers' T5 folders <-> `contextdiff_jax.models.t5.T5Encoder`; a whole T5's folder is read
+as well.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ def _rules(config: T5Config) -> Rules:
     return Rules(
         renames=(
             (r"^(blocks|final_layer_norm)\.", r"encoder.\1."),
-            (r"^relative_attention_bias\.", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias."),
+            (
+                r"^relative_attention_bias\.",
+                "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.",
+            ),
             (r"^encoder\.blocks\.(\d+)\.(norm1|attention)\.", r"encoder.block.\1.layer.0.\2."),
             (r"^encoder\.blocks\.(\d+)\.(norm2|ff)\.", r"encoder.block.\1.layer.1.\2."),
             (r"\.norm[12]\.", ".layer_norm."),
@@ -30,7 +35,11 @@ def _rules(config: T5Config) -> Rules:
 
 
 def _json(module: T5Encoder) -> dict[str, Any]:
-    identity = {"architectures": ["T5EncoderModel"], "model_type": "t5", "is_encoder_decoder": False}
+    identity = {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "is_encoder_decoder": False,
+    }
     return identity | common_dtype(module) | module.config.to_dict()
 
 

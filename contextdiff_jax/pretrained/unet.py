@@ -21,7 +21,9 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def _rules(config: UNetConfig) -> Rules:
-    projections = "" if config.use_linear_projection else r"|attentions\.\d+\.proj_(in|out)\.kernel$"
+    projections = (
+        "" if config.use_linear_projection else r"|attentions\.\d+\.proj_(in|out)\.kernel$"
+    )
     return Rules(
         renames=(
             (r"\.to_out\.(\w+)$", r".to_out.0.\1"),
@@ -45,10 +47,15 @@ MODEL = Model(
 
 
 def unet_state_from_torch(state_dict: Mapping[str, np.ndarray], unet: UNet) -> nnx.State:
-    """The parameters of `unet` from a diffusers state dict, in the types of `unet`; see `names.state_from_torch`."""
+    """The parameters of `unet` from a diffusers state dict, in the types of `unet`; see
+    `names.state_from_torch`.
+    """
     state = state_from_torch(state_dict, unet, _rules(unet.config), what="UNet weights")
     params = dict(nnx.to_flat_state(nnx.state(unet, nnx.Param)))
-    flat = {path: leaf.replace(leaf.get_value().astype(params[path].dtype)) for path, leaf in nnx.to_flat_state(state)}
+    flat = {
+        path: leaf.replace(leaf.get_value().astype(params[path].dtype))
+        for path, leaf in nnx.to_flat_state(state)
+    }
     return nnx.from_flat_state(flat)
 
 
@@ -62,14 +69,18 @@ def load_unet(folder: str | Path, *, new_context_head: nnx.Rngs | None = None, *
 
     Args:
       folder: config.json and safetensors, or ours.
-      new_context_head: adds a context head, freshly initialised (it outputs 0), to a network without one.
-      options: see `contextdiff_jax.pretrained.model.Options`: dtype, param_dtype, shardings, progress.
+      new_context_head: adds a context head, freshly initialised (it outputs 0), to a network
+          without one.
+      options: see `contextdiff_jax.pretrained.model.Options`: dtype, param_dtype, shardings,
+          progress.
     """
     options = Options(**options)
     unet = folders.load(MODEL, folder, options)
     if new_context_head is not None:
         if unet.config.context_head:
-            raise ValueError(f"{folder}: has a context head already; new_context_head is for one without")
+            raise ValueError(
+                f"{folder}: has a context head already; new_context_head is for one without"
+            )
         policy = dict(dtype=options.dtype, param_dtype=options.param_dtype or jnp.float32)
         unet.config = dataclasses.replace(unet.config, context_head=True)
         unet.context_head = nnx.data(ContextHead(unet.config, rngs=new_context_head, **policy))
@@ -77,5 +88,7 @@ def load_unet(folder: str | Path, *, new_context_head: nnx.Rngs | None = None, *
 
 
 def save_unet(unet: UNet, folder: str | Path) -> None:
-    """Writes `unet` as a diffusers folder, which `load_unet` reads back exactly (and so does diffusers)."""
+    """Writes `unet` as a diffusers folder, which `load_unet` reads back exactly (and so does
+    diffusers).
+    """
     folders.save(MODEL, unet, folder)

@@ -39,10 +39,14 @@ MODEL = Model(
 
 
 def load_vae(folder: str | Path, **options) -> VAE:
-    """A VAE from a local folder (a pipeline's `vae/`); `options`: see `contextdiff_jax.pretrained.model.Options`."""
+    """A VAE from a local folder (a pipeline's `vae/`); `options`: see
+    `contextdiff_jax.pretrained.model.Options`.
+    """
     return folders.load(MODEL, folder, Options(**options))
 
 
 def save_vae(vae: VAE, folder: str | Path) -> None:
-    """Writes `vae` as a diffusers folder, which `load_vae` reads back exactly (and so does diffusers)."""
+    """Writes `vae` as a diffusers folder, which `load_vae` reads back exactly (and so does
+    diffusers).
+    """
     folders.save(MODEL, vae, folder)

@@ -2,8 +2,9 @@
 
     loss = l1 |x - x_hat| + l2 (x - x_hat)^2 + kl KL(q(z | x) || N(0, I)),   x_hat = decode(z), z ~ q(z | x)         (1)
 
-Each term is a mean over its own dimensions (pixels; latents). The KL only keeps latents near a unit Gaussian, so its weight is
-small; what is left of their scale is measured afterwards and becomes the scaling factor 1 / std(z).
+Each term is a mean over its own dimensions (pixels; latents). The KL only keeps latents near a unit
+Gaussian, so its weight is small; what is left of their scale is measured afterwards and becomes the
+scaling factor 1 / std(z).
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def loss_fn(
     q = vae.encode(x)
     error = vae.decode(q.sample(key)) - x
     terms = {
-        "l1": jnp.abs(error).mean(), "l2": (error**2).mean(),
+        "l1": jnp.abs(error).mean(),
+        "l2": (error**2).mean(),
         "kl": 0.5 * (q.mean**2 + jnp.exp(q.logvar) - 1 - q.logvar).mean(),
     }
     return sum(getattr(weights, name) * term for name, term in terms.items()), terms
@@ -60,26 +62,42 @@ def init_state(settings: AutoencoderSettings) -> TrainState:
     """Step 0. Pure: jit it with output shardings, or `jax.eval_shape` it."""
     params = nnx.state(VAE(settings.vae, rngs=nnx.Rngs(settings.seed)), nnx.Param)
     return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, ema=jax.tree.map(jnp.copy, params),
-        opt_state=make_optimizer(settings.train).init(params), key=jax.random.key_data(jax.random.key(settings.seed)),
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=make_optimizer(settings.train).init(params),
+        key=jax.random.key_data(jax.random.key(settings.seed)),
         metric_sums={name: jnp.zeros(()) for name in METRICS},
     )
 
 
-def make_vae_step(settings: AutoencoderSettings) -> Callable[[TrainState, Mapping[str, Array]], TrainState]:
-    """`step(state, batch) -> state`, pure; metrics are summed in the state. To be jitted, state donated."""
+def make_vae_step(
+    settings: AutoencoderSettings,
+) -> Callable[[TrainState, Mapping[str, Array]], TrainState]:
+    """`step(state, batch) -> state`, pure; metrics are summed in the state. To be jitted, state
+    donated.
+    """
     graph, optimizer = _graph(settings), make_optimizer(settings.train)
 
     def step(state: TrainState, batch: Mapping[str, Array]) -> TrainState:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         (loss, terms), grads = jax.value_and_grad(
-            lambda params: loss_fn(nnx.merge(graph, params), batch["image"], key, settings.loss), has_aux=True
+            lambda params: loss_fn(nnx.merge(graph, params), batch["image"], key, settings.loss),
+            has_aux=True,
         )(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"count": jnp.ones(()), "loss": loss, "grad_norm": optax.global_norm(grads)} | terms
+        metrics = {
+            "count": jnp.ones(()),
+            "loss": loss,
+            "grad_norm": optax.global_norm(grads),
+        } | terms
         return TrainState(
-            state.step + 1, params, moving_average(params, state.ema, state.step, settings.train.ema_decay), opt_state, state.key,
+            state.step + 1,
+            params,
+            moving_average(params, state.ema, state.step, settings.train.ema_decay),
+            opt_state,
+            state.key,
             jax.tree.map(jnp.add, state.metric_sums, metrics),
         )
 
@@ -89,26 +107,43 @@ def make_vae_step(settings: AutoencoderSettings) -> Callable[[TrainState, Mappin
 def train_autoencoder(
     settings: AutoencoderSettings, config: Mapping[str, Any], workdir: pathlib.Path
 ) -> dict[str, float]:
-    """Trains to `settings.train.steps`, resuming what `workdir` holds, and writes the folder; its figures on pictures that
-    it has not seen. RunError for a loss that is not finite: the checkpoint before it is kept."""
+    """Trains to `settings.train.steps`, resuming what `workdir` holds, and writes the folder; its
+    figures on pictures that it has not seen. RunError for a loss that is not finite: the checkpoint
+    before it is kept.
+    """
     train = settings.train
     mesh = make_mesh(settings.mesh, train.batch_size)
     feed = Feed(mesh, train.batch_size, settings.mesh.rules)
     loader = _open_loader(settings, feed)
-    place = {"image": feed.sharding((train.batch_size, settings.data.image_size, settings.data.image_size, 3))}
+    place = {
+        "image": feed.sharding(
+            (train.batch_size, settings.data.image_size, settings.data.image_size, 3)
+        )
+    }
     manager, state, shardings = _open_state(settings, config, workdir, mesh, loader)
-    step_fn = jax.jit(make_vae_step(settings), donate_argnums=0, in_shardings=(shardings, place), out_shardings=shardings)
+    step_fn = jax.jit(
+        make_vae_step(settings),
+        donate_argnums=0,
+        in_shardings=(shardings, place),
+        out_shardings=shardings,
+    )
     log, asked_to_stop = MetricsLog(workdir, int(state.step)), StopSignal()
     with closing(manager), closing(loader), closing(log):
         first = int(state.step)
-        for step in tqdm(range(first + 1, train.steps + 1), initial=first, total=train.steps, disable=None):
+        for step in tqdm(
+            range(first + 1, train.steps + 1), initial=first, total=train.steps, disable=None
+        ):
             state = step_fn(state, to_devices({"image": next(loader)["image"]}, feed))
             last = step == train.steps or asked_to_stop()
             if step % train.log_every == 0 or last:
                 sums = jax.device_get(state.metric_sums)
-                values = {name: float(sums[name] / sums["count"]) for name in METRICS if name != "count"}
+                values = {
+                    name: float(sums[name] / sums["count"]) for name in METRICS if name != "count"
+                }
                 if not np.isfinite([*values.values()]).all():
-                    raise RunError(f"step {step}: the loss is not finite; lower train.learning_rate and run again")
+                    raise RunError(
+                        f"step {step}: the loss is not finite; lower train.learning_rate and run again"
+                    )
                 log.write(step, values)
                 zeros = jax.device_put(jax.tree.map(np.zeros_like, sums), shardings.metric_sums)
                 state = TrainState(**{**vars(state), "metric_sums": zeros})
@@ -117,23 +152,33 @@ def train_autoencoder(
             if last:
                 break
     if int(state.step) < train.steps:
-        raise RunError(f"stopped at step {int(state.step)} of {train.steps}; the same command goes on")
+        raise RunError(
+            f"stopped at step {int(state.step)} of {train.steps}; the same command goes on"
+        )
     return finish(nnx.merge(_graph(settings), state.ema), settings.data, workdir, settings.seed)
 
 
 def finish(vae: VAE, data: DataConfig, workdir: pathlib.Path, seed: int = 0) -> dict[str, float]:
-    """Measures the scaling factor on training pictures, writes `workdir`/vae and reconstructions.png, and returns what the
-    autoencoder does to held-out pictures."""
+    """Measures the scaling factor on training pictures, writes `workdir`/vae and
+    reconstructions.png, and returns what the autoencoder does to held-out pictures.
+    """
     source = make_source(data, "train")
     rows = np.random.default_rng(seed).permutation(len(source))[:_MEASURED]
-    moments = [_encode(vae, source[int(i)]["image"][None]) for i in tqdm(rows, desc="scale", leave=False, disable=None)]
-    means, variances = (np.concatenate([np.asarray(m[i], np.float64) for m in moments]) for i in (0, 1))
+    moments = [
+        _encode(vae, source[int(i)]["image"][None])
+        for i in tqdm(rows, desc="scale", leave=False, disable=None)
+    ]
+    means, variances = (
+        np.concatenate([np.asarray(m[i], np.float64) for m in moments]) for i in (0, 1)
+    )
     scaling_factor = float(1 / np.sqrt(means.var() + variances.mean()))
     vae.config = vae.config.__class__(**{**vars(vae.config), "scaling_factor": scaling_factor})
     save_vae(vae, workdir / "vae")
 
     heldout = make_source(data, "heldout")
-    records = [heldout[i] for i in np.linspace(0, len(heldout) - 1, min(256, len(heldout))).astype(int)]
+    records = [
+        heldout[i] for i in np.linspace(0, len(heldout) - 1, min(256, len(heldout))).astype(int)
+    ]
     images = np.stack([record["image"] for record in records])
     decoded = np.concatenate([np.asarray(_reconstruct(vae, image[None])) for image in images])
     x = images.astype(np.float32) / 127.5 - 1
@@ -144,8 +189,11 @@ def finish(vae: VAE, data: DataConfig, workdir: pathlib.Path, seed: int = 0) -> 
     grid = pictures.caption_grid(shown[::every].reshape(-1, *images.shape[1:]), captions, columns=8)
     grid.save(workdir / "reconstructions.png")
     report = {
-        "scaling_factor": scaling_factor, "latent_mean": float(means.mean()), "psnr": float(-10 * np.log10(mse).mean()),
-        "l1": float(np.abs(decoded - x).mean() / 2), "heldout": len(images),
+        "scaling_factor": scaling_factor,
+        "latent_mean": float(means.mean()),
+        "psnr": float(-10 * np.log10(mse).mean()),
+        "l1": float(np.abs(decoded - x).mean() / 2),
+        "heldout": len(images),
     }
     write_json(workdir / "vae.json", report)
     return report
@@ -169,13 +217,21 @@ def _graph(settings: AutoencoderSettings) -> nnx.GraphDef:
 def _open_loader(settings: AutoencoderSettings, feed: Feed) -> Loader:
     data = settings.data
     return make_loader(
-        make_source(data, "train"), batch_size=settings.train.batch_size, seed=data.seed, num_workers=data.num_workers,
-        prefetch=data.prefetch, rows=feed.rows,
+        make_source(data, "train"),
+        batch_size=settings.train.batch_size,
+        seed=data.seed,
+        num_workers=data.num_workers,
+        prefetch=data.prefetch,
+        rows=feed.rows,
     )
 
 
 def _open_state(
-    settings: AutoencoderSettings, config: Mapping[str, Any], workdir: pathlib.Path, mesh: jax.sharding.Mesh, loader: Loader
+    settings: AutoencoderSettings,
+    config: Mapping[str, Any],
+    workdir: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    loader: Loader,
 ) -> tuple[Any, TrainState, PyTree]:
     """(manager, state, shardings): a new state, or the newest checkpoint of the same run."""
     abstract = jax.eval_shape(lambda: init_state(settings))

@@ -1,7 +1,9 @@
-"""Checkpoints of a run (Orbax): asynchronous, sharded, complete or invisible, with the place in the data.
+"""Checkpoints of a run (Orbax): asynchronous, sharded, complete or invisible, with the place in the
+data.
 
-Each carries manifest.json, the size and digest of its every file, which is written before the folder gets its name. What
-doesn't agree with its manifest is never read: the checkpoint before it is.
+Each carries manifest.json, the size and digest of its every file, which is written before the
+folder gets its name. What doesn't agree with its manifest is never read: the checkpoint before it
+is.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Mapping
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -32,9 +34,20 @@ LOGGER = logging.getLogger(__name__)
 MANIFEST, METADATA = "manifest.json", "_CHECKPOINT_METADATA"
 # Fields that a run may change when it goes on: they don't alter what a step computes.
 FREE_FIELDS = (
-    "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.sample_every", "train.keep_best",
-    "train.best_metric", "train.max_nonfinite", "train.peer_timeout",
-    "data.path", "data.index_folder", "data.num_workers", "data.prefetch", "mesh.", "sample.",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.sample_every",
+    "train.keep_best",
+    "train.best_metric",
+    "train.max_nonfinite",
+    "train.peer_timeout",
+    "data.path",
+    "data.index_folder",
+    "data.num_workers",
+    "data.prefetch",
+    "mesh.",
+    "sample.",
 )
 
 
@@ -50,7 +63,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def claim_workdir(
-    workdir: pathlib.Path, config: Mapping[str, Any], free: tuple[str, ...] = FREE_FIELDS, write: bool = True
+    workdir: pathlib.Path,
+    config: Mapping[str, Any],
+    free: tuple[str, ...] = FREE_FIELDS,
+    write: bool = True,
 ) -> None:
     """Writes config.json, or checks that the one there is of the same run (but for `free` fields).
 
@@ -73,9 +89,16 @@ def claim_workdir(
 
 
 def _digest(path: pathlib.Path) -> list:
-    if path.name == METADATA:  # Orbax adds the time of the commit after the manifest is written; nobody reads it
-        known = {k: v for k, v in json.loads(path.read_text()).items() if k != "commit_timestamp_nsecs"}
-        return [len(known), hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16).hexdigest()]
+    if (
+        path.name == METADATA
+    ):  # Orbax adds the time of the commit after the manifest is written; nobody reads it
+        known = {
+            k: v for k, v in json.loads(path.read_text()).items() if k != "commit_timestamp_nsecs"
+        }
+        return [
+            len(known),
+            hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=16).hexdigest(),
+        ]
     with path.open("rb") as file:
         digest = hashlib.blake2b(digest_size=16)
         size = 0
@@ -93,12 +116,19 @@ def _digests(folder: pathlib.Path) -> dict[str, list]:
             (folders if path.is_dir() else paths).append(path)
     paths = sorted(path for path in paths if path != folder / MANIFEST)
     with ThreadPoolExecutor(8) as pool:  # reading and hashing both leave Python
-        return dict(zip((str(path.relative_to(folder)) for path in paths), pool.map(_digest, paths), strict=True))
+        return dict(
+            zip(
+                (str(path.relative_to(folder)) for path in paths),
+                pool.map(_digest, paths),
+                strict=True,
+            )
+        )
 
 
 def _seal(folder: pathlib.Path) -> None:
-    """Writes the manifests of the checkpoints under way. Orbax calls it when all their files are written, before a
-    folder gets its name; in the first process only."""
+    """Writes the manifests of the checkpoints under way. Orbax calls it when all their files are
+    written, before a folder gets its name; in the first process only.
+    """
     for path in folder.iterdir():
         if ".orbax-checkpoint-tmp" in path.name:
             files = _digests(path)
@@ -113,7 +143,8 @@ def damage(folder: pathlib.Path) -> str:
         files, total = manifest["files"], manifest["digest"]
     except FileNotFoundError:
         LOGGER.warning("%s: has no %s, so it can't be verified", folder, MANIFEST)
-        return ""  # saved before there were manifests: they are written before a checkpoint gets its name
+        # saved before there were manifests: they are written before a checkpoint gets its name
+        return ""
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is damaged"
     if hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest() != total:
@@ -127,7 +158,9 @@ def damage(folder: pathlib.Path) -> str:
             return f"{name} is missing"
         if there[name] != wanted:
             (size, _), (old, _) = there[name], wanted
-            return f"{name} is damaged: " + ("its bytes have changed" if size == old else f"size {size}, not {old}")
+            return f"{name} is damaged: " + (
+                "its bytes have changed" if size == old else f"size {size}, not {old}"
+            )
     return ""
 
 
@@ -139,7 +172,11 @@ def _folder(workdir: pathlib.Path) -> epath.Path:
 def _steps(workdir: pathlib.Path) -> list[int]:
     """Steps with a finished checkpoint, newest first."""
     folder = _folder(workdir)
-    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True) if folder.exists() else []
+    return (
+        sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
+        if folder.exists()
+        else []
+    )
 
 
 def newest_good(workdir: pathlib.Path) -> int | None:
@@ -153,8 +190,9 @@ def newest_good(workdir: pathlib.Path) -> int | None:
 
 
 def set_damaged_aside(workdir: pathlib.Path) -> None:
-    """Moves the checkpoints that are newer than the newest whole one to `workdir`/damaged, so that a run that resumes can
-    save those steps again."""
+    """Moves the checkpoints that are newer than the newest whole one to `workdir`/damaged, so that
+    a run that resumes can save those steps again.
+    """
     good = newest_good(workdir)
     for step in _steps(workdir):
         if step == good:
@@ -167,19 +205,28 @@ def set_damaged_aside(workdir: pathlib.Path) -> None:
 
 
 def open_manager(
-    workdir: pathlib.Path, keep: int = 1, read_only: bool = False, best: int = 0, metric: str = "loss"
+    workdir: pathlib.Path,
+    keep: int = 1,
+    read_only: bool = False,
+    best: int = 0,
+    metric: str = "loss",
 ) -> ocp.CheckpointManager:
-    """Orbax's manager of `workdir`/checkpoints: the newest `keep` are kept, and the `best` with the lowest `metric`;
+    """Orbax's manager of `workdir`/checkpoints: the newest `keep` are kept, and the `best` with the
+    lowest `metric`;
     `read_only`: for a run that another process may be training, all are."""
     folder = _folder(workdir)
     lowest = checkpoint_managers.BestN(
-        get_metric_fn=lambda metrics: -metrics[metric], n=best, keep_checkpoints_without_metrics=False
+        get_metric_fn=lambda metrics: -metrics[metric],
+        n=best,
+        keep_checkpoints_without_metrics=False,
     )
     kept = [checkpoint_managers.LatestN(keep)] + [lowest] * (best > 0)
-    # A manager that is never asked to save writes and deletes nothing. Orbax's own read_only warns, each time, that it is.
+    # A manager that is never asked to save writes and deletes nothing. Orbax's own read_only warns,
+    # each time, that it is.
     options = ocp.CheckpointManagerOptions(
         preservation_policy=None if read_only else checkpoint_managers.AnyPreservationPolicy(kept),
-        create=not read_only, cleanup_tmp_directories=not read_only,
+        create=not read_only,
+        cleanup_tmp_directories=not read_only,
         async_options=ocp.AsyncOptions(post_finalization_callback=functools.partial(_seal, folder)),
     )
     # Named, so that a fresh process can read the saved shapes before it restores anything.
@@ -189,7 +236,9 @@ def open_manager(
 
 @contextlib.contextmanager
 def closing(manager: ocp.CheckpointManager, workdir: pathlib.Path) -> Iterator[None]:
-    """Closes the manager after the save that is under way. RunError, one line, for what went wrong in writing."""
+    """Closes the manager after the save that is under way. RunError, one line, for what went wrong
+    in writing.
+    """
     try:
         yield
     finally:
@@ -199,7 +248,8 @@ def closing(manager: ocp.CheckpointManager, workdir: pathlib.Path) -> Iterator[N
 
 @contextlib.contextmanager
 def _writing(workdir: pathlib.Path) -> Iterator[None]:
-    # A full disk comes as OSError, or from TensorStore's threads as ValueError or XlaRuntimeError with its text.
+    # A full disk comes as OSError, or from TensorStore's threads as ValueError or XlaRuntimeError
+    # with its text.
     try:
         yield
     except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
@@ -207,34 +257,48 @@ def _writing(workdir: pathlib.Path) -> Iterator[None]:
         text = " ".join(str(error).split())
         full = os.strerror(errno.ENOSPC)
         reason = full if full in text else text[:300]  # TensorStore says it after three paths
-        raise RunError(f"{workdir}/checkpoints: a checkpoint could not be written: {reason}; {kept}") from error
+        raise RunError(
+            f"{workdir}/checkpoints: a checkpoint could not be written: {reason}; {kept}"
+        ) from error
 
 
 def save(
-    manager: ocp.CheckpointManager, state: TrainState, data_state: Mapping[str, Any],
+    manager: ocp.CheckpointManager,
+    state: TrainState,
+    data_state: Mapping[str, Any],
     metrics: Mapping[str, float] | None = None,
 ) -> None:
     """Starts saving; visible when complete. The state may be donated as soon as this returns."""
-    arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data_state)))
+    arguments = ocp.args.Composite(
+        state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data_state))
+    )
     with _writing(manager.directory.parent):
         manager.save(int(state.step), args=arguments, metrics=dict(metrics) if metrics else None)
 
 
 def shape_differences(saved: PyTree, wanted: PyTree, limit: int = 3) -> str:
     """The first names whose shapes differ between two trees of arrays, or '' if none do."""
+
     def table(tree):
         return {
-            "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): tuple(leaf.shape)
+            "/".join(
+                str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path
+            ): tuple(leaf.shape)
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
 
     old, new = table(saved), table(wanted)
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    return "; ".join(f"{name}: {old.get(name, 'absent')} saved, {new.get(name, 'absent')} wanted" for name in names[:limit])
+    return "; ".join(
+        f"{name}: {old.get(name, 'absent')} saved, {new.get(name, 'absent')} wanted"
+        for name in names[:limit]
+    )
 
 
 def check_shapes(manager: ocp.CheckpointManager, workdir: pathlib.Path, wanted: TrainState) -> None:
-    """Raises ValueError, with the first names and shapes, if the newest checkpoint is of another model."""
+    """Raises ValueError, with the first names and shapes, if the newest checkpoint is of another
+    model.
+    """
     step = manager.latest_step()
     if step is None:
         return
@@ -242,26 +306,38 @@ def check_shapes(manager: ocp.CheckpointManager, workdir: pathlib.Path, wanted: 
     saved = getattr(saved, "tree", saved)
     difference = shape_differences(saved["params"], wanted.params)
     if difference:
-        raise ValueError(f"--workdir={workdir}: its checkpoint {step} is of another model: {difference}")
+        raise ValueError(
+            f"--workdir={workdir}: its checkpoint {step} is of another model: {difference}"
+        )
 
 
 def placed(abstract: PyTree, shardings: PyTree) -> PyTree:
     """Shapes and dtypes with the place that each array shall get."""
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    )
 
 
-def restore(manager: ocp.CheckpointManager, abstract: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-    """The checkpoint of `step` (the newest), laid out as `abstract` says (shapes, dtypes and shardings), whatever mesh
-    and number of processes wrote it."""
+def restore(
+    manager: ocp.CheckpointManager, abstract: TrainState, step: int | None = None
+) -> tuple[TrainState, dict[str, Any]]:
+    """The checkpoint of `step` (the newest), laid out as `abstract` says (shapes, dtypes and
+    shardings), whatever mesh and number of processes wrote it.
+    """
     step = manager.latest_step() if step is None else step
     restored = manager.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+        ),
     )
     LOGGER.info("restored step %d", step)
     return restored["state"], restored["data"]
 
 
-def restore_newest(workdir: pathlib.Path, abstract: TrainState) -> tuple[TrainState, dict[str, Any], int]:
+def restore_newest(
+    workdir: pathlib.Path, abstract: TrainState
+) -> tuple[TrainState, dict[str, Any], int]:
     """(state, place in the data, step) of the newest whole checkpoint, for readers.
 
     Raises ValueError if there is none.
@@ -271,9 +347,11 @@ def restore_newest(workdir: pathlib.Path, abstract: TrainState) -> tuple[TrainSt
         return *restore(manager, abstract, step), step
 
 
-def restore_weights(workdir: pathlib.Path, abstract: PyTree, weights: str = "ema") -> tuple[PyTree, int]:
-    """(parameters, step) of the newest whole checkpoint: `weights` (`ema` or `params`) alone is read, as `abstract` says
-    (bf16 dtypes read float32 values as bf16).
+def restore_weights(
+    workdir: pathlib.Path, abstract: PyTree, weights: str = "ema"
+) -> tuple[PyTree, int]:
+    """(parameters, step) of the newest whole checkpoint: `weights` (`ema` or `params`) alone is
+    read, as `abstract` says (bf16 dtypes read float32 values as bf16).
 
     Raises ValueError if there is none.
     """
@@ -283,7 +361,9 @@ def restore_weights(workdir: pathlib.Path, abstract: PyTree, weights: str = "ema
         restored = reader.restore(
             _folder(workdir) / str(step) / "state",
             args=ocp.args.PyTreeRestore(
-                wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+                wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
             ),
         )
     LOGGER.info("read %s of step %d", weights, step)

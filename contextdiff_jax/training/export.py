@@ -42,24 +42,38 @@ def is_run(folder: Path) -> bool:
 def export_run(source: Path, target: Path, report: Callable[[str], None] = print) -> None:
     """Writes the run's newest EMA weights; `target` is complete or isn't there.
 
-    Raises ValueError for a run that didn't start from a pipeline's folder, or a target that holds something.
+    Raises ValueError for a run that didn't start from a pipeline's folder, or a target that holds
+    something.
     """
     run = load_run(str(source), merged=False)
     if not run.settings.pretrained:
-        raise ValueError(f"--source={source}: has no model.pretrained; only what began as a diffusers folder goes back to one")
+        raise ValueError(
+            f"--source={source}: has no model.pretrained; only what began as a diffusers folder goes back to one"
+        )
     origin = Path(run.settings.pretrained)
     with complete_or_absent(target) as partial:
         shutil.copytree(
-            origin, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*PICKLES, CONTEXT_FILE, CONTEXT_CONFIG, LORA_FILE)
+            origin,
+            partial,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns(*PICKLES, CONTEXT_FILE, CONTEXT_CONFIG, LORA_FILE),
         )
-        for name, folder in (("vae", run.settings.latent.vae), ("text_encoder", run.settings.text.pretrained)):
+        for name, folder in (
+            ("vae", run.settings.latent.vae),
+            ("text_encoder", run.settings.text.pretrained),
+        ):
             if Path(folder).resolve() != (origin / name).resolve():
                 shutil.rmtree(partial / name)
                 shutil.copytree(folder, partial / name, ignore=shutil.ignore_patterns(*PICKLES))
         unet = _unet(run)
         if run.settings.train.trainable == "full":
             shutil.rmtree(partial / "unet")
-            folders.save(UNET, unet, partial / "unet", read_json(origin / "unet" / folders.CONFIG_FILE, "the UNet's config"))
+            folders.save(
+                UNET,
+                unet,
+                partial / "unet",
+                read_json(origin / "unet" / folders.CONFIG_FILE, "the UNet's config"),
+            )
         layers = _lora(run, unet)
         if layers:
             save_lora({"unet": layers}, partial / LORA_FILE)
@@ -69,12 +83,17 @@ def export_run(source: Path, target: Path, report: Callable[[str], None] = print
 
 
 def context_state(folder: Path) -> nnx.State | None:
-    """The parameters in TARGET/context.safetensors, under their paths in a model; None if there is no such file."""
+    """The parameters in TARGET/context.safetensors, under their paths in a model; None if there is
+    no such file.
+    """
     if not (folder / CONTEXT_FILE).is_file():
         return None
     tensors = FolderTensors(folder, CONTEXT_FILE)
     return nnx.from_flat_state(
-        (tuple(int(key) if key.isdigit() else key for key in name.split(".")), nnx.Param(np.asarray(tensors[name])))
+        (
+            tuple(int(key) if key.isdigit() else key for key in name.split(".")),
+            nnx.Param(np.asarray(tensors[name])),
+        )
         for name in tensors
     )
 
@@ -90,9 +109,14 @@ def _unet(run: Run) -> UNet:
 
 def _lora(run: Run, unet: UNet) -> dict[str, LoraLayer]:
     """torch name of a layer -> its change, alpha being the rank."""
-    names = {entry.path: name.removesuffix(".weight") for name, entry in name_map(unet, UNET.rules(unet.config)).items()}
+    names = {
+        entry.path: name.removesuffix(".weight")
+        for name, entry in name_map(unet, UNET.rules(unet.config)).items()
+    }
     return {
-        names[(*path, "kernel")]: LoraLayer(np.asarray(down).T, np.asarray(up).T, float(down.shape[1]))
+        names[(*path, "kernel")]: LoraLayer(
+            np.asarray(down).T, np.asarray(up).T, float(down.shape[1])
+        )
         for path, (down, up) in lora_layers(run.params).items()
     }
 
@@ -100,16 +124,24 @@ def _lora(run: Run, unet: UNet) -> dict[str, LoraLayer]:
 def _write_context(run: Run, folder: Path) -> None:
     tensors = {
         ".".join(map(str, path)): np.array(jax.device_get(leaf.get_value()), order="C")
-        for path, leaf in nnx.to_flat_state(run.params) if of_context(path)
+        for path, leaf in nnx.to_flat_state(run.params)
+        if of_context(path)
     }
     if tensors:
         save_tensors(tensors, folder / CONTEXT_FILE)
-        write_json(folder / CONTEXT_CONFIG, dataclasses.asdict(run.settings.context), sort_keys=True)
+        write_json(
+            folder / CONTEXT_CONFIG, dataclasses.asdict(run.settings.context), sort_keys=True
+        )
 
 
 def _write_scheduler(run: Run, path: Path) -> None:
     """A run with a rescaled schedule says so; else the folder's scheduler stays as it is."""
     values = read_json(path, "a pipeline's scheduler folder")
     if run.settings.diffusion.zero_terminal_snr and not values.get("rescale_betas_zero_snr"):
-        changed = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
+        changed = {
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+            "steps_offset": 0,
+            "set_alpha_to_one": True,
+        }
         write_json(path, values | changed, sort_keys=True)

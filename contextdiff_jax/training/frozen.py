@@ -16,7 +16,8 @@ from contextdiff_jax.settings import Settings
 
 
 def load_frozen(settings: Settings, shardings: Callable[[PyTree], PyTree] | None = None) -> Frozen:
-    """The networks of `latent.vae`, `text.pretrained` and `context.clip`, in the types that are stored.
+    """The networks of `latent.vae`, `text.pretrained` and `context.clip`, in the types that are
+    stored.
 
     Args:
       shardings: abstract parameters -> where they go, as `pretrained.model.Options`.
@@ -44,7 +45,11 @@ def _load_text(settings: Settings, options: dict[str, Any]) -> FrozenText | Froz
         width, longest = text.clip.config.hidden_size, text.clip.config.max_position_embeddings
     if settings.model.cross_attention_dim != width:
         found = settings.model.cross_attention_dim
-        raise ValueError(f"model.cross_attention_dim={found}: text.pretrained={folder!r} has {width}")
+        raise ValueError(
+            f"model.cross_attention_dim={found}: text.pretrained={folder!r} has {width}"
+        )
     if settings.data.max_length > longest:
-        raise ValueError(f"data.max_length={settings.data.max_length}: text.pretrained={folder!r} has {longest}")
+        raise ValueError(
+            f"data.max_length={settings.data.max_length}: text.pretrained={folder!r} has {longest}"
+        )
     return text

@@ -21,20 +21,34 @@ from contextdiff_jax.settings import Settings
 
 
 def write_cache(
-    settings: Settings, out: pathlib.Path, *, split: str = "train", shard_size: int = 1024, batch_size: int = 16,
+    settings: Settings,
+    out: pathlib.Path,
+    *,
+    split: str = "train",
+    shard_size: int = 1024,
+    batch_size: int = 16,
     dtype: str = "float16",
 ) -> tuple[Cache, int]:
-    """Writes the shards that aren't there, this process's share of them; (the cache, how many it wrote).
+    """Writes the shards that aren't there, this process's share of them; (the cache, how many it
+    wrote).
 
     Raises ValueError for settings without an autoencoder, or a folder with another cache.
     """
     if not settings.latent.vae:
-        raise ValueError("latent.vae='': a cache needs the autoencoder's folder, or model.pretrained")
+        raise ValueError(
+            "latent.vae='': a cache needs the autoencoder's folder, or model.pretrained"
+        )
     data = settings.data
     source = make_source(data, split)
     cache = Cache(
-        num_records=len(source), shard_size=shard_size, shape=settings.shape, dtype=dtype, image_size=data.image_size,
-        max_length=data.max_length, tokenizer=data.tokenizer, vae=settings.latent.config.to_dict(),
+        num_records=len(source),
+        shard_size=shard_size,
+        shape=settings.shape,
+        dtype=dtype,
+        image_size=data.image_size,
+        max_length=data.max_length,
+        tokenizer=data.tokenizer,
+        vae=settings.latent.config.to_dict(),
         source={**dataclasses.asdict(data), "split": split},
     )
     claim_cache(out, cache)
@@ -42,20 +56,35 @@ def write_cache(
     tokenizer = load_tokenizer(data.tokenizer or None)
     mine = range(jax.process_index(), cache.num_shards, jax.process_count())
     missing = [number for number in mine if not (out / cache.shard(number)).exists()]
-    for number in tqdm(missing, initial=len(mine) - len(missing), total=len(mine), unit="shard", disable=None):
-        records = make_records(vae, source, tokenizer, cache.rows(number), data.max_length, batch_size, dtype)
+    for number in tqdm(
+        missing, initial=len(mine) - len(missing), total=len(mine), unit="shard", disable=None
+    ):
+        records = make_records(
+            vae, source, tokenizer, cache.rows(number), data.max_length, batch_size, dtype
+        )
         write_shard(out / cache.shard(number), records)
     return cache, len(missing)
 
 
 def make_records(
-    vae: VAE, source: RandomAccessSource, tokenizer: Tokenizer, rows: Sequence[int], max_length: int, batch_size: int, dtype: str
+    vae: VAE,
+    source: RandomAccessSource,
+    tokenizer: Tokenizer,
+    rows: Sequence[int],
+    max_length: int,
+    batch_size: int,
+    dtype: str,
 ) -> Iterator[bytes]:
     """The records of those rows of the source, in order, encoded `batch_size` at a time."""
     for start in range(0, len(rows), batch_size):
         part = [source[i] for i in rows[start : start + batch_size]]
         images = np.stack([record["image"] for record in part])
-        padding = [(0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)]  # one shape, one compilation
+        padding = [
+            (0, batch_size - len(part)),
+            (0, 0),
+            (0, 0),
+            (0, 0),
+        ]  # one shape, one compilation
         mean, std = (np.asarray(m).astype(dtype) for m in moments(vae, np.pad(images, padding)))
         captions = [record["caption"] for record in part]
         ids, mask = tokenizer.encode(captions, max_length)
@@ -64,7 +93,9 @@ def make_records(
 
 
 @nnx.jit
-def moments(vae: VAE, images: UInt8[Array, "B H W C"]) -> tuple[Float[Array, "B H W Z"], Float[Array, "B H W Z"]]:
+def moments(
+    vae: VAE, images: UInt8[Array, "B H W C"]
+) -> tuple[Float[Array, "B H W Z"], Float[Array, "B H W Z"]]:
     """Mean and standard deviation of q(z | picture)."""
     q = vae.encode(images.astype(jnp.float32) / 127.5 - 1)
     return q.mean, jnp.exp(0.5 * q.logvar)

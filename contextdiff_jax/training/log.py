@@ -30,7 +30,9 @@ PEAK_FLOPS = {
 
 
 class MetricsLog:
-    """Appends one JSON object a logged step; on resume the lines after `step` are cut off, as if not yet run."""
+    """Appends one JSON object a logged step; on resume the lines after `step` are cut off, as if
+    not yet run.
+    """
 
     def __init__(self, workdir: pathlib.Path, step: int):
         self.last: dict[str, float] = {}  # what was logged last
@@ -70,7 +72,9 @@ def averages(sums: dict[str, jax.Array]) -> dict[str, float]:
     sums = jax.device_get(sums)
     means = {name: float(sums[name] / max(sums["count"], 1)) for name in METRICS if name != "count"}
     means["nonfinite"] = float(sums["nonfinite"])
-    for i, (loss, count) in enumerate(zip(sums["quartile_loss"], sums["quartile_count"], strict=True), start=1):
+    for i, (loss, count) in enumerate(
+        zip(sums["quartile_loss"], sums["quartile_count"], strict=True), start=1
+    ):
         if count:
             means[f"loss_q{i}"] = float(loss / count)
     return means

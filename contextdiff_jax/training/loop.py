@@ -9,8 +9,9 @@ import logging
 import pathlib
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,14 +43,20 @@ from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.log import MetricsLog, averages, speed
 from contextdiff_jax.training.nonfinite import FiniteGuard
 from contextdiff_jax.training.start import first_state
-from contextdiff_jax.training.state import TrainState, init_state, learning_rate_schedule, zero_metrics
+from contextdiff_jax.training.state import (
+    TrainState,
+    init_state,
+    learning_rate_schedule,
+    zero_metrics,
+)
 from contextdiff_jax.training.step import make_train_step
 
 LOGGER = logging.getLogger(__name__)
 
 
 def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) -> TrainState:
-    """Trains to `settings.train.steps`, resuming what `workdir` holds; `config` is what config.json records.
+    """Trains to `settings.train.steps`, resuming what `workdir` holds; `config` is what config.json
+    records.
 
     Raises ValueError for what the user must change, RunError for a run that broke down.
     """
@@ -57,7 +64,9 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
     mesh = make_mesh(settings.mesh, every.batch_size, every.accumulation)
     feed = Feed(mesh, every.batch_size, settings.mesh.rules)
     tokenizer, loader = open_data(settings, feed)
-    frozen = load_frozen(settings, functools.partial(state_shardings, mesh, rules=settings.mesh.rules))
+    frozen = load_frozen(
+        settings, functools.partial(state_shardings, mesh, rules=settings.mesh.rules)
+    )
     manager, state, shardings = open_state(settings, config, workdir, mesh, loader)
     first = int(state.step)
     if first >= every.steps:
@@ -65,15 +74,24 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
         manager.close()
         return state
     null = jax.device_put(null_caption(tokenizer, settings.data.max_length), replicated(mesh))
-    compiled, flops = compile_step(settings, state, shardings, peek(loader, first, feed), null, frozen)
+    compiled, flops = compile_step(
+        settings, state, shardings, peek(loader, first, feed), null, frozen
+    )
 
     log, reporter = MetricsLog(workdir, first), Reporter(settings, workdir, tokenizer, mesh, frozen)
     guard, asked_to_stop = FiniteGuard(settings, config, workdir, state), StopSignal()
     # Closed whatever happens: the manager's `close` waits for the save that is under way.
-    with PeerWatch(every.peer_timeout) as watch, closing(loader), closing(log), checkpoints.closing(manager, workdir):
+    with (
+        PeerWatch(every.peer_timeout) as watch,
+        closing(loader),
+        closing(log),
+        checkpoints.closing(manager, workdir),
+    ):
         window_start, window_steps = time.perf_counter(), 0
         steps = range(first + 1, every.steps + 1)
-        for step in tqdm(steps, initial=first, total=every.steps, disable=None if is_first() else True):
+        for step in tqdm(
+            steps, initial=first, total=every.steps, disable=None if is_first() else True
+        ):
             watch(f"reading the batch of step {step}")
             batch = to_devices(next(loader), feed)
             watch(f"in step {step}")
@@ -81,16 +99,24 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
             guard.watch(step, state, batch, nonfinite)
             if step == first + 1:
                 jax.block_until_ready(nonfinite)
-                LOGGER.info("first step done %.1f s after the command's start", time.perf_counter() - cli.STARTED)
+                LOGGER.info(
+                    "first step done %.1f s after the command's start",
+                    time.perf_counter() - cli.STARTED,
+                )
             window_steps += 1
             end = step == every.steps
             last = end or asked_to_stop(step)
             if step % every.log_every == 0 or end:
                 guard.check(state)  # waits for the step
                 seconds = time.perf_counter() - window_start
-                values = averages(state.metric_sums) | {"learning_rate": float(learning_rate_schedule(every)(step - 1))}
+                values = averages(state.metric_sums) | {
+                    "learning_rate": float(learning_rate_schedule(every)(step - 1))
+                }
                 values["broken_records"] = loader.num_broken
-                log.write(step, values | speed(window_steps * every.batch_size, seconds, window_steps, flops))
+                log.write(
+                    step,
+                    values | speed(window_steps * every.batch_size, seconds, window_steps, flops),
+                )
                 state = with_empty_metrics(state, shardings)
                 window_start, window_steps = time.perf_counter(), 0
             if step % every.checkpoint_every == 0 or last:
@@ -112,28 +138,44 @@ def open_data(settings: Settings, feed: Feed) -> tuple[Tokenizer, Loader]:
     data = settings.data
     tokenizer = load_tokenizer(data.tokenizer or None)
     if not settings.text.pretrained and tokenizer.vocab_size > settings.text.vocab_size:
-        raise ValueError(f"text.vocab_size={settings.text.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids")
+        raise ValueError(
+            f"text.vocab_size={settings.text.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids"
+        )
     source = make_source(data, "train")
-    if isinstance(source, CacheSource) and source.cache.vae != json.loads(json.dumps(settings.latent.config.to_dict())):
-        raise ValueError(f"latent.vae={settings.latent.vae!r}: the cache in data.path={data.path!r} is another autoencoder's")
+    if isinstance(source, CacheSource) and source.cache.vae != json.loads(
+        json.dumps(settings.latent.config.to_dict())
+    ):
+        raise ValueError(
+            f"latent.vae={settings.latent.vae!r}: the cache in data.path={data.path!r} is another autoencoder's"
+        )
     return tokenizer, make_loader(
-        source, batch_size=settings.train.batch_size, seed=data.seed, tokenizer=tokenizer, num_workers=data.num_workers,
-        max_length=data.max_length, prefetch=data.prefetch, rows=feed.rows, buckets=bucket_sizes(data),
+        source,
+        batch_size=settings.train.batch_size,
+        seed=data.seed,
+        tokenizer=tokenizer,
+        num_workers=data.num_workers,
+        max_length=data.max_length,
+        prefetch=data.prefetch,
+        rows=feed.rows,
+        buckets=bucket_sizes(data),
     )
 
 
 def open_state(
     settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path, mesh: Mesh, loader: Loader
 ) -> tuple[CheckpointManager, TrainState, TrainState]:
-    """(manager, state, the state's shardings): a new state, or the newest checkpoint of the same run, whose place in
-    the data the loader then takes."""
+    """(manager, state, the state's shardings): a new state, or the newest checkpoint of the same
+    run, whose place in the data the loader then takes.
+    """
     abstract = jax.eval_shape(lambda: init_state(settings))
     shardings = state_shardings(mesh, abstract, settings.mesh.rules)
     if is_first():
         checkpoints.set_damaged_aside(workdir)
     multihost_utils.sync_global_devices("checkpoints verified")
     keep = settings.train
-    manager = checkpoints.open_manager(workdir, keep.keep_checkpoints, best=keep.keep_best, metric=keep.best_metric)
+    manager = checkpoints.open_manager(
+        workdir, keep.keep_checkpoints, best=keep.keep_best, metric=keep.best_metric
+    )
     checkpoints.check_shapes(manager, workdir, abstract)
     checkpoints.claim_workdir(workdir, config, write=is_first())
     if manager.latest_step() is None:
@@ -151,20 +193,34 @@ def peek(loader: Loader, step: int, feed: Feed) -> dict[str, jax.Array]:
 
 
 def jit_step(
-    settings: Settings, shardings: TrainState, batch: Mapping[str, jax.Array], null: Mapping[str, jax.Array], frozen: Frozen
+    settings: Settings,
+    shardings: TrainState,
+    batch: Mapping[str, jax.Array],
+    null: Mapping[str, jax.Array],
+    frozen: Frozen,
 ) -> Callable:
-    """The jitted step, its state donated. Arrays, or their shapes with shardings (`jax.ShapeDtypeStruct`), will do."""
+    """The jitted step, its state donated. Arrays, or their shapes with shardings
+    (`jax.ShapeDtypeStruct`), will do.
+    """
     whole = null["token_ids"].sharding
     return jax.jit(
-        make_train_step(settings, whole.mesh), donate_argnums=0,
-        in_shardings=(shardings, *(jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (batch, null, frozen))),
+        make_train_step(settings, whole.mesh),
+        donate_argnums=0,
+        in_shardings=(
+            shardings,
+            *(jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (batch, null, frozen)),
+        ),
         out_shardings=(shardings, whole),
     )
 
 
 def compile_step(
-    settings: Settings, state: TrainState, shardings: TrainState, batch: Mapping[str, jax.Array],
-    null: Mapping[str, jax.Array], frozen: Frozen = Frozen(),
+    settings: Settings,
+    state: TrainState,
+    shardings: TrainState,
+    batch: Mapping[str, jax.Array],
+    null: Mapping[str, jax.Array],
+    frozen: Frozen = Frozen(),
 ) -> tuple[Callable, float]:
     """The step's program, and its floating-point operations over all devices.
 
@@ -177,12 +233,16 @@ def compile_step(
     compiled = lowered.compile()
     flops = count_flops(lowered, compiled, whole.mesh) * settings.train.accumulation
     LOGGER.info(
-        "%d parameters, compiled in %.1f s, mesh %s", sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        time.perf_counter() - start, dict(whole.mesh.shape),
+        "%d parameters, compiled in %.1f s, mesh %s",
+        sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        time.perf_counter() - start,
+        dict(whole.mesh.shape),
     )
     programs = {shapes_of(batch): compiled}
 
-    def step(state: TrainState, batch: Mapping[str, jax.Array], *rest: Any) -> tuple[TrainState, jax.Array]:
+    def step(
+        state: TrainState, batch: Mapping[str, jax.Array], *rest: Any
+    ) -> tuple[TrainState, jax.Array]:
         shapes = shapes_of(batch)
         if shapes not in programs:
             LOGGER.info("compiling for %s", shapes)
@@ -194,8 +254,9 @@ def compile_step(
 
 def count_flops(lowered: Lowered, compiled: Compiled, mesh: Mesh) -> float:
     """The program's floating-point operations over all devices, a loop's body counted once."""
-    # XLA's count of a GPU's program leaves out the calls of cuDNN and cuBLAS: 1.6 of 98 GFLOP on an H100. Elsewhere the
-    # compiled program is counted at once, while the one before compilation takes seconds.
+    # XLA's count of a GPU's program leaves out the calls of cuDNN and cuBLAS: 1.6 of 98 GFLOP on an
+    # H100. Elsewhere the compiled program is counted at once, while the one before compilation
+    # takes seconds.
     if mesh.devices.flat[0].platform == "gpu":
         return (lowered.cost_analysis() or {}).get("flops", 0)
     return (compiled.cost_analysis() or {}).get("flops", 0) * mesh.size
@@ -207,7 +268,9 @@ def shapes_of(batch: Mapping[str, jax.Array]) -> tuple[tuple[int, ...], ...]:
 
 
 def null_caption(tokenizer: Tokenizer, max_length: int) -> dict[str, np.ndarray]:
-    """The empty caption's ids and mask, [1, L]: what the denoiser reads where the caption is dropped."""
+    """The empty caption's ids and mask, [1, L]: what the denoiser reads where the caption is
+    dropped.
+    """
     ids, mask = tokenizer.encode([""], max_length)
     return {"token_ids": ids, "token_mask": mask}
 
@@ -220,13 +283,22 @@ def to_devices(batch: Mapping[str, Any], feed: Feed) -> dict[str, jax.Array]:
 def with_empty_metrics(state: TrainState, shardings: TrainState) -> TrainState:
     """The state with its metric sums at 0; non-finite steps are counted through the whole run."""
     zeros = jax.device_put(jax.device_get(zero_metrics()), shardings.metric_sums)
-    return dataclasses.replace(state, metric_sums=zeros | {"nonfinite": state.metric_sums["nonfinite"]})
+    return dataclasses.replace(
+        state, metric_sums=zeros | {"nonfinite": state.metric_sums["nonfinite"]}
+    )
 
 
 class Reporter:
     """Every `sample_every` steps: a grid of captioned samples of the EMA weights, and the curves."""
 
-    def __init__(self, settings: Settings, workdir: pathlib.Path, tokenizer: Tokenizer, mesh: Mesh, frozen: Frozen):
+    def __init__(
+        self,
+        settings: Settings,
+        workdir: pathlib.Path,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        frozen: Frozen,
+    ):
         self._settings, self._workdir = settings, workdir
         self._generator = Generator(settings, tokenizer, frozen=frozen, mesh=mesh)
         self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
@@ -240,7 +312,9 @@ class Reporter:
         grid = pictures.caption_grid(images, self._prompts, columns=4, scale=None)
         with (folder / f"{step:08d}.png").open("wb") as file:
             grid.save(file, format="PNG")
-        with tempfile.TemporaryDirectory() as scratch:  # drawn from and to local files, wherever the workdir is
+        with (
+            tempfile.TemporaryDirectory() as scratch
+        ):  # drawn from and to local files, wherever the workdir is
             local = pathlib.Path(scratch)
             (local / "metrics.jsonl").write_text((self._workdir / "metrics.jsonl").read_text())
             pictures.plot_curves(local / "metrics.jsonl", local / "curves.png")

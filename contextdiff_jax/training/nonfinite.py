@@ -1,11 +1,14 @@
-"""Steps without a finite loss or gradient: skipped and counted by the step itself, and here the end of a run that has
-too many of them, with all that it takes to do the last one again (`train --replay=DUMP`, replay.py)."""
+"""Steps without a finite loss or gradient: skipped and counted by the step itself, and here the end
+of a run that has too many of them, with all that it takes to do the last one again (`train
+--replay=DUMP`, replay.py).
+"""
 
 from __future__ import annotations
 
 import logging
 import pathlib
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,29 +24,44 @@ LOGGER = logging.getLogger(__name__)
 
 
 class FiniteGuard:
-    """Says which steps were skipped, and ends the run past `train.max_nonfinite` of them. The step has left the
-    parameters as they were, so the answer may come one step late: the host never waits for the step that it has just
-    started."""
+    """Says which steps were skipped, and ends the run past `train.max_nonfinite` of them. The step
+    has left the parameters as they were, so the answer may come one step late: the host never waits
+    for the step that it has just started.
+    """
 
-    def __init__(self, settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path, state: TrainState):
+    def __init__(
+        self,
+        settings: Settings,
+        config: Mapping[str, Any],
+        workdir: pathlib.Path,
+        state: TrainState,
+    ):
         self._limit, self._config, self._workdir = settings.train.max_nonfinite, config, workdir
         self._count, self._watched = int(state.metric_sums["nonfinite"]), None
 
-    def watch(self, step: int, state: TrainState, batch: Mapping[str, jax.Array], nonfinite: jax.Array) -> None:
+    def watch(
+        self, step: int, state: TrainState, batch: Mapping[str, jax.Array], nonfinite: jax.Array
+    ) -> None:
         """Checks the step before, then remembers this one; `nonfinite`: the run's count after it."""
         self.check(state)
         self._watched = step, batch, nonfinite
 
     def check(self, state: TrainState) -> None:
-        """Waits for the remembered step. RunError, after a dump of it, if it was one too many; `state` is the newest,
-        which past the limit is the one that the step began with, but for its number."""
+        """Waits for the remembered step. RunError, after a dump of it, if it was one too many;
+        `state` is the newest, which past the limit is the one that the step began with, but for its
+        number.
+        """
         if self._watched is None:
             return
         step, batch, count = self._watched
         if int(count) == self._count:
             return
         self._count = int(count)
-        LOGGER.warning("step %d: the loss or the gradient is not finite; skipped (%d so far)", step, self._count)
+        LOGGER.warning(
+            "step %d: the loss or the gradient is not finite; skipped (%d so far)",
+            step,
+            self._count,
+        )
         if self._count <= self._limit:
             return
         folder = self._workdir / f"nonfinite_{step}"
@@ -54,8 +72,13 @@ class FiniteGuard:
             "train.learning_rate or train.clip_norm and run again"
         )
 
-    def _dump(self, folder: pathlib.Path, batch: Mapping[str, jax.Array], state: TrainState) -> None:
-        arrays = {name: multihost_utils.process_allgather(value, tiled=True) for name, value in batch.items()}
+    def _dump(
+        self, folder: pathlib.Path, batch: Mapping[str, jax.Array], state: TrainState
+    ) -> None:
+        arrays = {
+            name: multihost_utils.process_allgather(value, tiled=True)
+            for name, value in batch.items()
+        }
         if is_first():
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "batch.npz").open("wb") as file:

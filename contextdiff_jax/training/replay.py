@@ -1,4 +1,6 @@
-"""python -m contextdiff_jax.train --replay=DUMP: does a dumped step again, and says where it stops being finite."""
+"""python -m contextdiff_jax.train --replay=DUMP: does a dumped step again, and says where it stops
+being finite.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from contextdiff_jax.training.step import draw, loss_fn
 
 
 def first_nonfinite(**trees: PyTree) -> str:
-    """'gradient unet/conv_in/kernel: 3 of 216 values' of the first leaf that isn't finite, or 'none'."""
+    """'gradient unet/conv_in/kernel: 3 of 216 values' of the first leaf that isn't finite, or
+    'none'.
+    """
     for kind, tree in trees.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             bad = int(jnp.sum(~jnp.isfinite(leaf)))
@@ -32,7 +36,8 @@ def first_nonfinite(**trees: PyTree) -> str:
 
 
 def replay(dump: pathlib.Path) -> str:
-    """Does the step of the folder DUMP (nonfinite.py) again on the devices that are here; returns what came out.
+    """Does the step of the folder DUMP (nonfinite.py) again on the devices that are here; returns
+    what came out.
 
     Raises ValueError for a folder that is no dump.
     """
@@ -53,7 +58,10 @@ def replay(dump: pathlib.Path) -> str:
     @jax.jit
     def run(params, frozen):
         return jax.value_and_grad(
-            lambda params: loss_fn(build_model(graph, params, frozen), batch, null, schedule, settings), has_aux=True
+            lambda params: loss_fn(
+                build_model(graph, params, frozen), batch, null, schedule, settings
+            ),
+            has_aux=True,
         )(params)
 
     (loss, metrics), gradient = run(state.params, load_frozen(settings))

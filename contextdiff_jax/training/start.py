@@ -1,4 +1,6 @@
-"""Where a new run's parameters come from: the seed, a pretrained UNet (`model.pretrained`), another run (`train.init_from`)."""
+"""Where a new run's parameters come from: the seed, a pretrained UNet (`model.pretrained`), another
+run (`train.init_from`).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ LOGGER = logging.getLogger(__name__)
 def first_state(settings: Settings, shardings: TrainState) -> TrainState:
     """Step 0, laid out as `shardings` says.
 
-    Raises ValueError for a folder or a run that can't be read or holds other networks than the config.
+    Raises ValueError for a folder or a run that can't be read or holds other networks than the
+    config.
     """
     state = jax.jit(lambda: init_state(settings), out_shardings=shardings)()
     params = state.params
@@ -36,7 +39,9 @@ def first_state(settings: Settings, shardings: TrainState) -> TrainState:
 
 
 def _with_unet(params: nnx.State, settings: Settings, shardings: nnx.State) -> nnx.State:
-    """`params` with the folder's UNet, in float32, and with the context that an exported run's folder holds."""
+    """`params` with the folder's UNet, in float32, and with the context that an exported run's
+    folder holds.
+    """
     folder = pathlib.Path(settings.pretrained, "unet")
     unet = load_unet(folder, param_dtype=jnp.float32, shardings=lambda _: shardings)
     source = f"model.pretrained={settings.pretrained!r}"
@@ -46,8 +51,9 @@ def _with_unet(params: nnx.State, settings: Settings, shardings: nnx.State) -> n
 
 
 def _with_run(params: nnx.State, workdir: str) -> nnx.State:
-    """`params` with the EMA weights of the run's newest checkpoint, its LoRA merged; what it lacks (a context, a context
-    head, LoRA) stays as it is."""
+    """`params` with the EMA weights of the run's newest checkpoint, its LoRA merged; what it lacks
+    (a context, a context head, LoRA) stays as it is.
+    """
     run = load_run(workdir)
     LOGGER.info("starts from step %d of %s", run.step, workdir)
     return _replaced(params, run.params, f"train.init_from={workdir!r}")

@@ -1,4 +1,6 @@
-"""The training state: one pytree holds everything that a resumed run needs, except the place in the data."""
+"""The training state: one pytree holds everything that a resumed run needs, except the place in the
+data.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,10 @@ from contextdiff_jax.training.trainable import add_lora, merge_lora, split_train
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Parameters, their moving average, the optimizer's state, the random key, and the sums of metrics since the
-    last logged step (in the state so that a resumed run's log equals an uninterrupted one's)."""
+    """Parameters, their moving average, the optimizer's state, the random key, and the sums of
+    metrics since the last logged step (in the state so that a resumed run's log equals an
+    uninterrupted one's).
+    """
 
     step: Int[Array, ""]
     params: PyTree
@@ -35,10 +39,15 @@ METRICS = ("count", "loss", "denoise_loss", "context_loss", "prior_kl", "context
 
 
 def zero_metrics() -> dict[str, Array]:
-    """Empty sums; the quartile entries are sums over samples by t's quartile, the others over (finite) steps.
-    `nonfinite` counts the steps that were skipped."""
+    """Empty sums; the quartile entries are sums over samples by t's quartile, the others over
+    (finite) steps. `nonfinite` counts the steps that were skipped.
+    """
     sums = {name: jnp.zeros(()) for name in METRICS}
-    return sums | {"quartile_loss": jnp.zeros(4), "quartile_count": jnp.zeros(4), "nonfinite": jnp.zeros(())}
+    return sums | {
+        "quartile_loss": jnp.zeros(4),
+        "quartile_count": jnp.zeros(4),
+        "nonfinite": jnp.zeros(()),
+    }
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
@@ -58,11 +67,17 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     adamw = optax.adamw(
         learning_rate_schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    return (
+        optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        if config.clip_norm
+        else adamw
+    )
 
 
 def moving_average(params: PyTree, ema: PyTree, step: Int[Array, ""], decay: float) -> PyTree:
-    """The average after `params`. It starts as a plain one, so that the first steps' random weights are soon forgotten."""
+    """The average after `params`. It starts as a plain one, so that the first steps' random weights
+    are soon forgotten.
+    """
     return optax.incremental_update(params, ema, 1 - jnp.minimum(decay, (1 + step) / (10 + step)))
 
 
@@ -77,15 +92,20 @@ def make_model(settings: Settings) -> ContextDiffusion:
 
 
 def model_graph(settings: Settings) -> nnx.GraphDef:
-    """The model's structure, without its parameters: `nnx.merge(model_graph(s), params)` is the model."""
+    """The model's structure, without its parameters: `nnx.merge(model_graph(s), params)` is the
+    model.
+    """
     return nnx.split(nnx.eval_shape(lambda: make_model(settings)))[0]
 
 
 def build_model(graph: nnx.GraphDef, params: PyTree, frozen: Frozen = Frozen()) -> ContextDiffusion:
-    """The model of a state's parameters, LoRA's products in the layers that they change, with the frozen networks; on a mesh
-    (`tracing_for`) its parameters are gathered."""
+    """The model of a state's parameters, LoRA's products in the layers that they change, with the
+    frozen networks; on a mesh (`tracing_for`) its parameters are gathered.
+    """
     params = merge_lora(params)
-    dtype = nnx.merge(graph, params).unet.dtype  # merged twice: updating in place would change the caller's variables
+    dtype = nnx.merge(
+        graph, params
+    ).unet.dtype  # merged twice: updating in place would change the caller's variables
     return nnx.merge(graph, gathered(params, dtype)).attach(frozen)
 
 
@@ -98,7 +118,9 @@ def init_state(settings: Settings) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
-        opt_state=make_optimizer(settings.train).init(split_trainable(params, settings.train.trainable)[0]),
+        opt_state=make_optimizer(settings.train).init(
+            split_trainable(params, settings.train.trainable)[0]
+        ),
         key=jax.random.key_data(jax.random.key(settings.seed)),
         metric_sums=zero_metrics(),
     )

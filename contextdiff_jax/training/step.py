@@ -1,12 +1,13 @@
 """One training step, from a batch of pictures and token ids to the next state.
 
-    x0, text -> r = r_phi(x0, c, t) -> x_t = a_t x0 + k_t r + b_t noise -> network -> weighted squared error
+x0, text -> r = r_phi(x0, c, t) -> x_t = a_t x0 + k_t r + b_t noise -> network -> weighted squared
+error
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,22 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.parallel.mesh import tracing_for
 from contextdiff_jax.settings import Settings
-from contextdiff_jax.training.state import TrainState, build_model, make_optimizer, model_graph, moving_average
+from contextdiff_jax.training.state import (
+    TrainState,
+    build_model,
+    make_optimizer,
+    model_graph,
+    moving_average,
+)
 from contextdiff_jax.training.trainable import split_trainable
 
 Batch = dict[str, Num[Array, "B ..."]]
-RANDOM_USES = ("timestep", "noise", "dropout", "latent")  # appending a name leaves the draws of the others as they are
+RANDOM_USES = (
+    "timestep",
+    "noise",
+    "dropout",
+    "latent",
+)  # appending a name leaves the draws of the others as they are
 
 
 def _keys(key: Array) -> dict[str, Array]:
@@ -31,32 +43,50 @@ def _keys(key: Array) -> dict[str, Array]:
 
 
 def x0_shape(batch: Batch, settings: Settings) -> tuple[int, int, int, int]:
-    """[B, H, W, C] of x0: pictures may have the shape of any of `data.buckets`, a cache's latents have one."""
+    """[B, H, W, C] of x0: pictures may have the shape of any of `data.buckets`, a cache's latents
+    have one.
+    """
     (height, width, channels), size = settings.shape, settings.data.image_size
     if "image" in batch:
-        height, width = batch["image"].shape[1] * height // size, batch["image"].shape[2] * width // size
+        height, width = (
+            batch["image"].shape[1] * height // size,
+            batch["image"].shape[2] * width // size,
+        )
     return batch["token_ids"].shape[0], height, width, channels
 
 
 def draw(key: Array, batch: Batch, settings: Settings) -> Batch:
-    """Adds a step's randomness to a batch: `t`, `noise`, `dropped` (captions hidden from the denoiser), and for
-    latents `latent_noise` (their place in the autoencoder's Gaussian).
+    """Adds a step's randomness to a batch: `t`, `noise`, `dropped` (captions hidden from the
+    denoiser), and for latents `latent_noise` (their place in the autoencoder's Gaussian).
 
     Drawn for the whole batch at once, so that accumulation and sharding don't change the step.
     """
     keys, shape = _keys(key), x0_shape(batch, settings)
     config = settings.diffusion
-    latent = {"latent_noise": jax.random.normal(keys["latent"], shape)} if settings.latent.vae else {}
-    return batch | latent | {
-        "t": diffusion.sample_timesteps(keys["timestep"], shape[0], config.num_timesteps, config.timestep_sampling),
-        "noise": jax.random.normal(keys["noise"], shape),
-        "dropped": jax.random.bernoulli(keys["dropout"], settings.train.caption_dropout, shape[:1]),
-    }
+    latent = (
+        {"latent_noise": jax.random.normal(keys["latent"], shape)} if settings.latent.vae else {}
+    )
+    return (
+        batch
+        | latent
+        | {
+            "t": diffusion.sample_timesteps(
+                keys["timestep"], shape[0], config.num_timesteps, config.timestep_sampling
+            ),
+            "noise": jax.random.normal(keys["noise"], shape),
+            "dropped": jax.random.bernoulli(
+                keys["dropout"], settings.train.caption_dropout, shape[:1]
+            ),
+        }
+    )
 
 
-def clean(model: ContextDiffusion, batch: Batch) -> tuple[Float[Array, "B H W C"], Float[Array, "B H2 W2 3"] | None]:
-    """x0 and its picture in [-1, 1], None from a cache. x0 is the picture, or latents drawn from q(z | picture), whose
-    moments the autoencoder or the cache gives."""
+def clean(
+    model: ContextDiffusion, batch: Batch
+) -> tuple[Float[Array, "B H W C"], Float[Array, "B H2 W2 3"] | None]:
+    """x0 and its picture in [-1, 1], None from a cache. x0 is the picture, or latents drawn from
+    q(z | picture), whose moments the autoencoder or the cache gives.
+    """
     pixels = batch["image"].astype(jnp.float32) / 127.5 - 1 if "image" in batch else None
     if model.vae is None:
         return pixels, pixels
@@ -69,9 +99,15 @@ def clean(model: ContextDiffusion, batch: Batch) -> tuple[Float[Array, "B H W C"
 
 
 def loss_fn(
-    model: ContextDiffusion, batch: Batch, null: Batch, schedule: diffusion.NoiseSchedule, settings: Settings
+    model: ContextDiffusion,
+    batch: Batch,
+    null: Batch,
+    schedule: diffusion.NoiseSchedule,
+    settings: Settings,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The objective on a batch with its randomness (`draw`); `null`: the empty caption's ids and mask, [1, L]."""
+    """The objective on a batch with its randomness (`draw`); `null`: the empty caption's ids and
+    mask, [1, L].
+    """
     config, context = settings.diffusion, settings.context
     x0, pixels = clean(model, batch)
     t, mask = batch["t"], batch["token_mask"]
@@ -80,7 +116,8 @@ def loss_fn(
     x_t = diffusion.q_sample(schedule, x0, r, t, batch["noise"], context.shift)
     target = diffusion.training_target(schedule, x0, x_t, t, config.prediction_type)
 
-    # The shift above always used the true caption; from here on the denoiser's text may be the empty one.
+    # The shift above always used the true caption; from here on the denoiser's text may be the
+    # empty one.
     dropped = batch["dropped"][:, None]
     null_tokens = model.text(null["token_ids"], null["token_mask"])
     tokens = jnp.where(dropped[..., None], null_tokens, tokens)
@@ -90,7 +127,9 @@ def loss_fn(
     if model.unet.context_head is not None:
         output, r_hat = output
         context_loss = jnp.mean((r_hat - jax.lax.stop_gradient(r)) ** 2)
-    weight = diffusion.loss_weight(schedule, t, config.prediction_type, config.weighting, config.gamma)
+    weight = diffusion.loss_weight(
+        schedule, t, config.prediction_type, config.weighting, config.gamma
+    )
     error = jnp.mean((output - target) ** 2, axis=(1, 2, 3))  # [B]
     denoise_loss = jnp.mean(weight * error)
     prior = jnp.zeros(())
@@ -118,7 +157,8 @@ def _accumulated(value_and_grad: Callable, params: PyTree, batch: Batch, parts: 
     if parts == 1:
         (_, metrics), grads = value_and_grad(params, batch)
         return metrics, grads
-    # A part takes every parts-th example, so that each device's own examples are spread over all parts.
+    # A part takes every parts-th example, so that each device's own examples are spread over all
+    # parts.
     split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, part):
@@ -126,25 +166,34 @@ def _accumulated(value_and_grad: Callable, params: PyTree, batch: Batch, parts: 
         return jax.tree.map(jnp.add, total, (metrics, grads)), None
 
     first = jax.tree.map(lambda a: a[0], split)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(value_and_grad, params, first))
+    zeros = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(value_and_grad, params, first)
+    )
     (metrics, grads), _ = jax.lax.scan(add, (zeros[0][1], zeros[1]), split)
     by_sample = ("quartile_loss", "quartile_count")
-    metrics = {name: value if name in by_sample else value / parts for name, value in metrics.items()}
+    metrics = {
+        name: value if name in by_sample else value / parts for name, value in metrics.items()
+    }
     return metrics, jax.tree.map(lambda g: g / parts, grads)
 
 
-def make_train_step(settings: Settings, mesh: Mesh | None = None) -> Callable[..., tuple[TrainState, Array]]:
-    """`step(state, batch, null, frozen) -> (state, nonfinite)`, pure; metrics are summed in the state. To be jitted, state
-    donated; `mesh`: the devices that it is compiled for. Gradients, moments and averages are those of what `train.trainable`
-    names.
+def make_train_step(
+    settings: Settings, mesh: Mesh | None = None
+) -> Callable[..., tuple[TrainState, Array]]:
+    """`step(state, batch, null, frozen) -> (state, nonfinite)`, pure; metrics are summed in the
+    state. To be jitted, state donated; `mesh`: the devices that it is compiled for. Gradients,
+    moments and averages are those of what `train.trainable` names.
 
-    Where the loss or the gradient is not finite only the step's number and the count `nonfinite` go on: a bad step can't
-    spoil a checkpoint. Past `train.max_nonfinite` nothing does, so that what went wrong last is there to be looked at.
+    Where the loss or the gradient is not finite only the step's number and the count `nonfinite` go
+    on: a bad step can't spoil a checkpoint. Past `train.max_nonfinite` nothing does, so that what
+    went wrong last is there to be looked at.
     """
     graph, optimizer = model_graph(settings), make_optimizer(settings.train)
     schedule = settings.diffusion.make_schedule()
 
-    def step(state: TrainState, batch: Batch, null: Batch, frozen: Frozen = Frozen()) -> tuple[TrainState, Array]:
+    def step(
+        state: TrainState, batch: Batch, null: Batch, frozen: Frozen = Frozen()
+    ) -> tuple[TrainState, Array]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         trained, rest = split_trainable(state.params, settings.train.trainable)
 
@@ -152,7 +201,8 @@ def make_train_step(settings: Settings, mesh: Mesh | None = None) -> Callable[..
             return build_model(graph, nnx.merge_state(trained, rest), frozen)
 
         value_and_grad = jax.value_and_grad(
-            lambda trained, part: loss_fn(model(trained), part, null, schedule, settings), has_aux=True
+            lambda trained, part: loss_fn(model(trained), part, null, schedule, settings),
+            has_aux=True,
         )
         with tracing_for(mesh, settings.mesh.rules):
             metrics, grads = _accumulated(
@@ -162,7 +212,9 @@ def make_train_step(settings: Settings, mesh: Mesh | None = None) -> Callable[..
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         averaged, kept = split_trainable(state.ema, settings.train.trainable)
-        ema = nnx.merge_state(moving_average(trained, averaged, state.step, settings.train.ema_decay), kept)
+        ema = nnx.merge_state(
+            moving_average(trained, averaged, state.step, settings.train.ema_decay), kept
+        )
         sums = jax.tree.map(jnp.add, state.metric_sums, metrics | {"nonfinite": jnp.zeros(())})
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         params = nnx.merge_state(trained, rest)
@@ -171,9 +223,13 @@ def make_train_step(settings: Settings, mesh: Mesh | None = None) -> Callable[..
         over = nonfinite > settings.train.max_nonfinite
         one = jnp.where(over, 0, 1)
         skipped = dataclasses.replace(
-            state, step=state.step + one, metric_sums=state.metric_sums | {"nonfinite": nonfinite + one}
+            state,
+            step=state.step + one,
+            metric_sums=state.metric_sums | {"nonfinite": nonfinite + one},
         )
-        new = jax.tree.map(lambda new, skipped: jnp.where(finite & ~over, new, skipped), new, skipped)
+        new = jax.tree.map(
+            lambda new, skipped: jnp.where(finite & ~over, new, skipped), new, skipped
+        )
         return new, new.metric_sums["nonfinite"]
 
     return step

@@ -1,7 +1,9 @@
-"""Which of a model's parameters a run trains, and LoRA's (Hu et al., 2021) as parameters beside the model's.
+"""Which of a model's parameters a run trains, and LoRA's (Hu et al., 2021) as parameters beside the
+model's.
 
-LoRA's lie in `params["lora"]`, under the path of the UNet's layer: W + down @ up, with down [I, R] and up [R, O], up 0 at the
-start. So the model starts unchanged, and nothing but `merge_lora` knows of them.
+LoRA's lie in `params["lora"]`, under the path of the UNet's layer: W + down @ up, with down [I, R]
+and up [R, O], up 0 at the start. So the model starts unchanged, and nothing but `merge_lora` knows
+of them.
 """
 
 from __future__ import annotations
@@ -46,9 +48,14 @@ def add_lora(params: nnx.State, rank: int, key: PRNGKeyArray) -> nnx.State:
     for path, kernel in flat:
         if path[0] == "unet" and path[-1] == "kernel" and path[-2] in _LORA_LAYERS:
             inputs, outputs = kernel.shape
-            down = jax.random.normal(jax.random.fold_in(key, len(added)), (inputs, rank)) / inputs**0.5
+            down = (
+                jax.random.normal(jax.random.fold_in(key, len(added)), (inputs, rank)) / inputs**0.5
+            )
             layer = (LORA, *path[1:-1])
-            added += [((*layer, "down"), nnx.Param(down)), ((*layer, "up"), nnx.Param(jnp.zeros((rank, outputs))))]
+            added += [
+                ((*layer, "down"), nnx.Param(down)),
+                ((*layer, "up"), nnx.Param(jnp.zeros((rank, outputs)))),
+            ]
     if not added:
         raise ValueError("train.trainable='lora': the UNet has no attention layers to change")
     return nnx.from_flat_state(flat + added)
@@ -56,12 +63,20 @@ def add_lora(params: nnx.State, rank: int, key: PRNGKeyArray) -> nnx.State:
 
 def lora_layers(params: nnx.State) -> dict[tuple, tuple[jax.Array, jax.Array]]:
     """Path of a UNet's layer -> (down [I, R], up [R, O])."""
-    flat = {path[1:]: leaf.get_value() for path, leaf in nnx.to_flat_state(params) if path[0] == LORA}
-    return {path[:-1]: (down, flat[(*path[:-1], "up")]) for path, down in flat.items() if path[-1] == "down"}
+    flat = {
+        path[1:]: leaf.get_value() for path, leaf in nnx.to_flat_state(params) if path[0] == LORA
+    }
+    return {
+        path[:-1]: (down, flat[(*path[:-1], "up")])
+        for path, down in flat.items()
+        if path[-1] == "down"
+    }
 
 
 def merge_lora(params: nnx.State) -> nnx.State:
-    """The model's parameters: LoRA's products added to the kernels. Without LoRA `params` as they are."""
+    """The model's parameters: LoRA's products added to the kernels. Without LoRA `params` as they
+    are.
+    """
     layers = lora_layers(params)
     if not layers:
         return params
