@@ -4,7 +4,6 @@ levels, and by fewer steps.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import statistics
 
@@ -13,9 +12,7 @@ import numpy as np
 from contextdiff_jax.benchmarks import paired
 from contextdiff_jax.benchmarks.data import Result
 from contextdiff_jax.benchmarks.paired import Contestant
-from contextdiff_jax.generation import Generator
-from contextdiff_jax.parallel.mesh import local_mesh
-from contextdiff_jax.run import load_run
+from contextdiff_jax.inference import Pipeline
 from contextdiff_jax.training.loop import default_prompts
 
 VARIANTS = (
@@ -34,16 +31,15 @@ def run(workdir: str, rounds: int) -> Result:
     whole steps from the same noise, in shares of the range. Raises ValueError for a folder without
     a run.
     """
-    trained = load_run(workdir)
-    settings = trained.settings
+    pipeline = Pipeline.open(workdir)
+    settings = pipeline.opened.identity
     prompts = list(settings.sample.prompts) or default_prompts(settings.data)
     contestants, images = [], {}
+    sample = functools.partial(
+        pipeline.text_to_image, prompts, seed=settings.seed, sampler="ddim", eta=0.0
+    )
     for steps, reuse in VARIANTS:
-        options = dataclasses.replace(
-            settings.sample, sampler="ddim", eta=0.0, steps=steps, reuse=reuse
-        )
-        generator = Generator(settings, trained.tokenizer, options, mesh=local_mesh())
-        call = functools.partial(generator, trained.params, prompts, settings.seed)
+        call = functools.partial(sample, steps=steps, reuse=reuse)
         name = f"{steps} steps, reuse {reuse}"
         contestants.append(Contestant(name, call))
         images[name] = call().astype(np.int32)
@@ -59,7 +55,7 @@ def run(workdir: str, rounds: int) -> Result:
         for name in images
     ]
     lines = [
-        f"{len(prompts)} pictures of step {trained.step} of {workdir}",
+        f"{len(prompts)} pictures of {pipeline.opened.source}",
         f"{'':22} {'seconds':>8} {'faster':>8} {'error':>8}",
     ]
     lines += [

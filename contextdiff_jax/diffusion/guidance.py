@@ -82,6 +82,27 @@ def guide(
     return guided._replace(x0=bcast(factor, guided.x0) * guided.x0) if rescale else guided
 
 
+def classifier_free(
+    branches: DenoiseFn,
+    guidance_scale: float | Float[Array, ""],
+    rescale: float = 0.0,
+    join: Callable[[Array, Array], Array] = pair,
+    split: Callable[[Array], tuple[Array, Array]] = unpair,
+) -> DenoiseFn:
+    """Guidance (`guide`) as a denoise function of B rows. `branches` denoises 2 B: the conditional
+    and the unconditional branch of each, as `join` lays them out and `split` takes them apart.
+    """
+
+    def denoise(x_t, t, s, *kept):
+        both = branches(*(join(a, a) for a in (x_t, t, s)), *kept)
+        conditional, unconditional = (
+            Denoised(*part) for part in zip(*map(split, both), strict=True)
+        )
+        return guide(conditional, unconditional, guidance_scale, rescale)
+
+    return denoise
+
+
 def dynamic_threshold(x0: Float[Array, B * D], percentile: float = 99.5) -> Float[Array, B * D]:
     """Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3): with s the percentile (in
     0..100) of |x0| per sample and s >= 1, x0 is clipped to [-s, s] and divided by s.

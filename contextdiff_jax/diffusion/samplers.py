@@ -45,6 +45,16 @@ class Reuse(NamedTuple):
     keep: Callable[[Float[Array, B * D], Int[Array, B]], PyTree]
 
 
+class Project(Protocol):
+    """`project(x, t, context)`: x after a step, changed. t is the index where the next step begins,
+    -1 at the end; context is the estimate of r there.
+    """
+
+    def __call__(
+        self, x: Float[Array, B * D], t: Int[Array, ""], context: Float[Array, B * D]
+    ) -> Float[Array, B * D]: ...
+
+
 def check_eta(eta: float) -> None:
     """Raises ValueError unless 0 <= eta <= 1. A traced eta can't be checked and is not."""
     if not isinstance(eta, jax.core.Tracer) and not 0 <= eta <= 1:
@@ -76,7 +86,7 @@ def _reverse(
         x = mean
         if step_key is not None:
             x = mean + jnp.sqrt(variance) * jax.random.normal(step_key, x.shape, x.dtype)
-        return x if project is None else project(x, start), None
+        return x if project is None else project(x, start, denoised.context_s), None
 
     starts = jnp.append(timesteps[1:], -1)
     ends = starts if next_timesteps is None else jnp.asarray(next_timesteps)
@@ -107,13 +117,18 @@ def ddpm_sample(
     timesteps: Int[Array, S],
     key: PRNGKeyArray,
     shift: str = "quadratic",
+    next_timesteps: Int[Array, S] | None = None,
+    project: Project | None = None,
     reuse: Reuse | None = None,
 ) -> Float[Array, B * D]:
     """Ancestral sampling (Ho et al. 2020, alg. 2) with ContextDiff's posterior, (3) at eta = 1.
 
-    `timesteps` descend; the last step goes to clean data (s = -1) and adds no noise.
+    `timesteps` descend; the last step goes to clean data (s = -1) and adds no noise. The options
+    are `ddim_sample`'s.
     """
-    return _reverse(denoise, x_T, schedule, timesteps, 1.0, key, shift, reuse=reuse)
+    return _reverse(
+        denoise, x_T, schedule, timesteps, 1.0, key, shift, next_timesteps, project, reuse
+    )
 
 
 def ddim_sample(
@@ -125,16 +140,15 @@ def ddim_sample(
     key: PRNGKeyArray | None = None,
     shift: str = "quadratic",
     next_timesteps: Int[Array, S] | None = None,
-    project: Callable[[Float[Array, B * D], Int[Array, ""]], Float[Array, B * D]] | None = None,
+    project: Project | None = None,
     reuse: Reuse | None = None,
 ) -> Float[Array, B * D]:
     """DDIM (Song et al. 2021, eq. 12) with ContextDiff's shift: (3) at any eta in [0, 1],
     deterministic at 0.
 
     `timesteps` descend; the last step goes to clean data (s = -1), unless `next_timesteps` says
-    where each goes (other implementations' steps don't all end where the next begins). `project(x,
-    t)` replaces x after each step, t being the index where the next begins, -1 at the end
-    (inpainting). `key` is needed when eta > 0. Raises ValueError for eta outside [0, 1], eta > 0
+    where each goes (other implementations' steps don't all end where the next begins). `project`
+    replaces x after each step (inpainting). `key` is needed when eta > 0. Raises ValueError for eta outside [0, 1], eta > 0
     without a key, or a number of steps that `reuse` doesn't divide.
     """
     check_eta(eta)

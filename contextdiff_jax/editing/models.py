@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, UInt8
 from contextdiff_jax.data import Tokenizer, load_tokenizer
 from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
-from contextdiff_jax.generation import to_uint8
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.contextdiff import ContextDiffusion, FrozenText
+from contextdiff_jax.models.pixels import to_uint8, to_unit
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.models.video import VideoDiffusion, inflate
 from contextdiff_jax.pretrained.pipeline import INDEX_FILE, load_pipeline
@@ -149,7 +149,7 @@ def _from_model(
 
 
 def _to_pixels(clip: Clip) -> Float[Array, "1 F H W 3"]:
-    return jnp.asarray(clip, jnp.float32)[None] / 127.5 - 1
+    return to_unit(jnp.asarray(clip))[None]
 
 
 def _from_pixels(x: Float[Array, "1 F H W 3"]) -> Clip:

@@ -1,5 +1,6 @@
-"""A Stable Diffusion folder (1.x, 2.x, XL; model_index.json and its parts): text to image, image to
-image, inpainting.
+"""A Stable Diffusion folder (1.x, 2.x, XL; model_index.json and its parts), read and checked.
+
+`contextdiff_jax.Pipeline` makes pictures of it.
 """
 
 from __future__ import annotations
@@ -9,20 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Bool, Int
 
-from contextdiff_jax.diffusion import q_sample
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.vae import VAE
-from contextdiff_jax.parallel.mesh import local_mesh, replicated
 from contextdiff_jax.pretrained.clip import load_clip_text
 from contextdiff_jax.pretrained.files import read_json
-from contextdiff_jax.pretrained.sampling import Known, StableDiffusion, encode_images, sample_images
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import load_unet
 from contextdiff_jax.pretrained.vae import load_vae
@@ -33,122 +28,21 @@ CLASSES = tuple(
     for kind in ("", "XL")
     for way in ("", "Img2Img", "Inpaint")
 )
-Latents = Float[Array, "B H W Z"]
-Pictures = UInt8[np.ndarray, "B H W 3"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """What every way to sample reads.
-
-    Attributes:
-      prompts: one picture each.
-      negative: what guidance leads away from, one text for all or one a prompt.
-      guidance: its scale; 1 or less is none.
-      seed: draws the noise, unless `noise` gives it.
-      tile: large pictures go through the autoencoder in tiles.
-      reuse: steps that share the UNet's coarser levels; must divide their number.
+class Folder:
+    """The networks, the scheduler, and transformers' tokenizers, one a text encoder.
+    `zeros_for_empty`: without a negative text guidance leads away from zeros (XL), not from the
+    empty text.
     """
 
-    prompts: Sequence[str]
-    negative: str | Sequence[str] = ""
-    steps: int = 50
-    guidance: float = 7.5
-    seed: int = 0
-    noise: Latents | None = None
-    tile: bool = False
-    reuse: int = 1
-
-    def __post_init__(self):
-        if isinstance(self.prompts, str) or not self.prompts:
-            raise ValueError(f"prompts={self.prompts!r}: must be a list of at least one text")
-        if not isinstance(self.negative, str) and len(self.negative) != len(self.prompts):
-            count = len(self.prompts)
-            raise ValueError(
-                f"negative: {len(self.negative)} texts; must be one, or as many as prompts, {count}"
-            )
-
-    @property
-    def negatives(self) -> list[str]:
-        """One a prompt."""
-        return (
-            [self.negative] * len(self.prompts)
-            if isinstance(self.negative, str)
-            else list(self.negative)
-        )
-
-    def draw(self, shape: tuple[int, int, int]) -> Latents:
-        """The noise [B, *shape]. Raises ValueError if the one that is given has another shape."""
-        shape = (len(self.prompts), *shape)
-        if self.noise is None:
-            return jax.random.normal(jax.random.key(self.seed), shape)
-        if tuple(self.noise.shape) != shape:
-            raise ValueError(f"noise: shape {tuple(self.noise.shape)}; must be {shape}")
-        return jnp.asarray(self.noise, jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pipeline:
-    """The networks, the scheduler, and transformers' tokenizers, one a text encoder. The options of
-    all three ways: `Request`. `zeros_for_empty`: without a negative text guidance leads away from
-    zeros (XL), not from the empty text.
-    """
-
-    model: StableDiffusion
+    unet: UNet
+    vae: VAE
+    texts: tuple[CLIPText, ...]
     scheduler: Scheduler
     tokenizers: tuple[Any, ...]
     zeros_for_empty: bool = False
-
-    def text_to_image(
-        self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, **options
-    ) -> Pictures:
-        """Pictures of `size` (height, width), by default the UNet's own, from noise."""
-        request = Request(prompts=prompts, **options)
-        return self._sample(
-            request, request.draw(self.latent_shape(size)), self.scheduler.steps(request.steps)
-        )
-
-    def image_to_image(
-        self, prompts: Sequence[str], images: Pictures, *, strength: float = 0.8, **options
-    ) -> Pictures:
-        """Pictures from `images`, one a prompt, noised to where the last `strength` of the steps
-        begins.
-        """
-        request = Request(prompts=prompts, **options)
-        latents = self._encode(images, request)
-        timesteps, following = self._last_steps(request.steps, strength)
-        noised = self._noised(latents, request.draw(latents.shape[1:]), timesteps[0])
-        return self._sample(request, noised, (timesteps, following))
-
-    def inpaint(
-        self,
-        prompts: Sequence[str],
-        images: Pictures,
-        masks: Float[np.ndarray, "B H W"],
-        *,
-        strength: float = 1.0,
-        **options,
-    ) -> Pictures:
-        """`images` painted anew where `masks` are at least 0.5. At strength 1 the hole begins as
-        noise.
-
-        A network made for inpainting reads the mask and the rest of the picture; for another the
-        rest is put back, noised, after each step.
-        """
-        request = Request(prompts=prompts, **options)
-        if tuple(masks.shape) != tuple(images.shape[:3]):
-            raise ValueError(
-                f"masks: shape {tuple(masks.shape)}; must be the images', {tuple(images.shape[:3])}"
-            )
-        hole = (np.asarray(masks) >= 0.5)[..., None]
-        latents = self._encode(images, request)
-        noise = request.draw(latents.shape[1:])
-        masked = self._encode(images, request, hole)
-        factor = self.model.vae.config.downscale
-        known = Known(latents, noise, jnp.asarray(hole[:, ::factor, ::factor], jnp.float32), masked)
-        timesteps, following = self._last_steps(request.steps, strength)
-        x = noise if strength == 1 else self._noised(latents, noise, timesteps[0])
-        return self._sample(request, x, (timesteps, following), known)
 
     def token_ids(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], ...]:
         """Ids for each text encoder, padded (and cut) to its length."""
@@ -161,99 +55,27 @@ class Pipeline:
                 ).input_ids
             )
 
-        return tuple(map(ids, self.tokenizers, (self.model.text, self.model.text_2)))
+        return tuple(map(ids, self.tokenizers, self.texts))
 
-    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """[H, W, Z] of pictures of `size`, by default the UNet's own.
+    def encode_text(
+        self, texts: Sequence[str]
+    ) -> tuple[Int[np.ndarray, "B *E L"], Bool[np.ndarray, "B L"]]:
+        """`token_ids`, those of two encoders beside each other, and a mask that hides nothing."""
+        ids = self.token_ids(texts)
+        stacked = ids[0] if len(ids) == 1 else np.stack(ids, axis=1)
+        return stacked, np.ones(ids[0].shape, bool)
 
-        Raises ValueError for a size that the autoencoder's factor doesn't divide.
-        """
-        factor = self.model.vae.config.downscale
-        channels = self.model.vae.config.latent_channels
-        if size is None:
-            side = self.model.unet.config.sample_size
-            if side is None:
-                raise ValueError("size: missing; the UNet's config has no sample_size")
-            return (*(side if isinstance(side, tuple) else (side, side)), channels)
-        if any(side < factor or side % factor for side in size):
-            raise ValueError(f"size={tuple(size)}: height and width must be multiples of {factor}")
-        return size[0] // factor, size[1] // factor, channels
-
-    def _encode(
-        self, images: Pictures, request: Request, hole: np.ndarray | bool = False
-    ) -> Latents:
-        if len(images) != len(request.prompts):
-            raise ValueError(
-                f"images: {len(images)}; one for each of the {len(request.prompts)} prompts"
-            )
-        self.latent_shape(images.shape[1:3])  # refuses a size that doesn't fit
-        pixels = np.where(hole, 0.0, np.asarray(images, np.float32) / 127.5 - 1).astype(np.float32)
-        return encode_images(self.model.vae, pixels, tile=request.tile)
-
-    def _last_steps(self, steps: int, strength: float) -> tuple[np.ndarray, np.ndarray]:
-        count = min(int(steps * strength), steps)
-        if not 0 < strength <= 1 or count < 1:
-            raise ValueError(
-                f"strength={strength}: must lie in (0, 1] and leave at least one of {steps} steps"
-            )
-        timesteps, following = self.scheduler.steps(steps)
-        return timesteps[-count:], following[-count:]
-
-    def _noised(self, latents: Latents, noise: Latents, t: int) -> Latents:
-        return q_sample(
-            self.scheduler.schedule(), latents, jnp.zeros_like(latents), t, noise, shift="none"
-        )
-
-    def _sample(
-        self,
-        request: Request,
-        x: Latents,
-        steps: tuple[np.ndarray, np.ndarray],
-        known: Known | None = None,
-    ) -> Pictures:
-        if known is None and self.model.unet.config.in_channels != x.shape[-1]:
-            channels = self.model.unet.config.in_channels
-            raise ValueError(f"the UNet has {channels} channels in: it is only for inpainting")
-        leads_from_zeros = self.zeros_for_empty and not any(request.negatives)
-        texts = (
-            self.token_ids(request.prompts),
-            None if leads_from_zeros else self.token_ids(request.negatives),
-        )
-        model, (ids, negative_ids, x, known) = spread(self.model, (*texts, x, known))
-        images = sample_images(
-            model,
-            self.scheduler.schedule(),
-            *steps,
-            ids,
-            negative_ids,
-            x,
-            jnp.float32(request.guidance),
-            known,
-            prediction_type=self.scheduler.prediction,
-            guided=request.guidance > 1,
-            tile=request.tile,
-            reuse=request.reuse,
-        )
-        return np.asarray(jnp.round(255 * images)).astype(np.uint8)[: len(request.prompts)]
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[H, W, Z] of the UNet's own size. ValueError if its config doesn't say."""
+        side = self.unet.config.sample_size
+        if side is None:
+            raise ValueError("size: missing; the UNet's config has no sample_size")
+        sides = side if isinstance(side, tuple) else (side, side)
+        return (*sides, self.vae.config.latent_channels)
 
 
-def spread(model: StableDiffusion, batch: PyTree) -> tuple[StableDiffusion, PyTree]:
-    """The model on every device of this process and the batch's rows split over them, filled up
-    with copies of the last one where they don't divide. With one device, as they are.
-    """
-    mesh = local_mesh()
-    if mesh.size == 1:
-        return model, batch
-
-    def filled(rows):
-        lack = -len(rows) % mesh.size
-        return jnp.concatenate([rows, jnp.repeat(rows[-1:], lack, axis=0)])
-
-    rows = jax.device_put(jax.tree.map(filled, batch), NamedSharding(mesh, PartitionSpec("data")))
-    return jax.device_put(model, replicated(mesh)), rows
-
-
-def load_pipeline(folder: str | Path, **options) -> Pipeline:
+def read_folder(folder: str | Path, **options) -> Folder:
     """A Stable Diffusion 1.x, 2.x or XL folder, as diffusers wrote it or converted.
 
     `options` of all three networks: see `contextdiff_jax.pretrained.model.Options`. The tokenizer
@@ -281,8 +103,10 @@ def load_pipeline(folder: str | Path, **options) -> Pipeline:
         )
     texts = [load_clip_text(folder / part, **options) for part in names]
     _check_fit(folder, unet, vae, texts)
-    return Pipeline(
-        model=StableDiffusion(unet, vae, *texts),
+    return Folder(
+        unet=unet,
+        vae=vae,
+        texts=tuple(texts),
         scheduler=scheduler,
         tokenizers=tuple(
             _tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in names

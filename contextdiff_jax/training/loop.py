@@ -33,7 +33,7 @@ from contextdiff_jax.data import (
     make_source,
 )
 from contextdiff_jax.files import replacing
-from contextdiff_jax.generation import Generator
+from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
 from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, is_first
@@ -300,11 +300,12 @@ class Reporter:
         frozen: Frozen,
     ):
         self._settings, self._workdir = settings, workdir
-        self._generator = Generator(settings, tokenizer, frozen=frozen, mesh=mesh)
+        self._pipeline = of_run(settings, tokenizer, None, frozen=frozen, mesh=mesh)
         self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
 
     def __call__(self, state: TrainState, step: int) -> None:
-        images = self._generator(state.ema, self._prompts, seed=self._settings.seed)
+        pipeline = self._pipeline.with_params(state.ema)
+        images = pipeline.text_to_image(self._prompts, seed=self._settings.seed)
         if not is_first():
             return
         folder = self._workdir / "samples"
