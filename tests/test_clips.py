@@ -99,6 +99,18 @@ def test_frames_come_in_the_order_of_the_numbers_in_their_names(tmp_path, names)
     assert (clip[:, 0, 0, 0] // 10).tolist() == list(range(len(names)))
 
 
+def test_frames_are_turned_and_made_eight_bits_as_in_training(tmp_path):
+    exif, lying = Image.Exif(), film(1)[0]
+    exif[0x0112] = 6
+    Image.fromarray(lying).save(tmp_path / "0.png", exif=exif)
+    upright = np.rot90(lying, -1)
+    deep = upright[..., 0].astype(np.uint16) << 8
+    Image.fromarray(deep).save(tmp_path / "1.png")
+    clip = read_clip(tmp_path, num_frames=2)
+    np.testing.assert_array_equal(clip[0], upright)
+    np.testing.assert_array_equal(clip[1], np.repeat(upright[..., :1], 3, -1))
+
+
 # -------------------- time stamps
 
 
@@ -214,6 +226,12 @@ def test_a_films_frames_come_as_often_as_they_are_shown(tmp_path, suffix, stamps
     assert np.abs(clip - np.repeat([10, 70, 140, 210], times)).max() < 4
     shutil.copy(path, tmp_path / "a.gif")  # the content counts
     assert len(read_clip(tmp_path / "a.gif", num_frames=0)) == len(clip)
+
+
+def test_a_broadcasts_clock_that_starts_anew_is_no_pause(tmp_path):
+    for suffix, frames in (("ts", 4), ("mp4", 99)):
+        path = write_film(tmp_path / f"a.{suffix}", flat(10, 70, 140, 210), [0, 1, 97, 98])
+        assert len(read_clip(path, num_frames=0)) == frames
 
 
 @pytest.mark.parametrize(

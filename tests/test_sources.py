@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from contextdiff_jax.benchmarks.layouts import LAYOUTS, make_pictures
 from contextdiff_jax.data import (
@@ -438,7 +438,8 @@ def test_the_limit_of_pixels_is_the_configs_and_pillows_is_off(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF"])
-def test_a_picture_that_is_cut_off_is_never_given_out(kind):
+def test_a_picture_that_is_cut_off_is_never_given_out(kind, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as tfds may leave it
     data = _saved(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8), kind)
     for share in (0.3, 0.6, 0.95):
         with pytest.raises(UNDECODABLE):

@@ -20,7 +20,7 @@ import zlib
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 # What a damaged record raises: OSError, SyntaxError, RuntimeError and DecompressionBombError by PIL
 # in 2,800 mutated JPEG, PNG, WebP, GIF, TIFF, BMP and AVIF files; RuntimeError by ArrayRecord;
@@ -70,6 +70,7 @@ def open_picture(file: bytes | str | os.PathLike, max_pixels: int = MAX_PIXELS) 
     Raises:
         One of `UNDECODABLE`: for no picture, for an empty one, and for one above `max_pixels`.
     """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # tfds sets it, and half a picture would be grey
     image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
     try:
         check_size(image, max_pixels)

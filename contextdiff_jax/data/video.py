@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # PIL's names; the pages of other formats are no frames
 _PROBE = 256  # frames whose time stamps decide the rate
-_BLINK, _BLINK_SHOWN = 0.02, 0.1  # seconds; players show an animation's shorter frames for 0.1
+_BLINK, _BLINK_SHOWN = 0.01, 0.1  # seconds; browsers show frames of up to 0.01 for 0.1
 _TICK = 0.01  # seconds; a GIF's clock, and that of the animations that are made from GIFs
 _SHORTEST = 1 / 125  # seconds; time stamps that are closer in a slower clip are noise
 Frame = UInt8[np.ndarray, "H W 3"]
@@ -94,7 +94,7 @@ def _animation(path: pathlib.Path) -> Iterator[tuple[float, Image.Image]]:
             check_size(frame)  # a GIF's later frames may be larger
             frame.load()  # tells the duration, in some formats
             duration = frame.info.get("duration", 0) / 1000
-            yield (duration if duration >= _BLINK else _BLINK_SHOWN), frame
+            yield (duration if duration > _BLINK else _BLINK_SHOWN), frame
 
 
 def _from_picture(path: pathlib.Path) -> Iterator[Frame]:
@@ -129,13 +129,18 @@ def _film_step(path: pathlib.Path, index: int) -> float | None:
         return _step(np.diff(stamps) * tick, tick)
 
 
-def _timed(frames: Iterator[av.VideoFrame], step: float) -> Iterator[tuple[float, av.VideoFrame]]:
-    """(duration in seconds, frame), from the time stamps; `step` where they are missing."""
+def _timed(
+    frames: Iterator[av.VideoFrame], step: float, longest: float
+) -> Iterator[tuple[float, av.VideoFrame]]:
+    """(duration in seconds, frame), from the time stamps; `step` where they are missing or leap by
+    more than `longest`.
+    """
     previous = None
     for frame in frames:
         if previous is not None:
             known = frame.time is not None and previous.time is not None
-            yield (frame.time - previous.time if known else step), previous
+            duration = frame.time - previous.time if known else step
+            yield (duration if abs(duration) <= longest else step), previous
         previous = frame
     if previous is not None:
         yield max(float((previous.duration or 0) * (previous.time_base or 0)), step), previous
@@ -181,7 +186,9 @@ def _from_film(path: pathlib.Path) -> Iterator[Frame]:
                 raise ValueError("holds no video stream")
             step = _film_step(path, streams[0].index) or 1.0
             aspect = float(streams[0].sample_aspect_ratio or 1)
-            timed = _timed(film.decode(streams[0]), step)
+            # A broadcast's clock may start anew; FFmpeg's -dts_delta_threshold is 10 seconds, too.
+            leaps = bool(film.format.flags & av.format.Flags.ts_discont.value)
+            timed = _timed(film.decode(streams[0]), step, 10.0 if leaps else np.inf)
             yield from _evenly(((length, _pixels(f, aspect)) for length, f in timed), step)
     except av.FFmpegError as error:
         raise ValueError(
