@@ -422,9 +422,10 @@ def test_every_kind_of_transparency_lies_on_white():
         np.testing.assert_array_equal(decode(data, (4, 64)), expected)
 
 
-def test_the_limit_of_pixels_is_the_configs_and_pillows_is_off(tmp_path):
+def test_the_limit_of_pixels_is_the_configs_and_pillows_is_off(tmp_path, monkeypatch):
     """195 million pixels, as a scanned map has, are decoded at a size near the wanted one."""
     data = _saved(np.full((13000, 15000), 90, np.uint8), "JPEG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2**26)  # near Pillow's own
     assert picture_size(data) == (13000, 15000) and (decode(data, (8, 8)) == 90).all()
     (tmp_path / "a.png").write_bytes(_saved(QUARTERS))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')

@@ -17,6 +17,7 @@ import os
 import pathlib
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -50,7 +51,6 @@ FILTERS = {  # from the sharpest to the quickest; all of them average over what 
 
 
 MAX_PIXELS = 300_000_000
-Image.MAX_IMAGE_PIXELS = None  # Pillow's limit, 179 million, is the process's; ours is an argument
 
 _TURNS = {  # EXIF orientation -> what brings the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,14 +64,21 @@ _TURNS = {  # EXIF orientation -> what brings the picture upright
 _PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # where a PNG may keep it
 
 
-def open_picture(file: bytes | str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_picture(
+    file: bytes | str | os.PathLike,
+    max_pixels: int = MAX_PIXELS,
+    formats: Sequence[str] | None = None,
+) -> Image.Image:
     """A picture, encoded or by its path, whose pixels aren't decoded yet: `shown` does that.
+    `formats` are PIL's names; None: all.
 
     Raises:
         One of `UNDECODABLE`: for no picture, for an empty one, and for one above `max_pixels`.
     """
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # tfds sets it, and half a picture would be grey
-    image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+    # Two switches of the process: Pillow's limit of 179 million pixels, where ours is an argument,
+    # and half a picture in grey, which tfds allows.
+    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
+    image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
     try:
         check_size(image, max_pixels)
     except ValueError:

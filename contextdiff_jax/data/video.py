@@ -79,7 +79,7 @@ def _from_folder(folder: pathlib.Path) -> Iterator[Frame]:
 def _is_picture(path: pathlib.Path) -> bool:
     """Whether the content, whatever the name, is a picture or an animation for PIL."""
     try:
-        Image.open(path, formats=(*_ANIMATED, "JPEG", "BMP", "TIFF")).close()
+        open_picture(path, formats=(*_ANIMATED, "JPEG", "BMP", "TIFF")).close()
     except UNDECODABLE:
         return False
     return True
