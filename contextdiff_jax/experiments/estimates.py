@@ -1,5 +1,4 @@
-"""How good the estimate of the context is, by t, and what happens to samples when it is made
-smaller or larger.
+"""The error of the context's estimate by t, and samples with it made smaller or larger.
 
 The best multiple of r_hat, in the mean square, is its regression coefficient <r_hat, r> / <r_hat,
 r_hat>. It is 1 at every t if r_hat is E[r | x_t].
@@ -33,13 +32,11 @@ _BATCH = 64
 
 
 def estimate_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
-    """Reads the run of the same variant and seed of another plan, beside this one's; trains it if
-    it isn't there.
+    """Measure on the run of the same variant and seed of another plan; train it if it isn't there.
 
-    Options: `of` that plan's file; `num` held-out captions; `records` of the training split, other
-        scenes than any that is
-    trained or evaluated on, for the coefficients; `steps` of DDIM; `guidances`; `factors` for
-    guidance 1.
+    That plan's runs are beside this one's. Options: `of`, that plan's file; `num` held-out
+    captions; `records` of the training split, other scenes than any that is trained or evaluated
+    on, for the coefficients; `steps` of DDIM; `guidances`; `factors` for guidance 1.
     """
     options, settings = cell.options, parse(cell.config)
     trained = load_plan(options["of"]).cell(cell.variant, cell.seed)
@@ -106,9 +103,10 @@ def measure(
     timesteps: Int[Array, K],
     seed: int,
 ) -> dict[str, Float[np.ndarray, K]]:
-    """By timestep, over the records noised by the forward process: root mean squares of r (`true`),
-    r_hat (`estimate`) and their difference (`error`), and the regression `coefficient`. No
-    guidance.
+    """Measure the estimate by timestep, over records noised by the forward process.
+
+    Root mean squares of r (`true`), r_hat (`estimate`) and their difference (`error`), and the
+    regression `coefficient`. No guidance.
     """
     graph, schedule = model_graph(settings), settings.diffusion.make_schedule()
     null = tokenizer.encode([""], settings.data.max_length)
