@@ -67,7 +67,20 @@ def estimate_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     }
     every = np.arange(settings.diffusion.num_timesteps)
     regressed = np.interp(every, np.asarray(timesteps)[::-1], found["coefficient"][::-1])
+    scores |= _obeyed(settings, params, tokenizer, regressed, options, cell.seed)
+    return {"scores": scores, "marks": {}, "training": {"step": [], "loss": [], "context_gain": []}}
 
+
+def _obeyed(
+    settings: Settings,
+    params: PyTree,
+    tokenizer: Tokenizer,
+    regressed: Float[np.ndarray, T],
+    options: dict[str, Any],
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Shares of held-out captions obeyed exactly, by guidance and by the factors on r_hat."""
+    scores = {}
     source = next(reversed(metrics.splits(settings.data).values()))  # held-out combinations
     records = [source[i] for i in range(options["num"])]
     for guidance in options["guidances"]:
@@ -84,7 +97,7 @@ def estimate_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
             generate = OracleGenerator(
                 settings, tokenizer, sample, scaled(jnp.asarray(factors, jnp.float32))
             )
-            images = generate(params, records, cell.seed)
+            images = generate(params, records, seed)
             exact[name] = float(
                 judge(images, [record["caption"] for record in records])["exact"].mean()
             )
@@ -92,7 +105,7 @@ def estimate_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
             f"{name}, minus as it is": value - exact["as it is"] for name, value in exact.items()
         }
         scores[f"guidance {guidance:g}"] = exact | differences
-    return {"scores": scores, "marks": {}, "training": {"step": [], "loss": [], "context_gain": []}}
+    return scores
 
 
 def measure(
