@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from contextdiff_jax.keys import check_seed
 from contextdiff_jax.pretrained.pipeline import load_pipeline
 
 
@@ -25,7 +26,7 @@ class FolderRequest:
     eta: float = 0.0
     guidance: float = 7.5
     seed: int = 0
-    negative: str = ""
+    negative: str | None = None
     size: Sequence[str] | None = None  # height, width
     image: str | None = None
     mask: str | None = None
@@ -41,6 +42,7 @@ class FolderRequest:
             raise ValueError(f"--steps={self.steps}: must be at least 1")
         if self.guidance < 0:
             raise ValueError(f"--guidance={self.guidance}: must not be negative")
+        check_seed(self.seed, "--seed")
         if self.reuse < 1:
             raise ValueError(f"--reuse={self.reuse}: must be positive")
         for name in ("mask", "strength"):
