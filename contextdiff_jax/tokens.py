@@ -159,7 +159,8 @@ class CutCaptions:
         cut = [(caption, words) for caption, words in zip(captions, lost) if words]
         self.count += len(cut)
         if cut and not self._named:
-            warn_of_cut(*zip(cut[0]), self.length, "caption")
+            caption, words = cut[0]
+            warn_of_cut([caption], [words], self.length, "caption")
             self._named = True
 
 
@@ -248,7 +249,8 @@ def _t5_options(folder: Path, kind: str) -> dict[str, int]:
     a hundred, whose ids an encoder may not have.
     """
     config, path = read_config(folder), folder / "tokenizer.json"
-    told = config.keys() & {"extra_ids", "additional_special_tokens", "extra_special_tokens"}
+    lists = (config.get(f"{name}_special_tokens") for name in ("additional", "extra"))
+    told = "extra_ids" in config or any(lists)
     if kind != "t5" or told or not path.is_file():
         return {}
     vocabulary = _read_object(path)["model"]["vocab"]
