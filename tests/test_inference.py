@@ -108,9 +108,7 @@ def test_a_picture_is_noised_by_the_forward_process_of_its_caption(
 
 
 @pytest.mark.parametrize("options", [{}, {"sampler": "ddpm"}, {"eta": 0.5, "reuse": 2}])
-def test_an_inpainted_picture_keeps_what_is_outside_of_the_hole(
-    pipeline, pictures, masks, options
-):
+def test_an_inpainted_picture_keeps_what_is_outside_of_the_hole(pipeline, pictures, masks, options):
     made = pipeline.inpaint(PROMPTS, pictures, masks, seed=SEED, **options)
     outside = masks < 0.5
     np.testing.assert_array_equal(made[outside], pictures[outside])
@@ -147,6 +145,11 @@ def test_a_picture_depends_on_its_number_and_not_on_how_many_there_are(pipeline)
     np.testing.assert_allclose(parts.astype(int), many.astype(int), atol=1)
 
 
+def test_every_seed_of_64_bits_draws_its_own_pictures(pipeline):
+    low, high = (pipeline.text_to_image(PROMPTS, seed=seed, steps=1) for seed in (0, 2**32))
+    assert np.abs(low.astype(int) - high).mean() > 5
+
+
 def test_a_run_makes_pictures_of_another_size(pipeline):
     assert pipeline.text_to_image(PROMPTS, size=(24, 8), steps=1).shape == (2, 24, 8, 3)
 
@@ -157,6 +160,7 @@ def test_a_run_makes_pictures_of_another_size(pipeline):
         (lambda p: p.text_to_image([]), "the list is empty"),
         (lambda p: p.text_to_image("red"), "prompts='red'"),
         (lambda p: p.text_to_image(PROMPTS, negative=["a"]), "negative: 1 texts; must be one"),
+        (lambda p: p.text_to_image(PROMPTS, seed=-1), "seed=-1: must lie in"),
         (lambda p: p.text_to_image(PROMPTS, sampler="magic"), "sampler='magic': unknown; one of"),
         (lambda p: p.text_to_image(PROMPTS, noise=np.zeros((1, 16, 16, 3))), "noise: shape"),
         (lambda p: p.image_to_image(PROMPTS, np.zeros((1, 16, 16, 3), np.uint8)), "images: 1"),

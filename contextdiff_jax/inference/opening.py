@@ -26,7 +26,7 @@ from contextdiff_jax.models.contextdiff import (
     FrozenTextPair,
 )
 from contextdiff_jax.parallel.mesh import local_mesh, replicated
-from contextdiff_jax.pretrained.pipeline import INDEX_FILE, Folder, read_folder
+from contextdiff_jax.pretrained.pipeline import INDEX_FILE, StableDiffusion, read_pipeline
 from contextdiff_jax.run import load_run
 from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.training.frozen import load_frozen
@@ -42,7 +42,7 @@ def open_folder(
 ) -> Pipeline:
     """See `Pipeline.open`. `programs`: a folder where traced programs are kept."""
     if (Path(path) / INDEX_FILE).is_file():
-        return of_folder(read_folder(path, **options), str(path), programs)
+        return of_folder(read_pipeline(path, **options), str(path), programs)
     run = load_run(str(path), weights)
     return of_run(
         run.settings,
@@ -78,7 +78,7 @@ def of_run(
         build=lambda weights: build_model(graph(), *weights),
         weights=(params, load_frozen(settings) if frozen is None else frozen),
         process=process_of(settings),
-        encode_text=lambda texts: tokenizer.encode(list(texts), settings.data.max_length),
+        encode_text=lambda texts: tokenizer.encode_and_cut(list(texts), settings.data.max_length),
         find_steps=find_steps,
         shape=settings.shape,
         factor=settings.data.image_size // settings.shape[0],
@@ -120,13 +120,13 @@ def run_steps(num_timesteps: int, options: SampleConfig) -> Steps:
 class FolderPipeline(Pipeline):
     """The pipeline of a Stable Diffusion folder. `model` holds its networks and tokenizers."""
 
-    def __init__(self, opened: Opened, model: Folder, **options: Any):
+    def __init__(self, opened: Opened, model: StableDiffusion, **options: Any):
         super().__init__(opened, **options)
         self.model, self.scheduler, self.token_ids = model, model.scheduler, model.token_ids
 
 
 def of_folder(
-    folder: Folder, source: str = "", programs: epath.PathLike | None = None
+    folder: StableDiffusion, source: str = "", programs: epath.PathLike | None = None
 ) -> FolderPipeline:
     """The pipeline of a Stable Diffusion folder: a model whose context is `none`."""
     texts = folder.texts
@@ -158,7 +158,8 @@ def of_folder(
             steps_offset=scheduler.steps_offset,
             set_alpha_to_one=scheduler.set_alpha_to_one,
         ),
-        identity=folder.identity,
+        identity=graph,
+        only_inpaints=folder.unet.config.in_channels != folder.vae.config.latent_channels,
         least_guidance=1.0,  # as diffusers, where a scale below 1 is none
         zeros_for_empty=folder.zeros_for_empty,
         source=source,
@@ -167,7 +168,7 @@ def of_folder(
     return FolderPipeline(opened, folder, mesh=mesh, programs=programs)
 
 
-def _folder_steps(folder: Folder, options: SampleConfig) -> Steps:
+def _folder_steps(folder: StableDiffusion, options: SampleConfig) -> Steps:
     scheduler = dataclasses.replace(
         folder.scheduler,
         timestep_spacing=options.spacing,

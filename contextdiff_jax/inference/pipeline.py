@@ -28,10 +28,12 @@ from tqdm import tqdm
 
 from contextdiff_jax.inference.programs import kept
 from contextdiff_jax.inference.sampling import Method, Picture, Process, Steps, Text, make_sample
+from contextdiff_jax.keys import check_seed, make_key
 from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.pixels import to_uint8
 from contextdiff_jax.parallel.mesh import place, replicated, tracing_for
 from contextdiff_jax.settings import SampleConfig
+from contextdiff_jax.tokens import warn_of_cut
 
 Pictures = UInt8[np.ndarray, "B H W 3"]
 Callback = Callable[[int, Float[np.ndarray, "B H W C"]], None]
@@ -45,7 +47,7 @@ class Opened:
       build: weights -> the model; to be called inside of a jitted function.
       weights: arrays: the parameters, and the frozen networks that lie apart from them.
       process: what it was trained on.
-      encode_text: texts -> (ids, mask).
+      encode_text: texts -> (ids, mask, the words of each that are cut off).
       find_steps: options -> the timesteps.
       shape: [H, W, C] of x0 by default. factor: pixels a side for each of H and W.
       options: how it is sampled where the caller says nothing.
@@ -53,6 +55,7 @@ class Opened:
       rules: what its axes are split over on a mesh.
       least_guidance: a smaller scale is taken as this one.
       zeros_for_empty: without a negative text guidance leads away from zeros, as XL was trained.
+      only_inpaints: the network reads a hole.
       source: where it came from, for people.
     """
 
@@ -60,7 +63,8 @@ class Opened:
     weights: tuple[PyTree, ...]
     process: Process
     encode_text: Callable[
-        [Sequence[str]], tuple[Int[np.ndarray, "B *E L"], Bool[np.ndarray, "B L"]]
+        [Sequence[str]],
+        tuple[Int[np.ndarray, "B *E L"], Bool[np.ndarray, "B L"], Sequence[str]],
     ]
     find_steps: Callable[[SampleConfig], Steps]
     shape: tuple[int, int, int]
@@ -70,6 +74,7 @@ class Opened:
     rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     least_guidance: float = -math.inf
     zeros_for_empty: bool = False
+    only_inpaints: bool = False
     source: str = ""
 
 
@@ -79,8 +84,9 @@ class Request:
 
     Attributes:
       prompts: captions, `num` pictures each.
-      negative: what guidance leads away from, one text for all or one a prompt.
-      seed: picture i's noise depends on (seed, i) alone.
+      negative: what guidance leads away from, one text for all or one a prompt; None: the empty
+        text, or what the model has in its place (`Opened.zeros_for_empty`).
+      seed: 0..2^64 - 1; picture i's noise depends on (seed, i) alone.
       first: the number of the first picture, of a share of a longer list.
       noise: given instead of drawn, [B, H, W, C] in the model's space.
       callback: called as callback(step, x0) with the estimate of x0 after each step.
@@ -89,7 +95,7 @@ class Request:
     """
 
     prompts: Sequence[str]
-    negative: str | Sequence[str] = ""
+    negative: str | Sequence[str] | None = None
     num: int = 1
     seed: int = 0
     first: int = 0
@@ -104,7 +110,9 @@ class Request:
                 f"prompts={self.prompts!r}: the list is empty or no list; "
                 "give at least one text, as in ['a large red circle']"
             )
-        if not isinstance(self.negative, str) and len(self.negative) != len(self.prompts):
+        check_seed(self.seed)
+        listed = not isinstance(self.negative, str | None)
+        if listed and len(self.negative) != len(self.prompts):
             count = len(self.prompts)
             raise ValueError(
                 f"negative: {len(self.negative)} texts; must be one, or as many as prompts, {count}"
@@ -129,8 +137,8 @@ class Request:
     @property
     def negatives(self) -> list[str]:
         """The negative text of each picture, or the one for all."""
-        if isinstance(self.negative, str):
-            return [self.negative]
+        if isinstance(self.negative, str | None):
+            return [self.negative or ""]
         return [text for text in self.negative for _ in range(self.num)]
 
 
@@ -150,7 +158,7 @@ class Pipeline:
         """
         self.opened, self._mesh, self._programs = opened, mesh, programs
         self._made: dict[Any, Callable] = {}
-        self._listener = _Listener()
+        self._listener, self._told = _Listener(), set()
 
     @classmethod
     def open(cls, path: str | Path, weights: str = "ema", **options: Any) -> Pipeline:
@@ -268,11 +276,13 @@ class Pipeline:
         holes: Bool[np.ndarray, "B H W"] | None = None,
     ) -> Pictures:
         """Batch after batch; the last is filled up: one shape, one compilation."""
+        if self.opened.only_inpaints and holes is None:
+            raise ValueError("the model reads a picture with a hole: it is only for inpainting")
         scale = max(options.guidance, self.opened.least_guidance)
         options = dataclasses.replace(options, guidance=scale)
         method = method_of(options, tile=request.tile, from_noise=from_noise)
         texts, made = request.texts, []
-        noise_key, sampler_key = jax.random.split(jax.random.key(request.seed))
+        noise_key, sampler_key = jax.random.split(make_key(request.seed))
         width = min(request.batch_size, len(texts))
         starts = range(0, len(texts), width)
         several = None if len(starts) > 1 else True
@@ -287,7 +297,7 @@ class Pipeline:
                 np.asarray(jax.random.key_data(noise_key)),
                 np.arange(number, number + width),
                 _rows(request.checked_noise(shape), rows),
-                self._text([texts[i] for i in rows], request.negatives, rows),
+                self._text(request, rows),
                 steps,
                 np.float32(scale),
                 np.asarray(jax.random.key_data(jax.random.fold_in(sampler_key, number))),
@@ -296,17 +306,24 @@ class Pipeline:
             made.append(self._run(request, method, shape, arguments)[: len(texts) - start])
         return np.concatenate(made)
 
-    def _text(self, texts: list[str], negatives: list[str], rows: np.ndarray) -> Text:
-        ids, mask = self.opened.encode_text(texts)
-        if self.opened.zeros_for_empty and not any(negatives):
-            return Text(ids, mask, None, None)
+    def _text(self, request: Request, rows: np.ndarray) -> Text:
+        ids = self._encode([request.texts[i] for i in rows])
+        if self.opened.zeros_for_empty and request.negative is None:
+            return Text(*ids, None, None)
+        negatives = request.negatives
         return Text(
-            ids,
-            mask,
-            *self.opened.encode_text(
-                negatives if len(negatives) == 1 else [negatives[i] for i in rows]
-            ),
+            *ids, *self._encode(negatives if len(negatives) == 1 else [negatives[i] for i in rows])
         )
+
+    def _encode(
+        self, texts: Sequence[str]
+    ) -> tuple[Int[np.ndarray, "B *E L"], Bool[np.ndarray, "B L"]]:
+        """Ids and mask; what is cut off a text is told once, however often it is drawn."""
+        ids, mask, lost = self.opened.encode_text(texts)
+        new = {text: words for text, words in zip(texts, lost) if text not in self._told}
+        self._told.update(new)
+        warn_of_cut(list(new), list(new.values()), ids.shape[-1])
+        return ids, mask
 
     def _run(
         self, request: Request, method: Method, shape: tuple[int, int, int], arguments: tuple

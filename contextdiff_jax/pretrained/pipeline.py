@@ -6,21 +6,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.unet import UNet
+from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.pretrained.clip import load_clip_text
 from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import load_unet
+from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
 from contextdiff_jax.pretrained.vae import load_vae
+from contextdiff_jax.tokens import check_ids, cut_text, read_folder
+
+if TYPE_CHECKING:
+    from contextdiff_jax.inference.opening import FolderPipeline
 
 INDEX_FILE = "model_index.json"
 CLASSES = tuple(
@@ -31,10 +40,10 @@ CLASSES = tuple(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Folder:
+class StableDiffusion:
     """The networks, the scheduler, and transformers' tokenizers, one a text encoder.
     `zeros_for_empty`: without a negative text guidance leads away from zeros (XL), not from the
-    empty text.
+    empty text; an explicit "" is the empty text.
     """
 
     unet: UNet
@@ -44,26 +53,10 @@ class Folder:
     tokenizers: tuple[Any, ...]
     zeros_for_empty: bool = False
 
-    def token_ids(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], ...]:
-        """Ids for each text encoder, padded (and cut) to its length."""
-
-        def ids(tokenizer, encoder):
-            length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-            return np.array(
-                tokenizer(
-                    list(texts), padding="max_length", max_length=length, truncation=True
-                ).input_ids
-            )
-
-        return tuple(map(ids, self.tokenizers, self.texts))
-
-    def encode_text(
-        self, texts: Sequence[str]
-    ) -> tuple[Int[np.ndarray, "B *E L"], Bool[np.ndarray, "B L"]]:
-        """`token_ids`, those of two encoders beside each other, and a mask that hides nothing."""
-        ids = self.token_ids(texts)
-        stacked = ids[0] if len(ids) == 1 else np.stack(ids, axis=1)
-        return stacked, np.ones(ids[0].shape, bool)
+    @property
+    def text(self) -> CLIPText:
+        """The first text encoder, the only one but in XL."""
+        return self.texts[0]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -74,12 +67,51 @@ class Folder:
         sides = side if isinstance(side, tuple) else (side, side)
         return (*sides, self.vae.config.latent_channels)
 
+    def token_ids(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], ...]:
+        """Ids for each text encoder, padded (and cut) to its length."""
+        return tuple(np.array(rows.input_ids) for rows in self._tokenized(texts))
 
-def read_folder(folder: str | Path, **options) -> Folder:
+    def encode_text(
+        self, texts: Sequence[str]
+    ) -> tuple[Int[np.ndarray, "B *E L"], Bool[np.ndarray, "B L"], list[str]]:
+        """Ids (those of XL's two encoders beside each other), which of them aren't padding, and the
+        words of each text that are cut off.
+
+        Raises ValueError for a token that an encoder's embedding has no row for.
+        """
+        texts, made = list(texts), []
+        for i, (rows, encoder) in enumerate(zip(self._tokenized(texts), self.texts, strict=True)):
+            ids, where = np.array(rows.input_ids), f"tokenizer{'_2' * i}"
+            check_ids(ids, texts, self.tokenizers[i], encoder.config.vocab_size, where)
+            made.append((ids, np.array(rows.attention_mask, bool)))
+            if not i:  # XL's two cut alike
+                lost = list(map(cut_text, texts, rows.encodings))
+        ids, masks = zip(*made, strict=True)
+        return (ids[0] if len(ids) == 1 else np.stack(ids, axis=1)), masks[0], lost
+
+    def _tokenized(self, texts: Sequence[str]) -> Iterator[Any]:
+        """transformers' encodings, by each text encoder's tokenizer."""
+        for tokenizer, encoder in zip(self.tokenizers, self.texts, strict=True):
+            length = int(min(tokenizer.model_max_length, encoder.config.max_position_embeddings))
+            options = dict(padding="max_length", max_length=length, truncation=True)
+            yield tokenizer(list(texts), **options)
+
+
+def load_pipeline(folder: str | Path, **options) -> FolderPipeline:
+    """`contextdiff_jax.Pipeline.open` by its name of the first edition."""
+    from contextdiff_jax.inference.opening import open_folder
+
+    return open_folder(folder, **options)
+
+
+def read_pipeline(folder: str | Path, **options) -> StableDiffusion:
     """A Stable Diffusion 1.x, 2.x or XL folder, as diffusers wrote it or converted.
 
-    `options` of all three networks: see `contextdiff_jax.pretrained.model.Options`. The tokenizer
-    is transformers', which is imported here and nowhere else.
+    What diffusers' pipelines put right in old configs is put right here: the scheduler's
+    `steps_offset` and `clip_sample`, the UNet's `sample_size`, the autoencoder's type
+    (`force_upcast`).
+
+    `options` of all three networks: see `contextdiff_jax.pretrained.model.Options`.
 
     Raises ValueError, one line, for a folder of another pipeline, a part that is missing, damaged
     or doesn't fit.
@@ -92,25 +124,32 @@ def read_folder(folder: str | Path, **options) -> Folder:
         raise ValueError(
             f"{path}: _class_name={name!r}: another pipeline; one of {', '.join(CLASSES)}"
         )
-    scheduler = load_scheduler(folder / "scheduler")
-    unet = load_unet(folder / "unet", **options)
-    vae = load_vae(folder / "vae", **options)
+    scheduler = load_scheduler(folder / "scheduler", pipeline=name)
     is_xl = "XL" in name
     names = ("text_encoder", "text_encoder_2") if is_xl else ("text_encoder",)
     if index.get("requires_aesthetics_score") or (is_xl and not (folder / names[0]).is_dir()):
         raise ValueError(
             f"{path}: XL's refiner is not supported; its base, with two text encoders, is"
         )
+    tokenizers = tuple(
+        read_folder(folder / part.replace("text_encoder", "tokenizer"), "clip") for part in names
+    )
+    unet, of_vae = load_unet(folder / "unet", **options), dict(options)
+    if not is_xl:
+        unet.config = _corrected(unet.config, folder / "unet")
+    elif jnp.dtype(options.get("dtype", jnp.float32)) == jnp.float16:
+        # XL's autoencoder overflows in float16: black pictures.
+        if read_config(VAE_MODEL, folder / "vae").force_upcast:
+            of_vae["dtype"] = jnp.float32
+    vae = load_vae(folder / "vae", **of_vae)
     texts = [load_clip_text(folder / part, **options) for part in names]
     _check_fit(folder, unet, vae, texts)
-    return Folder(
+    return StableDiffusion(
         unet=unet,
         vae=vae,
         texts=tuple(texts),
         scheduler=scheduler,
-        tokenizers=tuple(
-            _tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in names
-        ),
+        tokenizers=tokenizers,
         zeros_for_empty=is_xl and index.get("force_zeros_for_empty_prompt", True),
     )
 
@@ -148,9 +187,13 @@ def _check_fit(folder: Path, unet: UNet, vae: VAE, texts: Sequence[CLIPText]) ->
             )
 
 
-def _tokenizer(folder: Path) -> Any:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(folder)
+def _corrected(config: UNetConfig, folder: Path) -> UNetConfig:
+    """With latents of 64, if diffusers before 0.9 wrote it: it stored its default of 32 whatever the
+    network had been trained on.
+    """
+    values = read_json(folder / "config.json", "a UNet's folder")
+    numbers = re.findall(r"\d+", str(values.get("_diffusers_version", "")))[:2]
+    is_old = bool(numbers) and tuple(map(int, numbers)) < (0, 9)
+    if is_old and isinstance(config.sample_size, int) and config.sample_size < 64:
+        return dataclasses.replace(config, sample_size=64)
+    return config
