@@ -21,6 +21,8 @@ import tokenizers
 from jaxtyping import Bool, Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from contextdiff_jax.texts import check_text, read_lines
+
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")  # in the order of their ids
 BUNDLED = pathlib.Path(__file__).with_name("tokenizer.json")
@@ -67,6 +69,7 @@ class Tokenizer:
             raise ValueError(
                 f"captions={captions!r}: must be a sequence of strings, not one string"
             )
+        _check(captions)
         ids = np.full((len(captions), max_length), PAD, np.int32)
         encodings = self._tokenizer.encode_batch(
             [" ".join(c.split()) for c in captions], add_special_tokens=False
@@ -79,6 +82,15 @@ class Tokenizer:
     def decode(self, ids: Int32[np.ndarray, "B L"]) -> list[str]:
         """The (lowercased) text of each row, without special tokens."""
         return [text.strip() for text in self._tokenizer.decode_batch(np.asarray(ids).tolist())]
+
+
+def _check(captions: Sequence[str]) -> None:
+    """ValueError for a caption that is no text: a tokenizer's own error would not say which."""
+    for caption in captions:
+        try:
+            check_text(caption)
+        except ValueError as error:
+            raise ValueError(f"caption {ascii(caption)}: {error}") from None
 
 
 def _from_json(text: str) -> Tokenizer:
@@ -126,6 +138,7 @@ class FolderTokens:
         """As `Tokenizer.encode`: the caption's tokens (as many as fit) between the model's special
         ones, padding.
         """
+        _check(captions)
         rows = self._tokenizer(
             list(captions), padding="max_length", max_length=max_length, truncation=True
         )
@@ -139,11 +152,11 @@ def load_tokenizer(path: str | pathlib.Path | None = None) -> Tokenizer | Folder
     Raises:
         ValueError: if the file is missing or no such tokenizer, in one line.
     """
-    path = BUNDLED if path is None else pathlib.Path(path)
+    path = BUNDLED if path is None else pathlib.Path(path).expanduser()
     if path.is_dir():
         return FolderTokens(path)
     try:
-        return _from_json(path.read_text(encoding="utf-8"))
+        return _from_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"tokenizer={path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # `tokenizers` raises bare Exception for a file that it cannot parse
@@ -173,8 +186,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int = 4096) -> tokenizers.
 
 def _read_lines(paths: Sequence[pathlib.Path]) -> Iterable[str]:
     for path in paths:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield from file
+        yield from read_lines(path, "--corpus")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -189,7 +201,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [str(path) for path in args.corpus if not path.is_file()]
     if missing:
         parser.error(f"--corpus={missing[0]}: is not a file")
-    tokenizer = train_tokenizer(_read_lines(args.corpus), args.vocab_size)
+    try:
+        lines = list(_read_lines(args.corpus))
+    except ValueError as error:
+        parser.error(str(error))
+    tokenizer = train_tokenizer(lines, args.vocab_size)
     tokenizer.save(str(args.out))
     print(f"{args.out}: {tokenizer.get_vocab_size()} tokens")
     return 0
