@@ -225,7 +225,7 @@ def read_shard(path: pathlib.Path) -> Shard:
         tar_end = 0
         for member, end in _with_ends(_members(file, size), size):
             if isinstance(member, _Gap):
-                _note(shard, path.name, member, start)
+                _note(shard, path.name, member)
                 continue
             shard.used += end - member.offset
             shard.whole, tar_end = False, end
@@ -241,7 +241,7 @@ def read_shard(path: pathlib.Path) -> Shard:
         close()
     shard.num_records = len(shard.records)
     if not shard.whole:
-        reason = f"is cut off at byte {size}" if tar_end else "is no tar file"
+        reason = f"is cut off at byte {size}, without a tar's end" if tar_end else "is no tar file"
         begins = "" if tar_end else f" (begins with {start!r})" if size else " (it is empty)"
         shard.damage.append(f"{path.name}: {reason}{begins}")
     return shard
@@ -259,7 +259,7 @@ def _with_ends(
         yield before, size
 
 
-def _note(shard: Shard, name: str, gap: _Gap, start: bytes) -> None:
+def _note(shard: Shard, name: str, gap: _Gap) -> None:
     """Counts a gap: zeros as the end of a tar, as far as a tar ends with so many; else as lost."""
     length = gap.end - gap.start
     shard.whole = gap.reason == "zeros"

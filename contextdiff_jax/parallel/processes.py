@@ -158,7 +158,7 @@ def disagreement(what: str, entries: Sequence[Mapping[str, Any]]) -> str:
             if here != there:
                 return (
                     f"{what}: {entry['who']} has other ones than {first['who']}: {name}: {there} "
-                    f"there, {here} here; give all processes the same files"
+                    f"there, {here} here; give all processes the same files and settings"
                 )
     return ""
 
