@@ -324,7 +324,7 @@ class PictureSource(abc.ABC):
                 except UNDECODABLE as error:
                     logging.log_first_n(
                         logging.WARNING,
-                        "No picture's size: %s: %s",
+                        "No size: %s: %s",
                         _MAX_LOGGED,
                         self.where(index),
                         error,
@@ -335,5 +335,5 @@ class PictureSource(abc.ABC):
             self.config.path, self.config.index_folder, "sizes", self.kept_key(), measure
         )
         for index in np.flatnonzero(sizes[:, 0] == 0):
-            self.broken.replaced(int(index), f"{self.where(index)}: no picture's header")
+            self.broken.replaced(int(index), f"{self.where(index)}: no readable picture or caption")
         return sizes
