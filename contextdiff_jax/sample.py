@@ -15,6 +15,7 @@ import pathlib
 from absl import flags
 
 from contextdiff_jax import cli
+from contextdiff_jax.texts import read_lines
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 MODEL = flags.DEFINE_string(
@@ -122,11 +123,7 @@ def main() -> None:
     """Parses, samples, draws."""
     prompts = list(PROMPT.value)
     if PROMPTS_FILE.value:
-        prompts += [
-            line.strip()
-            for line in pathlib.Path(PROMPTS_FILE.value).read_text().splitlines()
-            if line.strip()
-        ]
+        prompts += read_lines(PROMPTS_FILE.value, "--prompts_file")
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError(
             "--prompt: the list is empty; give at least one, as in --prompt='a large red circle'"
