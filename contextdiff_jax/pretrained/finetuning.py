@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.files import read_json, tokenizer_folder
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.pipeline import CLASSES, INDEX_FILE
 from contextdiff_jax.pretrained.scheduler import load_scheduler
@@ -46,7 +46,8 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{folder / 'unet'}: a UNet with added conditions, a context head or several text widths is not fine-tuned"
         )
     text = read_json(folder / "text_encoder" / "config.json", "a text encoder's folder")
-    tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json", "a tokenizer's folder")
+    words = tokenizer_folder(folder / "tokenizer")
+    tokenizer = read_json(words / "tokenizer_config.json", "a tokenizer's folder")
     length = min(text.get("max_position_embeddings", 77), tokenizer.get("model_max_length", 77))
     text_width = {"max_length": length, "width": unet.cross_attention_dim}
     diffusion = {
@@ -89,6 +90,6 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
         "data": {
             **config["data"],
             "max_length": length,
-            **filled("data", "tokenizer", str(folder / "tokenizer")),
+            **filled("data", "tokenizer", str(words)),
         },
     }

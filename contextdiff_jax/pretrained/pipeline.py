@@ -21,7 +21,7 @@ from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.mesh import local_mesh, replicated
 from contextdiff_jax.pretrained.clip import load_clip_text
-from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.files import exists, read_json, tokenizer_folder
 from contextdiff_jax.pretrained.sampling import Known, StableDiffusion, encode_images, sample_images
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import load_unet
@@ -254,7 +254,8 @@ def spread(model: StableDiffusion, batch: PyTree) -> tuple[StableDiffusion, PyTr
 
 
 def load_pipeline(folder: str | Path, **options) -> Pipeline:
-    """A Stable Diffusion 1.x, 2.x or XL folder, as diffusers wrote it or converted.
+    """A Stable Diffusion 1.x, 2.x or XL folder, as diffusers wrote it or converted, or a single
+    .safetensors file with the tokenizer's folder beside it.
 
     `options` of all three networks: see `contextdiff_jax.pretrained.model.Options`. The tokenizer
     is transformers', which is imported here and nowhere else.
@@ -275,7 +276,7 @@ def load_pipeline(folder: str | Path, **options) -> Pipeline:
     vae = load_vae(folder / "vae", **options)
     is_xl = "XL" in name
     names = ("text_encoder", "text_encoder_2") if is_xl else ("text_encoder",)
-    if index.get("requires_aesthetics_score") or (is_xl and not (folder / names[0]).is_dir()):
+    if index.get("requires_aesthetics_score") or (is_xl and not exists(folder / names[0])):
         raise ValueError(
             f"{path}: XL's refiner is not supported; its base, with two text encoders, is"
         )
@@ -285,7 +286,8 @@ def load_pipeline(folder: str | Path, **options) -> Pipeline:
         model=StableDiffusion(unet, vae, *texts),
         scheduler=scheduler,
         tokenizers=tuple(
-            _tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in names
+            _tokenizer(tokenizer_folder(folder / part.replace("text_encoder", "tokenizer")))
+            for part in names
         ),
         zeros_for_empty=is_xl and index.get("force_zeros_for_empty_prompt", True),
     )
