@@ -8,8 +8,8 @@ import json
 import math
 
 import jax
-import ml_dtypes
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import peft
 import pytest
@@ -282,7 +282,7 @@ def test_settings_that_would_make_it_another_change_are_refused_by_name(
     down, up = random_lora(unet)["conv_in"]
     path = tmp_path / "adapter_model.safetensors"
     names = (f"base_model.model.conv_in.lora_{letter}.weight" for letter in "AB")
-    safetensors.numpy.save_file(dict(zip(names, (down, up))), path)
+    safetensors.numpy.save_file(dict(zip(names, (down, up), strict=True)), path)
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2} | settings))
     with pytest.raises(ValueError) as error:

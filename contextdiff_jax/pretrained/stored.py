@@ -137,10 +137,11 @@ def _damage(path: Path) -> str | None:
     with path.open("rb") as data:
         head = data.read(8)
         if len(head) < 8:
-            return f"truncated: {size} bytes, less than a header" if size else "is empty (0 bytes)"
+            return f"truncated: {size} bytes, less than a header"
         (length,) = struct.unpack("<Q", head)
-        if length > 100_000_000:  # the format's limit
+        if length > 100_000_000 or data.read(1) not in (b"", b"{"):  # the format's limit
             return None
+        data.seek(8)
         if size < 8 + length:
             return f"truncated within its header: {size} bytes of at least {8 + length}"
         try:
