@@ -65,7 +65,7 @@ def copy_folder(source: Path, target: Path, options: Options = Options()) -> Non
 
 def _convert(source: Path, target: Path, read: Callable, write: Callable, report: Report) -> None:
     if not exists(source):
-        raise ValueError(f"--source={source}: no such folder, nor a single .safetensors file")
+        raise ValueError(f"--source={source}: no such folder")
     with complete_or_absent(target) as partial:
         if not exists(source / INDEX_FILE):
             report(_one(source, partial, read, write) or _refuse(source))

@@ -1,5 +1,5 @@
-"""A config whose `model.pretrained` names a diffusers pipeline's folder: what the folder says takes
-its place.
+"""A config whose `model.pretrained` names a diffusers pipeline's folder, or a single-file checkpoint:
+what it says takes its place.
 """
 
 from __future__ import annotations

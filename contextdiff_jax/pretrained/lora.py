@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -117,7 +117,8 @@ def load_lora(path: str | Path, modules: Mapping[str, nnx.Module]) -> Lora:
     entries = {component: _entries(module) for component, module in modules.items()}
     names = {component: _names(entries[component], module) for component, module in modules.items()}
     text = _text_component(path, stored, entries, names)
-    settings = _settings(path, file)
+    own = {"" for one in stored if one.bare and one.component in ("", *modules)}
+    settings = _settings(path, file, own | modules.keys())
     lora: Lora = {}
     problems = []
     for one in stored:
@@ -210,9 +211,10 @@ def save_lora(lora: Lora, path: str | Path, style: str = "diffusers") -> None:
 
 
 def _file(path: Path) -> Path:
-    """The file to read: `path`, or the one in a PEFT adapter's folder."""
+    """The file to read: `path`, or the one in a folder that PEFT or diffusers wrote."""
     if path.is_dir():
-        path = path / ADAPTER_FILE
+        theirs = path / "pytorch_lora_weights.safetensors"
+        path = theirs if theirs.is_file() else path / ADAPTER_FILE
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected LoRA weights in safetensors format")
     if any(path.match(pattern) for pattern in PICKLES):
@@ -288,9 +290,11 @@ def _text_component(
     return found[0] if found else ""
 
 
-def _settings(path: Path, file: safetensors.safe_open) -> dict[str, AdapterSettings]:
-    """PEFT's settings: of each component that the metadata names, and "" for layers in its own
-    names, from the metadata or the file beside.
+def _settings(
+    path: Path, file: safetensors.safe_open, wanted: Set[str]
+) -> dict[str, AdapterSettings]:
+    """PEFT's settings of the `wanted` components in the metadata, and, if "" is wanted, those for
+    layers in its own names, from the metadata or the file beside.
     """
     try:
         told = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
@@ -302,10 +306,12 @@ def _settings(path: Path, file: safetensors.safe_open) -> dict[str, AdapterSetti
         component, _, field = name.rpartition(".")
         values.setdefault(component, {})[field] = value
     settings = {
-        component: AdapterSettings(f"{path}: metadata", own) for component, own in values.items()
+        component: AdapterSettings(f"{path}: metadata", own)
+        for component, own in values.items()
+        if component in wanted
     }
     beside = path.with_name(ADAPTER_CONFIG)
-    if "" not in settings and (beside.is_file() or path.name == ADAPTER_FILE):
+    if "" in wanted - settings.keys() and (beside.is_file() or path.name == ADAPTER_FILE):
         own = read_json(beside, "the settings of a PEFT adapter, with its lora_alpha")
         settings[""] = AdapterSettings(str(beside), own)
     return settings

@@ -5,7 +5,7 @@
     TARGET/context.safetensors   ours: the relational network and the context head, by dotted path
     TARGET/context.json          the config of the relational network and its use
 
-Everything else is copied. `model.pretrained=TARGET` starts from the context too.
+Everything else is copied (of a single-file checkpoint: written out). `model.pretrained=TARGET` starts from the context too.
 """
 
 from __future__ import annotations
