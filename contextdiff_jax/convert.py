@@ -2,8 +2,9 @@
 
 A Hugging Face / diffusers folder, of one model or of a whole pipeline, or a single-file checkpoint
 of Stable Diffusion, in our format (Orbax parameters); --reverse goes back, with the same tensors
-bit for bit. Tokenizers, schedulers and models that we don't have are copied. With --reverse the source may also be a run that began as a
-diffusers folder (`model.pretrained`): it becomes one again.
+bit for bit. Tokenizers, schedulers and models that we don't have are copied. With --reverse the
+source may also be a run that began as a diffusers folder (`model.pretrained`): it becomes one
+again.
 """
 
 from __future__ import annotations

@@ -67,7 +67,9 @@ def open_tensors(path: Path) -> safetensors.safe_open:
     """A file to be read one tensor at a time; ValueError says what is wrong with a damaged one."""
     try:
         return safetensors.safe_open(path, framework="np", backend="pread")
-    except (safetensors.SafetensorError, OSError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read ({error.strerror or error})") from None
+    except safetensors.SafetensorError as error:
         problem = pointer_problem(path) or _damage(path) or f"not a safetensors file ({error})"
         raise ValueError(f"{path}: {problem}") from None
 
