@@ -31,7 +31,8 @@ TEXT = dict(
     vocab_size=56, hidden_size=128, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
     max_position_embeddings=9, bos_token_id=54, eos_token_id=55, pad_token_id=55,
 )  # fmt: skip
-KINDS = ("v1", "v2", "xl")
+LAYERS = {"v1": 1, "v2": 2, "xl": 2}  # of a level
+KINDS = tuple(LAYERS)
 CONFIG = dict.fromkeys(("sample", "latent", "text", "data"), {}) | {
     "diffusion": {"zero_terminal_snr": False}
 }
@@ -53,11 +54,11 @@ def networks(kind: str) -> dict[str, torch.nn.Module]:
     kinds = ("DownBlock2D", "CrossAttnDownBlock2D")
     down = kinds if kind == "xl" else kinds[::-1]
     unet = diffusers.UNet2DConditionModel(
-        sample_size={"v1": 64, "v2": 96, "xl": 128}[kind], layers_per_block=2, down_block_types=down,
+        sample_size={"v1": 64, "v2": 96, "xl": 128}[kind], layers_per_block=LAYERS[kind], down_block_types=down,
         up_block_types=[name.replace("Down", "Up") for name in down[::-1]], **options,
     )  # fmt: skip
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(32, 64), sample_size={"v1": 512, "v2": 768, "xl": 1024}[kind], layers_per_block=2,
+        block_out_channels=(32, 64), sample_size={"v1": 512, "v2": 768, "xl": 1024}[kind], layers_per_block=LAYERS[kind],
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         scaling_factor=0.13025 if kind == "xl" else 0.18215,
     )  # fmt: skip
@@ -70,7 +71,7 @@ def networks(kind: str) -> dict[str, torch.nn.Module]:
     return {name: randomised(module, seed) for seed, (name, module) in enumerate(made.items())}
 
 
-def original_unet(state: dict, layers: int = 2, levels: int = 2) -> dict:
+def original_unet(state: dict, layers: int, levels: int = 2) -> dict:
     """The UNet's tensors by the original's names, written down block by block, as diffusers'
     conversion script does.
     """
@@ -153,7 +154,7 @@ def original_open_clip(state: dict, prefix: str) -> dict:
 def original(kind: str, parts: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
     """A checkpoint's tensors, with some that are none of the networks'."""
     state = {name: module.state_dict() for name, module in parts.items()}
-    tensors = original_unet(state["unet"]) | original_vae(state["vae"])
+    tensors = original_unet(state["unet"], LAYERS[kind]) | original_vae(state["vae"])
     if kind == "v1":
         tensors |= original_clip(state["text_encoder"], "cond_stage_model.transformer.")
     elif kind == "v2":
@@ -327,12 +328,14 @@ def test_files_that_are_no_such_checkpoint_are_refused_in_one_line(made, tmp_pat
     )
     refused(whole | {"edm_mean": one}, "Playground")
     refused(whole | {"conditioner.embedders.0.model.ln_final.weight": one}, "is XL's refiner")
-    refused(whole | {"model.diffusion_model.label_emb.weight": one}, "label_emb.weight: unknown")
+    strange = {"model.diffusion_model.label_emb.weight": one}
+    unet = path / "unet"
+    refused(whole | strange, "label_emb.weight: unknown", load=lambda: load_unet(unet))
     for prefix, part in (("first_stage_model.", "vae"), ("cond_stage_model.", "text_encoder")):
         less = {name: tensor for name, tensor in whole.items() if not name.startswith(prefix)}
         refused(less, f"holds no {part}", load=lambda: read_json(path / part / "config.json", ""))  # noqa: B023
     lacking = {n: t for n, t in whole.items() if "input_blocks.1.0.in_layers.2" not in n}
-    refused(lacking, "its unet lacks")
+    refused(lacking, "its unet lacks", load=lambda: load_unet(unet))
     words = "put the folder tokenizer"
     refused(
         whole,
