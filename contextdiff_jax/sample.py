@@ -19,7 +19,9 @@ from contextdiff_jax.texts import read_lines
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 MODEL = flags.DEFINE_string(
-    "model", None, "A Stable Diffusion 1.x or 2.x folder, instead of --workdir."
+    "model",
+    None,
+    "A Stable Diffusion folder (1.x, 2.x, XL) or single .safetensors file, instead of --workdir.",
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; may be given many times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with one caption a line.")
