@@ -15,10 +15,13 @@ import pathlib
 from absl import flags
 
 from contextdiff_jax import cli
+from contextdiff_jax.texts import read_lines
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 MODEL = flags.DEFINE_string(
-    "model", None, "A Stable Diffusion 1.x or 2.x folder, instead of --workdir."
+    "model",
+    None,
+    "A Stable Diffusion folder (1.x, 2.x, XL) or single .safetensors file, instead of --workdir.",
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; may be given many times.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with one caption a line.")
@@ -122,11 +125,7 @@ def main() -> None:
     """Parses, samples, draws."""
     prompts = list(PROMPT.value)
     if PROMPTS_FILE.value:
-        prompts += [
-            line.strip()
-            for line in pathlib.Path(PROMPTS_FILE.value).read_text().splitlines()
-            if line.strip()
-        ]
+        prompts += read_lines(PROMPTS_FILE.value, "--prompts_file")
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError(
             "--prompt: the list is empty; give at least one, as in --prompt='a large red circle'"

@@ -36,7 +36,7 @@ def main() -> None:
 
     cache, new = write_cache(
         parse(adopt(config)),
-        pathlib.Path(OUT.value),
+        pathlib.Path(OUT.value).expanduser(),
         split=SPLIT.value,
         shard_size=SHARD_SIZE.value,
         batch_size=BATCH_SIZE.value,

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from contextdiff_jax import tokens
+from contextdiff_jax.texts import check_text, read_lines
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")  # in the order of their ids
@@ -74,6 +75,7 @@ class Tokenizer:
             raise ValueError(
                 f"captions={captions!r}: must be a sequence of strings, not one string"
             )
+        _check(captions)
         ids, room = np.full((len(captions), max_length), PAD, np.int32), max_length - 2
         texts = [" ".join(c.split()) for c in captions]
         encodings, lost = self._tokenizer.encode_batch(texts, add_special_tokens=False), []
@@ -87,6 +89,15 @@ class Tokenizer:
     def decode(self, ids: Int32[np.ndarray, "B L"]) -> list[str]:
         """The (lowercased) text of each row, without special tokens."""
         return [text.strip() for text in self._tokenizer.decode_batch(np.asarray(ids).tolist())]
+
+
+def _check(captions: Sequence[str]) -> None:
+    """ValueError for a caption that is no text: a tokenizer's own error would not say which."""
+    for caption in captions:
+        try:
+            check_text(caption)
+        except ValueError as error:
+            raise ValueError(f"caption {ascii(caption)}: {error}") from None
 
 
 def _from_json(text: str) -> Tokenizer:
@@ -128,6 +139,7 @@ class FolderTokens:
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"], list[str]]:
         """`encode`'s arrays, and the words that each caption loses; "" where all fit."""
         captions = list(captions)
+        _check(captions)
         rows = self._tokenizer(
             captions, padding="max_length", max_length=max_length, truncation=True
         )
@@ -142,7 +154,7 @@ def load_tokenizer(path: str | pathlib.Path | None = None) -> Tokenizer | Folder
     Raises:
         ValueError: if the file is missing or no such tokenizer, in one line.
     """
-    path = BUNDLED if path is None else pathlib.Path(path)
+    path = BUNDLED if path is None else pathlib.Path(path).expanduser()
     if path.is_dir():
         return FolderTokens(path)
     try:
@@ -176,8 +188,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int = 4096) -> tokenizers.
 
 def _read_lines(paths: Sequence[pathlib.Path]) -> Iterable[str]:
     for path in paths:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield from file
+        yield from read_lines(path, "--corpus")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,7 +203,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [str(path) for path in args.corpus if not path.is_file()]
     if missing:
         parser.error(f"--corpus={missing[0]}: is not a file")
-    tokenizer = train_tokenizer(_read_lines(args.corpus), args.vocab_size)
+    try:
+        lines = list(_read_lines(args.corpus))
+    except ValueError as error:
+        parser.error(str(error))
+    tokenizer = train_tokenizer(lines, args.vocab_size)
     tokenizer.save(str(args.out))
     print(f"{args.out}: {tokenizer.get_vocab_size()} tokens")
     return 0

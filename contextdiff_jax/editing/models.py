@@ -21,6 +21,7 @@ from contextdiff_jax.models.contextdiff import ContextDiffusion, FrozenText
 from contextdiff_jax.models.pixels import to_uint8, to_unit
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.models.video import VideoDiffusion, inflate
+from contextdiff_jax.pretrained.files import exists
 from contextdiff_jax.pretrained.pipeline import INDEX_FILE, read_pipeline
 from contextdiff_jax.run import load_run
 from contextdiff_jax.settings import Settings, ShiftConfig
@@ -75,7 +76,7 @@ def open_editor(settings: EditSettings) -> Editor:
     if not name:
         tokenizer = open_tokenizer(base)
         return _from_model(settings, base, make_model(base).attach(load_frozen(base)), tokenizer)
-    if (pathlib.Path(name) / INDEX_FILE).is_file():
+    if exists(pathlib.Path(name) / INDEX_FILE):
         return _from_pipeline(settings, name)
     try:
         run = load_run(name, settings.video.weights)

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Float, PyTree, UInt8
 
 from contextdiff_jax.data import DataConfig, RandomAccessSource, Tokenizer, make_source
+from contextdiff_jax.data.identity import identity
 from contextdiff_jax.data.shapes import heldout_triples
 from contextdiff_jax.evaluation import bound as bounds
 from contextdiff_jax.evaluation import distances
@@ -28,6 +29,7 @@ from contextdiff_jax.evaluation.features import FeatureFn, batches, extract, mak
 from contextdiff_jax.evaluation.inception import Inception, load_inception, resize
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
 from contextdiff_jax.evaluation.processes import gather_rows, join, share
+from contextdiff_jax.parallel.processes import agree
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.tokens import warn_of_cut
 
@@ -128,7 +130,11 @@ class Evaluation:
 
     @functools.cached_property
     def sources(self) -> dict[str, RandomAccessSource]:
-        return splits(self.settings.data)
+        def facts(sources: dict[str, RandomAccessSource]) -> dict[str, Any]:
+            rows = ((row, identity(source)) for row, source in sources.items())
+            return {f"{row}: {name}": value for row, found in rows for name, value in found.items()}
+
+        return agree("data", lambda: splits(self.settings.data), facts)
 
     @functools.cached_property
     def network(self) -> Inception | Classifier:

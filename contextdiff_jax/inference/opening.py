@@ -26,6 +26,7 @@ from contextdiff_jax.models.contextdiff import (
     FrozenTextPair,
 )
 from contextdiff_jax.parallel.mesh import local_mesh, replicated
+from contextdiff_jax.pretrained.files import exists
 from contextdiff_jax.pretrained.pipeline import INDEX_FILE, StableDiffusion, read_pipeline
 from contextdiff_jax.run import load_run
 from contextdiff_jax.settings import SampleConfig, Settings
@@ -41,7 +42,7 @@ def open_folder(
     **options: Any,
 ) -> Pipeline:
     """See `Pipeline.open`. `programs`: a folder where traced programs are kept."""
-    if (Path(path) / INDEX_FILE).is_file():
+    if exists(Path(path) / INDEX_FILE):
         return of_folder(read_pipeline(path, **options), str(path), programs)
     run = load_run(str(path), weights)
     return of_run(

@@ -1,5 +1,5 @@
-"""A config whose `model.pretrained` names a diffusers pipeline's folder: what the folder says takes
-its place.
+"""A config whose `model.pretrained` names a diffusers pipeline's folder, or a single-file checkpoint:
+what it says takes its place.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.files import read_json, tokenizer_folder
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.pipeline import CLASSES, INDEX_FILE
 from contextdiff_jax.pretrained.scheduler import load_scheduler
@@ -50,7 +50,8 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{folder / 'unet'}: a UNet with added conditions, a context head or several text widths is not fine-tuned"
         )
     text = read_json(folder / "text_encoder" / "config.json", "a text encoder's folder")
-    length = max_length(folder / "tokenizer", text.get("max_position_embeddings", 77))
+    words = tokenizer_folder(folder / "tokenizer")
+    length = max_length(words, text.get("max_position_embeddings", 77))
     text_width = {"max_length": length, "width": unet.cross_attention_dim}
     diffusion = {
         "schedule": scheduler.schedule_name,
@@ -92,6 +93,6 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
         "data": {
             **config["data"],
             "max_length": length,
-            **filled("data", "tokenizer", str(folder / "tokenizer")),
+            **filled("data", "tokenizer", str(words)),
         },
     }

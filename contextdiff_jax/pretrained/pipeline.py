@@ -20,7 +20,7 @@ from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.pretrained.clip import load_clip_text
-from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.files import exists, read_json, tokenizer_folder
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import load_unet
@@ -98,14 +98,15 @@ class StableDiffusion:
 
 
 def load_pipeline(folder: str | Path, **options) -> FolderPipeline:
-    """`contextdiff_jax.Pipeline.open` by its name of the first edition."""
-    from contextdiff_jax.inference.opening import open_folder
+    """`contextdiff_jax.Pipeline.open` of such a folder, by its name of the first edition."""
+    from contextdiff_jax.inference.opening import of_folder
 
-    return open_folder(folder, **options)
+    return of_folder(read_pipeline(folder, **options), str(folder))
 
 
 def read_pipeline(folder: str | Path, **options) -> StableDiffusion:
-    """A Stable Diffusion 1.x, 2.x or XL folder, as diffusers wrote it or converted.
+    """A Stable Diffusion 1.x, 2.x or XL folder, as diffusers wrote it or converted, or a single
+    .safetensors file with the tokenizer's folder beside it.
 
     What diffusers' pipelines put right in old configs is put right here: the scheduler's
     `steps_offset` and `clip_sample`, the UNet's `sample_size`, the autoencoder's type
@@ -127,13 +128,12 @@ def read_pipeline(folder: str | Path, **options) -> StableDiffusion:
     scheduler = load_scheduler(folder / "scheduler", pipeline=name)
     is_xl = "XL" in name
     names = ("text_encoder", "text_encoder_2") if is_xl else ("text_encoder",)
-    if index.get("requires_aesthetics_score") or (is_xl and not (folder / names[0]).is_dir()):
+    if index.get("requires_aesthetics_score") or (is_xl and not exists(folder / names[0])):
         raise ValueError(
             f"{path}: XL's refiner is not supported; its base, with two text encoders, is"
         )
-    tokenizers = tuple(
-        read_folder(folder / part.replace("text_encoder", "tokenizer"), "clip") for part in names
-    )
+    words = (folder / part.replace("text_encoder", "tokenizer") for part in names)
+    tokenizers = tuple(read_folder(tokenizer_folder(part), "clip") for part in words)
     unet, of_vae = load_unet(folder / "unet", **options), dict(options)
     if not is_xl:
         unet.config = _corrected(unet.config, folder / "unet")

@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from contextdiff_jax.data import RandomAccessSource, Tokenizer, make_source
 from contextdiff_jax.data.cached import Cache, claim_cache, encode_record, write_shard
+from contextdiff_jax.data.identity import content_key, identity
 from contextdiff_jax.models.vae import VAE
+from contextdiff_jax.parallel.processes import agree
 from contextdiff_jax.pretrained import load_vae
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.tokens import CutCaptions
@@ -45,7 +47,7 @@ def write_cache(
         )
     tokenizer = open_tokenizer(settings)
     data = settings.data
-    source = make_source(data, split)
+    source = agree("data", lambda: make_source(data, split), identity)
     cache = Cache(
         num_records=len(source),
         shard_size=shard_size,
@@ -56,6 +58,7 @@ def write_cache(
         tokenizer=data.tokenizer,
         vae=settings.latent.config.to_dict(),
         source={**dataclasses.asdict(data), "split": split},
+        content=content_key(source),
     )
     claim_cache(out, cache)
     vae = load_vae(settings.latent.vae, dtype=jnp.dtype(settings.train.precision))
