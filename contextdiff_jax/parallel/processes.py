@@ -110,13 +110,14 @@ class StopSignal:
     every step, it says whether this is the last. Many processes stop at the same step, whichever of
     them got the signal.
 
-    Schedulers repeat SIGTERM (`timeout` sends two), so only a second Ctrl-C, a second or more after
+    Schedulers repeat SIGTERM (`timeout` sends two), so only a second SIGINT, a second or more after
     the first, ends the process at once. `close` gives the signals back, unless one came: then the
     process is about to end.
     """
 
     def __init__(self):
-        self._came, self._many = None, jax.process_count() > 1
+        self._came, self._many = False, jax.process_count() > 1
+        self._first_ctrl_c = float("inf")
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
         numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
         if self._many:  # JAX itself listens to SIGTERM and agrees on the step
@@ -132,21 +133,22 @@ class StopSignal:
                 os.dup2(nowhere, terminal)
         if self._many:
             os.kill(os.getpid(), signal.SIGTERM)
-        elif self._came is None:
+            return
+        first, self._came = not self._came, True
+        if first:
             LOGGER.info("%s: saving, then stopping", signal.Signals(number).name)
-            self._came = time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._came > 1:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        if number == signal.SIGINT:
+            if time.monotonic() - self._first_ctrl_c > 1:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self._first_ctrl_c = min(self._first_ctrl_c, time.monotonic())
 
     def __call__(self, step: int = 0) -> bool:
-        if self._many:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._came is not None
+        return multihost_utils.reached_preemption_sync_point(step) if self._many else self._came
 
     def close(self) -> None:
         """Gives the signals back to whoever had them."""
-        if self._came is None:
+        if not self._came:
             for number, handler in self._before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
