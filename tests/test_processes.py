@@ -15,6 +15,8 @@ import time
 import pytest
 from conftest import ROOT
 
+from contextdiff_jax.data import make_loader
+from contextdiff_jax.data.shapes import ShapesConfig, ShapesSource
 from contextdiff_jax.parallel import processes
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -152,6 +154,18 @@ def test_workers_outlive_signals_to_their_group_and_end_with_their_parent(tmp_pa
         time.sleep(0.05)
     os.kill(worker, signal.SIGKILL)
     pytest.fail("the worker lives on")
+
+
+def test_a_worker_that_is_killed_is_an_error_that_the_commands_say_in_one_line():
+    loader = make_loader(ShapesSource(ShapesConfig(image_size=16)), batch_size=2, num_workers=1)
+
+    def killed():
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+        yield
+
+    loader._iterator = killed()
+    with pytest.raises(OSError, match="data.num_workers=1: a worker was killed.*code -9"):
+        next(loader)
 
 
 def test_who_is_behind_is_named_and_a_long_common_wait_is_given_time():
