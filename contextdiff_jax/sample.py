@@ -44,7 +44,7 @@ OUT = flags.DEFINE_string("out", "grid.png", "The grid.")
 IMAGES = flags.DEFINE_string("images", None, "A folder for the pictures one by one.")
 COLUMNS = flags.DEFINE_integer("columns", 4, "Pictures a row.", lower_bound=1)
 NEGATIVE = flags.DEFINE_string(
-    "negative", "", "With --model: the text that guidance leads away from."
+    "negative", None, "With --model: the text that guidance leads away from; default: none."
 )
 SIZE = flags.DEFINE_list(
     "size", None, "With --model: HEIGHT,WIDTH; default: the model's, or --image's."
@@ -60,12 +60,13 @@ OF_MODELS = (NEGATIVE, SIZE, IMAGE, STRENGTH, MASK)
 def from_run(prompts: list[str]):
     """(pictures, how they were made, of which step)."""
     from contextdiff_jax.generation import Generator
+    from contextdiff_jax.keys import check_seed
     from contextdiff_jax.parallel.mesh import local_mesh
     from contextdiff_jax.run import load_run
     from contextdiff_jax.settings import SampleConfig
 
     for flag in OF_MODELS:
-        if flag.value:
+        if flag.value is not None:
             raise ValueError(f"--{flag.name}={flag.value}: needs --model")
     given = {
         "sampler": SAMPLER.value,
@@ -75,6 +76,7 @@ def from_run(prompts: list[str]):
         "reuse": REUSE.value,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    check_seed(SEED.value, "--seed")
     SampleConfig(
         **given | {"reuse": 1}
     )  # refuses a wrong flag before a checkpoint is read; reuse divides the run's steps

@@ -29,6 +29,7 @@ from contextdiff_jax.evaluation.inception import Inception, load_inception, resi
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
 from contextdiff_jax.evaluation.processes import gather_rows, join, share
 from contextdiff_jax.settings import Settings
+from contextdiff_jax.tokens import warn_of_cut
 
 Scores = dict[str, dict[str, Estimate]]  # {row: {name: estimate}}
 FLOOR = "real pictures instead"
@@ -284,7 +285,9 @@ def _on_pictures(
     """
     tokenizer, length = evaluation.tokenizer, evaluation.settings.data.max_length
     records, null = evaluation.records(row), tokenizer.encode([""], length)
-    ids, mask = tokenizer.encode([record["caption"] for record in records], length)
+    captions = [record["caption"] for record in records]
+    ids, mask, lost = tokenizer.encode_and_cut(captions, length)
+    warn_of_cut(captions, lost, length, "caption")
     images = np.stack([record["image"] for record in records])
     key, parts, number = jax.random.key(evaluation.seed), [], evaluation.numbers(row).start
     for batch, real in batches((images, ids, mask), _BOUND_BATCH, name):

@@ -27,7 +27,6 @@ from contextdiff_jax.data import (
     Loader,
     Tokenizer,
     bucket_sizes,
-    load_tokenizer,
     make_loader,
     make_source,
 )
@@ -49,6 +48,7 @@ from contextdiff_jax.training.state import (
     zero_metrics,
 )
 from contextdiff_jax.training.step import make_train_step
+from contextdiff_jax.training.texts import open_tokenizer
 
 LOGGER = logging.getLogger(__name__)
 
@@ -113,6 +113,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
                     "learning_rate": float(learning_rate_schedule(every)(step - 1))
                 }
                 values["broken_records"] = loader.num_broken
+                values["cut_captions"] = loader.num_cut
                 log.write(
                     step,
                     values | speed(window_steps * every.batch_size, seconds, window_steps, flops),
@@ -137,11 +138,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
 def open_data(settings: Settings, feed: Feed) -> tuple[Tokenizer, Loader]:
     """The tokenizer, and this process's share of the training batches."""
     data = settings.data
-    tokenizer = load_tokenizer(data.tokenizer or None)
-    if not settings.text.pretrained and tokenizer.vocab_size > settings.text.vocab_size:
-        raise ValueError(
-            f"text.vocab_size={settings.text.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids"
-        )
+    tokenizer = open_tokenizer(settings)
     source = make_source(data, "train")
     if isinstance(source, CacheSource) and source.cache.vae != json.loads(
         json.dumps(settings.latent.config.to_dict())
