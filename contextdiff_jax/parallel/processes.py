@@ -164,25 +164,51 @@ def disagreement(what: str, entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT as an orderly stop: called at every step, it says whether this is the
-    last. Many processes stop at the same step, whichever of them got the signal.
+    """SIGTERM, SIGINT and a closed terminal (SIGHUP, but under nohup) as an orderly stop: called at
+    every step, it says whether this is the last. Many processes stop at the same step, whichever of
+    them got the signal.
+
+    Schedulers repeat SIGTERM (`timeout` sends two), so only a second SIGINT, a second or more after
+    the first, ends the process at once. `close` gives the signals back, unless one came: then the
+    process is about to end.
     """
 
     def __init__(self):
         self._came, self._many = False, jax.process_count() > 1
+        self._first_ctrl_c = float("inf")
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
         if self._many:  # JAX itself listens to SIGTERM and agrees on the step
-            signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-            return
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+            numbers.remove(signal.SIGTERM)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
 
     def _note(self, number, _):
-        LOGGER.info("%s: saving, then stopping", signal.Signals(number).name)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        self._came = True
+        if number == signal.SIGHUP:  # what is written to a terminal that is gone is an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for terminal in self._terminals:
+                os.dup2(nowhere, terminal)
+        if self._many:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        first, self._came = not self._came, True
+        if first:
+            LOGGER.info("%s: saving, then stopping", signal.Signals(number).name)
+        if number == signal.SIGINT:
+            if time.monotonic() - self._first_ctrl_c > 1:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self._first_ctrl_c = min(self._first_ctrl_c, time.monotonic())
 
     def __call__(self, step: int = 0) -> bool:
         return multihost_utils.reached_preemption_sync_point(step) if self._many else self._came
+
+    def close(self) -> None:
+        """Gives the signals back to whoever had them."""
+        if not self._came:
+            for number, handler in self._before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
 
 class PeerWatch:
