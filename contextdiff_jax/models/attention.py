@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from contextdiff_jax.models import flash
@@ -21,9 +22,9 @@ def attention(
     q: Float[Array, "B N H D"],
     k: Float[Array, "B M H D"],
     v: Float[Array, "B M H D"],
-    mask: Bool[Array, "#B *N M"] | None = None,
+    mask: Bool[ArrayLike, "#B *N M"] | None = None,
     *,
-    bias: Float[Array, "H N M"] | None = None,
+    bias: Float[ArrayLike, "H N M"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B N H D"]:
     """softmax(scale q k^T + bias) v per head, logits and softmax in float32: the one attention
