@@ -4,16 +4,16 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.diffusion.samplers import Denoised, DenoiseFn
+from contextdiff_jax.diffusion.samplers import Denoised, DenoiseFn, KeepFn
 from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPText, CLIPVision
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork, pool
 from contextdiff_jax.models.t5 import T5Encoder
@@ -32,7 +32,7 @@ class FrozenText(nnx.Module):
         self.clip = clip
 
     def __call__(
-        self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"]
+        self, token_ids: Int[ArrayLike, "B L"], token_mask: Bool[ArrayLike, "B L"]
     ) -> Float[Array, "B L D"]:
         """States of all tokens."""
         mask = token_mask if self.clip.config.use_attention_mask else None
@@ -46,7 +46,7 @@ class FrozenT5(nnx.Module):
         self.t5 = t5
 
     def __call__(
-        self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"]
+        self, token_ids: Int[ArrayLike, "B L"], token_mask: Bool[ArrayLike, "B L"]
     ) -> Float[Array, "B L D"]:
         """States of all tokens."""
         return self.t5(token_ids, token_mask)
@@ -58,9 +58,9 @@ class FrozenVision(nnx.Module):
     def __init__(self, clip: CLIPVision):
         self.clip = clip
 
-    def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B N V"]:
-        """Of pictures in [-1, 1], brought to CLIP's size and scale (bicubic; its own mean and
-        deviation).
+    def __call__(self, pixels: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B N V"]:
+        """The tokens of pictures in [-1, 1], brought to CLIP's size and scale (bicubic; its own
+        mean and deviation).
         """
         side = self.clip.config.image_size
         pixels = jax.image.resize(pixels, (pixels.shape[0], side, side, 3), "bicubic")
@@ -94,7 +94,7 @@ class ContextDiffusion(nnx.Module):
         context: ContextConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ):
         self.text = None if text.pretrained else TextEncoder(text, rngs=rngs, dtype=dtype)
         self.unet = UNet(unet, rngs=rngs, dtype=dtype)
@@ -102,7 +102,7 @@ class ContextDiffusion(nnx.Module):
         self.vae, self.vision = None, None
 
     def attach(self, frozen: Frozen) -> ContextDiffusion:
-        """This model, with the frozen networks."""
+        """Adds the frozen networks; returns this model."""
         for name, network in frozen._asdict().items():
             if network is not None:
                 setattr(self, name, nnx.data(network))
@@ -110,12 +110,12 @@ class ContextDiffusion(nnx.Module):
 
     def encode(
         self,
-        ids: Int[Array, "B L"],
-        mask: Bool[Array, "B L"],
-        null_ids: Int[Array, "1 L"],
-        null_mask: Bool[Array, "1 L"],
+        ids: Int[ArrayLike, "B L"],
+        mask: Bool[ArrayLike, "B L"],
+        null_ids: Int[ArrayLike, "1 L"],
+        null_mask: Bool[ArrayLike, "1 L"],
     ) -> tuple[
-        Float[Array, "B L D"], Bool[Array, "B L"], Float[Array, "B L D"], Bool[Array, "B L"]
+        Float[Array, "B L D"], Bool[ArrayLike, "B L"], Float[Array, "B L D"], Bool[Array, "B L"]
     ]:
         """Tokens and mask of captions, and of the empty caption for each of them: what
         `make_denoise` reads.
@@ -130,11 +130,11 @@ class ContextDiffusion(nnx.Module):
 
     def relate(
         self,
-        x0: Float[Array, "B H W C"],
-        tokens: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        t: Int[Array, B],
-        pixels: Float[Array, "B H2 W2 3"] | None = None,
+        x0: Float[ArrayLike, "B H W C"],
+        tokens: Float[ArrayLike, "B L D"],
+        mask: Bool[ArrayLike, "B L"],
+        t: Int[ArrayLike, "B"],
+        pixels: Float[ArrayLike, "B H2 W2 3"] | None = None,
     ) -> Float[Array, "B H W C"]:
         """r_phi(x0, c, t). With CLIP's tokens the picture of x0 is needed: `pixels`, or else x0
         decoded, which in the plugin estimate is a pass of the autoencoder's decoder and of CLIP's
@@ -148,27 +148,27 @@ class ContextDiffusion(nnx.Module):
 
     def predict(
         self,
-        x: Float[Array, "B H W C"],
-        t: Int[Array, B],
-        tokens: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        deep: Float[Array, "B H W E"] | None = None,
+        x: Float[ArrayLike, "B H W C"],
+        t: Int[ArrayLike, "B"],
+        tokens: Float[ArrayLike, "B L D"],
+        mask: Bool[ArrayLike, "B L"],
+        deep: Float[ArrayLike, "B H W E"] | None = None,
     ) -> Array | tuple[Array, Array]:
         """The UNet's output (`deep`: its coarser levels' part, from an earlier step)."""
         return self.unet(x, t, *self._conditions(x, tokens, mask), deep)
 
     def deep_features(
         self,
-        x: Float[Array, "B H W C"],
-        t: Int[Array, B],
-        tokens: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
+        x: Float[ArrayLike, "B H W C"],
+        t: Int[ArrayLike, "B"],
+        tokens: Float[ArrayLike, "B L D"],
+        mask: Bool[ArrayLike, "B L"],
     ) -> Float[Array, "B H W E"]:
         """The UNet's coarser levels' part."""
         return self.unet.deep_features(x, t, *self._conditions(x, tokens, mask))
 
     def _conditions(
-        self, x: Array, tokens: Array, mask: Array
+        self, x: ArrayLike, tokens: ArrayLike, mask: ArrayLike
     ) -> tuple[Array, Array | None, dict[str, Array] | None]:
         """Tokens, which of them count, and what a UNet of the XL kind also reads: the pooled text
         and the picture's size (SDXL, 2.2).
@@ -184,10 +184,10 @@ class ContextDiffusion(nnx.Module):
 def make_denoise(
     model: ContextDiffusion,
     schedule: diffusion.NoiseSchedule,
-    tokens: Float[Array, "B L D"],
-    mask: Bool[Array, "B L"],
-    null_tokens: Float[Array, "B L D"],
-    null_mask: Bool[Array, "B L"],
+    tokens: Float[ArrayLike, "B L D"],
+    mask: Bool[ArrayLike, "B L"],
+    null_tokens: Float[ArrayLike, "B L D"],
+    null_mask: Bool[ArrayLike, "B L"],
     *,
     prediction_type: str,
     guidance: float = 1.0,
@@ -247,12 +247,12 @@ def make_denoise(
 
 def make_keep(
     model: ContextDiffusion,
-    tokens: Float[Array, "B L D"],
-    mask: Bool[Array, "B L"],
-    null_tokens: Float[Array, "B L D"],
-    null_mask: Bool[Array, "B L"],
+    tokens: Float[ArrayLike, "B L D"],
+    mask: Bool[ArrayLike, "B L"],
+    null_tokens: Float[ArrayLike, "B L D"],
+    null_mask: Bool[ArrayLike, "B L"],
     guidance: float,
-) -> Callable[[Array, Array], Array]:
+) -> KeepFn:
     """`keep(x, t)`: the coarser levels' part of the UNet, of all branches that `make_denoise` makes
     for this guidance.
     """
@@ -262,6 +262,24 @@ def make_keep(
     return lambda x, t: model.deep_features(
         diffusion.pair(x, x), diffusion.pair(t, t), text, text_mask
     )
+
+
+@runtime_checkable
+class SampleFn(Protocol):
+    """`sample(model, x_T, key, token_ids, token_mask, null_ids, null_mask)` gives pictures. Null
+    ids are those of the empty caption.
+    """
+
+    def __call__(
+        self,
+        model: ContextDiffusion,
+        x_T: Float[ArrayLike, "B H W C"],
+        key: PRNGKeyArray | None,
+        token_ids: Int[ArrayLike, "B L"],
+        token_mask: Bool[ArrayLike, "B L"],
+        null_ids: Int[ArrayLike, "1 L"],
+        null_mask: Bool[ArrayLike, "1 L"],
+    ) -> Float[Array, "B H2 W2 C2"]: ...
 
 
 def make_sampler(
@@ -279,34 +297,36 @@ def make_sampler(
     steps_offset: int = 0,
     set_alpha_to_one: bool = True,
     reuse: int = 1,
-) -> Callable:
-    """`sample(model, x_T, key, token_ids, token_mask, null_ids, null_mask) -> pictures [B, H, W,
-    C]`, to be jitted: the text is encoded once, the loop is one scan. Null ids are those of the
-    empty caption, [1, L]. `steps_offset` and `set_alpha_to_one` are those of diffusers' schedulers:
+) -> SampleFn:
+    """The sampling program, to be jitted: the text is encoded once, the loop is one scan.
+    `steps_offset` and `set_alpha_to_one` are those of diffusers' schedulers:
     timesteps moved up, and an end at index 0 instead of clean data (DDIM only). `reuse`: the UNet's
     coarser levels are computed in every so many steps (DeepCache).
     """
     timesteps = diffusion.spaced_timesteps(schedule.num_timesteps, steps, spacing) + steps_offset
     if timesteps[0] >= schedule.num_timesteps:
         raise ValueError(
-            f"sample.steps_offset={steps_offset}: the first of {steps} steps is {timesteps[0]}; must be below "
-            f"{schedule.num_timesteps}"
+            f"sample.steps_offset={steps_offset}: the first of {steps} steps is {timesteps[0]}; "
+            f"must be below {schedule.num_timesteps}"
         )
-    run, options = diffusion.get_sampler(sampler), {}
+    run = diffusion.get_sampler(sampler)
+    options: dict[str, Any] = {}  # of one sampler, given only where they change something
     if not set_alpha_to_one and sampler == "ddim":
         options["next_timesteps"] = jnp.append(timesteps[1:], 0)
 
     def sample(
         model: ContextDiffusion,
-        x_T: Float[Array, "B H W C"],
-        key: Array,
-        token_ids: Int[Array, "B L"],
-        token_mask: Bool[Array, "B L"],
-        null_ids: Int[Array, "1 L"],
-        null_mask: Bool[Array, "1 L"],
-    ) -> Float[Array, "B H W C"]:
+        x_T: Float[ArrayLike, "B H W C"],
+        key: PRNGKeyArray | None,
+        token_ids: Int[ArrayLike, "B L"],
+        token_mask: Bool[ArrayLike, "B L"],
+        null_ids: Int[ArrayLike, "1 L"],
+        null_mask: Bool[ArrayLike, "1 L"],
+    ) -> Float[Array, "B H2 W2 C2"]:
         texts = model.encode(token_ids, token_mask, null_ids, null_mask)
-        keep = None if reuse == 1 else diffusion.Reuse(reuse, make_keep(model, *texts, guidance))
+        kept = {}
+        if reuse != 1:
+            kept["reuse"] = diffusion.Reuse(reuse, make_keep(model, *texts, guidance))
         denoise = make_denoise(
             model,
             schedule,
@@ -316,13 +336,13 @@ def make_sampler(
             guidance_rescale=guidance_rescale,
             dynamic_threshold=dynamic_threshold,
         )
-        if (
-            model.context.config.kind == "text"
-        ):  # r(c) is known before x0 is, so x_T ~ N(k_T r, I) can be exact
+        kind = model.context.config.network
+        if not (kind.reads_x0 or kind.is_zero):
+            # r(c) is known before x0 is, so x_T ~ N(k_T r, I) can be exact
             t = jnp.full(x_T.shape[:1], timesteps[0])
             r = model.context(x_T, *texts[:2], t)
             x_T = x_T + diffusion.marginal_mean(schedule, jnp.zeros_like(x_T), r, t, shift)
-        x0 = run(denoise, x_T, schedule, timesteps, eta, key, shift, reuse=keep, **options)
+        x0 = run(denoise, x_T, schedule, timesteps, eta, key, shift, **kept, **options)
         return x0 if model.vae is None else model.vae.decode(model.vae.from_diffusion(x0))
 
     return sample

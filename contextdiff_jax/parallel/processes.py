@@ -22,9 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-from jax._src import (
-    distributed,
-)  # the coordination service's client has no public name; Orbax uses this one too
+
+# The coordination service's client has no public name; Orbax uses this one too.
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 LOGGER = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ def start(
         address, count, index = given
         if not 0 <= index < count or ":" not in address:
             raise ValueError(
-                f"{names[0]}={address}, {names[2]}={index}: must be HOST:PORT and lie in 0..{count - 1}"
+                f"{names[0]}={address}, {names[2]}={index}: "
+                f"must be HOST:PORT and lie in 0..{count - 1}"
             )
         if count == 1:
             return "alone"
@@ -247,9 +248,8 @@ class PeerWatch:
             text = " ".join(str(error).split())
             if STATUS.match(text):
                 self._silence = 4 * self._interval
-                time.sleep(
-                    2 * self._silence
-                )  # the thread ends the process when it knows who it was
+                # The thread ends the process when it knows who it was.
+                time.sleep(2 * self._silence)
             self._failed = text
             self._publish()
             _end(f"process {self._me}: {self._failed}")
@@ -258,7 +258,7 @@ class PeerWatch:
             self._client.key_value_delete(f"{self.FOLDER}/{self._me}")  # done, not lost
 
     def __call__(self, doing: str) -> None:
-        """This process goes on to something else."""
+        """Notes that this process goes on to something else."""
         self._count, self._doing, self._since = self._count + 1, doing, time.monotonic()
 
     def _publish(self) -> None:
@@ -291,7 +291,7 @@ class PeerWatch:
                 _end(problem)
 
     def _problem(self, entries: list[dict], now: float) -> str:
-        """What is wrong with a peer, or ''."""
+        """The line that says what is wrong with a peer, or ''."""
         for entry in entries:
             if entry["failed"]:
                 return f"{entry['who']} failed: {entry['failed']}"
@@ -299,7 +299,10 @@ class PeerWatch:
             if beat != entry["beat"]:
                 self._seen[entry["who"]] = entry["beat"], now
             elif now - self._seen[entry["who"]][1] > self._silence:
-                return f"{entry['who']} is lost: not heard of for {self._silence:g} s, last seen {entry['doing']}"
+                return (
+                    f"{entry['who']} is lost: not heard of for {self._silence:g} s, "
+                    f"last seen {entry['doing']}"
+                )
         # Where nobody is behind, all may be compiling or saving, which takes what it takes.
         behind = len({entry["count"] for entry in entries}) > 1
         if now - self._since > self._timeout * (1 if behind else 4):
