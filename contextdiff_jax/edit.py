@@ -39,18 +39,18 @@ def main() -> None:
     from contextdiff_jax.editing import shapes_benchmark
     from contextdiff_jax.editing.pipeline import run_edit, table
     from contextdiff_jax.editing.settings import parse_edit
+    from contextdiff_jax.training.workdir import held
 
     settings = parse_edit(config)
     workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
     if SHAPES.value:
-        print(
-            shapes_benchmark.table(
-                shapes_benchmark.run_benchmark(settings, workdir, SHAPES.value, BASELINE.value)
-            )
-        )
+        with held(workdir):
+            report = shapes_benchmark.run_benchmark(settings, workdir, SHAPES.value, BASELINE.value)
+        print(shapes_benchmark.table(report))
         return
-    metrics = run_edit(settings, config, workdir)
+    with held(workdir):
+        metrics = run_edit(settings, config, workdir)
     print(table(metrics))
     print(
         f"{len(metrics['edits'])} edited clips: {workdir / 'edits'}, side by side: {workdir / 'strip.png'}"

@@ -4,7 +4,6 @@ curves.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import textwrap
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from contextdiff_jax.files import replacing
+from contextdiff_jax.files import read_lines, replacing
 
 _CELL, _GAP, _FONT_SIZE = 128, 12, 12
 
@@ -105,7 +104,7 @@ def plot_curves(metrics: str | pathlib.Path, out: str | pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in pathlib.Path(metrics).read_text().splitlines()]
+    rows = read_lines(pathlib.Path(metrics))
     panels = {
         title: keys
         for title, keys in PANELS.items()

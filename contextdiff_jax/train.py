@@ -46,6 +46,7 @@ def main() -> None:
     from contextdiff_jax.pretrained.finetuning import adopt
     from contextdiff_jax.settings import parse
     from contextdiff_jax.training.loop import train
+    from contextdiff_jax.training.workdir import held
 
     config = adopt(config)
     workdir = epath.Path(WORKDIR.value)
@@ -53,7 +54,9 @@ def main() -> None:
     # Before all else: checking the settings computes, and then it is too late to join.
     timeout = int(config["train"].get("peer_timeout", 600))
     processes.start(ADDRESS.value, COUNT.value, INDEX.value, os.environ, timeout)
-    train(parse(config), config, workdir)
+    settings = parse(config)
+    with held(workdir):
+        train(settings, config, workdir)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,13 @@ def main() -> None:
         raise ValueError("--workdir: missing; name the folder of the run")
     from contextdiff_jax.settings import parse_autoencoder
     from contextdiff_jax.training.autoencoder import train_autoencoder
+    from contextdiff_jax.training.workdir import held
 
     settings = parse_autoencoder(config)
     workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
-    report = train_autoencoder(settings, config, workdir)
+    with held(workdir):
+        report = train_autoencoder(settings, config, workdir)
     print(
         f"{workdir / 'vae'}: " + ", ".join(f"{name} {value:.4g}" for name, value in report.items())
     )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from jaxtyping import install_import_hook
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -17,6 +18,11 @@ sys.path.insert(0, str(ROOT))
 # here, and in the processes that tests start, they are off (XLA's own passes stay). With them, half
 # as long again: JAX_DISABLE_MOST_OPTIMIZATIONS=0.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Every annotated argument and result of these rooms is checked: its type, its shape, and that one
+# name is one size in a call. A whole number is a float too (PEP 484). Commands run in processes of
+# their own, without the checks.
+CHECKED = ["contextdiff_jax.diffusion", "contextdiff_jax.models"]
+install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 TINY = {
     "train.batch_size": 8,

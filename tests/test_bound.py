@@ -2,6 +2,8 @@
 chains, and itself.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +26,7 @@ def coefficients(shift):
 
 
 def step_constants(t, a, variance, shift_k):
-    """Of the posterior at eta = 1, s = t - 1: (sigma^2, the factor of x_t's residual)."""
+    """The posterior at eta = 1, s = t - 1: (sigma^2, the factor of x_t's residual)."""
     sigma2 = variance[t - 1] / variance[t] * (1 - (1 - variance[t]) / (1 - variance[t - 1]))
     return sigma2, np.sqrt(variance[t - 1] - sigma2) / np.sqrt(variance[t])
 
@@ -88,11 +90,10 @@ def test_bound_of_gaussian_data_is_the_exact_one(shift, count):
     assert abs(result.total.mean() - exact) < 4 * result.standard_error
     for values, wanted in ((result.prior, prior), (result.kl, kl), (result.decoder, decoder)):
         assert abs(values.mean() - wanted) < 4 * values.std() / np.sqrt(len(values)) + 1e-4 * exact
-    strata = [by_t[lo - 1 : hi - 1].mean() for lo, hi in zip(result.edges[:-1], result.edges[1:])]
+    strata = [by_t[lo - 1 : hi - 1].mean() for lo, hi in itertools.pairwise(result.edges)]
     np.testing.assert_allclose(result.kl_by_t, strata, rtol=0.1)
-    entropy = 0.5 * np.log2(2 * np.pi * np.e * STD**2) - np.log2(
-        2 / 255
-    )  # what no model can go below
+    # No model can go below it.
+    entropy = 0.5 * np.log2(2 * np.pi * np.e * STD**2) - np.log2(2 / 255)
     assert exact > entropy and result.total.mean() > entropy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -10,6 +11,8 @@ import os
 import random
 import shutil
 import subprocess
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from contextdiff_jax.cli import RunError
-from contextdiff_jax.training import checkpoints
+from contextdiff_jax.training import checkpoints, log
+from contextdiff_jax.training import workdir as workdir_room
 from contextdiff_jax.training.state import TrainState, zero_metrics
 
 TRIALS = 200
@@ -120,6 +124,64 @@ def test_a_missing_file_is_damage_and_a_run_that_resumes_can_save_that_step_agai
     assert newest(workdir) == 2
 
 
+def cut(folder, *names):
+    for name in names:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        ["manifest.json"],
+        ["manifest.json", "state"],
+        ["manifest.json", "data"],
+        ["state"],
+        ["data"],
+        ["_CHECKPOINT_METADATA"],
+        ["state/manifest.ocdbt"],
+        ["manifest.json", "state", "data", "_CHECKPOINT_METADATA"],
+    ],
+    ids=",".join,
+)
+def test_a_checkpoint_copied_in_part_is_skipped_by_readers_and_set_aside_by_runs(lacking, workdir):
+    folder = workdir / "checkpoints" / "2"
+    cut(folder, *lacking)
+    assert checkpoints.newest_good(workdir) == 1 and folder.exists()
+    checkpoints.set_damaged_aside(workdir)
+    assert (workdir / "damaged" / "2").exists() and not folder.exists()
+    with checkpoints.open_manager(workdir) as manager:
+        assert manager.latest_step() == 1
+
+
+def test_an_older_half_deleted_one_and_a_file_in_a_checkpoints_place_are_set_aside(workdir):
+    cut(workdir / "checkpoints" / "1", "state")
+    (workdir / "checkpoints" / "3").write_text("")
+    checkpoints.set_damaged_aside(workdir)
+    assert sorted(path.name for path in (workdir / "damaged").iterdir()) == ["1", "3"]
+    assert newest(workdir) == 2
+
+
+def test_where_no_checkpoint_is_whole_readers_say_so_and_a_run_begins_anew(workdir, caplog):
+    for step in "12":
+        cut(workdir / "checkpoints" / step, "manifest.json")
+    (workdir / "metrics.jsonl").write_text('{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"all its checkpoints are damaged \(2, 1\)"):
+        newest(workdir)
+    assert (workdir / "metrics.jsonl").exists()
+    checkpoints.set_damaged_aside(workdir)
+    assert "training begins at step 0" in caplog.text
+    aside = {path.name for path in (workdir / "damaged").iterdir()}
+    assert aside == {"1", "2", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "\0\0"])
+def test_a_damaged_config_of_a_run_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config.json: not .*JSON.*; delete it to go on"):
+        checkpoints.claim_workdir(tmp_path, {"seed": 0})
+
+
 def test_an_unfinished_save_is_not_there(workdir):
     shutil.copytree(
         workdir / "checkpoints" / "2", workdir / "checkpoints" / "3.orbax-checkpoint-tmp"
@@ -181,6 +243,113 @@ def test_a_disk_that_is_full_at_the_last_file_is_the_same(workdir, monkeypatch):
         save_steps(workdir, (3,))
     monkeypatch.undo()
     assert newest(workdir) == 2
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_log_that_cannot_be_written_is_one_line_with_what_is_kept(code, workdir, monkeypatch):
+    logged = log.MetricsLog(workdir, 2)
+    logged.write(3, {"loss": 1.0})
+
+    def full(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(type(logged.path), "open", full)
+    line = f"metrics.jsonl could not be written: {os.strerror(code)}; step 2 is kept"
+    with pytest.raises(RunError, match=line):
+        logged.write(4, {"loss": 1.0})
+    logged.close()
+
+
+def test_a_resumed_run_drops_torn_and_later_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 0.1}\n{"st{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    logged = log.MetricsLog(tmp_path, 2)
+    logged.write(3, {"loss": 2.0})
+    logged.close()
+    assert path.read_text() == '{"step": 1, "loss": 0.1}\n{"step": 3, "loss": 2.0}\n'
+
+
+class FullDisk:
+    """tensorboardX's RecordWriter on a disk that is full (/dev/full), or that hangs."""
+
+    def __init__(self, path):
+        self.file = open("/dev/full", "wb")
+
+    def write(self, data):
+        self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+    def close(self):
+        self.file.close()
+
+
+class HangingDisk(FullDisk):
+    def write(self, data):
+        threading.Event().wait()
+
+
+@pytest.mark.parametrize("disk, warned", [(FullDisk, 1), (HangingDisk, 0)])
+def test_events_on_a_bad_disk_neither_hold_up_nor_end_a_run(
+    disk, warned, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(log, "RecordWriter", disk)
+    events, start = log.Events(str(tmp_path), first=1), time.monotonic()
+    for step in range(1, 1000):
+        events.add(step, {"loss": 1.0})
+    events.close(seconds=1)
+    assert time.monotonic() - start < 5
+    assert caplog.text.count("no more events are written") == warned
+
+
+def test_the_folder_of_a_run_is_held_until_it_ends(tmp_path):
+    with workdir_room.held(tmp_path / "run"):
+        with pytest.raises(ValueError, match=rf"process {os.getpid()} on \S+ is writing to it"):
+            with workdir_room.held(tmp_path / "run"):
+                pass
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(
+    "owner, beats, flocks, free",
+    [
+        ("", False, True, True),
+        ({"host": "here", "pid": 1}, False, True, True),  # killed: the system freed its lock
+        ({"host": "here", "pid": 1}, True, False, False),
+        ({"host": "here", "pid": 2**22 + 1}, True, False, True),  # no such process
+        ({"host": "there", "pid": 1}, False, True, True),
+        ({"host": "there", "pid": 1}, True, True, False),
+        ({"host": "there", "pid": 1}, False, False, True),
+    ],
+)
+def test_a_lock_that_was_left_is_known_by_its_host_process_and_time_stamp(
+    owner, beats, flocks, free, tmp_path, monkeypatch
+):
+    lock, gone = tmp_path / workdir_room.LOCK, threading.Event()
+    lock.write_text(json.dumps(owner) if owner else "")
+    monkeypatch.setattr(workdir_room, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(workdir_room.socket, "gethostname", lambda: "here")
+    if not flocks:
+
+        def none(*_):
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+        monkeypatch.setattr(workdir_room.fcntl, "flock", none)
+
+    def live():
+        while not gone.wait(0.02):
+            os.utime(lock)
+
+    if beats:
+        threading.Thread(target=live).start()
+    try:
+        with contextlib.nullcontext() if free else pytest.raises(ValueError, match="process 1 on"):
+            with workdir_room.held(tmp_path):
+                assert json.loads(lock.read_text())["pid"] == os.getpid()
+                gone.set()
+    finally:
+        gone.set()
 
 
 def test_a_bucket_stays_a_bucket(tmp_path, monkeypatch):

@@ -2,28 +2,33 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import randomised
 from flax import nnx
 
 from contextdiff_jax.models.context import (
     KINDS,
     ContextConfig,
+    Kind,
     RelationalNetwork,
     compact_bilinear,
     position_embedding,
     unpatch,
 )
 from contextdiff_jax.models.text import TextConfig, TextEncoder
+from contextdiff_jax.models.video import VideoContext
 
+WITH_CONTEXT = [name for name, kind in KINDS.items() if not kind.is_zero]
 CONFIG = ContextConfig(width=16, num_blocks=1, num_heads=2, text_width=12, patch_size=4)
 
 
 def network(gamma=0.5, **changes):
     model = RelationalNetwork(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
-    if gamma and model.config.kind != "none":
+    if gamma and not model.config.network.is_zero:
         model.gamma[...] = jnp.asarray(gamma)
     return model
 
@@ -36,7 +41,7 @@ def inputs(batch=2, height=8, width=12):
     return x0, text, mask, jnp.array([3, 40])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_CONTEXT)
 def test_context_is_exactly_zero_at_the_start_yet_its_gain_learns(kind):
     model, (x0, text, mask, t) = network(gamma=0, kind=kind), inputs()
     assert (model(x0, text, mask, t) == 0).all()
@@ -47,25 +52,25 @@ def test_context_is_exactly_zero_at_the_start_yet_its_gain_learns(kind):
     assert float(jnp.abs(grads["gamma"][...])) > 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_CONTEXT)
 def test_context_has_the_gain_as_root_mean_square_per_sample(kind):
     model, (x0, text, mask, t) = network(kind=kind, max_gain=0.7), inputs()
     rms = jnp.sqrt(jnp.mean(model(x0, text, mask, t) ** 2, axis=(1, 2, 3)))
-    if kind == "affine":  # at most; see below
+    if KINDS[kind].linear_in_x0:  # at most; see below
         assert (0.1 * 0.7 * np.tanh(0.5) < rms).all() and (rms < 0.7 * np.tanh(0.5)).all()
     else:
         np.testing.assert_allclose(rms, 0.7 * np.tanh(0.5), rtol=1e-5)
     np.testing.assert_allclose(model.gain, 0.7 * np.tanh(0.5), rtol=1e-6)
 
 
-def test_only_affine_is_linear_in_the_picture_so_that_the_plugged_in_mean_is_the_mean_of_the_context():
-    x0, text, mask, t = inputs()
-    other, apart = jnp.cos(3 * x0), {}
-    for kind in ("affine", "linear"):
-        model = network(kind=kind)
-        mean = 0.25 * model(x0, text, mask, t) + 0.75 * model(other, text, mask, t)
-        apart[kind] = float(jnp.abs(model(0.25 * x0 + 0.75 * other, text, mask, t) - mean).max())
-    assert apart["affine"] < 1e-6 and apart["linear"] > 1e-2
+@pytest.mark.parametrize("kind", ["affine", "linear"])
+def test_a_kind_is_as_linear_in_the_picture_as_it_says(kind):
+    """Where it is, the plugged in mean is the mean of the context."""
+    model, (x0, text, mask, t) = network(kind=kind), inputs()
+    other = jnp.cos(3 * x0)
+    mean = 0.25 * model(x0, text, mask, t) + 0.75 * model(other, text, mask, t)
+    apart = float(jnp.abs(model(0.25 * x0 + 0.75 * other, text, mask, t) - mean).max())
+    assert apart < 1e-6 if KINDS[kind].linear_in_x0 else apart > 1e-2
 
 
 def test_an_affine_context_reaches_its_bound_where_every_pixel_is_as_bad_as_can_be():
@@ -93,8 +98,8 @@ def test_an_affine_context_reaches_its_bound_where_every_pixel_is_as_bad_as_can_
     assert (size(0.9 * worst) < 0.999).all() and (size(-worst) < 0.999).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_the_kind_text_ignores_the_picture_and_every_kind_reads_the_text(kind):
+@pytest.mark.parametrize("kind", WITH_CONTEXT)
+def test_every_kind_reads_the_text_and_the_picture_if_it_says_so(kind):
     model, (x0, text, mask, t) = network(kind=kind), inputs()
     other_picture = float(
         jnp.abs(model(x0, text, mask, t) - model(jnp.cos(3 * x0), text, mask, t)).max()
@@ -102,18 +107,19 @@ def test_only_the_kind_text_ignores_the_picture_and_every_kind_reads_the_text(ki
     other_text = float(
         jnp.abs(model(x0, text, mask, t) - model(x0, jnp.cos(3 * text), mask, t)).max()
     )
-    assert (other_picture == 0) == (kind == "text")
+    assert (other_picture > 0) == KINDS[kind].reads_x0
+    assert KINDS[kind].reads_x0 or kind == "text"
     assert other_text > 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_CONTEXT)
 def test_padding_tokens_have_no_influence(kind):
     model, (x0, text, mask, t) = network(kind=kind), inputs()
     garbage = jnp.where(mask[..., None], text, 1e3)
     np.testing.assert_allclose(model(x0, text, mask, t), model(x0, garbage, mask, t), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_CONTEXT)
 def test_time_enters_only_if_asked_for(kind):
     x0, text, mask, t = inputs()
     fixed, timed = network(kind=kind), network(kind=kind, time_dependent=True)
@@ -128,6 +134,32 @@ def test_kind_none_is_zero_without_parameters():
     model, (x0, text, mask, t) = network(kind="none"), inputs()
     assert (model(x0, text, mask, t) == 0).all() and float(model.gain) == 0
     assert not jax.tree.leaves(nnx.state(model, nnx.Param))
+
+
+def test_a_new_kind_is_one_class_and_one_line(monkeypatch):
+    class Brightness(Kind):
+        """Each patch's mean, everywhere."""
+
+        def __init__(self, config, **policy):
+            self.width = config.width
+
+        def __call__(self, tokens, position, text, mask, temb):
+            return jnp.broadcast_to(tokens.mean(-1, keepdims=True), (*tokens.shape[:2], self.width))
+
+    monkeypatch.setitem(KINDS, "brightness", Brightness)
+    model, (x0, text, mask, t) = network(kind="brightness"), inputs()
+    context = model(x0, text, mask, t)
+    chex.assert_shape(context, x0.shape)
+    assert float(jnp.abs(context - model(jnp.cos(3 * x0), text, mask, t)).max()) > 1e-3
+    with pytest.raises(ValueError, match="context.kind='foo'.*brightness"):
+        dataclasses.replace(CONFIG, kind="foo")
+    VideoContext(model, rngs=nnx.Rngs(0))(x0[:, None], text, mask, t)
+
+
+@pytest.mark.parametrize("kind", ["text", "none"])
+def test_tokens_of_clip_need_a_kind_that_reads_the_picture(kind):
+    with pytest.raises(ValueError, match="a context.kind that reads x0"):
+        dataclasses.replace(CONFIG, kind=kind, tokens="clip", clip="x")
 
 
 def test_gradients_are_finite_on_an_empty_picture():
@@ -172,15 +204,7 @@ def test_text_states_do_not_depend_on_the_amount_of_padding():
         TextConfig(vocab_size=20, max_length=9, width=16, num_layers=2, num_heads=2),
         rngs=nnx.Rngs(0),
     )
-    keys = iter(
-        jax.random.split(jax.random.key(1), 99)
-    )  # away from the zeros that its branches start with
-    nnx.update(
-        encoder,
-        jax.tree.map(
-            lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), nnx.state(encoder)
-        ),
-    )
+    nnx.update(encoder, randomised(nnx.state(encoder)))
     ids = jnp.array([[1, 5, 7, 2]])
     short = encoder(ids, jnp.ones((1, 4), bool))
     long = encoder(jnp.pad(ids, ((0, 0), (0, 5))), jnp.arange(9)[None] < 4)

@@ -32,7 +32,6 @@ from contextdiff_jax.data.shapes import (
     SHAPES,
     SIZES,
 )
-
 from contextdiff_jax.texts import read_lines
 
 TRIPLES = set(itertools.product(SHAPES, COLOURS, SIZES))

@@ -310,11 +310,12 @@ def test_target_gradients_are_finite_at_both_ends_of_a_zero_snr_schedule():
     t = jnp.array([0, 999])
     x0, x_t, *_ = draws(2)
     for prediction_type in ("x0", "epsilon", "v"):
-        functions = (diffusion.training_target, diffusion.predict_x0)
-        for function in functions:
-            gradient = jax.grad(lambda x: function(schedule, x0, x, t, prediction_type).sum())(
-                jnp.asarray(x_t)
-            )
+        for function in (diffusion.training_target, diffusion.predict_x0):
+
+            def total(x, function=function, prediction_type=prediction_type):
+                return function(schedule, x0, x, t, prediction_type).sum()
+
+            gradient = jax.grad(total)(jnp.asarray(x_t))
             assert np.all(np.isfinite(gradient)), (function.__name__, prediction_type)
 
 

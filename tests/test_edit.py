@@ -84,11 +84,13 @@ def test_a_new_model_learns_resumes_and_edits_a_clip(folder, tmp_path, monkeypat
     # Stopped after the third step, as by SIGTERM: what was reached is saved, and the run says so.
     calls = iter([False, False, True])
     with monkeypatch.context() as stopping:
-        stopping.setattr(tuning, "StopSignal", lambda: lambda step: next(calls))
+        stopping.setattr(tuning.StopSignal, "__call__", lambda self, step: next(calls))
         with pytest.raises(RunError, match="stopped at step 3 of 4; run again to go on"):
             edit(config, tmp_path)
+    (tmp_path / "checkpoints" / "9").mkdir()  # copied in part
     metrics = edit(config, tmp_path)
     check_outputs(tmp_path, metrics)
+    assert (tmp_path / "damaged" / "9").exists()
     assert len(list((tmp_path / "attention").glob("*.png"))) == 3
     steps = [
         json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()

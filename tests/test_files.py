@@ -2,7 +2,9 @@
 
 import pytest
 
-from contextdiff_jax.files import replacing
+from contextdiff_jax.files import read_lines, replacing
+
+WHOLE = b'{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_file_is_replaced_at_the_end(tmp_path):
@@ -21,3 +23,27 @@ def test_an_error_leaves_what_was_there(tmp_path):
         file.write_text("ne")
         raise RuntimeError("half")
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "text, steps",
+    [
+        (WHOLE, [1, 2]),
+        (b'{"step": 1}\n{"step": 2, "lo', [1]),
+        (b'{"step": 1}\n{"step": 2, "lo{"step": 3}\n{"step": 4}\n', [1, 4]),
+        (b'{"step": 1}\n\0\0\0\0\0{"step": 3}\n', [1]),
+        (b'{"step": 1}\n\xff\xfe}\n[3]\n4}\n}\n\n{"step": 5}', [1, 5]),
+        (b"", []),
+    ],
+)
+def test_torn_lines_of_a_log_are_left_out_and_said(text, steps, tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(text)
+    assert [row["step"] for row in read_lines(path)] == steps
+    assert ("torn or damaged" in caplog.text) == (text not in (WHOLE, b""))
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left on device.*a.json"):
+        with replacing(tmp_path / "a.json"), open("/dev/full", "w", buffering=1) as file:
+            file.write("new\n")

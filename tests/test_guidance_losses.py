@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,17 +46,15 @@ def fields(value: diffusion.Denoised) -> list[np.ndarray]:
 def test_guidance_moves_the_picture_and_both_contexts_along_the_same_line(scale):
     conditional, unconditional = denoised(0), denoised(1)
     guided = diffusion.guide(conditional, unconditional, scale)
-    for actual, c, u in zip(fields(guided), fields(conditional), fields(unconditional)):
-        np.testing.assert_allclose(actual, u + scale * (c - u), rtol=1e-5, atol=1e-5)
+    line = jax.tree.map(lambda c, u: u + scale * (c - u), conditional, unconditional)
+    chex.assert_trees_all_close(guided, line, rtol=1e-5, atol=1e-5)
 
 
 def test_guidance_scale_one_is_the_conditional_and_zero_the_unconditional():
     conditional, unconditional = denoised(0), denoised(1)
     for scale, expected in ((1.0, conditional), (0.0, unconditional)):
-        for actual, wanted in zip(
-            fields(diffusion.guide(conditional, unconditional, scale)), fields(expected)
-        ):
-            np.testing.assert_allclose(actual, wanted, atol=1e-6)
+        guided = diffusion.guide(conditional, unconditional, scale)
+        chex.assert_trees_all_close(guided, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("rescale", [0.3, 0.7, 1.0])
@@ -68,7 +67,7 @@ def test_rescaled_guidance_mixes_in_a_picture_with_the_conditional_std_of_each_s
     matched = plain * c.std(axes, keepdims=True) / plain.std(axes, keepdims=True)
     x0, *contexts = fields(guided)
     np.testing.assert_allclose(x0, rescale * matched + (1 - rescale) * plain, rtol=1e-4, atol=1e-5)
-    for actual, cc, uc in zip(contexts, c_contexts, u_contexts):
+    for actual, cc, uc in zip(contexts, c_contexts, u_contexts, strict=True):
         np.testing.assert_allclose(actual, uc + 5.0 * (cc - uc), rtol=1e-5, atol=1e-5)
 
 
@@ -88,9 +87,8 @@ def test_rescaled_guidance_of_a_constant_picture_is_finite():
 def test_guidance_works_under_jit_with_a_traced_scale():
     conditional, unconditional = denoised(0), denoised(1)
     jitted = jax.jit(diffusion.guide)(conditional, unconditional, 3.0)
-    np.testing.assert_allclose(
-        jitted.x0, diffusion.guide(conditional, unconditional, 3.0).x0, rtol=1e-5, atol=1e-5
-    )
+    expected = diffusion.guide(conditional, unconditional, 3.0)
+    chex.assert_trees_all_close(jitted, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("percentile", [50.0, 90.0, 99.5])

@@ -4,6 +4,9 @@ ones in float64.
 
 from __future__ import annotations
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +30,7 @@ def compare(ours, theirs, *arrays, tolerance=1e-5):
     out, pullback = jax.vjp(ours, *(jnp.asarray(array, jnp.float32) for array in arrays))
     pairs = [
         (out, expected.detach()),
-        *zip(pullback(jnp.asarray(weights, jnp.float32)), (t.grad for t in tensors)),
+        *zip(pullback(jnp.asarray(weights, jnp.float32)), (t.grad for t in tensors), strict=True),
     ]
     for found, wanted in pairs:
         np.testing.assert_allclose(
@@ -60,33 +63,28 @@ def test_attention_and_its_gradients_with_a_mask_and_a_bias(keys):
         hidden = torch.tensor(bias).masked_fill(~torch.tensor(mask)[:, None, None], float("-inf"))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, hidden).transpose(1, 2)
 
-    ours = lambda q, k, v: attention(q, k, v, jnp.asarray(mask), bias=jnp.asarray(bias))
+    ours = functools.partial(attention, mask=jnp.asarray(mask), bias=jnp.asarray(bias))
     compare(ours, theirs, *(3 * RNG.standard_normal((2, n, 2, 4)) for n in (5, keys, keys)))
 
 
 def test_attention_of_large_logits_is_finite_and_picks_one_key():
     q, v = (jnp.asarray(RNG.standard_normal((1, 3, 1, 4)), jnp.float32) for _ in range(2))
-    q = (
-        100 * q / jnp.linalg.norm(q, axis=-1, keepdims=True)
-    )  # every query is nearest to its own key; exp of 5000 overflows
+    # Every query is nearest to its own key; exp of 5000 overflows.
+    q = 100 * q / jnp.linalg.norm(q, axis=-1, keepdims=True)
     out, pullback = jax.vjp(attention, q, q, v)
     np.testing.assert_allclose(out, v, rtol=1e-6)
     assert all(np.isfinite(gradient).all() for gradient in pullback(v))
 
 
-@pytest.mark.parametrize(
-    "queries", [5, 128, 300]
-)  # fewer than a tile, one, and no whole number of them
+# Fewer than a tile, one, and no whole number of them.
+@pytest.mark.parametrize("queries", [5, 128, 300])
 def test_tiled_attention_and_its_gradients(queries):
-    theirs = lambda *qkv: torch.nn.functional.scaled_dot_product_attention(
-        *(y.transpose(1, 2) for y in qkv), scale=0.7
-    )
-    ours = lambda *qkv: tiled_attention(*qkv, scale=0.7)
-    compare(
-        ours,
-        lambda *qkv: theirs(*qkv).transpose(1, 2),
-        *(RNG.standard_normal((2, n, 3, 4)) for n in (queries, 7, 7)),
-    )
+    def theirs(*qkv):
+        q, k, v = (y.transpose(1, 2) for y in qkv)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.7).transpose(1, 2)
+
+    arrays = (RNG.standard_normal((2, n, 3, 4)) for n in (queries, 7, 7))
+    compare(functools.partial(tiled_attention, scale=0.7), theirs, *arrays)
 
 
 @pytest.mark.parametrize("policy", ["products", "kernels"])
@@ -106,13 +104,13 @@ def test_a_rematerialised_layer_keeps_its_gradients():
     layer = linear(6, 4, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     graph, state = nnx.split(layer)
     x = jnp.asarray(RNG.standard_normal((3, 6)), jnp.float32)
-    loss = lambda state: (nnx.merge(graph, state)(x) ** 2).sum()
+
+    def loss(state):
+        return (nnx.merge(graph, state)(x) ** 2).sum()
+
     for policy in (None, jax.checkpoint_policies.dots_saveable):
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            jax.grad(jax.checkpoint(loss, policy=policy))(state),
-            jax.grad(loss)(state),
-        )
+        again = jax.grad(jax.checkpoint(loss, policy=policy))(state)
+        chex.assert_trees_all_equal(again, jax.grad(loss)(state))
 
 
 def test_two_layers_alike_have_equal_graphs():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +16,8 @@ import time
 import pytest
 from conftest import ROOT
 
+from contextdiff_jax.data import make_loader
+from contextdiff_jax.data.shapes import ShapesConfig, ShapesSource
 from contextdiff_jax.parallel import processes
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -70,6 +74,99 @@ def test_the_scheduler_is_recognised(env, found, monkeypatch):
 def test_half_an_answer_is_refused(given, env, message):
     with pytest.raises(ValueError, match=message):
         processes.start(*given, env, 5)
+
+
+def test_signals_that_are_repeated_are_one_order_and_the_second_ctrl_c_ends_the_process(
+    monkeypatch,
+):
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before, now = [signal.getsignal(number) for number in numbers], [1000.0]
+    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
+    for first in numbers:
+        stop = processes.StopSignal()
+        assert not stop()
+        for number in (first, *numbers, *numbers):
+            signal.raise_signal(number)
+        assert stop()
+        stop.close()  # told to stop: what is repeated while the process ends is not heard
+        now[0] += 5
+        signal.raise_signal(signal.SIGTERM)
+        ended = []
+        with monkeypatch.context() as patch:
+            patch.setattr(processes.signal, "raise_signal", ended.append)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [signal.SIGINT]
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    stop = processes.StopSignal()
+    stop.close()
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+WORKER_PROGRAM = """
+import multiprocessing, threading, time
+from contextdiff_jax.data import make_loader
+from contextdiff_jax.data.shapes import ShapesConfig, ShapesSource
+from contextdiff_jax.parallel.processes import StopSignal
+
+def tell():
+    while not multiprocessing.active_children():
+        time.sleep(0.01)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+
+if __name__ == "__main__":
+    stop = StopSignal()
+    threading.Thread(target=tell, daemon=True).start()
+    loader = make_loader(ShapesSource(ShapesConfig(image_size=16)), batch_size=2, num_workers=1)
+    while not stop():
+        next(loader)
+    for _ in range(8):
+        next(loader)
+    print("stopped", flush=True)
+    while True:
+        time.sleep(1)
+"""
+
+
+def test_workers_outlive_signals_to_their_group_and_end_with_their_parent(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(WORKER_PROGRAM)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    main = subprocess.Popen(
+        [sys.executable, program],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        worker = int(main.stdout.readline().split()[0])  # just born
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.killpg(main.pid, number)
+        assert main.stdout.readline() == "stopped\n"
+        os.kill(worker, 0)
+    finally:
+        main.kill()
+        main.communicate()
+    for _ in range(200):
+        status = pathlib.Path(f"/proc/{worker}/status")
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker lives on")
+
+
+def test_a_worker_that_is_killed_is_an_error_that_the_commands_say_in_one_line():
+    loader = make_loader(ShapesSource(ShapesConfig(image_size=16)), batch_size=2, num_workers=1)
+
+    def killed():
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+        yield
+
+    loader._iterator = killed()
+    with pytest.raises(OSError, match="data.num_workers=1: a worker was killed.*code -9"):
+        next(loader)
 
 
 def test_who_is_behind_is_named_and_a_long_common_wait_is_given_time():

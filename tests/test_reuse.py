@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,7 @@ from contextdiff_jax.inference.sampling import Method, Steps, Text, make_sample
 from contextdiff_jax.models.contextdiff import Captions
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import build_model, init_state, model_graph
+from contextdiff_jax.training.step import make_train_step
 
 B = 2
 
@@ -107,7 +109,7 @@ def test_sampling_is_the_loop_with_what_the_first_step_of_each_group_computed(es
 
 @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 1.0)])
 def test_guided_and_noisy_samples_stay_near_those_without_reuse(tiny, sampler, eta):
-    """The same steps and the same noise, so the difference is that of the network's coarser levels."""
+    """The steps and the noise are the same: the network's coarser levels make the difference."""
     settings, model = tiny
     x, ids, mask = inputs(settings)[0], np.arange(1, 1 + B * 12).reshape(B, 12), inputs(settings)[2]
     T = settings.diffusion.num_timesteps
@@ -152,6 +154,43 @@ def test_an_interval_that_does_not_divide_the_steps_is_refused(tiny):
             np.array([9, 5, 2, 0]),
             reuse=diffusion.Reuse(3, lambda x, t: x),
         )
+
+
+def test_a_training_step_and_a_sampling_program_are_traced_once():
+    """Whatever comes in later, the first step's own state above all, looks like what came first."""
+    settings = parse(config_dict(**ONE_LEVEL))
+    state, length = jax.eval_shape(lambda: init_state(settings)), settings.data.max_length
+
+    def captions(batch):
+        ids = jax.ShapeDtypeStruct((batch, length), np.int32)
+        return {"token_ids": ids, "token_mask": jax.ShapeDtypeStruct((batch, length), bool)}
+
+    image = jax.ShapeDtypeStruct((8, 16, 16, 3), np.uint8)
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(make_train_step(settings), n=1))
+    batch, null = {"image": image} | captions(8), captions(1)
+    after, _ = jax.eval_shape(step, state, batch, null)
+    jax.eval_shape(step, after, batch, null)
+
+    options = dict(
+        prediction_type="v",
+        shift="quadratic",
+        sampler="ddim",
+        steps=2,
+        eta=0.0,
+        spacing="trailing",
+        guidance=2.0,
+    )
+    graph, run = model_graph(settings), make_sampler(settings.diffusion.make_schedule(), **options)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def sample(params, *inputs):
+        return run(nnx.merge(graph, params), *inputs)
+
+    x, texts = np.zeros((B, 16, 16, 3), np.float32), [*captions(B).values(), *null.values()]
+    for params, seed in ((state.params, 0), (after.params, 1)):
+        jax.eval_shape(sample, params, x + seed, jax.random.key(seed), *texts)
 
 
 def test_the_shared_part_is_computed_once_a_group(tiny):

@@ -189,14 +189,19 @@ def test_terms_of_the_bound_equal_numerical_integration_in_one_dimension():
 
 
 def test_an_inversion_that_runs_away_keeps_the_best_it_had():
-    """A denoiser far too steep for (7) to converge: the error grows with each of its steps, to
+    """A denoiser far too steep for (6') to converge: the error grows with each of its steps, to
     infinity in float32.
     """
-    denoise = lambda x, t, s: diffusion.Denoised(-40 * x, jnp.zeros_like(x), jnp.zeros_like(x))
     x0, timesteps = jnp.linspace(-1, 1, 8).reshape(2, 4), jnp.array([100])
-    lead_back = lambda x: diffusion.ddim_sample(
-        denoise, x, SCHEDULE, timesteps, shift="none", next_timesteps=jnp.zeros_like(timesteps)
-    )
+
+    def denoise(x, t, s):
+        return diffusion.Denoised(-40 * x, jnp.zeros_like(x), jnp.zeros_like(x))
+
+    def lead_back(x):
+        return diffusion.ddim_sample(
+            denoise, x, SCHEDULE, timesteps, shift="none", next_timesteps=jnp.zeros_like(timesteps)
+        )
+
     explicit, iterated = (
         diffusion.ddim_invert(denoise, x0, SCHEDULE, timesteps, "none", iterations=n)
         for n in (0, 200)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import pathlib
 import statistics
 import tempfile
@@ -32,6 +31,7 @@ from contextdiff_jax.data import (
     make_source,
 )
 from contextdiff_jax.data.decoding import FILTERS
+from contextdiff_jax.files import read_lines
 
 _BATCH = 16
 Batches = Iterator[np.ndarray]  # uint8 [_BATCH, H, W, 3]
@@ -164,8 +164,7 @@ def _need(options: DataBenchmark) -> float:
         return options.need
     path = pathlib.Path(options.workdir) / "metrics.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return statistics.median(line["images_per_second"] for line in lines)
+        return statistics.median(line["images_per_second"] for line in read_lines(path))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"--workdir={options.workdir}: its metrics.jsonl holds no images_per_second ({error})"

@@ -9,9 +9,15 @@ processes and workers, also when these change on the way, and the state to save 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, Protocol
 
 import grain
@@ -28,6 +34,8 @@ Batch = dict[str, Any]
 # (record number, reason) of the records that turned out to be broken: from workers to the loader
 _BROKEN = "broken"
 _CUT = "cut"  # the words that each caption loses, likewise
+# What schedulers and terminals send to all processes of a command: the main one saves and stops.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class RandomAccessSource(Protocol):
@@ -71,6 +79,31 @@ class _LoadBatch:
         return batch
 
 
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # when it starts it unblocks them
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def _follow_parent(*_: int) -> None:
+    """In a worker: only the process that it works for ends it, also by its own end, however
+    sudden. (Linux's PR_SET_PDEATHSIG follows a thread, and Grain's end earlier.)
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, name="follow-parent", daemon=True).start()
+
+
 class Loader(Iterator[Batch]):
     """An endless iterator over batches whose place can be saved and restored. Made by
     `make_loader`.
@@ -97,9 +130,15 @@ class Loader(Iterator[Batch]):
         return self
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = self._start()
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator) if self._iterator is not None else self._first()
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise ChildProcessError(
+                f"data.num_workers={self._num_workers}: a worker was killed, maybe for want of "
+                f"memory: {error}"
+            ) from error
         self._next_batch += 1
         for index, reason in batch.pop(
             _BROKEN, ()
@@ -109,6 +148,13 @@ class Loader(Iterator[Batch]):
         if self._num_workers:  # workers hand over views of shared memory, which ends with them
             batch = {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
         return batch
+
+    def _first(self) -> Batch:
+        # Workers are born deaf to the signals that tell a whole process group to stop; the mask is
+        # inherited, while what a worker does itself would come seconds later.
+        with _signals_blocked() if self._num_workers else contextlib.nullcontext():
+            self._iterator = self._start()
+            return next(self._iterator)
 
     def _start(self) -> grain.DatasetIterator:
         # Grain's own buffer default is 500 elements; here an element is a whole batch.
@@ -126,7 +172,8 @@ class Loader(Iterator[Batch]):
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=self._num_workers, per_worker_buffer_size=self._prefetch
-                )
+                ),
+                worker_init_fn=_follow_parent,
             )
         return iter(batches)
 

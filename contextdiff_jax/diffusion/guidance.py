@@ -1,24 +1,33 @@
-"""From networks to denoise functions: estimates of the context, guidance, thresholding.
-
-`predict(x_t, t)` is a network with its text bound; `context_fn(x0, t)` is r_phi with its text
-bound.
-"""
+"""From networks to denoise functions: estimates of the context, guidance, thresholding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Shaped
 
-from contextdiff_jax.diffusion.process import bcast, predict_x0
-from contextdiff_jax.diffusion.samplers import Denoised, DenoiseFn
+from contextdiff_jax.diffusion.process import Samples, bcast, predict_x0
+from contextdiff_jax.diffusion.samplers import ContextFn, Denoised, DenoiseFn
 from contextdiff_jax.diffusion.schedule import NoiseSchedule
 
 
+@runtime_checkable
+class PredictFn(Protocol):
+    """`predict(x_t, t)` is a network with its text bound: x0, epsilon or v; with a context head the
+    pair of that and E[r | x_t, c].
+    """
+
+    def __call__(
+        self, x_t: Float[Array, "B *D"], t: Int[Array, "B"]
+    ) -> Float[Array, "B *D"] | tuple[Float[Array, "B *D"], Float[Array, "B *D"]]: ...
+
+
 def plugin_denoise(
-    predict: Callable,
-    context_fn: Callable,
+    predict: PredictFn,
+    context_fn: ContextFn,
     schedule: NoiseSchedule,
     prediction_type: str,
     clip: float | None = None,
@@ -34,10 +43,10 @@ def plugin_denoise(
 
 
 def posterior_mean_denoise(
-    predict: Callable, schedule: NoiseSchedule, prediction_type: str, clip: float | None = None
+    predict: PredictFn, schedule: NoiseSchedule, prediction_type: str, clip: float | None = None
 ) -> DenoiseFn:
-    """Ours: `predict` returns (output, E[r | x_t, c]), the second head's regression; r doesn't
-    depend on t.
+    """Our estimate: `predict` returns (output, E[r | x_t, c]), the second head's regression; r
+    doesn't depend on t.
     """
 
     def denoise(x_t, t, s):
@@ -48,25 +57,30 @@ def posterior_mean_denoise(
     return denoise
 
 
-def _clip(x0: Float[Array, B * D], clip: float | None) -> Float[Array, B * D]:
+def _clip(x0: Float[Array, "B *D"], clip: float | None) -> Float[Array, "B *D"]:
     return x0 if clip is None else jnp.clip(x0, -clip, clip)
 
 
-def pair(first: Shaped[Array, B * D], second: Shaped[Array, B * D]) -> Shaped[Array, "2B *D"]:
-    """The rows of guidance's two branches as one batch, side by side: so those of an example stay
-    on its device.
+def pair(
+    first: Shaped[ArrayLike, "B *D"], second: Shaped[ArrayLike, "B *D"]
+) -> Shaped[Array, "2*B *D"]:
+    """The rows of guidance's two branches as one batch, side by side: an example's two rows stay on
+    its device.
     """
     return jnp.stack([first, second], 1).reshape(-1, *first.shape[1:])
 
 
-def unpair(both: Shaped[Array, "2B *D"]) -> tuple[Shaped[Array, B * D], Shaped[Array, B * D]]:
+def unpair(both: Shaped[Array, "rows *D"]) -> tuple[Shaped[Array, "B *D"], Shaped[Array, "B *D"]]:
     """The inverse of `pair`."""
     rows = both.reshape(-1, 2, *both.shape[1:])
     return rows[:, 0], rows[:, 1]
 
 
 def guide(
-    conditional: Denoised, unconditional: Denoised, guidance_scale: float, rescale: float = 0.0
+    conditional: Denoised,
+    unconditional: Denoised,
+    guidance_scale: float | Float[ArrayLike, ""],
+    rescale: float = 0.0,
 ) -> Denoised:
     """Classifier-free guidance (Ho & Salimans 2022) of x0 and of both contexts: u + g (c - u).
 
@@ -84,10 +98,10 @@ def guide(
 
 def classifier_free(
     branches: DenoiseFn,
-    guidance_scale: float | Float[Array, ""],
+    guidance_scale: float | Float[ArrayLike, ""],
     rescale: float = 0.0,
     join: Callable[[Array, Array], Array] = pair,
-    split: Callable[[Array], tuple[Array, Array]] = unpair,
+    split: Callable[[Array], Sequence[Array]] = unpair,
 ) -> DenoiseFn:
     """Guidance (`guide`) as a denoise function of B rows. `branches` denoises 2 B: the conditional
     and the unconditional branch of each, as `join` lays them out and `split` takes them apart.
@@ -103,7 +117,7 @@ def classifier_free(
     return denoise
 
 
-def dynamic_threshold(x0: Float[Array, B * D], percentile: float = 99.5) -> Float[Array, B * D]:
+def dynamic_threshold(x0: Samples, percentile: float = 99.5) -> Float[Array, "B *D"]:
     """Imagen's dynamic thresholding (Saharia et al. 2022, section 2.3): with s the percentile (in
     0..100) of |x0| per sample and s >= 1, x0 is clipped to [-s, s] and divided by s.
     """

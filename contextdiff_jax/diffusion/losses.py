@@ -1,31 +1,33 @@
 """Training objectives: timestep sampling, weights by signal-to-noise ratio, L_T, and the exact
 bound.
 
-bound    L = L_T + sum_{t=1}^{T-1} KL_t + L_0,  in bits per dimension                                      (7)
-KL_t     |mu(x_t, x0, r) - mu(x_t, x0_hat, r_hat)|^2 / (2 sigma_t^2), mu and sigma of (3) at eta = 1       (8)
-L_0      -log of a Gaussian around x0_hat, integrated over the pixel's 1/255-wide bin (Ho et al., eq. 13)  (9)
+bound    L = L_T + sum_{t=1}^{T-1} KL_t + L_0,  in bits per dimension                           (7)
+KL_t     |mu(x_t, x0, r) - mu(x_t, x0_hat, r_hat)|^2 / (2 sigma_t^2),
+             mu and sigma of (3) at eta = 1                                                     (8)
+L_0      -log of a Gaussian around x0_hat, integrated over the pixel's 2/255-wide bin
+             (Ho et al., eq. 13)                                                                (9)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from contextdiff_jax.diffusion.process import (
+    Samples,
     check_prediction_type,
     marginal_mean,
     q_posterior,
     q_sample,
 )
-from contextdiff_jax.diffusion.samplers import DenoiseFn
-from contextdiff_jax.diffusion.schedule import NoiseSchedule
+from contextdiff_jax.diffusion.samplers import ContextFn, DenoiseFn
+from contextdiff_jax.diffusion.schedule import Index, NoiseSchedule
 
 
-def snr(schedule: NoiseSchedule, t: Int[Array, "*B"]) -> Float[Array, "*B"]:
+def snr(schedule: NoiseSchedule, t: Index) -> Float[Array, "*B"]:
     """abar_t / (1 - abar_t), at most 1e8: finite on clean data too (t = -1)."""
     return schedule.alpha_bar(t) / jnp.maximum(schedule.variance(t), 1e-8)
 
@@ -53,7 +55,7 @@ WEIGHTINGS = {"uniform": _uniform, "min_snr": _min_snr, "p2": _p2}
 
 def loss_weight(
     schedule: NoiseSchedule,
-    t: Int[Array, "*B"],
+    t: Index,
     prediction_type: str,
     weighting: str = "uniform",
     gamma: float = 5.0,
@@ -96,7 +98,7 @@ TIMESTEP_SAMPLINGS = {
 
 def sample_timesteps(
     key: PRNGKeyArray, batch_size: int, num_timesteps: int, sampling: str = "stratified"
-) -> Int[Array, B]:
+) -> Int[Array, "B"]:
     """Indices in 0..T-1, each uniform: `independent`, `stratified` (one a stratum) or `antithetic`
     (t, T-1-t).
 
@@ -104,17 +106,18 @@ def sample_timesteps(
     """
     if sampling not in TIMESTEP_SAMPLINGS:
         raise ValueError(
-            f"diffusion.timestep_sampling={sampling!r}: unknown; one of {', '.join(TIMESTEP_SAMPLINGS)}"
+            f"diffusion.timestep_sampling={sampling!r}: unknown; "
+            f"one of {', '.join(TIMESTEP_SAMPLINGS)}"
         )
     return TIMESTEP_SAMPLINGS[sampling](key, batch_size, num_timesteps)
 
 
 def prior_kl(
     schedule: NoiseSchedule,
-    x0: Float[Array, B * D],
-    context: Float[Array, B * D],
+    x0: Samples,
+    context: Samples,
     shift: str = "quadratic",
-) -> Float[Array, B]:
+) -> Float[Array, "B"]:
     """L_T: KL(q(x_{T-1} | x0, c) || N(0, I)) in bits/dim; `context` is r at T-1. Its weight in the
     loss keeps x_T standard normal where k_T is not 0.
     """
@@ -124,7 +127,7 @@ def prior_kl(
     return _bits_per_dim(0.5 * (variance + mean**2 - 1 - jnp.log(variance)))
 
 
-def _bits_per_dim(nats: Float[Array, B * D]) -> Float[Array, B]:
+def _bits_per_dim(nats: Float[Array, "B *D"]) -> Float[Array, "B"]:
     return nats.mean(tuple(range(1, nats.ndim))) / math.log(2)
 
 
@@ -147,9 +150,6 @@ def _discretised_gaussian_nll(x0, mean, variance):
     return -jnp.where(x0 < -0.999, first, jnp.where(x0 > 0.999, last, inner))
 
 
-ContextFn = Callable[[Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B *D"]]
-
-
 def _denoised_at(denoise, x0, context_fn, schedule, key, t, shift):
     r_t, r_s = context_fn(x0, t), context_fn(x0, jnp.maximum(t - 1, 0))
     x_t = q_sample(schedule, x0, r_t, t, jax.random.normal(key, x0.shape, x0.dtype), shift)
@@ -158,13 +158,13 @@ def _denoised_at(denoise, x0, context_fn, schedule, key, t, shift):
 
 def vlb_kl(
     denoise: DenoiseFn,
-    x0: Float[Array, B * D],
+    x0: Samples,
     context_fn: ContextFn,
     schedule: NoiseSchedule,
     key: PRNGKeyArray,
-    t: Int[Array, B],
+    t: Int[Array, "B"],
     shift: str = "quadratic",
-) -> Float[Array, B]:
+) -> Float[Array, "B"]:
     """(8) at t in 1..T-1, each sample's own, with one noise draw, in bits/dim."""
     x_t, r_t, r_s, hat = _denoised_at(denoise, x0, context_fn, schedule, key, t, shift)
     true = q_posterior(schedule, x0, x_t, r_t, r_s, t, t - 1, shift=shift)
@@ -174,12 +174,12 @@ def vlb_kl(
 
 def vlb_ends(
     denoise: DenoiseFn,
-    x0: Float[Array, B * D],
+    x0: Samples,
     context_fn: ContextFn,
     schedule: NoiseSchedule,
     key: PRNGKeyArray,
     shift: str = "quadratic",
-) -> tuple[Float[Array, B], Float[Array, B]]:
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
     """(L_T, L_0) of (7) in bits/dim; L_0 (9) with one noise draw and the posterior variance of t =
     1 (Nichol & Dhariwal 2021), as DDPM's own is 0 at t = 0.
     """
@@ -195,12 +195,12 @@ def vlb_ends(
 
 def vlb(
     denoise: DenoiseFn,
-    x0: Float[Array, B * D],
+    x0: Samples,
     context_fn: ContextFn,
     schedule: NoiseSchedule,
     key: PRNGKeyArray,
     shift: str = "quadratic",
-) -> dict[str, Float[Array, ...]]:
+) -> dict[str, Float[Array, "..."]]:
     """The bound (7) on -log2 p(x0 | c) a dimension, one noise draw for each t; x0 holds pixels in
     {-1, ..., 1}, 256 levels. With a shift, (8) contains the errors of the context too.
 

@@ -2,11 +2,11 @@
 
 With r_t = r_phi(x0, c, t) the cross-modal context and k_t its coefficient:
 
-marginal    q(x_t | x0, c) = N(a_t x0 + k_t r_t, b_t^2 I)                                                  (2)
+marginal    q(x_t | x0, c) = N(a_t x0 + k_t r_t, b_t^2 I)                                       (2)
 posterior   q(x_s | x_t, x0, c) = N(a_s x0 + k_s r_s
-                + sqrt(1 - abar_s - sigma^2) / b_t (x_t - a_t x0 - k_t r_t), sigma^2 I),  s < t           (3)
-            sigma^2 = eta^2 (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s)                              (4)
-targets     e = (x_t - a_t x0) / b_t,  v = a_t e - b_t x0                                                  (5)
+                + sqrt(1 - abar_s - sigma^2) / b_t (x_t - a_t x0 - k_t r_t), sigma^2 I),  s < t (3)
+            sigma^2 = eta^2 (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s)                   (4)
+targets     e = (x_t - a_t x0) / b_t,  v = a_t e - b_t x0                                       (5)
 
 (3) keeps (2) exact at s for every eta: eta = 1 is DDPM's posterior, eta = 0 is DDIM. e is the
 *effective* noise, it contains the shift: so x0 is explicit in every target, and r = 0 is plain
@@ -18,16 +18,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
-from contextdiff_jax.diffusion.schedule import NoiseSchedule
+from contextdiff_jax.diffusion.schedule import Index, NoiseSchedule
+
+Samples = Float[ArrayLike, "B *D"]  # pictures or latents of a batch, jax's or numpy's
 
 
 class Gaussian(NamedTuple):
     """An isotropic Gaussian per sample; `variance` broadcasts against `mean`."""
 
-    mean: Float[Array, B * D]
-    variance: Float[Array, B * D]
+    mean: Float[Array, "B *D"]
+    variance: Float[Array, "..."]
 
 
 def _quadratic(a: Float[Array, "*B"], variance: Float[Array, "*B"]) -> Float[Array, "*B"]:
@@ -54,7 +57,7 @@ SHIFTS = {
 }
 
 
-def bcast(coefficient: Float[Array, "*B"], x: Float[Array, B * D]) -> Float[Array, "*B *ones"]:
+def bcast(coefficient: Float[ArrayLike, "*B"], x: Samples) -> Float[Array, "..."]:
     """Appends axes to a per-sample coefficient (or a scalar) so that it multiplies x."""
     coefficient = jnp.asarray(coefficient)
     return (
@@ -65,7 +68,7 @@ def bcast(coefficient: Float[Array, "*B"], x: Float[Array, B * D]) -> Float[Arra
 
 
 def shift_coefficient(
-    schedule: NoiseSchedule, t: Int[Array, "*B"], shift: str = "quadratic"
+    schedule: NoiseSchedule, t: Index, shift: str = "quadratic"
 ) -> Float[Array, "*B"]:
     """k_t: `quadratic` a(1-a) (ContextDiff), `prior` 1-a and `data_normalization` -a (ShiftDDPM,
     Zhang et al. 2023; only for a context of the text alone), `none` 0. Always 0 at t = -1.
@@ -79,11 +82,11 @@ def shift_coefficient(
 
 def marginal_mean(
     schedule: NoiseSchedule,
-    x0: Float[Array, B * D],
-    context: Float[Array, B * D],
-    t: Int[Array, "*B"],
+    x0: Samples,
+    context: Samples,
+    t: Index,
     shift: str = "quadratic",
-) -> Float[Array, B * D]:
+) -> Float[Array, "B *D"]:
     """a_t x0 + k_t r_t, the mean of (2)."""
     a = bcast(jnp.sqrt(schedule.alpha_bar(t)), x0)
     return a * x0 + bcast(shift_coefficient(schedule, t, shift), x0) * context
@@ -91,12 +94,12 @@ def marginal_mean(
 
 def q_sample(
     schedule: NoiseSchedule,
-    x0: Float[Array, B * D],
-    context: Float[Array, B * D],
-    t: Int[Array, "*B"],
-    noise: Float[Array, B * D],
+    x0: Samples,
+    context: Samples,
+    t: Index,
+    noise: Samples,
     shift: str = "quadratic",
-) -> Float[Array, B * D]:
+) -> Float[Array, "B *D"]:
     """x_t from (2), reparameterised by standard normal `noise`."""
     return (
         marginal_mean(schedule, x0, context, t, shift)
@@ -106,12 +109,12 @@ def q_sample(
 
 def q_posterior(
     schedule: NoiseSchedule,
-    x0: Float[Array, B * D],
-    x_t: Float[Array, B * D],
-    context_t: Float[Array, B * D],
-    context_s: Float[Array, B * D],
-    t: Int[Array, "*B"],
-    s: Int[Array, "*B"],
+    x0: Samples,
+    x_t: Samples,
+    context_t: Samples,
+    context_s: Samples,
+    t: Index,
+    s: Index,
     eta: float | Float[Array, ""] = 1.0,
     shift: str = "quadratic",
 ) -> Gaussian:
@@ -173,18 +176,19 @@ def check_prediction_type(prediction_type: str) -> None:
     """Raises ValueError unless `prediction_type` is a name in `PREDICTION_TYPES`."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
-            f"diffusion.prediction_type={prediction_type!r}: unknown; one of {', '.join(PREDICTION_TYPES)}"
+            f"diffusion.prediction_type={prediction_type!r}: unknown; "
+            f"one of {', '.join(PREDICTION_TYPES)}"
         )
 
 
 def training_target(
     schedule: NoiseSchedule,
-    x0: Float[Array, B * D],
-    x_t: Float[Array, B * D],
-    t: Int[Array, "*B"],
+    x0: Samples,
+    x_t: Samples,
+    t: Index,
     prediction_type: str,
-) -> Float[Array, B * D]:
-    """What the network is to predict at t: `x0`, the effective noise `epsilon`, or `v`, (5).
+) -> Samples:
+    """The network's target at t: `x0`, the effective noise `epsilon`, or `v`, (5).
 
     Raises ValueError for an unknown prediction type.
     """
@@ -196,11 +200,11 @@ def training_target(
 
 def predict_x0(
     schedule: NoiseSchedule,
-    output: Float[Array, B * D],
-    x_t: Float[Array, B * D],
-    t: Int[Array, "*B"],
+    output: Samples,
+    x_t: Samples,
+    t: Index,
     prediction_type: str,
-) -> Float[Array, B * D]:
+) -> Samples:
     """x0 from the network's output at t, the inverse of `training_target`. An `epsilon` output at
     an index with abar = 0 carries no x0: the result is 0 there (use `v` or `x0` with zero terminal
     SNR).

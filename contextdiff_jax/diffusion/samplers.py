@@ -8,51 +8,87 @@ its equation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from contextdiff_jax.diffusion.process import bcast, marginal_mean, q_posterior
+from contextdiff_jax.diffusion.process import Samples, bcast, marginal_mean, q_posterior
 from contextdiff_jax.diffusion.schedule import NoiseSchedule
 
 
 class Denoised(NamedTuple):
     """An estimate of the clean sample and of its context at the current and at the next index."""
 
-    x0: Float[Array, B * D]
-    context_t: Float[Array, B * D]
-    context_s: Float[Array, B * D]
+    x0: Float[Array, "B *D"]
+    context_t: Float[Array, "B *D"]
+    context_s: Float[Array, "B *D"]
 
 
+@runtime_checkable
 class DenoiseFn(Protocol):
-    """`denoise(x_t, t, s)`: t, s int [B]; the context is wanted at t (where x_t is) and at s (where
-    it goes).
+    """`denoise(x_t, t, s)` estimates the clean sample, and the context at t (where x_t is) and at s
+    (where it goes); with `Reuse` it has a fourth argument, what was kept.
     """
 
     def __call__(
-        self, x_t: Float[Array, B * D], t: Int[Array, B], s: Int[Array, B]
+        self, x_t: Float[Array, "B *D"], t: Int[Array, "B"], s: Int[Array, "B"]
     ) -> Denoised: ...
 
 
-class Reuse(NamedTuple):
-    """What of a step serves the next ones too: `keep(x_t, t)` is computed every `interval` steps
-    and handed to the denoise function, `denoise(x_t, t, s, kept)`.
-    """
+@runtime_checkable
+class ContextFn(Protocol):
+    """`context_fn(x0, t)` is r_phi with its text bound."""
 
-    interval: int
-    keep: Callable[[Float[Array, B * D], Int[Array, B]], PyTree]
+    def __call__(self, x0: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B *D"]: ...
 
 
-class Project(Protocol):
-    """`project(x, t, context)`: x after a step, changed. t is the index where the next step begins,
-    -1 at the end; context is the estimate of r there.
+@runtime_checkable
+class KeepFn(Protocol):
+    """`keep(x_t, t)` computes what the next steps use again, a tree of arrays."""
+
+    def __call__(self, x_t: Float[Array, "B *D"], t: Int[Array, "B"]) -> PyTree: ...
+
+
+@runtime_checkable
+class ProjectFn(Protocol):
+    """`project(x, t, context)` replaces x after a step; t is where the next one begins, -1 at the
+    end, and context is the estimate of r there.
     """
 
     def __call__(
-        self, x: Float[Array, B * D], t: Int[Array, ""], context: Float[Array, B * D]
-    ) -> Float[Array, B * D]: ...
+        self, x: Float[Array, "B *D"], t: Int[Array, ""], context: Float[Array, "B *D"]
+    ) -> Float[Array, "B *D"]: ...
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """`ddim_sample` and its likes: noise x_T to clean data x0, over descending `timesteps`.
+
+    A sampler takes every argument and may ignore what it has no use for.
+    """
+
+    def __call__(
+        self,
+        denoise: DenoiseFn,
+        x_T: Samples,
+        schedule: NoiseSchedule,
+        timesteps: Int[ArrayLike, "S"],
+        eta: float = 0.0,
+        key: PRNGKeyArray | None = None,
+        shift: str = "quadratic",
+    ) -> Float[Array, "B *D"]: ...
+
+
+class Reuse(NamedTuple):
+    """A part of a step that serves the next ones too: `keep(x_t, t)` is computed every `interval`
+    steps and handed to the denoise function, `denoise(x_t, t, s, kept)`.
+    """
+
+    interval: int
+    keep: KeepFn
 
 
 def check_eta(eta: float) -> None:
@@ -112,15 +148,15 @@ def _reverse(
 
 def ddpm_sample(
     denoise: DenoiseFn,
-    x_T: Float[Array, B * D],
+    x_T: Samples,
     schedule: NoiseSchedule,
-    timesteps: Int[Array, S],
+    timesteps: Int[ArrayLike, "S"],
     key: PRNGKeyArray,
     shift: str = "quadratic",
-    next_timesteps: Int[Array, S] | None = None,
-    project: Project | None = None,
+    next_timesteps: Int[ArrayLike, "S"] | None = None,
+    project: ProjectFn | None = None,
     reuse: Reuse | None = None,
-) -> Float[Array, B * D]:
+) -> Float[Array, "B *D"]:
     """Ancestral sampling (Ho et al. 2020, alg. 2) with ContextDiff's posterior, (3) at eta = 1.
 
     `timesteps` descend; the last step goes to clean data (s = -1) and adds no noise. The options
@@ -133,16 +169,16 @@ def ddpm_sample(
 
 def ddim_sample(
     denoise: DenoiseFn,
-    x_T: Float[Array, B * D],
+    x_T: Samples,
     schedule: NoiseSchedule,
-    timesteps: Int[Array, S],
+    timesteps: Int[ArrayLike, "S"],
     eta: float = 0.0,
     key: PRNGKeyArray | None = None,
     shift: str = "quadratic",
-    next_timesteps: Int[Array, S] | None = None,
-    project: Project | None = None,
+    next_timesteps: Int[ArrayLike, "S"] | None = None,
+    project: ProjectFn | None = None,
     reuse: Reuse | None = None,
-) -> Float[Array, B * D]:
+) -> Float[Array, "B *D"]:
     """DDIM (Song et al. 2021, eq. 12) with ContextDiff's shift: (3) at any eta in [0, 1],
     deterministic at 0.
 
@@ -163,19 +199,20 @@ def ddim_sample(
 
 def ddim_invert(
     denoise: DenoiseFn,
-    x0: Float[Array, B * D],
+    x0: Samples,
     schedule: NoiseSchedule,
-    timesteps: Int[Array, S],
+    timesteps: Int[ArrayLike, "S"],
     shift: str = "quadratic",
     *,
     iterations: int = 0,
     tolerance: float = 1e-4,
     keep: bool = False,
-) -> Float[Array, B * D] | tuple[Float[Array, B * D], Float[Array, "S B *D"]]:
+) -> Float[Array, "B *D"] | tuple[Float[Array, "B *D"], Float[Array, "S B *D"]]:
     """DDIM backwards, from clean data to x at the last of the *ascending* `timesteps` (DESIGN.md,
     Inversion):
 
-    x_t = a_t x0_hat + k_t r_t + b_t / b_s (x_s - a_s x0_hat - k_s r_s), x0_hat and r_hat from (x_s, s).    (6)
+    x_t = a_t x0_hat + k_t r_t + b_t / b_s (x_s - a_s x0_hat - k_s r_s),                        (6)
+    x0_hat and r_hat from (x_s, s).
 
     The first move starts on clean data, where b_s = 0 and the direction is 0/0: the picture is read
     as a sample at index 0, the least noisy one that the network knows.
@@ -183,14 +220,14 @@ def ddim_invert(
     (6) is exact only for x0_hat and r_hat of (x_t, t), which sampling will use. `iterations` > 0
     solves for that x_t, from (6) on, up to that many steps of
 
-    x_t <- x_t + (x_s - G(x_t)),   G: one step of DDIM from t to s,                                         (7)
+    x_t <- x_t + (x_s - G(x_t)),   G: one step of DDIM from t to s,                            (6')
 
     until the mean of |x_s - G(x_t)| is below `tolerance`. Why not (6) with x0_hat(x_t) again and
     again (Pan et al. 2023): that map's slope is b_t / b_s - 1 times the denoiser's, above 1 in the
-    first moves; (7)'s is 1 - b_s / b_t minus a share of the denoiser's, inside (-1, 1) wherever the
-    denoiser's lies in [0, 1]. Where it doesn't, (7) may run away: the x_t of the smallest error is
-    taken. With `keep` also x at each of the timesteps. The sampler that leads back ends at index 0,
-    not at -1.
+    first moves; that of (6') is 1 - b_s / b_t minus a share of the denoiser's, inside (-1, 1)
+    wherever the denoiser's lies in [0, 1]. Where it doesn't, (6') may run away: the x_t of the
+    smallest error is taken. With `keep` also x at each of the timesteps. The sampler that leads
+    back ends at index 0, not at -1.
     """
     timesteps = jnp.asarray(timesteps)
 
@@ -262,7 +299,7 @@ SAMPLERS = {
 }
 
 
-def get_sampler(name: str):
+def get_sampler(name: str) -> Sampler:
     """The sampler by name, with the signature of `ddim_sample` (`ddpm` takes no notice of eta, it
     is 1).
 

@@ -1,6 +1,7 @@
 """Noise schedules.
 
-abar_t = prod_{i<=t} (1 - beta_i), a_t = sqrt(abar_t), b_t = sqrt(1 - abar_t), for t = 0..T-1.            (1)
+abar_t = prod_{i<=t} (1 - beta_i), a_t = sqrt(abar_t), b_t = sqrt(1 - abar_t), t = 0..T-1        (1)
+
 The index -1 means clean data: abar = 1, b = 0.
 
 1 - abar_t is stored beside abar_t: near t = 0 it is about 1e-4, and a float32 subtraction would
@@ -14,7 +15,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
+
+# A noise level, 0..T-1, or -1 for clean data: one a sample, or one for all.
+Index = Int[ArrayLike, "*B"]
 
 
 @jax.tree_util.register_dataclass
@@ -22,20 +27,20 @@ from jaxtyping import Array, Float, Int
 class NoiseSchedule:
     """A discrete variance-preserving schedule (a pytree of two arrays)."""
 
-    alphas_cumprod: Float[Array, T]
-    variances: Float[Array, T]  # 1 - alphas_cumprod, to full precision
+    alphas_cumprod: Float[Array, "T"]
+    variances: Float[Array, "T"]  # 1 - alphas_cumprod, to full precision
 
     @property
     def num_timesteps(self) -> int:
         """T, the number of noise levels."""
         return self.alphas_cumprod.shape[0]
 
-    def alpha_bar(self, t: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    def alpha_bar(self, t: Index) -> Float[Array, "*B"]:
         """abar_t; 1 at t = -1."""
         t = jnp.asarray(t)
         return jnp.where(t < 0, 1.0, self.alphas_cumprod[jnp.maximum(t, 0)])
 
-    def variance(self, t: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    def variance(self, t: Index) -> Float[Array, "*B"]:
         """b_t^2 = 1 - abar_t; 0 at t = -1."""
         t = jnp.asarray(t)
         return jnp.where(t < 0, 0.0, self.variances[jnp.maximum(t, 0)])
@@ -79,7 +84,8 @@ def make_schedule(
         raise ValueError(f"diffusion.num_timesteps={num_timesteps}: must be at least 2")
     if not 0 < beta_start <= beta_end < 1:
         raise ValueError(
-            f"beta_start={beta_start}, beta_end={beta_end}: 0 < beta_start <= beta_end < 1 is needed"
+            f"beta_start={beta_start}, beta_end={beta_end}: must satisfy "
+            "0 < beta_start <= beta_end < 1"
         )
     betas = SCHEDULES[name](num_timesteps, beta_start, beta_end)
     log_alphas_cumprod = np.cumsum(np.log1p(-betas))
@@ -108,7 +114,7 @@ SPACINGS = {"leading": _leading, "linspace": _linspace, "trailing": _trailing}
 
 def spaced_timesteps(
     num_timesteps: int, num_steps: int, spacing: str = "trailing"
-) -> Int[Array, S]:
+) -> Int[Array, "S"]:
     """`num_steps` descending indices of 0..T-1. `trailing` starts at T-1 (Lin et al. 2023, table
     2), `leading` ends at 0, `linspace` does both.
 

@@ -32,6 +32,7 @@ from contextdiff_jax.evaluation.lpips import Distance, load_lpips
 from contextdiff_jax.files import write_json
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.mesh import make_mesh
+from contextdiff_jax.training import checkpoints
 
 LOGGER = logging.getLogger(__name__)
 Clip = UInt8[np.ndarray, "F H W 3"]
@@ -166,7 +167,8 @@ def run_edit(
         "size": list(clip.shape[1:3]),
         "costs": programs.costs,
     }
-    write(clip, edited, settings, metrics, workdir)
+    with checkpoints.writing(workdir, "the edited clips"):
+        write(clip, edited, settings, metrics, workdir)
     return metrics
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
-import signal
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
@@ -183,6 +182,7 @@ def tune(
     train = settings.base.train
     graph, params, frozen = nnx.split(model, trainable(settings.video.tune), ...)
     state = init_tuning(params, train, settings.base.seed)
+    checkpoints.set_damaged_aside(workdir)
     manager = checkpoints.open_manager(workdir, train.keep_checkpoints)
     checkpoints.check_shapes(manager, workdir, state)
     checkpoints.claim_workdir(workdir, config, FREE_FIELDS)
@@ -196,8 +196,9 @@ def tune(
     step_fn = jax.jit(
         make_tuning_step(graph, process, train, settings.video.window), donate_argnums=0
     )
-    stop, log = StopSignal(), MetricsLog(workdir, first)
-    with closing(log), checkpoints.closing(manager, workdir):
+    log = MetricsLog(workdir, first)
+    # Afterwards nothing is left to be saved: what follows may be ended at once.
+    with closing(StopSignal()) as stop, closing(log), checkpoints.closing(manager, workdir):
         bar = tqdm(
             range(first + 1, train.steps + 1),
             initial=first,
@@ -221,10 +222,6 @@ def tune(
                 checkpoints.save(manager, state, {})
             if last:
                 break
-    signal.signal(
-        signal.SIGTERM, signal.SIG_DFL
-    )  # nothing is left to be saved: what follows may be ended at once
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     if int(state.step) < train.steps:
         raise RunError(f"stopped at step {int(state.step)} of {train.steps}; run again to go on")
     return nnx.merge(graph, state.ema, frozen)

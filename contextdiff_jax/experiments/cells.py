@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import pathlib
 import subprocess
@@ -28,6 +27,7 @@ from contextdiff_jax.experiments.oracle import OracleGenerator
 from contextdiff_jax.experiments.plan import VALIDATION_SCENES, Cell
 from contextdiff_jax.experiments.toy import toy_cell
 from contextdiff_jax.experiments.training import trained_params
+from contextdiff_jax.files import read_lines
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.settings import SampleConfig, Settings, parse
 from contextdiff_jax.training.state import model_graph
@@ -189,7 +189,7 @@ def _alignment(
 
 def _training(workdir: pathlib.Path, params: Any) -> dict[str, Any]:
     """Cost and course of the training, from its log."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_lines(workdir / "metrics.jsonl")
     speeds = [row["seconds_per_step"] for row in rows]
     flops = [
         row["model_flops_per_second"] * row["seconds_per_step"]

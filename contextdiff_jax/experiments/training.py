@@ -11,11 +11,14 @@ from contextdiff_jax.experiments.plan import Cell
 from contextdiff_jax.run import load_run
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.loop import train
+from contextdiff_jax.training.workdir import held
 
 
 def trained_params(cell: Cell, folder: pathlib.Path) -> PyTree:
     """The averaged weights of the cell's run in `folder`. RunError if its training was stopped."""
     settings = parse(cell.config)
-    if int(train(settings, cell.config, folder).step) < settings.train.steps:
+    with held(folder):
+        step = int(train(settings, cell.config, folder).step)
+    if step < settings.train.steps:
         raise RunError(f"{cell.name}: stopped while training; the same command goes on from there")
     return load_run(str(folder)).params

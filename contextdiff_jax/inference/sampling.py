@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.diffusion.samplers import DenoiseFn, Project
+from contextdiff_jax.diffusion.samplers import DenoiseFn, ProjectFn
 from contextdiff_jax.models.contextdiff import (
     Captions,
     ContextDiffusion,
@@ -66,8 +66,8 @@ class Method:
 class Steps(NamedTuple):
     """Descending timesteps, and where each step goes (None: to the next one, the last to -1)."""
 
-    timesteps: Int[Array, " S"]
-    ends: Int[Array, " S"] | None = None
+    timesteps: Int[Array, "S"]
+    ends: Int[Array, "S"] | None = None
 
 
 class Text(NamedTuple):
@@ -205,15 +205,15 @@ class Start(NamedTuple):
 def _from_noise(
     model: ContextDiffusion, process: Process, captions: Captions, noise: Array, t: Array
 ) -> Array:
-    if model.context.config.kind != "text":
+    if model.context.config.network.reads_x0:
         return noise
-    # r(c) is known before x0 is, so x_T ~ N(k_T r, I) can be exact
+    # r(c) is known before x0 is, so x_T ~ N(k_T r, I) can be exact (0 for the kind `none`)
     r = model.context(noise, captions.tokens, captions.mask, t)
     empty = jnp.zeros_like(noise)
     return noise + diffusion.marginal_mean(process.schedule, empty, r, t, process.shift)
 
 
-def keep_known(known: Known, schedule: diffusion.NoiseSchedule, shift: str) -> Project:
+def keep_known(known: Known, schedule: diffusion.NoiseSchedule, shift: str) -> ProjectFn:
     """Puts the known part back after a step, at the level of noise where the next one begins: its
     own noise, shifted by the sampler's estimate of r.
     """

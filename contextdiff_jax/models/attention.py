@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from contextdiff_jax.models import flash
@@ -21,9 +22,9 @@ def attention(
     q: Float[Array, "B N H D"],
     k: Float[Array, "B M H D"],
     v: Float[Array, "B M H D"],
-    mask: Bool[Array, "B *N M"] | None = None,
+    mask: Bool[ArrayLike, "#B *N M"] | None = None,
     *,
-    bias: Float[Array, "H N M"] | None = None,
+    bias: Float[ArrayLike, "H N M"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B N H D"]:
     """softmax(scale q k^T + bias) v per head, logits and softmax in float32: the one attention
@@ -33,11 +34,9 @@ def attention(
     N for each) get no weight; a row without any valid key attends uniformly, so it stays finite.
     The weights are normalised after their product with v, which has D columns and not M: two passes
     over N M less. XLA's CPU backend is why heads go in front of tokens (over the B N H D layout the
-    same einsums take four times as
-    long: forward at B 16, N 256, H 8, D 16: 60 ms against 15), and why k and v stand across: their
-        gradients are then
-    products that it is fast at (62 against 20 GFLOP/s, one core), which without the barriers it
-    would turn about again.
+    same einsums take four times as long: forward at B 16, N 256, H 8, D 16: 60 ms against 15), and
+    why k and v stand across: their gradients are then products that it is fast at (62 against 20
+    GFLOP/s, one core), which without the barriers it would turn about again.
     """
     q = jnp.swapaxes(q, 1, 2)  # [B, H, N, D]
     k, v = (jax.lax.optimization_barrier(jnp.moveaxis(y, 1, 3)) for y in (k, v))  # [B, H, D, M]
@@ -103,8 +102,8 @@ def _head_forward(q, k, v):
 
 
 def _head_backward(residuals, d_out):
-    """With P = exp(S - lse) a tile at a time: dS = P (dP - rowsum(dO O)), dP = dO V^T
-    (FlashAttention, B.2).
+    """The gradients, with P = exp(S - lse) a tile at a time: dS = P (dP - rowsum(dO O)),
+    dP = dO V^T (FlashAttention, B.2).
     """
     q, k, v, out, lse = residuals
     d_total = (d_out * out).sum(-1, keepdims=True, dtype=jnp.float32)  # [T, N, 1]

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, convolve, linear
 from contextdiff_jax.models.transformer import Attention
 
-# Of the pictures that CLIP was trained on, a channel, in [0, 1].
-PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# The channels' mean and deviation over the pictures that CLIP was trained on, in [0, 1].
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _CLIPConfig:
-    """What both encoders have. Raises ValueError, one line with field, value and what is allowed."""
+    """The fields of both encoders. Raises ValueError, one line with field, value and what is
+    allowed.
+    """
 
     hidden_size: int = 512
     intermediate_size: int = 2048
@@ -50,12 +55,13 @@ class _CLIPConfig:
                 raise ValueError(f"{field.name}={value!r}: must be a whole number")
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"num_attention_heads={self.num_attention_heads}: must divide hidden_size={self.hidden_size}"
+                f"num_attention_heads={self.num_attention_heads}: "
+                f"must divide hidden_size={self.hidden_size}"
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From a transformers config.json, whose other fields (generation, training) don't change
+    def from_dict(cls, values: Mapping[str, Any]) -> _CLIPConfig:
+        """Reads a transformers config.json, whose other fields (generation, training) don't change
         the function.
         """
         fields = {field.name for field in dataclasses.fields(cls)}
@@ -95,7 +101,7 @@ class CLIPVisionConfig(_CLIPConfig):
 
 
 class CLIPOutput(NamedTuple):
-    """What an encoder gives.
+    """The output of an encoder.
 
     Attributes:
       last: [B, L, D] states of the tokens; the text encoder's after the final norm.
@@ -104,13 +110,12 @@ class CLIPOutput(NamedTuple):
       projected: [B, P] the projection of `pooled` (transformers' `text_embeds`, `image_embeds`), if
           there is one.
       hidden_states: the embeddings, then the output of each layer, without the final norm: [-2] is
-          the
-        penultimate layer that XL reads.
+          the penultimate layer that XL reads.
     """
 
-    last: Float[Array, "B L D"]
-    pooled: Float[Array, "B D"]
-    projected: Float[Array, "B P"] | None
+    last: Float[ArrayLike, "B L D"]
+    pooled: Float[ArrayLike, "B D"]
+    projected: Float[ArrayLike, "B P"] | None
     hidden_states: tuple[Float[Array, "B L D"], ...]
 
 
@@ -127,7 +132,7 @@ class CLIPLayer(nnx.Module):
         self.fc2 = linear(config.intermediate_size, width, **policy)
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L L"] | None
+        self, x: Float[ArrayLike, "B L D"], mask: Bool[ArrayLike, "#B L L"] | None
     ) -> Float[Array, "B L D"]:
         x = x + self.self_attn(self.norm1(x), mask=mask)
         return x + self.fc2(self.act(self.fc1(self.norm2(x))))
@@ -137,7 +142,7 @@ def _layers(config: _CLIPConfig, policy: dict) -> nnx.List:
     return nnx.List(CLIPLayer(config, **policy) for _ in range(config.num_hidden_layers))
 
 
-def _run(layers: nnx.List, x: Array, mask: Array | None) -> tuple[Array, ...]:
+def _run(layers: nnx.List, x: ArrayLike, mask: ArrayLike | None) -> tuple[Array, ...]:
     """The embeddings and the output of each layer."""
     states = [x]
     for layer in layers:
@@ -159,8 +164,8 @@ class CLIPText(nnx.Module):
         config: CLIPTextConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
@@ -175,7 +180,7 @@ class CLIPText(nnx.Module):
         )
 
     def __call__(
-        self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"] | None = None
+        self, token_ids: Int[ArrayLike, "B L"], token_mask: Shaped[ArrayLike, "B L"] | None = None
     ) -> CLIPOutput:
         """Encodes `token_ids`; each token sees itself and those before it, of which `token_mask` is
         True.
@@ -185,7 +190,8 @@ class CLIPText(nnx.Module):
         L = token_ids.shape[1]
         if L > self.config.max_position_embeddings:
             raise ValueError(
-                f"token_ids: {L} tokens; the model has {self.config.max_position_embeddings} positions"
+                f"token_ids: {L} tokens; "
+                f"the model has {self.config.max_position_embeddings} positions"
             )
         x = self.token_embedding(token_ids) + self.position_embedding(jnp.arange(L))  # [B, L, D]
         mask = jnp.tril(jnp.ones((1, L, L), bool))
@@ -193,13 +199,12 @@ class CLIPText(nnx.Module):
             mask = mask & token_mask.astype(bool)[:, None, :]  # [B, L, L]
         states = _run(self.layers, x, mask)
         last = self.final_layer_norm(states[-1])
-        pooled = jnp.take_along_axis(last, self._end(token_ids)[:, None, None], axis=1)[
-            :, 0
-        ]  # [B, D]
+        end = self._end(token_ids)[:, None, None]
+        pooled = jnp.take_along_axis(last, end, axis=1)[:, 0]  # [B, D]
         projected = None if self.text_projection is None else self.text_projection(pooled)
         return CLIPOutput(last, pooled, projected, states)
 
-    def _end(self, token_ids: Int[Array, "B L"]) -> Int[Array, B]:
+    def _end(self, token_ids: Int[ArrayLike, "B L"]) -> Int[Array, "B"]:
         """Place of the end token: configs from before its id was right (2) mean the largest id
         instead.
         """
@@ -215,8 +220,8 @@ class CLIPVision(nnx.Module):
         config: CLIPVisionConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
@@ -238,10 +243,10 @@ class CLIPVision(nnx.Module):
             linear(width, config.projection_dim, **projection) if config.with_projection else None
         )
 
-    def __call__(self, images: Float[Array, "B H W C"]) -> CLIPOutput:
+    def __call__(self, images: Float[ArrayLike, "B H W C"]) -> CLIPOutput:
         """Encodes `images` of the config's size. `last` and `hidden_states` are before the final
-        norm, as in
-        transformers: [:, 0] is the class token, [:, 1:] are the patches, row by row."""
+        norm, as in transformers: [:, 0] is the class token, [:, 1:] are the patches, row by row.
+        """
         size = self.config.image_size
         if images.shape[1:3] != (size, size):
             raise ValueError(
@@ -250,7 +255,8 @@ class CLIPVision(nnx.Module):
         x = self.patch_embedding(images)  # [B, H/P, W/P, D]
         B, D = x.shape[0], x.shape[-1]
         first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (B, 1, D))
-        x = jnp.concatenate([first, x.reshape(B, -1, D)], axis=1)  # [B, 1 + H*W/P^2, D]
+        x = rearrange(x, "B H W D -> B (H W) D")
+        x = jnp.concatenate([first, x], axis=1)  # [B, 1 + H*W/P^2, D]
         x = self.pre_layernorm(x + self.position_embedding(jnp.arange(x.shape[1])))
         states = _run(self.layers, x, None)
         pooled = self.post_layernorm(states[-1][:, 0])

@@ -28,7 +28,8 @@ def known_fields(
         elif key in off:
             if value not in off[key]:
                 raise ValueError(
-                    f"{section}.{key}={value!r}: not supported; only {', '.join(map(str, off[key]))}"
+                    f"{section}.{key}={value!r}: not supported; "
+                    f"only {', '.join(map(str, off[key]))}"
                 )
         elif not key.startswith("_"):
             names = (

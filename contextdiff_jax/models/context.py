@@ -1,26 +1,28 @@
 """The relational network r_phi: the cross-modal context of a picture and its text (ContextDiff,
 section 3.1).
 
-    r = g * raw / rms(raw),   g = max_gain * tanh(gamma),   gamma = 0 at the start                          (1)
+    r = g * raw / rms(raw),   g = max_gain * tanh(gamma),   gamma = 0 at the start          (1)
 
 An unbounded r could carry x0 through the shift and drive the loss to zero. In (1) its size is
 bounded and is one number, the gain, which is logged; at gain 0 the model is plain diffusion.
 
-The division makes r nonlinear in x0, whatever raw is: r(E[x0 | x_t]) isn't E[r | x_t]. Kind
-`affine` divides by the largest size that raw can have for any x0 in [-1, 1], so that it is linear
-in x0, and the plugged in estimate is the posterior mean; g then bounds the root mean square (of
-latents, which go beyond [-1, 1], it can be more).
+The division makes r nonlinear in x0, whatever raw is: r(E[x0 | x_t]) isn't E[r | x_t]. A kind that
+is `linear_in_x0` divides by the largest size that raw can have for any x0 in [-1, 1], so that r is
+linear in x0, and the plugged in estimate is the posterior mean; g then bounds the root mean square
+(of latents, which go beyond [-1, 1], it can be more).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from contextdiff_jax.models.layers import TimestepEmbedding, linear, timestep_embedding
@@ -31,11 +33,11 @@ TOKENS = ("patches", "clip")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContextConfig:
-    """Sizes of the relational network; `kind` is a name in `KINDS` or `none`.
+    """Sizes of the relational network; `kind` is a name in `KINDS`.
 
     `tokens`: what of x0 queries the text, `patches` of x0 or, as in the paper, the patch tokens of
-        a frozen `clip` image
-    encoder in the folder `clip`; x0's grid of patches must then be as large as its.
+    a frozen `clip` image encoder in the folder `clip`; x0's grid of patches must then be as large
+    as its.
     """
 
     kind: str = "cross_attention"
@@ -52,19 +54,19 @@ class ContextConfig:
     visual_width: int = 0  # of CLIP's tokens
 
     def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"context.kind={self.kind!r}: unknown; one of {', '.join(KINDS)}")
         if self.tokens not in TOKENS:
             raise ValueError(f"context.tokens={self.tokens!r}: unknown; one of {', '.join(TOKENS)}")
-        if self.tokens == "clip" and (not self.clip or self.kind in ("text", "none")):
+        if self.tokens == "clip" and not (self.clip and self.network.reads_x0):
             raise ValueError(
-                "context.tokens='clip': needs context.clip, the folder of a CLIP image encoder, and a context.kind that reads x0"
+                "context.tokens='clip': needs context.clip, the folder of a CLIP image encoder, "
+                "and a context.kind that reads x0"
             )
-        if self.tokens == "clip" and self.kind == "affine":
+        if self.tokens == "clip" and self.network.linear_in_x0:
             raise ValueError(
-                "context.tokens='clip': isn't linear in x0, as context.kind='affine' is; patches, or another kind"
-            )
-        if self.kind != "none" and self.kind not in KINDS:
-            raise ValueError(
-                f"context.kind={self.kind!r}: unknown; one of {', '.join([*KINDS, 'none'])}"
+                f"context.tokens='clip': isn't linear in x0, as context.kind={self.kind!r} is; "
+                "patches, or another kind"
             )
         if self.max_gain < 0:
             raise ValueError(f"context.max_gain={self.max_gain}: must not be negative")
@@ -73,17 +75,23 @@ class ContextConfig:
                 raise ValueError(f"context.{field}={getattr(self, field)}: must be at least 1")
         if self.width % 4 or self.width % self.num_heads:
             raise ValueError(
-                f"context.width={self.width}: must be a multiple of 4 and of num_heads={self.num_heads}"
+                f"context.width={self.width}: must be a multiple of 4 and of "
+                f"num_heads={self.num_heads}"
             )
 
     @property
+    def network(self) -> type[Kind]:
+        """The class of its kind, which says what the context is (`reads_x0`, ...)."""
+        return KINDS[self.kind]
+
+    @property
     def token_width(self) -> int:
-        """Of the visual tokens."""
+        """Width of the visual tokens."""
         return self.visual_width if self.tokens == "clip" else self.patch_size**2 * self.in_channels
 
 
 def position_embedding(height: int, width: int, features: int) -> Float[Array, "N D"]:
-    """Fixed sine-cosine embedding of a grid's rows and columns (row-major), for grids of any size."""
+    """Sine-cosine embedding of a grid's rows and columns (row-major), for grids of any size."""
     frequencies = 10000.0 ** (-np.arange(features // 4) / (features // 4))
 
     def encode(n):
@@ -94,29 +102,24 @@ def position_embedding(height: int, width: int, features: int) -> Float[Array, "
     return jnp.asarray(np.concatenate([rows, columns], axis=-1), jnp.float32)
 
 
-def patches(x: Float[Array, "B H W C"], p: int) -> Float[Array, "B N P"]:
-    """Non-overlapping p x p patches, row-major; ValueError if p does not divide height and width."""
-    B, H, W, C = x.shape
+def patches(x: Float[ArrayLike, "B H W C"], p: int) -> Float[Array, "B N P"]:
+    """Non-overlapping p x p patches, row-major; ValueError if p doesn't divide height and width."""
+    H, W = x.shape[1:3]
     if H % p or W % p:
         raise ValueError(
             f"context.patch_size={p}: must divide the picture's height and width, {H} x {W}"
         )
-    return (
-        x.reshape(B, H // p, p, W // p, p, C)
-        .swapaxes(2, 3)
-        .reshape(B, (H // p) * (W // p), p * p * C)
-    )
+    return rearrange(x, "B (h p) (w q) C -> B (h w) (p q C)", p=p, q=p)
 
 
 def unpatch(
-    tokens: Float[Array, "B N P"], p: int, shape: tuple[int, ...]
+    tokens: Float[ArrayLike, "B N P"], p: int, shape: tuple[int, ...]
 ) -> Float[Array, "B H W C"]:
     """The inverse of `patches`; `shape` is that of the picture."""
-    B, H, W, C = shape
-    return tokens.reshape(B, H // p, W // p, p, p, C).swapaxes(2, 3).reshape(shape)
+    return rearrange(tokens, "B (h w) (p q C) -> B (h p) (w q) C", h=shape[1] // p, p=p, q=p)
 
 
-def pool(tokens: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B 1 D"]:
+def pool(tokens: Float[ArrayLike, "B L D"], mask: Bool[ArrayLike, "B L"]) -> Float[Array, "B 1 D"]:
     """Mean over the tokens that count."""
     weight = mask[..., None].astype(tokens.dtype)
     return (tokens * weight).sum(1, keepdims=True) / jnp.maximum(weight.sum(1, keepdims=True), 1)
@@ -149,8 +152,46 @@ class Block(nnx.Module):
         return x + self.ff(self.norm2(x) * (1 + scale2) + shift2)
 
 
-class CrossAttention(nnx.Module):
-    """The paper's: patch tokens of x0 query the text tokens in N blocks."""
+class Kind(nnx.Module):
+    """A kind of context: from visual tokens and text to raw tokens, and what the rest may rely on.
+
+    A new kind is a subclass, `Kind(config, **policy)` and a call with these arguments, and a line
+    in `KINDS`:
+
+      tokens: of x0; position: their embedding; text, mask: of the caption; temb: of the time, if
+          the context is `time_dependent`.
+
+    Attributes:
+      reads_x0: whether r depends on x0; if not, it is known before x0 is.
+      linear_in_x0: whether r is linear in x0. The only map of the tokens must then be `embed`, from
+          which the size that (1) divides by is read.
+      is_zero: whether r is 0: plain diffusion, without parameters.
+    """
+
+    reads_x0 = True
+    linear_in_x0 = False
+    is_zero = False
+
+    def __call__(
+        self,
+        tokens: Float[ArrayLike, "B N P"],
+        position: Float[ArrayLike, "N D"],
+        text: Float[ArrayLike, "B L E"],
+        mask: Bool[ArrayLike, "B L"],
+        temb: Float[ArrayLike, "B D"] | None,
+    ) -> Float[Array, "B N D"]:
+        raise NotImplementedError
+
+
+class NoContext(Kind):
+    """Plain diffusion: r = 0. It is never built."""
+
+    reads_x0 = False
+    is_zero = True
+
+
+class CrossAttention(Kind):
+    """The paper's kind: patch tokens of x0 query the text tokens in N blocks."""
 
     def __init__(self, config: ContextConfig, **policy):
         self.embed = linear(config.token_width, config.width, **policy)
@@ -167,6 +208,8 @@ class CrossAttention(nnx.Module):
 class TextOnly(CrossAttention):
     """r(c): positions query the text, x0 is never read (ShiftDDPM)."""
 
+    reads_x0 = False
+
     def __init__(self, config: ContextConfig, **policy):
         super().__init__(config, **policy)
         self.embed = None
@@ -178,9 +221,9 @@ class TextOnly(CrossAttention):
         return self.norm(x)
 
 
-class Linear(nnx.Module):
-    """A linear map of patch token, position, pooled text and time: the ablation without
-    interaction. Divided by its size it is `linear`; by the largest that it can have, `affine`.
+class Linear(Kind):
+    """A linear map of patch token, position, pooled text and time, divided by its size: the
+    ablation without interaction.
     """
 
     def __init__(self, config: ContextConfig, **policy):
@@ -192,7 +235,13 @@ class Linear(nnx.Module):
         return x if temb is None else x + temb[:, None]
 
 
-def count_sketch(x: Float[Array, "*B D"], width: int, seed: int) -> Float[Array, "*B W"]:
+class Affine(Linear):
+    """The same map, divided by the largest size that it can have, so that r is linear in x0."""
+
+    linear_in_x0 = True
+
+
+def count_sketch(x: Float[ArrayLike, "*B D"], width: int, seed: int) -> Float[Array, "*B W"]:
     """Random signed sums of x's entries into `width` bins; E<cs(x), cs(y)> = <x, y> (Charikar et
     al. 2002).
     """
@@ -205,8 +254,8 @@ def count_sketch(x: Float[Array, "*B D"], width: int, seed: int) -> Float[Array,
 
 
 def compact_bilinear(
-    x: Float[Array, "*B D"], y: Float[Array, "*B E"], width: int
-) -> Float[Array, "*B W"]:
+    x: Float[ArrayLike, "*#B D"], y: Float[ArrayLike, "*#B E"], width: int
+) -> Float[Array, "*#B W"]:
     """The count sketch of the outer product of x and y: circular convolution of theirs (Gao et al.
     2016).
     """
@@ -229,32 +278,40 @@ class Bilinear(Linear):
         return x if temb is None else x + temb[:, None]
 
 
-KINDS = {
+KINDS: dict[str, type[Kind]] = {
     "cross_attention": CrossAttention,
     "linear": Linear,
-    "affine": Linear,
+    "affine": Affine,
     "bilinear": Bilinear,
     "text": TextOnly,
+    "none": NoContext,
 }
 
 
+@runtime_checkable
+class MixFn(Protocol):
+    """`mix(tokens)` lets tokens of several pictures see each other."""
+
+    def __call__(self, tokens: Float[ArrayLike, "B N D"]) -> Float[Array, "B N D"]: ...
+
+
 class RelationalNetwork(nnx.Module):
-    """r_phi(x0, c[, t]), (1). Kind `none` has no parameters and returns 0."""
+    """r_phi(x0, c[, t]), (1). A kind that `is_zero` has no parameters and returns 0."""
 
     def __init__(
         self,
         config: ContextConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         self.config = config
-        if config.kind == "none":
+        if config.network.is_zero:
             return
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.gamma = nnx.Param(jnp.zeros((), param_dtype))
-        self.raw = KINDS[config.kind](config, **policy)
+        self.raw = config.network(config, **policy)
         self.unembed = linear(config.width, config.patch_size**2 * config.in_channels, **policy)
         self.time = (
             TimestepEmbedding(config.width, config.width, **policy)
@@ -264,28 +321,26 @@ class RelationalNetwork(nnx.Module):
 
     @property
     def gain(self) -> Float[Array, ""]:
-        """g, the context's root mean square; its bound if the kind is `affine`."""
-        return (
-            jnp.zeros(())
-            if self.config.kind == "none"
-            else self.config.max_gain * jnp.tanh(self.gamma[...])
-        )
+        """g, the context's root mean square; its bound if the kind is `linear_in_x0`."""
+        if self.config.network.is_zero:
+            return jnp.zeros(())
+        return self.config.max_gain * jnp.tanh(self.gamma[...])
 
     def __call__(
         self,
-        x0: Float[Array, "B H W C"],
-        text_tokens: Float[Array, "B L D"],
-        text_mask: Bool[Array, "B L"],
-        t: Int[Array, B] | None = None,
-        visual: Float[Array, "B N V"] | None = None,
-        mix: Callable[[Float[Array, "B N D"]], Float[Array, "B N D"]] = lambda tokens: tokens,
+        x0: Float[ArrayLike, "B H W C"],
+        text_tokens: Float[ArrayLike, "B L D"],
+        text_mask: Bool[ArrayLike, "B L"],
+        t: Int[ArrayLike, "B"] | None = None,
+        visual: Float[ArrayLike, "B N V"] | None = None,
+        mix: MixFn = lambda tokens: tokens,
     ) -> Float[Array, "B H W C"]:
         """r, float32. `t` is read only if `time_dependent`, `visual` (CLIP's tokens of x0) only if
         `tokens` is `clip`; `mix` lets the tokens of a clip's frames see each other. ValueError if
         patches or CLIP's tokens don't fit the picture.
         """
         config = self.config
-        if config.kind == "none":
+        if config.network.is_zero:
             return jnp.zeros(x0.shape, jnp.float32)
         p = config.patch_size
         tokens = patches(x0, p)  # [B, N, p*p*C]
@@ -293,27 +348,26 @@ class RelationalNetwork(nnx.Module):
             found = None if visual is None else visual.shape[1]
             if found != tokens.shape[1]:
                 raise ValueError(
-                    f"context.patch_size={p}: gives {tokens.shape[1]} patches of x0; CLIP has {found} tokens"
+                    f"context.patch_size={p}: gives {tokens.shape[1]} patches of x0; "
+                    f"CLIP has {found} tokens"
                 )
             tokens = visual
         position = position_embedding(x0.shape[1] // p, x0.shape[2] // p, config.width)
-        temb = (
-            self.time(timestep_embedding(t, config.width)) if self.time is not None else None
-        )  # [B, D]
+        temb = None
+        if self.time is not None:
+            temb = self.time(timestep_embedding(t, config.width))  # [B, D]
         conditions = (position, text_tokens, text_mask, temb)
-        raw = unpatch(self.unembed(mix(self.raw(tokens, *conditions))), p, x0.shape).astype(
-            jnp.float32
-        )
-        sized = (
-            unpatch(self._largest(jnp.zeros_like(tokens), conditions), p, x0.shape)
-            if config.kind == "affine"
-            else raw
-        )
+        raw = self.unembed(mix(self.raw(tokens, *conditions)))  # [B, N, p*p*C]
+        sized = raw = unpatch(raw, p, x0.shape).astype(jnp.float32)
+        if config.network.linear_in_x0:
+            sized = unpatch(self._largest(jnp.zeros_like(tokens), conditions), p, x0.shape)
         # eps inside the root: finite value and gradient at raw = 0.
         rms = jnp.sqrt(jnp.mean(sized**2, axis=(1, 2, 3), keepdims=True) + 1e-8)
         return self.gain * raw / rms
 
-    def _largest(self, empty: Float[Array, "B N P"], conditions: tuple) -> Float[Array, "B N P"]:
+    def _largest(
+        self, empty: Float[ArrayLike, "B N P"], conditions: tuple
+    ) -> Float[Array, "B N P"]:
         """The largest that the absolute values of affine tokens can be, x0 anywhere in [-1, 1]:
         |constant| + sum_i |M_ij|. M is read off the layers, which know how they are sharded and
         cast.

@@ -4,16 +4,16 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.diffusion.samplers import DenoiseFn
+from contextdiff_jax.diffusion.samplers import DenoiseFn, KeepFn
 from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPText, CLIPVision
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork, pool
 from contextdiff_jax.models.t5 import T5Encoder
@@ -28,8 +28,8 @@ class Captions(NamedTuple):
     gives one (None: the mean of the tokens that count is read where one is wanted).
     """
 
-    tokens: Float[Array, "B L D"]
-    mask: Bool[Array, "B L"]
+    tokens: Float[ArrayLike, "B L D"]
+    mask: Bool[ArrayLike, "B L"]
     pooled: Float[Array, "B P"] | None = None
 
 
@@ -44,7 +44,7 @@ class FrozenText(nnx.Module):
         self.clip = clip
 
     def __call__(
-        self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"]
+        self, token_ids: Int[ArrayLike, "B L"], token_mask: Bool[ArrayLike, "B L"]
     ) -> Float[Array, "B L D"]:
         """States of all tokens."""
         mask = token_mask if self.clip.config.use_attention_mask else None
@@ -62,7 +62,7 @@ class FrozenTextPair(nnx.Module):
         self.clip, self.clip_2 = clip, clip_2
 
     def __call__(
-        self, token_ids: Int[Array, "B 2 L"], token_mask: Bool[Array, "B L"]
+        self, token_ids: Int[ArrayLike, "B 2 L"], token_mask: Bool[ArrayLike, "B L"]
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B P"]]:
         """States of all tokens, and the pooled text. The ids are those of both tokenizers."""
         first, second = self.clip(token_ids[:, 0]), self.clip_2(token_ids[:, 1])
@@ -79,7 +79,7 @@ class FrozenT5(nnx.Module):
         self.t5 = t5
 
     def __call__(
-        self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"]
+        self, token_ids: Int[ArrayLike, "B L"], token_mask: Bool[ArrayLike, "B L"]
     ) -> Float[Array, "B L D"]:
         """States of all tokens."""
         return self.t5(token_ids, token_mask)
@@ -91,7 +91,7 @@ class FrozenVision(nnx.Module):
     def __init__(self, clip: CLIPVision):
         self.clip = clip
 
-    def __call__(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B N V"]:
+    def __call__(self, pixels: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B N V"]:
         """Of pictures in [-1, 1], brought to CLIP's size and scale (bicubic; its own mean and
         deviation).
         """
@@ -133,7 +133,7 @@ class ContextDiffusion(nnx.Module):
         context: ContextConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ) -> ContextDiffusion:
         """The model of those sizes with new parameters; without a text encoder where it is frozen."""
         policy = dict(rngs=rngs, dtype=dtype)
@@ -147,7 +147,7 @@ class ContextDiffusion(nnx.Module):
                 setattr(self, name, nnx.data(network))
         return self
 
-    def encode(self, ids: Int[Array, "B *E L"], mask: Bool[Array, "B L"]) -> Captions:
+    def encode(self, ids: Int[ArrayLike, "B *E L"], mask: Bool[ArrayLike, "B L"]) -> Captions:
         """Captions of token ids (of each text encoder, where there are two) and of their mask."""
         states = self.text(ids, mask)
         tokens, pooled = states if isinstance(states, tuple) else (states, None)
@@ -155,10 +155,10 @@ class ContextDiffusion(nnx.Module):
 
     def relate(
         self,
-        x0: Float[Array, "B H W C"],
+        x0: Float[ArrayLike, "B H W C"],
         captions: Captions,
-        t: Int[Array, " B"],
-        pixels: Float[Array, "B H2 W2 3"] | None = None,
+        t: Int[ArrayLike, "B"],
+        pixels: Float[ArrayLike, "B H2 W2 3"] | None = None,
     ) -> Float[Array, "B H W C"]:
         """r_phi(x0, c, t). With CLIP's tokens the picture of x0 is needed: `pixels`, or else x0
         decoded, which in the plugin estimate is a pass of the autoencoder's decoder and of CLIP's
@@ -172,32 +172,32 @@ class ContextDiffusion(nnx.Module):
 
     def predict(
         self,
-        x: Float[Array, "B H W C"],
-        t: Int[Array, " B"],
+        x: Float[ArrayLike, "B H W C"],
+        t: Int[ArrayLike, "B"],
         captions: Captions,
-        deep: Float[Array, "B H2 W2 E"] | None = None,
+        deep: Float[ArrayLike, "B H2 W2 E"] | None = None,
     ) -> Array | tuple[Array, Array]:
         """The UNet's output (`deep`: its coarser levels' part, from an earlier step)."""
         return self.unet(x, t, *self._conditions(x, captions), deep)
 
     def deep_features(
-        self, x: Float[Array, "B H W C"], t: Int[Array, " B"], captions: Captions
+        self, x: Float[ArrayLike, "B H W C"], t: Int[ArrayLike, "B"], captions: Captions
     ) -> Float[Array, "B H2 W2 E"]:
         """The UNet's coarser levels' part."""
         return self.unet.deep_features(x, t, *self._conditions(x, captions))
 
-    def to_pixels(self, x0: Float[Array, "B H W C"], tile: bool = False) -> Array:
+    def to_pixels(self, x0: Float[ArrayLike, "B H W C"], tile: bool = False) -> Array:
         """Pictures, about [-1, 1], of what is diffused."""
         return x0 if self.vae is None else self.vae.decode(self.vae.from_diffusion(x0), tile=tile)
 
-    def from_pixels(self, pixels: Float[Array, "B H W 3"], tile: bool = False) -> Array:
+    def from_pixels(self, pixels: Float[ArrayLike, "B H W 3"], tile: bool = False) -> Array:
         """What is diffused, of pictures in [-1, 1]: these, or their latents' means."""
         if self.vae is None:
             return pixels
         return self.vae.to_diffusion(self.vae.encode(pixels, tile=tile).mean)
 
     def _conditions(
-        self, x: Array, captions: Captions
+        self, x: ArrayLike, captions: Captions
     ) -> tuple[Array, Array | None, dict[str, Array] | None]:
         """Tokens, which of them count, and what a UNet of the XL kind also reads: the pooled text
         and the picture's size (SDXL, 2.2).
@@ -225,7 +225,7 @@ class Rows(NamedTuple):
 
     text: Captions
     true: Captions
-    beside: Float[Array, "B H W E"] | None
+    beside: Float[ArrayLike, "B H W E"] | None
 
     @classmethod
     def of(
@@ -233,7 +233,7 @@ class Rows(NamedTuple):
         captions: Captions,
         null: Captions | None,
         guided: bool,
-        beside: Float[Array, "B H W E"] | None = None,
+        beside: Float[ArrayLike, "B H W E"] | None = None,
     ) -> Rows:
         """The rows of one branch, or of both."""
         if not guided:
@@ -242,7 +242,7 @@ class Rows(NamedTuple):
         true, beside = jax.tree.map(lambda a: diffusion.pair(a, a), (captions, beside))
         return cls(both, true, beside)
 
-    def widen(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C2"]:
+    def widen(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H W C2"]:
         """The denoiser's input."""
         return x if self.beside is None else jnp.concatenate([x, self.beside], axis=-1)
 
@@ -259,10 +259,10 @@ def make_denoise(
     null: Captions | None = None,
     *,
     prediction_type: str,
-    guidance: float | Float[Array, ""] = 1.0,
+    guidance: float | Float[ArrayLike, ""] = 1.0,
     guidance_rescale: float = 0.0,
     dynamic_threshold: float = 0.0,
-    beside: Float[Array, "B H W E"] | None = None,
+    beside: Float[ArrayLike, "B H W E"] | None = None,
 ) -> DenoiseFn:
     """The reverse process's denoise function for captions; `model` carries its estimate (a context
     head or not). `null`: what guidance leads away from, one row for each
@@ -313,9 +313,9 @@ def make_keep(
     model: ContextDiffusion,
     captions: Captions,
     null: Captions,
-    guidance: float | Float[Array, ""],
-    beside: Float[Array, "B H W E"] | None = None,
-) -> Callable[[Array, Array], Array]:
+    guidance: float | Float[ArrayLike, ""],
+    beside: Float[ArrayLike, "B H W E"] | None = None,
+) -> KeepFn:
     """`keep(x, t)`: the coarser levels' part of the UNet, of all branches that `make_denoise` makes
     for this guidance.
     """

@@ -35,8 +35,8 @@ _LANES, _BLOCK, _LONG_BLOCK = 128, 512, 2048
 
 
 def formulation(choice: str, tokens: int, target: Target) -> str:
-    """Of `CHOICES`, as what self-attention over `tokens` runs. `auto` follows the platform that is
-    compiled for, which needn't be this machine's.
+    """The name in `CHOICES` of what self-attention over `tokens` runs as. `auto` follows the
+    platform that is compiled for, which needn't be this machine's.
     """
     if choice != "auto":
         return choice

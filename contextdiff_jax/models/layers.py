@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from contextdiff_jax.models.remat import rematerialised
@@ -25,12 +26,12 @@ _ZEROS = nnx.initializers.zeros_init()
 _LECUN = nnx.initializers.lecun_normal()
 
 
-def mish(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+def mish(x: Float[ArrayLike, "*S"]) -> Float[Array, "*S"]:
     """x tanh(softplus(x)) (Misra, 2019)."""
     return x * jnp.tanh(jax.nn.softplus(x))
 
 
-def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+def gelu(x: Float[ArrayLike, "*S"]) -> Float[Array, "*S"]:
     """The exact (erf) GELU: the pretrained networks were not trained with the tanh approximation.
 
     As torch writes it. `jax.nn.gelu` takes erfc, whose two branches cost three times as much on a
@@ -39,12 +40,12 @@ def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
-def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+def quick_gelu(x: Float[ArrayLike, "*S"]) -> Float[Array, "*S"]:
     """x sigmoid(1.702 x): the GELU of OpenAI's CLIP."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-def gelu_tanh(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+def gelu_tanh(x: Float[ArrayLike, "*S"]) -> Float[Array, "*S"]:
     """The tanh approximation of GELU, as T5 1.1 was trained with."""
     return jax.nn.gelu(x, approximate=True)
 
@@ -64,7 +65,7 @@ TEXT_ACTIVATIONS = ACTIVATIONS | {
 
 
 def timestep_embedding(
-    t: Shaped[Array, "*N"], dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+    t: Shaped[ArrayLike, "*N"], dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
 ) -> Float[Array, "*N D"]:
     """Sinusoidal embedding of a (possibly fractional) timestep (Ho et al., 2020), in float32.
 
@@ -89,7 +90,7 @@ def timestep_embedding(
 
 
 def upsample_nearest(
-    x: Float[Array, "B H W C"], size: tuple[int, int] | None = None
+    x: Float[ArrayLike, "B H W C"], size: tuple[int, int] | None = None
 ) -> Float[Array, "B H2 W2 C"]:
     """Twice the height and width by repetition, cropped to `size` (sides of 2n or 2n - 1: a
     stride-2 skip's).
@@ -102,7 +103,7 @@ def upsample_nearest(
 
 
 @jax.custom_vjp
-def matmul(x: Float[Array, "*N K"], kernel: Float[Array, "K M"]) -> Float[Array, "*N M"]:
+def matmul(x: Float[ArrayLike, "*N K"], kernel: Float[ArrayLike, "K M"]) -> Float[Array, "*N M"]:
     """x kernel, with its gradient by the kernel in the form that XLA's CPU backend is fast at.
 
     JAX's own rule computes (g^T x)^T, which it turns into a loop over a transposed g (one core, 4 x
@@ -112,11 +113,11 @@ def matmul(x: Float[Array, "*N K"], kernel: Float[Array, "K M"]) -> Float[Array,
     return x @ kernel
 
 
-def _matmul_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+def _matmul_fwd(x: ArrayLike, kernel: ArrayLike) -> tuple[Array, tuple[Array, Array]]:
     return x @ kernel, (x, kernel)
 
 
-def _matmul_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _matmul_bwd(saved: tuple[Array, Array], g: ArrayLike) -> tuple[Array, Array]:
     x, kernel = saved
     rows = tuple(range(x.ndim - 1))
     narrows = x.shape[-1] > g.shape[-1]
@@ -127,9 +128,9 @@ def _matmul_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
 matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def _dot_general(x: Array, kernel: Array, *_, **__) -> Array:
-    """What nnx.Linear calls: one function for all layers, or two modules alike would have unequal
-    graphs, compiled twice.
+def _dot_general(x: ArrayLike, kernel: ArrayLike, *_, **__) -> Array:
+    """`matmul` as nnx.Linear calls it: one function for all layers, or two modules alike would have
+    unequal graphs, compiled twice.
     """
     return matmul(x, kernel)
 
@@ -140,8 +141,8 @@ def linear(
     *,
     use_bias: bool = True,
     zero_init: bool = False,
-    dtype: jnp.dtype,
-    param_dtype: jnp.dtype,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """A dense layer; `zero_init` is for the last one of a residual branch, so that it starts as
@@ -160,8 +161,8 @@ def linear(
 
 
 def convolve(
-    x: Float[Array, "B H W C"],
-    kernel: Float[Array, "K L C D"],
+    x: Float[ArrayLike, "B H W C"],
+    kernel: Float[ArrayLike, "K L C D"],
     strides: tuple[int, int],
     padding: Sequence[tuple[int, int]],
     *,
@@ -200,8 +201,8 @@ def conv3x3(
     stride: int = 1,
     padding: tuple[int, int] = (1, 1),
     zero_init: bool = False,
-    dtype: jnp.dtype,
-    param_dtype: jnp.dtype,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
     """A 3x3 convolution padded by 1 on each side (as torch; XLA's SAME differs from it at stride
@@ -236,8 +237,8 @@ class GroupNorm(nnx.Module):
         num_groups: int,
         *,
         eps: float = 1e-5,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         self.num_groups = num_groups
         self.eps = eps
@@ -245,7 +246,7 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((channels,), param_dtype))
         self.bias = nnx.Param(jnp.zeros((channels,), param_dtype))
 
-    def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
+    def __call__(self, x: Float[ArrayLike, "B *S C"]) -> Float[Array, "B *S C"]:
         B, C = x.shape[0], x.shape[-1]
         G = self.num_groups
         x = x.astype(jnp.float32)
@@ -268,7 +269,7 @@ class TimestepEmbedding(nnx.Module):
         self.linear_1 = linear(in_features, out_features, **policy)
         self.linear_2 = linear(out_features, out_features, **policy)
 
-    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B E"]:
+    def __call__(self, x: Float[ArrayLike, "B D"]) -> Float[Array, "B E"]:
         return self.linear_2(self.act(self.linear_1(x)))
 
 
@@ -276,10 +277,9 @@ class ResnetBlock(nnx.Module):
     """GroupNorm, activation, conv; time; GroupNorm, activation, conv; plus the (projected) input.
 
     `time_scale_shift`: "default" adds the projected time embedding before the second norm,
-        "scale_shift"
-    modulates its output (ADM). The last conv starts at zero, so that a new block is its shortcut.
-    Without `time_features` (autoencoders) there is no time. `remat`: what is kept for the backward
-    pass (models.remat).
+    "scale_shift" modulates its output (ADM). The last conv starts at zero, so that a new block is
+    its shortcut. Without `time_features` (autoencoders) there is no time. `remat`: what is kept for
+    the backward pass (models.remat).
     """
 
     remat = "none"
@@ -294,8 +294,8 @@ class ResnetBlock(nnx.Module):
         eps: float,
         act_fn: str = "silu",
         time_scale_shift: str = "default",
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -316,14 +316,14 @@ class ResnetBlock(nnx.Module):
 
     @rematerialised
     def __call__(
-        self, x: Float[Array, "B H W C"], temb: Float[Array, "B E"] | None = None
+        self, x: Float[ArrayLike, "B H W C"], temb: Float[ArrayLike, "B E"] | None = None
     ) -> Float[Array, "B H W D"]:
         h = self._second_norm(self.conv1(self.act(self.norm1(x))), temb)
         h = self.conv2(self.act(h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
     def _second_norm(
-        self, h: Float[Array, "B H W D"], temb: Float[Array, "B E"] | None
+        self, h: Float[ArrayLike, "B H W D"], temb: Float[ArrayLike, "B E"] | None
     ) -> Float[Array, "B H W D"]:
         if self.time_emb_proj is None:
             return self.norm2(h)
@@ -345,7 +345,7 @@ class Downsample(nnx.Module):
             channels, channels, stride=2, padding=(0, 1) if pad_end else (1, 1), **policy
         )
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+    def __call__(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
         return self.conv(x)
 
 
@@ -356,6 +356,6 @@ class Upsample(nnx.Module):
         self.conv = conv3x3(channels, channels, **policy)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], size: tuple[int, int] | None = None
+        self, x: Float[ArrayLike, "B H W C"], size: tuple[int, int] | None = None
     ) -> Float[Array, "B H2 W2 C"]:
         return self.conv(upsample_nearest(x, size))

@@ -65,7 +65,7 @@ def rematerialised(call: Callable) -> Callable:
 
 
 def configure(network: nnx.Module, *, remat: str, attention: str) -> None:
-    """Sets what the blocks inside keep, and what computes their self-attention."""
+    """Chooses what the blocks inside keep, and what computes their self-attention."""
     for _, module in nnx.iter_modules(network):
         if hasattr(module, "remat"):
             module.remat = remat

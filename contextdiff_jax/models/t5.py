@@ -13,14 +13,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, linear
 from contextdiff_jax.models.transformer import Attention
 
 _POSITIVE = (
-    "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets",
-    "relative_attention_max_distance",
+    "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads",
+    "relative_attention_num_buckets", "relative_attention_max_distance",
 )  # fmt: skip
 
 
@@ -51,8 +52,9 @@ class T5Config:
         exact = self.relative_attention_num_buckets // 4  # see relative_buckets
         if not 0 < exact < self.relative_attention_max_distance:
             raise ValueError(
-                f"relative_attention_num_buckets={self.relative_attention_num_buckets}: must be at least 4, and less "
-                f"than 4 relative_attention_max_distance={self.relative_attention_max_distance}"
+                f"relative_attention_num_buckets={self.relative_attention_num_buckets}: must be at "
+                f"least 4, and less than 4 relative_attention_max_distance="
+                f"{self.relative_attention_max_distance}"
             )
         if (
             self.activation not in TEXT_ACTIVATIONS
@@ -60,7 +62,8 @@ class T5Config:
         ):
             names = ", ".join(TEXT_ACTIVATIONS)
             raise ValueError(
-                f"feed_forward_proj={self.feed_forward_proj!r}: must be ACT or gated-ACT, where ACT is one of {names}"
+                f"feed_forward_proj={self.feed_forward_proj!r}: must be ACT or gated-ACT, "
+                f"where ACT is one of {names}"
             )
 
     @property
@@ -79,8 +82,8 @@ class T5Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
-        """From a transformers config.json, whose other fields (decoder, generation) the encoder
-        doesn't read.
+        """Reads a transformers config.json, whose other fields (decoder, generation) the encoder
+        doesn't use.
         """
         fields = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in fields})
@@ -117,13 +120,13 @@ class T5FeedForward(nnx.Module):
         self.wi_1 = linear(config.d_model, config.d_ff, **options) if config.gated else None
         self.wo = linear(config.d_ff, config.d_model, **options)
 
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    def __call__(self, x: Float[ArrayLike, "B L D"]) -> Float[Array, "B L D"]:
         h = self.act(self.wi_0(x))
         return self.wo(h if self.wi_1 is None else h * self.wi_1(x))
 
 
 class T5Block(nnx.Module):
-    """Pre-norm (RMS) self-attention, with unscaled logits and the relative bias, and feed-forward."""
+    """Pre-norm (RMS) self-attention with unscaled logits and the relative bias, feed-forward."""
 
     def __init__(self, config: T5Config, **policy):
         norm = dict(epsilon=config.layer_norm_epsilon, **policy)
@@ -140,7 +143,10 @@ class T5Block(nnx.Module):
         self.ff = T5FeedForward(config, **policy)
 
     def __call__(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"] | None, bias: Float[Array, "H L L"]
+        self,
+        x: Float[ArrayLike, "B L D"],
+        mask: Bool[ArrayLike, "B L"] | None,
+        bias: Float[ArrayLike, "H L L"],
     ) -> Float[Array, "B L D"]:
         x = x + self.attention(self.norm1(x), mask=mask, bias=bias)
         return x + self.ff(self.norm2(x))
@@ -152,8 +158,7 @@ class T5Encoder(nnx.Module):
     Args:
       config: sizes.
       dtype: of the products (bfloat16 or float32: in float16 T5's states overflow); statistics and
-          softmax stay
-        float32. param_dtype: of the stored parameters.
+          softmax stay float32. param_dtype: of the stored parameters.
     """
 
     def __init__(
@@ -161,8 +166,8 @@ class T5Encoder(nnx.Module):
         config: T5Config,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
@@ -177,15 +182,14 @@ class T5Encoder(nnx.Module):
         )
 
     def __call__(
-        self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"] | None = None
+        self, token_ids: Int[ArrayLike, "B L"], token_mask: Shaped[ArrayLike, "B L"] | None = None
     ) -> Float[Array, "B L D"]:
         """States of the tokens; those where `token_mask` is False are attended by none."""
         config = self.config
         sizes = config.relative_attention_num_buckets, config.relative_attention_max_distance
         buckets = relative_buckets(token_ids.shape[1], *sizes)
-        bias = jnp.transpose(
-            self.relative_attention_bias(jnp.asarray(buckets)), (2, 0, 1)
-        )  # [H, L, L]
+        bias = self.relative_attention_bias(jnp.asarray(buckets))  # [L, L, H]
+        bias = jnp.transpose(bias, (2, 0, 1))
         mask = None if token_mask is None else token_mask.astype(bool)
         x = self.shared(token_ids)
         for block in self.blocks:

@@ -1,4 +1,6 @@
-"""The embedded text encoder: a small bidirectional transformer, trained from scratch with the rest."""
+"""The embedded text encoder: a small bidirectional transformer, trained from scratch with the
+rest.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from contextdiff_jax.models.transformer import Attention, FeedForward
@@ -43,7 +46,9 @@ class TextBlock(nnx.Module):
         self.attention = Attention(config.width, config.num_heads, zero_init=True, **policy)
         self.ff = FeedForward(config.width, zero_init=True, **policy)
 
-    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x: Float[ArrayLike, "B L D"], mask: Bool[ArrayLike, "B L"]
+    ) -> Float[Array, "B L D"]:
         x = x + self.attention(self.norm1(x), mask=mask)
         return x + self.ff(self.norm2(x))
 
@@ -58,8 +63,8 @@ class TextEncoder(nnx.Module):
         config: TextConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         # With blocks that start as nothing and embeddings of unit size the encoder starts as a
@@ -74,7 +79,7 @@ class TextEncoder(nnx.Module):
         self.norm = nnx.LayerNorm(config.width, **policy)
 
     def __call__(
-        self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"]
+        self, token_ids: Int[ArrayLike, "B L"], token_mask: Bool[ArrayLike, "B L"]
     ) -> Float[Array, "B L D"]:
         """States of the tokens; those of padding are meaningless and masked by every reader."""
         x = self.tokens(token_ids)

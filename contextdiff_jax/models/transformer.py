@@ -6,7 +6,9 @@ Names and precision as in `layers`.
 from __future__ import annotations
 
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from contextdiff_jax.models.attention import attention, self_attention
@@ -35,8 +37,8 @@ class Attention(nnx.Module):
         out_bias: bool = True,
         scale: float | None = None,
         zero_init: bool = False,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -51,24 +53,23 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B N D"],
-        context: Float[Array, "B M E"] | None = None,
-        mask: Bool[Array, "B *N M"] | None = None,
-        bias: Float[Array, "H N M"] | None = None,
+        x: Float[ArrayLike, "B N D"],
+        context: Float[ArrayLike, "B M E"] | None = None,
+        mask: Bool[ArrayLike, "#B *N M"] | None = None,
+        bias: Float[ArrayLike, "H N M"] | None = None,
     ) -> Float[Array, "B N D"]:
-        whole = (
-            context is None and mask is None and bias is None
-        )  # nothing is hidden or weighed: what the kernel computes
+        # Nothing is hidden or weighed: what the kernel computes.
+        whole = context is None and mask is None and bias is None
         context = x if context is None else context
         q, k, v = (self._heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         if whole:
             out = self_attention(q, k, v, self.scale, choice=self.self_attention)  # [B, N, H, D/H]
         else:
             out = attention(q, k, v, mask, bias=bias, scale=self.scale)
-        return self.to_out(out.reshape(*out.shape[:2], -1))  # [B, N, D]
+        return self.to_out(rearrange(out, "B N H D -> B N (H D)"))
 
-    def _heads(self, x: Float[Array, "B N D"]) -> Float[Array, "B N H D2"]:
-        return x.reshape(*x.shape[:-1], self.num_heads, -1)
+    def _heads(self, x: Float[ArrayLike, "B N D"]) -> Float[Array, "B N H D2"]:
+        return rearrange(x, "B N (H D) -> B N H D", H=self.num_heads)
 
 
 class FeedForward(nnx.Module):
@@ -78,13 +79,13 @@ class FeedForward(nnx.Module):
         self.proj_in = linear(features, 2 * mult * features, **policy)
         self.proj_out = linear(mult * features, features, zero_init=zero_init, **policy)
 
-    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    def __call__(self, x: Float[ArrayLike, "B N D"]) -> Float[Array, "B N D"]:
         value, gate = jnp.split(self.proj_in(x), 2, axis=-1)
         return self.proj_out(value * gelu(gate))
 
 
 class TransformerBlock(nnx.Module):
-    """Pre-norm self-attention, cross-attention to the text and feed-forward, each with a residual."""
+    """Pre-norm self-attention, cross-attention to the text, feed-forward, each with a residual."""
 
     def __init__(
         self,
@@ -93,8 +94,8 @@ class TransformerBlock(nnx.Module):
         text_features: int,
         *,
         only_cross_attention: bool = False,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -108,7 +109,10 @@ class TransformerBlock(nnx.Module):
         self.ff = FeedForward(features, **policy)
 
     def __call__(
-        self, x: Float[Array, "B N D"], text: Float[Array, "B L E"], mask: Bool[Array, "B L"] | None
+        self,
+        x: Float[ArrayLike, "B N D"],
+        text: Float[ArrayLike, "B L E"],
+        mask: Bool[ArrayLike, "B L"] | None,
     ) -> Float[Array, "B N D"]:
         first = (text, mask) if self.only_cross_attention else ()
         x = x + self.attn1(self.norm1(x), *first)
@@ -136,8 +140,8 @@ class SpatialTransformer(nnx.Module):
         depth: int = 1,
         num_groups: int,
         only_cross_attention: bool = False,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -152,12 +156,11 @@ class SpatialTransformer(nnx.Module):
     @rematerialised
     def __call__(
         self,
-        x: Float[Array, "B H W C"],
-        text: Float[Array, "B L E"],
-        mask: Bool[Array, "B L"] | None,
+        x: Float[ArrayLike, "B H W C"],
+        text: Float[ArrayLike, "B L E"],
+        mask: Bool[ArrayLike, "B L"] | None,
     ) -> Float[Array, "B H W C"]:
-        B, H, W, C = x.shape
-        h = self.proj_in(self.norm(x).reshape(B, H * W, C))  # [B, H*W, C]
+        h = self.proj_in(rearrange(self.norm(x), "B H W C -> B (H W) C"))
         for block in self.transformer_blocks:
             h = block(h, text, mask)
-        return x + self.proj_out(h).reshape(B, H, W, C)
+        return x + rearrange(self.proj_out(h), "B (H W) C -> B H W C", H=x.shape[1])

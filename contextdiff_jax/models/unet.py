@@ -11,11 +11,14 @@ Ours: an optional context head, which predicts E[r(x0, c) | x_t, c] from the las
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
 from contextdiff_jax.models.layers import (
@@ -30,6 +33,9 @@ from contextdiff_jax.models.layers import (
 )
 from contextdiff_jax.models.transformer import SpatialTransformer
 from contextdiff_jax.models.unet_config import Level, UNetConfig
+
+# Token states, or (video.VideoText) what an inflated network hands on to its transformers.
+Text = Any
 
 
 def _resnet(config: UNetConfig, in_channels: int, out_channels: int, policy: dict) -> ResnetBlock:
@@ -76,7 +82,7 @@ class DownBlock(nnx.Module):
     ):
         widths = [in_channels] + [level.channels] * level.num_layers
         self.resnets = nnx.List(
-            _resnet(config, a, b, policy) for a, b in zip(widths[:-1], widths[1:])
+            _resnet(config, a, b, policy) for a, b in itertools.pairwise(widths)
         )
         self.attentions = nnx.List(
             _transformer(config, level, policy, level.only_cross_attention)
@@ -86,7 +92,9 @@ class DownBlock(nnx.Module):
             Downsample(level.channels, **policy) for _ in range(downsample)
         )
 
-    def layers(self, x: Array, temb: Array, text: Array, mask: Array | None) -> list[Array]:
+    def layers(
+        self, x: ArrayLike, temb: ArrayLike, text: Text, mask: ArrayLike | None
+    ) -> list[Array]:
         """The output of each layer, before the downsampling."""
         skips = []
         for i, resnet in enumerate(self.resnets):
@@ -96,11 +104,13 @@ class DownBlock(nnx.Module):
             skips.append(x)
         return skips
 
-    def downsample(self, x: Array) -> list[Array]:
+    def downsample(self, x: ArrayLike) -> list[Array]:
         """The next level's input [B, ceil(H/2), ceil(W/2), C]; of the last level nothing."""
         return [downsample(x) for downsample in self.downsamplers]
 
-    def __call__(self, x: Array, temb: Array, text: Array, mask: Array | None) -> list[Array]:
+    def __call__(
+        self, x: ArrayLike, temb: ArrayLike, text: Text, mask: ArrayLike | None
+    ) -> list[Array]:
         skips = self.layers(x, temb, text, mask)
         return skips + self.downsample(skips[-1])
 
@@ -122,9 +132,9 @@ class MidBlock(nnx.Module):
             _transformer(config, level, policy, False) for _ in range(count - 1)
         )
 
-    def __call__(self, x: Array, temb: Array, text: Array, mask: Array | None) -> Array:
+    def __call__(self, x: ArrayLike, temb: ArrayLike, text: Text, mask: ArrayLike | None) -> Array:
         x = self.resnets[0](x, temb)
-        for attention, resnet in zip(self.attentions, self.resnets[1:]):
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
             x = resnet(attention(x, text, mask), temb)
         return x
 
@@ -151,11 +161,11 @@ class UpBlock(nnx.Module):
 
     def __call__(
         self,
-        x: Array,
+        x: ArrayLike,
         skips: list[Array],
-        temb: Array,
-        text: Array,
-        mask: Array | None,
+        temb: ArrayLike,
+        text: Text,
+        mask: ArrayLike | None,
         size: tuple[int, int] | None,
     ) -> Array:
         for i, resnet in enumerate(self.resnets):
@@ -177,7 +187,7 @@ class ContextHead(nnx.Module):
     """
 
     def __init__(
-        self, config: UNetConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+        self, config: UNetConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = config.block_out_channels[0]
@@ -188,7 +198,7 @@ class ContextHead(nnx.Module):
         self.conv = conv3x3(width, config.in_channels, zero_init=True, **policy)
 
     def __call__(
-        self, h: Float[Array, "B H W C"], temb: Float[Array, "B E"]
+        self, h: Float[ArrayLike, "B H W C"], temb: Float[ArrayLike, "clips E"]
     ) -> Float[Array, "B H W I"]:
         return self.conv(self.act(self.norm(self.resnet(h, temb))))
 
@@ -209,8 +219,8 @@ class UNet(nnx.Module):
         config: UNetConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.config = config
@@ -235,12 +245,12 @@ class UNet(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B H W C"],
-        t: Shaped[Array, "*B"],
-        text_tokens: Float[Array, "B L D"],
-        text_mask: Bool[Array, "B L"] | None = None,
-        added: Mapping[str, Array] | None = None,
-        deep: Float[Array, "B H W D"] | None = None,
+        x: Float[ArrayLike, "B H W C"],
+        t: Shaped[ArrayLike, "*B"],
+        text_tokens: Float[ArrayLike, "B L D"],
+        text_mask: Bool[ArrayLike, "B L"] | None = None,
+        added: Mapping[str, ArrayLike] | None = None,
+        deep: Float[ArrayLike, "B H W K"] | None = None,
     ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], Float[Array, "B H W C"]]:
         """The network's prediction, float32; with a context head the pair (prediction, context).
 
@@ -258,13 +268,15 @@ class UNet(nnx.Module):
 
     def deep_features(
         self,
-        x: Float[Array, "B H W C"],
-        t: Shaped[Array, "*B"],
-        text_tokens: Float[Array, "B L D"],
-        text_mask: Bool[Array, "B L"] | None = None,
-        added: Mapping[str, Array] | None = None,
-    ) -> Float[Array, "B H W D"]:
-        """What enters the finest level's up block from the coarser ones. Arguments: as of a call."""
+        x: Float[ArrayLike, "B H W C"],
+        t: Shaped[ArrayLike, "*B"],
+        text_tokens: Float[ArrayLike, "B L D"],
+        text_mask: Bool[ArrayLike, "B L"] | None = None,
+        added: Mapping[str, ArrayLike] | None = None,
+    ) -> Float[Array, "B H W K"]:
+        """The part of the finest level's up block's input that comes from the coarser ones. The
+        arguments are a call's.
+        """
         temb = self.time(t, x.shape[0], added)
         return self._coarse(
             self._fine(x, temb, text_tokens, text_mask)[-1], temb, text_tokens, text_mask
@@ -272,13 +284,15 @@ class UNet(nnx.Module):
 
     def forward(
         self,
-        x: Float[Array, "B H W C"],
-        temb: Float[Array, "B E"],
-        text_tokens: Array,
-        text_mask: Array | None,
-        deep: Float[Array, "B H W D"] | None = None,
+        x: Float[ArrayLike, "B H W C"],
+        temb: Float[ArrayLike, "clips E"],
+        text_tokens: Text,
+        text_mask: ArrayLike | None,
+        deep: Float[ArrayLike, "B H W K"] | None = None,
     ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], Float[Array, "B H W C"]]:
-        """`__call__` with time embedded (`time`). The text is only handed on to the transformers."""
+        """The call, with time embedded (`time`): a row of it for each picture, or, where the blocks
+        are inflated, for each clip. The text is only handed on to the transformers.
+        """
         skips = self._fine(x, temb, text_tokens, text_mask)
         deep = self._coarse(skips[-1], temb, text_tokens, text_mask) if deep is None else deep
         h = self.up_blocks[-1](deep, skips, temb, text_tokens, text_mask, None)
@@ -289,13 +303,15 @@ class UNet(nnx.Module):
             return out
         return out, self.context_head(*jax.lax.stop_gradient((h, temb))).astype(jnp.float32)
 
-    def _fine(self, x: Array, temb: Array, text: Array, mask: Array | None) -> list[Array]:
+    def _fine(
+        self, x: ArrayLike, temb: ArrayLike, text: Text, mask: ArrayLike | None
+    ) -> list[Array]:
         """The skips of the finest level."""
         h = self.conv_in(x)  # [B, H, W, C0]
         return [h, *self.down_blocks[0].layers(h, temb, text, mask)]
 
-    def _coarse(self, h: Array, temb: Array, text: Array, mask: Array | None) -> Array:
-        """From the finest level's last skip through all others, to what its up block reads."""
+    def _coarse(self, h: ArrayLike, temb: ArrayLike, text: Text, mask: ArrayLike | None) -> Array:
+        """Goes from the finest level's last skip through all others to what its up block reads."""
         size, skips = h.shape[1:3], self.down_blocks[0].downsample(h)
         for block in self.down_blocks[1:]:
             skips += block(skips[-1], temb, text, mask)
@@ -308,7 +324,9 @@ class UNet(nnx.Module):
             h = block(h, own, temb, text, mask, skips[-1].shape[1:3] if skips else size)
         return h
 
-    def time(self, t: Array, batch: int, added: Mapping[str, Array] | None) -> Float[Array, "B E"]:
+    def time(
+        self, t: ArrayLike, batch: int, added: Mapping[str, ArrayLike] | None
+    ) -> Float[Array, "B E"]:
         """The embedding of t (and of `added`) for `batch` samples."""
         config = self.config
         sinusoid = dict(flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
@@ -332,7 +350,7 @@ def _down_blocks(config: UNetConfig, policy: dict) -> tuple[nnx.List, list[int]]
     """The down path and the widths of its skips, in order."""
     blocks, skips = nnx.List(), [config.block_out_channels[0]]
     width = skips[0]
-    for i, (kind, level) in enumerate(zip(config.down_block_types, config.levels())):
+    for i, (kind, level) in enumerate(zip(config.down_block_types, config.levels(), strict=True)):
         last = i == len(config.block_out_channels) - 1
         cross = kind == "CrossAttnDownBlock2D"
         blocks.append(
@@ -346,10 +364,11 @@ def _down_blocks(config: UNetConfig, policy: dict) -> tuple[nnx.List, list[int]]
 def _up_blocks(config: UNetConfig, skips: list[int], policy: dict) -> nnx.List:
     """The up path, which consumes the skips from the last."""
     blocks, width = nnx.List(), config.block_out_channels[-1]
-    for kind, level in zip(config.up_block_types, reversed(config.levels())):
+    for kind, level in zip(config.up_block_types, reversed(config.levels()), strict=True):
         count = level.num_layers + 1
         own, skips = skips[-count:][::-1], skips[:-count]
-        inputs = [skip + h for skip, h in zip(own, [width] + [level.channels] * (count - 1))]
+        below = [width] + [level.channels] * (count - 1)
+        inputs = [skip + h for skip, h in zip(own, below, strict=True)]
         more = bool(skips)  # the last block has used them up
         cross = kind == "CrossAttnUpBlock2D"
         blocks.append(

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from contextdiff_jax.models.config import known_fields
@@ -107,8 +110,8 @@ class VAEConfig:
 class LatentGaussian(NamedTuple):
     """q(z | image): a diagonal Gaussian [B, H/f, W/f, Z]; `logvar` lies in [-30, 20]."""
 
-    mean: Float[Array, "B H W Z"]
-    logvar: Float[Array, "B H W Z"]
+    mean: Float[ArrayLike, "B H W Z"]
+    logvar: Float[ArrayLike, "B H W Z"]
 
     def sample(self, key: PRNGKeyArray) -> Float[Array, "B H W Z"]:
         """One draw."""
@@ -118,7 +121,7 @@ class LatentGaussian(NamedTuple):
 
 
 class _Parts:
-    """What encoder and decoder are made of, for one config and precision."""
+    """The parts of encoder and decoder, for one config and precision."""
 
     def __init__(self, config: VAEConfig, policy: dict):
         self.config, self.policy = config, policy
@@ -134,7 +137,7 @@ class _Parts:
             act_fn=self.config.act_fn,
             **self.policy,
         )
-        return nnx.List(ResnetBlock(a, b, None, **options) for a, b in zip(widths[:-1], widths[1:]))
+        return nnx.List(ResnetBlock(a, b, None, **options) for a, b in itertools.pairwise(widths))
 
 
 class PixelAttention(nnx.Module):
@@ -144,9 +147,9 @@ class PixelAttention(nnx.Module):
         self.group_norm = parts.norm(channels)
         self.attention = Attention(channels, 1, qkv_bias=True, **parts.policy)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        B, H, W, C = x.shape
-        return x + self.attention(self.group_norm(x).reshape(B, H * W, C)).reshape(B, H, W, C)
+    def __call__(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H W C"]:
+        h = self.attention(rearrange(self.group_norm(x), "B H W C -> B (H W) C"))
+        return x + rearrange(h, "B (H W) C -> B H W C", H=x.shape[1])
 
 
 class Level(nnx.Module):
@@ -167,7 +170,7 @@ class Level(nnx.Module):
         self.downsamplers = nnx.List(sampler if resample is Downsample else [])
         self.upsamplers = nnx.List(sampler if resample is Upsample else [])
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
+    def __call__(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
         for i, resnet in enumerate(self.resnets):
             x = resnet(x)
             if i < len(self.attentions):
@@ -189,7 +192,7 @@ class Coder(nnx.Module):
         options = dict(resample=Upsample) if decoder else dict(resample=Downsample, pad_end=True)
         levels = [
             Level(parts, [before] + [width] * layers, **(options if i < len(widths) - 1 else {}))
-            for i, (before, width) in enumerate(zip((widths[0], *widths), widths))
+            for i, (before, width) in enumerate(itertools.pairwise((widths[0], *widths)))
         ]
         middle = config.block_out_channels[-1]
         self.decoder = decoder
@@ -200,13 +203,12 @@ class Coder(nnx.Module):
         self.conv_norm_out = parts.norm(widths[-1])
         self.conv_out = conv3x3(widths[-1], out_channels, **parts.policy)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
+    def __call__(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
         x = self.conv_in(x)
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             x = block(x)
-        return self.conv_out(
-            jax.nn.silu(self.conv_norm_out(x))
-        )  # silu whatever act_fn is, as in diffusers
+        # silu whatever act_fn is, as in diffusers
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
 class VAE(nnx.Module):
@@ -223,8 +225,8 @@ class VAE(nnx.Module):
         config: VAEConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         parts = _Parts(config, policy)
@@ -236,7 +238,7 @@ class VAE(nnx.Module):
         self.post_quant_conv = linear(z, z, **policy) if config.use_post_quant_conv else None
 
     def encode(
-        self, images: Float[Array, "B H W C"], *, tile: bool = False, slices: bool = False
+        self, images: Float[ArrayLike, "B H W C"], *, tile: bool = False, slices: bool = False
     ) -> LatentGaussian:
         """q(z | images), float32. `tile`: pictures larger than the config's `sample_size` in
         blended tiles of that size (diffusers' `enable_tiling`); `slices`: one picture after
@@ -252,7 +254,7 @@ class VAE(nnx.Module):
         return LatentGaussian(mean, jnp.clip(logvar, -30.0, 20.0))
 
     def decode(
-        self, z: Float[Array, "B H W Z"], *, tile: bool = False, slices: bool = False
+        self, z: Float[ArrayLike, "B H W Z"], *, tile: bool = False, slices: bool = False
     ) -> Float[Array, "B H2 W2 O"]:
         """Pictures of z, float32, not clipped; `tile` and `slices` as in `encode`."""
         side, latent_side = self._tile_sides()
@@ -262,21 +264,21 @@ class VAE(nnx.Module):
         fn = fn if tile else self._decode
         return (sliced(fn, z) if slices else fn(z)).astype(jnp.float32)
 
-    def to_diffusion(self, z: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    def to_diffusion(self, z: Float[ArrayLike, "*S"]) -> Float[ArrayLike, "*S"]:
         """z as the diffusion model sees it: about unit variance, by the config's shift and scaling
         factors.
         """
         return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
-    def from_diffusion(self, latents: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    def from_diffusion(self, latents: Float[ArrayLike, "*S"]) -> Float[ArrayLike, "*S"]:
         """The inverse of `to_diffusion`."""
         return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
 
-    def _encode(self, images: Array) -> Array:
+    def _encode(self, images: ArrayLike) -> Array:
         moments = self.encoder(images)  # [B, H/f, W/f, 2 Z]
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
-    def _decode(self, z: Array) -> Array:
+    def _decode(self, z: ArrayLike) -> Array:
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def _tile_sides(self) -> tuple[int, int]:

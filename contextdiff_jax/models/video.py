@@ -17,11 +17,13 @@ arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from contextdiff_jax.models.context import RelationalNetwork, pool
@@ -33,53 +35,54 @@ from contextdiff_jax.models.unet import UNet
 RANK_DIVISOR = 4  # a temporal convolution works on a quarter of the channels
 
 
+@runtime_checkable
 class AttentionControl(Protocol):
-    """What an editor may do with the attention of a network: each method gives the weights that are
+    """An editor's changes to the attention of a network: each method gives the weights that are
     used.
     """
 
     def cross(
-        self, weights: Float[Array, "B H F N L"], grid: tuple[int, int]
+        self, weights: Float[ArrayLike, "B H F N L"], grid: tuple[int, int]
     ) -> Float[Array, "B H F N L"]:
         """Weights of the pixels' tokens (N = rows x columns of `grid`) on the text's."""
 
     def sparse_causal(
-        self, weights: Float[Array, "B F H N M"], grid: tuple[int, int]
+        self, weights: Float[ArrayLike, "B F H N M"], grid: tuple[int, int]
     ) -> Float[Array, "B F H N M"]:
         """Weights of a frame's tokens on those of the first and of the previous frame, M = 2 N."""
 
 
 class VideoText(NamedTuple):
-    """What the image UNet hands on to the transformers as its text."""
+    """The text as the image UNet hands it on to the transformers."""
 
-    tokens: Float[Array, "B L D"]
+    tokens: Float[ArrayLike, "B L D"]
     control: AttentionControl | None = None
 
 
-def frames_of(x: Float[Array, BF * D], batch: int) -> Float[Array, "B F *D"]:
+def frames_of(x: Float[ArrayLike, "BF *D"], batch: int) -> Float[Array, "B F *D"]:
     """The axis of frames apart from that of clips."""
-    return x.reshape(batch, x.shape[0] // batch, *x.shape[1:])
+    return rearrange(x, "(B F) ... -> B F ...", B=batch)
 
 
 def _attend(
     module: Attention,
-    x: Float[Array, "B N D"],
-    context: Float[Array, "B M E"],
-    mask: Bool[Array, "B M"] | None,
+    x: Float[ArrayLike, "B N D"],
+    context: Float[ArrayLike, "B M E"],
+    mask: Bool[ArrayLike, "B M"] | None,
     change: Callable[[Array], Array],
 ) -> Float[Array, "B N D"]:
     """`module` with its weights [B, H, N, M] replaced by `change(weights)`."""
     q, k, v = (
-        jnp.swapaxes(y.reshape(*y.shape[:2], module.num_heads, -1), 1, 2)
+        rearrange(y, "B N (H D) -> B H N D", H=module.num_heads)
         for y in (module.to_q(x), module.to_k(context), module.to_v(context))
-    )  # [B, H, N or M, D/H]
+    )
     logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
     logits = logits * (q.shape[-1] ** -0.5 if module.scale is None else module.scale)
     if mask is not None:
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
     weights = change(jax.nn.softmax(logits, axis=-1)).astype(v.dtype)
-    out = jnp.swapaxes(jnp.einsum("bhnm,bhmd->bhnd", weights, v), 1, 2)  # [B, N, H, D/H]
-    return module.to_out(out.reshape(*out.shape[:2], -1))
+    out = jnp.einsum("bhnm,bhmd->bhnd", weights, v)
+    return module.to_out(rearrange(out, "B H N D -> B N (H D)"))
 
 
 class TemporalAttention(nnx.Module):
@@ -92,11 +95,11 @@ class TemporalAttention(nnx.Module):
         self.norm = nnx.LayerNorm(features, epsilon=1e-5, **policy)
         self.attention = Attention(features, num_heads, zero_init=True, **policy)
 
-    def __call__(self, x: Float[Array, "B F N D"]) -> Float[Array, "B F N D"]:
-        B, F, N, D = x.shape
+    def __call__(self, x: Float[ArrayLike, "B F N D"]) -> Float[Array, "B F N D"]:
+        B, F, _, D = x.shape
         h = self.norm(x) + timestep_embedding(jnp.arange(F), D)[:, None].astype(x.dtype)
-        h = self.attention(jnp.swapaxes(h, 1, 2).reshape(B * N, F, D))  # [B*N, F, D]
-        return x + jnp.swapaxes(h.reshape(B, N, F, D), 1, 2)
+        h = self.attention(rearrange(h, "B F N D -> (B N) F D"))
+        return x + rearrange(h, "(B N) F D -> B F N D", B=B)
 
 
 class TemporalConv(nnx.Module):
@@ -107,8 +110,8 @@ class TemporalConv(nnx.Module):
         channels: int,
         num_groups: int,
         *,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -117,11 +120,10 @@ class TemporalConv(nnx.Module):
         self.conv = linear(3 * channels, rank, **policy)
         self.out = linear(rank, channels, zero_init=True, **policy)
 
-    def __call__(self, x: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
+    def __call__(self, x: Float[ArrayLike, "B F H W C"]) -> Float[Array, "B F H W C"]:
         h = jax.nn.silu(self.norm(x))
-        around = jnp.concatenate(
-            [h[:, :1], h, h[:, -1:]], axis=1
-        )  # the clip's ends see themselves twice
+        # The clip's ends see themselves twice.
+        around = jnp.concatenate([h[:, :1], h, h[:, -1:]], axis=1)
         F = x.shape[1]
         h = jnp.concatenate([around[:, i : i + F] for i in range(3)], axis=-1)  # [B, F, H, W, 3C]
         return x + self.out(self.conv(h))
@@ -136,7 +138,7 @@ class VideoResnet(nnx.Module):
         self.remat = remat
 
     def __call__(
-        self, x: Float[Array, "BF H W C"], temb: Float[Array, "B E"]
+        self, x: Float[ArrayLike, "BF H W C"], temb: Float[ArrayLike, "B E"]
     ) -> Float[Array, "BF H W D"]:
         return recomputed(VideoResnet._run, self, x, temb) if self.remat else self._run(x, temb)
 
@@ -161,18 +163,18 @@ class VideoTransformer(nnx.Module):
         self.remat = remat
 
     def __call__(
-        self, x: Float[Array, "BF H W C"], text: VideoText, mask: Bool[Array, "B L"] | None
+        self, x: Float[ArrayLike, "BF H W C"], text: VideoText, mask: Bool[ArrayLike, "B L"] | None
     ) -> Float[Array, "BF H W C"]:
         if self.remat and text.control is None:
             return recomputed(VideoTransformer._run, self, x, text, mask)
         return self._run(x, text, mask)
 
     def _run(self, x, text, mask):
-        BF, H, W, C = x.shape
-        B = text.tokens.shape[0]
-        F, N, control = BF // B, H * W, text.control
-        h = self.spatial.proj_in(self.spatial.norm(x).reshape(BF, N, C))  # [B*F, N, C]
-        for block, temporal in zip(self.spatial.transformer_blocks, self.temporal):
+        BF, H, W, _ = x.shape
+        B, control = text.tokens.shape[0], text.control
+        F = BF // B
+        h = self.spatial.proj_in(rearrange(self.spatial.norm(x), "BF H W C -> BF (H W) C"))
+        for block, temporal in zip(self.spatial.transformer_blocks, self.temporal, strict=True):
             if block.only_cross_attention:
                 h = h + self._cross(block.attn1, block.norm1(h), text, mask, (H, W))
             elif F == 1 and control is None:
@@ -181,18 +183,17 @@ class VideoTransformer(nnx.Module):
                 h = h + self._sparse_causal(block.attn1, block.norm1(h), B, control, (H, W))
             h = h + self._cross(block.attn2, block.norm2(h), text, mask, (H, W))
             h = h + block.ff(block.norm3(h))
-            h = temporal(h.reshape(B, F, N, C)).reshape(BF, N, C)
-        return x + self.spatial.proj_out(h).reshape(x.shape)
+            h = rearrange(temporal(frames_of(h, B)), "B F N C -> (B F) N C")
+        return x + rearrange(self.spatial.proj_out(h), "BF (H W) C -> BF H W C", H=H)
 
     @staticmethod
     def _sparse_causal(
-        module: Attention, x: Float[Array, "BF N D"], batch: int, control, grid
+        module: Attention, x: Float[ArrayLike, "BF N D"], batch: int, control, grid
     ) -> Float[Array, "BF N D"]:
-        BF, N, D = x.shape
-        frames = x.reshape(batch, -1, N, D)
+        frames = frames_of(x, batch)
         first = jnp.broadcast_to(frames[:, :1], frames.shape)
         previous = jnp.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
-        source = jnp.concatenate([first, previous], axis=2).reshape(BF, 2 * N, D)
+        source = rearrange(jnp.concatenate([first, previous], axis=2), "B F M D -> (B F) M D")
         if control is None:
             return module(x, source)
 
@@ -203,20 +204,20 @@ class VideoTransformer(nnx.Module):
 
     @staticmethod
     def _cross(
-        module: Attention, x: Float[Array, "BF N D"], text: VideoText, mask, grid
+        module: Attention, x: Float[ArrayLike, "BF N D"], text: VideoText, mask, grid
     ) -> Float[Array, "BF N D"]:
-        BF, N, D = x.shape
-        B, L, _ = text.tokens.shape
-        x = x.reshape(B, -1, D)  # all frames read the clip's one text
-        if text.control is None:
-            return module(x, text.tokens, mask).reshape(BF, N, -1)
+        B, F = text.tokens.shape[0], x.shape[0] // text.tokens.shape[0]
+        x = rearrange(x, "(B F) N D -> B (F N) D", B=B)  # all frames read the clip's one text
 
         def change(weights):  # [B, H, F*N, L]
-            return text.control.cross(weights.reshape(B, -1, BF // B, N, L), grid).reshape(
-                weights.shape
-            )
+            apart = rearrange(weights, "B H (F N) L -> B H F N L", F=F)
+            return text.control.cross(apart, grid).reshape(weights.shape)
 
-        return _attend(module, x, text.tokens, mask, change).reshape(BF, N, -1)
+        if text.control is None:
+            out = module(x, text.tokens, mask)
+        else:
+            out = _attend(module, x, text.tokens, mask, change)
+        return rearrange(out, "B (F N) D -> (B F) N D", F=F)
 
 
 class VideoUNet(nnx.Module):
@@ -256,18 +257,18 @@ class VideoUNet(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B F H W C"],
-        t: Shaped[Array, "*B"],
-        text_tokens: Float[Array, "B L D"],
-        text_mask: Bool[Array, "B L"] | None = None,
-        added: Mapping[str, Array] | None = None,
+        x: Float[ArrayLike, "B F H W C"],
+        t: Shaped[ArrayLike, "*B"],
+        text_tokens: Float[ArrayLike, "B L D"],
+        text_mask: Bool[ArrayLike, "B L"] | None = None,
+        added: Mapping[str, ArrayLike] | None = None,
         control: AttentionControl | None = None,
     ) -> Float[Array, "B F H W O"] | tuple[Float[Array, "B F H W O"], Float[Array, "B F H W C"]]:
         """The prediction (with a context head: and the context) of every frame; arguments as the
         image UNet's.
         """
         B = x.shape[0]
-        flat = x.reshape(-1, *x.shape[2:])  # [B*F, H, W, C]
+        flat = rearrange(x, "B F H W C -> (B F) H W C")
         out = self.image.forward(
             flat, self.image.time(t, B, added), VideoText(text_tokens, control), text_mask
         )
@@ -276,14 +277,14 @@ class VideoUNet(nnx.Module):
 
 class VideoContext(nnx.Module):
     """r_phi of clips: each frame's tokens query the text, then each other over the frames; a shift
-    for each frame. The kind `affine` leaves the frames apart: attention isn't linear in x0.
+    for each frame. A kind that is `linear_in_x0` leaves the frames apart: attention isn't linear.
     """
 
     def __init__(self, network: RelationalNetwork, *, rngs: nnx.Rngs):
         self.image = network
         config = network.config
         policy = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
-        mixes = config.kind not in ("none", "affine")
+        mixes = not (config.network.is_zero or config.network.linear_in_x0)
         self.temporal = (
             TemporalAttention(config.width, config.num_heads, **policy) if mixes else None
         )
@@ -295,14 +296,14 @@ class VideoContext(nnx.Module):
 
     def __call__(
         self,
-        x0: Float[Array, "B F H W C"],
-        text_tokens: Float[Array, "B L D"],
-        text_mask: Bool[Array, "B L"],
-        t: Int[Array, B] | None = None,
+        x0: Float[ArrayLike, "B F H W C"],
+        text_tokens: Float[ArrayLike, "B L D"],
+        text_mask: Bool[ArrayLike, "B L"],
+        t: Int[ArrayLike, "B"] | None = None,
     ) -> Float[Array, "B F H W C"]:
         """r, float32."""
         B, F = x0.shape[:2]
-        if self.image.config.kind == "none":
+        if self.image.config.network.is_zero:
             return jnp.zeros(x0.shape, jnp.float32)
         text, mask = (jnp.repeat(a, F, axis=0) for a in (text_tokens, text_mask))
         t = None if t is None else jnp.repeat(t, F, axis=0)
@@ -314,9 +315,8 @@ class VideoContext(nnx.Module):
                 else self.temporal(frames_of(tokens, B)).reshape(tokens.shape)
             )
 
-        return frames_of(
-            self.image(x0.reshape(-1, *x0.shape[2:]), text, mask, t, mix=over_frames), B
-        )
+        flat = rearrange(x0, "B F H W C -> (B F) H W C")
+        return frames_of(self.image(flat, text, mask, t, mix=over_frames), B)
 
 
 class VideoDiffusion(nnx.Module):
@@ -333,13 +333,13 @@ class VideoDiffusion(nnx.Module):
 
     def predict(
         self,
-        x: Float[Array, "B F H W C"],
-        t: Int[Array, B],
-        tokens: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
+        x: Float[ArrayLike, "B F H W C"],
+        t: Int[ArrayLike, "B"],
+        tokens: Float[ArrayLike, "B L D"],
+        mask: Bool[ArrayLike, "B L"],
         control: AttentionControl | None = None,
     ) -> Array | tuple[Array, Array]:
-        """As `ContextDiffusion.predict`."""
+        """The UNet's output for clips, as `ContextDiffusion.predict` for pictures."""
         seen = mask if self.reads_mask else None
         if self.unet.config.addition_embed_type != "text_time":
             return self.unet(x, t, tokens, seen, control=control)

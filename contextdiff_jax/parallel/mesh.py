@@ -22,11 +22,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 # Outermost first: the innermost axes get the nearest devices, for they talk most.
@@ -93,7 +93,8 @@ class MeshConfig:
             for axis in _split(axes):
                 if axis not in AXES:
                     raise ValueError(
-                        f"mesh.rules.{name}={axes!r}: unknown axis {axis!r}; some of {', '.join(AXES)}"
+                        f"mesh.rules.{name}={axes!r}: unknown axis {axis!r}; "
+                        f"some of {', '.join(AXES)}"
                     )
 
 
@@ -122,7 +123,8 @@ def make_mesh(
             [f"mesh.{axis}" for axis in axes] + ["train.accumulation"] * (accumulation > 1)
         )
         raise ValueError(
-            f"train.batch_size={batch_size}: must be a multiple of {product} = {ways * accumulation}"
+            f"train.batch_size={batch_size}: "
+            f"must be a multiple of {product} = {ways * accumulation}"
         )
     return Mesh(_arrange(list(devices), sizes), AXES)
 
@@ -201,9 +203,9 @@ class Target:
 
     @property
     def platform(self) -> str:
-        """Of the mesh, which for a described topology isn't this machine's. Without a mesh the only
-        device's: several devices without one are answered with `unknown`, for nothing says how they
-        share the work.
+        """The mesh's platform, which for a described topology isn't this machine's. Without a mesh
+        the only device's: several devices without one are answered with `unknown`, for nothing says
+        how they share the work.
         """
         if self.mesh is not None:
             return self.mesh.devices.flat[0].platform
@@ -222,7 +224,7 @@ _TARGET: contextvars.ContextVar[Target] = contextvars.ContextVar("target")
 
 @contextlib.contextmanager
 def tracing_for(mesh: Mesh | None, rules: Mapping[str, str] = RULES) -> Iterator[None]:
-    """What is traced inside is compiled for this mesh."""
+    """Makes what is traced inside a program for this mesh."""
     token = _TARGET.set(Target(mesh, rules))
     try:
         yield
@@ -231,11 +233,11 @@ def tracing_for(mesh: Mesh | None, rules: Mapping[str, str] = RULES) -> Iterator
 
 
 def current_target() -> Target:
-    """The one of the innermost `tracing_for`."""
+    """The target of the innermost `tracing_for`."""
     return _TARGET.get(Target())
 
 
-def gathered(params: PyTree, dtype: jnp.dtype) -> PyTree:
+def gathered(params: PyTree, dtype: DTypeLike) -> PyTree:
     """Parameters as the network reads them on the current target: whole along the axes that split
     the batch, and kernels in `dtype`, that of the products, so that half the bytes are sent where
     it is bfloat16.
@@ -281,14 +283,14 @@ _gather.defvjp(
 
 
 def local_mesh() -> Mesh:
-    """This process's devices alone, all along `data`: for what each process does with its own
-    share.
+    """A mesh of this process's devices alone, all along `data`: for what each process does with its
+    own share.
     """
     return make_mesh(MeshConfig(), devices=jax.local_devices())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """On every device, whole."""
+    """The place of what every device holds whole."""
     return NamedSharding(mesh, P())
 
 

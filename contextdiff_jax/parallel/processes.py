@@ -22,9 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-from jax._src import (
-    distributed,
-)  # the coordination service's client has no public name; Orbax uses this one too
+
+# The coordination service's client has no public name; Orbax uses this one too.
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 LOGGER = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ def start(
         address, count, index = given
         if not 0 <= index < count or ":" not in address:
             raise ValueError(
-                f"{names[0]}={address}, {names[2]}={index}: must be HOST:PORT and lie in 0..{count - 1}"
+                f"{names[0]}={address}, {names[2]}={index}: "
+                f"must be HOST:PORT and lie in 0..{count - 1}"
             )
         if count == 1:
             return "alone"
@@ -164,25 +165,51 @@ def disagreement(what: str, entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT as an orderly stop: called at every step, it says whether this is the
-    last. Many processes stop at the same step, whichever of them got the signal.
+    """SIGTERM, SIGINT and a closed terminal (SIGHUP, but under nohup) as an orderly stop: called at
+    every step, it says whether this is the last. Many processes stop at the same step, whichever of
+    them got the signal.
+
+    Schedulers repeat SIGTERM (`timeout` sends two), so only a second SIGINT, a second or more after
+    the first, ends the process at once. `close` gives the signals back, unless one came: then the
+    process is about to end.
     """
 
     def __init__(self):
         self._came, self._many = False, jax.process_count() > 1
+        self._first_ctrl_c = float("inf")
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
         if self._many:  # JAX itself listens to SIGTERM and agrees on the step
-            signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-            return
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+            numbers.remove(signal.SIGTERM)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
 
     def _note(self, number, _):
-        LOGGER.info("%s: saving, then stopping", signal.Signals(number).name)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        self._came = True
+        if number == signal.SIGHUP:  # what is written to a terminal that is gone is an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for terminal in self._terminals:
+                os.dup2(nowhere, terminal)
+        if self._many:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        first, self._came = not self._came, True
+        if first:
+            LOGGER.info("%s: saving, then stopping", signal.Signals(number).name)
+        if number == signal.SIGINT:
+            if time.monotonic() - self._first_ctrl_c > 1:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self._first_ctrl_c = min(self._first_ctrl_c, time.monotonic())
 
     def __call__(self, step: int = 0) -> bool:
         return multihost_utils.reached_preemption_sync_point(step) if self._many else self._came
+
+    def close(self) -> None:
+        """Gives the signals back to whoever had them."""
+        if not self._came:
+            for number, handler in self._before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
 
 class PeerWatch:
@@ -221,9 +248,8 @@ class PeerWatch:
             text = " ".join(str(error).split())
             if STATUS.match(text):
                 self._silence = 4 * self._interval
-                time.sleep(
-                    2 * self._silence
-                )  # the thread ends the process when it knows who it was
+                # The thread ends the process when it knows who it was.
+                time.sleep(2 * self._silence)
             self._failed = text
             self._publish()
             _end(f"process {self._me}: {self._failed}")
@@ -232,7 +258,7 @@ class PeerWatch:
             self._client.key_value_delete(f"{self.FOLDER}/{self._me}")  # done, not lost
 
     def __call__(self, doing: str) -> None:
-        """This process goes on to something else."""
+        """Notes that this process goes on to something else."""
         self._count, self._doing, self._since = self._count + 1, doing, time.monotonic()
 
     def _publish(self) -> None:
@@ -265,7 +291,7 @@ class PeerWatch:
                 _end(problem)
 
     def _problem(self, entries: list[dict], now: float) -> str:
-        """What is wrong with a peer, or ''."""
+        """The line that says what is wrong with a peer, or ''."""
         for entry in entries:
             if entry["failed"]:
                 return f"{entry['who']} failed: {entry['failed']}"
@@ -273,7 +299,10 @@ class PeerWatch:
             if beat != entry["beat"]:
                 self._seen[entry["who"]] = entry["beat"], now
             elif now - self._seen[entry["who"]][1] > self._silence:
-                return f"{entry['who']} is lost: not heard of for {self._silence:g} s, last seen {entry['doing']}"
+                return (
+                    f"{entry['who']} is lost: not heard of for {self._silence:g} s, "
+                    f"last seen {entry['doing']}"
+                )
         # Where nobody is behind, all may be compiling or saving, which takes what it takes.
         behind = len({entry["count"] for entry in entries}) > 1
         if now - self._since > self._timeout * (1 if behind else 4):

@@ -128,8 +128,13 @@ def train_autoencoder(
         in_shardings=(shardings, place),
         out_shardings=shardings,
     )
-    log, asked_to_stop = MetricsLog(workdir, int(state.step)), StopSignal()
-    with closing(manager), closing(loader), closing(log):
+    log = MetricsLog(workdir, int(state.step))
+    with (
+        closing(StopSignal()) as asked_to_stop,
+        closing(loader),
+        closing(log),
+        checkpoints.closing(manager, workdir),
+    ):
         first = int(state.step)
         for step in tqdm(
             range(first + 1, train.steps + 1), initial=first, total=train.steps, disable=None
@@ -174,7 +179,8 @@ def finish(vae: VAE, data: DataConfig, workdir: pathlib.Path, seed: int = 0) -> 
     )
     scaling_factor = float(1 / np.sqrt(means.var() + variances.mean()))
     vae.config = vae.config.__class__(**{**vars(vae.config), "scaling_factor": scaling_factor})
-    save_vae(vae, workdir / "vae")
+    with checkpoints.writing(workdir, "vae"):
+        save_vae(vae, workdir / "vae")
 
     heldout = make_source(data, "heldout")
     records = [
@@ -188,7 +194,8 @@ def finish(vae: VAE, data: DataConfig, workdir: pathlib.Path, seed: int = 0) -> 
     every = max(1, len(images) // _SHOWN)
     captions = [text for record in records[::every] for text in (record["caption"], "decoded")]
     grid = pictures.caption_grid(shown[::every].reshape(-1, *images.shape[1:]), captions, columns=8)
-    grid.save(workdir / "reconstructions.png")
+    with checkpoints.writing(workdir, "reconstructions.png"):
+        grid.save(workdir / "reconstructions.png")
     report = {
         "scaling_factor": scaling_factor,
         "latent_mean": float(means.mean()),
@@ -245,6 +252,7 @@ def _open_state(
     """(manager, state, shardings): a new state, or the newest checkpoint of the same run."""
     abstract = jax.eval_shape(lambda: init_state(settings))
     shardings = state_shardings(mesh, abstract, settings.mesh.rules)
+    checkpoints.set_damaged_aside(workdir)
     manager = checkpoints.open_manager(workdir, settings.train.keep_checkpoints)
     checkpoints.check_shapes(manager, workdir, abstract)
     checkpoints.claim_workdir(workdir, config)

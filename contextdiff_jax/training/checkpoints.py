@@ -23,70 +23,24 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
+from safetensors import SafetensorError
 
 from contextdiff_jax.cli import RunError, is_remote
-from contextdiff_jax.files import write_json
+from contextdiff_jax.parallel.processes import is_first
 from contextdiff_jax.training.state import TrainState
+from contextdiff_jax.training.workdir import FREE_FIELDS as FREE_FIELDS
+from contextdiff_jax.training.workdir import claim_workdir as claim_workdir
+from contextdiff_jax.training.workdir import flatten as flatten
 
 LOGGER = logging.getLogger(__name__)
 MANIFEST, METADATA = "manifest.json", "_CHECKPOINT_METADATA"
-# Fields that a run may change when it goes on: they don't alter what a step computes.
-FREE_FIELDS = (
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.sample_every",
-    "train.keep_best",
-    "train.best_metric",
-    "train.max_nonfinite",
-    "train.peer_timeout",
-    "data.path",
-    "data.max_pixels",
-    "data.index_folder",
-    "data.num_workers",
-    "data.prefetch",
-    "mesh.",
-    "sample.",
-)
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'train.steps': 1000, ...}"""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
-def claim_workdir(
-    workdir: pathlib.Path,
-    config: Mapping[str, Any],
-    free: tuple[str, ...] = FREE_FIELDS,
-    write: bool = True,
-) -> None:
-    """Writes config.json, or checks that the one there is of the same run (but for `free` fields).
-
-    Raises ValueError naming the first field that differs.
-    """
-    path = workdir / "config.json"
-    new = flatten(config)
-    if path.exists():
-        old = flatten(json.loads(path.read_text()))
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name) and not name.startswith(free):
-                raise ValueError(
-                    f"--workdir={workdir}: holds another config's run, {name} is {old.get(name)!r} there and "
-                    f"{new.get(name)!r} here; choose another workdir or that config"
-                )
-    if not write:
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
+# A full disk comes as OSError, or from TensorStore's threads as ValueError or JaxRuntimeError with
+# its text.
+_SAVING = OSError, ValueError, jax.errors.JaxRuntimeError
+_REASONS = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)]
 
 
 def _digest(path: pathlib.Path) -> list:
@@ -137,26 +91,33 @@ def _seal(folder: pathlib.Path) -> None:
             (path / MANIFEST).write_text(json.dumps({"files": files, "digest": total}))
 
 
-def damage(folder: pathlib.Path) -> str:
-    """What is wrong with the checkpoint in `folder` ('' if nothing is)."""
+def damage(folder: pathlib.Path, contents: bool = True) -> str:
+    """What is wrong with the checkpoint in `folder` ('' if nothing is); without `contents` only
+    whether files are missing, which reads none of them.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files, total = manifest["files"], manifest["digest"]
-    except FileNotFoundError:
-        LOGGER.warning("%s: has no %s, so it can't be verified", folder, MANIFEST)
-        # saved before there were manifests: they are written before a checkpoint gets its name
-        return ""
+    except FileNotFoundError:  # it is written before a checkpoint gets its name
+        return f"it has no {MANIFEST}, so it was copied in part"
+    except NotADirectoryError:
+        return "it is a file"
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is damaged"
     if hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest() != total:
         return f"{MANIFEST} is damaged"
+    for name in files:
+        if not (folder / name).exists():
+            return f"{name} is missing"
+    if not contents:
+        return ""
     try:
         there = _digests(folder)
     except ValueError:
         return f"{METADATA} is damaged"
+    except FileNotFoundError as error:  # a run that goes on has deleted it meanwhile
+        return f"{error.filename} is missing"
     for name, wanted in files.items():
-        if name not in there:
-            return f"{name} is missing"
         if there[name] != wanted:
             (size, _), (old, _) = there[name], wanted
             return f"{name} is damaged: " + (
@@ -191,18 +152,31 @@ def newest_good(workdir: pathlib.Path) -> int | None:
 
 
 def set_damaged_aside(workdir: pathlib.Path) -> None:
-    """Moves the checkpoints that are newer than the newest whole one to `workdir`/damaged, so that
-    a run that resumes can save those steps again.
+    """Moves damaged checkpoints to `workdir`/damaged, so that a run that resumes can save those
+    steps again. What is older than the newest whole one must only have all its files. Where none is
+    whole, metrics.jsonl moves, too, and training begins anew. All processes of a run call it.
     """
-    good = newest_good(workdir)
+    if is_first():
+        _set_aside(workdir)
+    multihost_utils.sync_global_devices("checkpoints verified")
+
+
+def _set_aside(workdir: pathlib.Path) -> None:
+    good, aside = newest_good(workdir), []
     for step in _steps(workdir):
-        if step == good:
-            return
-        target = workdir / "damaged" / str(step)
+        folder = _folder(workdir) / str(step)
+        if good is None or step > good or (step < good and damage(folder, contents=False)):
+            aside.append(folder)
+    log = epath.Path(workdir) / "metrics.jsonl"
+    if aside and good is None:
+        LOGGER.warning("%s: none is whole; training begins at step 0", _folder(workdir))
+        aside += [log] * log.exists()
+    for path in aside:
+        target = workdir / "damaged" / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         while target.exists():
             target = target.with_name(target.name + "_")
-        (_folder(workdir) / str(step)).rename(target)
+        path.rename(target)
 
 
 def open_manager(
@@ -243,24 +217,27 @@ def closing(manager: ocp.CheckpointManager, workdir: pathlib.Path) -> Iterator[N
     try:
         yield
     finally:
-        with _writing(workdir):
+        with writing(workdir, "checkpoints: a checkpoint", _SAVING):
             manager.close()
 
 
 @contextlib.contextmanager
-def _writing(workdir: pathlib.Path) -> Iterator[None]:
-    # A full disk comes as OSError, or from TensorStore's threads as ValueError or XlaRuntimeError
-    # with its text.
+def writing(
+    workdir: pathlib.Path,
+    what: str,
+    errors: tuple[type[Exception], ...] = (OSError, SafetensorError),
+) -> Iterator[None]:
+    """Turns what goes wrong in writing `workdir`/`what` into a RunError, one line, with the
+    checkpoint that is kept.
+    """
     try:
         yield
-    except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
-        kept = next((f"step {step} is kept" for step in _steps(workdir)), "there is none before")
+    except errors as error:
+        kept = next((f"step {step} is kept" for step in _steps(workdir)), "no checkpoint is there")
         text = " ".join(str(error).split())
-        full = os.strerror(errno.ENOSPC)
-        reason = full if full in text else text[:300]  # TensorStore says it after three paths
-        raise RunError(
-            f"{workdir}/checkpoints: a checkpoint could not be written: {reason}; {kept}"
-        ) from error
+        # TensorStore says it after three paths.
+        reason = next((reason for reason in _REASONS if reason in text), text[:300])
+        raise RunError(f"{workdir}/{what} could not be written: {reason}; {kept}") from error
 
 
 def save(
@@ -273,7 +250,7 @@ def save(
     arguments = ocp.args.Composite(
         state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data_state))
     )
-    with _writing(manager.directory.parent):
+    with writing(manager.directory.parent, "checkpoints: a checkpoint", _SAVING):
         manager.save(int(state.step), args=arguments, metrics=dict(metrics) if metrics else None)
 
 
@@ -374,5 +351,7 @@ def restore_weights(
 def _required(workdir: pathlib.Path) -> int:
     step = newest_good(workdir)
     if step is None:
-        raise ValueError(f"--workdir={workdir}: has no finished checkpoint yet")
+        steps = ", ".join(map(str, _steps(workdir)))
+        lack = f"all its checkpoints are damaged ({steps})" if steps else ""
+        raise ValueError(f"--workdir={workdir}: {lack or 'has no finished checkpoint yet'}")
     return step

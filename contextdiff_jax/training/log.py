@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pathlib
+import queue
+import socket
+import threading
+import time
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter, directory_check
+from tensorboardX.summary import scalar
 
 from contextdiff_jax.cli import is_remote
+from contextdiff_jax.files import read_lines, replacing
 from contextdiff_jax.parallel.chips import CHIPS
 from contextdiff_jax.parallel.processes import is_first
+from contextdiff_jax.training.checkpoints import writing
 from contextdiff_jax.training.state import METRICS
 
 LOGGER = logging.getLogger(__name__)
@@ -27,32 +36,80 @@ class MetricsLog:
         self.path = workdir / "metrics.jsonl"
         if not is_first():
             return
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self._text = "".join(line + "\n" for line in kept)
-        self.path.write_text(self._text)
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=step + 1)
+        rows = read_lines(self.path) if self.path.exists() else []
+        self._text = "".join(
+            json.dumps(row) + "\n" for row in rows if row.get("step", step) <= step
+        )
+        with writing(workdir, self.path.name), replacing(self.path) as file:
+            file.write_text(self._text)
+        self._events = Events(str(workdir / "events"), first=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Logs `values` at `step`; in the first process only."""
+        """Logs `values` at `step`; in the first process only. RunError for a full disk."""
         self.last = values
         if not is_first():
             return
         line = json.dumps({"step": step, **values}) + "\n"
         self._text += line
-        if is_remote(self.path):  # an object can't be added to
-            self.path.write_text(self._text)
-        else:
-            with self.path.open("a") as file:
-                file.write(line)
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        with writing(self.path.parent, self.path.name):
+            if is_remote(self.path):  # an object can't be added to
+                self.path.write_text(self._text)
+            else:
+                with self.path.open("a") as file:
+                    file.write(line)
+        self._events.add(step, values)
         LOGGER.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
     def close(self) -> None:
-        """Flushes the events."""
+        """Writes the events that are left; a disk that hangs is given up."""
         if is_first():
             self._events.close()
+
+
+class Events:
+    """TensorBoard's event file, written by a thread of its own. A full or hanging disk ends the
+    events, with one warning; it never holds up or ends the run, as tensorboardX's queue does.
+    """
+
+    FLUSH_SECONDS = 30
+
+    def __init__(self, folder: str, first: int):
+        """`first`: TensorBoard hides what an earlier run logged at this step and later ones."""
+        self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._put(Event(step=first, file_version="brain.Event:2"))
+        self._put(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+        self._thread = threading.Thread(target=self._run, args=(folder,), daemon=True)
+        self._thread.start()
+
+    def _put(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._queue.put(event)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Hands the values over; returns at once."""
+        if self._thread.is_alive():
+            for name, value in values.items():
+                self._put(Event(step=step, summary=scalar(name, value)))
+
+    def close(self, seconds: float = 10) -> None:
+        """Waits until all is written, but not for longer than `seconds`."""
+        self._queue.put(None)
+        self._thread.join(seconds)
+
+    def _run(self, folder: str) -> None:
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        try:
+            directory_check(folder)
+            with contextlib.closing(RecordWriter(f"{folder}/{name}")) as writer:
+                due = 0.0
+                while (event := self._queue.get()) is not None:
+                    writer.write(event.SerializeToString())
+                    if self._queue.empty() and time.monotonic() >= due:
+                        writer.flush()
+                        due = time.monotonic() + self.FLUSH_SECONDS
+        # A bucket's library raises what it likes. Training goes on, whatever it is.
+        except Exception as error:
+            LOGGER.warning("%s: no more events are written: %s", folder, error)
 
 
 def averages(sums: dict[str, jax.Array]) -> dict[str, float]:

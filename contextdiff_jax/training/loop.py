@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 from orbax.checkpoint import CheckpointManager
@@ -81,9 +80,10 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
     )
 
     log, reporter = MetricsLog(workdir, first), Reporter(settings, workdir, tokenizer, mesh, frozen)
-    guard, asked_to_stop = FiniteGuard(settings, config, workdir, state), StopSignal()
+    guard = FiniteGuard(settings, config, workdir, state)
     # Closed whatever happens: the manager's `close` waits for the save that is under way.
     with (
+        closing(StopSignal()) as asked_to_stop,
         PeerWatch(every.peer_timeout) as watch,
         closing(loader),
         closing(log),
@@ -126,7 +126,8 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
                 guard.check(state)
                 watch(f"saving step {step}")
                 checkpoints.save(manager, state, loader.get_state(), log.last)
-            if every.sample_every and step % every.sample_every == 0 or end:
+            due = every.sample_every and step % every.sample_every == 0
+            if end or (due and not last):  # told to stop, there may be no time for pictures
                 watch(f"sampling after step {step}")
                 reporter(state, step)
                 window_start, window_steps = time.perf_counter(), 0
@@ -184,9 +185,7 @@ def open_state(
     """
     abstract = jax.eval_shape(lambda: init_state(settings))
     shardings = state_shardings(mesh, abstract, settings.mesh.rules)
-    if is_first():
-        checkpoints.set_damaged_aside(workdir)
-    multihost_utils.sync_global_devices("checkpoints verified")
+    checkpoints.set_damaged_aside(workdir)
     keep = settings.train
     manager = checkpoints.open_manager(
         workdir, keep.keep_checkpoints, best=keep.keep_best, metric=keep.best_metric
@@ -323,13 +322,15 @@ class Reporter:
         images = pipeline.text_to_image(self._prompts, seed=self._settings.seed)
         if not is_first():
             return
-        folder = self._workdir / "samples"
-        folder.mkdir(exist_ok=True)
         grid = pictures.caption_grid(images, self._prompts, columns=4, scale=None)
-        with (folder / f"{step:08d}.png").open("wb") as file:
-            grid.save(file, format="PNG")
+        with checkpoints.writing(self._workdir, f"samples/{step:08d}.png"):
+            (self._workdir / "samples").mkdir(exist_ok=True)
+            with replacing(self._workdir / "samples" / f"{step:08d}.png") as path:
+                with path.open("wb") as file:
+                    grid.save(file, format="PNG")
         with (
-            tempfile.TemporaryDirectory() as scratch
+            checkpoints.writing(self._workdir, "curves.png"),
+            tempfile.TemporaryDirectory() as scratch,
         ):  # drawn from and to local files, wherever the workdir is
             local = pathlib.Path(scratch)
             (local / "metrics.jsonl").write_text((self._workdir / "metrics.jsonl").read_text())
