@@ -172,25 +172,17 @@ def test_a_training_step_and_a_sampling_program_are_traced_once():
     after, _ = jax.eval_shape(step, state, batch, null)
     jax.eval_shape(step, after, batch, null)
 
-    options = dict(
-        prediction_type="v",
-        shift="quadratic",
-        sampler="ddim",
-        steps=2,
-        eta=0.0,
-        spacing="trailing",
-        guidance=2.0,
-    )
-    graph, run = model_graph(settings), make_sampler(settings.diffusion.make_schedule(), **options)
+    graph, run = model_graph(settings), program(settings, 2.0)
 
     @jax.jit
     @chex.assert_max_traces(n=1)
     def sample(params, *inputs):
         return run(nnx.merge(graph, params), *inputs)
 
-    x, texts = np.zeros((B, 16, 16, 3), np.float32), [*captions(B).values(), *null.values()]
-    for params, seed in ((state.params, 0), (after.params, 1)):
-        jax.eval_shape(sample, params, x + seed, jax.random.key(seed), *texts)
+    # Another guidance scale or other timesteps are the same program.
+    x, text = np.zeros((B, 16, 16, 3), np.float32), captions(B).values()
+    for params, first in ((state.params, 49), (after.params, 40)):
+        jax.eval_shape(sample, params, x + first, *text, np.array([first, 12]))
 
 
 def test_the_shared_part_is_computed_once_a_group(tiny):
