@@ -19,14 +19,15 @@ from absl import flags
 
 from contextdiff_jax import cli
 from contextdiff_jax.files import replacing
+from contextdiff_jax.seeds import LARGEST
 
-PLAN = flags.DEFINE_string(
+PLAN = cli.define_path(
     "plan", None, "Python file with get_plan(): see contextdiff_jax/experiments/plan.py."
 )
-OUT = flags.DEFINE_string(
+OUT = cli.define_path(
     "out", "docs/results", "Folder of PLAN.md and of the cells' files, PLAN/VARIANT-SEED.json."
 )
-WORKDIR = flags.DEFINE_string(
+WORKDIR = cli.define_path(
     "workdir", "runs/experiments", "Folder of the cells' runs, PLAN/VARIANT-SEED."
 )
 VARIANTS = flags.DEFINE_list("variants", [], "Only these; default: the plan's.")
@@ -39,10 +40,12 @@ def main() -> None:
     """Parses, runs what is missing, writes the page."""
     if not PLAN.value:
         raise ValueError("--plan: missing; as in --plan=configs/experiments/shapes.py")
-    if not all(seed.isdecimal() for seed in SEEDS.value):
+    if not all(seed.isdecimal() and int(seed) <= LARGEST for seed in SEEDS.value):
         raise ValueError(
-            f"--seeds={','.join(SEEDS.value)}: must be numbers from 0 on, as in --seeds=5,6"
+            f"--seeds={','.join(SEEDS.value)}: must be numbers from 0 to 2^64 - 1, as in --seeds=5,6"
         )
+    out = cli.output_folder("out", OUT.value)
+    workdir = cli.output_folder("workdir", WORKDIR.value) / pathlib.Path(PLAN.value).stem
 
     from contextdiff_jax.experiments.plan import load_plan
     from contextdiff_jax.experiments.results import write_page
@@ -56,7 +59,6 @@ def main() -> None:
         ]  # raises for a name that isn't there
         names = {cell.variant for cell in unknown}
         cells = [cell for cell in plan.cells() if not names or cell.variant in names]
-    out, workdir = pathlib.Path(OUT.value), pathlib.Path(WORKDIR.value) / name
     (out / name).mkdir(parents=True, exist_ok=True)
     cli.set_compilation_cache(workdir)
     for cell in cells:

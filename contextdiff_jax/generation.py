@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, PyTree, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.models.contextdiff import Frozen, make_sampler
 from contextdiff_jax.parallel.mesh import place, replicated, tracing_for
 from contextdiff_jax.programs import kept
+from contextdiff_jax.seeds import random_key
 from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.state import build_model, model_graph
@@ -37,9 +38,9 @@ def configured_sampler(settings: Settings, options: SampleConfig) -> Callable:
 
 def make_pictures(
     settings: Settings, options: SampleConfig, mesh: Mesh | None = None
-) -> Callable[..., UInt8[Array, "N H W 3"]]:
+) -> Callable[..., tuple[UInt8[Array, "N H W 3"], Bool[Array, N]]]:
     """The jitted program `pictures(params, frozen, noise_key, numbers, key, ids, mask, null_ids,
-    null_mask)`, keys as data.
+    null_mask)`, keys as data: the pictures, and which of them are of finite values.
     """
     sample = configured_sampler(settings, options)
     graph = model_graph(settings)
@@ -54,9 +55,13 @@ def make_pictures(
             x0 = sample(
                 build_model(graph, params, frozen), x_T, jax.random.wrap_key_data(key), *text
             )
-        return to_uint8(x0)
+        return to_uint8(x0), jnp.isfinite(x0).all((1, 2, 3))
 
     return jax.jit(pictures, out_shardings=None if mesh is None else replicated(mesh))
+
+
+class NotFiniteError(ValueError):
+    """Samples that would be black pictures: the networks, or the guidance, ran away."""
 
 
 class Generator:
@@ -81,9 +86,8 @@ class Generator:
         self._frozen = load_frozen(settings) if frozen is None else frozen
         self._make = functools.cache(functools.partial(make_pictures, settings, self.options, mesh))
         self._programs, self._mesh = programs, mesh
-        if programs is None:
-            # refuses options that don't fit the schedule now, not when the first pictures are due
-            self._make()
+        # refuses options that don't fit the schedule now, not when the first pictures are due
+        configured_sampler(settings, self.options)
 
     def __call__(
         self,
@@ -99,7 +103,7 @@ class Generator:
 
         `first`: the number of the first prompt, of one that has a share of a longer list.
 
-        Raises ValueError for an empty list of prompts.
+        Raises ValueError for an empty list of prompts, NotFiniteError for a picture that is none.
         """
         if not prompts:
             raise ValueError(
@@ -107,7 +111,7 @@ class Generator:
             )
         length = self._settings.data.max_length
         null_ids, null_mask = self._tokenizer.encode([""], length)
-        noise_key, sampler_key = jax.random.split(jax.random.key(seed))
+        noise_key, sampler_key = jax.random.split(random_key(seed))
         images, run = [], None
         starts = range(0, len(prompts), batch_size)
         for start in tqdm(
@@ -136,11 +140,16 @@ class Generator:
                 null_mask,
             )
             run = run or self._program(arguments)
-            made = run(*arguments)
-            images.append(np.asarray(made)[:real])
+            made, finite = (np.asarray(array)[:real] for array in run(*arguments))
+            if not finite.all():
+                raise NotFiniteError(
+                    f"{real - finite.sum()} of {real} pictures, the first for {part[finite.argmin()]!r}: their values "
+                    f"are not finite; lower the guidance, {self.options.guidance}, or train with a lower learning rate"
+                )
+            images.append(made)
         return np.concatenate(images)
 
-    def _program(self, arguments: tuple) -> Callable[..., UInt8[Array, "N H W 3"]]:
+    def _program(self, arguments: tuple) -> Callable:
         if self._programs is None:
             return self._make()
         options = dataclasses.replace(self.options, prompts=())

@@ -247,6 +247,7 @@ def test_a_run_of_another_config_or_model_is_not_resumed(tmp_path):
         "--config=configs/base.py",
         f"--workdir={done}",
         "--config.train.steps=3",
+        "--config.train.sample_every=500",  # and at the end
         tiny=True,
     )
     assert first.returncode == 0, first.stderr

@@ -157,10 +157,12 @@ def find_files(path: str, pattern: str, kind: str) -> list[pathlib.Path]:
     """The files of the folder `path` that the glob `data.metadata` names, sorted. ValueError if
     there are none.
     """
-    root = pathlib.Path(path)
+    root, relative = pathlib.Path(path), pathlib.PurePath(pattern)
     if not root.is_dir():
         raise ValueError(f"data.path={path!r}: is not a folder")
-    files = sorted(root.glob(pattern))
+    if relative.is_absolute():  # which no folder's glob takes
+        root, relative = pathlib.Path(relative.anchor), relative.relative_to(relative.anchor)
+    files = sorted(root.glob(str(relative)))
     if not files:
         raise ValueError(f"data.metadata={pattern!r}: no such {kind} in {path}")
     return files

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from contextdiff_jax.pretrained.files import read_json
+
 # Added to data.scene_seed, to which `metrics.splits` adds 1: neither trained on, evaluated on, nor
 # a classifier's.
 VALIDATION_SCENES = 2
@@ -145,8 +147,8 @@ class Cell:
         path = folder / f"{self.name}.json"
         if not path.exists():
             return None
-        result = json.loads(path.read_text())
-        return result if result["config_hash"] == self.config_hash else None
+        result = read_json(path, "a cell's results")
+        return result if result.get("config_hash") == self.config_hash else None
 
 
 def load_plan(path: str) -> Plan:

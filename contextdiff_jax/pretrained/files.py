@@ -91,7 +91,7 @@ def read_json(path: Path, expected: str) -> dict:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; expected {expected}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a deeply nested file is the latter
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a JSON object; expected {expected}")

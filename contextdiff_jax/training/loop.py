@@ -33,7 +33,7 @@ from contextdiff_jax.data import (
     make_source,
 )
 from contextdiff_jax.files import replacing
-from contextdiff_jax.generation import Generator
+from contextdiff_jax.generation import Generator, NotFiniteError
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
 from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, is_first
@@ -123,7 +123,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
                 guard.check(state)
                 watch(f"saving step {step}")
                 checkpoints.save(manager, state, loader.get_state(), log.last)
-            if every.sample_every and step % every.sample_every == 0 or end:
+            if end or (every.sample_every and step % every.sample_every == 0):
                 watch(f"sampling after step {step}")
                 reporter(state, step)
                 window_start, window_steps = time.perf_counter(), 0
@@ -289,7 +289,9 @@ def with_empty_metrics(state: TrainState, shardings: TrainState) -> TrainState:
 
 
 class Reporter:
-    """Every `sample_every` steps: a grid of captioned samples of the EMA weights, and the curves."""
+    """Every `sample_every` steps, and at the end: a grid of captioned samples of the EMA weights,
+    unless `sample_every` is 0, and the curves.
+    """
 
     def __init__(
         self,
@@ -300,18 +302,26 @@ class Reporter:
         frozen: Frozen,
     ):
         self._settings, self._workdir = settings, workdir
-        self._generator = Generator(settings, tokenizer, frozen=frozen, mesh=mesh)
-        self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
+        self._generator = None
+        if settings.train.sample_every:
+            self._generator = Generator(settings, tokenizer, frozen=frozen, mesh=mesh)
+            self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
 
     def __call__(self, state: TrainState, step: int) -> None:
-        images = self._generator(state.ema, self._prompts, seed=self._settings.seed)
+        images = None
+        if self._generator is not None:
+            try:
+                images = self._generator(state.ema, self._prompts, seed=self._settings.seed)
+            except NotFiniteError as error:  # no reason to end the training
+                LOGGER.warning("no samples of step %d: %s", step, error)
         if not is_first():
             return
-        folder = self._workdir / "samples"
-        folder.mkdir(exist_ok=True)
-        grid = pictures.caption_grid(images, self._prompts, columns=4, scale=None)
-        with (folder / f"{step:08d}.png").open("wb") as file:
-            grid.save(file, format="PNG")
+        if images is not None:
+            folder = self._workdir / "samples"
+            folder.mkdir(exist_ok=True)
+            grid = pictures.caption_grid(images, self._prompts, columns=4, scale=None)
+            with (folder / f"{step:08d}.png").open("wb") as file:
+                grid.save(file, format="PNG")
         with (
             tempfile.TemporaryDirectory() as scratch
         ):  # drawn from and to local files, wherever the workdir is
