@@ -19,8 +19,9 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from contextdiff_jax.seeds import LARGEST
+from contextdiff_jax.keys import LARGEST
 
+flags.disclaim_key_flags()  # --help of a command shows what it defines by the functions below
 CONFIG = None
 # Fields of configs that name files or folders.
 PATHS = (
@@ -72,14 +73,15 @@ def read_config() -> dict[str, Any]:
     return config
 
 
-def expand(path: str, name: str = "path") -> str:
+def expand(path: str, name: str) -> str:
     """`path` with `~` and `~user` as the home folder, which the shell leaves alone in --flag=~/x.
 
-    Raises ValueError, naming the flag or field `name`, for a user that there is none of.
+    Raises ValueError, naming the field `name` if it isn't empty, where there is no such user.
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise ValueError(f"{name}={path}: there is no such user; write ./{path} for such a name")
+        where = f"{name}={path}: " if name else ""
+        raise ValueError(f"{where}there is no such user; write ./{path} for such a name")
     return expanded
 
 
@@ -87,7 +89,7 @@ class _Path(flags.ArgumentParser):
     """A path, with `~` as the home folder."""
 
     def parse(self, argument: str) -> str:
-        return expand(argument)
+        return expand(argument, "")
 
     def flag_type(self) -> str:
         return "path"
@@ -120,26 +122,27 @@ def define_seed(help: str) -> flags.FlagHolder:
     return flags.DEFINE_integer("seed", 0, help, lower_bound=0, upper_bound=LARGEST)
 
 
-def output_folder(flag: str, value: str | None) -> pathlib.Path:
+def output_folder(flag: str, value: str | None, file: str = "") -> pathlib.Path:
     """The folder that `--flag=value` names, once it is known that files can be written there.
 
-    To be called before the work whose results it is for. Makes nothing. Raises ValueError, naming
-    the flag, for a file, a bucket, and a place that can't be written.
+    To be called before the work whose results it is for. Makes nothing. `file`: what the flag says
+    if that is a file in the folder. Raises ValueError, naming the flag, for a file in the folder's
+    place, a bucket, and a place that can't be written.
     """
     if not value:
         raise ValueError(f"--{flag}: missing; name the folder to write to")
-    path = pathlib.Path(value)
-    if "://" in value:
-        raise ValueError(f"--{flag}={value}: is remote; this command writes to local folders only")
+    path, given = pathlib.Path(value), f"--{flag}={file or value}"
+    if "://" in given:
+        raise ValueError(f"{given}: is remote; this command writes to local folders only")
     there = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
     if not there.is_dir():
-        what = "a file" if there == path else f"below {there}, which is no folder"
-        raise ValueError(f"--{flag}={value}: is {what}; name a folder")
+        what = "is a file" if there == path and not file else f"lies below {there}, a file"
+        raise ValueError(f"{given}: {what}; name another folder")
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise ValueError(f"--{flag}={value}: can't be written ({error.strerror})") from None
+        raise ValueError(f"{given}: can't be written ({error.strerror})") from None
     return path
 
 
@@ -148,13 +151,15 @@ def output_file(flag: str, value: str, suffixes: Sequence[str] = ()) -> pathlib.
     `suffixes` (none: anything will do).
     """
     path = pathlib.Path(value or "")
+    if not value:
+        raise ValueError(f"--{flag}: missing; name a file")
     if not path.name or path.is_dir() or value.endswith("/"):
         raise ValueError(f"--{flag}={value}: is a folder; name a file")
     if suffixes and path.suffix.lower() not in suffixes:
         raise ValueError(f"--{flag}={value}: must end in one of {', '.join(suffixes)}")
     if path.exists() and not os.access(path, os.W_OK):
         raise ValueError(f"--{flag}={value}: can't be written (it is read-only)")
-    output_folder(flag, str(value if "://" in value else path.parent))
+    output_folder(flag, str(path.parent), value)
     return path
 
 

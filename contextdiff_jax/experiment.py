@@ -19,7 +19,7 @@ from absl import flags
 
 from contextdiff_jax import cli
 from contextdiff_jax.files import replacing
-from contextdiff_jax.seeds import LARGEST
+from contextdiff_jax.keys import LARGEST
 
 PLAN = cli.define_path(
     "plan", None, "Python file with get_plan(): see contextdiff_jax/experiments/plan.py."

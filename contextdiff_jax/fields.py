@@ -31,7 +31,7 @@ def strict(cls: type, section: str, values: Mapping[str, Any], **filled: Any) ->
     hints, found = typing.get_type_hints(cls), {}
     if not isinstance(values, Mapping):
         raise ValueError(
-            f"{section}={values!r}: must be a section with the fields {', '.join(types)}"
+            f"{section}={values!r}: must be a section with the fields {', '.join(hints)}"
         )
     for name, value in values.items():
         if name not in hints:
@@ -52,8 +52,7 @@ def check_types(cls: type, section: str, values: Mapping[str, Any]) -> None:
     hints = typing.get_type_hints(cls)
     for name in values.keys() & hints.keys():
         value = typed(f"{section}.{name}", values[name], hints[name])
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(n, int) and not isinstance(n, bool) and n < 1 for n in numbers):
+        if type(value) is int and hints[name] is not float and value < 1:
             raise ValueError(f"{section}.{name}={value}: must be at least 1")
 
 

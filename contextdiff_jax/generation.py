@@ -15,10 +15,10 @@ from jaxtyping import Array, Bool, Float, PyTree, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.data import Tokenizer
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.contextdiff import Frozen, make_sampler
 from contextdiff_jax.parallel.mesh import place, replicated, tracing_for
 from contextdiff_jax.programs import kept
-from contextdiff_jax.seeds import random_key
 from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.state import build_model, model_graph
@@ -111,7 +111,7 @@ class Generator:
             )
         length = self._settings.data.max_length
         null_ids, null_mask = self._tokenizer.encode([""], length)
-        noise_key, sampler_key = jax.random.split(random_key(seed))
+        noise_key, sampler_key = jax.random.split(make_key(seed))
         images, run = [], None
         starts = range(0, len(prompts), batch_size)
         for start in tqdm(

@@ -65,8 +65,8 @@ def read_prompts() -> list[str]:
     if file:
         try:
             lines = pathlib.Path(file).read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--prompts_file={file}: is not UTF-8 ({error})") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts_file={file}: can't be read as UTF-8 ({error})") from None
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError(

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from contextdiff_jax.data import DataConfig
-from contextdiff_jax.diffusion import NoiseSchedule, get_sampler, make_schedule, spaced_timesteps
+from contextdiff_jax.diffusion import NoiseSchedule, get_sampler, make_schedule
 from contextdiff_jax.diffusion.losses import TIMESTEP_SAMPLINGS, WEIGHTINGS
 from contextdiff_jax.diffusion.process import PREDICTION_TYPES, SHIFTS
 from contextdiff_jax.diffusion.samplers import check_eta
 from contextdiff_jax.diffusion.schedule import SPACINGS
 from contextdiff_jax.fields import check_at_least, check_choice, check_types, strict, typed
+from contextdiff_jax.keys import check_seed
 from contextdiff_jax.models.context import ContextConfig
 from contextdiff_jax.models.flash import CHOICES
 from contextdiff_jax.models.remat import POLICIES
@@ -32,7 +33,6 @@ from contextdiff_jax.parallel.mesh import MeshConfig
 from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
-from contextdiff_jax.seeds import check_seed
 
 ESTIMATES = ("plugin", "posterior_mean")
 DECAYS = ("constant", "linear", "cosine")
@@ -288,14 +288,14 @@ def _check_sections(config: Mapping[str, Any], sections: typing.Sequence[str]) -
     for name in sections:
         if name not in config:
             raise ValueError(f"{name}: missing; a config has the sections {', '.join(sections)}")
-    check_seed("seed", config["seed"])
+    check_seed(config["seed"])
 
 
 def _data(values: Mapping[str, Any]) -> DataConfig:
     """The section `data`, and its seeds and counts checked."""
     data = strict(DataConfig, "data", values)
-    check_seed("data.seed", data.seed)
-    check_seed("data.scene_seed", data.scene_seed)
+    check_seed(data.seed, "data.seed")
+    check_seed(data.scene_seed, "data.scene_seed")
     check_at_least(
         data,
         "data",
@@ -346,8 +346,11 @@ def parse(config: Mapping[str, Any]) -> Settings:
         latent=strict(LatentConfig, "latent", config["latent"]),
         pretrained=pretrained,
     )
-    sample = settings.sample  # refused now, not when the first pictures are due
-    spaced_timesteps(settings.diffusion.num_timesteps, sample.steps, sample.spacing)
+    most = settings.diffusion.num_timesteps  # refused now, not when the first pictures are due
+    if settings.sample.steps > most:
+        raise ValueError(
+            f"sample.steps={settings.sample.steps}: must lie in 1..{most}, diffusion.num_timesteps"
+        )
     _check_text(settings)
     _check_latents(settings)
     return settings

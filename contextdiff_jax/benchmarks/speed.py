@@ -42,9 +42,9 @@ from contextdiff_jax.benchmarks.steps import (
 )
 from contextdiff_jax.cli import num_cores
 from contextdiff_jax.diffusion.samplers import Denoised
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained.unet import unet_state_to_torch
-from contextdiff_jax.seeds import random_key
 from contextdiff_jax.settings import Settings
 
 PEERS = ("torch",)
@@ -88,7 +88,7 @@ def random_unet(settings: Settings) -> UNet:
     """
     unet = UNet(
         dataclasses.replace(settings.model, context_head=False),
-        rngs=nnx.Rngs(random_key(settings.seed)),
+        rngs=nnx.Rngs(make_key(settings.seed)),
     )
     nnx.update(unet, randomised(nnx.state(unet, nnx.Param), settings.seed))
     return unet

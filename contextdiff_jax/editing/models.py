@@ -20,6 +20,7 @@ from contextdiff_jax.data import Tokenizer, load_tokenizer
 from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.generation import to_uint8
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.contextdiff import ContextDiffusion, FrozenText
 from contextdiff_jax.models.vae import VAE
@@ -27,7 +28,6 @@ from contextdiff_jax.models.video import VideoDiffusion, inflate
 from contextdiff_jax.pretrained.pipeline import INDEX_FILE, load_pipeline
 from contextdiff_jax.pretrained.sampling import encode_images
 from contextdiff_jax.run import load_run
-from contextdiff_jax.seeds import random_key
 from contextdiff_jax.settings import Settings, ShiftConfig
 from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.state import build_model, make_model, model_graph
@@ -116,7 +116,7 @@ def _context(
     config = dataclasses.replace(settings.base.context, in_channels=channels, text_width=text_width)
     names = {field.name for field in dataclasses.fields(ContextConfig)}
     config = ContextConfig(**{name: getattr(config, name) for name in names})
-    return RelationalNetwork(config, rngs=nnx.Rngs(random_key(settings.base.seed)))
+    return RelationalNetwork(config, rngs=nnx.Rngs(make_key(settings.base.seed)))
 
 
 def _multiple(config: ContextConfig) -> int:

@@ -23,10 +23,10 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.cli import RunError
 from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.processes import StopSignal
 from contextdiff_jax.pretrained.files import read_json
-from contextdiff_jax.seeds import random_key
 from contextdiff_jax.settings import TrainConfig
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog
@@ -77,7 +77,7 @@ def init_tuning(params: PyTree, train: TrainConfig, seed: int) -> TuneState:
         params=params,
         ema=jax.tree.map(jnp.copy, params),
         opt_state=make_optimizer(train).init(params),
-        key=jax.random.key_data(random_key(seed)),
+        key=jax.random.key_data(make_key(seed)),
     )
 
 

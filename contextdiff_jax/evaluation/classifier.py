@@ -27,8 +27,8 @@ from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.files import replacing, write_json
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.pretrained.files import read_json
-from contextdiff_jax.seeds import random_key
 
 Labels = dict[
     str, tuple[str, ...]
@@ -210,7 +210,7 @@ def train_classifier(
     cosine decay.
     """
     attributes = choose_attributes(labels)
-    model = Classifier(attributes, images.shape[1], rngs=nnx.Rngs(random_key(seed)))
+    model = Classifier(attributes, images.shape[1], rngs=nnx.Rngs(make_key(seed)))
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(50, steps // 4), steps)
     optimizer = nnx.Optimizer(model, optax.adamw(schedule), wrt=nnx.Param)
     targets = encode(labels, attributes)
@@ -226,7 +226,7 @@ def train_classifier(
         )
         optimizer.update(model, nnx.grad(loss_fn)(model, x, targets))
 
-    rng, key = np.random.default_rng(seed), random_key(seed)
+    rng, key = np.random.default_rng(seed), make_key(seed)
     for i in tqdm(range(steps), desc="classifier", leave=False, disable=None):
         rows = rng.integers(len(images), size=batch_size)
         step(model, optimizer, images[rows], targets[rows], jax.random.fold_in(key, i))

@@ -34,7 +34,7 @@ from contextdiff_jax.evaluation.features import (
 from contextdiff_jax.evaluation.inception import Inception, load_inception, resize
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
 from contextdiff_jax.evaluation.processes import gather_rows, join, share
-from contextdiff_jax.seeds import random_key
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.settings import Settings
 
 Scores = dict[str, dict[str, Estimate]]  # {row: {name: estimate}}
@@ -293,7 +293,7 @@ def _on_pictures(
     records, null = evaluation.records(row), tokenizer.encode([""], length)
     ids, mask = tokenizer.encode([record["caption"] for record in records], length)
     images = np.stack([record["image"] for record in records])
-    key, parts, number = random_key(evaluation.seed), [], evaluation.numbers(row).start
+    key, parts, number = make_key(evaluation.seed), [], evaluation.numbers(row).start
     for batch, real in batches((images, ids, mask), _BOUND_BATCH, name):
         # By the first record's number: no two batches, of any process, have the same noise.
         values = function(evaluation.params, *batch, *null, jax.random.fold_in(key, number), steps)

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.generation import to_uint8
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.contextdiff import ContextDiffusion, make_denoise
-from contextdiff_jax.seeds import random_key
 from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.training.state import model_graph
 
@@ -94,7 +94,7 @@ class OracleGenerator:
         self, params: PyTree, records: Sequence[dict[str, Any]], seed: int, batch_size: int = 64
     ) -> UInt8[np.ndarray, "N H W 3"]:
         """The last batch is filled up with the first record: one shape, one compilation."""
-        length, key = self._settings.data.max_length, random_key(seed)
+        length, key = self._settings.data.max_length, make_key(seed)
         null = self._tokenizer.encode([""], length)
         images = []
         for start in range(0, len(records), batch_size):

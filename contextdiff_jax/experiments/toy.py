@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.experiments.plan import Cell
-from contextdiff_jax.seeds import random_key
+from contextdiff_jax.keys import make_key
 
 CLASSES = 5
 
@@ -189,7 +189,7 @@ def train_network(
     positions, weights, classes = (jnp.asarray(a) for a in points())
     fields = ("kind", "estimate", "width", "max_gain", "head_width", "time_dependent")
     model = Network(
-        **{field: config[field] for field in fields}, rngs=nnx.Rngs(random_key(config["seed"]))
+        **{field: config[field] for field in fields}, rngs=nnx.Rngs(make_key(config["seed"]))
     )
     graph, params = nnx.split(model)
     optimizer = optax.adam(optax.cosine_decay_schedule(config["learning_rate"], config["steps"]))
@@ -224,7 +224,7 @@ def train_network(
         updates, opt = optimizer.update(grads, opt)
         return (optax.apply_updates(params, updates), opt), logged
 
-    keys = jax.random.split(random_key(config["seed"]), config["steps"])
+    keys = jax.random.split(make_key(config["seed"]), config["steps"])
     run = jax.jit(lambda params, keys: jax.lax.scan(step, (params, optimizer.init(params)), keys))
     (params, _), (loss, gain) = run(params, keys)
     steps = np.linspace(0, config["steps"] - 1, 50).astype(int)
@@ -281,7 +281,7 @@ def toy_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
 def _scores(
     functions: Callable, params: Any, schedule: diffusion.NoiseSchedule, cell: Cell
 ) -> dict[str, Any]:
-    options, shift, key = cell.options, cell.config["shift"], random_key(cell.seed)
+    options, shift, key = cell.options, cell.config["shift"], make_key(cell.seed)
     c = jnp.repeat(jnp.arange(CLASSES), options["num"])
     scores: dict[str, Any] = {"floor": {"tv": total_variation(_draws(key, options["num"]), c)}}
     noise = jax.random.normal(jax.random.fold_in(key, 1), (len(c), 2))

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.context import RelationalNetwork, pool
 from contextdiff_jax.models.layers import GroupNorm, ResnetBlock, linear, timestep_embedding
 from contextdiff_jax.models.remat import recomputed
 from contextdiff_jax.models.transformer import Attention, SpatialTransformer
 from contextdiff_jax.models.unet import UNet
-from contextdiff_jax.seeds import random_key
 
 RANK_DIVISOR = 4  # a temporal convolution works on a quarter of the channels
 
@@ -361,7 +361,7 @@ def inflate(
     """Video networks that start as the image networks do, frame by frame. The modules that are
     given are used up.
     """
-    rngs = nnx.Rngs(random_key(seed))
+    rngs = nnx.Rngs(make_key(seed))
     return VideoDiffusion(
         VideoUNet(unet, rngs=rngs, remat=remat), VideoContext(context, rngs=rngs), reads_mask
     )

@@ -27,11 +27,11 @@ from contextdiff_jax import pictures
 from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import DataConfig, Loader, make_loader, make_source
 from contextdiff_jax.files import write_json
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
 from contextdiff_jax.parallel.processes import StopSignal
 from contextdiff_jax.pretrained import save_vae
-from contextdiff_jax.seeds import random_key
 from contextdiff_jax.settings import AutoencoderLoss, AutoencoderSettings
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog
@@ -62,13 +62,13 @@ def loss_fn(
 
 def init_state(settings: AutoencoderSettings) -> TrainState:
     """Step 0. Pure: jit it with output shardings, or `jax.eval_shape` it."""
-    params = nnx.state(VAE(settings.vae, rngs=nnx.Rngs(random_key(settings.seed))), nnx.Param)
+    params = nnx.state(VAE(settings.vae, rngs=nnx.Rngs(make_key(settings.seed))), nnx.Param)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
         opt_state=make_optimizer(settings.train).init(params),
-        key=jax.random.key_data(random_key(settings.seed)),
+        key=jax.random.key_data(make_key(settings.seed)),
         metric_sums={name: jnp.zeros(()) for name in METRICS},
     )
 

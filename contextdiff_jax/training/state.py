@@ -12,10 +12,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.models.remat import configure
 from contextdiff_jax.parallel.mesh import gathered
-from contextdiff_jax.seeds import random_key
 from contextdiff_jax.settings import Settings, TrainConfig
 from contextdiff_jax.training.trainable import add_lora, merge_lora, split_trainable
 
@@ -89,7 +89,7 @@ def make_model(settings: Settings) -> ContextDiffusion:
         settings.text,
         settings.model,
         settings.context,
-        rngs=nnx.Rngs(random_key(settings.seed)),
+        rngs=nnx.Rngs(make_key(settings.seed)),
         dtype=dtype,
     )
     configure(model, remat=settings.train.remat, attention=settings.train.attention)
@@ -118,7 +118,7 @@ def init_state(settings: Settings) -> TrainState:
     """Step 0. Pure: jit it with output shardings, or `jax.eval_shape` it."""
     params = nnx.state(make_model(settings), nnx.Param)
     if settings.train.trainable == "lora":
-        params = add_lora(params, settings.train.lora_rank, random_key(settings.seed))
+        params = add_lora(params, settings.train.lora_rank, make_key(settings.seed))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -126,6 +126,6 @@ def init_state(settings: Settings) -> TrainState:
         opt_state=make_optimizer(settings.train).init(
             split_trainable(params, settings.train.trainable)[0]
         ),
-        key=jax.random.key_data(random_key(settings.seed)),
+        key=jax.random.key_data(make_key(settings.seed)),
         metric_sums=zero_metrics(),
     )

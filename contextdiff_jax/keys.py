@@ -1,4 +1,4 @@
-"""Seeds as users give them: whole numbers of 64 bits, each with random numbers of its own."""
+"""Keys of random numbers from seeds: whole numbers of 64 bits, each with numbers of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # not imported for a flag's bounds: JAX takes seconds to star
 LARGEST = 2**64 - 1
 
 
-def check_seed(field: str, seed: int) -> None:
+def check_seed(seed: int, field: str = "seed") -> None:
     """Raises ValueError, naming `field`, unless the seed is a whole number in 0..2^64 - 1."""
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise ValueError(f"{field}={seed!r}: must be a whole number in 0..{LARGEST}")
@@ -19,7 +19,7 @@ def check_seed(field: str, seed: int) -> None:
         raise ValueError(f"{field}={seed}: must lie in 0..{LARGEST}")
 
 
-def random_key(seed: int) -> PRNGKeyArray:
+def make_key(seed: int, field: str = "seed") -> PRNGKeyArray:
     """JAX's key of a seed, all 64 bits of it.
 
     `jax.random.key` drops the upper half unless x64 is on: 2^32 would draw what 0 draws. Below 2^32
@@ -28,7 +28,7 @@ def random_key(seed: int) -> PRNGKeyArray:
     import jax
     import numpy as np
 
-    check_seed("seed", seed)
+    check_seed(seed, field)
     seed = operator.index(seed)
     if seed < 2**32:
         return jax.random.key(seed)
