@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
                 image_size=32,
                 crop="centre",
                 resample="lanczos",
+                max_pixels=300_000_000,
                 buckets=(),
                 bucket_max_ratio=0.0,
                 bucket_step=64,

@@ -5,6 +5,7 @@ and the splash kernel.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.models.layers import ResnetBlock
 from contextdiff_jax.models.remat import POLICIES, configure
 from contextdiff_jax.models.transformer import SpatialTransformer
+from contextdiff_jax.parallel.chips import CHIPS, GiB
 from contextdiff_jax.parallel.mesh import (
     MeshConfig,
     Target,
@@ -39,7 +41,7 @@ MESH = {"data": 2, "fsdp": 3, "sequence": 1, "tensor": 4}
 
 @pytest.fixture(scope="module")
 def devices():
-    """Those of a v5e:2x2, whose compiler is libtpu (requirements-test.txt)."""
+    """Devices of a v5e:2x2, whose compiler is libtpu (requirements-test.txt)."""
     return aot.described_devices("v5e:2x2")
 
 
@@ -83,7 +85,7 @@ def test_loops_count_as_often_as_they_run():
 }
 ENTRY %main (a: f32[8]) -> f32[8] {
   ROOT %while.1 = f32[8]{0} while(%a), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"7"}}
-}""")
+}""")  # noqa: E501
     assert hlo.collectives(program, {"data": 2}) == [hlo.Traffic("all-reduce", "data", 7, 7 * 32.0)]
 
 
@@ -97,7 +99,7 @@ def test_a_collective_spread_over_fusions_counts_once_and_a_scattered_sum_is_one
 }
 %all-reduce-scatter.3 (p: f32[16]) -> f32[8] {
   %all-reduce.3 = f32[16]{0} all-reduce(%p), channel_id=8, replica_groups={{0,1}}, to_apply=%add
-}""")
+}""")  # noqa: E501
     rows = (
         hlo.Traffic("all-gather", "data", 1, 1024.0),
         hlo.Traffic("reduce-scatter", "data", 1, 32.0),
@@ -293,7 +295,7 @@ def test_a_sweep_tries_meshes_rematerialisations_and_batches_and_the_fastest_tha
             numbers
             | dict.fromkeys(("peak_hbm", "arguments", "aliased"), 2**30)
             | {
-                "name": f"{mesh.shape['data']}x{mesh.shape['fsdp']} {train.remat} {train.batch_size}",
+                "name": "{data}x{fsdp} ".format(**mesh.shape) + f"{train.remat} {train.batch_size}",
                 "hbm": 2**34,
                 "fits": each < 3,
                 "seconds": seconds,
@@ -345,10 +347,21 @@ def test_a_train_step_compiles_for_chips_that_are_not_here_with_its_state_in_pla
 
 
 def test_what_does_not_fit_is_an_answer_in_the_compilers_words():
-    message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.95G "
-    message += "of 15.75G hbm. Exceeded\nmore"
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 17.95G of 15.75G hbm. Exceeded\nmore"
+    )
     assert aot.out_of_memory(message) == "Used 17.95G of 15.75G hbm. Exceeded"
     assert aot.out_of_memory("INTERNAL: something else") is None
+    row = dict(name="train", fits=False, seconds=None, compile_seconds=2, optimization_level="O1")
+    text = aot._table([row | {"reason": "Used 17G"}], aot.AotBenchmark(topology="v5e:2x2"))
+    assert "train: Used 17G" in text and re.search(r"train +no( +-){6} +2 s", text)
+
+
+def test_a_described_v4_device_is_half_a_chip_and_the_others_are_whole():
+    core = CHIPS["TPU v4"].described()
+    assert (core.name, core.peak, core.hbm) == ("v4 core", 137.5e12, 16 * GiB)
+    assert CHIPS["TPU v5"] is CHIPS["TPU v5p"].described()
 
 
 def test_topologies_and_batches_that_cannot_be_are_refused_in_one_line():

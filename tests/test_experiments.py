@@ -1,8 +1,10 @@
 """Plans and their cells, the tables against numpy, the toy whose answer is known, the oracle."""
 
 import dataclasses
+import functools
 import json
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import load_tokenizer, make_source
 from contextdiff_jax.experiments import results, toy, training
 from contextdiff_jax.experiments.estimates import estimate_cell, measure
+from contextdiff_jax.experiments.finished import add_finished, read_finished
 from contextdiff_jax.experiments.oracle import OracleGenerator, scaled
 from contextdiff_jax.experiments.plan import Plan, load_plan
 from contextdiff_jax.models.contextdiff import make_sampler
@@ -35,13 +38,13 @@ PLAN = Plan(
 )
 
 
-def test_cells_come_seed_by_seed_and_their_hash_follows_config_and_options():
+def test_cells_come_seed_by_seed_and_their_folder_follows_config_and_options():
     cells = list(PLAN.cells())
     assert [cell.name for cell in cells] == ["none-0", "more-0", "none-1", "more-1", "none-2"]
     assert cells[1].config == {"seed": 0, "a": {"b": 2}} and PLAN.config["a"]["b"] == 1
-    hashes = [cell.config_hash for cell in cells]
-    assert len(set(hashes)) == 5 and hashes == [cell.config_hash for cell in PLAN.cells()]
-    assert dataclasses.replace(PLAN, options={"num": 3}).cell("none", 0).config_hash != hashes[0]
+    folders = [cell.folder for cell in cells]
+    assert len(set(folders)) == 5 and folders == [cell.folder for cell in PLAN.cells()]
+    assert dataclasses.replace(PLAN, options={"num": 3}).cell("none", 0).folder != folders[0]
 
 
 def test_a_plan_that_names_what_is_not_there_says_so(tmp_path):
@@ -49,8 +52,10 @@ def test_a_plan_that_names_what_is_not_there_says_so(tmp_path):
         dataclasses.replace(PLAN, variants={"none": {}, "more": {"a.c": 1}}).cell("more", 0)
     with pytest.raises(ValueError, match="unknown; one of none, more"):
         PLAN.cell("other", 0)
-    with pytest.raises(ValueError, match="baselines: 'gone' is no variant"):
+    with pytest.raises(ValueError, match="baselines='gone': unknown; one of none, more"):
         dataclasses.replace(PLAN, baselines=("gone",))
+    with pytest.raises(ValueError, match="kind='gone': unknown; one of pictures, estimates, toy"):
+        dataclasses.replace(PLAN, kind="gone")
     with pytest.raises(ValueError, match="no such file"):
         load_plan(str(tmp_path / "gone.py"))
 
@@ -75,17 +80,89 @@ def test_every_plan_of_the_project_has_configs_that_parse():
     ],
 )
 def test_the_finished_cells_are_of_the_plan_as_it_is_now(name, count):
-    """A config's new field must not make finished experiments those of another one
-    (plan._AS_BEFORE).
-    """
-    cells = load_plan(f"configs/experiments/{name}.py").cells()
-    assert sum(cell.result(ROOT / "docs" / "results" / name) is not None for cell in cells) == count
+    """A config's new field must not make finished experiments those of another one."""
+    path = ROOT / "docs" / "results" / f"{name}.jsonl"
+    found = results.read_results(load_plan(f"configs/experiments/{name}.py"), path)
+    assert sum(map(len, found.values())) == count == len(read_finished(path))
+
+
+def toy_plan(**config):
+    return dataclasses.replace(PLAN, config=config, variants={"none": {}}, more_seeds={})
+
+
+def line_of(cell, **values):
+    return {
+        field: getattr(cell, field) for field in ("variant", "seed", "config", "options")
+    } | values
+
+
+@pytest.mark.parametrize(
+    "stored, asked, same",
+    [
+        ({"width": 8}, {"width": 8}, True),
+        ({"width": 8}, {"width": 9}, False),
+        ({}, {"head_width": 0}, True),  # a new field at its default
+        ({}, {"head_width": 2}, False),
+        ({"width": 128}, {}, True),
+        ({"width": 8}, {}, False),
+        ({"gone": 0}, {}, False),  # nobody knows what it did
+        ({"width": (1, 2)}, {"width": [1, 2]}, True),
+    ],
+)
+def test_a_finished_cell_is_of_a_plan_with_the_same_fields_those_unnamed_at_their_defaults(
+    stored, asked, same, tmp_path
+):
+    old, new = (toy_plan(seed=0, **fields).cell("none", 0) for fields in (stored, asked))
+    path = tmp_path / "t.jsonl"
+    add_finished(path, line_of(old))
+    assert (new.result(path) is not None) == same == (new.folder == old.folder)
+    assert dataclasses.replace(new, options={"num": 3}).result(path) is None
+
+
+def test_how_the_same_step_is_computed_makes_no_other_cell():
+    plan = dataclasses.replace(PLAN, kind="pictures", config={"seed": 0, "train": {"steps": 3}})
+    plan = dataclasses.replace(plan, variants={"none": {}}, more_seeds={})
+    other = dataclasses.replace(plan, config={"seed": 0, "train": {"steps": 3, "remat": "blocks"}})
+    assert plan.cell("none", 0).made(line_of(other.cell("none", 0)))
+
+
+def test_cells_that_finish_at_once_lose_no_line_and_each_has_one(tmp_path):
+    path, cells = tmp_path / "t.jsonl", [toy_plan(seed=0).cell("none", n) for n in range(8)]
+    with ThreadPoolExecutor(len(cells)) as pool:  # each opens the lock itself, as a process does
+        lines = [line_of(cell, scores=[1 / 3] * 9999) for cell in cells]
+        list(pool.map(functools.partial(add_finished, path), lines))
+    assert sorted(line["seed"] for line in read_finished(path)) == list(range(8))
+    before = path.read_text().splitlines()
+    first = read_finished(path)[0]
+    add_finished(path, first | {"scores": []})
+    assert path.read_text().splitlines()[:-1] == before[1:]  # the others as they were, to the bit
+    assert [line["seed"] for line in read_finished(path)].count(first["seed"]) == 1
+
+
+@pytest.mark.parametrize("tail", ['{"variant": "none", "se', "[1]", '{"variant": "none"}', "<<<<"])
+def test_a_line_that_is_no_cell_is_named_and_nothing_is_written_over_it(tail, tmp_path):
+    path, cell = tmp_path / "t.jsonl", toy_plan(seed=0).cell("none", 0)
+    path.write_text(json.dumps(line_of(cell)) + "\n" + tail)
+    written = path.read_bytes()
+    for call in (lambda: read_finished(path), lambda: add_finished(path, line_of(cell))):
+        with pytest.raises(ValueError, match="t.jsonl:2: not a finished cell; without this line"):
+            call()
+    assert path.read_bytes() == written
+
+
+def test_a_cell_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path):
+    path, cell = tmp_path / "t.jsonl", toy_plan(seed=0).cell("none", 0)
+    add_finished(path, line_of(cell))
+    written = path.read_bytes()
+    with pytest.raises(TypeError):
+        add_finished(path, line_of(cell, scores=object()))
+    assert path.read_bytes() == written
 
 
 def test_the_page_has_paired_differences_by_students_t_and_names_what_is_missing(tmp_path):
     rng = np.random.default_rng(0)
     values = {"none": rng.normal(size=3), "more": rng.normal(size=2)}
-    (tmp_path / "t").mkdir()
+    path = tmp_path / "t.jsonl"
     for cell in PLAN.cells():
         if cell.name != "none-2":
             found = {
@@ -93,27 +170,35 @@ def test_the_page_has_paired_differences_by_students_t_and_names_what_is_missing
                 "training": {"step": [], "context_gain": []},
             }
             rest = {
-                "config_hash": cell.config_hash,
                 "seconds": 1,
                 "commit": "c",
                 "machine": dict(cpu="", devices="", jax=""),
             }
-            (tmp_path / "t" / f"{cell.name}.json").write_text(json.dumps(found | rest))
+            add_finished(path, line_of(cell, **found, **rest))
     line = results.write_page(PLAN, "t", "configs/t.py", tmp_path)
     assert "4 cells, 1 to go" in line
-    read = results.read_results(PLAN, tmp_path / "t")
+    read = results.read_results(PLAN, path)
     scores = {name: results.scores_of(read, name, "x/y") for name in values}
     difference = results.paired(scores["more"], scores["none"])
-    reference = stats.ttest_rel(values["more"][:2], values["none"][:2]).confidence_interval(0.95)
-    np.testing.assert_allclose(difference[1:3], reference, rtol=1e-6)
+    differences = values["more"][:2] - values["none"][:2]
+    reach = stats.t.ppf(0.975, 1) * differences.std(ddof=1) / np.sqrt(2)
+    expected = differences.mean() + np.array([0, -reach, reach])
+    np.testing.assert_allclose(difference[:3], expected, rtol=1e-6)
     page = (tmp_path / "t.md").read_text()
     assert (
         "Not run yet: none-2." in page and f"{difference.mean:+.3f} [{difference.low:+.3f}" in page
     )
     assert "taskset" not in page and "same digits" not in page  # "": no CPU's cells
-    stale = json.loads((tmp_path / "t" / "none-0.json").read_text()) | {"config_hash": "0"}
-    (tmp_path / "t" / "none-0.json").write_text(json.dumps(stale))
-    assert list(results.read_results(PLAN, tmp_path / "t")["none"]) == [1]
+    stale = read["none"][0] | {"config": {"seed": 0, "a": {"b": 3}}}
+    add_finished(path, stale)
+    assert list(results.read_results(PLAN, path)["none"]) == [1]
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")
+def test_differences_that_are_all_alike_have_an_interval_without_width():
+    difference = results.paired({0: 1.0, 1: 2.0, 2: 3.0}, {0: 0.5, 1: 1.5, 2: 2.5})
+    assert difference == results.Paired(0.5, 0.5, 0.5, 3)
+    assert results.paired({0: 1.0, 1: 2.0}, {1: 1.0, 2: 5.0}) is None
 
 
 def exact_tv(kind, estimate):
@@ -150,7 +235,7 @@ def test_the_exact_denoisers_estimates_are_those_of_numpy():
         np.testing.assert_allclose(r[i], p @ contexts[mine] / p.sum(), atol=1e-3)
 
 
-def test_with_the_exact_denoiser_plugin_is_right_only_for_a_linear_context_and_posterior_mean_for_any():
+def test_with_the_exact_denoiser_plugin_needs_a_linear_context_and_posterior_mean_none():
     floor = exact_tv("none", "plugin")
     assert exact_tv("linear", "plugin") < 2 * floor
     assert exact_tv("sine", "posterior_mean") < 2 * floor
@@ -244,8 +329,8 @@ def test_a_cell_of_estimates_trains_the_other_plans_run_and_leaves_its_numbers(
         "from contextdiff_jax.experiments.plan import Plan\n"
         "def get_plan():\n"
         "    config = config_dict(**ONE_LEVEL, **{'context.kind': 'linear', 'train.steps': 2})\n"
-        "    return Plan(title='t', about='a', kind='pictures', config=config, variants={'linear': {}}, headline={},\n"
-        "                baselines=())\n"
+        "    return Plan(title='t', about='a', kind='pictures', config=config, headline={},\n"
+        "                variants={'linear': {}}, baselines=())\n"
     )
     of = load_plan(str(tmp_path / "of.py"))
     options = dict(
@@ -271,37 +356,31 @@ def test_a_cell_whose_training_was_stopped_is_not_scored(monkeypatch, tmp_path):
         training.trained_params(plan.cell("none", 0), tmp_path)
 
 
+TINY_PLAN = """
+import dataclasses
+from contextdiff_jax.experiments.plan import Plan
+from contextdiff_jax.experiments.toy_config import ToyConfig
+def get_plan():
+    config = dataclasses.asdict(ToyConfig(kind="mlp", width=8, steps=20, batch_size=8))
+    return Plan(title="t", about="a", kind="toy", config=config, variants={"none": {}}, seeds=1,
+                headline={"TV": "ddim/tv"}, options=dict(num=20, bound=2, samplers={"ddim": 5}))
+"""
+
+
 def test_a_plan_goes_on_where_it_was_and_gives_the_same_digits_again(tmp_path):
-    (tmp_path / "tiny.py").write_text(
-        "from contextdiff_jax.experiments.plan import Plan\n"
-        "def get_plan():\n"
-        "    config = dict(seed=0, denoiser='learned', kind='mlp', shift='quadratic', estimate='plugin', max_gain=1.0,\n"
-        "                  width=8, head_width=0, time_dependent=False, steps=20, batch_size=8, learning_rate=1e-3)\n"
-        "    return Plan(title='t', about='a', kind='toy', config=config, variants={'none': {}}, seeds=1,\n"
-        "                headline={'TV': 'ddim/tv'}, options=dict(num=20, bound=2, samplers={'ddim': 5}))\n"
-    )
+    (tmp_path / "tiny.py").write_text(TINY_PLAN)
     run = [f"--plan={tmp_path}/tiny.py", f"--workdir={tmp_path}/runs"]
     first = command("experiment", *run, f"--out={tmp_path}/a")
     assert first.returncode == 0, first.stderr
-    cell = tmp_path / "a/tiny/none-0.json"
-    written = cell.read_text(), cell.stat().st_mtime_ns
+    written = (tmp_path / "a/tiny.jsonl").read_text()
     again = command("experiment", *run, f"--out={tmp_path}/a", "--seeds=0,1")
-    assert again.returncode == 0 and written == (cell.read_text(), cell.stat().st_mtime_ns)
-    assert (tmp_path / "a/tiny/none-1.json").exists() and (tmp_path / "a/tiny.png").exists()
+    first_cell, second_cell = (tmp_path / "a/tiny.jsonl").read_text().splitlines(keepends=True)
+    assert again.returncode == 0 and first_cell == written and json.loads(second_cell)["seed"] == 1
     page = (tmp_path / "a/tiny.md").read_text()
-    assert (
-        "with the same digits" in page
-        and "    taskset -c 0 python -m contextdiff_jax.experiment" in page
-    )
-    command(
-        "experiment",
-        f"--plan={tmp_path}/tiny.py",
-        f"--workdir={tmp_path}/other",
-        f"--out={tmp_path}/b",
-    )
-    repeated = json.loads((tmp_path / "b/tiny/none-0.json").read_text())
-    first_scores = json.loads(written[0])
-    assert (
-        repeated["scores"] == first_scores["scores"]
-        and repeated["training"] == first_scores["training"]
-    )
+    assert (tmp_path / "a/tiny.png").exists() and "with the same digits" in page
+    assert "    taskset -c 0 python -m contextdiff_jax.experiment" in page
+    run = [f"--plan={tmp_path}/tiny.py", f"--workdir={tmp_path}/other"]
+    repeated = command("experiment", *run, f"--out={tmp_path}/b")
+    assert repeated.returncode == 0, repeated.stderr
+    (repeated,), found = read_finished(tmp_path / "b/tiny.jsonl"), json.loads(first_cell)
+    assert all(repeated[part] == found[part] for part in ("config", "scores", "training"))

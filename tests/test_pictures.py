@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from contextdiff_jax.pictures import caption_grid, plot_curves, read_png_metadata, save_png
 
@@ -32,6 +32,30 @@ def test_a_png_carries_how_it_was_made(tmp_path):
     save_png(RED, tmp_path / "a.png", {"prompt": "größer, 大", "seed": 3})
     assert read_png_metadata(tmp_path / "a.png") == {"prompt": "größer, 大", "seed": "3"}
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), RED)
+
+
+def test_the_picture_and_the_mask_of_an_edit_are_read_as_viewers_show_them(tmp_path):
+    from contextdiff_jax.pretrained.command import _read
+
+    ramp, exif = np.arange(0, 250, 10, dtype=np.uint8)[None].repeat(8, 0), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(ramp).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(ramp.astype(np.uint16) << 8).save(tmp_path / "deep.png")
+    Image.fromarray(ramp > 120).save(tmp_path / "bits.png")
+    viewer = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
+    assert viewer.shape == (25, 8)
+    for mode, flag in (("RGB", "image"), ("L", "mask")):
+        for name, expected in (
+            ("a", viewer),
+            ("deep", ramp),
+            ("bits", np.where(ramp > 120, 255, 0)),
+        ):
+            image = np.asarray(_read(str(tmp_path / f"{name}.png"), mode, None, flag))
+            np.testing.assert_array_equal(image if mode == "L" else image[..., 0], expected)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "deep.png").read_bytes()[:45])
+    with pytest.raises(ValueError, match="--mask=.*cut.png: can't be read as a picture") as error:
+        _read(str(tmp_path / "cut.png"), "L", (16, 16), "mask")
+    assert "\n" not in str(error.value)
 
 
 def test_curves_are_drawn_from_the_log_and_change_with_it(tmp_path):

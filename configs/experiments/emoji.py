@@ -11,15 +11,14 @@ from contextdiff_jax.experiments.plan import Plan, changed
 
 
 def get_plan() -> Plan:
-    """The shapes' variants, denoiser and budget; judged by a classifier of tone, style and
-    category.
-    """
+    """The shapes' variants, denoiser and budget; a classifier judges tone, style and category."""
     changes = {"data.source": "emoji", "data.path": "../shared/data/emoji", "data.max_length": 32}
     return Plan(
         title="Emoji",
         about=(
-            "Held-out records are pairs of a person and a skin tone of which each was trained on. Exact: the classifier sees "
-            "the caption's tone, style and category; it isn't always right on real pictures either."
+            "Held-out records are pairs of a person and a skin tone of which each was trained on. "
+            "Exact: the classifier sees the caption's tone, style and category; it isn't always "
+            "right on real pictures either."
         ),
         kind="pictures",
         config=changed(shapes_one.get_plan().config, changes),

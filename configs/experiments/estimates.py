@@ -1,7 +1,8 @@
-"""How good is the estimate of the context, and does a better one obey the captions better? On the
-runs of shapes_one.
+"""How good is the estimate of the context, and does a better one obey the captions better?
 
-taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/estimates.py
+On the runs of shapes_one.
+
+    taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/estimates.py
 """
 
 import dataclasses
@@ -13,9 +14,7 @@ GUIDANCES, FACTORS = (1.0, 2.0), (1.25,)
 
 
 def get_plan() -> Plan:
-    """No training but of runs that aren't there: r_hat as it is, and times its regression
-    coefficient at each t.
-    """
+    """r_hat as it is, and times its regression coefficient at each t. Trains missing runs only."""
     plan = shapes_one.get_plan()
     variants = ("linear", "linear-gain0.4", "affine", "affine-gain4")
     changes = [(scale, "regressed") for scale in GUIDANCES] + [
@@ -25,9 +24,10 @@ def get_plan() -> Plan:
         plan,
         title="The estimate of the context",
         about=(
-            "The runs of [shapes_one](shapes_one.md). Coefficient: <r_hat, r> / <r_hat, r_hat> on noised training pictures, "
-            "the factor by which r_hat is best multiplied in the mean square; 1 at every t if it is E[r | x_t]. Regressed: "
-            "held-out captions obeyed exactly when r_hat is multiplied by it in every DDIM step, minus those obeyed without."
+            "The runs of [shapes_one](shapes_one.md). Coefficient: <r_hat, r> / <r_hat, r_hat> on "
+            "noised training pictures, the factor by which r_hat is best multiplied in the mean "
+            "square; 1 at every t if it is E[r | x_t]. Regressed: held-out captions obeyed exactly "
+            "when r_hat is multiplied by it in every DDIM step, minus those obeyed without."
         ),
         kind="estimates",
         variants={name: plan.variants[name] for name in variants},

@@ -1,7 +1,6 @@
-"""Does a context in both processes help composition? Two objects at 16x16, an eighth of the
-combinations held out.
+"""Does a context in both processes help composition? Two objects, at 16x16.
 
-About 11 minutes a cell on one quiet core.
+An eighth of the combinations is held out. About 11 minutes a cell on one quiet core.
 
     taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/shapes.py
 """
@@ -19,9 +18,7 @@ PARTS = {
 
 
 def get_plan() -> Plan:
-    """`shapes_one` with two objects and 80,000 pictures: how two are told apart takes longer to
-    learn.
-    """
+    """`shapes_one` with two objects, which take longer to tell apart: 80,000 pictures."""
     plan = shapes_one.get_plan()
     variants = shapes_one.VARIANTS | shapes_one.MIDDLE_GAIN
     config = changed(

@@ -1,11 +1,10 @@
-"""Two objects at a budget that obeys captions as a whole: 384,000 pictures for a network of 5 M
-parameters.
+"""Two objects at a budget that obeys whole captions: 384,000 pictures, 5 M parameters.
 
 A cell took 6 minutes on an H100 that seven shared. Not run on a CPU: a quarter of a step's pictures
 took half a second of a core.
 
-    XLA_FLAGS=--xla_gpu_deterministic_ops=true python -m contextdiff_jax.experiment
-    --plan=configs/experiments/shapes_gpu.py
+    XLA_FLAGS=--xla_gpu_deterministic_ops=true \\
+        python -m contextdiff_jax.experiment --plan=configs/experiments/shapes_gpu.py
 """
 
 import dataclasses
@@ -31,9 +30,7 @@ BUDGET = {
 
 
 def get_plan() -> Plan:
-    """`shapes_one` with two objects, wider, and with the caption at 8x8, too: which object is which
-    takes longer to learn.
-    """
+    """`shapes_one` with two objects, which take longer to tell apart: wider, with text at 8x8."""
     plan = shapes_one.get_plan()
     names = (
         "held-out, exact",
@@ -46,7 +43,8 @@ def get_plan() -> Plan:
     return dataclasses.replace(
         plan,
         title="Two objects, a larger budget",
-        about=f"{plan.about} Run with `XLA_FLAGS=--xla_gpu_deterministic_ops=true`; no cell was run twice.",
+        about=f"{plan.about} Run with `XLA_FLAGS=--xla_gpu_deterministic_ops=true`; "
+        "no cell was run twice.",
         config=changed(plan.config, BUDGET),
         variants=shapes_one.VARIANTS | shapes_one.MIDDLE_GAIN,
         headline={name: plan.headline[name] for name in names} | PARTS,

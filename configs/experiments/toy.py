@@ -1,37 +1,25 @@
-"""Where everything can be known: 25 points in the plane, the exact Bayes denoiser and a small
-learned one.
+"""A toy whose answer is known: 25 points in the plane, the exact Bayes denoiser and a learned one.
 
-taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/toy.py
+Under a minute a cell.
+
+    taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/toy.py
 """
 
+import dataclasses
+
 from contextdiff_jax.experiments.plan import Plan
+from contextdiff_jax.experiments.toy_config import ToyConfig
 
 
 def get_plan() -> Plan:
-    """`exact-*`: a given context, no network at all. The others: denoiser and context learned
-    together.
-    """
-    config = dict(
-        seed=0,
-        denoiser="learned",
-        kind="none",
-        shift="quadratic",
-        estimate="plugin",
-        max_gain=1.0,
-        width=128,
-        head_width=0,
-        time_dependent=False,
-        steps=4000,
-        batch_size=256,
-        learning_rate=3e-3,
-    )
+    """`exact-*`: a given context, no network. The others: denoiser and context learned together."""
     exact = {"denoiser": "exact"}
     means = {"estimate": "posterior_mean"}
     return Plan(
         title="A toy in the plane",
         about="",
         kind="toy",
-        config=config,
+        config=dataclasses.asdict(ToyConfig()),
         variants={
             "none": {"shift": "none"},
             "text-prior": {"kind": "text", "shift": "prior"},

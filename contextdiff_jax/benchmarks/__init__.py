@@ -1,1 +1,1 @@
-"""What the `benchmark` command measures, a file a mode."""
+"""Measurements of the `benchmark` command, a file a mode."""

@@ -1,14 +1,13 @@
-"""A train step or a sampling loop compiled for TPUs that aren't here: does it fit, how long would a
-step take, what is sent.
+"""A train step or a sampling loop compiled for TPUs that aren't here: memory, seconds, traffic.
 
 The compiler is libtpu's own; nothing runs, no parameter is made. Its time is an estimate of the
 program without what waits for other chips, and it takes a Pallas kernel's work for nothing, so to
 its seconds come, each in a column of its own,
 
-    kernels      the longer of an attention kernel's operations (padding included) / (KERNEL_EFFICIENCY x the chip's peak), and
-                 its bytes / the HBM's bandwidth
+    kernels      the longer of an attention kernel's operations (padding included) /
+                 (KERNEL_EFFICIENCY x the chip's peak), and its bytes / the HBM's bandwidth
     collectives  bytes that a chip sends / the bandwidth of its links along one axis, as if nothing
-    were overlapped
+                 were overlapped
 """
 
 from __future__ import annotations
@@ -30,9 +29,11 @@ from jax.sharding import Mesh
 
 from contextdiff_jax.benchmarks import hlo
 from contextdiff_jax.benchmarks.data import Result
+from contextdiff_jax.benchmarks.tables import aligned
 from contextdiff_jax.generation import make_pictures
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.models.remat import POLICIES
+from contextdiff_jax.parallel.chips import CHIPS, Chip, GiB
 from contextdiff_jax.parallel.mesh import (
     Feed,
     MeshConfig,
@@ -49,43 +50,17 @@ from contextdiff_jax.training.state import init_state
 LOGGER = logging.getLogger(__name__)
 PROGRAMS = ("train", "sample")
 KERNEL_EFFICIENCY = 0.5  # of the peak, padding counted as work: an assumption, not a measurement
-GiB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A chip's peak bf16 operations a second, HBM in bytes and bytes a second, and bytes a second
-    over its links along a torus axis.
-
-    From Google's TPU pages (cloud.google.com/tpu/docs/v5e and so on) and
-    jax-ml.github.io/scaling-book, chapter 2.
-    """
-
-    name: str
-    peak: float
-    hbm: float
-    hbm_bandwidth: float
-    link: float
-
-
-# By JAX's name of a device. A described v4's devices are its cores, two a chip: half a chip each.
-CHIPS = {
-    "TPU v4": Chip("v4 core", 137.5e12, 16 * GiB, 6e11, 9e10),
-    "TPU v5 lite": Chip("v5e", 197e12, 15.75 * GiB, 8.2e11, 9e10),
-    "TPU v5": Chip("v5p", 459e12, 95 * GiB, 2.76e12, 1.8e11),
-    "TPU v6 lite": Chip("v6e", 918e12, 31.25 * GiB, 1.64e12, 1.8e11),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AotBenchmark:
-    """What to compile.
+    """Programs to compile.
 
     Attributes:
         topology: chips and their arrangement, such as v5e:4x4.
         program: `train` or `sample`.
-        batch_per_chip: replaces train.batch_size; 0: the config's. Of `sample`: prompts a chip (0:
-            1).
+        batch_per_chip: replaces train.batch_size (0: the config's). For `sample` these are prompts
+            (0: one).
         sweep: also other meshes, rematerialisations and batches.
     """
 
@@ -121,7 +96,8 @@ def described_devices(topology: str) -> list[Any]:
         raise ValueError(f"--topology={topology!r}: {error}; {known}") from None
     if devices[0].device_kind not in CHIPS:
         raise ValueError(
-            f"--topology={topology!r}: {devices[0].device_kind!r} is not in the table of chips, {', '.join(CHIPS)}"
+            f"--topology={topology!r}: {devices[0].device_kind!r} is not in the table of chips, "
+            f"{', '.join(CHIPS)}"
         )
     return devices
 
@@ -224,7 +200,7 @@ def _candidates(settings: Settings, chips: int) -> Iterator[Settings]:
 
 def compile_row(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) -> dict[str, Any]:
     """One program's figures, a chip; what doesn't fit has the compiler's own reason instead."""
-    chip = CHIPS[mesh.devices.flat[0].device_kind]
+    chip = CHIPS[mesh.devices.flat[0].device_kind].described()
     shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
     name = " ".join([f"{a}={n}" for a, n in shape.items()] or ["1 chip"])
     row = {
@@ -316,7 +292,7 @@ def predicted(
 def figures(
     compiled: jax.stages.Compiled, settings: Settings, program: str, mesh: Mesh, chip: Chip
 ) -> dict[str, Any]:
-    """Of a compiled program."""
+    """Read memory, seconds and traffic of a compiled program."""
     memory, instructions = compiled.memory_analysis(), hlo.instructions(compiled.as_text())
     loop = settings.sample.steps if program == "sample" else settings.train.accumulation
     traffic = hlo.collectives(instructions, mesh.shape)
@@ -339,43 +315,52 @@ def figures(
 
 
 def _table(rows: list[dict[str, Any]], options: AotBenchmark) -> str:
-    columns = {"TFLOP": 7, "s": 8, "kernels": 8, "sent in": 8, "of peak": 8, "compile": 8}
-    head = f"{'':44} {'fits':>5} {'HBM GiB':>12} " + " ".join(
-        f"{name:>{width}}" for name, width in columns.items()
-    )
     level = rows[0]["optimization_level"]
     level = "" if level == "UNKNOWN" else f" at JAX_OPTIMIZATION_LEVEL={level}"
-    title = f"{options.program} on {options.topology}, a chip; predicted by the compiler (libtpu{level}), nothing run on a TPU"
-    lines = [title, head]
-    for row in rows:
-        limit = f"{row['hbm'] / GiB:.4g}"
-        if not row["fits"] and row["seconds"] is None:
-            lines.append(
-                f"{row['name']:44} {'no':>5}   {row['reason']}  ({row['compile_seconds']:.0f} s)"
-            )
-            continue
-        lines.append(
-            f"{row['name']:44} {'yes' if row['fits'] else 'no':>5} {row['peak_hbm'] / GiB:5.2f} / {limit:>4} "
-            f"{row['flops'] / 1e12:7.2f} "
-            f"{row['seconds']:8.4f} {row['kernel_seconds']:8.4f} {row['collective_seconds']:8.4f} {row['utilisation']:8.1%} "
-            f"{row['compile_seconds']:6.0f} s"
-        )
-    lines.append(
+    head = ["", "fits", "HBM GiB", "TFLOP", "s", "kernels", "sent in", "of peak", "compile"]
+    lines = [
+        f"{options.program} on {options.topology}, a chip; predicted by the compiler "
+        f"(libtpu{level}), nothing run on a TPU",
+        aligned(head, [_entries(row) for row in rows]),
+        *(f"{row['name']}: {row['reason']}" for row in rows if row["seconds"] is None),
         "s: the compiler's estimate and the attention kernels, whose operations it doesn't see, at "
-        f"{KERNEL_EFFICIENCY:.0%} of the peak, padding counted; sent in: collectives, not in s, if nothing hid them"
-    )
-    first = rows[0]
-    if first["fits"]:
-        lines += ["", f"{first['name']}: sent by a chip"]
-        lines += [
-            f"  {c['kind']:20} {c['axes']:16} {c['count']:5} x {c['sent_bytes'] / 2**20:12.2f} MiB"
-            for c in first["collectives"]
-        ]
-        inside = f"{first['aliased'] / GiB:.2f} are written in place"
-        lines += [f"  state and batch {first['arguments'] / GiB:.2f} GiB, of which {inside}"]
-        lines += ["largest arrays"]
-        lines += [
+        f"{KERNEL_EFFICIENCY:.0%} of the peak, padding counted; sent in: collectives, not in s, if "
+        "nothing hid them",
+    ]
+    return "\n".join(lines + (_details(rows[0]) if rows[0]["fits"] else []))
+
+
+def _entries(row: dict[str, Any]) -> list[str]:
+    """The row's texts; a program that didn't compile has no figures."""
+    name, fits, seconds = row["name"], "yes" if row["fits"] else "no", row["compile_seconds"]
+    if row["seconds"] is None:
+        return [name, fits, *["-"] * 6, f"{seconds:.0f} s"]
+    return [
+        name,
+        fits,
+        f"{row['peak_hbm'] / GiB:.2f} / {row['hbm'] / GiB:.4g}",
+        f"{row['flops'] / 1e12:.2f}",
+        *(f"{row[part]:.4f}" for part in ("seconds", "kernel_seconds", "collective_seconds")),
+        f"{row['utilisation']:.1%}",
+        f"{seconds:.0f} s",
+    ]
+
+
+def _details(row: dict[str, Any]) -> list[str]:
+    """Lines on one program: what a chip sends, and its largest arrays."""
+    sent = [
+        [each["kind"], each["axes"], str(each["count"]), f"{each['sent_bytes'] / 2**20:.2f}"]
+        for each in row["collectives"]
+    ]
+    return [
+        "",
+        f"{row['name']}: sent by a chip",
+        *([aligned(["collective", "axes", "times", "MiB in all"], sent)] if sent else []),
+        f"  state and batch {row['arguments'] / GiB:.2f} GiB, of which "
+        f"{row['aliased'] / GiB:.2f} are written in place",
+        "largest arrays",
+        *(
             f"  {math.floor(a['bytes'] / 2**20):8} MiB {a['array']:32} {a['made_by'][-70:]}"
-            for a in first["largest"]
-        ]
-    return "\n".join(lines)
+            for a in row["largest"]
+        ),
+    ]

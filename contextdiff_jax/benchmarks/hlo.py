@@ -1,6 +1,4 @@
-"""What a compiled program's text (optimized HLO) says: its collectives on the mesh's axes, its
-kernels' work, its arrays.
-"""
+"""Reads a compiled program's text (optimized HLO): its collectives, kernels and arrays."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ _KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5, _XLA_KERNEL: 1}
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a program. `times`: how often it runs, by the trip counts of the loops around it."""
+    """One line of a program; `times` it runs, by the trip counts of the loops around it."""
 
     name: str
     computation: str
@@ -35,7 +33,7 @@ class Instruction:
 
     @property
     def num_bytes(self) -> int:
-        """Of the result, without what tiling pads."""
+        """Size of the result, without what tiling pads."""
         return sum(_bits(kind) * math.prod(sides) for kind, sides in self.shapes) // 8
 
 
@@ -135,7 +133,7 @@ def axes_of(groups: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str, ...
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a chip sends for one kind of collective along some axes in a step: a ring's bytes."""
+    """Bytes that a chip of a ring sends in a step, for one kind of collective along some axes."""
 
     kind: str
     axes: str
@@ -185,7 +183,7 @@ def collectives(program: list[Instruction], mesh_shape: Mapping[str, int]) -> li
 
 
 class Kernel(NamedTuple):
-    """One call of a kernel: operations, the head's width padded to the lanes, and bytes in and out."""
+    """One call of a kernel: operations, with the head's width padded to the lanes, and bytes."""
 
     flops: float
     num_bytes: int
@@ -208,7 +206,8 @@ def kernels(program: list[Instruction]) -> list[Kernel]:
         )
         if products is None:
             raise ValueError(
-                f"{each.name}: a kernel whose work isn't known; one of {', '.join(_KERNEL_PRODUCTS)}"
+                f"{each.name}: a kernel whose work isn't known; one of "
+                f"{', '.join(_KERNEL_PRODUCTS)}"
             )
         operands = re.search(
             r"operand_layout_constraints=\{((?:\w+\[[\d,]*\]\{[^}]*\}(?:, )?)*)\}", each.rest

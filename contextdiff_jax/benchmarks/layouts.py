@@ -80,7 +80,7 @@ def write_webdataset(
 
 
 def write_tfds(path: pathlib.Path, pictures: Sequence[Captioned]) -> pathlib.Path:
-    """`tfds`: the features `image`, `caption` and `number` in ArrayRecord, written by tfds itself."""
+    """`tfds`: the features `image`, `caption`, `number` in ArrayRecord, written by tfds itself."""
     import tensorflow_datasets as tfds
 
     class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):

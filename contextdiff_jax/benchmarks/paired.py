@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 _PEAK_SIDE = 1024  # of the square matrices whose product is the machine's peak
-_COPIED = (
-    2**26
-)  # numbers in the array whose copy is the machine's bandwidth: more than its caches hold
+# Numbers in the array whose copy is the machine's bandwidth: more than its caches hold.
+_COPIED = 2**26
 _WARM_UP = 3  # rounds that don't count: the process's heap grows in the first ones, page by page
 
 
@@ -36,7 +35,7 @@ class Times(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """A peer's seconds / ours: the median over the rounds, and their quartiles. Above 1 is ahead."""
+    """A peer's seconds / ours: median over the rounds, and their quartiles. Above 1 is ahead."""
 
     value: float
     low: float
@@ -58,7 +57,7 @@ def measure(contestants: Sequence[Contestant], rounds: int) -> dict[str, Times]:
 
 
 def ratio(peer: Sequence[float], ours: Sequence[float]) -> Ratio:
-    """Of pairs: a round that was slow for both counts as any other."""
+    """Compare round by round: one that was slow for both counts as any other."""
     low, value, high = np.percentile(np.divide(peer, ours), (25, 50, 75))
     return Ratio(float(value), float(low), float(high))
 

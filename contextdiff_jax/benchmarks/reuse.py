@@ -1,5 +1,6 @@
-"""What a run's pictures lose and gain by fewer evaluations of the network: by reuse of its coarser
-levels, and by fewer steps.
+"""Time and error of a run's pictures with fewer evaluations of the network.
+
+By reuse of its coarser levels, and by fewer steps.
 """
 
 from __future__ import annotations
@@ -13,26 +14,21 @@ import numpy as np
 from contextdiff_jax.benchmarks import paired
 from contextdiff_jax.benchmarks.data import Result
 from contextdiff_jax.benchmarks.paired import Contestant
+from contextdiff_jax.benchmarks.tables import aligned
 from contextdiff_jax.generation import Generator
 from contextdiff_jax.parallel.mesh import local_mesh
 from contextdiff_jax.run import load_run
 from contextdiff_jax.training.loop import default_prompts
 
-VARIANTS = (
-    (60, 1),
-    (60, 2),
-    (60, 3),
-    (60, 5),
-    (40, 1),
-    (30, 1),
-    (20, 1),
-)  # steps, reuse; the first is what the others miss
+# (steps, reuse); the first is the one that the others are compared with.
+VARIANTS = ((60, 1), (60, 2), (60, 3), (60, 5), (40, 1), (30, 1), (20, 1))
 
 
 def run(workdir: str, rounds: int) -> Result:
-    """Of a run's DDIM samples for its prompts: seconds, in turns, and the mean difference to 60
-    whole steps from the same noise, in shares of the range. Raises ValueError for a folder without
-    a run.
+    """Time a run's DDIM samples for its prompts, in turns, and compare them with 60 whole steps.
+
+    `error`: mean difference, from the same noise, in shares of the range. ValueError for a folder
+    without a run.
     """
     trained = load_run(workdir)
     settings = trained.settings
@@ -58,12 +54,9 @@ def run(workdir: str, rounds: int) -> Result:
         }
         for name in images
     ]
-    lines = [
-        f"{len(prompts)} pictures of step {trained.step} of {workdir}",
-        f"{'':22} {'seconds':>8} {'faster':>8} {'error':>8}",
-    ]
-    lines += [
-        f"{row['name']:22} {row['seconds']:8.2f} {row['speedup']:7.2f}x {row['error']:8.4f}"
+    entries = [
+        [row["name"], f"{row['seconds']:.2f}", f"{row['speedup']:.2f}x", f"{row['error']:.4f}"]
         for row in rows
     ]
-    return Result("\n".join(lines), rows)
+    title = f"{len(prompts)} pictures of step {trained.step} of {workdir}"
+    return Result(f"{title}\n{aligned(['', 'seconds', 'faster', 'error'], entries)}", rows)

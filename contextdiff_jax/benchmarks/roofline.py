@@ -1,5 +1,4 @@
-"""The parts of a training step against what products and memory allow (the roofline of Williams et
-al., 2009).
+"""The parts of a training step against the roofline of products and memory (Williams et al., 2009).
 
 Each kind of layer of the config's UNet at each of its levels, forward and backward, the context,
 and the optimizer with the average are compiled by themselves. Without `topology` they run on this
@@ -20,14 +19,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import PyTree
+from matplotlib.figure import Figure
 
 from contextdiff_jax.benchmarks import aot, hlo, paired
 from contextdiff_jax.benchmarks.data import Result
 from contextdiff_jax.benchmarks.paired import Contestant
+from contextdiff_jax.benchmarks.tables import aligned
+from contextdiff_jax.parallel.chips import CHIPS
 from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh, replicated, tracing_for
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.state import make_model, make_optimizer, moving_average
@@ -37,7 +40,9 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RooflineBenchmark:
-    """`topology`: whose chip; empty: this machine. `batch`: examples a chip (0: the config's).
+    """Options of the measurement.
+
+    `topology`: whose chip; empty: this machine. `batch`: examples a chip (0: the config's).
     `plot`: a PNG, or empty.
     """
 
@@ -56,7 +61,7 @@ class Part(NamedTuple):
 
 
 class Roofs(NamedTuple):
-    """Of one device, in operations and bytes a second."""
+    """Limits of one device, in operations and bytes a second."""
 
     name: str
     peak: float
@@ -64,7 +69,7 @@ class Roofs(NamedTuple):
 
 
 def parts(settings: Settings, batch: int) -> Iterator[Part]:
-    """Of each level the last layers of its down block."""
+    """Yield each level's last layers of its down block, the context, and the update."""
     model = nnx.eval_shape(lambda: make_model(settings))
     dtype, (height, width, C), L = model.unet.dtype, settings.shape, settings.data.max_length
     shape = jax.ShapeDtypeStruct
@@ -100,7 +105,7 @@ def parts(settings: Settings, batch: int) -> Iterator[Part]:
 
 
 def _layer(name: str, module: nnx.Module, inputs: tuple, others: tuple = ()) -> Part:
-    """A layer of `inputs`, which have gradients, and `others`: its output and the gradients."""
+    """Part of a layer: its output, and the gradients of `inputs` (not of `others`)."""
     graph, params = nnx.split(module)
 
     def forward(params, inputs, others):
@@ -136,12 +141,10 @@ def _update(settings: Settings, params: PyTree) -> Part:
 
 
 def run(settings: Settings, options: RooflineBenchmark) -> Result:
-    """Compiles each part, and runs it if the device is here. ValueError for a topology that can't
-    be.
-    """
+    """Compile each part, and run it if the device is here. ValueError for an unknown topology."""
     if options.topology:
         device = aot.described_devices(options.topology)[0]
-        chip = aot.CHIPS[device.device_kind]
+        chip = CHIPS[device.device_kind].described()
         roofs = Roofs(f"{chip.name}, predicted by the compiler", chip.peak, chip.hbm_bandwidth)
     else:
         device = jax.devices()[0]
@@ -185,31 +188,37 @@ def _compile(part: Part, mesh: Mesh, settings: Settings) -> jax.stages.Compiled:
 
 def _seconds(part: Part, compiled: jax.stages.Compiled, rounds: int) -> float:
     arguments = jax.tree.map(lambda a: jnp.full(a.shape, 0.1).astype(a.dtype), part.arguments)
-    call = lambda: jax.block_until_ready(compiled(*arguments))  # noqa: E731
+
+    def call():
+        return jax.block_until_ready(compiled(*arguments))
+
     return statistics.median(paired.measure([Contestant(part.name, call)], rounds)[part.name].wall)
 
 
 def _table(rows: list[dict[str, Any]], roofs: Roofs) -> str:
-    lines = [
-        f"{roofs.name}: at most {roofs.peak / 1e12:.3g} TFLOP/s and {roofs.bandwidth / 1e9:.4g} GB/s; forward and backward",
-        f"{'':32} {'GFLOP':>9} {'MB':>9} {'FLOP/byte':>9} {'ms':>9} {'TFLOP/s':>9} {'of roof':>8}",
+    title = (
+        f"{roofs.name}: at most {roofs.peak / 1e12:.3g} TFLOP/s and "
+        f"{roofs.bandwidth / 1e9:.4g} GB/s; forward and backward"
+    )
+    entries = [
+        [
+            row["name"],
+            f"{row['flops'] / 1e9:.2f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['intensity']:.1f}",
+            f"{1e3 * row['seconds']:.3f}",
+            f"{row['flops_per_second'] / 1e12:.3g}",
+            f"{row['flops_per_second'] / row['roof']:.0%}",
+        ]
+        for row in rows
     ]
-    for row in rows:
-        lines.append(
-            f"{row['name']:32} {row['flops'] / 1e9:9.2f} {row['bytes'] / 1e6:9.1f} {row['intensity']:9.1f} "
-            f"{1e3 * row['seconds']:9.3f} {row['flops_per_second'] / 1e12:9.3g} {row['flops_per_second'] / row['roof']:8.0%}"
-        )
-    return "\n".join(lines)
+    head = ["", "GFLOP", "MB", "FLOP/byte", "ms", "TFLOP/s", "of roof"]
+    return f"{title}\n{aligned(head, entries)}"
 
 
 def _plot(rows: list[dict[str, Any]], roofs: Roofs, out: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    figure, axis = plt.subplots(figsize=(9, 6))
+    figure = Figure(figsize=(9, 6))
+    axis = figure.subplots()
     kinds = dict.fromkeys(row["name"].split(" ")[0].rstrip(":,") for row in rows)
     markers = dict(zip(kinds, "osD^Pv", strict=False))
     x = np.array([row["intensity"] for row in rows])
@@ -241,4 +250,3 @@ def _plot(rows: list[dict[str, Any]], roofs: Roofs, out: str) -> None:
     axis.legend()
     figure.tight_layout()
     figure.savefig(pathlib.Path(out), dpi=110)
-    plt.close(figure)

@@ -72,7 +72,8 @@ def check_change(
         name = max(off, key=off.get)
         allowed = f"allowed {TOLERANCES['parameters']}"
         raise RunError(
-            f"--compare: {what}: {name}: the step's changes differ by {off[name]:.2g}, {allowed}: no ratio"
+            f"--compare: {what}: {name}: the step's changes differ by {off[name]:.2g}, {allowed}: "
+            "no ratio"
         )
 
 

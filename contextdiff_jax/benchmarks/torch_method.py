@@ -62,7 +62,7 @@ class _FeedForward(torch.nn.Module):
 
 
 class _Block(torch.nn.Module):
-    """Of both transformers: attention to `context` (None: to itself) and a feed-forward."""
+    """Block of both transformers: attention to `context` (None: to itself), a feed-forward."""
 
     def __init__(self, width: int, heads: int, source: int):
         super().__init__()
@@ -167,7 +167,7 @@ def method_parameters(model: ContextDiffusion) -> dict[str, np.ndarray]:
 
 
 def lacking(settings: Settings) -> str | None:
-    """What of a config there is no torch version of."""
+    """Return the first field that has no torch version, with its value; None if all have."""
     context, diffusion = settings.context, settings.diffusion
     only = {
         "context.kind": (context.kind, "cross_attention"),
@@ -220,7 +220,7 @@ class TorchMethod:
         )
 
     def parameters(self) -> dict[str, np.ndarray]:
-        """By name."""
+        """Copy the parameters, by name."""
         return {name: p.detach().numpy().copy() for name, p in self._parts.named_parameters()}
 
     def step(
@@ -229,7 +229,10 @@ class TorchMethod:
         null: Mapping[str, np.ndarray],
         drawn: Mapping[str, np.ndarray] | None,
     ) -> float:
-        """One training step; the loss before it. `drawn`: t, noise, dropped, or None to draw them."""
+        """Do one training step; return the loss before it.
+
+        `drawn`: t, noise, dropped, or None to draw them.
+        """
         x0 = (
             torch.tensor(batch["image"])
             .permute(0, 3, 1, 2)

@@ -75,7 +75,7 @@ class TorchUNet:
         return loss.item()
 
     def parameters(self) -> dict[str, np.ndarray]:
-        """By diffusers' names."""
+        """Copy the parameters, by diffusers' names."""
         return {name: p.detach().numpy().copy() for name, p in self._unet.named_parameters()}
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class TorchUNet:
         scheduler: diffusers.DDIMScheduler,
         guidance: float,
     ) -> np.ndarray:
-        """The DDIM loop of diffusers' pipelines: both branches of the guidance in one batch. NHWC."""
+        """Run the DDIM loop of diffusers' pipelines, both branches in one batch. NHWC."""
         x = inputs["x"]
         for t in scheduler.timesteps:
             without, with_text = self._predict(torch.cat([x, x]), t, inputs).chunk(2)
@@ -102,7 +102,8 @@ def make_scheduler(settings: Settings) -> diffusers.DDIMScheduler:
     config, sample = settings.diffusion, settings.sample
     if config.num_timesteps % sample.steps:
         raise ValueError(
-            f"sample.steps={sample.steps}: must divide diffusion.num_timesteps={config.num_timesteps} with --compare='torch'"
+            f"sample.steps={sample.steps}: must divide "
+            f"diffusion.num_timesteps={config.num_timesteps} with --compare='torch'"
         )
     scheduler = diffusers.DDIMScheduler(
         num_train_timesteps=config.num_timesteps,

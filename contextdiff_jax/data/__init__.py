@@ -15,6 +15,7 @@ from typing import Any
 
 from contextdiff_jax.data.buckets import check_buckets, derive_buckets
 from contextdiff_jax.data.cached import CacheSource
+from contextdiff_jax.data.decoding import MAX_PIXELS
 from contextdiff_jax.data.folder import FolderConfig, FolderSource
 from contextdiff_jax.data.loader import Batch, Loader, RandomAccessSource, make_loader
 from contextdiff_jax.data.orders import Size
@@ -69,6 +70,7 @@ class DataConfig:
         crop: where a picture is longer than asked for, keep the `centre` or a `random` part (by
             seed, epoch and record).
         resample: filter that scales pictures: lanczos, bicubic or bilinear.
+        max_pixels: a picture with more counts as broken.
         buckets: sizes (height, width) to sort pictures into by their aspect ratios, a batch of one
             of them; empty: none.
         bucket_max_ratio: derives buckets of about image_size squared pixels up to this ratio of the
@@ -98,6 +100,7 @@ class DataConfig:
     image_size: int = 32
     crop: str = "centre"
     resample: str = "lanczos"
+    max_pixels: int = MAX_PIXELS
     buckets: tuple[Size, ...] = ()
     bucket_max_ratio: float = 0.0
     bucket_step: int = 64

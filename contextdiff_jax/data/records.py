@@ -20,7 +20,14 @@ import numpy as np
 from absl import logging
 from jaxtyping import UInt8, UInt16
 
-from contextdiff_jax.data.decoding import CENTRE, FILTERS, UNDECODABLE, decode, picture_size
+from contextdiff_jax.data.decoding import (
+    CENTRE,
+    FILTERS,
+    MAX_PIXELS,
+    UNDECODABLE,
+    decode,
+    picture_size,
+)
 from contextdiff_jax.data.kept import kept_array
 
 CROPS = ("centre", "random")
@@ -40,6 +47,7 @@ class PictureConfig:
         caption_choice: of several captions, the `first` or a `random` one.
         crop: of what hangs over, keep the `centre` or a `random` part.
         resample: filter that scales pictures, a name in `decoding.FILTERS`.
+        max_pixels: a picture with more counts as broken.
         seed: of the random choices.
         index_folder: folder of what is computed once from the data; empty: `.contextdiff_jax` in
             `path`.
@@ -52,12 +60,15 @@ class PictureConfig:
     caption_choice: str = "first"
     crop: str = "centre"
     resample: str = "lanczos"
+    max_pixels: int = MAX_PIXELS
     seed: int = 0
     index_folder: str = ""
 
     def __post_init__(self):
         if self.image_size < 1:
             raise ValueError(f"image_size={self.image_size}: must be at least 1")
+        if self.max_pixels < 1:
+            raise ValueError(f"data.max_pixels={self.max_pixels}: must be at least 1")
         if not 0 <= self.max_broken_fraction <= 1:
             raise ValueError(f"max_broken_fraction={self.max_broken_fraction}: must lie in [0, 1]")
         for field, allowed in (
@@ -231,7 +242,7 @@ class PictureSource(abc.ABC):
                 encoded = self.read(position)
                 place, choice = self._draw(position, epoch)
                 image: UInt8[np.ndarray, "H W 3"] = decode(
-                    encoded.image, size, place, self.config.resample
+                    encoded.image, size, place, self.config.resample, self.config.max_pixels
                 )
             except UNDECODABLE as error:
                 self.broken.replaced(position, f"{self.where(position)}: {error}")
@@ -264,7 +275,8 @@ class PictureSource(abc.ABC):
             for index in range(len(self)):
                 try:
                     sizes[index] = np.minimum(
-                        picture_size(self.read(index).image), np.iinfo(np.uint16).max
+                        picture_size(self.read(index).image, self.config.max_pixels),
+                        np.iinfo(np.uint16).max,
                     )
                 except UNDECODABLE as error:
                     logging.log_first_n(
@@ -276,9 +288,9 @@ class PictureSource(abc.ABC):
                     )
             return sizes, {}
 
-        sizes, _ = kept_array(
-            self.config.path, self.config.index_folder, "sizes", self.cache_key(), measure
-        )
+        # "upright": sizes that were kept before EXIF orientations were read are not of this kind.
+        key = f"{self.cache_key()} upright {self.config.max_pixels}"
+        sizes, _ = kept_array(self.config.path, self.config.index_folder, "sizes", key, measure)
         for index in np.flatnonzero(sizes[:, 0] == 0):
             self.broken.replaced(int(index), f"{self.where(index)}: no picture's header")
         return sizes

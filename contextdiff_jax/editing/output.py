@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw
+from PIL import GifImagePlugin, Image, ImageDraw
 
 from contextdiff_jax.pictures import caption_font
 
@@ -18,16 +18,18 @@ _LABEL, _GAP, _LINE, _MIN_CELL = 190, 4, 15, 64
 
 
 def save_gif(clip: Clip, path: pathlib.Path, fps: float) -> None:
-    """An endless GIF; its clock counts hundredths of a second."""
-    first, *rest = [Image.fromarray(frame) for frame in clip]
-    first.save(
-        path,
-        save_all=True,
-        append_images=rest,
-        duration=max(20, round(1000 / fps)),
-        loop=0,
-        disposal=2,
-    )
+    """An endless GIF; its clock counts hundredths of a second.
+
+    Pillow's `save` joins equal neighbours into one frame, which no reader can take apart again.
+    """
+    frames = [Image.fromarray(frame).convert("P", palette=Image.Palette.ADAPTIVE) for frame in clip]
+    options = {"duration": max(20, 10 * round(100 / fps)), "disposal": 2}
+    header, _ = GifImagePlugin.getheader(frames[0], info={"loop": 0, **options})
+    with path.open("wb") as file:
+        file.writelines(header)
+        for frame in frames:
+            file.writelines(GifImagePlugin.getdata(frame, include_color_table=True, **options))
+        file.write(b";")
 
 
 def save_mp4(clip: Clip, path: pathlib.Path, fps: float) -> None:

@@ -1,10 +1,13 @@
-"""What a cell does, by the plan's kind: `(cell, workdir) -> scores`, plain values that JSON holds."""
+"""The work of a cell, by the plan's kind: `(cell, workdir) -> scores`, plain values for JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import pathlib
+import subprocess
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +21,9 @@ from contextdiff_jax.evaluation.classifier import WEIGHTS_FILE, correct, read_la
 from contextdiff_jax.evaluation.composition import is_main, judge
 from contextdiff_jax.evaluation.features import extract
 from contextdiff_jax.evaluation.fit import fit_classifier
+from contextdiff_jax.evaluation.report import machine
 from contextdiff_jax.experiments.estimates import estimate_cell
+from contextdiff_jax.experiments.finished import add_finished
 from contextdiff_jax.experiments.oracle import OracleGenerator
 from contextdiff_jax.experiments.plan import VALIDATION_SCENES, Cell
 from contextdiff_jax.experiments.toy import toy_cell
@@ -27,17 +32,16 @@ from contextdiff_jax.generation import Generator
 from contextdiff_jax.settings import SampleConfig, Settings, parse
 from contextdiff_jax.training.state import model_graph
 
+LOGGER = logging.getLogger(__name__)
 Generate = Callable[[Sequence[dict[str, Any]]], UInt8[np.ndarray, "N H W 3"]]
 
 
 def picture_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains, chooses the guidance scale on validation captions, and scores the samples and the
-    bound.
+    """Train, choose the guidance scale on validation captions, score the samples and the bound.
 
-    Options: `num` samples a split; `guidances` the grid; `validation` captions to choose on;
-        `samplers`
-    {name: steps}, of which the first is the one to choose with; `bound` pictures a split (0: none)
-    at `bound_timesteps` strata; `classifier` training steps (0: none) of the network whose features
+    Options: `num` samples a split; `guidances`, the grid; `validation` captions to choose on;
+    `samplers` {name: steps}, the first of which chooses; `bound` pictures a split (0: none) at
+    `bound_timesteps` strata; `classifier` training steps (0: none) of the network whose features
     give the FID, and which judges what is not `shapes`. It is trained once a plan, next to the
     runs.
     """
@@ -78,9 +82,7 @@ def picture_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 class _Study:
-    """A trained model and the questions to it. What is asked for is a record: its caption, for the
-    oracle its picture.
-    """
+    """A trained model and the questions to it, about records: captions, for the oracle pictures."""
 
     def __init__(
         self,
@@ -127,8 +129,9 @@ class _Study:
         )
 
     def validate(self) -> dict[float, float]:
-        """{guidance scale: share of exact pictures} on captions of the training split: other scenes
-        of `shapes` than those trained and evaluated on.
+        """Return {guidance scale: share of exact pictures} on captions of the training split.
+
+        The scenes of `shapes` are others than those trained and evaluated on.
         """
         data = dataclasses.replace(
             self.settings.data, scene_seed=self.settings.data.scene_seed + VALIDATION_SCENES
@@ -142,7 +145,7 @@ class _Study:
         return shares
 
     def score(self, generate: Generate, fidelity: bool) -> dict[str, tuple[dict[str, float], str]]:
-        """{split: (means, a mark a record)}."""
+        """Return {split: (means, one mark a record)}."""
         evaluation, found = self.main, {}
         for row in evaluation.sources:
             images = generate(evaluation.records(row))
@@ -160,8 +163,9 @@ class _Study:
 def _alignment(
     evaluation: metrics.Evaluation, row: str, images: UInt8[np.ndarray, "N H W 3"]
 ) -> dict[str, Float[np.ndarray, N]]:
-    """Which pictures show what their record says, by attribute, and `exact`: in all. Judged from
-    the pixels where that is possible, else by the classifier.
+    """Judge which pictures show what their record says, by attribute, and `exact`: in all.
+
+    By the pixels where that is possible, else by the classifier.
     """
     records = evaluation.records(row)
     if evaluation.settings.data.source == "shapes":
@@ -207,3 +211,27 @@ CELLS: dict[str, Callable[[Cell, pathlib.Path], dict[str, Any]]] = {
     "estimates": estimate_cell,
     "toy": toy_cell,
 }
+
+
+def run_cell(cell: Cell, folder: pathlib.Path, out: pathlib.Path) -> None:
+    """Run one cell in its folder and add its line to the plan's file."""
+    LOGGER.info("%s: run in %s", cell.name, folder)
+    start = time.time()
+    found = CELLS[cell.kind](cell, folder)
+    finished = {
+        "variant": cell.variant,
+        "seed": cell.seed,
+        "config": cell.config,
+        "options": cell.options,
+        "commit": _commit(),
+        "machine": machine(),
+        "seconds": round(time.time() - start, 1),
+        **found,
+    }
+    add_finished(out, finished)
+    print(f"{out}: {cell.name}, {finished['seconds']} s", flush=True)
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return "unknown" if done.returncode else done.stdout.strip()

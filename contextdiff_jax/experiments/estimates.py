@@ -1,5 +1,4 @@
-"""How good the estimate of the context is, by t, and what happens to samples when it is made
-smaller or larger.
+"""The error of the context's estimate by t, and samples with it made smaller or larger.
 
 The best multiple of r_hat, in the mean square, is its regression coefficient <r_hat, r> / <r_hat,
 r_hat>. It is 1 at every t if r_hat is E[r | x_t].
@@ -34,13 +33,11 @@ _BATCH = 64
 
 
 def estimate_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
-    """Reads the run of the same variant and seed of another plan, beside this one's; trains it if
-    it isn't there.
+    """Measure on the run of the same variant and seed of another plan; train it if it isn't there.
 
-    Options: `of` that plan's file; `num` held-out captions; `records` of the training split, other
-        scenes than any that is
-    trained or evaluated on, for the coefficients; `steps` of DDIM; `guidances`; `factors` for
-    guidance 1.
+    That plan's runs are beside this one's. Options: `of`, that plan's file; `num` held-out
+    captions; `records` of the training split, other scenes than any that is trained or evaluated
+    on, for the coefficients; `steps` of DDIM; `guidances`; `factors` for guidance 1.
     """
     options, settings = cell.options, parse(cell.config)
     trained = load_plan(options["of"]).cell(cell.variant, cell.seed)
@@ -71,7 +68,20 @@ def estimate_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     }
     every = np.arange(settings.diffusion.num_timesteps)
     regressed = np.interp(every, np.asarray(timesteps)[::-1], found["coefficient"][::-1])
+    scores |= _obeyed(settings, params, tokenizer, regressed, options, cell.seed)
+    return {"scores": scores, "marks": {}, "training": {"step": [], "loss": [], "context_gain": []}}
 
+
+def _obeyed(
+    settings: Settings,
+    params: PyTree,
+    tokenizer: Tokenizer,
+    regressed: Float[np.ndarray, T],
+    options: dict[str, Any],
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Shares of held-out captions obeyed exactly, by guidance and by the factors on r_hat."""
+    scores = {}
     source = next(reversed(metrics.splits(settings.data).values()))  # held-out combinations
     records = [source[i] for i in range(options["num"])]
     for guidance in options["guidances"]:
@@ -88,7 +98,7 @@ def estimate_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
             generate = OracleGenerator(
                 settings, tokenizer, sample, scaled(jnp.asarray(factors, jnp.float32))
             )
-            images = generate(params, records, cell.seed)
+            images = generate(params, records, seed)
             exact[name] = float(
                 judge(images, [record["caption"] for record in records])["exact"].mean()
             )
@@ -96,7 +106,7 @@ def estimate_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
             f"{name}, minus as it is": value - exact["as it is"] for name, value in exact.items()
         }
         scores[f"guidance {guidance:g}"] = exact | differences
-    return {"scores": scores, "marks": {}, "training": {"step": [], "loss": [], "context_gain": []}}
+    return scores
 
 
 def measure(
@@ -107,9 +117,10 @@ def measure(
     timesteps: Int[Array, K],
     seed: int,
 ) -> dict[str, Float[np.ndarray, K]]:
-    """By timestep, over the records noised by the forward process: root mean squares of r (`true`),
-    r_hat (`estimate`) and their difference (`error`), and the regression `coefficient`. No
-    guidance.
+    """Measure the estimate by timestep, over records noised by the forward process.
+
+    Root mean squares of r (`true`), r_hat (`estimate`) and their difference (`error`), and the
+    regression `coefficient`. No guidance.
     """
     graph, schedule = model_graph(settings), settings.diffusion.make_schedule()
     null = tokenizer.encode([""], settings.data.max_length)

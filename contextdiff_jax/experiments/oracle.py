@@ -1,5 +1,6 @@
-"""Sampling with another context than the estimated one: the true picture's, which is what an ideal
-estimate could bring, or the estimate made smaller or larger.
+"""Sampling with another context than the estimated one.
+
+The true picture's, which an ideal estimate could bring, or the estimate made smaller or larger.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ def scaled(factors: Float[Array, T]) -> Callable[..., Change]:
 
 
 class OracleGenerator:
-    """`generator(params, records, seed) -> uint8 [N, H, W, 3]`: a picture for each record's
-    caption, by a reverse process whose r_hat is what `change` makes of it, which may read the
-    record's picture. ValueError for a context that depends on time.
+    """`generator(params, records, seed) -> uint8 [N, H, W, 3]`: a picture a record's caption.
+
+    The reverse process takes r_hat as `change` makes it, which may read the record's picture.
+    ValueError for a context that depends on time.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class OracleGenerator:
     def __call__(
         self, params: PyTree, records: Sequence[dict[str, Any]], seed: int, batch_size: int = 64
     ) -> UInt8[np.ndarray, "N H W 3"]:
-        """The last batch is filled up with the first record: one shape, one compilation."""
+        """Sample in batches; the last is filled up with the first record, to compile once."""
         length, key = self._settings.data.max_length, make_key(seed)
         null = self._tokenizer.encode([""], length)
         images = []

@@ -1,35 +1,45 @@
-"""A plan: which variants, how many seeds, what is asked of each. Its cells are files that say what
-they are of.
+"""A plan: which variants, how many seeds, what is asked of each.
+
+A finished cell is a line of the plan's file, with all settings that it was made with. It counts as
+done for a plan whose settings are the same. A field that the line or the plan doesn't name has its
+default, so a config may get new fields without making finished experiments those of another one.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
 import pathlib
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from contextdiff_jax.pretrained.files import read_json
+from flax.traverse_util import flatten_dict
 
+from contextdiff_jax.experiments.finished import read_finished
+from contextdiff_jax.experiments.toy_config import ToyConfig
+from contextdiff_jax.settings import Settings, check_choice
+
+# The settings that a plan's config is of, by the plan's kind.
+CONFIGS = {"pictures": Settings, "estimates": Settings, "toy": ToyConfig}
 # Added to data.scene_seed, to which `metrics.splits` adds 1: neither trained on, evaluated on, nor
 # a classifier's.
 VALIDATION_SCENES = 2
 # Fields that say how the same step is computed.
 _SAME_RESULTS = ("train.remat", "train.attention")
-# Fields younger than finished cells, at the value that does what was done without them.
-_AS_BEFORE = {"sample.reuse": 1, "head_width": 0, "time_dependent": False}
 
 
 def changed(
     config: Mapping[str, Any], changes: Mapping[str, Any], where: str = "config"
 ) -> dict[str, Any]:
-    """A copy with the dotted fields of `changes` set. ValueError, beginning with `where`, for a
-    field that isn't there.
+    """Return a copy with the dotted fields of `changes` set.
+
+    ValueError, beginning with `where`, for a field that isn't there.
     """
     config = copy.deepcopy(dict(config))
     for path, value in changes.items():
@@ -50,7 +60,8 @@ class Plan:
     Attributes:
         title: one line for the head of the results' page.
         about: what is asked, in a paragraph.
-        kind: the name of a function in `cells.CELLS`: what a cell does.
+        kind: one of `CONFIGS`: which settings `config` has, and which function in `cells.CELLS`
+            runs a cell.
         config: the base config, as plain values.
         variants: {name: {dotted field: value}}, in the order of the table.
         seeds: seeds 0..n-1 of every variant; `more_seeds` has the n of those that differ.
@@ -72,12 +83,10 @@ class Plan:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        check_choice("kind", self.kind, CONFIGS)
         for field in ("baselines", "more_seeds"):
             for name in getattr(self, field):
-                if name not in self.variants:
-                    raise ValueError(
-                        f"{field}: {name!r} is no variant; they are {', '.join(self.variants)}"
-                    )
+                check_choice(field, name, self.variants)
         for name in self.variants:
             if not re.fullmatch(r"[\w.+-]+", name):
                 raise ValueError(
@@ -85,7 +94,7 @@ class Plan:
                 )
 
     def cells(self) -> Iterator[Cell]:
-        """Seed by seed, so that an interrupted plan has whole comparisons."""
+        """Yield the plan's cells seed by seed: an interrupted plan has whole comparisons."""
         counts = {name: self.more_seeds.get(name, self.seeds) for name in self.variants}
         for seed in range(max(counts.values())):
             for name, count in counts.items():
@@ -93,21 +102,21 @@ class Plan:
                     yield self.cell(name, seed)
 
     def cell(self, variant: str, seed: int) -> Cell:
-        """ValueError for an unknown variant or field."""
-        if variant not in self.variants:
-            raise ValueError(f"--variants={variant}: unknown; one of {', '.join(self.variants)}")
+        """Return one cell. ValueError for an unknown variant or field."""
+        check_choice("--variants", variant, self.variants)
         config = changed(
             self.config, {**self.variants[variant], "seed": seed}, f"variants: {variant}"
         )
         if isinstance(config.get("data"), dict):
             config["data"]["seed"] = seed  # the order of the records
-        return Cell(variant, seed, config, dict(self.options))
+        return Cell(self.kind, variant, seed, config, dict(self.options))
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One variant with one seed."""
+    """One variant with one seed. `kind`: the plan's."""
 
+    kind: str
     variant: str
     seed: int
     config: dict[str, Any]
@@ -115,47 +124,55 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Variant and seed."""
         return f"{self.variant}-{self.seed}"
 
     @property
     def folder(self) -> str:
-        """Of its run, within the plan's."""
-        return f"{self.name}-{self.config_hash}"
+        """Name of the run's folder within the plan's: a changed config or option has another."""
+        text = json.dumps(self._settings(self.config, self.options), sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
-    @property
-    def config_hash(self) -> str:
-        """Of the config and the options, but for `_SAME_RESULTS` and `_AS_BEFORE`: results of
-        another hash are of another experiment.
-        """
+    def made(self, line: Mapping[str, Any]) -> bool:
+        """Whether a finished cell's line is of this variant, seed, config and options."""
+        return (line["variant"], line["seed"]) == (self.variant, self.seed) and self._settings(
+            line["config"], line["options"]
+        ) == self._settings(self.config, self.options)
 
-        def counts(field: str, value: Any) -> bool:
-            return field not in _SAME_RESULTS and (field, value) not in _AS_BEFORE.items()
+    def result(self, path: pathlib.Path) -> dict[str, Any] | None:
+        """The finished cell in the plan's file; None if it isn't there, or is of other settings."""
+        return next(filter(self.made, read_finished(path)), None)
 
-        config = {
-            section: {n: v for n, v in values.items() if counts(f"{section}.{n}", v)}
-            if isinstance(values, dict)
-            else values
-            for section, values in self.config.items()
-            if isinstance(values, dict) or counts(section, values)
+    def _settings(self, config: Mapping[str, Any], options: Mapping[str, Any]) -> list[Any]:
+        """The fields that differ from their defaults, but for `_SAME_RESULTS`, and the options."""
+        config, options = json.loads(json.dumps([config, options]))  # tuples are lists in a line
+        defaults, nothing = _defaults(CONFIGS[self.kind]), object()
+        fields = {
+            field: value
+            for field, value in flatten_dict(config, sep=".").items()
+            if field not in _SAME_RESULTS and value != defaults.get(field, nothing)
         }
-        text = json.dumps([config, self.options], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return [fields, options]
 
-    def result(self, folder: pathlib.Path) -> dict[str, Any] | None:
-        """The finished cell's file in `folder`; None if there is none, or it is of another config."""
-        path = folder / f"{self.name}.json"
-        if not path.exists():
-            return None
-        result = read_json(path, "a cell's results")
-        return result if result.get("config_hash") == self.config_hash else None
+
+@functools.cache
+def _defaults(settings: type) -> dict[str, Any]:
+    """{dotted field: default} of a dataclass and those in it, as JSON holds them."""
+    found = {}
+    for name, kind in typing.get_type_hints(settings).items():
+        default = settings.__dataclass_fields__[name].default
+        if dataclasses.is_dataclass(kind):
+            found |= {f"{name}.{field}": value for field, value in _defaults(kind).items()}
+        elif default is not dataclasses.MISSING:
+            found[name] = json.loads(json.dumps(default))
+    return found
 
 
 def load_plan(path: str) -> Plan:
-    """`get_plan()` of a Python file. ValueError if there is none."""
+    """Call `get_plan()` of a Python file. ValueError if there is none."""
     file = pathlib.Path(path)
     if not file.is_file():
-        raise ValueError(f"--plan={path}: no such file; as in --plan=configs/experiments/shapes.py")
+        raise ValueError(f"--plan={path}: no such file; as in --plan=configs/experiments/toy.py")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

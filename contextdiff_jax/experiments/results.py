@@ -1,6 +1,4 @@
-"""What a person reads of a plan: OUT/PLAN.md with tables, plots, commands; only of cells that are
-there.
-"""
+"""A plan's page, OUT/PLAN.md: tables, plots and commands, of the cells that are finished."""
 
 from __future__ import annotations
 
@@ -9,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy import stats
+from tabulate import tabulate
 
+from contextdiff_jax.experiments.finished import read_finished
 from contextdiff_jax.experiments.plan import Plan
 
-Results = dict[str, dict[int, dict[str, Any]]]  # {variant: {seed: the cell's file}}
+Results = dict[str, dict[int, dict[str, Any]]]  # {variant: {seed: the finished cell}}
 
 
 class Summary(NamedTuple):
@@ -25,9 +27,7 @@ class Summary(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Mean difference to the baseline over the seeds that both have, and its 95% interval by
-    Student's t.
-    """
+    """Mean difference to the baseline over common seeds, and its 95% interval by Student's t."""
 
     mean: float
     low: float
@@ -36,7 +36,7 @@ class Paired(NamedTuple):
 
 
 def look_up(scores: Mapping[str, Any], path: str) -> float | None:
-    """`a/b` in nested scores; None where this variant has no such score."""
+    """Return `a/b` of nested scores; None where this variant has no such score."""
     value: Any = scores
     for name in path.split("/"):
         if not isinstance(value, Mapping) or name not in value:
@@ -46,7 +46,7 @@ def look_up(scores: Mapping[str, Any], path: str) -> float | None:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """ValueError of no values."""
+    """Return the values' mean and its standard error. ValueError if there are none."""
     if not len(values):
         raise ValueError("summarise: no values")
     error = (
@@ -56,31 +56,26 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
-    """By seed; None with fewer than two seeds in common, of which nothing can be said."""
+    """Return the mean difference over the seeds that both have; None with fewer than two."""
     common = sorted(values.keys() & baseline.keys())
     if len(common) < 2:
         return None
-    mean, error, count = summarise([values[seed] - baseline[seed] for seed in common])
-    reach = float(stats.t.ppf(0.975, count - 1)) * error
-    return Paired(mean, mean - reach, mean + reach, count)
+    ours, theirs = ([scores[seed] for seed in common] for scores in (values, baseline))
+    low, high = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    return Paired(float(np.subtract(ours, theirs).mean()), float(low), float(high), len(common))
 
 
-def read_results(plan: Plan, folder: pathlib.Path) -> Results:
-    """The cells of the plan, and those of other seeds of the same config, that are in `folder`."""
-    results: Results = {}
-    for variant in plan.variants:
-        for path in folder.glob(f"{variant}-*.json"):
-            seed = path.stem.removeprefix(f"{variant}-")
-            result = plan.cell(variant, int(seed)).result(folder) if seed.isdecimal() else None
-            if result is not None:
-                results.setdefault(variant, {})[int(seed)] = result
-        if variant in results:
-            results[variant] = dict(sorted(results[variant].items()))
-    return results
+def read_results(plan: Plan, path: pathlib.Path) -> Results:
+    """Read the plan's finished cells, and those of other seeds with the same settings."""
+    results: Results = {variant: {} for variant in plan.variants}
+    for line in read_finished(path):
+        if line["variant"] in results and plan.cell(line["variant"], line["seed"]).made(line):
+            results[line["variant"]][line["seed"]] = line
+    return {variant: dict(sorted(cells.items())) for variant, cells in results.items() if cells}
 
 
 def scores_of(results: Results, variant: str, path: str) -> dict[int, float]:
-    """{seed: score}, of the seeds that have it."""
+    """Return {seed: score} of the seeds that have it."""
     found = {
         seed: look_up(result["scores"], path) for seed, result in results.get(variant, {}).items()
     }
@@ -88,24 +83,22 @@ def scores_of(results: Results, variant: str, path: str) -> dict[int, float]:
 
 
 def table(plan: Plan, results: Results) -> str:
-    """A row a variant: mean and standard error of each headline score."""
-    lines = [
-        "| variant | seeds | " + " | ".join(plan.headline) + " |",
-        "|---" * (len(plan.headline) + 2) + "|",
-    ]
+    """Make a row a variant: mean and standard error of each headline score."""
+    rows = []
     for variant, cells in results.items():
         values = [
             list(scores_of(results, variant, path).values()) for path in plan.headline.values()
         ]
         entries = [_mean_text(summarise(found)) if found else "-" for found in values]
-        lines.append(f"| `{variant}` | {len(cells)} | " + " | ".join(entries) + " |")
-    return "\n".join(lines)
+        rows.append([f"`{variant}`", len(cells), *entries])
+    return _markdown(["variant", "seeds", *plan.headline], rows)
 
 
 def difference_table(plan: Plan, results: Results, baseline: str) -> str:
-    """A row a variant: its difference to the baseline in each headline score, bold where the
-    interval is clear of 0; empty if there is no pair of seeds. No correction for the number of
-    comparisons.
+    """Make a row a variant: its difference to the baseline in each headline score.
+
+    It is bold where the interval is clear of 0, without a correction for the number of comparisons.
+    Empty if there is no pair of seeds.
     """
     rows = []
     for variant in results:
@@ -116,9 +109,13 @@ def difference_table(plan: Plan, results: Results, baseline: str) -> str:
         if variant == baseline or not any(found):
             continue
         count = max(difference.count for difference in found if difference)
-        rows.append(f"| `{variant}` | {count} | " + " | ".join(map(_difference_text, found)) + " |")
-    head = f"| minus `{baseline}` [95%] | pairs | " + " | ".join(plan.headline) + " |"
-    return "\n".join([head, "|---" * (len(plan.headline) + 2) + "|", *rows]) if rows else ""
+        rows.append([f"`{variant}`", count, *map(_difference_text, found)])
+    head = [f"minus `{baseline}` [95%]", "pairs", *plan.headline]
+    return _markdown(head, rows) if rows else ""
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return tabulate(rows, head, tablefmt="github", disable_numparse=True)
 
 
 def _difference_text(difference: Paired | None) -> str:
@@ -133,45 +130,40 @@ def _mean_text(summary: Summary) -> str:
     return f"{summary.mean:.3f}{error}"
 
 
-def cost_table(plan: Plan, results: Results) -> str:
-    """Parameters, FLOPs and time a step, size of the learned gain at the end, minutes: medians over
-    seeds.
+def cost_table(results: Results) -> str:
+    """Make a row a variant: parameters, FLOPs and time of a step, the learned gain, minutes.
+
+    Medians over seeds. Empty for cells that don't tell their parameters.
     """
-    lines = [
-        r"| variant | parameters | GFLOP a step | ms a step | \|gain\| at the end | minutes a cell |",
-        "|---" * 6 + "|",
-    ]
+    rows = []
     for variant, cells in results.items():
         training = [cell["training"] for cell in cells.values()]
         if "parameters" not in training[0]:
             return ""
         flops = [t["flops_per_step"] for t in training if t["flops_per_step"]]
-        lines.append(
-            f"| `{variant}` | {training[0]['parameters']:,} | {f'{np.median(flops) / 1e9:.2f}' if flops else '-'} | "
-            f"{1e3 * np.median([t['seconds_per_step'] for t in training]):.0f} | "
-            f"{np.median([abs(t['context_gain'][-1]) for t in training]):.3f} | "
-            f"{np.median([cell['seconds'] for cell in cells.values()]) / 60:.1f} |"
+        seconds = np.median([cell["seconds"] for cell in cells.values()])
+        rows.append(
+            [
+                f"`{variant}`",
+                f"{training[0]['parameters']:,}",
+                f"{np.median(flops) / 1e9:.2f}" if flops else "-",
+                f"{1e3 * np.median([t['seconds_per_step'] for t in training]):.0f}",
+                f"{np.median([abs(t['context_gain'][-1]) for t in training]):.3f}",
+                f"{seconds / 60:.1f}",
+            ]
         )
-    return "\n".join(lines)
+    head = ["variant", "parameters", "GFLOP a step", "ms a step", r"\|gain\| at the end"]
+    return _markdown([*head, "minutes a cell"], rows)
 
 
 def plot(plan: Plan, results: Results, out: pathlib.Path) -> None:
-    """The decisive score of every seed by variant, and the context's gain over training, if the
-    cells train.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Draw the decisive score of every seed, and, where cells train, the gain over training."""
     title, path = next(iter(plan.headline.items()))
     columns = 1 + any(
         cell["training"]["step"] for cells in results.values() for cell in cells.values()
     )
-    figure, axes = plt.subplots(
-        1, columns, figsize=(6 * columns, 0.5 * len(results) + 2.2), squeeze=False
-    )
-    left, *rest = axes[0]
+    figure = Figure(figsize=(6 * columns, 0.5 * len(results) + 2.2))
+    left, *rest = figure.subplots(1, columns, squeeze=False)[0]
     for row, variant in enumerate(results):
         values = list(scores_of(results, variant, path).values())
         left.plot(values, [row] * len(values), "o", alpha=0.5)
@@ -188,10 +180,9 @@ def plot(plan: Plan, results: Results, out: pathlib.Path) -> None:
         _plot_gains(right, results)
     figure.tight_layout()
     figure.savefig(out, dpi=90)
-    plt.close(figure)
 
 
-def _plot_gains(axes: Any, results: Results) -> None:
+def _plot_gains(axes: Axes, results: Results) -> None:
     for row, (variant, cells) in enumerate(results.items()):
         for number, cell in enumerate(cells.values()):
             curve = cell["training"]
@@ -210,53 +201,51 @@ def _plot_gains(axes: Any, results: Results) -> None:
 
 
 def write_page(plan: Plan, name: str, path: str, out: pathlib.Path) -> str:
-    """Writes OUT/NAME.md and OUT/NAME.png; returns a line that says so."""
-    results = read_results(plan, out / name)
+    """Write OUT/NAME.md and OUT/NAME.png from OUT/NAME.jsonl; return a line that says so."""
+    results = read_results(plan, out / f"{name}.jsonl")
     if not results:
-        return f"{out / name}: no finished cell yet"
+        return f"{out / name}.jsonl: no finished cell yet"
     plot(plan, results, out / f"{name}.png")
-    cells = [
-        (variant, seed, cell) for variant, seeds in results.items() for seed, cell in seeds.items()
-    ]
-    machines = sorted(
-        {
-            f"{c['machine']['cpu']}, {c['machine']['devices']}, jax {c['machine']['jax']}"
-            for *_, c in cells
-        }
-    )
     missing = [cell.name for cell in plan.cells() if cell.seed not in results.get(cell.variant, {})]
-    on_cpu = cells[0][2]["machine"]["devices"].endswith(
-        "cpu"
-    )  # elsewhere nobody has seen the same digits again
-    pinned = "taskset -c 0 " if on_cpu else ""
-    digits = (
-        ", with the same digits at its commit, on the same machine and number of cores"
-        if on_cpu
-        else ""
-    )
+    cells = [cell for seeds in results.values() for cell in seeds.values()]
+    machines = sorted({"{cpu}, {devices}, jax {jax}".format(**cell["machine"]) for cell in cells})
     parts = [
         f"# {plan.title}",
         plan.about,
         f"    python -m contextdiff_jax.experiment --plan={path}",
-        f"{len(cells)} cells, {sum(c['seconds'] for *_, c in cells) / 3600:.1f} hours in all, on {'; '.join(machines)}. "
-        "Mean ± standard error over seeds; differences are paired by seed, with Student's 95% interval.",
+        f"{len(cells)} cells, {sum(cell['seconds'] for cell in cells) / 3600:.1f} hours in all, on "
+        f"{'; '.join(machines)}. Mean ± standard error over seeds; differences are paired by seed, "
+        "with Student's 95% interval.",
         f"Not run yet: {', '.join(missing)}." if missing else "",
         table(plan, results),
         *(difference_table(plan, results, baseline) for baseline in plan.baselines),
-        cost_table(plan, results),
+        cost_table(results),
         f"![scores and gains]({name}.png)",
-        "## Cells",
-        f"Each again, in another folder{digits}:",
-        f"    {pinned}python -m contextdiff_jax.experiment --plan={path} --variants={cells[0][0]} "
-        f"--seeds={cells[0][1]} --out=/tmp/again --workdir=/tmp/again",
-        "\n".join(
-            ["| cell | config | commit | seconds |", "|---|---|---|---|"]
-            + [
-                f"| [{variant}-{seed}]({name}/{variant}-{seed}.json) | {c['config_hash']} | {c['commit'][:10]} | {c['seconds']:.0f} |"
-                for variant, seed, c in cells
-            ]
-        ),
+        *_cells_section(cells, name, path),
     ]
     page = out / f"{name}.md"
     page.write_text("\n\n".join(part for part in parts if part) + "\n")
     return f"{page}: {len(cells)} cells" + (f", {len(missing)} to go" if missing else "")
+
+
+def _cells_section(cells: Sequence[dict[str, Any]], name: str, path: str) -> list[str]:
+    """The page's paragraphs on each cell, and on how one is run again."""
+    first = cells[0]
+    on_cpu = first["machine"]["devices"].endswith("cpu")
+    digits = ""  # nobody has seen the same digits again elsewhere
+    if on_cpu:
+        digits = ", with the same digits at its commit, on the same machine and number of cores"
+    pinned = "taskset -c 0 " if on_cpu else ""
+    rows = [
+        [f"{cell['variant']}-{cell['seed']}", cell["commit"][:10], f"{cell['seconds']:.0f}"]
+        for cell in cells
+    ]
+    return [
+        "## Cells",
+        f"Each is a line of [{name}.jsonl]({name}.jsonl). "
+        f"The first one again, in another folder{digits}:",
+        f"    {pinned}python -m contextdiff_jax.experiment --plan={path} "
+        f"--variants={first['variant']} --seeds={first['seed']} --out=/tmp/again "
+        "--workdir=/tmp/again",
+        _markdown(["cell", "commit", "seconds"], rows),
+    ]

@@ -4,7 +4,7 @@ small learned one.
 The points lie on a jittered grid with unequal weights, five in each of five classes; the class is
 the text c. Under a shift with context r(x0, c) the noisy marginal is a mixture of Gaussians,
 
-    q(x_t | c) = sum_i w_i N(a_t x_i + k_t r_i, b_t^2 I)                                                 (1)
+    q(x_t | c) = sum_i w_i N(a_t x_i + k_t r_i, b_t^2 I)                            (1)
 
 so E[x0 | x_t, c] and E[r | x_t, c] are sums over 25 points. A sampler that is right ends on the
 points of the class with their weights; its error is the total variation from them, averaged over
@@ -26,7 +26,9 @@ from jaxtyping import Array, Float, Int
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.experiments.plan import Cell
+from contextdiff_jax.experiments.toy_config import ToyConfig
 from contextdiff_jax.keys import make_key
+from contextdiff_jax.settings import check_choice, strict
 
 CLASSES = 5
 
@@ -44,8 +46,9 @@ def points() -> tuple[Float[np.ndarray, "25 2"], Float[np.ndarray, 25], Int[np.n
 
 
 def fixed_context(kind: str) -> Callable:
-    """r(x0, c) of the exact study, of size 1 or so: `linear` in x0, `sine` (far from linear),
-    `text` (c alone).
+    """Return r(x0, c) of the exact study, of size 1 or so.
+
+    `linear` in x0, `sine` (far from linear), or `text` (c alone).
     """
     matrix = jnp.asarray(np.random.default_rng(16627).normal(size=(2, 2)) / 0.7, jnp.float32)
     table = jnp.asarray(np.random.default_rng(1).normal(size=(CLASSES, 2)), jnp.float32)
@@ -55,30 +58,17 @@ def fixed_context(kind: str) -> Callable:
         "sine": lambda x0, c: 3 * jnp.sin(3 * x0 @ matrix) / 0.7,
         "text": lambda x0, c: table[c],
     }
-    if kind not in kinds:
-        raise ValueError(
-            f"kind={kind!r}: unknown for the exact denoiser; one of {', '.join(kinds)}"
-        )
+    check_choice("kind", kind, kinds)
     return kinds[kind]
 
 
 class Network(nnx.Module):
-    """Denoiser and context of the learned study: MLPs of (x, time, class). `head_width`: of a
-    hidden layer that the second head has for itself.
-    """
+    """Denoiser and context of the learned study: MLPs of (x, time, class)."""
 
-    def __init__(
-        self,
-        kind: str,
-        estimate: str,
-        width: int,
-        max_gain: float,
-        head_width: int,
-        time_dependent: bool,
-        rngs: nnx.Rngs,
-    ):
-        self.kind, self.max_gain = kind, max_gain
-        self.head = estimate == "posterior_mean"
+    def __init__(self, config: ToyConfig, rngs: nnx.Rngs):
+        kind, width, head_width = config.kind, config.width, config.head_width
+        self.kind, self.max_gain = kind, config.max_gain
+        self.head = config.estimate == "posterior_mean"
         self.embed = nnx.Linear(2 + 16 + 16 + CLASSES, width, rngs=rngs)
         self.hidden = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(2)])
         self.out = nnx.Linear(width, 4 if self.head else 2, rngs=rngs)
@@ -90,16 +80,14 @@ class Network(nnx.Module):
             "bilinear": 2 * CLASSES,
             "mlp": 2 + CLASSES,
         }
-        if kind not in inputs:
-            raise ValueError(
-                f"kind={kind!r}: unknown for the learned denoiser; one of {', '.join(inputs)}"
-            )
+        check_choice("kind", kind, inputs)
         if kind != "none":
             self.gamma = nnx.Param(jnp.zeros(()))
             self.r_in = nnx.Linear(inputs[kind], width if kind == "mlp" else 2, rngs=rngs)
             self.r_out = nnx.Linear(width, 2, rngs=rngs) if kind == "mlp" else None
+            timed = config.time_dependent
             self.r_time = (
-                nnx.Linear(16, width if kind == "mlp" else 2, rngs=rngs) if time_dependent else None
+                nnx.Linear(16, width if kind == "mlp" else 2, rngs=rngs) if timed else None
             )
         self.head_in = nnx.Linear(width, head_width, rngs=rngs) if head_width else None
         self.head_out = nnx.Linear(head_width, 2, rngs=rngs) if head_width else None
@@ -107,11 +95,10 @@ class Network(nnx.Module):
     def __call__(
         self, x: Float[Array, "B 2"], t: Int[Array, B], c: Int[Array, B]
     ) -> Array | tuple[Array, Array]:
-        """x0_hat, with a second head also r_hat."""
+        """Estimate x0; with a second head r, too."""
         time = _phases(t)
-        place = (x[..., None] * np.pi * 2 ** np.arange(4)).reshape(
-            len(x), 8
-        )  # five points a side need fine features
+        # Five points a side need fine features.
+        place = (x[..., None] * np.pi * 2 ** np.arange(4)).reshape(len(x), 8)
         phases = jnp.concatenate([time, place], -1)
         h = self.embed(
             jnp.concatenate([x, jnp.sin(phases), jnp.cos(phases), jax.nn.one_hot(c, CLASSES)], -1)
@@ -131,8 +118,9 @@ class Network(nnx.Module):
     def context(
         self, x0: Float[Array, "B 2"], c: Int[Array, B], t: Int[Array, B]
     ) -> Float[Array, "B 2"]:
-        """r(x0, c[, t]), of root mean square `max_gain tanh(gamma)` in each sample, as the
-        pictures' (models.context).
+        """Return r(x0, c[, t]), of root mean square `max_gain tanh(gamma)` in each sample.
+
+        As the pictures' (models.context).
         """
         if self.kind == "none":
             return jnp.zeros_like(x0)
@@ -150,9 +138,8 @@ class Network(nnx.Module):
             h = h + self.r_time(jnp.concatenate([jnp.sin(_phases(t)), jnp.cos(_phases(t))], -1))
         raw = h if self.r_out is None else self.r_out(jax.nn.silu(h))
         sized = raw
-        if (
-            self.kind == "affine"
-        ):  # divided by the most that raw can be, whatever x0: so it stays linear in x0
+        if self.kind == "affine":
+            # Divided by the most that raw can be, whatever x0: so it stays linear in x0.
             constant = raw - x0 @ self.r_in.kernel[:2]
             sized = jnp.abs(constant) + jnp.abs(self.r_in.kernel[:2]).sum(0)
         rms = jnp.sqrt(jnp.mean(sized**2, -1, keepdims=True) + 1e-8)
@@ -164,7 +151,7 @@ def _phases(t: Int[Array, B]) -> Float[Array, "B 8"]:
 
 
 def exact_estimates(schedule: diffusion.NoiseSchedule, context: Callable, shift: str) -> Callable:
-    """`estimates(x_t, t, c) -> (E[x0 | x_t, c], E[r | x_t, c])` by (1)."""
+    """Make `estimates(x_t, t, c) -> (E[x0 | x_t, c], E[r | x_t, c])` by (1)."""
     positions, weights, classes = points()
     x, log_w = jnp.asarray(positions, jnp.float32), jnp.log(jnp.asarray(weights, jnp.float32))
 
@@ -181,40 +168,35 @@ def exact_estimates(schedule: diffusion.NoiseSchedule, context: Callable, shift:
 
 
 def train_network(
-    config: dict[str, Any], schedule: diffusion.NoiseSchedule
+    config: ToyConfig, schedule: diffusion.NoiseSchedule
 ) -> tuple[Network, dict[str, Any]]:
-    """Jointly trained with `simple`, x0-prediction, on draws of the set: one scan. And its loss and
-    gain by step.
+    """Train denoiser and context together on draws of the set; return also loss and gain by step.
+
+    The loss is the mean squared error of x0. All steps are one scan.
     """
     positions, weights, classes = (jnp.asarray(a) for a in points())
-    fields = ("kind", "estimate", "width", "max_gain", "head_width", "time_dependent")
-    model = Network(
-        **{field: config[field] for field in fields}, rngs=nnx.Rngs(make_key(config["seed"]))
-    )
+    model = Network(config, rngs=nnx.Rngs(make_key(config.seed)))
     graph, params = nnx.split(model)
-    optimizer = optax.adam(optax.cosine_decay_schedule(config["learning_rate"], config["steps"]))
+    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
     probabilities = weights / weights.sum()
 
     def loss_fn(params, key):
         model = nnx.merge(graph, params)
         keys = jax.random.split(key, 3)
-        i = jax.random.choice(keys[0], len(positions), (config["batch_size"],), p=probabilities)
+        i = jax.random.choice(keys[0], len(positions), (config.batch_size,), p=probabilities)
         x0, c = positions[i].astype(jnp.float32), classes[i]
         t = jax.random.randint(keys[1], x0.shape[:1], 0, schedule.num_timesteps)
         r = model.context(x0, c, t)
         x_t = diffusion.q_sample(
-            schedule, x0, r, t, jax.random.normal(keys[2], x0.shape), config["shift"]
+            schedule, x0, r, t, jax.random.normal(keys[2], x0.shape), config.shift
         )
         out = model(x_t, t, c)
         head = jnp.zeros(())
         if model.head:
             out, r_hat = out
             head = jnp.mean((r_hat - jax.lax.stop_gradient(r)) ** 2)
-        gain = (
-            config["max_gain"] * jnp.tanh(model.gamma[...])
-            if model.kind != "none"
-            else jnp.zeros(())
-        )
+        learned = model.kind != "none"
+        gain = config.max_gain * jnp.tanh(model.gamma[...]) if learned else jnp.zeros(())
         loss = jnp.mean((out - x0) ** 2)
         return loss + head, (loss, gain)
 
@@ -224,10 +206,10 @@ def train_network(
         updates, opt = optimizer.update(grads, opt)
         return (optax.apply_updates(params, updates), opt), logged
 
-    keys = jax.random.split(make_key(config["seed"]), config["steps"])
+    keys = jax.random.split(make_key(config.seed), config.steps)
     run = jax.jit(lambda params, keys: jax.lax.scan(step, (params, optimizer.init(params)), keys))
     (params, _), (loss, gain) = run(params, keys)
-    steps = np.linspace(0, config["steps"] - 1, 50).astype(int)
+    steps = np.linspace(0, config.steps - 1, 50).astype(int)
     curves = {
         "step": steps.tolist(),
         "loss": np.asarray(loss)[steps].tolist(),
@@ -237,27 +219,24 @@ def train_network(
 
 
 def toy_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
-    """Total variation from the true weights, and the bound's KL terms; nothing is written to
-    `workdir`.
+    """Measure the total variation from the true weights, and the bound's KL terms.
 
-    Config: `seed`, `denoiser` (exact | learned), `kind`, `shift`, `estimate`, `max_gain`, and
-        `width`, `head_width`,
-    `time_dependent`, `steps`, `batch_size`, `learning_rate` of the learned one. Options: `num`
-    samples and `bound` points (of the bound) a class, `samplers` {name: steps}.
+    Options: `num` samples and `bound` points (of the bound) a class, `samplers` {name: steps}.
+    Nothing is written to `workdir`.
     """
-    config = cell.config
+    config = strict(ToyConfig, "config", cell.config)
     schedule = diffusion.make_schedule("cosine")
     curves: dict[str, Any] = {"step": [], "loss": [], "context_gain": []}
-    if config["denoiser"] == "exact":
-        graph, params, context = None, None, fixed_context(config["kind"])
-        exact = exact_estimates(schedule, context, config["shift"])
+    if config.denoiser == "exact":
+        graph, params, context = None, None, fixed_context(config.kind)
+        exact = exact_estimates(schedule, context, config.shift)
     else:
         model, curves = train_network(config, schedule)
         graph, params = nnx.split(model)
 
     # Parameters are arguments, so that the seeds of a variant share their compiled programs.
     def functions(params, c):
-        """(denoise, context_fn) for classes c."""
+        """Make denoise and context_fn for classes c."""
         if graph is None:
             both, r = exact, lambda x0, c, t: context(x0, c)
         else:
@@ -269,19 +248,24 @@ def toy_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
 
         def denoise(x_t, t, s):
             x0, r_hat = both(x_t, t, c)
-            r_hat = r_hat if config["estimate"] == "posterior_mean" else r(x0, c, t)
-            moves = config["denoiser"] == "learned" and config["time_dependent"]
+            r_hat = r_hat if config.estimate == "posterior_mean" else r(x0, c, t)
+            moves = config.denoiser == "learned" and config.time_dependent
             return diffusion.Denoised(x0, r_hat, r(x0, c, jnp.maximum(s, 0)) if moves else r_hat)
 
         return denoise, lambda x0, t: r(x0, c, t)
 
-    return {"scores": _scores(functions, params, schedule, cell), "marks": {}, "training": curves}
+    scores = _scores(functions, params, schedule, cell.options, config)
+    return {"scores": scores, "marks": {}, "training": curves}
 
 
 def _scores(
-    functions: Callable, params: Any, schedule: diffusion.NoiseSchedule, cell: Cell
+    functions: Callable,
+    params: Any,
+    schedule: diffusion.NoiseSchedule,
+    options: dict[str, Any],
+    config: ToyConfig,
 ) -> dict[str, Any]:
-    options, shift, key = cell.options, cell.config["shift"], make_key(cell.seed)
+    shift, key = config.shift, make_key(config.seed)
     c = jnp.repeat(jnp.arange(CLASSES), options["num"])
     scores: dict[str, Any] = {"floor": {"tv": total_variation(_draws(key, options["num"]), c)}}
     noise = jax.random.normal(jax.random.fold_in(key, 1), (len(c), 2))
@@ -324,7 +308,7 @@ def _make_sample(
 
 
 def _draws(key: Array, num: int) -> Float[np.ndarray, "N 2"]:
-    """`num` points of each class by their weights."""
+    """Draw `num` points of each class by their weights."""
     positions, weights, classes = points()
     drawn = []
     for one in range(CLASSES):
@@ -340,7 +324,7 @@ def _draws(key: Array, num: int) -> Float[np.ndarray, "N 2"]:
 
 
 def total_variation(samples: Float[np.ndarray, "N 2"], c: Int[Array, N]) -> float:
-    """Between the shares of the nearest points and the true weights, mean over classes."""
+    """Distance of the shares of the nearest points from the true weights, mean over classes."""
     positions, weights, classes = points()
     nearest = ((samples[:, None] - positions) ** 2).sum(-1).argmin(-1)
     distances = []

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from contextdiff_jax.data.decoding import UNDECODABLE, open_picture, shown
 from contextdiff_jax.pretrained.pipeline import load_pipeline
 
 
@@ -61,9 +62,9 @@ class FolderRequest:
 
 def _read(path: str, mode: str, shape: tuple[int, int] | None, flag: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            image = image.convert(mode)
-    except OSError as error:
+        with open_picture(path) as image:
+            image = shown(image).convert(mode)
+    except UNDECODABLE as error:
         raise ValueError(f"--{flag}={path}: can't be read as a picture ({error})") from None
     return image if shape is None else image.resize(shape[::-1], Image.Resampling.LANCZOS)
 

@@ -44,6 +44,7 @@ FREE_FIELDS = (
     "train.max_nonfinite",
     "train.peer_timeout",
     "data.path",
+    "data.max_pixels",
     "data.index_folder",
     "data.num_workers",
     "data.prefetch",

@@ -10,23 +10,11 @@ import jax
 from tensorboardX import SummaryWriter
 
 from contextdiff_jax.cli import is_remote
+from contextdiff_jax.parallel.chips import CHIPS
 from contextdiff_jax.parallel.processes import is_first
 from contextdiff_jax.training.state import METRICS
 
 LOGGER = logging.getLogger(__name__)
-# Dense bf16 FLOP/s of a chip, from the vendors' data sheets; keys are `jax.Device.device_kind`.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 class MetricsLog:
@@ -85,7 +73,8 @@ def speed(images: int, seconds: float, steps: int, flops: float | None) -> dict[
     values = {"images_per_second": images / seconds, "seconds_per_step": seconds / steps}
     if flops:
         values["model_flops_per_second"] = flops * steps / seconds
-        peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-        if peak:
-            values["utilization"] = values["model_flops_per_second"] / (peak * jax.device_count())
+        chip = CHIPS.get(jax.devices()[0].device_kind)
+        if chip:
+            peak = chip.peak * jax.device_count()
+            values["utilization"] = values["model_flops_per_second"] / peak
     return values
