@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 import shlex
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -43,25 +44,34 @@ SEED = cli.define_seed("Of the samples' noise, the bound's, and the bootstrap.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or params.")
 
 
+def checked_flags() -> dict[str, Any]:
+    """The options of sampling that are given. ValueError, before a checkpoint is read, for a flag
+    that can't be right.
+    """
+    from contextdiff_jax.evaluation.metrics import METRICS as KNOWN
+    from contextdiff_jax.settings import SampleConfig
+
+    if not METRICS.value:
+        raise ValueError(f"--metrics: the list is empty; of {', '.join(KNOWN)}")
+    for name in METRICS.value:
+        if name not in KNOWN:
+            raise ValueError(f"--metrics={name!r}: unknown; one of {', '.join(KNOWN)}")
+    given = {"sampler": SAMPLER.value, "steps": STEPS.value, "guidance": GUIDANCE.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    SampleConfig(**given)
+    if WORKDIR.value:  # else `load_run` says what is missing
+        cli.output_folder("workdir", WORKDIR.value)
+    return given
+
+
 def main() -> None:
     """Parses, samples, scores, reports."""
     import jax
 
     from contextdiff_jax.evaluation import metrics, report
     from contextdiff_jax.evaluation.features import replicate
-    from contextdiff_jax.settings import SampleConfig
 
-    if not METRICS.value:
-        raise ValueError(f"--metrics: the list is empty; of {', '.join(metrics.METRICS)}")
-    for name in METRICS.value:
-        if name not in metrics.METRICS:
-            raise ValueError(f"--metrics={name!r}: unknown; one of {', '.join(metrics.METRICS)}")
-
-    given = {"sampler": SAMPLER.value, "steps": STEPS.value, "guidance": GUIDANCE.value}
-    given = {name: value for name, value in given.items() if value is not None}
-    SampleConfig(**given)  # refuses a wrong flag before a checkpoint is read
-    if WORKDIR.value:
-        cli.output_folder("workdir", WORKDIR.value)
+    given = checked_flags()
 
     from contextdiff_jax.generation import Generator
     from contextdiff_jax.parallel.mesh import local_mesh
