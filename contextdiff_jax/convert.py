@@ -1,9 +1,10 @@
 """python -m contextdiff_jax.convert --source=DIR --target=DIR [--reverse]
 
-A Hugging Face / diffusers folder, of one model or of a whole pipeline, in our format (Orbax
-parameters); --reverse goes back, with the same tensors bit for bit. Tokenizers, schedulers and
-models that we don't have are copied. With --reverse the source may also be a run that began as a
-diffusers folder (`model.pretrained`): it becomes one again.
+A Hugging Face / diffusers folder, of one model or of a whole pipeline, or a single-file checkpoint
+of Stable Diffusion, in our format (Orbax parameters); --reverse goes back, with the same tensors
+bit for bit. Tokenizers, schedulers and models that we don't have are copied. With --reverse the
+source may also be a run that began as a diffusers folder (`model.pretrained`): it becomes one
+again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from absl import flags
 from contextdiff_jax import cli
 
 SOURCE = cli.define_path(
-    "source", None, "Folder to read: with config.json, or with model_index.json."
+    "source",
+    None,
+    "Folder to read, with config.json or model_index.json, or a single .safetensors file.",
 )
 TARGET = cli.define_path("target", None, "Folder to write; must be new.")
 REVERSE = flags.DEFINE_boolean("reverse", False, "From our format to Hugging Face's.")

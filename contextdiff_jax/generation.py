@@ -20,6 +20,7 @@ from contextdiff_jax.models.contextdiff import Frozen, make_sampler
 from contextdiff_jax.parallel.mesh import place, replicated, tracing_for
 from contextdiff_jax.programs import kept
 from contextdiff_jax.settings import SampleConfig, Settings
+from contextdiff_jax.tokens import warn_of_cut
 from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.state import build_model, model_graph
 
@@ -86,6 +87,7 @@ class Generator:
         self._frozen = load_frozen(settings) if frozen is None else frozen
         self._make = functools.cache(functools.partial(make_pictures, settings, self.options, mesh))
         self._programs, self._mesh = programs, mesh
+        self._seen: set[str] = set()  # prompts whose lost words were named
         # refuses options that don't fit the schedule now, not when the first pictures are due
         configured_sampler(settings, self.options)
 
@@ -111,6 +113,7 @@ class Generator:
             )
         length = self._settings.data.max_length
         null_ids, null_mask = self._tokenizer.encode([""], length)
+        self._warn_of_cut(prompts, length)
         noise_key, sampler_key = jax.random.split(make_key(seed))
         images, run = [], None
         starts = range(0, len(prompts), batch_size)
@@ -148,6 +151,13 @@ class Generator:
                 )
             images.append(made)
         return np.concatenate(images)
+
+    def _warn_of_cut(self, prompts: Sequence[str], length: int) -> None:
+        """Once for each prompt, however often it is drawn."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._seen]
+        self._seen.update(new)
+        if new:
+            warn_of_cut(new, self._tokenizer.encode_and_cut(new, length)[2], length)
 
     def _program(self, arguments: tuple) -> Callable:
         if self._programs is None:

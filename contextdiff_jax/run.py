@@ -10,12 +10,13 @@ import jax
 from etils import epath
 from jaxtyping import PyTree
 
-from contextdiff_jax.data import Tokenizer, load_tokenizer
+from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
 from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.settings import Settings, parse
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.state import init_state
+from contextdiff_jax.training.texts import open_tokenizer
 from contextdiff_jax.training.trainable import merge_lora
 
 
@@ -48,10 +49,11 @@ def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
     config = read_json(folder / "config.json", "a run's config")
     # A run trained on many devices is read on those that are here.
     settings = parse(config | {"mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1}})
+    tokenizer = open_tokenizer(settings)
     abstract = jax.eval_shape(lambda: init_state(settings)).params
     shardings = state_shardings(make_mesh(settings.mesh), abstract)
     params, step = checkpoints.restore_weights(
         folder, checkpoints.placed(abstract, shardings), weights
     )
     params = merge_lora(params) if merged else params
-    return Run(settings, load_tokenizer(settings.data.tokenizer or None), params, step, config)
+    return Run(settings, tokenizer, params, step, config)

@@ -10,15 +10,17 @@ and guidance in the PNG's text.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 
 from absl import flags
 
 from contextdiff_jax import cli
+from contextdiff_jax.texts import read_lines
 
 WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
 MODEL = cli.define_path(
-    "model", None, "A Stable Diffusion 1.x or 2.x folder, instead of --workdir."
+    "model",
+    None,
+    "A Stable Diffusion folder (1.x, 2.x, XL) or single .safetensors file, instead of --workdir.",
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; may be given many times.")
 PROMPTS_FILE = cli.define_path("prompts_file", None, "A text file with one caption a line.")
@@ -44,7 +46,7 @@ OUT = cli.define_path("out", "grid.png", "The grid.")
 IMAGES = cli.define_path("images", None, "A folder for the pictures one by one.")
 COLUMNS = flags.DEFINE_integer("columns", 4, "Pictures a row.", lower_bound=1)
 NEGATIVE = flags.DEFINE_string(
-    "negative", "", "With --model: the text that guidance leads away from."
+    "negative", None, "With --model: the text that guidance leads away from; default: none."
 )
 SIZE = flags.DEFINE_list(
     "size", None, "With --model: HEIGHT,WIDTH; default: the model's, or --image's."
@@ -57,29 +59,6 @@ MASK = cli.define_path("mask", None, "With --image: paint anew where this pictur
 OF_MODELS = (NEGATIVE, SIZE, IMAGE, STRENGTH, MASK)
 
 
-def read_prompts() -> list[str]:
-    """Those of --prompt and --prompts_file. ValueError if there are none, or one is blank or no
-    Unicode.
-    """
-    prompts, file = list(PROMPT.value), PROMPTS_FILE.value
-    if file:
-        try:
-            lines = pathlib.Path(file).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompts_file={file}: can't be read as UTF-8 ({error})") from None
-        prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError(
-            "--prompt: the list is empty; give at least one, as in --prompt='a large red circle'"
-        )
-    for prompt in prompts:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
-            raise ValueError(f"--prompt={prompt!a}: is not UTF-8") from None
-    return prompts
-
-
 def from_run(prompts: list[str]):
     """(pictures, how they were made, of which step)."""
     from etils import epath
@@ -90,7 +69,7 @@ def from_run(prompts: list[str]):
     from contextdiff_jax.settings import SampleConfig
 
     for flag in OF_MODELS:
-        if flag.value not in (None, ""):
+        if flag.value is not None:
             raise ValueError(f"--{flag.name}={flag.value}: needs --model")
     given = {
         "sampler": SAMPLER.value,
@@ -143,7 +122,19 @@ def from_model(prompts: list[str]):
 
 def main() -> None:
     """Parses, samples, draws."""
-    prompts = [prompt for prompt in read_prompts() for _ in range(NUM.value)]
+    prompts = list(PROMPT.value)
+    if PROMPTS_FILE.value:
+        prompts += read_lines(PROMPTS_FILE.value, "--prompts_file")
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError(
+            "--prompt: the list is empty; give at least one, as in --prompt='a large red circle'"
+        )
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+            raise ValueError(f"--prompt={prompt!a}: is not UTF-8") from None
+    prompts = [prompt for prompt in prompts for _ in range(NUM.value)]
     # Refused now, not when the pictures are made.
     out = cli.output_file("out", OUT.value, cli.PICTURES)
     folder = cli.output_folder("images", IMAGES.value) if IMAGES.value else None

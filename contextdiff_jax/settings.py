@@ -262,9 +262,7 @@ class Settings:
     mesh: MeshConfig
     sample: SampleConfig
     latent: LatentConfig
-    pretrained: str = (
-        ""  # model.pretrained: the diffusers pipeline's folder whose UNet a new run starts from
-    )
+    pretrained: str = ""  # model.pretrained: the pipeline, a folder or single file, whose UNet a new run starts from
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -5,8 +5,10 @@ anywhere.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from contextdiff_jax.data import (
     make_source,
 )
 from contextdiff_jax.data.buckets import derive_buckets, nearest_bucket
+from contextdiff_jax.data.decoding import picture_size
 from contextdiff_jax.data.orders import BucketOrder
 
 SIZES = ((16, 16), (12, 24), (24, 12))
@@ -199,6 +202,33 @@ def test_measured_sizes_are_kept_and_pictures_without_a_header_are_in_no_bucket(
     loader = make_loader(again, batch_size=3, buckets=((16, 16),))
     counts = collections.Counter(itertools.chain(*(next(loader)["caption"] for _ in range(4))))
     assert set(counts.values()) == {2} and len(counts) == 6
+
+
+@pytest.mark.parametrize("change", ["a picture arrives", "pictures are replaced", "another field"])
+def test_sizes_are_measured_anew_when_the_records_are_others(change, tmp_path):
+    flat, tall = (data for h, w in ((8, 24), (24, 8)) for data, _ in make_pictures(1, h, w))
+    lines = [{"file_name": f"{i}.jpg", "text": f"{i}", "title": "t"} for i in range(8)]
+    if change == "another field":
+        del lines[0]["title"]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for i in range(8):
+        if i or change != "a picture arrives":
+            (tmp_path / f"{i}.jpg").write_bytes(flat if i % 2 else tall)
+    config = DataConfig(source="folder", path=str(tmp_path), max_broken_fraction=0.5)
+    make_source(config).picture_sizes()
+    if change == "a picture arrives":
+        (tmp_path / "0.jpg").write_bytes(tall)
+    if change == "pictures are replaced":  # by others of the same length and time
+        for i in range(8):
+            file = tmp_path / f"{i}.jpg"
+            time, length = file.stat().st_mtime_ns, file.stat().st_size
+            file.write_bytes((tall if i % 2 else flat).ljust(length, b"\0")[:length])
+            os.utime(file, ns=(time, time))
+    if change == "another field":
+        config = dataclasses.replace(config, caption_field="title")
+    source = make_source(config)
+    expected = [picture_size(source.read(i).image) for i in range(len(source))]
+    assert source.picture_sizes().tolist() == [list(size) for size in expected]
 
 
 def test_bad_buckets_are_refused_in_one_line(mixed):

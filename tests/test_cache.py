@@ -4,7 +4,9 @@ training on pictures.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -14,7 +16,8 @@ from flax import nnx
 from PIL import Image
 
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
-from contextdiff_jax.data.cached import CacheSource, read_cache
+from contextdiff_jax.data.cached import CacheSource, claim_cache, read_cache
+from contextdiff_jax.data.identity import content_key
 from contextdiff_jax.models.vae import VAE, VAEConfig
 from contextdiff_jax.parallel.mesh import Feed, make_mesh
 from contextdiff_jax.pretrained import save_vae
@@ -177,6 +180,48 @@ def test_a_cache_of_something_else_is_refused_in_one_line(folder, cached, tmp_pa
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 1.0}))
     with pytest.raises(ValueError, match="the cache in .* is another autoencoder's"):
         open_loader(settings_of(folder, **cache | {"latent.vae": str(tmp_path / "vae")}))
+
+
+@pytest.mark.parametrize("change", ["a caption", "a picture"])
+def test_new_captions_or_pictures_never_mix_with_old_ones(change, folder, cached, tmp_path):
+    source, out = tmp_path / "pictures", tmp_path / "out"
+    shutil.copytree(folder, source, ignore=shutil.ignore_patterns("vae"))
+    settings = settings_of(folder, **{"data.path": str(source)})
+    cache = dataclasses.replace(read_cache(cached), source=dataclasses.asdict(settings.data))
+    cache = dataclasses.replace(cache, content=content_key(make_source(settings.data)))
+    claim_cache(out, cache)
+    claim_cache(out, cache)  # as it was: goes on
+    if change == "a caption":
+        text = (source / "metadata.jsonl").read_text()
+        (source / "metadata.jsonl").write_text(text.replace("picture 7", "picture 0"))
+    else:
+        Image.new("RGB", (16, 16)).save(source / "7.png")
+    with pytest.raises(ValueError, match="was begun with other captions or pictures"):
+        claim_cache(
+            out, dataclasses.replace(cache, content=content_key(make_source(settings.data)))
+        )
+
+
+def test_a_cache_of_an_older_version_or_a_damaged_one_is_not_trusted(cached, tmp_path, caplog):
+    shutil.copytree(cached, tmp_path / "old")
+    old = json.loads((tmp_path / "old" / "cache.json").read_text())
+    del old["content"]
+    (tmp_path / "old" / "cache.json").write_text(json.dumps(old))
+    with caplog.at_level("WARNING", logger="absl"):
+        assert len(CacheSource(str(tmp_path / "old"))) == COUNT
+    assert "did not notice records that change" in caplog.text
+    with pytest.raises(ValueError, match="new ones would mix with old"):
+        claim_cache(tmp_path / "old", read_cache(cached))
+    shard = next((tmp_path / "old").glob("latents-00001*"))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(ValueError, match="is damaged|cannot be read") as error:
+        source = CacheSource(str(tmp_path / "old"))
+        for i in range(COUNT):
+            source[i]
+    assert "\n" not in str(error.value)
+    (tmp_path / "old" / "cache.json").write_text("")
+    with pytest.raises(ValueError, match="cache.json: is not a cache's"):
+        read_cache(tmp_path / "old")
 
 
 def test_the_command_refuses_a_config_of_pixels_in_one_line(tmp_path):

@@ -205,7 +205,7 @@ def replaced(folder, name, **changes):
         ),
         (
             lambda f: [without(n)(f) for n in ("tokenizer.json", "merges.txt")],
-            "no tokenizer; expected tokenizer.json, or",
+            "merges.txt: no such file; expected tokenizer.json, or vocab.json and merges.txt",
         ),
         (
             lambda f: replaced(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -178,6 +179,34 @@ def test_what_cannot_be_converted_is_refused(pipeline, tmp_path):
     with pytest.raises(ValueError, match="kind='gan': unknown; one of unet, vae"):
         back(tmp_path / "ours", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_ours_that_was_copied_in_part_is_named(tmp_path):
+    model = randomised(transformers.CLIPTextModel(transformers.CLIPTextConfig(**CONFIG)))
+    model.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    params = tmp_path / "ours" / native.PARAMS_FOLDER
+    arrays = max(params.glob("ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    for file in (arrays, params / "array_metadatas" / "process_0", params / "_METADATA"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 5])
+        with pytest.raises(
+            ValueError, match="ours/params: can't be read; copied in part?"
+        ) as error:
+            load_clip_text(tmp_path / "ours")
+        assert "\n" not in str(error.value)
+    for values in ({"kind": "clip_text", "config": 3}, {"kind": ["clip_text"], "config": {}}):
+        (tmp_path / "ours" / native.MODEL_FILE).write_text(json.dumps(values))
+        with pytest.raises(ValueError, match="model.json: (kind|config)=.*: not as convert wrote"):
+            load_clip_text(tmp_path / "ours")
+
+
+def test_a_tokenizer_that_git_lfs_has_not_brought_is_not_copied(pipeline, tmp_path):
+    source = tmp_path / "sd"
+    shutil.copytree(pipeline, source)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n"
+    next((source / "tokenizer").glob("*.json")).write_text(pointer)
+    with pytest.raises(ValueError, match="tokenizer/.*: a Git LFS pointer.*run `git lfs pull`"):
+        convert(source, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("arguments, message", [

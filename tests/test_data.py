@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -23,12 +26,14 @@ from contextdiff_jax.data import (
 )
 from contextdiff_jax.data import tokenizer as tokenizer_module
 from contextdiff_jax.data.folder import load_image
+from contextdiff_jax.data.identity import identity
 from contextdiff_jax.data.records import find_files
 from contextdiff_jax.data.shapes import (
     COLOURS,
     SHAPES,
     SIZES,
 )
+from contextdiff_jax.texts import read_lines
 
 TRIPLES = set(itertools.product(SHAPES, COLOURS, SIZES))
 
@@ -117,6 +122,133 @@ def test_too_many_pictures_that_fail_to_decode_stop_the_run(tmp_path):
     with pytest.raises(ValueError) as error:
         source[3]
     assert "2 of 10" in _one_line(error)
+
+
+def _folder_of(path, raw: bytes, name="metadata.jsonl", pictures=("a.png", "images/b.png")):
+    """A folder of these pictures and this metadata, up to every record of it broken."""
+    for picture in pictures:
+        (path / picture).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path / picture)
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
+    (path / name).write_bytes(raw)
+    return make_source(DataConfig(source="folder", path=str(path), max_broken_fraction=0.9))
+
+
+A, B = '{"file_name": "a.png", "text": "x"}\n', '{"file_name": "images/b.png", "text": "y"}\n'
+
+
+@pytest.mark.parametrize(
+    ("raw", "captions", "num_broken"),
+    [
+        (("\ufeff" + A + B).encode(), ["x", "y"], 0),
+        ((A + B).encode("utf-16"), ["x", "y"], 0),
+        (("\n" + A + "  \n" + B).replace("\n", "\r\n").encode(), ["x", "y"], 0),
+        ((A + B).replace("\n", "\r").encode(), ["x", "y"], 0),
+        (A.replace('x"}', 'x\u2028\x85z"}').encode(), ["x\u2028\x85z"], 0),
+        (A.replace('x"}', '\\ud83d\\ude00"}').encode(), ["\U0001f600"], 0),
+        ((A.replace('x"}', 'café"}') + B).encode("cp1252"), ["y"], 1),
+        ((A.replace('x"}', 'a \\ud83d"}') + B).encode(), ["y"], 1),
+        ((A.replace('x"}', 'a \\u0000"}') + B).encode(), ["y"], 1),
+        ((A.replace('"x"', "NaN") + B).encode(), ["y"], 1),
+        ((A.replace('"x"', "7") + B).encode(), ["y"], 1),
+        ((A.replace('"x"', "null") + B).encode(), ["y"], 1),
+        (A.replace('"x"', '[null, "z"]').encode(), ["z"], 0),
+        (("[" * 100_000 + "\n" + B).encode(), ["y"], 1),
+        (B.replace("/", "\\\\").encode(), ["y"], 0),
+        ((A * 2).encode(), ["x", "x"], 0),
+        ((A * 4).encode() + bytes(4 * len(A)), ["x"] * 4, 4),  # a disk that failed
+    ],
+)
+def test_text_is_read_as_people_write_it_and_what_is_none_is_counted(
+    raw, captions, num_broken, tmp_path
+):
+    source = _folder_of(tmp_path, raw)
+    assert [source[i]["caption"] for i in range(len(source))] == captions
+    assert source.num_broken == num_broken
+
+
+@pytest.mark.parametrize(
+    ("raw", "captions", "num_broken"),
+    [
+        (
+            '\ufefffile_name,text,n\r\na.png,"x, ""y""\nz",3\r\nimages\\b.png,é,\r\n',
+            ['x, "y"\nz', "é"],
+            0,
+        ),
+        ("file_name,text\na.png,\na.png,x,y\nimages/b.png\na.png,x\n", ["x"], 3),
+        ('file_name,text\na.png,y\na.png,"x\na.png,x\na.png,x\n', ["y"], 3),
+    ],
+    ids=["as Excel writes it", "cells missing", "a quote that never ends"],
+)
+def test_csv_tables_are_read_as_hugging_face_has_them(raw, captions, num_broken, tmp_path):
+    source = _folder_of(tmp_path, raw.encode(), "metadata.csv")
+    assert [source[i]["caption"] for i in range(len(source))] == captions
+    assert source.num_broken == num_broken
+
+
+def test_parquet_tables_are_read_and_damaged_ones_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"file_name": ["a.png", "images\\b.png", "a.png"], "text": [["x"], ["é"], None]}
+    table = pyarrow.table({**columns, "n": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, tmp_path / "metadata.parquet")
+    raw = (tmp_path / "metadata.parquet").read_bytes()
+    source = _folder_of(tmp_path, raw, "metadata.parquet")
+    assert [source[i]["caption"] for i in range(len(source))] == ["x", "é"]
+    assert source[1]["attributes"] == {"n": 2} and source.num_broken == 1
+    with pytest.raises(ValueError, match="metadata.parquet: no Parquet file") as error:
+        _folder_of(tmp_path, raw[:-20], "metadata.parquet")
+    _one_line(error)
+
+
+def test_metadata_is_found_in_the_folders_of_splits_at_absolute_paths_and_at_home(
+    tmp_path, monkeypatch
+):
+    for split in ("train", "test"):
+        line = json.dumps({"file_name": "../a.png", "text": split})
+        _folder_of(tmp_path, A.encode())  # a.png
+        (tmp_path / "metadata.jsonl").unlink()
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "metadata.jsonl").write_text(line)
+    (tmp_path / "metadata.csv").mkdir()
+    (tmp_path / "._metadata.jsonl").write_bytes(b"\0")
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    config = DataConfig(source="folder", path=f"~/{tmp_path.name}")
+    assert make_source(config)[0]["caption"] == "train"
+    assert make_source(config, "heldout")[0]["caption"] == "test"
+    for metadata in (str(tmp_path / "test/*.jsonl"), f"~/{tmp_path.name}/test/metadata.jsonl"):
+        named = dataclasses.replace(config, metadata=metadata)
+        assert make_source(named)[0]["caption"] == "test"
+
+
+def test_prompts_and_corpora_are_read_line_by_line_or_refused_by_line(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa cat\u2028here\r\n\r\n a dog \r\n".encode())
+    assert read_lines(file, "--prompts_file") == ["a cat\u2028here", "a dog"]
+    file.write_bytes("a cat\né\n".encode("cp1252"))
+    with pytest.raises(ValueError, match="--prompts_file=.*: line 2: not UTF-8 .byte 0xe9 at 0."):
+        read_lines(file, "--prompts_file")
+    with pytest.raises(ValueError, match="--prompts_file=.*: cannot be read"):
+        read_lines(tmp_path, "--prompts_file")
+    with pytest.raises(ValueError, match=r"caption 'x .ud83d': holds a lone surrogate"):
+        load_tokenizer().encode(["a", "x \ud83d"], 8)
+
+
+def test_the_same_records_have_one_identity_wherever_they_lie_and_others_another(tmp_path):
+    _write_folder(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    os.utime(tmp_path / "b" / "images" / "3.png", (1, 1))
+
+    def facts(name):
+        return identity(make_source(DataConfig(source="folder", path=str(tmp_path / name))))
+
+    assert facts("a") == facts("b")
+    metadata = tmp_path / "b" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("grey 3", "gray 3"))
+    assert facts("a") != facts("b")
+    scenes = [identity(ShapesSource(ShapesConfig(length=9, seed=seed))) for seed in (0, 0, 1)]
+    assert scenes[0] == scenes[1] != scenes[2]
 
 
 def test_transparent_pixels_are_white(tmp_path):

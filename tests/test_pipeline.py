@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -17,18 +19,22 @@ from diffusers import (
     DDIMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from flax import nnx
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from torch_models import nchw, nhwc, normal, stable_diffusion, stable_diffusion_xl
+from transformers import CLIPTokenizer
 
+from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pictures import read_png_metadata
 from contextdiff_jax.pretrained import conversion
 from contextdiff_jax.pretrained.model import Options
-from contextdiff_jax.pretrained.pipeline import load_pipeline
+from contextdiff_jax.pretrained.pipeline import Request, _corrected, load_pipeline
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 
 PROMPTS = ["a red circle", "the blue square is left of a rather long description"]
@@ -66,7 +72,7 @@ def check(pipe, folder, *, scheduler=None, size=(8, 8), **options):
             height=2 * size[0],
             width=2 * size[1],
             output_type="np",
-            negative_prompt=negative and [negative] * len(PROMPTS),
+            negative_prompt=None if negative is None else [negative] * len(PROMPTS),
             **theirs,
         ).images
     images = load_pipeline(folder).text_to_image(
@@ -133,6 +139,8 @@ def pair_xl(tmp_path_factory):
 def test_xl_gives_the_pictures_of_diffusers(pair_xl):
     pipe, folder = pair_xl
     plain = check(pipe, folder, steps=10)  # no negative text: guidance leads away from zeros
+    given = check(pipe, folder, steps=10, negative="")  # an empty one is a text
+    assert np.abs(given - plain).max() > 0.02
     wider = check(pipe, folder, size=(12, 8), steps=5, negative="blue")
     assert wider.shape != plain.shape
     index = json.loads((folder / "model_index.json").read_text())
@@ -203,6 +211,100 @@ def test_every_spacing_gives_the_pictures_of_diffusers(pair, prediction_type):
         pictures.append(check(pipe, folder, scheduler=scheduler, steps=20))
     # Or one spacing would do for all.
     assert min(np.abs(pictures[i] - pictures[j]).max() for i, j in ((0, 1), (0, 2), (1, 2))) > 0.02
+
+
+def json_changed(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_an_old_scheduler_is_put_right_as_diffusers_does(pair, tmp_path):
+    folder = shutil.copytree(pair[1], tmp_path / "sd")
+    DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=True
+    ).save_pretrained(folder / "scheduler")
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    check(pipe, folder, steps=10)
+    kept = "StableDiffusionInpaintPipeline", "StableDiffusionXLPipeline"  # by diffusers, too
+    for name in kept:
+        with pytest.raises(ValueError, match="clip_sample=True: not supported"):
+            load_scheduler(folder / "scheduler", name)
+    json_changed(folder / "scheduler" / "scheduler_config.json", clip_sample=False)
+    offsets = [load_scheduler(folder / "scheduler", name).steps_offset for name in kept]
+    assert offsets == [1, 0]
+
+
+def test_a_unet_from_before_diffusers_0_9_has_latents_of_64(pair, tmp_path):
+    folder = shutil.copytree(pair[1], tmp_path / "sd")
+    json_changed(folder / "unet" / "config.json", _diffusers_version="0.8.1", sample_size=32)
+    assert load_pipeline(folder).latent_shape() == (64, 64, 4)
+    for version, side in (("0.6.0", 64), ("0.9.0.dev0", 8), ("0.10.2", 8), ("1.0", 8), (None, 8)):
+        json_changed(folder / "unet" / "config.json", _diffusers_version=version, sample_size=8)
+        found = _corrected(UNetConfig(sample_size=8), folder / "unet")
+        assert found.sample_size == side, version
+        if version is not None:
+            theirs = StableDiffusionPipeline.from_pretrained(folder, vae=None, text_encoder=None)
+            assert theirs.unet.config.sample_size == side, version
+    json_changed(folder / "unet" / "config.json", _diffusers_version="0.6.0")
+    assert _corrected(UNetConfig(sample_size=96), folder / "unet").sample_size == 96
+
+
+def test_a_text_encoder_that_reads_its_mask_gives_the_pictures_of_diffusers(pair, tmp_path):
+    folder = shutil.copytree(pair[1], tmp_path / "sd")
+    json_changed(folder / "text_encoder" / "config.json", use_attention_mask=True)
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    masked = check(pipe, folder, steps=5)
+    pipe.text_encoder.config.use_attention_mask = False
+    json_changed(folder / "text_encoder" / "config.json", use_attention_mask=False)
+    assert np.abs(check(pipe, folder, steps=5) - masked).max() > 0.02
+
+
+def test_xls_autoencoder_does_not_overflow_in_float16(pair_xl, tmp_path):
+    folder = shutil.copytree(pair_xl[1], tmp_path / "sd")
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)  # the norms take the factor out again
+    tensors["decoder.conv_in.weight"] *= 1e5
+    save_file(tensors, path, {"format": "pt"})
+    options = dict(noise=normal(2, 8, 8, 4), size=(16, 16), steps=2, guidance=1.0)
+    full = load_pipeline(folder).text_to_image(PROMPTS, **options)
+    half = load_pipeline(folder, dtype=jnp.float16).text_to_image(PROMPTS, **options)
+    assert np.abs(half.astype(int) - full).mean() < 5 < full.std()
+
+
+def test_a_token_without_a_row_in_the_embedding_is_refused(pair, pair_xl, tmp_path):
+    for made, part in ((pair, "tokenizer"), (pair_xl, "tokenizer_2")):
+        folder = shutil.copytree(made[1], tmp_path / part)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / part)
+        tokenizer.add_tokens(["<sks>"])
+        tokenizer.save_pretrained(folder / part)
+        pipeline = load_pipeline(folder)
+        message = f"{part}: token '<sks>' of 'a <sks> circle' has the id 56; .* rows for 0..55"
+        for prompts, negative in ((["red", "a <sks> circle"], None), (["red"], "a <sks> circle")):
+            with pytest.raises(ValueError, match=message):
+                pipeline.text_to_image(prompts, steps=2, negative=negative)
+        assert pipeline.tokens(["red"])[0].ids[0, 1] == 53
+
+
+def test_a_prompt_that_is_cut_says_which_words_are_lost(pair, pair_xl, caplog):
+    for folder in (pair[1], pair_xl[1]):
+        caplog.clear()
+        pipeline = load_pipeline(folder)
+        with caplog.at_level(logging.WARNING, "contextdiff_jax"):
+            pipeline.tokens(["red " * 6, "red red red red red blue square"])
+        (record,) = caplog.records
+        assert record.getMessage().endswith("is cut at 9 tokens; lost: 'blue square'")
+
+
+def test_every_seed_draws_noise_of_its_own():
+    def noise(seed):
+        return np.asarray(Request(prompts=["a"], seed=seed).draw((2, 2, 4)))
+
+    np.testing.assert_array_equal(noise(3), jax.random.normal(jax.random.key(3), (1, 2, 2, 4)))
+    assert np.abs(noise(2**32) - noise(0)).min() > 1e-4
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=f"seed={seed}: must lie in"):
+            Request(prompts=["a"], seed=seed)
 
 
 @pytest.fixture
@@ -318,6 +420,7 @@ def test_schedule_and_steps_equal_those_of_diffusers(tmp_path, steps, spacing, m
     (dict(clip_sample=True), "clip_sample=True: not supported"),
     (dict(thresholding=True), "thresholding=True: not supported"),
     (dict(trained_betas=[0.1]), "trained_betas: not supported"),
+    (dict(timestep_type="continuous", prediction_type="v_prediction"), "timestep_type='continuous' with"),
 ])  # fmt: skip
 def test_a_scheduler_that_is_not_supported_is_refused(tmp_path, change, message):
     values = dict(_class_name="DDIMScheduler", clip_sample=False) | change
@@ -443,7 +546,7 @@ def test_flags_that_do_not_fit_a_folder_are_refused_in_one_line(flags, message):
 EIGHT_DEVICES = """
 import sys
 import jax, numpy as np
-from contextdiff_jax.pretrained.pipeline import load_pipeline
+from contextdiff_jax.pretrained.pipeline import Request, _corrected, load_pipeline
 assert len(jax.devices()) == 8
 np.save(sys.argv[2], load_pipeline(sys.argv[1]).text_to_image(["a cat", "a dog", "a cat"], size=(16, 16), steps=3, guidance=2.0))
 """

@@ -35,6 +35,8 @@ from torch_models import (
 
 from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh, state_shardings
 from contextdiff_jax.pretrained import load_clip_text, load_t5, load_unet, load_vae, save_clip_text
+from contextdiff_jax.pretrained.folder import read_config
+from contextdiff_jax.pretrained.unet import MODEL as UNET_MODEL
 
 WEIGHTS = "model.safetensors"
 TENSOR = "text_model.encoder.layers.1.mlp.fc2.weight"
@@ -116,6 +118,93 @@ def test_sharded_files_and_half_variants_are_read(model, folder, tmp_path):
     )
     (folder / WEIGHTS).rename(folder / "model.fp16.safetensors")
     jax.tree.map(np.testing.assert_array_equal, nnx.state(load_clip_text(folder)), whole)
+
+
+@pytest.mark.parametrize("place", [".\\{}", "./{}", "text_encoder\\{}", "part\\{}"])
+def test_an_index_with_another_systems_paths_is_read(model, tmp_path, place):
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    index = tmp_path / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    if place.startswith("part"):
+        (tmp_path / "part").mkdir()
+        for shard in tmp_path.glob("*.safetensors"):
+            shard.rename(tmp_path / "part" / shard.name)
+    values["weight_map"] = {name: place.format(f) for name, f in values["weight_map"].items()}
+    index.write_text(json.dumps(values))
+    assert load_clip_text(tmp_path).config.hidden_size == 16
+    for wrong in (
+        "..\\a.safetensors",
+        "C:\\a.safetensors",
+        "\\\\host\\share\\a.safetensors",
+        "/a.safetensors",
+        3,
+    ):
+        index.write_text(json.dumps({"weight_map": {"a.weight": wrong}}))
+        assert_refused(load_clip_text, tmp_path, "must be a safetensors file of the same folder")
+
+
+@pytest.mark.parametrize("dtype", [
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+])  # fmt: skip
+def test_numbers_of_eight_bits_are_read_as_torch_widens_them(folder, dtype):
+    kept = {}
+
+    def change(tensors):
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(dtype) if tensor.ndim == 2 else tensor.bfloat16()
+        kept.update(tensors)
+
+    rewritten(folder, change)
+    kernel = load_clip_text(folder).layers[1].fc2.kernel[...]
+    assert kernel.dtype == jnp.float32
+    np.testing.assert_array_equal(kernel.T, kept[TENSOR].float().numpy())
+    nan = kept[TENSOR].float()
+    nan[1, 2] = float("nan")
+    rewritten(folder, lambda tensors: tensors.update({TENSOR: nan.to(dtype)}))
+    assert_refused(load_clip_text, folder, TENSOR, "holds NaN or infinity")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name, content, part", [
+    (WEIGHTS, POINTER, "a Git LFS pointer, not the file itself; run `git lfs pull`"),
+    (WEIGHTS, b"", "truncated: 0 bytes"),
+    (WEIGHTS, b"<html><body>404</body></html>", "not a safetensors file"),
+    (WEIGHTS, b"PK\x03\x04" + bytes(60), "not a safetensors file"),
+    (WEIGHTS, (200_000).to_bytes(8, "little") + b'{"a":' + b"[" * 199_995, "not a safetensors file"),
+    ("config.json", POINTER, "a Git LFS pointer, not the file itself; run `git lfs pull`"),
+    ("config.json", b"", "is empty (0 bytes)"),
+    ("config.json", b" \n", "is empty (0 bytes)"),
+    ("config.json", b"[" * 200_000, "not valid JSON (nested too deeply)"),
+    ("config.json", b'{"a": ' * 200_000, "not valid JSON (nested too deeply)"),
+    ("config.json", b'{"hidden_size": 16', "not valid JSON"),
+    ("config.json", b'{"num_attention_heads": 0}', "num_attention_heads=0"),
+    ("config.json", b'{"text_config": 3}', "config.json: "),
+])  # fmt: skip
+def test_files_that_are_something_else_are_named_in_one_line(folder, name, content, part):
+    (folder / name).write_bytes(content)
+    assert_refused(load_clip_text, folder, str(folder / name), part)
+
+
+def test_a_config_with_a_byte_order_mark_is_read_and_a_folder_in_its_place_is_named(folder):
+    path = folder / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_clip_text(folder).config.hidden_size == 16
+    path.unlink()
+    path.mkdir()
+    assert_refused(load_clip_text, folder, str(path), "can't be read (Is a directory)")
+
+
+@pytest.mark.parametrize("changes", [
+    dict(norm_num_groups=0), dict(block_out_channels=None), dict(attention_head_dim=[]),
+    dict(layers_per_block="two"), dict(down_block_types={}),
+])  # fmt: skip
+def test_values_of_another_kind_are_refused_with_the_files_name(tmp_path, changes):
+    values = {"_class_name": "UNet2DConditionModel"} | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    read = functools.partial(read_config, UNET_MODEL)
+    assert_refused(read, tmp_path, str(tmp_path / "config.json"))
 
 
 def test_names_from_before_transformers_5_are_read_and_kept(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -94,6 +95,57 @@ def test_who_is_behind_is_named_and_a_long_common_wait_is_given_time():
         == "process 1 stands still: step 4 for more than 10 s"
     )
     assert "stands still" in watch._problem(entries(5, 5), now + 41)
+
+
+class Table:
+    """The coordination service's table, of processes that come one after the other."""
+
+    def __init__(self, *others):
+        self.entries = [("0", json.dumps(other)) for other in others]
+
+    def key_value_set(self, key, value):
+        self.entries.append((key, value))
+
+    def wait_at_barrier(self, name, timeout_in_ms):
+        pass
+
+    def key_value_dir_get(self, folder):
+        return self.entries
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"facts": {"records": 120}}, ""),
+        ({"facts": {"records": 119}}, "data: .* has other ones than process 0.*: records: 120"),
+        ({"facts": {}}, "data: .* has other ones than .*: records: 120 there, None here"),
+        ({"failed": "data.path='x': is not a folder"}, "process 0 failed: data.path='x'"),
+    ],
+)
+def test_a_process_with_other_data_is_named_before_training(other, message, monkeypatch):
+    table = Table({"who": "process 0", "failed": "", "facts": {}} | other)
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(processes.distributed.global_state, "client", table)
+    if not message:
+        assert processes.agree("data", lambda: "made", lambda made: {"records": 120}) == "made"
+        return
+    with pytest.raises(ValueError, match=message):
+        processes.agree("data", lambda: "made", lambda made: {"records": 120})
+
+
+def test_a_process_without_data_tells_the_others(monkeypatch):
+    table = Table()
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(processes.distributed.global_state, "client", table)
+
+    def fail():
+        raise ValueError("data.path='x': is not a folder")
+
+    with pytest.raises(ValueError, match="^data.path='x': is not a folder$"):
+        processes.agree("data", fail, dict)
+    assert json.loads(table.entries[0][1])["failed"] == "data.path='x': is not a folder"
 
 
 @pytest.mark.parametrize(

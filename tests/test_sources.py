@@ -5,9 +5,11 @@ cache.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -28,6 +30,7 @@ from contextdiff_jax.data import (
 from contextdiff_jax.data import webdataset as webdataset_module
 from contextdiff_jax.data.decoding import UNDECODABLE, decode, open_picture, picture_size, shown
 from contextdiff_jax.data.kept import kept_array
+from contextdiff_jax.data.records import captions_of
 
 PICTURES = make_pictures(30, 48, 64)
 
@@ -141,6 +144,16 @@ def test_data_that_are_not_there_are_refused_in_one_line(tmp_path, layouts):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+def test_a_damaged_description_of_a_tfds_set_is_refused_in_one_line(file, layouts, tmp_path):
+    shutil.copytree(layouts["tfds"], tmp_path / "set")
+    (path,) = (tmp_path / "set").rglob(file)
+    path.write_bytes(path.read_bytes()[:90])
+    with pytest.raises(ValueError, match=f"{file}.* cannot be read") as error:
+        make_source(DataConfig(source="tfds", path=str(tmp_path / "set")))
+    assert "\n" not in str(error.value)
+
+
 def test_a_split_of_tfds_is_what_its_metadata_field_names(layouts):
     part = make_source(DataConfig(source="tfds", path=layouts["tfds"], metadata="train[:20%]"))
     rest = make_source(
@@ -217,6 +230,213 @@ def test_records_without_picture_or_caption_are_counted_with_their_place(tmp_pat
         assert words in caplog.text, words
 
 
+def _samples(path) -> int | str:
+    """How many samples the package webdataset gives, or what it raises."""
+    import webdataset
+
+    try:
+        return sum(1 for _ in webdataset.WebDataset(str(path), shardshuffle=False))
+    except ValueError as error:
+        return type(error).__name__
+
+
+P, MARK = _encoded(np.full((8, 8, 3), 90)), b"\0\5\x16\7"
+# name: members, captions that are given out, number of broken records
+LAYOUTS_IN_THE_WILD = {
+    "dots": (
+        [(f"cat{i} v2.{i}{e}", c) for i in range(3) for e, c in ((".jpg", P), (".txt", b"x"))],
+        ["x"] * 3,
+        0,
+    ),
+    "dots of one key": (
+        [(f"v2.{i}{e}", c) for i in range(3) for e, c in ((".jpg", P), (".txt", b"%d" % i))],
+        ["0", "1", "2"],
+        0,
+    ),
+    "more about a picture": (
+        [("a.jpg", P), ("a.seg.png", P), ("a.txt", b"x"), ("a.seg.json", b"{}")],
+        ["x"],
+        0,
+    ),
+    "one picture of a longer name": ([("a.full.jpg", P), ("a.txt", b"x")], ["x"], 0),
+    "two pictures, one caption": (
+        [("a.0.jpg", P), ("a.1.jpg", P), ("a.txt", b"x"), ("b.jpg", P), ("b.txt", b"b")],
+        ["b"],
+        1,
+    ),
+    "a key twice": (
+        [
+            ("a.jpg", P),
+            ("a.txt", b"x"),
+            ("a.jpg", P),
+            ("a.txt", b"y"),
+            ("b.jpg", P),
+            ("b.txt", b"b"),
+        ],
+        ["b"],
+        2,
+    ),
+    "a key again": (
+        [
+            ("a.jpg", P),
+            ("a.txt", b"x"),
+            ("b.jpg", P),
+            ("b.txt", b"b"),
+            ("a.jpg", P),
+            ("a.txt", b"y"),
+        ],
+        ["x", "b", "y"],
+        0,
+    ),
+    "macOS and old tars": (
+        [
+            ("._a.jpg", MARK),
+            ("a.jpg", P),
+            ("._a.txt", MARK),
+            ("a.txt", b"x"),
+            ("__MACOSX/._a.jpg", MARK),
+            ("PaxHeaders.9/b.jpg", b"30 m=1"),
+            ("b.jpg", P),
+            ("b.txt", b"b"),
+        ],
+        ["x", "b"],
+        0,
+    ),
+    "a null beside a text": (
+        [("a.jpg", P), ("a.json", b'{"text": null, "caption": "c"}'), ("a.txt", b"x")],
+        ["x"],
+        0,
+    ),
+    "a null beside a caption": (
+        [("a.jpg", P), ("a.json", b'{"text": null, "caption": "c"}')],
+        ["c"],
+        0,
+    ),
+    "an empty text beside a caption": (
+        [("a.jpg", P), ("a.json", b'{"caption": "c"}'), ("a.txt", b"")],
+        ["c"],
+        0,
+    ),
+    "an empty text": ([("a.jpg", P), ("a.txt", b"")], [""], 0),
+    "upper case": (
+        [("A.JPG", P), ("A.TXT", b"x"), ("B.Jpeg", P), ("B.JSON", b'{"text": [null, "j"]}')],
+        ["x", "j"],
+        0,
+    ),
+    "names that are no UTF-8": ([("caf\udce9.jpg", P), ("caf\udce9.txt", b"x")], ["x"], 0),
+    "byte order marks": (
+        [
+            ("a.jpg", P),
+            ("a.txt", b"\xef\xbb\xbfx"),
+            ("b.jpg", P),
+            ("b.txt", "é".encode("utf-16")),
+            ("c.jpg", P),
+            ("c.json", b'\xef\xbb\xbf{"text": "c"}'),
+        ],
+        ["x", "é", "c"],
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS_IN_THE_WILD)
+def test_members_make_the_samples_that_webdataset_makes_of_them(name, tmp_path):
+    members, captions, num_broken = LAYOUTS_IN_THE_WILD[name]
+    _tar(tmp_path / "0.tar", members)
+    config = WebDatasetConfig(path=str(tmp_path), image_size=8, max_broken_fraction=0.7)
+    source = WebDatasetSource(config)
+    assert [source[i]["caption"] for i in range(len(source))] == captions
+    assert source.num_broken == num_broken
+    # The package stops at a key that comes twice, makes one sample of all of one key, and takes
+    # what old tars keep about files for samples.
+    differs = {"a key twice": "ValueError", "dots of one key": 1, "macOS and old tars": 4}
+    assert _samples(tmp_path / "0.tar") == differs.get(name, len(captions) + num_broken)
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        (("a.txt", "café".encode("cp1252")), r"a.jpg\): the .txt: not UTF-8 \(byte 0xe9 at 3\)"),
+        (("a.txt", b"\0\0\0"), "the .txt: holds NUL"),
+        (("a.json", b'{"text": "x \\ud83d"}'), r"holds a lone surrogate \(.ud83d at 2\)"),
+        (("a.json", b"[" * 100_000), "nested too deeply"),
+        (("a.json", b'{"text": NaN}'), "field 'text' is no string"),
+    ],
+)
+def test_a_caption_that_is_no_text_is_broken_and_its_record_named(member, reason, tmp_path):
+    _tar(tmp_path / "0.tar", [("a.jpg", P), member])
+    source = WebDatasetSource(WebDatasetConfig(path=str(tmp_path), image_size=8))
+    with pytest.raises(ValueError, match=reason):
+        source[0]
+
+
+def _cut_in_half(raw: bytes) -> bytes:
+    return raw[: 30 * 2 * 1024]  # 2 members of 1 kB a record
+
+
+@pytest.mark.parametrize(
+    ("spoil", "least"),
+    [
+        (lambda raw: bytes(len(raw)), 60),
+        (lambda raw: raw[: len(raw) // 2] + bytes(len(raw) // 2), 29),
+        (lambda raw: b"<html>403</html>", 60),
+        (lambda raw: b"<html>" + b" " * 600, 60),
+        (_cut_in_half, 30),
+        (lambda raw: b"", 60),
+        (lambda raw: raw[:100], 60),
+        (lambda raw: raw[:-10240] + b"x" * 5000, 1),
+    ],
+    ids=["zeros", "half zeros", "html", "long html", "cut at a header", "empty", "tiny", "tail"],
+)
+def test_what_a_spoilt_shard_lost_is_counted_by_its_share(spoil, least, tmp_path):
+    members = [(f"{i:04}.{e}", c) for i in range(60) for e, c in (("jpg", P[:500]), ("txt", b"x"))]
+    for name in ("0.tar", "1.tar"):
+        _tar(tmp_path / name, members)
+    shard = tmp_path / "1.tar"
+    shard.write_bytes(spoil(shard.read_bytes()))
+    config = WebDatasetConfig(path=str(tmp_path), max_broken_fraction=1.0)
+    source = WebDatasetSource(config)
+    assert least <= source.num_broken <= least + 8 and len(source) + source.num_broken >= 119
+    with pytest.raises(ValueError, match=r"records are broken.*1\.tar: "):
+        WebDatasetSource(dataclasses.replace(config, max_broken_fraction=0.005))
+
+
+def test_a_single_shard_that_is_cut_between_members_is_not_taken_for_whole(tmp_path):
+    _tar(tmp_path / "0.tar", [(f"{i}.{e}", b"x") for i in range(60) for e in ("jpg", "txt")])
+    shard = tmp_path / "0.tar"
+    shard.write_bytes(_cut_in_half(shard.read_bytes()))
+    with pytest.raises(ValueError, match="30 of 60 records are broken.*0.tar: is cut off at byte"):
+        WebDatasetSource(WebDatasetConfig(path=str(tmp_path), max_broken_fraction=0.4))
+
+
+def test_compressed_shards_and_hidden_files_and_folders_are_no_shards(tmp_path):
+    _tar(tmp_path / "0.tar", [("a.jpg", P), ("a.txt", b"x")])
+    (tmp_path / "._0.tar").write_bytes(MARK)
+    (tmp_path / "folder.tar").mkdir()
+    assert len(WebDatasetSource(WebDatasetConfig(path=str(tmp_path)))) == 1
+    packed = gzip.compress((tmp_path / "0.tar").read_bytes())
+    (tmp_path / "1.tar.gz").write_bytes(packed)
+    with pytest.raises(ValueError, match="1.tar.gz is compressed"):
+        WebDatasetSource(WebDatasetConfig(path=str(tmp_path)))
+    (tmp_path / "1.tar").write_bytes(packed)
+    with pytest.raises(ValueError, match=r"1.tar: is compressed \(gzip\)"):
+        WebDatasetSource(WebDatasetConfig(path=str(tmp_path), shards="[01].tar"))
+
+
+@pytest.mark.parametrize("kind", ["gnu", "posix"])
+def test_sparse_members_are_read_with_their_holes(kind, tmp_path):
+    (tmp_path / "a.png").write_bytes(P)
+    with open(tmp_path / "a.png", "ab") as file:
+        file.truncate(300_000)
+    (tmp_path / "a.txt").write_text("x")
+    command = ["tar", "-S", "-H", kind, "-cf", "0.tar", "a.png", "a.txt"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert (tmp_path / "0.tar").stat().st_size < 100_000
+    source = WebDatasetSource(WebDatasetConfig(path=str(tmp_path), image_size=8))
+    assert source.read(0).image == (tmp_path / "a.png").read_bytes()
+    assert source[0]["caption"] == "x" and source.num_broken == 0
+
+
 # -------------------- captions and crops
 
 
@@ -244,6 +464,8 @@ def test_sequences_of_captions_in_tfds_are_found_by_their_path(tmp_path):
     from contextdiff_jax.data.tfds import TFDSConfig, TFDSSource, _decoded
 
     assert _decoded([b"a", np.int64(3)]) == ["a", 3]
+    with pytest.raises(ValueError, match="field 'text' not UTF-8 .byte 0xe9 at 3."):
+        captions_of({"text": _decoded(b"caf\xe9")}, "text")
     source = TFDSSource.__new__(TFDSSource)
     source.config, source._image, source._caption = TFDSConfig(path=""), "image", "captions/text"
     source._source = [

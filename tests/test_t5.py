@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from flax import nnx
@@ -113,6 +116,25 @@ def test_the_encoder_is_read_from_a_folder_of_the_whole_t5(tmp_path):
     model = torch_t5("v1.1", transformers.T5ForConditionalGeneration)
     model.save_pretrained(tmp_path)
     check(model.encoder, load_t5(tmp_path), token_ids(13))
+
+
+@pytest.mark.parametrize("name", [
+    "shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
+])  # fmt: skip
+def test_the_embedding_is_read_by_each_of_its_names(pairs, tmp_path, name):
+    _, source, module = pairs["v1.0"]
+    shutil.copytree(source, tmp_path / "t5")
+    file = tmp_path / "t5" / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors[name] = tensors.pop("shared.weight")
+    safetensors.torch.save_file(tensors, file)
+    np.testing.assert_array_equal(
+        load_t5(tmp_path / "t5").shared.embedding[...], module.shared.embedding[...]
+    )
+    del tensors[name]
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(ValueError, match="1 tensors do not fit: shared.weight: missing"):
+        load_t5(tmp_path / "t5")
 
 
 def test_bfloat16_products_keep_the_states_close(pairs):

@@ -10,6 +10,7 @@ To add a source, add a function to `SOURCES`.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from contextdiff_jax.data.decoding import MAX_PIXELS
 from contextdiff_jax.data.folder import FolderConfig, FolderSource
 from contextdiff_jax.data.loader import Batch, Loader, RandomAccessSource, make_loader
 from contextdiff_jax.data.orders import Size
-from contextdiff_jax.data.records import PictureConfig, PictureSource
+from contextdiff_jax.data.records import PictureConfig, PictureSource, first_found
 from contextdiff_jax.data.shapes import ShapesConfig, ShapesSource
 from contextdiff_jax.data.tfds import TFDSConfig, TFDSSource
 from contextdiff_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -58,7 +59,8 @@ class DataConfig:
         source: a name in `SOURCES`.
         path: the folder (all but `shapes`).
         metadata: what the training split is: glob of metadata files (`folder`, `emoji`), of shards
-            (`webdataset`), name of a split (`tfds`); empty: the source's default.
+            (`webdataset`), in `path` or from / or ~; name of a split (`tfds`); empty: the source's
+            default.
         heldout_metadata: the same of the held-out split.
         caption_field: field with the caption, or a list of captions.
         caption_choice: of several captions, the `first` or a `random` one (by seed, epoch and
@@ -133,16 +135,19 @@ def _shapes(config: DataConfig, split: str) -> RandomAccessSource:
 
 
 def _pictures_with(
-    make: Callable[[dict[str, Any], str], RandomAccessSource], defaults: dict[str, str]
+    make: Callable[[dict[str, Any], str], RandomAccessSource],
+    defaults: dict[str, str | tuple[str, ...]],
 ) -> Callable[[DataConfig, str], RandomAccessSource]:
     """A source of encoded pictures: `make(fields of PictureConfig, what the split is)`, by default
-    `defaults[split]`.
+    `defaults[split]`: of several globs the first that finds a file.
     """
     shared = [field.name for field in dataclasses.fields(PictureConfig)]
 
     def source(config: DataConfig, split: str) -> RandomAccessSource:
         configured = {"train": config.metadata, "heldout": config.heldout_metadata}
         name = configured.get(split) or defaults.get(split)
+        if isinstance(name, tuple) and config.path:
+            name = first_found(config.path, name, required=split == "train")
         if name is None:
             field = "data.heldout_metadata" if split == "heldout" else "split"
             raise ValueError(
@@ -155,6 +160,15 @@ def _pictures_with(
         return make({field: getattr(config, field) for field in shared}, name)
 
     return source
+
+
+def _tables(*folders: str) -> tuple[str, ...]:
+    """Globs of Hugging Face's metadata files in those folders."""
+    kinds = [f"metadata*.{kind}" for kind in ("jsonl", "csv", "parquet")]
+    return tuple(os.path.join(folder, kind) for folder in folders for kind in kinds)
+
+
+_TESTS = ("test", "validation", "valid")  # folders of the held-out split
 
 
 def _folder(fields: dict[str, Any], metadata: str) -> FolderSource:
@@ -170,7 +184,7 @@ def _tfds(fields: dict[str, Any], split: str) -> TFDSSource:
 
 
 def _cache(config: DataConfig, split: str) -> RandomAccessSource:
-    source = CacheSource(config.path)
+    source = CacheSource(os.path.expanduser(config.path))
     for field in ("image_size", "max_length", "tokenizer"):
         wanted, found = getattr(config, field), getattr(source.cache, field)
         if wanted != found:
@@ -186,7 +200,7 @@ def _cache(config: DataConfig, split: str) -> RandomAccessSource:
 
 SOURCES: dict[str, Callable[[DataConfig, str], RandomAccessSource]] = {
     "shapes": _shapes,
-    "folder": _pictures_with(_folder, {"train": "metadata*.jsonl"}),
+    "folder": _pictures_with(_folder, {"train": _tables("", "train"), "heldout": _tables(*_TESTS)}),
     "emoji": _pictures_with(
         _folder,
         {

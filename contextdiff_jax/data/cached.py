@@ -19,11 +19,14 @@ from typing import Any
 
 import grain
 import numpy as np
+import safetensors
 import safetensors.numpy
+from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float, Int32
 
 from contextdiff_jax.files import replacing, write_json
+from contextdiff_jax.texts import parse_json
 
 CACHE_FILE = "cache.json"
 _OPTIONS = "group_size:1"  # records are read one by one, in random order
@@ -39,6 +42,8 @@ class Cache:
         image_size, max_length, tokenizer: as in the config's data section.
         vae: the autoencoder's config, which a run's must equal.
         source: the data section of the config.
+        content: a fingerprint of the records. Empty: the cache is of a version that kept none, so
+            that records which changed while it was written may be mixed in it.
     """
 
     num_records: int
@@ -50,6 +55,7 @@ class Cache:
     tokenizer: str
     vae: dict[str, Any]
     source: dict[str, Any]
+    content: str = ""
 
     @property
     def num_shards(self) -> int:
@@ -70,13 +76,13 @@ def read_cache(path: str | pathlib.Path) -> Cache:
     """ValueError for a folder without a cache.json that fits."""
     file = pathlib.Path(path, CACHE_FILE)
     try:
-        values = json.loads(file.read_text())
+        values = parse_json(file.read_bytes())
         return Cache(**{**values, "shape": tuple(values["shape"])})
     except OSError:
         raise ValueError(
             f"data.path={str(path)!r}: holds no cache (no {CACHE_FILE}); make one with contextdiff_jax.data.cache"
         ) from None
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: is not a cache's ({error})") from None
 
 
@@ -86,15 +92,22 @@ def claim_cache(path: pathlib.Path, cache: Cache) -> None:
     """
     path.mkdir(parents=True, exist_ok=True)
     new = json.loads(json.dumps(dataclasses.asdict(cache)))
-    if (path / CACHE_FILE).exists():
-        old = json.loads((path / CACHE_FILE).read_text())
-        for name in new:
-            if old.get(name) != new[name]:
-                raise ValueError(
-                    f"--out={path}: holds another cache, {name} is {old.get(name)!r} there and {new[name]!r} here"
-                )
+    if not (path / CACHE_FILE).exists():
+        write_json(path / CACHE_FILE, new)
         return
-    write_json(path / CACHE_FILE, new)
+    old = json.loads(json.dumps(dataclasses.asdict(read_cache(path))))
+    for name in new:
+        if old[name] == new[name]:
+            continue
+        if name == "content":
+            raise ValueError(
+                f"--out={path}: was begun with other captions or pictures; new ones would mix with "
+                "old: remove it, or name another folder"
+            )
+        raise ValueError(
+            f"--out={path}: holds another cache, {name} is {old[name]!r} there and "
+            f"{new[name]!r} here"
+        )
 
 
 def encode_record(
@@ -150,14 +163,31 @@ class CacheSource:
             raise ValueError(
                 f"data.path={path!r}: {there} of {len(files)} shards are there; the same command as before goes on"
             )
-        self._records = grain.sources.ArrayRecordDataSource([str(file) for file in files])
-        if len(self._records) != self.cache.num_records:
+        self._path = path
+        if not self.cache.content:
+            logging.warning(
+                "%s: is of a version that did not notice records that change while it is written",
+                path,
+            )
+        try:
+            self._records = grain.sources.ArrayRecordDataSource([str(file) for file in files])
+            count = len(self._records)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(f"data.path={path!r}: a shard cannot be read ({error})") from None
+        if count != self.cache.num_records:
             raise ValueError(
-                f"data.path={path!r}: {len(self._records)} records; {CACHE_FILE} says {self.cache.num_records}"
+                f"data.path={path!r}: {count} records; {CACHE_FILE} says {self.cache.num_records}"
             )
 
     def __len__(self) -> int:
         return self.cache.num_records
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return decode_record(self._records[index])
+        try:
+            return decode_record(self._records[index])
+        except (RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            shard = self.cache.shard(index // self.cache.shard_size)
+            raise ValueError(
+                f"data.path={self._path!r}: record {index}, in {shard}, is damaged ({error}); "
+                "remove the shard and make it again with contextdiff_jax.data.cache"
+            ) from None

@@ -1,26 +1,26 @@
-"""Pictures in a folder with JSON-lines metadata: Hugging Face's imagefolder convention.
+"""Pictures in a folder with a table of captions: Hugging Face's imagefolder convention.
 
     path/metadata.jsonl     {"file_name": "images/1.png", "text": "a horse", ...}     one record a line
     path/images/1.png
 
-`file_name` is relative to the metadata file; the caption may be a list of captions. Other fields
-are kept as attributes.
+or `metadata.csv` or `metadata.parquet` with columns of these names (see `tables`). `file_name` is
+relative to the metadata file, with / or \\ between its parts. The caption may be a list of them.
+Other fields are kept as attributes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
-from collections.abc import Iterator
+import unicodedata
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from contextdiff_jax.data.decoding import decode
-from contextdiff_jax.data.kept import fingerprint
+from contextdiff_jax.data.kept import digest, fingerprint
 from contextdiff_jax.data.records import (
     BrokenRecords,
     Encoded,
@@ -29,6 +29,9 @@ from contextdiff_jax.data.records import (
     captions_of,
     find_files,
 )
+from contextdiff_jax.data.tables import Fields, rows_of
+
+_MAX_COMPARED = 100_000  # pictures whose sizes processes compare: a `stat` each takes its time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,60 +49,65 @@ class _Entry:
 
 
 class _Pictures:
-    """Tells whether a file exists from one listing a folder: a `stat` each is slow on network
-    disks.
-    """
+    """Finds files by listing a folder once: a `stat` each is slow on network disks."""
 
     def __init__(self):
-        self._listings: dict[str, frozenset[str]] = {}
+        self._listings: dict[str, dict[str, str]] = {}
 
-    def __contains__(self, path: str) -> bool:
-        folder, name = os.path.split(path)
+    def find(self, folder: pathlib.Path, name: str) -> str | None:
+        """The path of file `name` in `folder`: as it is written, else with Windows' \\ as /, else
+        with its accents as the disk writes them (macOS takes them apart).
+        """
+        paths = [os.path.normpath(folder / text) for text in (name, name.replace("\\", "/"))]
+        for path in (*paths, unicodedata.normalize("NFC", paths[-1])):
+            parent, base = os.path.split(path)
+            found = self._listing(parent).get(base)
+            if found is not None:
+                return os.path.join(parent, found)
+        return None
+
+    def _listing(self, folder: str) -> dict[str, str]:
         if folder not in self._listings:
-            self._listings[folder] = (
-                frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
-            )
-        return name in self._listings[folder]
+            names = os.listdir(folder) if os.path.isdir(folder) else []
+            composed = {unicodedata.normalize("NFC", name): name for name in names}
+            self._listings[folder] = composed | {name: name for name in names}
+        return self._listings[folder]
 
 
-def _parse_line(line: str, folder: pathlib.Path, caption_field: str, pictures: _Pictures) -> _Entry:
-    """One metadata line; ValueError with the reason if it is broken."""
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg})") from error
-    if not isinstance(fields, dict):
-        raise ValueError("not a JSON object")
-    if not isinstance(fields.get("file_name"), str):
-        raise ValueError(
-            f"field 'file_name' is {'not a string' if 'file_name' in fields else 'missing'}"
-        )
+def _entry(
+    fields: dict[str, Any], folder: pathlib.Path, caption_field: str, pictures: _Pictures
+) -> _Entry:
+    """A record of a row; ValueError with the reason if it is broken."""
+    name = fields.get("file_name")
+    if not isinstance(name, str) or not name or "\0" in name:
+        reason = "not a file's name" if "file_name" in fields else "missing"
+        raise ValueError(f"field 'file_name' is {reason}")
     captions = captions_of(fields, caption_field)
-    path = os.path.normpath(folder / fields.pop("file_name"))
-    if path not in pictures:
-        raise ValueError(f"no such picture: {path}")
-    del fields[caption_field]
-    return _Entry(path, captions, fields)
+    path = pictures.find(folder, name)
+    if path is None:
+        raise ValueError(f"no such picture: {os.path.normpath(folder / name)}")
+    rest = {k: v for k, v in fields.items() if k not in ("file_name", caption_field)}
+    return _Entry(path, captions, rest)
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line) of the lines that are not blank."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
-
-
-def _index(files: list[pathlib.Path], caption_field: str) -> tuple[list[_Entry], list[str]]:
-    """(the good records, the reasons of the broken ones with file:line)."""
-    entries, broken, pictures = [], [], _Pictures()
+def _index(files: list[pathlib.Path], caption_field: str) -> tuple[list[_Entry], int, list[str]]:
+    """(the good records, number of broken ones, their reasons with file:line)."""
+    entries, reasons, pictures = [], [], _Pictures()
+    broken: list[Fields] = []
+    good_size = 0
     for file in files:
-        for number, line in _lines(file):
+        for row in rows_of(file):
             try:
-                entries.append(_parse_line(line, file.parent, caption_field, pictures))
+                if isinstance(row.fields, ValueError):
+                    raise row.fields
+                entries.append(_entry(row.fields, file.parent, caption_field, pictures))
+                good_size += row.size
             except ValueError as error:
-                broken.append(f"{file}:{number}: {error}")
-    return entries, broken
+                reasons.append(f"{file}:{row.number}: {error}")
+                broken.append(row)
+    # A row that swallowed others, as a run of zeros does, counts as those that fit into it.
+    mean = max(1.0, good_size / max(1, len(entries)))
+    return entries, sum(max(1, row.lost, round(row.zeros / mean)) for row in broken), reasons
 
 
 def load_image(path: str, image_size: int) -> UInt8[np.ndarray, "S S 3"]:
@@ -119,20 +127,33 @@ class FolderSource(PictureSource):
         """
         self.config = config
         files = find_files(config.path, config.metadata, "file")
-        self._entries, broken = _index(files, config.caption_field)
-        self._key = fingerprint(files)
-        total = len(self._entries) + len(broken)
+        self._entries, num_broken, reasons = _index(files, config.caption_field)
+        total = len(self._entries) + num_broken
         self.broken = BrokenRecords(
-            config.path, total, config.max_broken_fraction, len(broken), broken
+            config.path, total, config.max_broken_fraction, num_broken, reasons
         )
         if not self._entries:
-            raise ValueError(f"data.metadata={config.metadata!r}: holds no records")
+            example = f"; for example {reasons[0]}" if reasons else ""
+            raise ValueError(
+                f"data.metadata={config.metadata!r}: holds no records in {config.path}{example}"
+            )
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def cache_key(self) -> str:
-        return f"folder {self._key}"
+    def cache_key(self, here: bool = True) -> str:
+        files = fingerprint((entry.path for entry in self._entries), self.config.path, here)
+        return f"folder {files} {self._captions_key()}"
+
+    def names_key(self) -> str:
+        every = -(-len(self) // _MAX_COMPARED)
+        compared = [self._entries[i].path for i in range(0, len(self), every)]
+        sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in compared]
+        return f"folder {digest(sizes)} {self._captions_key()}"
+
+    def _captions_key(self) -> str:
+        root = self.config.path
+        return digest([(os.path.relpath(e.path, root), e.captions) for e in self._entries])
 
     def where(self, index: int) -> str:
         return self._entries[index].path

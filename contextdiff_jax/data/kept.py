@@ -16,13 +16,29 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-_FORMAT = 1  # part of every key: raise it when what is stored changes its meaning
+_FORMAT = 2  # part of every key: raise it when what is stored changes its meaning
 
 
-def fingerprint(files: Iterable[pathlib.Path]) -> str:
-    """Changes with the files' names, sizes and times of change."""
-    facts = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+def digest(facts: Any) -> str:
+    """A short digest of JSON-able facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def fingerprint(files: Iterable[str | pathlib.Path], root: str, here: bool = True) -> str:
+    """A digest of the files' names below `root`, sizes and times of change.
+
+    `here`: also the time of the last change on this disk, which no program can set back, and which
+    a copy does not keep.
+    """
+    facts = []
+    for file in files:
+        try:
+            stat = os.stat(file)
+            facts.append((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns if here else 0))
+        except OSError as error:  # a record that is broken is told when it is read
+            facts.append((error.strerror, 0, 0))
+        facts.append(os.path.relpath(file, root))
+    return digest(facts)
 
 
 def kept_array(
@@ -59,7 +75,7 @@ def kept_array(
             if zlib.crc32(array) == facts.pop("crc32"):
                 return array, facts
             reason = "another checksum"
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             reason = str(error)
         logging.warning("%s is damaged and is made anew: %s", array_file, reason)
     array, facts = make()

@@ -22,10 +22,12 @@ from contextdiff_jax.data.buckets import check_buckets, nearest_bucket
 from contextdiff_jax.data.orders import BucketOrder, Order, PlainOrder, ShuffledEpochs, Size
 from contextdiff_jax.data.records import PictureSource
 from contextdiff_jax.data.tokenizer import Tokenizer
+from contextdiff_jax.tokens import CutCaptions
 
 Batch = dict[str, Any]
 # (record number, reason) of the records that turned out to be broken: from workers to the loader
 _BROKEN = "broken"
+_CUT = "cut"  # the words that each caption loses, likewise
 
 
 class RandomAccessSource(Protocol):
@@ -61,7 +63,7 @@ class _LoadBatch:
         batch: Batch = {name: np.stack([record[name] for record in records]) for name in arrays}
         batch["caption"] = captions
         if self.tokenizer is not None and "token_ids" not in batch:
-            batch["token_ids"], batch["token_mask"] = self.tokenizer.encode(
+            batch["token_ids"], batch["token_mask"], batch[_CUT] = self.tokenizer.encode_and_cut(
                 captions, self.max_length
             )
         if isinstance(self.source, PictureSource):
@@ -89,6 +91,7 @@ class Loader(Iterator[Batch]):
         self._num_threads = num_threads
         self._next_batch = 0
         self._iterator: grain.DatasetIterator | None = None
+        self._cut = CutCaptions(load.max_length)
 
     def __iter__(self) -> Loader:
         return self
@@ -102,6 +105,7 @@ class Loader(Iterator[Batch]):
             _BROKEN, ()
         ):  # each worker knows only of its own: count them together
             self._load.source.broken.replaced(index, reason)
+        self._cut.add(batch["caption"], batch.pop(_CUT, ()))
         if self._num_workers:  # workers hand over views of shared memory, which ends with them
             batch = {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
         return batch
@@ -125,6 +129,11 @@ class Loader(Iterator[Batch]):
                 )
             )
         return iter(batches)
+
+    @property
+    def num_cut(self) -> int:
+        """Number of captions given out so far that were longer than `max_length` tokens."""
+        return self._cut.count
 
     @property
     def num_broken(self) -> int:
@@ -151,7 +160,7 @@ class Loader(Iterator[Batch]):
                     f"data.{name}={value}: the saved data state has {name}={state.get(name)}"
                 )
         self.close()
-        self._next_batch = int(state["next_batch"])
+        self._next_batch, self._cut.count = int(state["next_batch"]), 0
 
     def close(self) -> None:
         """Stops workers and prefetching; the next `next` starts them again where it stopped."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 import abc
 import collections
 import dataclasses
+import glob
 import operator
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,11 +30,15 @@ from contextdiff_jax.data.decoding import (
     decode,
     picture_size,
 )
-from contextdiff_jax.data.kept import kept_array
+from contextdiff_jax.data.kept import digest, kept_array
+from contextdiff_jax.texts import check_text
 
 CROPS = ("centre", "random")
 CAPTION_CHOICES = ("first", "random")
 _MAX_LOGGED = 20
+# Fields that change how a record is given out, not which records there are or what size they have.
+_GIVEN_OUT = ("path", "index_folder", "image_size", "max_broken_fraction", "seed", "crop")
+_GIVEN_OUT += ("caption_choice", "resample")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,8 @@ class PictureConfig:
     index_folder: str = ""
 
     def __post_init__(self):
+        for field in ("path", "index_folder"):  # no shell has read what follows an `=`
+            object.__setattr__(self, field, os.path.expanduser(getattr(self, field)))
         if self.image_size < 1:
             raise ValueError(f"image_size={self.image_size}: must be at least 1")
         if self.max_pixels < 1:
@@ -92,11 +100,13 @@ class Encoded:
 
 
 def captions_of(fields: Mapping[str, Any], name: str) -> list[str]:
-    """The caption, or the list of them, in field `name`; ValueError with the reason if there is
-    none.
+    """The caption, or the list of them without its nulls, in field `name`; ValueError with the
+    reason if there is none, or one that is no text.
     """
     value = fields.get(name)
     captions = [value] if isinstance(value, str) else value
+    if isinstance(captions, list):
+        captions = [caption for caption in captions if caption is not None]
     if (
         not isinstance(captions, list)
         or not captions
@@ -105,6 +115,11 @@ def captions_of(fields: Mapping[str, Any], name: str) -> list[str]:
         raise ValueError(
             f"field {name!r} is {'no string or list of strings' if name in fields else 'missing'}"
         )
+    for caption in captions:
+        try:
+            check_text(caption)
+        except ValueError as error:
+            raise ValueError(f"field {name!r} {error}") from None
     return captions
 
 
@@ -165,18 +180,31 @@ class BrokenRecords:
 
 
 def find_files(path: str, pattern: str, kind: str) -> list[pathlib.Path]:
-    """The files of the folder `path` that the glob `data.metadata` names, sorted. ValueError if
-    there are none.
+    """The files that the glob `data.metadata` names in the folder `path`, or from / or ~, sorted;
+    as in a shell, hidden ones only where the glob says so. ValueError if there are none.
     """
-    root, relative = pathlib.Path(path), pathlib.PurePath(pattern)
-    if not root.is_dir():
+    if not os.path.isdir(path):
         raise ValueError(f"data.path={path!r}: is not a folder")
-    if relative.is_absolute():  # which no folder's glob takes
-        root, relative = pathlib.Path(relative.anchor), relative.relative_to(relative.anchor)
-    files = sorted(root.glob(str(relative)))
+    files = _matches(path, pattern)
     if not files:
         raise ValueError(f"data.metadata={pattern!r}: no such {kind} in {path}")
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise ValueError(f"data.path={path!r}: {file} cannot be read")
     return files
+
+
+def first_found(path: str, patterns: Sequence[str], required: bool) -> str | None:
+    """The first of the globs that finds a file in the folder `path`; if none does, the first of
+    all where one is `required`, else None.
+    """
+    found = (pattern for pattern in patterns if _matches(os.path.expanduser(path), pattern))
+    return next(found, patterns[0] if required else None)
+
+
+def _matches(path: str, pattern: str) -> list[pathlib.Path]:
+    found = glob.glob(os.path.join(glob.escape(path), os.path.expanduser(pattern)), recursive=True)
+    return sorted(pathlib.Path(file) for file in found if not os.path.isdir(file))
 
 
 class PictureSource(abc.ABC):
@@ -203,8 +231,23 @@ class PictureSource(abc.ABC):
         """The place of record `index`, for messages."""
 
     @abc.abstractmethod
-    def cache_key(self) -> str:
-        """Changes when the stored records do."""
+    def cache_key(self, here: bool = True) -> str:
+        """Changes when the stored records do, by names, sizes and times of files; `here`: see
+        `kept.fingerprint`.
+        """
+
+    @abc.abstractmethod
+    def names_key(self) -> str:
+        """Changes with the list of records and their sizes; the same for a copy on another
+        machine.
+        """
+
+    def kept_key(self) -> str:
+        """The key of what is computed from each record: `cache_key`, and the fields that decide
+        which records there are and how they are read.
+        """
+        fields = {k: v for k, v in vars(self.config).items() if k not in _GIVEN_OUT}
+        return f"{self.cache_key()} {len(self)} {digest(fields)}"
 
     @property
     def num_broken(self) -> int:
@@ -281,16 +324,16 @@ class PictureSource(abc.ABC):
                 except UNDECODABLE as error:
                     logging.log_first_n(
                         logging.WARNING,
-                        "No picture's size: %s: %s",
+                        "No size: %s: %s",
                         _MAX_LOGGED,
                         self.where(index),
                         error,
                     )
             return sizes, {}
 
-        # "upright": sizes that were kept before EXIF orientations were read are not of this kind.
-        key = f"{self.cache_key()} upright {self.config.max_pixels}"
-        sizes, _ = kept_array(self.config.path, self.config.index_folder, "sizes", key, measure)
+        sizes, _ = kept_array(
+            self.config.path, self.config.index_folder, "sizes", self.kept_key(), measure
+        )
         for index in np.flatnonzero(sizes[:, 0] == 0):
-            self.broken.replaced(int(index), f"{self.where(index)}: no picture's header")
+            self.broken.replaced(int(index), f"{self.where(index)}: no readable picture or caption")
         return sizes

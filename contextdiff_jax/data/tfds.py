@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from contextdiff_jax.data.kept import fingerprint
+from contextdiff_jax.data.kept import digest, fingerprint
 from contextdiff_jax.data.records import (
     BrokenRecords,
     Encoded,
@@ -52,9 +52,11 @@ def _folder(path: str) -> pathlib.Path:
 
 
 def _decoded(value: Any) -> Any:
-    """tfds gives text as bytes."""
+    """The plain value of what tfds gives. Its text is bytes; those that are no UTF-8 become
+    surrogates, which no caption may hold.
+    """
     if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
+        return value.decode("utf-8", errors="surrogateescape")
     if isinstance(value, np.ndarray):
         return _decoded(value.tolist())
     if isinstance(value, list):
@@ -74,10 +76,18 @@ class TFDSSource(PictureSource):
         """
         # here: it takes a second that other sources need not spend
         import tensorflow_datasets as tfds
+        from google.protobuf.json_format import ParseError
 
         self.config = config
         folder = _folder(config.path)
-        builder = tfds.builder_from_directory(folder)
+        try:
+            builder = tfds.builder_from_directory(folder)
+        except (ParseError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"data.path={config.path!r}: dataset_info.json or features.json in {folder} cannot "
+                f"be read ({reason})"
+            ) from None
         if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise ValueError(
                 f"data.path={config.path!r}: is of format {builder.info.file_format.value}; must be array_record"
@@ -108,7 +118,7 @@ class TFDSSource(PictureSource):
             raise ValueError(
                 f"data.metadata={config.split!r}: {config.path} has the splits {splits}"
             ) from error
-        self._key = fingerprint(sorted(folder.glob("*.array_record*")))
+        self._files = sorted(folder.glob("*.array_record*"))
         self.broken = BrokenRecords(config.path, len(self), config.max_broken_fraction)
         if not len(self):
             raise ValueError(f"data.metadata={config.split!r}: holds no records")
@@ -116,8 +126,12 @@ class TFDSSource(PictureSource):
     def __len__(self) -> int:
         return len(self._source)
 
-    def cache_key(self) -> str:
-        return f"tfds {self.config.split} {self._key}"
+    def cache_key(self, here: bool = True) -> str:
+        return f"tfds {self.config.split} {fingerprint(self._files, self.config.path, here)}"
+
+    def names_key(self) -> str:
+        names = [(file.name, file.stat().st_size) for file in self._files]
+        return f"tfds {self.config.split} {digest(names)}"
 
     def where(self, index: int) -> str:
         return f"{self.config.split}: record {index}"

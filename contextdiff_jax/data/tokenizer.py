@@ -11,7 +11,6 @@ where a FILE is plain text, one document a line.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,9 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from contextdiff_jax import tokens
+from contextdiff_jax.texts import check_text, read_lines
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")  # in the order of their ids
@@ -61,24 +63,41 @@ class Tokenizer:
         Raises:
             ValueError: if `max_length` is below 2, or captions is one string.
         """
+        return self.encode_and_cut(captions, max_length)[:2]
+
+    def encode_and_cut(
+        self, captions: Sequence[str], max_length: int
+    ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"], list[str]]:
+        """`encode`'s arrays, and the words that each caption loses; "" where all fit."""
         if max_length < 2:
             raise ValueError(f"max_length={max_length}: must be at least 2 (<bos> and <eos>)")
         if isinstance(captions, str):
             raise ValueError(
                 f"captions={captions!r}: must be a sequence of strings, not one string"
             )
-        ids = np.full((len(captions), max_length), PAD, np.int32)
-        encodings = self._tokenizer.encode_batch(
-            [" ".join(c.split()) for c in captions], add_special_tokens=False
-        )
-        for row, encoding in zip(ids, encodings):
-            tokens = [BOS, *encoding.ids[: max_length - 2], EOS]
-            row[: len(tokens)] = tokens
-        return ids, ids != PAD
+        _check(captions)
+        ids, room = np.full((len(captions), max_length), PAD, np.int32), max_length - 2
+        texts = [" ".join(c.split()) for c in captions]
+        encodings, lost = self._tokenizer.encode_batch(texts, add_special_tokens=False), []
+        for row, text, encoding in zip(ids, texts, encodings):
+            kept = [BOS, *encoding.ids[:room], EOS]
+            row[: len(kept)] = kept
+            fits = len(encoding.ids) <= room
+            lost.append("" if fits else tokens.from_word(text, encoding.offsets[room][0]))
+        return ids, ids != PAD, lost
 
     def decode(self, ids: Int32[np.ndarray, "B L"]) -> list[str]:
         """The (lowercased) text of each row, without special tokens."""
         return [text.strip() for text in self._tokenizer.decode_batch(np.asarray(ids).tolist())]
+
+
+def _check(captions: Sequence[str]) -> None:
+    """ValueError for a caption that is no text: a tokenizer's own error would not say which."""
+    for caption in captions:
+        try:
+            check_text(caption)
+        except ValueError as error:
+            raise ValueError(f"caption {ascii(caption)}: {error}") from None
 
 
 def _from_json(text: str) -> Tokenizer:
@@ -91,26 +110,13 @@ class FolderTokens:
     """
 
     def __init__(self, folder: str | pathlib.Path):
-        """ValueError if the folder holds none. transformers is imported here and nowhere else in
-        this room.
-        """
-        from transformers import CLIPTokenizer, T5Tokenizer
-
+        """ValueError if the folder holds none."""
         self._folder = str(folder)
         try:
-            config = pathlib.Path(folder, "tokenizer_config.json")
-            name = (
-                json.loads(config.read_text()).get("tokenizer_class", "")
-                if config.is_file()
-                else ""
-            )
-            self._tokenizer = (
-                T5Tokenizer if name.startswith("T5") else CLIPTokenizer
-            ).from_pretrained(self._folder)
-        except (OSError, TypeError, ValueError) as error:  # TypeError: files are missing
-            raise ValueError(
-                f"tokenizer={folder}: holds no CLIP or T5 tokenizer ({' '.join(str(error).split())})"
-            ) from None
+            self._tokenizer = tokens.read_folder(folder)
+        except ValueError as error:
+            raise ValueError(f"tokenizer={error}") from None
+        self.kind = "t5" if type(self._tokenizer).__name__.startswith("T5") else "clip"
 
     def __reduce__(self):
         return FolderTokens, (self._folder,)
@@ -118,7 +124,7 @@ class FolderTokens:
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included."""
-        return len(self._tokenizer)
+        return tokens.num_ids(self._tokenizer)
 
     def encode(
         self, captions: Sequence[str], max_length: int
@@ -126,10 +132,19 @@ class FolderTokens:
         """As `Tokenizer.encode`: the caption's tokens (as many as fit) between the model's special
         ones, padding.
         """
+        return self.encode_and_cut(captions, max_length)[:2]
+
+    def encode_and_cut(
+        self, captions: Sequence[str], max_length: int
+    ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"], list[str]]:
+        """`encode`'s arrays, and the words that each caption loses; "" where all fit."""
+        captions = list(captions)
+        _check(captions)
         rows = self._tokenizer(
-            list(captions), padding="max_length", max_length=max_length, truncation=True
+            captions, padding="max_length", max_length=max_length, truncation=True
         )
-        return np.array(rows.input_ids, np.int32), np.array(rows.attention_mask, bool)
+        lost = list(map(tokens.cut_text, captions, rows.encodings))
+        return np.array(rows.input_ids, np.int32), np.array(rows.attention_mask, bool), lost
 
 
 def load_tokenizer(path: str | pathlib.Path | None = None) -> Tokenizer | FolderTokens:
@@ -139,11 +154,11 @@ def load_tokenizer(path: str | pathlib.Path | None = None) -> Tokenizer | Folder
     Raises:
         ValueError: if the file is missing or no such tokenizer, in one line.
     """
-    path = BUNDLED if path is None else pathlib.Path(path)
+    path = BUNDLED if path is None else pathlib.Path(path).expanduser()
     if path.is_dir():
         return FolderTokens(path)
     try:
-        return _from_json(path.read_text(encoding="utf-8"))
+        return _from_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"tokenizer={path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # `tokenizers` raises bare Exception for a file that it cannot parse
@@ -173,8 +188,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int = 4096) -> tokenizers.
 
 def _read_lines(paths: Sequence[pathlib.Path]) -> Iterable[str]:
     for path in paths:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield from file
+        yield from read_lines(path, "--corpus")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -189,7 +203,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [str(path) for path in args.corpus if not path.is_file()]
     if missing:
         parser.error(f"--corpus={missing[0]}: is not a file")
-    tokenizer = train_tokenizer(_read_lines(args.corpus), args.vocab_size)
+    try:
+        lines = list(_read_lines(args.corpus))
+    except ValueError as error:
+        parser.error(str(error))
+    tokenizer = train_tokenizer(lines, args.vocab_size)
     tokenizer.save(str(args.out))
     print(f"{args.out}: {tokenizer.get_vocab_size()} tokens")
     return 0

@@ -3,9 +3,9 @@ members' places.
 
     path/00000.tar: 000000000.jpg  000000000.txt  000000000.json  000000001.jpg ...      one record a key
 
-The members of a record are neighbours and share the name up to the first dot of its last part. The
-picture is one of `PICTURES`; the caption is `caption_field` of the `.json` (a string or a list of
-them), else the `.txt`, else `caption` of the `.json`; the other fields of the `.json` are kept as
+Which members make a record, and what counts as lost in a damaged shard: see `shards`. The caption
+is `caption_field` of the `.json` (a string or a list of them), else the `.txt`, else `caption` of
+the `.json`: the first of them that has words. The other fields of the `.json` are kept as
 attributes.
 
 The index is made once from the tar headers, and kept (see `kept`): afterwards a source opens in the
@@ -17,18 +17,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import glob
 import os
 import pathlib
 import tarfile
 import time
-from collections.abc import Iterator
+import zlib
 from typing import Any, BinaryIO
 
 import numpy as np
 from absl import logging
 
-from contextdiff_jax.data.kept import fingerprint, kept_array
+from contextdiff_jax.data.kept import digest, fingerprint, kept_array
 from contextdiff_jax.data.records import (
     BrokenRecords,
     Encoded,
@@ -37,9 +37,10 @@ from contextdiff_jax.data.records import (
     captions_of,
     find_files,
 )
+from contextdiff_jax.data.shards import lost_records, read_sparse
+from contextdiff_jax.data.shards import read_shard as _index_shard
+from contextdiff_jax.texts import decode_text, parse_json
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
-_KINDS = {**dict.fromkeys(PICTURES, "image"), "txt": "text", "json": "json"}
 _ENTRY = np.dtype(
     [
         ("shard", "<i4"),
@@ -56,87 +57,18 @@ class WebDatasetConfig(PictureConfig):
     shards: str = "*.tar"
 
 
-def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo | str]:
-    """The members of a tar file; a str for a header that is broken, after which the next good one
-    is looked for.
-    """
-    size = os.fstat(file.fileno()).st_size
-    with tarfile.TarFile(
-        fileobj=file, ignore_zeros=True
-    ) as tar:  # ignore_zeros: a broken first header is no error
-        tar.offset, broken = 0, False
-        while tar.offset < size:
-            start = tar.offset
-            file.seek(start)
-            try:
-                member = tarfile.TarInfo.fromtarfile(tar)
-            except (
-                tarfile.EOFHeaderError
-            ):  # a block of zeros: the end, or what `cat a.tar b.tar` leaves in between
-                tar.offset = start + tarfile.BLOCKSIZE
-                continue
-            except (tarfile.TarError, ValueError, OverflowError) as error:
-                if not broken:  # the blocks up to the next header are one broken member
-                    yield f"byte {start}: bad tar header ({error})"
-                broken, tar.offset = True, start + tarfile.BLOCKSIZE
-                continue
-            broken = False
-            if tar.offset <= start:  # a damaged size would lead back
-                yield f"byte {start}: bad tar header (size {member.size})"
-                return
-            yield member
-
-
-def _index_shard(path: pathlib.Path, number: int) -> tuple[list[tuple], list[str]]:
-    """(entries of the whole records, reasons of the broken ones)."""
-    entries, broken = [], []
-    key, record, at = None, {}, 0
-
-    def close():
-        if not record:
-            return
-        if "image" in record and ("text" in record or "json" in record):
-            absent = (0, 0)
-            entries.append(
-                (number, record["image"], record.get("text", absent), record.get("json", absent))
-            )
-        else:
-            name, lacks = "/".join(filter(None, key)), "caption" if "image" in record else "picture"
-            broken.append(f"{path.name}: byte {at}: {name} has no {lacks}")
-
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        for member in _members(file):
-            if isinstance(member, str):
-                broken.append(f"{path.name}: {member}")
-                continue
-            folder, _, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            kind = _KINDS.get(extension.lower())
-            if not member.isreg() or kind is None or not stem:
-                continue
-            if (folder, stem) != key:
-                close()
-                key, record, at = (folder, stem), {}, member.offset
-            if member.size and member.offset_data + member.size <= size and member.size < 2**31:
-                record.setdefault(kind, (member.offset_data, member.size))
-            else:
-                record.setdefault("cut", (0, 0))  # seen, so counted, but without its content
-        close()
-    return entries, broken
-
-
 def _index(root: pathlib.Path, shards: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
     """The index of all shards, and what is broken in them."""
     logging.warning("Indexing %d tar shards in %s, once", len(shards), root)
-    start, parts, broken = time.perf_counter(), [], []
+    start, parts, found = time.perf_counter(), [], []
     for number, name in enumerate(shards):
-        entries, reasons = _index_shard(root / name, number)
-        parts.append(np.array(entries, _ENTRY))
-        broken += reasons
+        shard = _index_shard(root / name)
+        parts.append(np.array([(number, *record) for record in shard.records], _ENTRY))
+        found.append(dataclasses.replace(shard, records=[]))  # millions of them take their room
     index = np.concatenate(parts)
+    reasons = [reason for shard in found for reason in (*shard.damage, *shard.broken)]
     logging.warning("Indexed %d records in %.1f s", len(index), time.perf_counter() - start)
-    return index, {"num_broken": len(broken), "reasons": broken[:20]}
+    return index, {"num_broken": sum(lost_records(found)), "reasons": reasons[:20]}
 
 
 @functools.lru_cache(_MAX_OPEN)
@@ -154,6 +86,43 @@ def _pread(file: BinaryIO, offset: int, size: int) -> bytes:
     return data
 
 
+def _captions(fields: dict[str, Any], text: bytes | None, name: str) -> tuple[list[str], str]:
+    """(the first captions with words in them: of field `name`, of the `.txt`, of `caption`; the
+    field). ValueError with the reason if none can be read.
+    """
+    blank, reasons = None, []
+    for field in (name, ".txt", "caption"):
+        try:
+            if field != ".txt":
+                captions = captions_of(fields, field)
+            elif text is None:
+                continue
+            else:
+                captions = [decode_text(text).strip()]
+        except ValueError as error:
+            if field == ".txt":
+                reasons.insert(0, f"the .txt: {error}")
+            else:  # one that is there says more than one that is missing
+                reasons.insert(0 if field in fields and not reasons else len(reasons), str(error))
+            continue
+        if any(map(str.strip, captions)):
+            return captions, field
+        blank = blank or (captions, field)
+    if blank:
+        return blank
+    raise ValueError(reasons[0])
+
+
+def _check_compressed(path: str) -> None:
+    """ValueError if there are compressed shards, which the glob *.tar would leave out unsaid."""
+    for ending in ("tar.gz", "tgz", "tar.bz2", "tar.xz", "tar.zst"):
+        for file in sorted(glob.glob(os.path.join(glob.escape(path), f"*.{ending}"))):
+            raise ValueError(
+                f"data.path={path!r}: {os.path.basename(file)} is compressed; shards are read at "
+                "random places: decompress it, or name the shards to read in data.metadata"
+            )
+
+
 class WebDatasetSource(PictureSource):
     """Random access to the records of tar shards, in the order of the shards' names."""
 
@@ -164,9 +133,11 @@ class WebDatasetSource(PictureSource):
             ValueError: if there is no such folder, shard or good record, or too many broken ones.
         """
         self.config = config
-        files = find_files(config.path, config.shards, "tar shard")
-        self._shards = [str(file.relative_to(config.path)) for file in files]
-        self._key = fingerprint(files)
+        if config.shards == WebDatasetConfig.shards:
+            _check_compressed(config.path)
+        self._files = find_files(config.path, config.shards, "tar shard")
+        self._shards = [os.path.relpath(file, config.path) for file in self._files]
+        self._key = fingerprint(self._files, config.path)
         self._load_index()
         num_broken = self._facts["num_broken"]
         total = len(self) + num_broken
@@ -198,27 +169,39 @@ class WebDatasetSource(PictureSource):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def cache_key(self) -> str:
-        return f"webdataset {self._key}"
+    def cache_key(self, here: bool = True) -> str:
+        key = self._key if here else fingerprint(self._files, self.config.path, here)
+        return f"webdataset {key}"
+
+    def names_key(self) -> str:
+        return f"webdataset {digest(self._shards)} {zlib.crc32(self._entries)}"
 
     def where(self, index: int) -> str:
-        entry = self._entries[index]
-        return f"{self._shards[entry['shard']]}: byte {entry['image']['offset']}"
+        shard, (offset, size), *_ = self._entries[index].item()
+        header = offset if size < 0 else offset - tarfile.BLOCKSIZE
+        try:
+            name = os.pread(self._open(shard).fileno(), 100, header).split(b"\0")[0]
+        except OSError:  # this text is wanted because something is wrong
+            name = b"?"
+        return f"{self._shards[shard]}: byte {offset} ({name.decode(errors='backslashreplace')})"
 
     def read(self, index: int) -> Encoded:
         shard, *members = self._entries[index].item()
-        file = _open(os.path.join(self.config.path, self._shards[shard]), self._key)
-        image, text, fields = (_pread(file, offset, size) for offset, size in members)
-        attributes = json.loads(fields) if fields else {}
+        image, text, fields = (self._content(shard, *span) for span in members)
+        attributes = parse_json(fields) if fields else {}
         if not isinstance(attributes, dict):
             raise ValueError("the .json is not an object")
-        name = self.config.caption_field
-        if name in attributes:
-            captions = captions_of(attributes, name)
-        elif text:
-            captions = [text.decode("utf-8", errors="replace").strip()]
-        else:
-            name = "caption"
-            captions = captions_of(attributes, name)
-        attributes.pop(name, None)
+        captions, field = _captions(attributes, text, self.config.caption_field)
+        for name in {field, self.config.caption_field}:
+            attributes.pop(name, None)
         return Encoded(image, captions, attributes)
+
+    def _open(self, shard: int) -> BinaryIO:
+        return _open(os.path.join(self.config.path, self._shards[shard]), self._key)
+
+    def _content(self, shard: int, offset: int, size: int) -> bytes | None:
+        """A member's content; None for one that there isn't."""
+        if size < 0:
+            with open(os.path.join(self.config.path, self._shards[shard]), "rb") as file:
+                return read_sparse(file, offset)
+        return _pread(self._open(shard), offset, size) if offset else None

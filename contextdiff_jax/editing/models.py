@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree, UInt8
 
-from contextdiff_jax.data import Tokenizer, load_tokenizer
+from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.generation import to_uint8
@@ -25,12 +25,15 @@ from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.contextdiff import ContextDiffusion, FrozenText
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.models.video import VideoDiffusion, inflate
+from contextdiff_jax.pretrained.files import exists
 from contextdiff_jax.pretrained.pipeline import INDEX_FILE, load_pipeline
 from contextdiff_jax.pretrained.sampling import encode_images
 from contextdiff_jax.run import load_run
 from contextdiff_jax.settings import Settings, ShiftConfig
+from contextdiff_jax.tokens import warn_of_cut
 from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.state import build_model, make_model, model_graph
+from contextdiff_jax.training.texts import open_tokenizer
 
 Clip = UInt8[np.ndarray, "F H W 3"]
 
@@ -87,12 +90,12 @@ def open_editor(settings: EditSettings) -> Editor:
     """
     name, base = settings.video.model, settings.base
     if not name:
-        tokenizer = load_tokenizer(base.data.tokenizer or None)
+        tokenizer = open_tokenizer(base)
         frozen = load_frozen(base)
         return _from_model(
             settings, base, make_model(base).attach(frozen), tokenizer, digest(frozen)
         )
-    if (pathlib.Path(name) / INDEX_FILE).is_file():
+    if exists(pathlib.Path(name) / INDEX_FILE):
         return _from_pipeline(settings, name)
     try:
         run = load_run(name, settings.video.weights)
@@ -149,7 +152,8 @@ def _from_model(
     encode_ids = nnx.jit(lambda text, ids, mask: text(ids, mask))
 
     def encode_text(prompts: Sequence[str]) -> Text:
-        ids, mask = tokenizer.encode(list(prompts), length)
+        ids, mask, lost = tokenizer.encode_and_cut(list(prompts), length)
+        warn_of_cut(prompts, lost, length)
         return Text(encode_ids(model.text, ids, mask), jnp.asarray(mask))
 
     encode, decode, factor = (
@@ -227,18 +231,18 @@ def _from_pipeline(settings: EditSettings, folder: str) -> Editor:
         shift=_shift(settings.base.context, network.config),
         bound=None,
     )
-    tokenizer, encode_ids = pipeline.tokenizers[0], nnx.jit(lambda text, ids: text(ids).last)
+    tokenizer = pipeline.tokenizers[0]
+    encode_tokens = nnx.jit(lambda text, *tokens: text(*tokens).last)
     encode, decode, factor = _through_vae(stable.vae)
 
     def count_tokens(word: str) -> int:
         return len(tokenizer(word, add_special_tokens=False).input_ids)
 
     def encode_text(prompts: Sequence[str]) -> Text:
-        (ids,) = pipeline.token_ids(prompts)
+        (tokens,) = pipeline.tokens(prompts)
         lengths = [2 + sum(map(count_tokens, prompt.split())) for prompt in prompts]
-        return Text(
-            encode_ids(stable.text, ids), jnp.arange(ids.shape[1]) < jnp.array(lengths)[:, None]
-        )
+        mask = jnp.arange(tokens.ids.shape[1]) < jnp.array(lengths)[:, None]
+        return Text(encode_tokens(stable.text, *tokens), mask)
 
     return Editor(
         model=inflate(

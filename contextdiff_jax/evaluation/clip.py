@@ -21,8 +21,7 @@ from contextdiff_jax.evaluation.features import FeatureFn, extract, make_feature
 from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 from contextdiff_jax.pretrained import load_clip_text, load_clip_vision
 from contextdiff_jax.pretrained.files import read_json
-
-_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+from contextdiff_jax.tokens import cut_text, num_ids, read_folder, warn_of_cut
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,26 +232,21 @@ def _load_preprocessing(folder: pathlib.Path, image_size: int) -> Preprocessing:
 def _load_tokenizer(
     folder: pathlib.Path, config
 ) -> Callable[[Sequence[str]], Int[np.ndarray, "N L"]]:
-    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZER_FILES):
-        raise ValueError(
-            f"{folder}: no tokenizer; expected tokenizer.json, or vocab.json and merges.txt"
-        )
-    from transformers import CLIPTokenizer  # seconds to import
-
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer = read_folder(folder, "clip")
     # An id without a row, or an end token that is not found, would give figures that mean nothing.
-    end = tokenizer.eos_token_id
-    if len(tokenizer) > config.vocab_size or config.eos_token_id not in (2, end):
+    end, ids = tokenizer.eos_token_id, num_ids(tokenizer)
+    if ids > config.vocab_size or config.eos_token_id not in (2, end):
         raise ValueError(
-            f"{folder}: the tokenizer has {len(tokenizer)} ids and ends with {end}; the model has {config.vocab_size} "
+            f"{folder}: the tokenizer has {ids} ids and ends with {end}; the model has {config.vocab_size} "
             f"and eos_token_id={config.eos_token_id}"
         )
     length = min(tokenizer.model_max_length, config.max_position_embeddings)
 
     def tokenize(captions: Sequence[str]) -> Int[np.ndarray, "N L"]:
-        ids = tokenizer(
-            list(captions), padding="max_length", max_length=length, truncation=True
-        ).input_ids
-        return np.array(ids, np.int32)
+        captions = list(captions)
+        rows = tokenizer(captions, padding="max_length", max_length=length, truncation=True)
+        lost = list(map(cut_text, captions, rows.encodings))
+        warn_of_cut(captions, lost, length, "caption")
+        return np.array(rows.input_ids, np.int32)
 
     return tokenize

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Float, PyTree, UInt8
 
 from contextdiff_jax.data import DataConfig, RandomAccessSource, Tokenizer, make_source
+from contextdiff_jax.data.identity import identity
 from contextdiff_jax.data.shapes import heldout_triples
 from contextdiff_jax.evaluation import bound as bounds
 from contextdiff_jax.evaluation import distances
@@ -35,7 +36,9 @@ from contextdiff_jax.evaluation.inception import Inception, load_inception, resi
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
 from contextdiff_jax.evaluation.processes import gather_rows, join, share
 from contextdiff_jax.keys import make_key
+from contextdiff_jax.parallel.processes import agree
 from contextdiff_jax.settings import Settings
+from contextdiff_jax.tokens import warn_of_cut
 
 Scores = dict[str, dict[str, Estimate]]  # {row: {name: estimate}}
 FLOOR = "real pictures instead"
@@ -134,7 +137,11 @@ class Evaluation:
 
     @functools.cached_property
     def sources(self) -> dict[str, RandomAccessSource]:
-        return splits(self.settings.data)
+        def facts(sources: dict[str, RandomAccessSource]) -> dict[str, Any]:
+            rows = ((row, identity(source)) for row, source in sources.items())
+            return {f"{row}: {name}": value for row, found in rows for name, value in found.items()}
+
+        return agree("data", lambda: splits(self.settings.data), facts)
 
     @functools.cached_property
     def network(self) -> Inception | Classifier:
@@ -291,7 +298,9 @@ def _on_pictures(
     """
     tokenizer, length = evaluation.tokenizer, evaluation.settings.data.max_length
     records, null = evaluation.records(row), tokenizer.encode([""], length)
-    ids, mask = tokenizer.encode([record["caption"] for record in records], length)
+    captions = [record["caption"] for record in records]
+    ids, mask, lost = tokenizer.encode_and_cut(captions, length)
+    warn_of_cut(captions, lost, length, "caption")
     images = np.stack([record["image"] for record in records])
     key, parts, number = make_key(evaluation.seed), [], evaluation.numbers(row).start
     for batch, real in batches((images, ids, mask), _BOUND_BATCH, name):

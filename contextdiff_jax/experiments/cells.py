@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from contextdiff_jax.data import DataConfig, load_tokenizer
+from contextdiff_jax.data import DataConfig
 from contextdiff_jax.evaluation import distances, metrics
 from contextdiff_jax.evaluation.classifier import WEIGHTS_FILE, correct, read_labels
 from contextdiff_jax.evaluation.composition import is_main, judge
@@ -31,6 +31,7 @@ from contextdiff_jax.experiments.training import trained_params
 from contextdiff_jax.generation import Generator
 from contextdiff_jax.settings import SampleConfig, Settings, parse
 from contextdiff_jax.training.state import model_graph
+from contextdiff_jax.training.texts import open_tokenizer
 
 LOGGER = logging.getLogger(__name__)
 Generate = Callable[[Sequence[dict[str, Any]]], UInt8[np.ndarray, "N H W 3"]]
@@ -93,7 +94,7 @@ class _Study:
         folder: pathlib.Path,
     ):
         self.settings, self.params, self.seed, self.options = settings, params, seed, options
-        self.tokenizer = load_tokenizer(settings.data.tokenizer or None)
+        self.tokenizer = open_tokenizer(settings)
         self.features = ""
         if options["classifier"]:
             path = folder / f"classifier-{options['classifier']}"

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.data import Tokenizer, load_tokenizer, make_source
+from contextdiff_jax.data import Tokenizer, make_source
 from contextdiff_jax.evaluation import metrics
 from contextdiff_jax.evaluation.composition import judge
 from contextdiff_jax.experiments.oracle import OracleGenerator, scaled
@@ -28,6 +28,7 @@ from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.contextdiff import make_denoise
 from contextdiff_jax.settings import Settings, parse
 from contextdiff_jax.training.state import model_graph
+from contextdiff_jax.training.texts import open_tokenizer
 
 _BATCH = 64
 
@@ -44,7 +45,7 @@ def estimate_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     folder = workdir.parent.parent / pathlib.Path(options["of"]).stem / trained.folder
     params, tokenizer = (
         trained_params(trained, folder),
-        load_tokenizer(settings.data.tokenizer or None),
+        open_tokenizer(settings),
     )
     timesteps = diffusion.spaced_timesteps(
         settings.diffusion.num_timesteps, options["steps"], settings.sample.spacing

@@ -64,13 +64,14 @@ class _CLIPConfig:
     def to_dict(self) -> dict[str, Any]:
         """transformers' fields."""
         own = ("with_projection", "prefixed_names")
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in own}
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in own}
+        return {k: v for k, v in values.items() if v or k != "use_attention_mask"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig(_CLIPConfig):
     """transformers' `CLIPTextConfig`; the first and the padding token's ids are carried for
-    tokenizers.
+    tokenizers, `use_attention_mask` for the pipelines that read it.
     """
 
     vocab_size: int = 49408
@@ -78,6 +79,7 @@ class CLIPTextConfig(_CLIPConfig):
     bos_token_id: int | None = 49406
     pad_token_id: int | None = 1
     eos_token_id: int = 49407
+    use_attention_mask: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

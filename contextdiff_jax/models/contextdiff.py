@@ -24,8 +24,8 @@ from contextdiff_jax.models.vae import VAE
 
 
 class FrozenText(nnx.Module):
-    """A pretrained CLIP text encoder in the place of ours. It reads no mask: Stable Diffusion's
-    networks were trained on the states of all tokens, padding included.
+    """A pretrained CLIP text encoder in the place of ours. It reads no mask, unless its config says
+    so: Stable Diffusion's networks were trained on the states of all tokens, padding included.
     """
 
     def __init__(self, clip: CLIPText):
@@ -35,7 +35,8 @@ class FrozenText(nnx.Module):
         self, token_ids: Int[Array, "B L"], token_mask: Bool[Array, "B L"]
     ) -> Float[Array, "B L D"]:
         """States of all tokens."""
-        return self.clip(token_ids).last
+        mask = token_mask if self.clip.config.use_attention_mask else None
+        return self.clip(token_ids, mask).last
 
 
 class FrozenT5(nnx.Module):

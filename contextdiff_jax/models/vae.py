@@ -39,7 +39,7 @@ _OFF: dict[str, tuple] = {"latents_mean": (None,), "latents_std": (None,)}
 class VAEConfig:
     """diffusers' `AutoencoderKL` config (names and defaults).
 
-    `force_upcast` is carried and changes nothing: the products' type is the caller's. `sample_size`
+    `force_upcast` changes nothing here: `load_pipeline` chooses the products' type. `sample_size`
     is the side of a tile; as in diffusers, a quarter of it must be whole in pixels and in latent
     pixels, or tiled pictures come out larger. Raises ValueError, one line with field, value and
     what is allowed.

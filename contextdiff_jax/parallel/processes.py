@@ -7,6 +7,7 @@ cluster's scheduler tells (`CLUSTERS`); none of them: one process.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -17,7 +18,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax._src import (
@@ -26,6 +28,8 @@ from jax._src import (
 from jax.experimental import multihost_utils
 
 LOGGER = logging.getLogger(__name__)
+T = TypeVar("T")
+_AGREED = itertools.count()  # all processes agree on the same things in the same order
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # How a collective's error begins, be it JaxRuntimeError or (Gloo's, on CPUs) ValueError.
 STATUS = re.compile(
@@ -103,6 +107,60 @@ def start(
 def is_first() -> bool:
     """Whether this process writes the logs and the pictures."""
     return jax.process_index() == 0
+
+
+def agree(what: str, make: Callable[[], T], facts_of: Callable[[T], Mapping[str, Any]]) -> T:
+    """What `make` makes in every process of the run, from what each has on its own disks, after the
+    processes have compared the facts about it. `what` is its name.
+
+    Raises:
+        ValueError: in all processes, if one of them failed to make it or has other facts than the
+            first; the text names that process.
+    """
+    client = distributed.global_state.client
+    if jax.process_count() == 1 or client is None:
+        return make()
+    made, facts, failed = None, {}, None
+    try:
+        made = make()
+        facts = facts_of(made)
+    except (ValueError, OSError) as error:
+        failed = error
+    folder = f"contextdiff/agree/{what} {next(_AGREED)}"
+    who = f"process {jax.process_index()} ({socket.gethostname()})"
+    entry = {"who": who, "failed": str(failed or ""), "facts": dict(facts)}
+    client.key_value_set(f"{folder}/{jax.process_index():08d}", json.dumps(entry))
+    try:  # a process that dies ends the wait; one that measures a large set takes its time
+        client.wait_at_barrier(f"{folder}/all", 24 * 3600 * 1000)
+        entries = [json.loads(text) for _, text in sorted(client.key_value_dir_get(folder))]
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{what}: a process was lost before all had opened it: {reason}") from None
+    if failed:
+        raise failed
+    problem = disagreement(what, entries)
+    if problem:
+        raise ValueError(problem)
+    return made
+
+
+def disagreement(what: str, entries: Sequence[Mapping[str, Any]]) -> str:
+    """What the first process that failed, or whose facts are not the first's, says; '' if all
+    agree.
+    """
+    for entry in entries:
+        if entry["failed"]:
+            return f"{entry['who']} failed: {entry['failed']}"
+    first = entries[0]
+    for entry in entries[1:]:
+        for name in first["facts"] | entry["facts"]:
+            here, there = first["facts"].get(name), entry["facts"].get(name)
+            if here != there:
+                return (
+                    f"{what}: {entry['who']} has other ones than {first['who']}: {name}: {there} "
+                    f"there, {here} here; give all processes the same files and settings"
+                )
+    return ""
 
 
 class StopSignal:

@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from contextdiff_jax.data.decoding import UNDECODABLE, open_picture, shown
+from contextdiff_jax.keys import check_seed
 from contextdiff_jax.pretrained.pipeline import load_pipeline
 
 
@@ -26,7 +27,7 @@ class FolderRequest:
     eta: float = 0.0
     guidance: float = 7.5
     seed: int = 0
-    negative: str = ""
+    negative: str | None = None
     size: Sequence[str] | None = None  # height, width
     image: str | None = None
     mask: str | None = None
@@ -42,6 +43,7 @@ class FolderRequest:
             raise ValueError(f"--steps={self.steps}: must be at least 1")
         if self.guidance < 0:
             raise ValueError(f"--guidance={self.guidance}: must not be negative")
+        check_seed(self.seed, "--seed")
         if self.reuse < 1:
             raise ValueError(f"--reuse={self.reuse}: must be positive")
         for name in ("mask", "strength"):

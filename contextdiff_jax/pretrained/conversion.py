@@ -5,6 +5,7 @@ and back.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import shutil
 import time
@@ -15,10 +16,18 @@ from typing import Any
 import jax
 from flax import nnx
 
+from contextdiff_jax.files import write_json
 from contextdiff_jax.pretrained import clip, native, t5, unet, vae
 from contextdiff_jax.pretrained import folder as folders
-from contextdiff_jax.pretrained.files import PICKLES, read_json
+from contextdiff_jax.pretrained.files import (
+    PICKLES,
+    exists,
+    read_json,
+    refuse_pointers,
+    tokenizer_folder,
+)
 from contextdiff_jax.pretrained.model import Model, Options, identity_problem
+from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE
 
 MODELS = {model.kind: model for model in (unet.MODEL, vae.MODEL, clip.TEXT, clip.VISION, t5.MODEL)}
 INDEX_FILE = "model_index.json"
@@ -27,7 +36,8 @@ Report = Callable[[str], None]
 
 
 def to_native(source: Path, target: Path, options: Options, report: Report = print) -> None:
-    """A Hugging Face folder in our format; `target` is complete or isn't there.
+    """A Hugging Face folder, or a single-file checkpoint, in our format; `target` is complete or
+    isn't there.
 
     Raises ValueError for a folder that can't be read, a kind that we don't have, or a target that
     holds something.
@@ -42,21 +52,42 @@ def from_native(source: Path, target: Path, options: Options, report: Report = p
     _convert(source, target, lambda folder: _read_native(folder, options), _write_foreign, report)
 
 
+def copy_folder(source: Path, target: Path, options: Options = Options()) -> None:
+    """A copy without pickles; of a pipeline that is a single file, or of a model inside one, the
+    folder in diffusers' format. `target` is new or empty.
+    """
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*PICKLES), dirs_exist_ok=True)
+        return
+    read = functools.partial(_read_foreign, options=options)
+    _convert(source, target, read, _write_foreign, lambda line: None)
+
+
 def _convert(source: Path, target: Path, read: Callable, write: Callable, report: Report) -> None:
-    if not source.is_dir():
+    if not exists(source):
         raise ValueError(f"--source={source}: no such folder")
     with complete_or_absent(target) as partial:
-        if not (source / INDEX_FILE).is_file():
+        if not exists(source / INDEX_FILE):
             report(_one(source, partial, read, write) or _refuse(source))
             return
         for name in _components(source):
             line = _one(source / name, partial / name, read, write)
             if line is None:
-                shutil.copytree(
-                    source / name, partial / name, ignore=shutil.ignore_patterns(*PICKLES)
-                )
+                _copy(source / name, partial / name)
             report(f"{name}: {line or 'copied'}")
-        shutil.copy(source / INDEX_FILE, partial / INDEX_FILE)
+        write_json(partial / INDEX_FILE, read_json(source / INDEX_FILE, "a pipeline's index"))
+
+
+def _copy(source: Path, target: Path) -> None:
+    """What is no model of ours: a tokenizer, a scheduler."""
+    if exists(source) and not source.is_dir():  # the scheduler of a single file
+        target.mkdir()
+        values = read_json(source / SCHEDULER_FILE, "a pipeline's scheduler folder")
+        write_json(target / SCHEDULER_FILE, values)
+        return
+    folder = tokenizer_folder(source)
+    refuse_pointers(folder)
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns(*PICKLES))
 
 
 def _one(source: Path, target: Path, read: Callable, write: Callable) -> str | None:
@@ -74,7 +105,7 @@ def _one(source: Path, target: Path, read: Callable, write: Callable) -> str | N
 def _read_foreign(
     folder: Path, options: Options
 ) -> tuple[Model, nnx.Module, Mapping[str, Any]] | None:
-    if not (folder / folders.CONFIG_FILE).is_file():
+    if not exists(folder / folders.CONFIG_FILE):
         return None
     values = read_json(folder / folders.CONFIG_FILE, "a model's config")
     fitting = [model for model in MODELS.values() if identity_problem(model, values) is None]
@@ -120,6 +151,8 @@ def _write_foreign(
 
 
 def _refuse(source: Path) -> str:
+    if source.is_file():
+        read_json(source / INDEX_FILE, "a folder")  # says which files are read
     raise ValueError(
         f"--source={source}: holds no model of ours ({', '.join(MODELS)}) and no {INDEX_FILE}"
     )
@@ -134,7 +167,7 @@ def _components(source: Path) -> list[str]:
         if isinstance(value, list) and value and value[0] is not None
     ]
     for name in names:
-        if not (source / name).is_dir():
+        if not exists(source / name) and not tokenizer_folder(source / name).is_dir():
             raise ValueError(f"{source / name}: no such folder, though {INDEX_FILE} names it")
     return names
 

@@ -1,36 +1,28 @@
-"""The files of a folder: JSON, and safetensors read one tensor at a time; what is damaged or
-refused is named.
+"""The files of a folder: JSON, and safetensors, one file or shards. A single-file checkpoint is read
+as the folder that it would be in diffusers' format, so that FILE/unet is a path like another.
 """
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
-import numpy as np
-import safetensors
-import safetensors.numpy
+from contextdiff_jax.pretrained import single
+from contextdiff_jax.pretrained.stored import (
+    PICKLES,
+    ChangedTensor,
+    LazyTensor,
+    open_tensors,
+    read_object,
+    refuse_pointers,
+    save_tensors,
+)
 
-from contextdiff_jax.files import replacing
-
-PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
-
-
-class LazyTensor:
-    """A stored tensor: its file and shape at once, its values by `np.asarray`."""
-
-    def __init__(self, file: safetensors.safe_open, name: str, path: Path):
-        self._file, self._name, self.path = file, name, path
-        self.shape = tuple(file.get_slice(name).get_shape())
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        try:
-            array = self._file.get_tensor(self._name)
-        except (safetensors.SafetensorError, TypeError) as error:
-            raise ValueError(f"{self.path}: {self._name}: can't be read ({error})") from None
-        return array if dtype is None else array.astype(dtype)
+__all__ = (
+    "PICKLES", "FolderTensors", "LazyTensor", "exists", "open_tensors", "read_json", "refuse_pointers", "save_tensors",
+    "tokenizer_folder",
+)  # fmt: skip
 
 
 class FolderTensors(Mapping):
@@ -42,7 +34,11 @@ class FolderTensors(Mapping):
     """
 
     def __init__(self, folder: Path, file_name: str):
-        self._tensors = {}
+        self._tensors: Mapping[str, LazyTensor | ChangedTensor] = {}
+        found = single.split(folder)
+        if found is not None:
+            self.source, self._tensors = folder, single.tensors(*found)
+            return
         shards = _shards(folder, file_name)
         self.source = shards[0][0] if len(shards) == 1 else folder
         for path, names in shards:
@@ -55,7 +51,7 @@ class FolderTensors(Mapping):
                 raise ValueError(f"{path}: lacks {', '.join(lacking)}, which the index promises")
             self._tensors |= {name: LazyTensor(file, name, path) for name in sorted(stored)}
 
-    def __getitem__(self, name: str) -> LazyTensor:
+    def __getitem__(self, name: str) -> LazyTensor | ChangedTensor:
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -65,37 +61,42 @@ class FolderTensors(Mapping):
         return len(self._tensors)
 
 
-def open_tensors(path: Path) -> safetensors.safe_open:
-    """A file to be read one tensor at a time; ValueError says what is wrong with a damaged one."""
-    try:
-        return safetensors.safe_open(path, framework="np", backend="pread")
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path}: {_damage(path) or f'not a safetensors file ({error})'}"
-        ) from None
-
-
-def save_tensors(
-    tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Writes one file; a file that is there is replaced only when the new one is complete."""
-    with replacing(path) as file:
-        safetensors.numpy.save_file(
-            dict(tensors), file, metadata={"format": "pt", **(metadata or {})}
-        )
-
-
-def read_json(path: Path, expected: str) -> dict:
+def read_json(path: Path, expected: str) -> dict[str, Any]:
     """A JSON object; ValueError, with what was `expected`, if there is none."""
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; expected {expected}") from None
-    except (ValueError, RecursionError) as error:  # a deeply nested file is the latter
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a JSON object; expected {expected}")
-    return values
+    found = single.split(path)
+    if found is not None:
+        return single.values(*found)
+    for parent in path.parents:
+        if parent.is_file():
+            pickle = any(parent.match(pattern) for pattern in PICKLES)
+            why = "a pickle can run any code when it is read" if pickle else "not a folder"
+            raise ValueError(
+                f"{parent}: refused, {why}; of single files only .safetensors are read, convert it to one"
+            )
+    return read_object(path, expected)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder, also inside a single-file checkpoint."""
+    found = single.split(path)
+    return path.exists() if found is None else single.has(*found)
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """`folder`, or for the tokenizer of a single-file checkpoint, which holds none, the folder of
+    that name beside it. ValueError says so if it isn't there.
+    """
+    found = single.split(folder)
+    if found is None:
+        return folder
+    file, name = found
+    beside = file.with_name(name)
+    if not beside.is_dir():
+        raise ValueError(
+            f"{beside}: no such folder; {file.name} is a single file, which holds no tokenizer: put the folder {name} "
+            "of its kind of Stable Diffusion beside it"
+        )
+    return beside
 
 
 def _shards(folder: Path, file_name: str) -> list[tuple[Path, list[str] | None]]:
@@ -104,9 +105,9 @@ def _shards(folder: Path, file_name: str) -> list[tuple[Path, list[str] | None]]
     """
     stem = file_name.removesuffix(".safetensors")
     for variant in ("", ".fp16", ".bf16"):
-        single = folder / f"{stem}{variant}.safetensors"
-        if single.is_file():
-            return [(single, None)]
+        plain = folder / f"{stem}{variant}.safetensors"
+        if plain.is_file():
+            return [(plain, None)]
         index = _index(folder, stem, variant)
         if index is not None:
             return _indexed(folder, index)
@@ -138,15 +139,7 @@ def _indexed(folder: Path, index: Path) -> list[tuple[Path, list[str]]]:
         raise ValueError(f"{index}: has no weight_map")
     shards: dict[str, list[str]] = {}
     for name, file in weight_map.items():
-        if (
-            not isinstance(file, str)
-            or Path(file).name != file
-            or not file.endswith(".safetensors")
-        ):
-            raise ValueError(
-                f"{index}: {name}: lies in {file!r}; must be a safetensors file of the same folder"
-            )
-        shards.setdefault(file, []).append(name)
+        shards.setdefault(_shard_name(folder, index, name, file), []).append(name)
     for file, names in sorted(shards.items()):
         if not (folder / file).is_file():
             raise ValueError(
@@ -155,29 +148,13 @@ def _indexed(folder: Path, index: Path) -> list[tuple[Path, list[str]]]:
     return [(folder / file, names) for file, names in sorted(shards.items())]
 
 
-def _damage(path: Path) -> str | None:
-    """What a truncated file lacks first, or None if it is no such file."""
-    data, size = path.open("rb"), path.stat().st_size
-    with data:
-        head = data.read(8)
-        if len(head) < 8:
-            return f"truncated: {size} bytes, less than a header"
-        (length,) = struct.unpack("<Q", head)
-        if length > 100_000_000:  # the format's limit
-            return None
-        if size < 8 + length:
-            return f"truncated within its header: {size} bytes of at least {8 + length}"
-        try:
-            header = json.loads(data.read(length))
-            ends = {
-                name: int(value["data_offsets"][1])
-                for name, value in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, TypeError, LookupError, AttributeError):
-            return None
-    lacking = sorted((end, name) for name, end in ends.items() if 8 + length + end > size)
-    if not lacking:
-        return None
-    end = 8 + length + max(ends.values())
-    return f"truncated: {size} bytes of {end}, {len(lacking)} tensors are incomplete, the first is {lacking[0][1]}"
+def _shard_name(folder: Path, index: Path, name: str, file: object) -> str:
+    """A shard's path inside `folder`, whichever system's separators the index was written with."""
+    path = PureWindowsPath(file) if isinstance(file, str) else None
+    if path is None or path.anchor or ".." in path.parts or path.suffix != ".safetensors":
+        raise ValueError(
+            f"{index}: {name}: lies in {file!r}; must be a safetensors file of the same folder"
+        )
+    inside = PurePosixPath(*path.parts)
+    # Some indices begin with the folder's own name, from the pipeline's point of view.
+    return str(inside) if (folder / inside).is_file() else path.name

@@ -1,5 +1,5 @@
-"""A config whose `model.pretrained` names a diffusers pipeline's folder: what the folder says takes
-its place.
+"""A config whose `model.pretrained` names a diffusers pipeline's folder, or a single-file checkpoint:
+what it says takes its place.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.files import read_json, tokenizer_folder
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.pipeline import CLASSES, INDEX_FILE
 from contextdiff_jax.pretrained.scheduler import load_scheduler
 from contextdiff_jax.pretrained.unet import MODEL as UNET
+from contextdiff_jax.tokens import max_length
 
 
 def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +37,10 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"{folder / INDEX_FILE}: _class_name={name!r}: another pipeline; one of {', '.join(CLASSES)}"
         )
-    unet, scheduler = read_config(UNET, folder / "unet"), load_scheduler(folder / "scheduler")
+    unet, scheduler = (
+        read_config(UNET, folder / "unet"),
+        load_scheduler(folder / "scheduler", pipeline=name),
+    )
     if (
         isinstance(unet.cross_attention_dim, tuple)
         or unet.addition_embed_type is not None
@@ -46,8 +50,8 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{folder / 'unet'}: a UNet with added conditions, a context head or several text widths is not fine-tuned"
         )
     text = read_json(folder / "text_encoder" / "config.json", "a text encoder's folder")
-    tokenizer = read_json(folder / "tokenizer" / "tokenizer_config.json", "a tokenizer's folder")
-    length = min(text.get("max_position_embeddings", 77), tokenizer.get("model_max_length", 77))
+    words = tokenizer_folder(folder / "tokenizer")
+    length = max_length(words, text.get("max_position_embeddings", 77))
     text_width = {"max_length": length, "width": unet.cross_attention_dim}
     diffusion = {
         "schedule": scheduler.schedule_name,
@@ -89,6 +93,6 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
         "data": {
             **config["data"],
             "max_length": length,
-            **filled("data", "tokenizer", str(folder / "tokenizer")),
+            **filled("data", "tokenizer", str(words)),
         },
     }

@@ -75,7 +75,7 @@ def _identified(model: Model, folder: Path) -> dict[str, Any]:
 def _config(model: Model, folder: Path, values: Mapping[str, Any], names: Collection[str]) -> Any:
     try:
         return model.make_config(values, names)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
 
 

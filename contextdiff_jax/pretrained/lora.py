@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -22,7 +22,14 @@ from flax import nnx
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained import clip, unet
-from contextdiff_jax.pretrained.files import open_tensors, save_tensors
+from contextdiff_jax.pretrained.adapters import AdapterSettings
+from contextdiff_jax.pretrained.files import (
+    PICKLES,
+    LazyTensor,
+    open_tensors,
+    read_json,
+    save_tensors,
+)
 from contextdiff_jax.pretrained.ldm import ldm_name
 from contextdiff_jax.pretrained.names import Entry, name_map
 
@@ -34,14 +41,22 @@ KOHYA = {
     "text_encoder_2": ("lora_te2_",),
 }
 STYLES = ("diffusers", "kohya")
-# How files call the matrices, as endings of their names.
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# How ComfyUI and LyCORIS begin the names, beside kohya's and diffusers' (`unet.`, ...).
+_STARTS = {
+    "unet": ("lycoris_", "diffusion_model.", "model.diffusion_model."),
+    "text_encoder": ("text_encoders.clip_l.transformer.",),
+    "text_encoder_2": ("text_encoders.clip_g.transformer.",),
+}
+# How files call the matrices, as endings of their names: kohya's, PEFT's (which may name the
+# adapter), diffusers' three.
 _PARTS = {
-    "down": (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight",
-             ".lora_linear_layer.down.weight", "_lora.down.weight"),
-    "up": (".lora_up.weight", ".lora_B.weight", ".lora_B.default.weight", ".lora.up.weight",
-           ".lora_linear_layer.up.weight", "_lora.up.weight"),
-    "alpha": (".alpha",),
-}  # fmt: skip
+    "down": r"(\.lora_down|\.lora_A(\.[^.]+)?|[._]lora\.down|\.lora_linear_layer\.down)\.weight$",
+    "up": r"(\.lora_up|\.lora_B(\.[^.]+)?|[._]lora\.up|\.lora_linear_layer\.up)\.weight$",
+    "mid": r"\.lora_mid\.weight$",
+    "alpha": r"(([._]lora|\.lora_linear_layer)(\.down)?)?\.alpha$",
+}
+_TEXT = r"(text_model\.)?(encoder\.layers|embeddings|final_layer_norm|text_projection)\b"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,49 +83,66 @@ Lora = dict[
 ]  # component -> torch name of the layer (without `text_model.`) -> change
 
 
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A layer of a file: its matrices, its component ("" if it says no more than that it is a text
+    encoder's), its name without the component, and whether that name is PEFT's own.
+    """
+
+    component: str
+    layer: str
+    bare: bool
+    parts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
 def load_lora(path: str | Path, modules: Mapping[str, nnx.Module]) -> Lora:
     """The changes that a LoRA file holds for `modules`.
 
     Args:
       path: a safetensors file in kohya's names (also those of the original Stable Diffusion code,
-          which kohya has
-        for XL) or in diffusers', PEFT's or older.
+          which kohya has for XL), in ComfyUI's, diffusers' or PEFT's; or the folder of a PEFT
+          adapter. Beside PEFT's names the strength is in adapter_config.json or the metadata.
       modules: {"unet": UNet, "text_encoder": CLIPText, "text_encoder_2": CLIPText} or some of them;
-          the file's
-        layers of other components are not returned.
+          the file's layers of other components are not returned. An adapter of a text encoder alone
+          doesn't say of which: it is that of the two that it fits.
 
     Raises:
-      ValueError: one line with file and tensor, for a damaged file, a layer that the modules don't
-          have, one of
-        another kind (LoHa, DoRA), one that is incomplete or has another shape, and a file without
-        any for `modules`.
+      ValueError: one line with file and tensor or setting, for a damaged file, a layer that the
+          modules don't have, one of another kind (LoHa, DoRA), one that is incomplete or has
+          another shape, settings that make it another change, and a file without any for `modules`.
     """
-    path = Path(path)
-    raw, alphas = _read(path)
+    path = _file(Path(path))
+    file = open_tensors(path)
+    stored = _read(path, file)
     entries = {component: _entries(module) for component, module in modules.items()}
     names = {component: _names(entries[component], module) for component, module in modules.items()}
+    text = _text_component(path, stored, entries, names)
+    own = {"" for one in stored if one.bare and one.component in ("", *modules)}
+    settings = _settings(path, file, own | modules.keys())
     lora: Lora = {}
     problems = []
-    for (component, key), parts in raw.items():
+    for one in stored:
+        component = one.component or text
         if component not in modules:
             continue
-        name = names[component].get(_flat(key))
-        if name is None or not {"down", "up"} <= parts.keys():
-            problems.append(
-                f"{component} {key}: " + ("unknown layer" if name is None else "lacks up or down")
-            )
+        name = names[component].get(_flat(one.layer))
+        if name is None or not {"down", "up"} <= one.parts.keys():
+            why = "unknown layer" if name is None else "lacks up or down"
+            problems.append(f"{component} {one.layer}: {why}")
             continue
-        rank = parts["down"].shape[0]
-        alpha = np.asarray(parts.get("alpha", alphas.get(component, rank)), np.float32)
-        layer = LoraLayer(parts["down"], parts["up"], alpha.item())
-        problem = _shape_problem(layer, entries[component][name])
-        if problem:
-            problems.append(f"{component} {key}: {problem}")
-        lora.setdefault(component, {})[name] = layer
+        told = settings.get("" if one.bare else component)
+        layer = _layer(one, told, entries[component][name])
+        if isinstance(layer, str):
+            problems.append(f"{component} {one.layer}: {layer}")
+        elif not _same(lora.setdefault(component, {}).setdefault(name, layer), layer):
+            problems.append(f"{component} {one.layer}: is there twice, with other values")
     if problems:
         raise ValueError(f"{path}: {len(problems)} layers do not fit: " + "; ".join(problems))
     if not lora:
-        raise ValueError(f"{path}: holds no layers for {', '.join(modules)}")
+        held = sorted({one.component or "a text encoder" for one in stored})
+        raise ValueError(
+            f"{path}: holds no layers for {', '.join(modules)}; it has {', '.join(held) or 'none'}"
+        )
     return lora
 
 
@@ -150,7 +182,8 @@ def save_lora(lora: Lora, path: str | Path, style: str = "diffusers") -> None:
     tensors = {}
     for component, layers in lora.items():
         for name, layer in layers.items():
-            name = name if component == "unet" else f"text_model.{name}"
+            whole = component == "unet" or name == "text_projection"  # lies outside text_model
+            name = name if whole else f"text_model.{name}"
             if style == "diffusers":
                 factor = layer.alpha / layer.rank
                 up = (
@@ -166,6 +199,9 @@ def save_lora(lora: Lora, path: str | Path, style: str = "diffusers") -> None:
             first = KOHYA[component][
                 1 if component == "text_encoder" and "text_encoder_2" in lora else 0
             ]
+            # diffusers reads this one by its original name only.
+            name = name.replace("add_embedding.linear_1", "label_emb.0.0")
+            name = name.replace("add_embedding.linear_2", "label_emb.0.2")
             stem = first + name.replace(".", "_")
             tensors |= {f"{stem}.lora_down.weight": layer.down, f"{stem}.lora_up.weight": layer.up}
             tensors[f"{stem}.alpha"] = np.array(layer.alpha, layer.down.dtype)
@@ -174,71 +210,147 @@ def save_lora(lora: Lora, path: str | Path, style: str = "diffusers") -> None:
     )
 
 
-def _read(path: Path) -> tuple[dict[tuple[str, str], dict[str, np.ndarray]], dict[str, float]]:
-    """(component, layer) -> its parts, and the alphas of whole components (PEFT keeps them in the
-    metadata).
-    """
+def _file(path: Path) -> Path:
+    """The file to read: `path`, or the one in a folder that PEFT or diffusers wrote."""
+    if path.is_dir():
+        theirs = path / "pytorch_lora_weights.safetensors"
+        path = theirs if theirs.is_file() else path / ADAPTER_FILE
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected LoRA weights in safetensors format")
-    file = open_tensors(path)
-    raw: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    if any(path.match(pattern) for pattern in PICKLES):
+        raise ValueError(
+            f"{path}: refused, a pickle can run any code when it is read; convert it to safetensors"
+        )
+    return path
+
+
+def _read(path: Path, file: safetensors.safe_open) -> list[_Stored]:
+    """The layers as the file has them."""
+    stored: dict[tuple, _Stored] = {}
     unknown = []
-    for name in file.keys():
+    for name in sorted(file.keys()):
         part, stem = _part(name)
         if part is None:
             unknown.append(name)
             continue
-        tensor = file.get_tensor(name)
+        tensor = np.asarray(LazyTensor(file, name, path))
         if not np.isfinite(tensor.astype(np.float32)).all():
             raise ValueError(f"{path}: {name}: holds NaN or infinity")
-        raw.setdefault(_component(stem), {})[part] = tensor
+        key = _component(stem)
+        parts = stored.setdefault(key, _Stored(*key)).parts
+        if not np.array_equal(parts.setdefault(part, tensor), tensor):
+            raise ValueError(f"{path}: {name}: is there twice, with other values")
     if unknown:
-        kinds = "only LoRA's up, down and alpha are read, not LoHa, LoKr or DoRA"
+        kinds = "only LoRA's up, down, mid and alpha are read, not LoHa, LoKr or DoRA"
+        more = f" and {len(unknown) - 9} more" if len(unknown) > 9 else ""
         raise ValueError(
-            f"{path}: {len(unknown)} tensors are unknown ({kinds}): {', '.join(sorted(unknown))}"
+            f"{path}: {len(unknown)} tensors are unknown ({kinds}): {', '.join(unknown[:9])}{more}"
         )
-    return raw, _metadata_alphas(path, file)
+    return list(stored.values())
 
 
 def _part(name: str) -> tuple[str | None, str]:
-    """("down", "up" or "alpha", the layer's name as the file has it)."""
-    for part, endings in _PARTS.items():
-        for ending in endings:
-            if name.endswith(ending):
-                return part, name.removesuffix(ending)
+    """("down", "up", "mid" or "alpha", the layer's name as the file has it)."""
+    for part, ending in _PARTS.items():
+        if match := re.search(ending, name):
+            return part, name[: match.start()]
     return None, name
 
 
-def _component(stem: str) -> tuple[str, str]:
-    """(component, layer) of a file's layer name; one without a component is the UNet's."""
+def _component(stem: str) -> tuple[str, str, bool]:
+    """(component, layer, whether the name is PEFT's own) of a file's layer name."""
+    stem = stem.removeprefix("base_model.model.")
     for component, starts in KOHYA.items():
-        for start in (*starts, f"{component}."):
+        for start in (*starts, f"{component}.", *_STARTS[component]):
             if stem.startswith(start):
-                stem = stem.removeprefix(start)
-                return component, re.sub(
-                    r"^text_model[._]", "", stem
-                ) if component != "unet" else stem
-    return "unet", stem.removeprefix("base_model.model.")
+                return component, stem.removeprefix(start).removeprefix("base_model.model."), False
+    return "" if re.match(_TEXT, stem) else "unet", stem, True
 
 
-def _metadata_alphas(path: Path, file: safetensors.safe_open) -> dict[str, float]:
-    values = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    for name, value in values.items():
-        if value and name.endswith((".alpha_pattern", ".use_rslora", ".use_dora")):
-            raise ValueError(f"{path}: {name}={value!r} in its metadata: not supported")
-    return {
-        name.removesuffix(".lora_alpha"): float(v)
-        for name, v in values.items()
-        if name.endswith(".lora_alpha")
-    }
-
-
-def _flat(key: str) -> str:
-    """kohya's form of a name, to which diffusers' old `attn1.processor.to_q` and `to_out` are
-    brought too.
+def _text_component(
+    path: Path, stored: list[_Stored], entries: Mapping[str, dict], names: Mapping[str, dict]
+) -> str:
+    """The text encoder that the layers without a component belong to: the only one, or the only
+    one that has them all, in their shapes.
     """
-    key = key.replace(".processor.", ".").replace(".", "_")
-    return re.sub(r"to_out$", "to_out_0", key)
+    layers = [one for one in stored if not one.component]
+    found = [component for component in entries if component != "unet"]
+
+    def fits(component: str, one: _Stored) -> bool:
+        name = names[component].get(_flat(one.layer))
+        return name is not None and not isinstance(_layer(one, None, entries[component][name]), str)
+
+    if layers and len(found) > 1:
+        found = [one for one in found if all(fits(one, layer) for layer in layers)]
+        if len(found) != 1:
+            raise ValueError(
+                f"{path}: is of a text encoder and fits {' and '.join(found) or 'neither of the two'}; "
+                "give `modules` with the one that it is for"
+            )
+    return found[0] if found else ""
+
+
+def _settings(
+    path: Path, file: safetensors.safe_open, wanted: Set[str]
+) -> dict[str, AdapterSettings]:
+    """PEFT's settings of the `wanted` components in the metadata, and, if "" is wanted, those for
+    layers in its own names, from the metadata or the file beside.
+    """
+    try:
+        told = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        items = dict(told).items()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: lora_adapter_metadata: not a JSON object ({error})") from None
+    values: dict[str, dict] = {}
+    for name, value in items:
+        component, _, field = name.rpartition(".")
+        values.setdefault(component, {})[field] = value
+    settings = {
+        component: AdapterSettings(f"{path}: metadata", own)
+        for component, own in values.items()
+        if component in wanted
+    }
+    beside = path.with_name(ADAPTER_CONFIG)
+    if "" in wanted - settings.keys() and (beside.is_file() or path.name == ADAPTER_FILE):
+        own = read_json(beside, "the settings of a PEFT adapter, with its lora_alpha")
+        settings[""] = AdapterSettings(str(beside), own)
+    return settings
+
+
+def _layer(one: _Stored, settings: AdapterSettings | None, entry: Entry) -> LoraLayer | str:
+    """The change, or why it isn't one of the layer that `entry` is."""
+    down, up, mid = (one.parts.get(part) for part in ("down", "up", "mid"))
+    if down is None or up is None:
+        return "lacks up or down"
+    if min(down.ndim, up.ndim) < 2 or not len(down):
+        return f"up {up.shape}, down {down.shape}; must be matrices"
+    rank = len(down)
+    if mid is not None:  # LoCon's decomposed kernel: mid [R, R, ...] between up and a 1x1 down
+        if mid.shape[:2] != (rank, rank) or down.size != rank * down.shape[1]:
+            return f"mid {mid.shape}, down {down.shape}; must be {rank} by {rank}, and 1x1"
+        kernel, inner = np.asarray(mid, np.float32), np.asarray(down, np.float32)
+        down = np.einsum("pr...,ri->pi...", kernel, inner.reshape(rank, -1))
+    alpha = one.parts.get("alpha")
+    if alpha is None:
+        alpha = np.float32(rank if settings is None else settings.alpha(one.layer, rank))
+    if alpha.size != 1:
+        return f"alpha {alpha.shape}; must be one number"
+    layer = LoraLayer(down, up, float(alpha.astype(np.float32).item()))
+    return _shape_problem(layer, entry) or layer
+
+
+def _same(layer: LoraLayer, other: LoraLayer) -> bool:
+    return layer is other or np.array_equal(layer.delta(), other.delta())
+
+
+def _flat(layer: str) -> str:
+    """kohya's form of a name, to which diffusers' old ones are brought too: the attention
+    processors', `to_out` of the UNet, and the UNet's `to_q` in the text encoder.
+    """
+    name = layer.removeprefix("text_model.").replace(".processor.", ".").replace(".", "_")
+    name = name.removeprefix("text_model_")
+    name = re.sub(r"(self_attn)_to_([qkv]|out)$", r"\1_\2_proj", name)
+    return re.sub(r"to_out$", "to_out_0", name)
 
 
 def _entries(module: UNet | CLIPText) -> dict[str, Entry]:

@@ -31,13 +31,15 @@ class Rules:
     """One model's names: `renames` are (pattern, replacement) on the dotted torch name, `pointwise`
     a pattern of our dotted paths, `aliases` renames of tensors in files of older writers, `unread`
     patterns of stored tensors that are no parameters of ours (buffers, the half of a model that
-    isn't loaded).
+    isn't loaded), `copies` (name, copy): tensors that are one in the model, of which a file may hold
+    only the copy.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
     pointwise: str | None = None
     aliases: tuple[tuple[str, str], ...] = ()
     unread: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,9 @@ def state_from_torch(
     named = {
         renamed(name, rules.aliases): name for name in tensors if not _matches(name, rules.unread)
     }
+    for name, copy in rules.copies:
+        if copy in tensors:
+            named.setdefault(name, copy)
     _check(entries, {name: tuple(tensors[stored].shape) for name, stored in named.items()}, what)
     state = nnx.state(module, nnx.Param)
     params = dict(nnx.to_flat_state(state))

@@ -5,8 +5,9 @@ module's config.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ def description(folder: Path) -> dict[str, Any]:
     lacking = sorted({"kind", "config"} - values.keys())
     if lacking:
         raise ValueError(f"{folder / MODEL_FILE}: lacks {', '.join(lacking)}")
+    for name, kind in (("kind", str), ("config", dict)):
+        if not isinstance(values[name], kind):
+            raise ValueError(
+                f"{folder / MODEL_FILE}: {name}={values[name]!r}: not as convert wrote it"
+            )
     return values
 
 
@@ -65,17 +71,36 @@ def read_config(model: Model, folder: Path) -> Any:
 
 
 def load(model: Model, folder: Path, options: Options) -> nnx.Module:
-    """The module in `folder`, whose parameters go straight to their shards."""
+    """The module in `folder`, whose parameters go straight to their shards. ValueError for a folder
+    that is damaged or was copied in part.
+    """
     module = abstract(model, read_config(model, folder), options)
+    path = (folder / PARAMS_FOLDER).absolute()
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; expected the parameters as Orbax wrote them")
     with ocp.StandardCheckpointer() as checkpointer:
-        path = (folder / PARAMS_FOLDER).absolute()
-        wanted = _wanted(module, _stored(checkpointer, path), options, path)
-        arrays = checkpointer.restore(path, wanted)
+        with _named(path):
+            stored = _stored(checkpointer, path)
+        wanted = _wanted(module, stored, options, path)
+        with _named(path):
+            arrays = checkpointer.restore(path, wanted)
     params = nnx.to_flat_state(nnx.state(module, nnx.Param))
     nnx.update(
         module, nnx.from_flat_state((p, param.replace(arrays[_name(p)])) for p, param in params)
     )
     return module
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Says which folder Orbax couldn't read; its errors are of many kinds, TensorStore's are
+    `Exception` itself.
+    """
+    try:
+        yield
+    except Exception as error:
+        why = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: can't be read; copied in part? ({why})") from None
 
 
 def _name(path: tuple) -> str:
@@ -87,8 +112,6 @@ def _flat(state: nnx.State) -> dict[str, Any]:
 
 
 def _stored(checkpointer: ocp.StandardCheckpointer, path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such folder; expected the parameters as Orbax wrote them")
     metadata = checkpointer.metadata(path)
     metadata = getattr(metadata, "item_metadata", metadata)
     return dict(getattr(metadata, "tree", metadata))

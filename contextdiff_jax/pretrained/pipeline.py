@@ -5,7 +5,8 @@ image, inpainting.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from contextdiff_jax.diffusion import q_sample
+from contextdiff_jax.keys import check_seed, make_key
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.unet import UNet
+from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.mesh import local_mesh, replicated
 from contextdiff_jax.pretrained.clip import load_clip_text
-from contextdiff_jax.pretrained.files import read_json
-from contextdiff_jax.pretrained.sampling import Known, StableDiffusion, encode_images, sample_images
+from contextdiff_jax.pretrained.files import exists, read_json, tokenizer_folder
+from contextdiff_jax.pretrained.folder import read_config
+from contextdiff_jax.pretrained.sampling import (
+    Known,
+    StableDiffusion,
+    Tokens,
+    encode_images,
+    sample_images,
+)
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import load_unet
+from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
 from contextdiff_jax.pretrained.vae import load_vae
+from contextdiff_jax.tokens import check_ids, cut_text, read_folder, warn_of_cut
 
 INDEX_FILE = "model_index.json"
 CLASSES = tuple(
@@ -43,15 +55,16 @@ class Request:
 
     Attributes:
       prompts: one picture each.
-      negative: what guidance leads away from, one text for all or one a prompt.
+      negative: what guidance leads away from, one text for all or one a prompt; None: the empty
+          text, or what the folder has in its place (`Pipeline.zeros_for_empty`).
       guidance: its scale; 1 or less is none.
-      seed: draws the noise, unless `noise` gives it.
+      seed: draws the noise, unless `noise` gives it; 0..2^64 - 1.
       tile: large pictures go through the autoencoder in tiles.
       reuse: steps that share the UNet's coarser levels; must divide their number.
     """
 
     prompts: Sequence[str]
-    negative: str | Sequence[str] = ""
+    negative: str | Sequence[str] | None = None
     steps: int = 50
     guidance: float = 7.5
     seed: int = 0
@@ -62,7 +75,10 @@ class Request:
     def __post_init__(self):
         if isinstance(self.prompts, str) or not self.prompts:
             raise ValueError(f"prompts={self.prompts!r}: must be a list of at least one text")
-        if not isinstance(self.negative, str) and len(self.negative) != len(self.prompts):
+        check_seed(self.seed)
+        if isinstance(self.negative, str) or self.negative is None:
+            return
+        if len(self.negative) != len(self.prompts):
             count = len(self.prompts)
             raise ValueError(
                 f"negative: {len(self.negative)} texts; must be one, or as many as prompts, {count}"
@@ -71,17 +87,15 @@ class Request:
     @property
     def negatives(self) -> list[str]:
         """One a prompt."""
-        return (
-            [self.negative] * len(self.prompts)
-            if isinstance(self.negative, str)
-            else list(self.negative)
-        )
+        if isinstance(self.negative, str) or self.negative is None:
+            return [self.negative or ""] * len(self.prompts)
+        return list(self.negative)
 
     def draw(self, shape: tuple[int, int, int]) -> Latents:
         """The noise [B, *shape]. Raises ValueError if the one that is given has another shape."""
         shape = (len(self.prompts), *shape)
         if self.noise is None:
-            return jax.random.normal(jax.random.key(self.seed), shape)
+            return jax.random.normal(make_key(self.seed), shape)
         if tuple(self.noise.shape) != shape:
             raise ValueError(f"noise: shape {tuple(self.noise.shape)}; must be {shape}")
         return jnp.asarray(self.noise, jnp.float32)
@@ -91,7 +105,7 @@ class Request:
 class Pipeline:
     """The networks, the scheduler, and transformers' tokenizers, one a text encoder. The options of
     all three ways: `Request`. `zeros_for_empty`: without a negative text guidance leads away from
-    zeros (XL), not from the empty text.
+    zeros (XL), not from the empty text; an explicit "" is the empty text.
     """
 
     model: StableDiffusion
@@ -104,9 +118,8 @@ class Pipeline:
     ) -> Pictures:
         """Pictures of `size` (height, width), by default the UNet's own, from noise."""
         request = Request(prompts=prompts, **options)
-        return self._sample(
-            request, request.draw(self.latent_shape(size)), self.scheduler.steps(request.steps)
-        )
+        x, texts = request.draw(self.latent_shape(size)), self._texts(request)
+        return self._sample(request, texts, x, self.scheduler.steps(request.steps))
 
     def image_to_image(
         self, prompts: Sequence[str], images: Pictures, *, strength: float = 0.8, **options
@@ -115,10 +128,11 @@ class Pipeline:
         begins.
         """
         request = Request(prompts=prompts, **options)
+        texts = self._texts(request)
         latents = self._encode(images, request)
         timesteps, following = self._last_steps(request.steps, strength)
         noised = self._noised(latents, request.draw(latents.shape[1:]), timesteps[0])
-        return self._sample(request, noised, (timesteps, following))
+        return self._sample(request, texts, noised, (timesteps, following))
 
     def inpaint(
         self,
@@ -140,6 +154,7 @@ class Pipeline:
             raise ValueError(
                 f"masks: shape {tuple(masks.shape)}; must be the images', {tuple(images.shape[:3])}"
             )
+        texts = self._texts(request)
         hole = (np.asarray(masks) >= 0.5)[..., None]
         latents = self._encode(images, request)
         noise = request.draw(latents.shape[1:])
@@ -148,20 +163,36 @@ class Pipeline:
         known = Known(latents, noise, jnp.asarray(hole[:, ::factor, ::factor], jnp.float32), masked)
         timesteps, following = self._last_steps(request.steps, strength)
         x = noise if strength == 1 else self._noised(latents, noise, timesteps[0])
-        return self._sample(request, x, (timesteps, following), known)
+        return self._sample(request, texts, x, (timesteps, following), known)
 
     def token_ids(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B L"], ...]:
         """Ids for each text encoder, padded (and cut) to its length."""
+        return tuple(np.array(rows.input_ids) for rows, _ in self._tokenized(texts))
 
-        def ids(tokenizer, encoder):
-            length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-            return np.array(
-                tokenizer(
-                    list(texts), padding="max_length", max_length=length, truncation=True
-                ).input_ids
-            )
+    def tokens(self, texts: Sequence[str]) -> tuple[Tokens, ...]:
+        """What each text encoder reads; a warning says which words are cut off.
 
-        return tuple(map(ids, self.tokenizers, (self.model.text, self.model.text_2)))
+        Raises ValueError for a token that an encoder's embedding has no row for.
+        """
+        texts, made, cut = list(texts), [], False
+        for i, (rows, encoder) in enumerate(self._tokenized(texts)):
+            ids, config, where = np.array(rows.input_ids), encoder.config, f"tokenizer{'_2' * i}"
+            check_ids(ids, texts, self.tokenizers[i], config.vocab_size, where)
+            lost = list(map(cut_text, texts, rows.encodings))
+            if any(lost) and not cut:  # XL's two cut alike
+                warn_of_cut(texts, lost, ids.shape[1])
+                cut = True
+            # As in diffusers: XL's encoders read their padding whatever their config says.
+            masked = config.use_attention_mask and self.model.text_2 is None
+            made.append(Tokens(ids, np.array(rows.attention_mask, bool) if masked else None))
+        return tuple(made)
+
+    def _tokenized(self, texts: Sequence[str]) -> Iterator[tuple[Any, CLIPText]]:
+        """(transformers' encodings, the encoder) of each text encoder."""
+        for tokenizer, encoder in zip(self.tokenizers, (self.model.text, self.model.text_2)):
+            length = int(min(tokenizer.model_max_length, encoder.config.max_position_embeddings))
+            options = dict(padding="max_length", max_length=length, truncation=True)
+            yield tokenizer(list(texts), **options), encoder
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """[H, W, Z] of pictures of `size`, by default the UNet's own.
@@ -178,6 +209,12 @@ class Pipeline:
         if any(side < factor or side % factor for side in size):
             raise ValueError(f"size={tuple(size)}: height and width must be multiples of {factor}")
         return size[0] // factor, size[1] // factor, channels
+
+    def _texts(self, request: Request) -> tuple[tuple[Tokens, ...], tuple[Tokens, ...] | None]:
+        """The tokens of the prompts and of what guidance leads away from; None: zeros."""
+        leads_from_zeros = self.zeros_for_empty and request.negative is None
+        negative = None if leads_from_zeros else self.tokens(request.negatives)
+        return self.tokens(request.prompts), negative
 
     def _encode(
         self, images: Pictures, request: Request, hole: np.ndarray | bool = False
@@ -207,6 +244,7 @@ class Pipeline:
     def _sample(
         self,
         request: Request,
+        texts: tuple[tuple[Tokens, ...], tuple[Tokens, ...] | None],
         x: Latents,
         steps: tuple[np.ndarray, np.ndarray],
         known: Known | None = None,
@@ -214,18 +252,13 @@ class Pipeline:
         if known is None and self.model.unet.config.in_channels != x.shape[-1]:
             channels = self.model.unet.config.in_channels
             raise ValueError(f"the UNet has {channels} channels in: it is only for inpainting")
-        leads_from_zeros = self.zeros_for_empty and not any(request.negatives)
-        texts = (
-            self.token_ids(request.prompts),
-            None if leads_from_zeros else self.token_ids(request.negatives),
-        )
-        model, (ids, negative_ids, x, known) = spread(self.model, (*texts, x, known))
+        model, (tokens, negative, x, known) = spread(self.model, (*texts, x, known))
         images = sample_images(
             model,
             self.scheduler.schedule(),
             *steps,
-            ids,
-            negative_ids,
+            tokens,
+            negative,
             x,
             jnp.float32(request.guidance),
             known,
@@ -254,10 +287,14 @@ def spread(model: StableDiffusion, batch: PyTree) -> tuple[StableDiffusion, PyTr
 
 
 def load_pipeline(folder: str | Path, **options) -> Pipeline:
-    """A Stable Diffusion 1.x, 2.x or XL folder, as diffusers wrote it or converted.
+    """A Stable Diffusion 1.x, 2.x or XL folder, as diffusers wrote it or converted, or a single
+    .safetensors file with the tokenizer's folder beside it.
 
-    `options` of all three networks: see `contextdiff_jax.pretrained.model.Options`. The tokenizer
-    is transformers', which is imported here and nowhere else.
+    What diffusers' pipelines put right in old configs is put right here: the scheduler's
+    `steps_offset` and `clip_sample`, the UNet's `sample_size`, the autoencoder's type
+    (`force_upcast`).
+
+    `options` of all three networks: see `contextdiff_jax.pretrained.model.Options`.
 
     Raises ValueError, one line, for a folder of another pipeline, a part that is missing, damaged
     or doesn't fit.
@@ -270,23 +307,29 @@ def load_pipeline(folder: str | Path, **options) -> Pipeline:
         raise ValueError(
             f"{path}: _class_name={name!r}: another pipeline; one of {', '.join(CLASSES)}"
         )
-    scheduler = load_scheduler(folder / "scheduler")
-    unet = load_unet(folder / "unet", **options)
-    vae = load_vae(folder / "vae", **options)
+    scheduler = load_scheduler(folder / "scheduler", pipeline=name)
     is_xl = "XL" in name
     names = ("text_encoder", "text_encoder_2") if is_xl else ("text_encoder",)
-    if index.get("requires_aesthetics_score") or (is_xl and not (folder / names[0]).is_dir()):
+    if index.get("requires_aesthetics_score") or (is_xl and not exists(folder / names[0])):
         raise ValueError(
             f"{path}: XL's refiner is not supported; its base, with two text encoders, is"
         )
+    words = (folder / part.replace("text_encoder", "tokenizer") for part in names)
+    tokenizers = tuple(read_folder(tokenizer_folder(part), "clip") for part in words)
+    unet, of_vae = load_unet(folder / "unet", **options), dict(options)
+    if not is_xl:
+        unet.config = _corrected(unet.config, folder / "unet")
+    elif jnp.dtype(options.get("dtype", jnp.float32)) == jnp.float16:
+        # XL's autoencoder overflows in float16: black pictures.
+        if read_config(VAE_MODEL, folder / "vae").force_upcast:
+            of_vae["dtype"] = jnp.float32
+    vae = load_vae(folder / "vae", **of_vae)
     texts = [load_clip_text(folder / part, **options) for part in names]
     _check_fit(folder, unet, vae, texts)
     return Pipeline(
         model=StableDiffusion(unet, vae, *texts),
         scheduler=scheduler,
-        tokenizers=tuple(
-            _tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in names
-        ),
+        tokenizers=tokenizers,
         zeros_for_empty=is_xl and index.get("force_zeros_for_empty_prompt", True),
     )
 
@@ -324,9 +367,13 @@ def _check_fit(folder: Path, unet: UNet, vae: VAE, texts: Sequence[CLIPText]) ->
             )
 
 
-def _tokenizer(folder: Path) -> Any:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(folder)
+def _corrected(config: UNetConfig, folder: Path) -> UNetConfig:
+    """With latents of 64, if diffusers before 0.9 wrote it: it stored its default of 32 whatever the
+    network had been trained on.
+    """
+    values = read_json(folder / "config.json", "a UNet's folder")
+    numbers = re.findall(r"\d+", str(values.get("_diffusers_version", "")))[:2]
+    is_old = bool(numbers) and tuple(map(int, numbers)) < (0, 9)
+    if is_old and isinstance(config.sample_size, int) and config.sample_size < 64:
+        return dataclasses.replace(config, sample_size=64)
+    return config

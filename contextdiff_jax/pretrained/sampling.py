@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from contextdiff_jax.diffusion import (
     Denoised,
@@ -25,6 +25,18 @@ from contextdiff_jax.diffusion import (
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.vae import VAE
+
+
+class Tokens(NamedTuple):
+    """Texts as one encoder reads them.
+
+    Attributes:
+      ids: padded. mask: of those that aren't padding; None: the encoder reads its padding, as Stable
+          Diffusion's do.
+    """
+
+    ids: Int[Array, "B L"]
+    mask: Bool[Array, "B L"] | None = None
 
 
 class Conditions(NamedTuple):
@@ -47,16 +59,16 @@ class StableDiffusion(nnx.Module):
         self.text = text
         self.text_2 = text_2
 
-    def encode(self, token_ids: tuple[Int[Array, "B L"], ...], size: tuple[int, int]) -> Conditions:
-        """Of texts, by each encoder's ids. XL reads the penultimate layers of both, the second's
+    def encode(self, tokens: tuple[Tokens, ...], size: tuple[int, int]) -> Conditions:
+        """Of texts, by each encoder's tokens. XL reads the penultimate layers of both, the second's
         pooled projection, and the picture's `size` in pixels (Podell et al., 2023, 2.2).
         """
         if self.text_2 is None:
-            return Conditions(self.text(token_ids[0]).last, None)
-        first, second = self.text(token_ids[0]), self.text_2(token_ids[1])
-        tokens = jnp.concatenate([first.hidden_states[-2], second.hidden_states[-2]], axis=-1)
-        time_ids = jnp.broadcast_to(jnp.array([*size, 0, 0, *size], jnp.float32), (len(tokens), 6))
-        return Conditions(tokens, {"text_embeds": second.projected, "time_ids": time_ids})
+            return Conditions(self.text(*tokens[0]).last, None)
+        first, second = self.text(*tokens[0]), self.text_2(*tokens[1])
+        states = jnp.concatenate([first.hidden_states[-2], second.hidden_states[-2]], axis=-1)
+        time_ids = jnp.broadcast_to(jnp.array([*size, 0, 0, *size], jnp.float32), (len(states), 6))
+        return Conditions(states, {"text_embeds": second.projected, "time_ids": time_ids})
 
 
 class Known(NamedTuple):
@@ -93,8 +105,8 @@ def sample_images(
     schedule: NoiseSchedule,
     timesteps: Int[Array, S],
     next_timesteps: Int[Array, S],
-    token_ids: tuple[Int[Array, "B L"], ...],
-    negative_ids: tuple[Int[Array, "B L"], ...] | None,
+    tokens: tuple[Tokens, ...],
+    negative: tuple[Tokens, ...] | None,
     x: Float[Array, "B H W Z"],
     guidance: Float[Array, ""],
     known: Known | None = None,
@@ -108,18 +120,17 @@ def sample_images(
     program.
 
     Args:
-      token_ids: one array a text encoder. negative_ids: those that guidance leads away from; None:
-          zeros are in the place
-        of their states, as XL was trained.
+      tokens: of each text encoder. negative: those that guidance leads away from; None: zeros are in
+          the place of their states, as XL was trained.
       next_timesteps: where each step goes. guidance: of the output, u + g (c - u), read only if
           `guided`.
       known: inpainting. tile: decodes large pictures in tiles. reuse: the UNet's coarser levels are
         computed in every so many steps (DeepCache).
     """
     size = tuple(model.vae.config.downscale * side for side in x.shape[1:3])
-    text = model.encode(token_ids, size)
+    text = model.encode(tokens, size)
     if guided:
-        without = _nothing(text) if negative_ids is None else model.encode(negative_ids, size)
+        without = _nothing(text) if negative is None else model.encode(negative, size)
         text = jax.tree.map(pair, without, text)  # [2B, ...]
     reads_known = known is not None and model.unet.config.in_channels != x.shape[-1]
 

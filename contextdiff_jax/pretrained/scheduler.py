@@ -100,9 +100,12 @@ class Scheduler:
         return timesteps, np.where(following >= 0, following, -1 if self.set_alpha_to_one else 0)
 
 
-def load_scheduler(folder: str | Path) -> Scheduler:
+def load_scheduler(folder: str | Path, pipeline: str = "") -> Scheduler:
     """The scheduler of a pipeline's `scheduler/` folder, whichever class it names: we sample by
     DDIM.
+
+    Args:
+      pipeline: the pipeline's class: those of Stable Diffusion 1.x and 2.x put old files right.
 
     Raises ValueError, one line with file and field: flow matching, given betas, clipped or
     thresholded samples.
@@ -110,9 +113,18 @@ def load_scheduler(folder: str | Path) -> Scheduler:
     path = Path(folder) / CONFIG_FILE
     values = read_json(path, "a pipeline's scheduler folder")
     try:
-        return _scheduler(values)
+        return _scheduler(values | _corrections(pipeline))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _corrections(pipeline: str) -> dict[str, Any]:
+    """What diffusers' pipelines of that class change in a scheduler's config: all networks of 1.x
+    and 2.x were trained with an offset of 1 and samples that aren't clipped.
+    """
+    if not pipeline or "XL" in pipeline:
+        return {}
+    return {"steps_offset": 1} | ({} if "Inpaint" in pipeline else {"clip_sample": False})
 
 
 def _scheduler(values: dict[str, Any]) -> Scheduler:
@@ -121,6 +133,14 @@ def _scheduler(values: dict[str, Any]) -> Scheduler:
         raise ValueError(f"_class_name={name!r}: not supported; one of {', '.join(_CLASSES)}")
     if values.get("trained_betas") is not None:
         raise ValueError("trained_betas: not supported; only None")
+    if (
+        values.get("timestep_type") == "continuous"
+        and values.get("prediction_type") == "v_prediction"
+    ):
+        raise ValueError(
+            "timestep_type='continuous' with prediction_type='v_prediction': not supported (the "
+            "network reads log-variances, not timesteps); only 'discrete'"
+        )
     for field, default in (("clip_sample", name in _CLIPPED), ("thresholding", False)):
         if values.get(field, default):
             raise ValueError(

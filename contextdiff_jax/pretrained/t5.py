@@ -31,6 +31,9 @@ def _rules(config: T5Config) -> Rules:
         ),
         # The decoder and its head, and the encoder's copy of the shared embedding.
         unread=(r"^decoder\.", r"^lm_head\.", r"^encoder\.embed_tokens\."),
+        copies=tuple(
+            ("shared.weight", f"{part}.embed_tokens.weight") for part in ("encoder", "decoder")
+        ),
     )
 
 

@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from contextdiff_jax import pictures
 from contextdiff_jax.cli import RunError
-from contextdiff_jax.data import DataConfig, Loader, make_loader, make_source
+from contextdiff_jax.data import DataConfig, Loader, RandomAccessSource, make_loader, make_source
+from contextdiff_jax.data.identity import identity, shared_settings
 from contextdiff_jax.files import write_json
 from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
-from contextdiff_jax.parallel.processes import StopSignal
+from contextdiff_jax.parallel.processes import StopSignal, agree
 from contextdiff_jax.pretrained import save_vae
 from contextdiff_jax.settings import AutoencoderLoss, AutoencoderSettings
 from contextdiff_jax.training import checkpoints
@@ -230,14 +231,22 @@ def _graph(settings: AutoencoderSettings) -> nnx.GraphDef:
 
 def _open_loader(settings: AutoencoderSettings, feed: Feed) -> Loader:
     data = settings.data
-    return make_loader(
-        make_source(data, "train"),
-        batch_size=settings.train.batch_size,
-        seed=data.seed,
-        num_workers=data.num_workers,
-        prefetch=data.prefetch,
-        rows=feed.rows,
-    )
+
+    def make() -> tuple[RandomAccessSource, Loader]:
+        source = make_source(data, "train")
+        return source, make_loader(
+            source,
+            batch_size=settings.train.batch_size,
+            seed=data.seed,
+            num_workers=data.num_workers,
+            prefetch=data.prefetch,
+            rows=feed.rows,
+        )
+
+    def facts(made: tuple[RandomAccessSource, Loader]) -> dict[str, Any]:
+        return shared_settings(data) | made[1].get_state() | identity(made[0])
+
+    return agree("data", make, facts)[1]
 
 
 def _open_state(

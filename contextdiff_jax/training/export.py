@@ -5,7 +5,7 @@
     TARGET/context.safetensors   ours: the relational network and the context head, by dotted path
     TARGET/context.json          the config of the relational network and its use
 
-Everything else is copied. `model.pretrained=TARGET` starts from the context too.
+Everything else is copied (of a single-file checkpoint: written out). `model.pretrained=TARGET` starts from the context too.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from flax import nnx
 from contextdiff_jax.files import write_json
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained import folder as folders
-from contextdiff_jax.pretrained.conversion import complete_or_absent
-from contextdiff_jax.pretrained.files import PICKLES, FolderTensors, read_json, save_tensors
+from contextdiff_jax.pretrained.conversion import complete_or_absent, copy_folder
+from contextdiff_jax.pretrained.files import FolderTensors, read_json, save_tensors
 from contextdiff_jax.pretrained.lora import LoraLayer, save_lora
 from contextdiff_jax.pretrained.names import name_map
 from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE
@@ -52,19 +52,16 @@ def export_run(source: Path, target: Path, report: Callable[[str], None] = print
         )
     origin = Path(run.settings.pretrained)
     with complete_or_absent(target) as partial:
-        shutil.copytree(
-            origin,
-            partial,
-            dirs_exist_ok=True,
-            ignore=shutil.ignore_patterns(*PICKLES, CONTEXT_FILE, CONTEXT_CONFIG, LORA_FILE),
-        )
+        copy_folder(origin, partial)
+        for name in (CONTEXT_FILE, CONTEXT_CONFIG, LORA_FILE):
+            (partial / name).unlink(missing_ok=True)
         for name, folder in (
             ("vae", run.settings.latent.vae),
             ("text_encoder", run.settings.text.pretrained),
         ):
             if Path(folder).resolve() != (origin / name).resolve():
                 shutil.rmtree(partial / name)
-                shutil.copytree(folder, partial / name, ignore=shutil.ignore_patterns(*PICKLES))
+                copy_folder(Path(folder), partial / name)
         unet = _unet(run)
         if run.settings.train.trainable == "full":
             shutil.rmtree(partial / "unet")

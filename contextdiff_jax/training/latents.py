@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -13,11 +14,17 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
-from contextdiff_jax.data import RandomAccessSource, Tokenizer, load_tokenizer, make_source
+from contextdiff_jax.data import RandomAccessSource, Tokenizer, make_source
 from contextdiff_jax.data.cached import Cache, claim_cache, encode_record, write_shard
+from contextdiff_jax.data.identity import content_key, identity
 from contextdiff_jax.models.vae import VAE
+from contextdiff_jax.parallel.processes import agree
 from contextdiff_jax.pretrained import load_vae
 from contextdiff_jax.settings import Settings
+from contextdiff_jax.tokens import CutCaptions
+from contextdiff_jax.training.texts import open_tokenizer
+
+LOGGER = logging.getLogger(__name__)
 
 
 def write_cache(
@@ -38,8 +45,9 @@ def write_cache(
         raise ValueError(
             "latent.vae='': a cache needs the autoencoder's folder, or model.pretrained"
         )
+    tokenizer = open_tokenizer(settings)
     data = settings.data
-    source = make_source(data, split)
+    source = agree("data", lambda: make_source(data, split), identity)
     cache = Cache(
         num_records=len(source),
         shard_size=shard_size,
@@ -50,19 +58,22 @@ def write_cache(
         tokenizer=data.tokenizer,
         vae=settings.latent.config.to_dict(),
         source={**dataclasses.asdict(data), "split": split},
+        content=content_key(source),
     )
     claim_cache(out, cache)
     vae = load_vae(settings.latent.vae, dtype=jnp.dtype(settings.train.precision))
-    tokenizer = load_tokenizer(data.tokenizer or None)
     mine = range(jax.process_index(), cache.num_shards, jax.process_count())
+    cut = CutCaptions(data.max_length)
     missing = [number for number in mine if not (out / cache.shard(number)).exists()]
     for number in tqdm(
         missing, initial=len(mine) - len(missing), total=len(mine), unit="shard", disable=None
     ):
         records = make_records(
-            vae, source, tokenizer, cache.rows(number), data.max_length, batch_size, dtype
+            vae, source, tokenizer, cache.rows(number), data.max_length, batch_size, dtype, cut
         )
         write_shard(out / cache.shard(number), records)
+    if cut.count:
+        LOGGER.warning("%d captions are cut at %d tokens", cut.count, data.max_length)
     return cache, len(missing)
 
 
@@ -74,8 +85,11 @@ def make_records(
     max_length: int,
     batch_size: int,
     dtype: str,
+    cut: CutCaptions,
 ) -> Iterator[bytes]:
-    """The records of those rows of the source, in order, encoded `batch_size` at a time."""
+    """The records of those rows of the source, in order, encoded `batch_size` at a time; `cut`
+    counts the captions that are too long.
+    """
     for start in range(0, len(rows), batch_size):
         part = [source[i] for i in rows[start : start + batch_size]]
         images = np.stack([record["image"] for record in part])
@@ -87,7 +101,8 @@ def make_records(
         ]  # one shape, one compilation
         mean, std = (np.asarray(m).astype(dtype) for m in moments(vae, np.pad(images, padding)))
         captions = [record["caption"] for record in part]
-        ids, mask = tokenizer.encode(captions, max_length)
+        ids, mask, lost = tokenizer.encode_and_cut(captions, max_length)
+        cut.add(captions, lost)
         for row, caption in enumerate(captions):
             yield encode_record(mean[row], std[row], ids[row], mask[row], caption)
 

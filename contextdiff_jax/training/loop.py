@@ -26,17 +26,18 @@ from contextdiff_jax.data import (
     CacheSource,
     DataConfig,
     Loader,
+    RandomAccessSource,
     Tokenizer,
     bucket_sizes,
-    load_tokenizer,
     make_loader,
     make_source,
 )
+from contextdiff_jax.data.identity import identity, shared_settings
 from contextdiff_jax.files import replacing
 from contextdiff_jax.generation import Generator, NotFiniteError
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
-from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, is_first
+from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, agree, is_first
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.frozen import load_frozen
@@ -50,6 +51,7 @@ from contextdiff_jax.training.state import (
     zero_metrics,
 )
 from contextdiff_jax.training.step import make_train_step
+from contextdiff_jax.training.texts import open_tokenizer
 
 LOGGER = logging.getLogger(__name__)
 
@@ -113,6 +115,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
                     "learning_rate": float(learning_rate_schedule(every)(step - 1))
                 }
                 values["broken_records"] = loader.num_broken
+                values["cut_captions"] = loader.num_cut
                 log.write(
                     step,
                     values | speed(window_steps * every.batch_size, seconds, window_steps, flops),
@@ -134,13 +137,24 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
 
 
 def open_data(settings: Settings, feed: Feed) -> tuple[Tokenizer, Loader]:
-    """The tokenizer, and this process's share of the training batches."""
+    """The tokenizer, and this process's share of the training batches, which all processes take
+    from the same records.
+    """
+
+    def facts(opened: tuple[Tokenizer, RandomAccessSource, Loader]) -> dict[str, Any]:
+        tokenizer, source, loader = opened
+        ids, _ = tokenizer.encode([source[0]["caption"]], settings.data.max_length)
+        records = identity(source, bucket_sizes(settings.data))
+        words = {"ids of the first caption": ids.tolist()}
+        return shared_settings(settings.data) | loader.get_state() | records | words
+
+    tokenizer, _, loader = agree("data", lambda: _open_data(settings, feed), facts)
+    return tokenizer, loader
+
+
+def _open_data(settings: Settings, feed: Feed) -> tuple[Tokenizer, RandomAccessSource, Loader]:
     data = settings.data
-    tokenizer = load_tokenizer(data.tokenizer or None)
-    if not settings.text.pretrained and tokenizer.vocab_size > settings.text.vocab_size:
-        raise ValueError(
-            f"text.vocab_size={settings.text.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids"
-        )
+    tokenizer = open_tokenizer(settings)
     source = make_source(data, "train")
     if isinstance(source, CacheSource) and source.cache.vae != json.loads(
         json.dumps(settings.latent.config.to_dict())
@@ -148,7 +162,7 @@ def open_data(settings: Settings, feed: Feed) -> tuple[Tokenizer, Loader]:
         raise ValueError(
             f"latent.vae={settings.latent.vae!r}: the cache in data.path={data.path!r} is another autoencoder's"
         )
-    return tokenizer, make_loader(
+    loader = make_loader(
         source,
         batch_size=settings.train.batch_size,
         seed=data.seed,
@@ -159,6 +173,7 @@ def open_data(settings: Settings, feed: Feed) -> tuple[Tokenizer, Loader]:
         rows=feed.rows,
         buckets=bucket_sizes(data),
     )
+    return tokenizer, source, loader
 
 
 def open_state(

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.parallel.mesh import make_mesh, path_name, state_shardings
 from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.settings import parse
@@ -21,6 +20,7 @@ from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.loop import null_caption
 from contextdiff_jax.training.state import build_model, init_state, model_graph
 from contextdiff_jax.training.step import draw, loss_fn
+from contextdiff_jax.training.texts import open_tokenizer
 
 
 def first_nonfinite(**trees: PyTree) -> str:
@@ -50,7 +50,7 @@ def replay(dump: pathlib.Path) -> str:
     state, _, step = checkpoints.restore_newest(dump, placed)
     with (dump / "batch.npz").open("rb") as file:
         batch = {name: jnp.asarray(value) for name, value in np.load(file).items()}
-    null = null_caption(load_tokenizer(settings.data.tokenizer or None), settings.data.max_length)
+    null = null_caption(open_tokenizer(settings), settings.data.max_length)
     graph, schedule = model_graph(settings), settings.diffusion.make_schedule()
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step - 1)
     batch = draw(key, batch, settings)

@@ -1,0 +1,44 @@
+"""The tokenizer of a run, which must fit the text encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from contextdiff_jax.data import Tokenizer, load_tokenizer
+from contextdiff_jax.data.tokenizer import FolderTokens
+from contextdiff_jax.pretrained import folder as folders
+from contextdiff_jax.pretrained.clip import TEXT
+from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.t5 import MODEL as T5
+from contextdiff_jax.settings import Settings
+
+
+def open_tokenizer(settings: Settings) -> Tokenizer | FolderTokens:
+    """The tokenizer of `data.tokenizer`.
+
+    Raises ValueError, one line, if it is of another kind than the text encoder, or gives ids that
+    the encoder's embedding has no row for: their states would be NaN.
+    """
+    path, encoder = settings.data.tokenizer, settings.text.pretrained
+    tokenizer = load_tokenizer(path or None)
+    if not encoder:
+        if tokenizer.vocab_size > settings.text.vocab_size:
+            raise ValueError(
+                f"text.vocab_size={settings.text.vocab_size}: the tokenizer has "
+                f"{tokenizer.vocab_size} ids"
+            )
+        return tokenizer
+    values = read_json(Path(encoder, folders.CONFIG_FILE), "a folder of a CLIP text or T5 encoder")
+    kind, model = ("t5", T5) if values.get("model_type") == "t5" else ("clip", TEXT)
+    if getattr(tokenizer, "kind", None) != kind:
+        raise ValueError(
+            f"data.tokenizer={path!r}: another model's; must be the folder of {kind.upper()}'s "
+            f"tokenizer, which text.pretrained={encoder!r} reads"
+        )
+    rows = folders.read_config(model, encoder).vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"data.tokenizer={path!r}: its ids reach {tokenizer.vocab_size - 1}; the embedding of "
+            f"text.pretrained={encoder!r} has rows for 0..{rows - 1}"
+        )
+    return tokenizer

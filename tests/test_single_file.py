@@ -1,0 +1,353 @@
+"""Single-file checkpoints in the original code's names against the diffusers pipelines that they
+were written from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from diffusers.loaders import single_file_utils as theirs
+from torch_models import clip_tokenizer, nchw, normal, randomised
+
+from contextdiff_jax.models.unet_config import UNetConfig
+from contextdiff_jax.models.vae import VAEConfig
+from contextdiff_jax.pretrained import conversion, load_unet
+from contextdiff_jax.pretrained.files import FolderTensors, read_json
+from contextdiff_jax.pretrained.finetuning import adopt
+from contextdiff_jax.pretrained.model import Options
+from contextdiff_jax.pretrained.pipeline import load_pipeline
+from contextdiff_jax.pretrained.scheduler import load_scheduler
+
+TEXT = dict(
+    vocab_size=56, hidden_size=128, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    max_position_embeddings=9, bos_token_id=54, eos_token_id=55, pad_token_id=55,
+)  # fmt: skip
+LAYERS = {"v1": 1, "v2": 2, "xl": 2}  # of a level
+KINDS = tuple(LAYERS)
+CONFIG = dict.fromkeys(("sample", "latent", "text", "data"), {}) | {
+    "diffusion": {"zero_terminal_snr": False}
+}
+
+
+def networks(kind: str) -> dict[str, torch.nn.Module]:
+    """Tiny random networks of the kind's form: what the original's configs fix (heads, groups,
+    activations) and shapes don't tell is as there.
+    """
+    options = {
+        "v1": dict(block_out_channels=(32, 64), attention_head_dim=8, cross_attention_dim=128),
+        "v2": dict(block_out_channels=(64, 128), attention_head_dim=[1, 2], cross_attention_dim=128,
+                   use_linear_projection=True),
+        "xl": dict(block_out_channels=(64, 128), attention_head_dim=[1, 2], cross_attention_dim=256,
+                   use_linear_projection=True, transformer_layers_per_block=[1, 2],
+                   addition_embed_type="text_time", addition_time_embed_dim=4,
+                   projection_class_embeddings_input_dim=12 + 6 * 4),
+    }[kind]  # fmt: skip
+    kinds = ("DownBlock2D", "CrossAttnDownBlock2D")
+    down = kinds if kind == "xl" else kinds[::-1]
+    unet = diffusers.UNet2DConditionModel(
+        sample_size={"v1": 64, "v2": 96, "xl": 128}[kind], layers_per_block=LAYERS[kind], down_block_types=down,
+        up_block_types=[name.replace("Down", "Up") for name in down[::-1]], **options,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64), sample_size={"v1": 512, "v2": 768, "xl": 1024}[kind], layers_per_block=LAYERS[kind],
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=0.13025 if kind == "xl" else 0.18215,
+    )  # fmt: skip
+    open_clip = TEXT | dict(hidden_act="gelu", pad_token_id=0)
+    first = transformers.CLIPTextConfig(**open_clip if kind == "v2" else TEXT)
+    made = {"unet": unet, "vae": vae, "text_encoder": transformers.CLIPTextModel(first)}
+    if kind == "xl":
+        second = transformers.CLIPTextConfig(**open_clip, projection_dim=12)
+        made["text_encoder_2"] = transformers.CLIPTextModelWithProjection(second)
+    return {name: randomised(module, seed) for seed, (name, module) in enumerate(made.items())}
+
+
+def original_unet(state: dict, layers: int, levels: int = 2) -> dict:
+    """The UNet's tensors by the original's names, written down block by block, as diffusers'
+    conversion script does.
+    """
+    places = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+              "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+              "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+              "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+              "mid_block.resnets.1": "middle_block.2"}  # fmt: skip
+    step = layers + 1
+    for i in range(levels):
+        for j in range(layers):
+            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{step * i + j + 1}.0"
+            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{step * i + j + 1}.1"
+        for j in range(step):
+            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{step * i + j}.0"
+            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{step * i + j}.1"
+        has_attention = any(name.startswith(f"up_blocks.{i}.attentions.") for name in state)
+        places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{step * (i + 1)}.0.op"
+        last = f"output_blocks.{step * i + layers}.{2 if has_attention else 1}.conv"
+        places[f"up_blocks.{i}.upsamplers.0.conv"] = last
+    inside = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
+              "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}  # fmt: skip
+    named = {}
+    for name, tensor in state.items():
+        start = next(start for start in places if name.startswith(start + "."))
+        rest = name.removeprefix(start + ".")
+        if ".resnets." in start:
+            rest = inside[rest.split(".")[0]] + "." + rest.split(".")[1]
+        named[f"model.diffusion_model.{places[start]}.{rest}"] = tensor
+    return named
+
+
+def original_vae(state: dict, levels: int = 2) -> dict:
+    """The autoencoder's; its attention's matrices are 1x1 convolutions there."""
+    named = {}
+    for name, tensor in state.items():
+        name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
+        name = name.replace("down_blocks.", "down.").replace("conv_norm_out", "norm_out")
+        name = name.replace("mid_block.resnets.0", "mid.block_1").replace(
+            "mid_block.resnets.1", "mid.block_2"
+        )
+        name = name.replace("resnets", "block").replace("conv_shortcut", "nin_shortcut")
+        name = name.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
+        if "mid_block.attentions" in name:
+            name = name.replace("mid_block.attentions.0", "mid.attn_1").replace(
+                "group_norm", "norm"
+            )
+            name = name.replace("to_out.0", "proj_out").replace("to_", "")
+            tensor = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
+        named["first_stage_model." + name] = tensor
+    return named
+
+
+def original_clip(state: dict, prefix: str) -> dict:
+    return {
+        f"{prefix}text_model.{name.removeprefix('text_model.')}": one for name, one in state.items()
+    }
+
+
+def original_open_clip(state: dict, prefix: str) -> dict:
+    """OpenCLIP's names, with q, k and v in one."""
+    named, state = {}, {name.removeprefix("text_model."): one for name, one in state.items()}
+    for name, tensor in state.items():
+        if ".k_proj" in name or ".v_proj" in name:
+            continue
+        if ".q_proj" in name:
+            tensor = torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
+            name = name.replace("self_attn.q_proj.", "attn.in_proj_")
+        name = re.sub(r"^encoder\.layers\.", "transformer.resblocks.", name)
+        for ours, original in (("layer_norm", "ln_"), ("fc1", "c_fc"), ("fc2", "c_proj"), ("self_attn", "attn"),
+                               ("final_ln_", "ln_final"), ("embeddings.token_embedding", "token_embedding"),
+                               ("embeddings.position_embedding.weight", "positional_embedding")):  # fmt: skip
+            name = name.replace(ours, original)
+        if name == "text_projection.weight":
+            name, tensor = "text_projection", tensor.T
+        named[prefix + name] = tensor
+    return named | {f"{prefix}logit_scale": torch.tensor(4.6)}
+
+
+def original(kind: str, parts: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors, with some that are none of the networks'."""
+    state = {name: module.state_dict() for name, module in parts.items()}
+    tensors = original_unet(state["unet"], LAYERS[kind]) | original_vae(state["vae"])
+    if kind == "v1":
+        tensors |= original_clip(state["text_encoder"], "cond_stage_model.transformer.")
+    elif kind == "v2":
+        tensors |= original_open_clip(state["text_encoder"], "cond_stage_model.model.")
+    else:
+        tensors |= original_clip(state["text_encoder"], "conditioner.embedders.0.transformer.")
+        tensors |= original_open_clip(state["text_encoder_2"], "conditioner.embedders.1.model.")
+    tensors |= {"alphas_cumprod": torch.ones(3), "model_ema.decay": torch.tensor(0.9)}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A single file, the networks in it, and a diffusers folder of the same."""
+
+    file: object
+    parts: dict
+    folder: object
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """One of each kind, each in a folder with its tokenizers."""
+    found = {}
+    for kind in KINDS:
+        root = tmp_path_factory.mktemp(kind)
+        parts = networks(kind)
+        file = root / "model.safetensors"
+        safetensors.torch.save_file(original(kind, parts), file)
+        tokenizer = clip_tokenizer(root / "words")
+        tokenizer.save_pretrained(root / "tokenizer")
+        tokenizer.save_pretrained(root / "tokenizer_2")
+        found[kind] = Made(file, parts, root)
+    return found
+
+
+def numbers(tensors) -> dict[str, np.ndarray]:
+    return {
+        name.removeprefix("text_model."): np.asarray(tensor) for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_has_the_name_and_the_form_that_diffusers_gives_it(made, kind):
+    file, parts = made[kind].file, made[kind].parts
+    whole = safetensors.torch.load_file(file)
+    config = {name: module.config for name, module in parts.items()}
+    converted = {
+        "unet": theirs.convert_ldm_unet_checkpoint(whole, config["unet"]),
+        "vae": theirs.convert_ldm_vae_checkpoint(whole, config["vae"]),
+        "text_encoder": theirs.convert_ldm_clip_checkpoint(whole),
+    }
+    if kind == "v2":
+        converted["text_encoder"] = theirs.convert_open_clip_checkpoint(
+            parts["text_encoder"], whole
+        )
+    if kind == "xl":
+        prefix = "conditioner.embedders.1.model."
+        model = parts["text_encoder_2"]
+        converted["text_encoder_2"] = theirs.convert_open_clip_checkpoint(model, whole, prefix)
+    for part, module in parts.items():
+        ours, expected = numbers(FolderTensors(file / part, "")), numbers(module.state_dict())
+        if part != "text_encoder_2":  # theirs takes the projection's width for the encoder's
+            assert numbers(converted[part]).keys() == expected.keys(), part
+        assert ours.keys() == expected.keys(), part
+        for name, tensor in expected.items():
+            np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_configs_are_those_of_the_networks(made, kind):
+    file, parts = made[kind].file, made[kind].parts
+    for part, cls in (("unet", UNetConfig), ("vae", VAEConfig)):
+        values = read_json(file / part / "config.json", "")
+        found = cls.from_dict(values)
+        expected = cls.from_dict(parts[part].config)
+        if part == "unet":
+            assert found.levels() == expected.levels()
+            found, expected = (
+                dataclasses.replace(one, attention_head_dim=1, num_attention_heads=None, cross_attention_dim=1)
+                for one in (found, expected)
+            )  # fmt: skip
+        assert found == expected
+    for part in parts.keys() - {"unet", "vae"}:
+        values, theirs_ = read_json(file / part / "config.json", ""), parts[part].config.to_dict()
+        same = ("hidden_act", "eos_token_id", "bos_token_id", "pad_token_id", "projection_dim")
+        for name in (*TEXT, *(name for name in same if name in values)):
+            assert values[name] == theirs_[name], (part, name)
+    scheduler = load_scheduler(file / "scheduler")
+    assert scheduler.prediction == ("v" if kind == "v2" else "epsilon")
+    assert (scheduler.beta_start, scheduler.beta_end) == (0.00085, 0.012)
+    assert (scheduler.steps_offset, scheduler.set_alpha_to_one) == (1, False)
+
+
+def test_a_files_pictures_are_those_of_the_pipeline(made):
+    file, parts, root = (getattr(made["v1"], name) for name in ("file", "parts", "folder"))
+    pipe = diffusers.StableDiffusionPipeline(
+        **parts, tokenizer=transformers.CLIPTokenizer.from_pretrained(root / "tokenizer"), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+        scheduler=diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                          clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    prompts, latents = ["a red circle", "b"], normal(2, 8, 8, 4)
+    with torch.no_grad():
+        expected = pipe(prompts, latents=nchw(latents), height=16, width=16, output_type="np",
+                        num_inference_steps=4).images  # fmt: skip
+    images = load_pipeline(file).text_to_image(prompts, noise=latents, size=(16, 16), steps=4)
+    assert expected.std() > 0.05
+    assert (np.abs(images - np.round(255 * expected)) <= 1).mean() > 0.999
+
+
+def test_a_file_is_converted_and_fine_tuned_as_a_folder_is(made, tmp_path):
+    file, root = made["v1"].file, made["v1"].folder
+    conversion.copy_folder(file, tmp_path / "again")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "again")
+    for name, tensor in made["v1"].parts["unet"].state_dict().items():
+        assert torch.equal(pipe.unet.state_dict()[name], tensor), name
+    lines = []
+    conversion.to_native(file / "text_encoder", tmp_path / "ours", Options(), lines.append)
+    assert lines[0].startswith("clip_text, ")
+    adopted = adopt(CONFIG | {"model": {"pretrained": str(file)}})
+    assert adopted["latent"]["vae"] == f"{file}/vae"
+    assert adopted["text"]["pretrained"] == f"{file}/text_encoder"
+    assert adopted["data"]["tokenizer"] == str(root / "tokenizer")
+    assert adopted["model"]["block_out_channels"] == [32, 64]
+
+
+def test_a_file_in_its_pipelines_folder_takes_the_configs_there(made, tmp_path):
+    shutil.copy(made["v1"].file, tmp_path / "model.safetensors")
+    made["v1"].parts["unet"].save_pretrained(tmp_path / "unet")
+    values = json.loads((tmp_path / "unet" / "config.json").read_text())
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(values | {"attention_head_dim": 4}))
+    file = tmp_path / "model.safetensors"
+    assert load_unet(file / "unet").config.levels()[0].num_heads == 8
+    (tmp_path / "model_index.json").write_text("{}")
+    assert load_unet(file / "unet").config.levels()[0].num_heads == 4
+
+
+def test_what_a_file_says_of_its_prediction_counts(made, tmp_path):
+    tensors = safetensors.torch.load_file(made["xl"].file)
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(tensors | {"v_pred": torch.ones(0), "ztsnr": torch.ones(0)}, path)
+    scheduler = load_scheduler(path / "scheduler")
+    assert (scheduler.prediction, scheduler.rescale_betas_zero_snr) == ("v", True)
+    assert scheduler.timestep_spacing == "trailing"
+    tensors = safetensors.torch.load_file(made["v2"].file)
+    for said in ("epsilon", "v"):
+        safetensors.torch.save_file(tensors, path, metadata={"modelspec.prediction_type": said})
+        assert load_scheduler(path / "scheduler").prediction == said
+
+
+def test_files_that_are_no_such_checkpoint_are_refused_in_one_line(made, tmp_path):
+    whole = safetensors.torch.load_file(made["v1"].file)
+    path = tmp_path / "model.safetensors"
+
+    start = {"model": {"pretrained": str(path)}}
+
+    def refused(tensors, *parts, load=lambda: load_pipeline(path)):
+        safetensors.torch.save_file(tensors, path)
+        with pytest.raises(ValueError) as error:
+            load()
+        for part in ("model.safetensors", *parts):
+            assert part in str(error.value) and "\n" not in str(error.value)
+
+    one = torch.ones(1)
+    refused({"lora_unet_conv_in.lora_up.weight": one}, "is a LoRA file")
+    refused(
+        {"double_blocks.0.img_attn.norm.key_norm.scale": one},
+        "lacks model.diffusion_model.input_blocks.0.0",
+    )
+    refused(whole | {"edm_mean": one}, "Playground")
+    refused(whole | {"conditioner.embedders.0.model.ln_final.weight": one}, "is XL's refiner")
+    strange = {"model.diffusion_model.label_emb.weight": one}
+    unet = path / "unet"
+    refused(whole | strange, "label_emb.weight: unknown", load=lambda: load_unet(unet))
+    for prefix, part in (("first_stage_model.", "vae"), ("cond_stage_model.", "text_encoder")):
+        less = {name: tensor for name, tensor in whole.items() if not name.startswith(prefix)}
+        refused(less, f"holds no {part}", load=lambda: read_json(path / part / "config.json", ""))  # noqa: B023
+    lacking = {n: t for n, t in whole.items() if "input_blocks.1.0.in_layers.2" not in n}
+    refused(lacking, "its unet lacks", load=lambda: load_unet(unet))
+    words = "put the folder tokenizer"
+    refused(
+        whole,
+        f"{tmp_path / 'tokenizer'}: no such folder",
+        words,
+        load=lambda: adopt(CONFIG | start),
+    )
+    for name in ("model.ckpt", "model.gguf"):
+        (tmp_path / name).write_bytes(b"pickle")
+        with pytest.raises(ValueError, match=f"{name}: refused.*only .safetensors are read"):
+            load_pipeline(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: refused"):
+            conversion.to_native(tmp_path / name, tmp_path / "target", Options())
+    with pytest.raises(ValueError, match="model.safetensors/unet"):
+        load_unet(path)
