@@ -177,5 +177,5 @@ def test_a_flag_that_is_a_number_is_finite_and_within_its_bound(value):
 )
 def test_a_run_whose_config_is_damaged_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text, errors="surrogateescape")
-    with pytest.raises(ValueError, match="config.json: not (valid JSON|a JSON object)"):
+    with pytest.raises(ValueError, match="config.json: (not valid JSON|not a JSON object|is empty)"):
         load_run(str(tmp_path))
