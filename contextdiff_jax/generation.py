@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, PyTree, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.data import Tokenizer
@@ -39,9 +39,9 @@ def configured_sampler(settings: Settings, options: SampleConfig) -> Callable:
 
 def make_pictures(
     settings: Settings, options: SampleConfig, mesh: Mesh | None = None
-) -> Callable[..., UInt8[Array, "N H W 3"]]:
+) -> Callable[..., tuple[UInt8[Array, "N H W 3"], Bool[Array, N]]]:
     """The jitted program `pictures(params, frozen, noise_key, numbers, key, ids, mask, null_ids,
-    null_mask)`, keys as data.
+    null_mask)`, keys as data: the pictures, and which of them are of finite values.
     """
     sample = configured_sampler(settings, options)
     graph = model_graph(settings)
@@ -56,9 +56,13 @@ def make_pictures(
             x0 = sample(
                 build_model(graph, params, frozen), x_T, jax.random.wrap_key_data(key), *text
             )
-        return to_uint8(x0)
+        return to_uint8(x0), jnp.isfinite(x0).all((1, 2, 3))
 
     return jax.jit(pictures, out_shardings=None if mesh is None else replicated(mesh))
+
+
+class NotFiniteError(ValueError):
+    """Samples that would be black pictures: the networks, or the guidance, ran away."""
 
 
 class Generator:
@@ -84,9 +88,8 @@ class Generator:
         self._make = functools.cache(functools.partial(make_pictures, settings, self.options, mesh))
         self._programs, self._mesh = programs, mesh
         self._seen: set[str] = set()  # prompts whose lost words were named
-        if programs is None:
-            # refuses options that don't fit the schedule now, not when the first pictures are due
-            self._make()
+        # refuses options that don't fit the schedule now, not when the first pictures are due
+        configured_sampler(settings, self.options)
 
     def __call__(
         self,
@@ -102,7 +105,7 @@ class Generator:
 
         `first`: the number of the first prompt, of one that has a share of a longer list.
 
-        Raises ValueError for an empty list of prompts.
+        Raises ValueError for an empty list of prompts, NotFiniteError for a picture that is none.
         """
         if not prompts:
             raise ValueError(
@@ -140,8 +143,13 @@ class Generator:
                 null_mask,
             )
             run = run or self._program(arguments)
-            made = run(*arguments)
-            images.append(np.asarray(made)[:real])
+            made, finite = (np.asarray(array)[:real] for array in run(*arguments))
+            if not finite.all():
+                raise NotFiniteError(
+                    f"{real - finite.sum()} of {real} pictures, the first for {part[finite.argmin()]!r}: their values "
+                    f"are not finite; lower the guidance, {self.options.guidance}, or train with a lower learning rate"
+                )
+            images.append(made)
         return np.concatenate(images)
 
     def _warn_of_cut(self, prompts: Sequence[str], length: int) -> None:
@@ -151,7 +159,7 @@ class Generator:
         if new:
             warn_of_cut(new, self._tokenizer.encode_and_cut(new, length)[2], length)
 
-    def _program(self, arguments: tuple) -> Callable[..., UInt8[Array, "N H W 3"]]:
+    def _program(self, arguments: tuple) -> Callable:
         if self._programs is None:
             return self._make()
         options = dataclasses.replace(self.options, prompts=())

@@ -10,21 +10,20 @@ and guidance in the PNG's text.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 
 from absl import flags
 
 from contextdiff_jax import cli
 from contextdiff_jax.texts import read_lines
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
-MODEL = flags.DEFINE_string(
+WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
+MODEL = cli.define_path(
     "model",
     None,
     "A Stable Diffusion folder (1.x, 2.x, XL) or single .safetensors file, instead of --workdir.",
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; may be given many times.")
-PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A text file with one caption a line.")
+PROMPTS_FILE = cli.define_path("prompts_file", None, "A text file with one caption a line.")
 NUM = flags.DEFINE_integer("num", 1, "Pictures a prompt.", lower_bound=1)
 SAMPLER = flags.DEFINE_string(
     "sampler", None, "ddim or ddpm; default: the run's config. With --model: ddim."
@@ -32,19 +31,19 @@ SAMPLER = flags.DEFINE_string(
 STEPS = flags.DEFINE_integer(
     "steps", None, "Sampling steps; default: the run's config. With --model: 50."
 )
-ETA = flags.DEFINE_float(
+ETA = cli.define_float(
     "eta", None, "DDIM's noise, 0 to 1; default: the run's config. With --model: 0."
 )
-GUIDANCE = flags.DEFINE_float(
+GUIDANCE = cli.define_float(
     "guidance", None, "Guidance scale, 1 is none; default: the run's. With --model: 7.5."
 )
 REUSE = flags.DEFINE_integer(
     "reuse", None, "Steps that share the UNet's coarser levels (DeepCache): faster, not the same."
 )
-SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same pictures.")
+SEED = cli.define_seed("The same seed gives the same pictures.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or params.")
-OUT = flags.DEFINE_string("out", "grid.png", "The grid.")
-IMAGES = flags.DEFINE_string("images", None, "A folder for the pictures one by one.")
+OUT = cli.define_path("out", "grid.png", "The grid.")
+IMAGES = cli.define_path("images", None, "A folder for the pictures one by one.")
 COLUMNS = flags.DEFINE_integer("columns", 4, "Pictures a row.", lower_bound=1)
 NEGATIVE = flags.DEFINE_string(
     "negative", None, "With --model: the text that guidance leads away from; default: none."
@@ -52,18 +51,19 @@ NEGATIVE = flags.DEFINE_string(
 SIZE = flags.DEFINE_list(
     "size", None, "With --model: HEIGHT,WIDTH; default: the model's, or --image's."
 )
-IMAGE = flags.DEFINE_string("image", None, "With --model: the picture to start from.")
-STRENGTH = flags.DEFINE_float(
+IMAGE = cli.define_path("image", None, "With --model: the picture to start from.")
+STRENGTH = cli.define_float(
     "strength", None, "With --image: share of the steps made; default 0.8, with --mask 1."
 )
-MASK = flags.DEFINE_string("mask", None, "With --image: paint anew where this picture is white.")
+MASK = cli.define_path("mask", None, "With --image: paint anew where this picture is white.")
 OF_MODELS = (NEGATIVE, SIZE, IMAGE, STRENGTH, MASK)
 
 
 def from_run(prompts: list[str]):
     """(pictures, how they were made, of which step)."""
+    from etils import epath
+
     from contextdiff_jax.generation import Generator
-    from contextdiff_jax.keys import check_seed
     from contextdiff_jax.parallel.mesh import local_mesh
     from contextdiff_jax.run import load_run
     from contextdiff_jax.settings import SampleConfig
@@ -79,13 +79,12 @@ def from_run(prompts: list[str]):
         "reuse": REUSE.value,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    check_seed(SEED.value, "--seed")
     SampleConfig(
         **given | {"reuse": 1}
     )  # refuses a wrong flag before a checkpoint is read; reuse divides the run's steps
     run = load_run(WORKDIR.value, WEIGHTS.value)
     options = dataclasses.replace(run.settings.sample, **given)
-    folder = cli.set_compilation_cache(pathlib.Path(WORKDIR.value))
+    folder = cli.set_compilation_cache(epath.Path(WORKDIR.value))
     generator = Generator(run.settings, run.tokenizer, options, mesh=local_mesh(), programs=folder)
     images = generator(run.params, prompts, SEED.value)
     made = {
@@ -130,17 +129,23 @@ def main() -> None:
         raise ValueError(
             "--prompt: the list is empty; give at least one, as in --prompt='a large red circle'"
         )
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+            raise ValueError(f"--prompt={prompt!a}: is not UTF-8") from None
     prompts = [prompt for prompt in prompts for _ in range(NUM.value)]
+    # Refused now, not when the pictures are made.
+    out = cli.output_file("out", OUT.value, cli.PICTURES)
+    folder = cli.output_folder("images", IMAGES.value) if IMAGES.value else None
     images, made, source = from_model(prompts) if MODEL.value else from_run(prompts)
 
     from contextdiff_jax import pictures
 
-    out = pathlib.Path(OUT.value)
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures.caption_grid(images, prompts, columns=COLUMNS.value).save(out)
     print(f"{len(images)} pictures of {source}: {out}")
-    if IMAGES.value:
-        folder = pathlib.Path(IMAGES.value)
+    if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             metadata = {"prompt": prompt, "seed": SEED.value, "index": i, "source": source, **made}

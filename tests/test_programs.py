@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.models.contextdiff import Frozen
+from contextdiff_jax.models.vae import VAE, VAEConfig
 from contextdiff_jax.parallel.mesh import local_mesh
 from contextdiff_jax.programs import kept
 from contextdiff_jax.training.state import init_state
@@ -93,5 +96,29 @@ def test_a_second_generator_reads_the_program_and_makes_the_same_pictures(
     again = generation.Generator(settings, tokenizer, **kind, programs=tmp_path)(params, prompts, 0)
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first, plain)
+    third = generation.Generator(settings, tokenizer, **kind, programs=tmp_path)
+    for seed in (1, 2**32):
+        assert (third(params, prompts, seed) != first).mean() > 0.5
+    with pytest.raises(generation.NotFiniteError, match="2 of 2 pictures, the first for 'a large"):
+        third(jax.tree.map(lambda leaf: leaf * np.nan, params), prompts, 0)
     with pytest.raises(AssertionError, match="traced again"):
         generation.Generator(settings, tokenizer, **kind, programs=tmp_path)(params, prompts * 2, 0)
+
+
+def test_what_networks_and_settings_hold_beside_arrays_is_part_of_the_key(tmp_path):
+    """Two autoencoders of the same shapes, one with another scale, are two programs."""
+
+    def vae(scale):
+        config = VAEConfig(block_out_channels=(8,), norm_num_groups=4, scaling_factor=scale)
+        return VAE(config, rngs=nnx.Rngs(0))
+
+    def keep(network, make):
+        return kept(tmp_path, "scale", "", make, network, np.ones(2, np.float32))
+
+    keep(vae(0.5), lambda: lambda network, x: x * network.config.scaling_factor)
+    keep(vae(0.5), never)
+    with pytest.raises(AssertionError, match="traced again"):
+        keep(vae(0.25), never)
+    with jax.default_matmul_precision("highest"):
+        with pytest.raises(AssertionError, match="traced again"):
+            keep(vae(0.5), never)

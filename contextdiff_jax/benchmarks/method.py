@@ -25,6 +25,7 @@ from contextdiff_jax.benchmarks.steps import (
     randomised,
 )
 from contextdiff_jax.generation import configured_sampler
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.state import TrainState, build_model, init_state, model_graph
 from contextdiff_jax.training.step import draw, make_train_step
@@ -99,7 +100,7 @@ def _sample_method(settings: Settings, name: str) -> Contestant:
     arguments = (
         devices.parameters(_random_state(settings).params),
         placed["x"],
-        jax.random.key(settings.seed),
+        make_key(settings.seed),
         placed["ids"],
         placed["mask"],
         ids[:1],

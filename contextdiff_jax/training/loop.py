@@ -33,7 +33,7 @@ from contextdiff_jax.data import (
 )
 from contextdiff_jax.data.identity import identity, shared_settings
 from contextdiff_jax.files import replacing
-from contextdiff_jax.generation import Generator
+from contextdiff_jax.generation import Generator, NotFiniteError
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
 from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, agree, is_first
@@ -303,7 +303,9 @@ def with_empty_metrics(state: TrainState, shardings: TrainState) -> TrainState:
 
 
 class Reporter:
-    """Every `sample_every` steps: a grid of captioned samples of the EMA weights, and the curves."""
+    """Every `sample_every` steps, and at the end: a grid of captioned samples of the EMA weights,
+    unless `sample_every` is 0, and the curves.
+    """
 
     def __init__(
         self,
@@ -314,19 +316,27 @@ class Reporter:
         frozen: Frozen,
     ):
         self._settings, self._workdir = settings, workdir
-        self._generator = Generator(settings, tokenizer, frozen=frozen, mesh=mesh)
-        self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
+        self._generator = None
+        if settings.train.sample_every:
+            self._generator = Generator(settings, tokenizer, frozen=frozen, mesh=mesh)
+            self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
 
     def __call__(self, state: TrainState, step: int) -> None:
-        images = self._generator(state.ema, self._prompts, seed=self._settings.seed)
+        images = None
+        if self._generator is not None:
+            try:
+                images = self._generator(state.ema, self._prompts, seed=self._settings.seed)
+            except NotFiniteError as error:  # no reason to end the training
+                LOGGER.warning("no samples of step %d: %s", step, error)
         if not is_first():
             return
-        grid = pictures.caption_grid(images, self._prompts, columns=4, scale=None)
-        with checkpoints.writing(self._workdir, f"samples/{step:08d}.png"):
-            (self._workdir / "samples").mkdir(exist_ok=True)
-            with replacing(self._workdir / "samples" / f"{step:08d}.png") as path:
-                with path.open("wb") as file:
-                    grid.save(file, format="PNG")
+        if images is not None:
+            grid = pictures.caption_grid(images, self._prompts, columns=4, scale=None)
+            with checkpoints.writing(self._workdir, f"samples/{step:08d}.png"):
+                (self._workdir / "samples").mkdir(exist_ok=True)
+                with replacing(self._workdir / "samples" / f"{step:08d}.png") as path:
+                    with path.open("wb") as file:
+                        grid.save(file, format="PNG")
         with (
             checkpoints.writing(self._workdir, "curves.png"),
             tempfile.TemporaryDirectory() as scratch,
