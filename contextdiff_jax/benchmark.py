@@ -12,7 +12,6 @@ Measures one part of the work, and prints a table. Modes:
 
 from __future__ import annotations
 
-import pathlib
 import shlex
 import sys
 
@@ -25,14 +24,14 @@ MODE = flags.DEFINE_string("mode", "data", "What to measure: see the list above.
 COMPARE = flags.DEFINE_string(
     "compare", "", "Run in turns with ours; of data: webdataset, tfds; of train, sample: torch."
 )
-JSON = flags.DEFINE_string("json", "", "File for the table as one JSON object with `rows`.")
+JSON = cli.define_path("json", "", "File for the table as one JSON object with `rows`.")
 REPEATS = flags.DEFINE_integer(
     "repeats", 5, "Measurements of each row; the table has their medians.", lower_bound=1
 )
-NEED = flags.DEFINE_float(
-    "need", 0.0, "data: pictures a second that the devices take; 0: those of --workdir."
+NEED = cli.define_float(
+    "need", 0.0, "data: pictures a second that the devices take; 0: those of --workdir.", lower=0
 )
-WORKDIR = flags.DEFINE_string(
+WORKDIR = cli.define_path(
     "workdir", "", "data: a run whose metrics.jsonl tells the need; reuse: the run to sample."
 )
 PICTURES = flags.DEFINE_integer("pictures", 256, "data: pictures a measurement.", lower_bound=8)
@@ -49,12 +48,14 @@ BATCH_PER_CHIP = flags.DEFINE_integer(
 SWEEP = flags.DEFINE_boolean(
     "sweep", False, "aot: meshes x rematerialisations x batches, the best that fits first."
 )
-PLOT = flags.DEFINE_string("plot", "", "roofline: file for the plot, a PNG.")
+PLOT = cli.define_path("plot", "", "roofline: file for the plot, a PNG.")
 
 
 def _data(settings):
     from contextdiff_jax.benchmarks.data import DataBenchmark, run
 
+    if len(SHAPE.value) != 2 or not all(side.isdecimal() and int(side) for side in SHAPE.value):
+        raise ValueError(f"--shape={','.join(SHAPE.value)}: must be HEIGHT,WIDTH, as in 384,512")
     return run(
         settings.data,
         DataBenchmark(
@@ -125,6 +126,9 @@ def main() -> None:
     """Parses, measures, prints, writes."""
     if MODE.value not in MODES:
         raise ValueError(f"--mode={MODE.value!r}: unknown; one of {', '.join(MODES)}")
+    file = cli.output_file("json", JSON.value) if JSON.value else None
+    if PLOT.value:
+        cli.output_file("plot", PLOT.value, (".png",))
     config = None if MODE.value in WITHOUT_CONFIG else cli.read_config()
     if MODES[MODE.value] is _speed:
         cli.one_device_a_core(config["train"]["batch_size"])
@@ -133,12 +137,13 @@ def main() -> None:
 
     result = MODES[MODE.value](config and parse(config))
     print(result.text)
-    if JSON.value:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         facts = {
             "command": shlex.join(["python", "-m", "contextdiff_jax.benchmark", *sys.argv[1:]]),
             "machine": machine(),
         }
-        write_json(pathlib.Path(JSON.value), {**facts, "rows": result.rows})
+        write_json(file, {**facts, "rows": result.rows})
 
 
 if __name__ == "__main__":

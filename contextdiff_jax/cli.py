@@ -6,18 +6,43 @@ import ctypes
 import glob
 import json
 import logging
+import math
 import os
 import pathlib
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from contextdiff_jax.keys import LARGEST
+
+flags.disclaim_key_flags()  # --help of a command shows what it defines by the functions below
 CONFIG = None
+# Fields of configs that name files or folders.
+PATHS = (
+    "data.path",
+    "data.metadata",
+    "data.heldout_metadata",
+    "data.index_folder",
+    "data.tokenizer",
+    "train.init_from",
+    "context.clip",
+    "text.pretrained",
+    "model.pretrained",
+    "latent.vae",
+    "video.path",
+    "video.model",
+    "edit.clip",
+    "edit.pickscore",
+    "edit.lpips",
+)
+# Endings of the pictures that are written by a name of the user's.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pdf")
 STARTED = time.perf_counter()  # every command's first import is this module's
 
 
@@ -36,10 +61,106 @@ def define_config() -> None:
 
 
 def read_config() -> dict[str, Any]:
-    """The config with its overrides, as plain JSON-able values."""
+    """The config with its overrides, as plain JSON-able values; `~` in its paths is the home."""
     if CONFIG is None or CONFIG.value is None:
         raise ValueError("--config: missing; name a config file, as in --config=configs/shapes.py")
-    return json.loads(json.dumps(CONFIG.value.to_dict()))
+    config = json.loads(json.dumps(CONFIG.value.to_dict()))
+    for name in PATHS:
+        section, field = name.split(".")
+        values = config.get(section)
+        if isinstance(values, dict) and isinstance(values.get(field), str):
+            values[field] = expand(values[field], name)
+    return config
+
+
+def expand(path: str, name: str) -> str:
+    """`path` with `~` and `~user` as the home folder, which the shell leaves alone in --flag=~/x.
+
+    Raises ValueError, naming the field `name` if it isn't empty, where there is no such user.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        where = f"{name}={path}: " if name else ""
+        raise ValueError(f"{where}there is no such user; write ./{path} for such a name")
+    return expanded
+
+
+class _Path(flags.ArgumentParser):
+    """A path, with `~` as the home folder."""
+
+    def parse(self, argument: str) -> str:
+        return expand(argument, "")
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+class _Finite(flags.FloatParser):
+    """A number: neither nan nor inf, which absl's bounds let through."""
+
+    def convert(self, argument: Any) -> float:
+        value = super().convert(argument)
+        if not math.isfinite(value):
+            raise ValueError("must be a finite number")
+        return value
+
+
+def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
+    """A flag that names a file or a folder."""
+    return flags.DEFINE(_Path(), name, default, help)
+
+
+def define_float(
+    name: str, default: float | None, help: str, lower: float | None = None
+) -> flags.FlagHolder:
+    """A flag that is a finite number, of at least `lower`."""
+    return flags.DEFINE(_Finite(lower_bound=lower), name, default, help)
+
+
+def define_seed(help: str) -> flags.FlagHolder:
+    """--seed, a whole number of 64 bits."""
+    return flags.DEFINE_integer("seed", 0, help, lower_bound=0, upper_bound=LARGEST)
+
+
+def output_folder(flag: str, value: str | None, file: str = "") -> pathlib.Path:
+    """The folder that `--flag=value` names, once it is known that files can be written there.
+
+    To be called before the work whose results it is for. Makes nothing. `file`: what the flag says
+    if that is a file in the folder. Raises ValueError, naming the flag, for a file in the folder's
+    place, a bucket, and a place that can't be written.
+    """
+    if not value:
+        raise ValueError(f"--{flag}: missing; name the folder to write to")
+    path, given = pathlib.Path(value), f"--{flag}={file or value}"
+    if "://" in given:
+        raise ValueError(f"{given}: is remote; this command writes to local folders only")
+    there = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+    if not there.is_dir():
+        what = "is a file" if there == path and not file else f"lies below {there}, a file"
+        raise ValueError(f"{given}: {what}; name another folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{given}: can't be written ({error.strerror})") from None
+    return path
+
+
+def output_file(flag: str, value: str, suffixes: Sequence[str] = ()) -> pathlib.Path:
+    """As `output_folder`, of a file: its folder is checked, and that its name ends in one of
+    `suffixes` (none: anything will do).
+    """
+    path = pathlib.Path(value or "")
+    if not value:
+        raise ValueError(f"--{flag}: missing; name a file")
+    if not path.name or path.is_dir() or value.endswith("/"):
+        raise ValueError(f"--{flag}={value}: is a folder; name a file")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(f"--{flag}={value}: must end in one of {', '.join(suffixes)}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"--{flag}={value}: can't be written (it is read-only)")
+    output_folder(flag, str(path.parent), value)
+    return path
 
 
 def is_remote(path: pathlib.Path) -> bool:
@@ -89,6 +210,12 @@ def set_compilation_cache(workdir: pathlib.Path) -> str:
     return jax.config.jax_compilation_cache_dir
 
 
+def user_cache() -> pathlib.Path:
+    """The user's folder of what is computed once and isn't part of a run: compiled programs."""
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(home) / "contextdiff_jax"
+
+
 def keep_freed_memory() -> None:
     """On a host without an accelerator: memory that was freed stays the process's, in one heap.
 
@@ -118,6 +245,11 @@ def run(main: Callable[[], None]) -> None:
     keep_freed_memory()
 
     def parse(argv):
+        home = "--config=~"  # an argument that no shell expands, nor the flag's own parser
+        argv = [
+            f"--config={expand(a.partition('=')[2], '--config')}" if a.startswith(home) else a
+            for a in argv
+        ]
         try:
             left = flags.FLAGS(argv)
         except (

@@ -16,12 +16,12 @@ from absl import flags
 
 from contextdiff_jax import cli
 
-SOURCE = flags.DEFINE_string(
+SOURCE = cli.define_path(
     "source",
     None,
     "Folder to read, with config.json or model_index.json, or a single .safetensors file.",
 )
-TARGET = flags.DEFINE_string("target", None, "Folder to write; must be new.")
+TARGET = cli.define_path("target", None, "Folder to write; must be new.")
 REVERSE = flags.DEFINE_boolean("reverse", False, "From our format to Hugging Face's.")
 
 
@@ -30,6 +30,7 @@ def main() -> None:
     for name, value in (("source", SOURCE.value), ("target", TARGET.value)):
         if not value:
             raise ValueError(f"--{name}: missing; name a folder")
+    cli.output_folder("target", TARGET.value)
 
     import jax
     import tqdm

@@ -12,20 +12,18 @@ the context, and scores them exactly (shapes_benchmark.json, shapes_strip.png).
 
 from __future__ import annotations
 
-import pathlib
-
 from absl import flags
 
 from contextdiff_jax import cli
 
-WORKDIR = flags.DEFINE_string(
+WORKDIR = cli.define_path(
     "workdir", None, "Folder of the edit: everything it writes, and what it resumes from."
 )
 
 SHAPES = flags.DEFINE_integer(
     "shapes", 0, "Edit this many clips of moving shapes instead, and score them.", lower_bound=0
 )
-BASELINE = flags.DEFINE_string(
+BASELINE = cli.define_path(
     "baseline", "", "With --shapes: another model for the side without context."
 )
 
@@ -33,8 +31,7 @@ BASELINE = flags.DEFINE_string(
 def main() -> None:
     """Parses, edits, prints the table."""
     config = cli.read_config()
-    if not WORKDIR.value:
-        raise ValueError("--workdir: missing; name the folder of the edit")
+    workdir = cli.output_folder("workdir", WORKDIR.value)
     # Imported when the flags are known to be right: JAX takes seconds to start.
     from contextdiff_jax.editing import shapes_benchmark
     from contextdiff_jax.editing.pipeline import run_edit, table
@@ -42,7 +39,6 @@ def main() -> None:
     from contextdiff_jax.training.workdir import held
 
     settings = parse_edit(config)
-    workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
     if SHAPES.value:
         with held(workdir):

@@ -8,17 +8,17 @@ docs/evaluation.md.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import shlex
 import sys
+from typing import Any
 
 from absl import flags
 
 from contextdiff_jax import cli
 from contextdiff_jax.files import write_json
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
+WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
 METRICS = flags.DEFINE_list(
     "metrics",
     ["composition"],
@@ -30,20 +30,38 @@ NUM = flags.DEFINE_integer(
 REFERENCE = flags.DEFINE_integer(
     "reference", 2048, "Real pictures a split to compare with.", lower_bound=2
 )
-FEATURES = flags.DEFINE_string(
+FEATURES = cli.define_path(
     "features", "", "A classifier's folder or Inception's weights; default: DIR/classifier."
 )
-CLIP = flags.DEFINE_string(
-    "clip", "", "Folder of a transformers CLIPModel, for cmmd and clip_score."
-)
+CLIP = cli.define_path("clip", "", "Folder of a transformers CLIPModel, for cmmd and clip_score.")
 BOUND_TIMESTEPS = flags.DEFINE_integer(
     "bound_timesteps", 50, "KL terms a picture; 0: all.", lower_bound=0
 )
-GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the run's config.")
+GUIDANCE = cli.define_float("guidance", None, "Guidance scale; default: the run's config.")
 SAMPLER = flags.DEFINE_string("sampler", None, "ddim or ddpm; default: the run's config.")
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's config.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the samples' noise, the bound's, and the bootstrap.")
+SEED = cli.define_seed("Of the samples' noise, the bound's, and the bootstrap.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or params.")
+
+
+def checked_flags() -> dict[str, Any]:
+    """The options of sampling that are given. ValueError, before a checkpoint is read, for a flag
+    that can't be right.
+    """
+    from contextdiff_jax.evaluation.metrics import METRICS as KNOWN
+    from contextdiff_jax.settings import SampleConfig
+
+    if not METRICS.value:
+        raise ValueError(f"--metrics: the list is empty; of {', '.join(KNOWN)}")
+    for name in METRICS.value:
+        if name not in KNOWN:
+            raise ValueError(f"--metrics={name!r}: unknown; one of {', '.join(KNOWN)}")
+    given = {"sampler": SAMPLER.value, "steps": STEPS.value, "guidance": GUIDANCE.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    SampleConfig(**given)
+    if WORKDIR.value:  # else `load_run` says what is missing
+        cli.output_folder("workdir", WORKDIR.value)
+    return given
 
 
 def main() -> None:
@@ -53,9 +71,7 @@ def main() -> None:
     from contextdiff_jax.evaluation import metrics, report
     from contextdiff_jax.evaluation.features import replicate
 
-    for name in METRICS.value:
-        if name not in metrics.METRICS:
-            raise ValueError(f"--metrics={name!r}: unknown; one of {', '.join(metrics.METRICS)}")
+    given = checked_flags()
 
     from contextdiff_jax.inference.opening import of_run
     from contextdiff_jax.parallel.mesh import local_mesh
@@ -64,10 +80,7 @@ def main() -> None:
     from contextdiff_jax.training.state import model_graph
 
     run = load_run(WORKDIR.value, WEIGHTS.value)
-    given = {"sampler": SAMPLER.value, "steps": STEPS.value, "guidance": GUIDANCE.value}
-    options = dataclasses.replace(
-        run.settings.sample, **{name: value for name, value in given.items() if value is not None}
-    )
+    options = dataclasses.replace(run.settings.sample, **given)
     workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
     params, frozen = replicate(run.params), replicate(load_frozen(run.settings))
@@ -113,11 +126,10 @@ def main() -> None:
         "machine": report.machine(),
     }
     write_json(workdir / "metrics.json", {**facts, **report.as_json(results)})
-    config = json.loads((workdir / "config.json").read_text())
     samples = {
         row: (images, evaluation.captions(row)) for row, images in evaluation.sampled.items()
     }
-    print(f"{report.write_report(workdir, results, samples, facts, config)}")
+    print(f"{report.write_report(workdir, results, samples, facts, run.config)}")
 
 
 if __name__ == "__main__":

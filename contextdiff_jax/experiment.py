@@ -14,14 +14,15 @@ import pathlib
 from absl import flags
 
 from contextdiff_jax import cli
+from contextdiff_jax.keys import LARGEST
 
-PLAN = flags.DEFINE_string(
+PLAN = cli.define_path(
     "plan", None, "Python file with get_plan(): see contextdiff_jax/experiments/plan.py."
 )
-OUT = flags.DEFINE_string(
+OUT = cli.define_path(
     "out", "docs/results", "Folder of PLAN.md and of the finished cells, the lines of PLAN.jsonl."
 )
-WORKDIR = flags.DEFINE_string(
+WORKDIR = cli.define_path(
     "workdir", "runs/experiments", "Folder of the cells' runs, PLAN/VARIANT-SEED-HASH."
 )
 VARIANTS = flags.DEFINE_list("variants", [], "Only these; default: the plan's.")
@@ -33,10 +34,12 @@ def main() -> None:
     """Run what is missing and write the page."""
     if not PLAN.value:
         raise ValueError("--plan: missing; as in --plan=configs/experiments/shapes.py")
-    if not all(seed.isdecimal() for seed in SEEDS.value):
+    if not all(seed.isdecimal() and int(seed) <= LARGEST for seed in SEEDS.value):
         raise ValueError(
-            f"--seeds={','.join(SEEDS.value)}: must be numbers from 0 on, as in --seeds=5,6"
+            f"--seeds={','.join(SEEDS.value)}: must be numbers from 0 to 2^64 - 1, as in --seeds=5,6"
         )
+    out = cli.output_folder("out", OUT.value)
+    workdir = cli.output_folder("workdir", WORKDIR.value) / pathlib.Path(PLAN.value).stem
 
     from contextdiff_jax.experiments.cells import run_cell
     from contextdiff_jax.experiments.plan import load_plan
@@ -48,7 +51,6 @@ def main() -> None:
     else:
         names = {plan.cell(variant, 0).variant for variant in VARIANTS.value}  # unknown: an error
         cells = [cell for cell in plan.cells() if not names or cell.variant in names]
-    out, workdir = pathlib.Path(OUT.value), pathlib.Path(WORKDIR.value) / name
     out.mkdir(parents=True, exist_ok=True)
     cli.set_compilation_cache(workdir)
     for cell in cells:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from etils import epath
@@ -11,6 +12,7 @@ from jaxtyping import PyTree
 
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
+from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.settings import Settings, parse
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.state import init_state
@@ -26,6 +28,7 @@ class Run:
     tokenizer: Tokenizer
     params: PyTree
     step: int
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # config.json
 
 
 def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
@@ -43,7 +46,7 @@ def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
         raise ValueError(
             f"--workdir={workdir}: holds no run (no config.json); train one with contextdiff_jax.train"
         )
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json", "a run's config")
     # A run trained on many devices is read on those that are here.
     settings = parse(config | {"mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1}})
     tokenizer = open_tokenizer(settings)
@@ -53,4 +56,4 @@ def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
         folder, checkpoints.placed(abstract, shardings), weights
     )
     params = merge_lora(params) if merged else params
-    return Run(settings, tokenizer, params, step)
+    return Run(settings, tokenizer, params, step, config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ from contextdiff_jax.diffusion import NoiseSchedule, get_sampler, make_schedule
 from contextdiff_jax.diffusion.losses import TIMESTEP_SAMPLINGS, WEIGHTINGS
 from contextdiff_jax.diffusion.process import PREDICTION_TYPES, SHIFTS
 from contextdiff_jax.diffusion.samplers import check_eta
+from contextdiff_jax.diffusion.schedule import SPACINGS
+from contextdiff_jax.fields import check_at_least, check_choice, check_types, strict, typed
+from contextdiff_jax.keys import check_seed
 from contextdiff_jax.models.context import ContextConfig
 from contextdiff_jax.models.flash import CHOICES
 from contextdiff_jax.models.remat import POLICIES
@@ -34,22 +38,22 @@ ESTIMATES = ("plugin", "posterior_mean")
 DECAYS = ("constant", "linear", "cosine")
 PRECISIONS = ("float32", "bfloat16")
 PARTS = ("full", "lora", "context")
+# What every line of metrics.jsonl has but the quartiles of t, which a small batch may lack.
+LOGGED = (
+    "loss",
+    "denoise_loss",
+    "context_loss",
+    "prior_kl",
+    "context_gain",
+    "grad_norm",
+    "learning_rate",
+    "nonfinite",
+    "broken_records",
+    "images_per_second",
+    "seconds_per_step",
+    *(f"loss_q{i}" for i in range(1, 5)),
+)
 SHIFTS_OF_TEXT_ALONE = ("prior", "data_normalization")
-
-
-def check_choice(field: str, value: Any, allowed: typing.Iterable[str]) -> None:
-    """Raises ValueError, naming `field` and what is allowed, unless value is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{field}={value!r}: unknown; one of {', '.join(allowed)}")
-
-
-def check_at_least(section: Any, name: str, **minima: float) -> None:
-    """Raises ValueError for the first field of the dataclass `section` that is under its minimum."""
-    for field, minimum in minima.items():
-        if getattr(section, field) < minimum:
-            raise ValueError(
-                f"{name}.{field}={getattr(section, field)}: must be at least {minimum}"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,12 +122,14 @@ class TrainConfig:
             warmup_steps=0,
             learning_rate=0,
             clip_norm=0,
+            weight_decay=0,
         )
+        check_choice("train.best_metric", self.best_metric, LOGGED)
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"train.accumulation={self.accumulation}: must divide train.batch_size={self.batch_size}"
             )
-        for field in ("ema_decay", "caption_dropout"):
+        for field in ("ema_decay", "caption_dropout", "b1", "b2"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"train.{field}={getattr(self, field)}: must lie in [0, 1)")
 
@@ -152,6 +158,7 @@ class DiffusionConfig:
                 "diffusion.prediction_type='epsilon': says nothing of x0 where the SNR is 0; "
                 "with zero_terminal_snr one of x0, v"
             )
+        check_at_least(self, "diffusion", gamma=0, prior_kl=0)
         self.make_schedule()
 
     def make_schedule(self) -> NoiseSchedule:
@@ -177,6 +184,7 @@ class ShiftConfig(ContextConfig):
         super().__post_init__()
         check_choice("context.shift", self.shift, SHIFTS)
         check_choice("context.estimate", self.estimate, ESTIMATES)
+        check_at_least(self, "context", head_loss=0)
         if self.shift in SHIFTS_OF_TEXT_ALONE and self.kind not in ("text", "none"):
             raise ValueError(
                 f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = T, so r may not "
@@ -224,8 +232,16 @@ class SampleConfig:
     def __post_init__(self):
         get_sampler(self.sampler)
         check_eta(self.eta)
-        if self.guidance < 0:
-            raise ValueError(f"guidance={self.guidance}: must not be negative")
+        check_choice("spacing", self.spacing, SPACINGS)
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance={self.guidance}: must be finite and not negative")
+        for field, most in (("guidance_rescale", 1), ("dynamic_threshold", 100)):
+            if not 0 <= getattr(self, field) <= most:
+                raise ValueError(f"{field}={getattr(self, field)}: must lie in [0, {most}]")
+        if self.steps < 1 or self.steps_offset < 0:
+            raise ValueError(
+                f"steps={self.steps}, steps_offset={self.steps_offset}: must be at least 1 and 0"
+            )
         if self.reuse < 1 or self.steps % self.reuse:
             raise ValueError(
                 f"reuse={self.reuse}: must be a positive divisor of steps={self.steps}"
@@ -259,24 +275,10 @@ class Settings:
         )
 
 
-def strict(cls: type, section: str, values: Mapping[str, Any], **filled: Any) -> Any:
-    """cls(**values), with an unknown or ill-typed field named in one line."""
-    types = typing.get_type_hints(cls)
-    for name, value in values.items():
-        if name not in types:
-            near = difflib.get_close_matches(name, types, n=3, cutoff=0.4)
-            raise ValueError(
-                f"{section}.{name}={value!r}: unknown field; nearest: {', '.join(near) or 'none'}"
-            )
-        if types[name] is float and isinstance(value, int) and not isinstance(value, bool):
-            continue
-        if isinstance(types[name], type) and not isinstance(value, types[name]):
-            raise ValueError(f"{section}.{name}={value!r}: must be of type {types[name].__name__}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, **filled)
-
-
 def _check_sections(config: Mapping[str, Any], sections: typing.Sequence[str]) -> None:
-    """Raises ValueError for a section of the config that is unknown, or one that is missing."""
+    """Raises ValueError for a section of the config that is unknown, or one that is missing, and
+    for a seed that is none.
+    """
     for name in config:
         if name not in sections:
             near = difflib.get_close_matches(name, sections, n=3, cutoff=0.4)
@@ -284,6 +286,29 @@ def _check_sections(config: Mapping[str, Any], sections: typing.Sequence[str]) -
     for name in sections:
         if name not in config:
             raise ValueError(f"{name}: missing; a config has the sections {', '.join(sections)}")
+    check_seed(config["seed"])
+
+
+def _data(values: Mapping[str, Any]) -> DataConfig:
+    """The section `data`, and its seeds and counts checked."""
+    data = strict(DataConfig, "data", values)
+    check_seed(data.seed, "data.seed")
+    check_seed(data.scene_seed, "data.scene_seed")
+    check_at_least(
+        data,
+        "data",
+        image_size=1,
+        max_length=2,
+        num_scenes=1,
+        num_workers=0,
+        prefetch=0,
+        bucket_max_ratio=0,
+        bucket_step=1,
+    )
+    for field in ("max_broken_fraction", "heldout_fraction", "position_fraction"):
+        if not 0 <= getattr(data, field) <= 1:
+            raise ValueError(f"data.{field}={getattr(data, field)}: must lie in [0, 1]")
+    return data
 
 
 def parse(config: Mapping[str, Any]) -> Settings:
@@ -297,13 +322,14 @@ def parse(config: Mapping[str, Any]) -> Settings:
     )
     context = strict(ShiftConfig, "context", config["context"])
     # The second head belongs to the estimate: one decision, made in context.estimate.
+    check_types(UNetConfig, "model", config["model"])
     model = {**config["model"], "context_head": context.estimate == "posterior_mean"}
-    pretrained = model.pop("pretrained", "")
+    pretrained = typed("model.pretrained", model.pop("pretrained", ""), str)
     model = UNetConfig.from_dict(model)
     settings = Settings(
         seed=config["seed"],
         train=strict(TrainConfig, "train", config["train"]),
-        data=strict(DataConfig, "data", config["data"]),
+        data=_data(config["data"]),
         diffusion=strict(DiffusionConfig, "diffusion", config["diffusion"]),
         context=dataclasses.replace(
             context,
@@ -318,6 +344,11 @@ def parse(config: Mapping[str, Any]) -> Settings:
         latent=strict(LatentConfig, "latent", config["latent"]),
         pretrained=pretrained,
     )
+    most = settings.diffusion.num_timesteps  # refused now, not when the first pictures are due
+    if settings.sample.steps > most:
+        raise ValueError(
+            f"sample.steps={settings.sample.steps}: must lie in 1..{most}, diffusion.num_timesteps"
+        )
     _check_text(settings)
     _check_latents(settings)
     return settings
@@ -407,7 +438,8 @@ class AutoencoderSettings:
 def parse_autoencoder(config: Mapping[str, Any]) -> AutoencoderSettings:
     """As `parse`, for the config of contextdiff_jax.train_vae."""
     _check_sections(config, [field.name for field in dataclasses.fields(AutoencoderSettings)])
-    data, vae = strict(DataConfig, "data", config["data"]), VAEConfig.from_dict(config["vae"])
+    check_types(VAEConfig, "vae", config["vae"])
+    data, vae = _data(config["data"]), VAEConfig.from_dict(config["vae"])
     if data.image_size % vae.downscale:
         raise ValueError(
             f"data.image_size={data.image_size}: must be a multiple of {vae.downscale}, vae's levels"

@@ -14,10 +14,10 @@ from absl import flags
 
 from contextdiff_jax import cli
 
-WORKDIR = flags.DEFINE_string(
+WORKDIR = cli.define_path(
     "workdir", None, "Folder of the run (local or gs://): all it writes and resumes from."
 )
-REPLAY = flags.DEFINE_string(
+REPLAY = cli.define_path(
     "replay", None, "Folder of a dumped step (WORKDIR/nonfinite_N): does that step again."
 )
 ADDRESS = flags.DEFINE_string(
@@ -37,8 +37,8 @@ def main() -> None:
         print(replay(epath.Path(REPLAY.value)))
         return
     config = cli.read_config()
-    if not WORKDIR.value:
-        raise ValueError("--workdir: missing; name the folder of the run")
+    if not cli.is_remote(WORKDIR.value or ""):
+        cli.output_folder("workdir", WORKDIR.value)
     # Imported when the flags are known to be right: JAX takes seconds to start.
     from etils import epath
 

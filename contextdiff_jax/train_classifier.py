@@ -8,36 +8,30 @@ accuracy on pictures kept aside.
 
 from __future__ import annotations
 
-import pathlib
-
 from absl import flags
 
 from contextdiff_jax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder to write the classifier to.")
+WORKDIR = cli.define_path("workdir", None, "Folder to write the classifier to.")
 STEPS = flags.DEFINE_integer("steps", 1000, "Training steps.", lower_bound=1)
 NUM = flags.DEFINE_integer(
     "num", 10_000, "Pictures, of which a tenth is kept aside for the accuracy.", lower_bound=100
 )
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures a step.", lower_bound=1)
-LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "Of AdamW.", lower_bound=0)
-SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the weights, the order of the pictures and which are kept aside."
-)
+LEARNING_RATE = cli.define_float("learning_rate", 3e-3, "Of AdamW.", lower=0)
+SEED = cli.define_seed("Of the weights, the order of the pictures and which are kept aside.")
 
 
 def main() -> None:
     """Parses, trains, prints the accuracy."""
     config = cli.read_config()
-    if not WORKDIR.value:
-        raise ValueError("--workdir: missing; name the folder for the classifier")
+    workdir = cli.output_folder("workdir", WORKDIR.value)
 
     from contextdiff_jax.evaluation.classifier import WEIGHTS_FILE
     from contextdiff_jax.evaluation.fit import fit_classifier
     from contextdiff_jax.settings import parse
 
     settings = parse(config)
-    workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
     accuracy, aside = fit_classifier(
         settings.data,

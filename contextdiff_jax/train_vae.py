@@ -8,13 +8,9 @@ pictures that it has not seen beside what it makes of them.
 
 from __future__ import annotations
 
-import pathlib
-
-from absl import flags
-
 from contextdiff_jax import cli
 
-WORKDIR = flags.DEFINE_string(
+WORKDIR = cli.define_path(
     "workdir", None, "Folder of the run: everything it writes, and what it resumes from."
 )
 
@@ -22,14 +18,12 @@ WORKDIR = flags.DEFINE_string(
 def main() -> None:
     """Parses, then trains."""
     config = cli.read_config()
-    if not WORKDIR.value:
-        raise ValueError("--workdir: missing; name the folder of the run")
+    workdir = cli.output_folder("workdir", WORKDIR.value)
     from contextdiff_jax.settings import parse_autoencoder
     from contextdiff_jax.training.autoencoder import train_autoencoder
     from contextdiff_jax.training.workdir import held
 
     settings = parse_autoencoder(config)
-    workdir = pathlib.Path(WORKDIR.value)
     cli.set_compilation_cache(workdir)
     with held(workdir):
         report = train_autoencoder(settings, config, workdir)

@@ -4,16 +4,21 @@ every command sets up.
 
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
+from absl import flags
 from conftest import ROOT, command
+from ml_collections import ConfigDict
 from PIL import Image
 
 from contextdiff_jax import cli
+from contextdiff_jax.run import load_run
 
 TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")
 
@@ -103,3 +108,76 @@ def test_compiled_programs_are_kept_by_the_number_of_cores(monkeypatch, tmp_path
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7}, raising=False)
     cli.set_compilation_cache(tmp_path)
     assert set_to == {"jax_compilation_cache_dir": str(tmp_path / "compiled" / "3-cores")}
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("grid", "--out={}: must end in one of .png, .jpg"),
+        ("grid.xyz", "--out={}: must end in one of .png"),
+        ("", "--out: missing; name a file"),
+        ("folder", "--out={}: is a folder; name a file"),
+        ("new/", "--out={}: is a folder; name a file"),
+        ("file/grid.png", "--out={}: lies below .*/file, a file; name another folder"),
+        ("file/new/grid.png", "--out={}: lies below .*/file, a file; name another folder"),
+        ("gs://bucket/grid.png", "--out={}: is remote"),
+        ("/proc/grid.png", "--out={}: can't be written"),
+        ("grid.png", None),
+        ("GRID.JPG", None),
+        ("new/deep/grid.webp", None),
+    ],
+)
+def test_an_output_is_refused_before_the_work_and_nothing_is_made(tmp_path, value, message):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    before = set(tmp_path.rglob("*"))
+    value = value if not value or value.startswith(("/", "gs:")) else f"{tmp_path}/{value}"
+    if message is None:
+        assert cli.output_file("out", value, cli.PICTURES) == pathlib.Path(value)
+    else:
+        with pytest.raises(ValueError, match=message.format(re.escape(value))):
+            cli.output_file("out", value, cli.PICTURES)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_paths_of_flags_and_configs_know_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = flags.FlagValues()
+    flags.DEFINE(cli._Path(), "workdir", None, "", flag_values=values)
+    values(["program", "--workdir=~/run"])
+    assert values.workdir == f"{tmp_path}/run"
+    config = {
+        "data": {"path": "~/data", "metadata": "metadata*.jsonl", "seed": 0},
+        "sample": {"prompts": ("~ a tilde",)},
+        "latent": {"vae": "~"},
+        "video": {"path": "/clip", "model": "runs/~x"},
+    }
+    monkeypatch.setattr(cli, "CONFIG", types.SimpleNamespace(value=ConfigDict(config)))
+    found = cli.read_config()
+    assert found["data"] == {"path": f"{tmp_path}/data", "metadata": "metadata*.jsonl", "seed": 0}
+    assert found["sample"]["prompts"] == ["~ a tilde"]
+    assert found["latent"]["vae"] == str(tmp_path)
+    assert found["video"] == {"path": "/clip", "model": "runs/~x"}
+    with pytest.raises(ValueError, match="data.path=~nobody_here/x: there is no such user"):
+        cli.expand("~nobody_here/x", "data.path")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "abc"])
+def test_a_flag_that_is_a_number_is_finite_and_within_its_bound(value):
+    values = flags.FlagValues()
+    flags.DEFINE(cli._Finite(lower_bound=0), "guidance", None, "", flag_values=values)
+    with pytest.raises(flags.IllegalFlagValueError, match=f"--guidance={value}"):
+        values(["program", f"--guidance={value}"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "", '{"train"', "[]", "\udcff"],
+    ids=["deep", "empty", "cut", "list", "bytes"],
+)
+def test_a_run_whose_config_is_damaged_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(
+        ValueError, match="config.json: (not valid JSON|not a JSON object|is empty)"
+    ):
+        load_run(str(tmp_path))

@@ -27,6 +27,7 @@ from contextdiff_jax.data import (
 from contextdiff_jax.data import tokenizer as tokenizer_module
 from contextdiff_jax.data.folder import load_image
 from contextdiff_jax.data.identity import identity
+from contextdiff_jax.data.records import find_files
 from contextdiff_jax.data.shapes import (
     COLOURS,
     SHAPES,
@@ -533,3 +534,18 @@ def test_unknown_sources_and_splits_are_refused_in_one_line(tmp_path):
         with pytest.raises(ValueError) as error:
             make_source(config, split)
         assert words in _one_line(error)
+
+
+def test_metadata_may_be_named_by_its_whole_path(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "b/metadata.jsonl").write_text("")
+    for pattern in (
+        f"{tmp_path}/b/metadata.jsonl",
+        f"{tmp_path}/b/*.jsonl",
+        f"{tmp_path}/**/*.jsonl",
+    ):
+        found = find_files(str(tmp_path / "a"), pattern, "file")
+        assert found == [tmp_path / "b/metadata.jsonl"]
+    with pytest.raises(ValueError, match="data.metadata='/nowhere/x.jsonl': no such file"):
+        find_files(str(tmp_path), "/nowhere/x.jsonl", "file")

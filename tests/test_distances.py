@@ -14,7 +14,7 @@ from references import gaussian_kernel, mmd2
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from contextdiff_jax.evaluation import distances, intervals
+from contextdiff_jax.evaluation import distances, intervals, video
 from contextdiff_jax.evaluation.features import Moments, extract
 
 RTOL = 1e-9
@@ -269,3 +269,40 @@ def test_features_in_padded_batches_over_8_devices_are_each_picture_s_own():
         features, np.stack([images.mean((1, 2, 3)), images[:, 0, 0, 0]], -1), rtol=1e-6
     )
     assert shapes == [[8, 8], [8, 8]]
+
+
+BAD = {
+    "fid": distances.fid,
+    "kid": distances.kid,
+    "mmd2": lambda x, y: distances.mmd2(x, y, distances.polynomial_kernel),
+    "cmmd": distances.cmmd,
+    "precision_recall": distances.precision_recall,
+    "clip_score": lambda x, y: distances.clip_score(x, y[: len(x)]),
+    "cosines": lambda x, y: distances.cosines(x, y[: len(x)]),
+    "moments": lambda x, y: (Moments.of(x), Moments.of(y)),
+}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("which", [0, 1])
+def test_features_that_are_not_finite_are_refused_and_counted(name, value, which):
+    """One picture of 60 with a nan gave a precision of 0.95, and fell out of the CLIP score."""
+    sets = two_sets()
+    sets[which][17, 3] = value
+    with pytest.raises(ValueError, match="1 of (60|80) rows hold values .* the first is row 17"):
+        BAD[name](*sets)
+
+
+def test_networks_and_means_that_are_not_finite_are_refused():
+    rows = np.ones((5, 3), np.float32)
+    with pytest.raises(ValueError, match="logits: 5 of 5 rows"):
+        extract(lambda batch: batch * np.nan, rows, label="logits")
+    with pytest.raises(ValueError, match="image: row 2 is all 0"):
+        distances.cosines(rows * (np.arange(5) != 2)[:, None], rows)
+    with pytest.raises(ValueError, match="infinite"):
+        intervals.mean_interval([1.0, np.inf, np.nan])
+    clip = np.zeros((1, 16, 16, 3), np.uint8)
+    for metric in (video.psnr, video.ssim):
+        with pytest.raises(ValueError, match="not finite"):
+            metric(np.where(clip == 0, np.nan, clip), clip)

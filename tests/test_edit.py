@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ONE_LEVEL, ROOT, command, config_dict
@@ -17,12 +18,16 @@ from transformers import CLIPConfig, CLIPModel
 
 from configs.edit_shapes import video_sections
 from contextdiff_jax.cli import RunError
+from contextdiff_jax.data import moving_shapes
 from contextdiff_jax.data.moving_shapes import frames_of, make_moving_shape
 from contextdiff_jax.data.video import read_clip
 from contextdiff_jax.editing import tuning
+from contextdiff_jax.editing.models import digest
 from contextdiff_jax.editing.output import save_frames
-from contextdiff_jax.editing.pipeline import run_edit, table
+from contextdiff_jax.editing.pipeline import remove_old, run_edit, table
 from contextdiff_jax.editing.settings import parse_edit
+from contextdiff_jax.files import write_json
+from contextdiff_jax.training import checkpoints
 
 
 def config_of(folder, **changes):
@@ -178,3 +183,61 @@ def test_frames_over_eight_devices_give_what_one_device_gives():
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["devices"] == 8 and found["values"] > 20 and found["output_devices"] == 8
     assert found["error"] < 2e-4
+
+
+def test_a_tuning_is_known_by_the_clip_and_the_model_not_by_their_names(tmp_path):
+    config = config_of(tmp_path) | {"tuned_on": {"clip": "c", "model": "m"}}
+    checkpoints.claim_workdir(tmp_path, config, tuning.FREE_FIELDS)
+
+    def check(config, **then):
+        tuning.check_workdir(
+            tmp_path, config | {"tuned_on": {"clip": "c", "model": "m"} | then}, settings
+        )
+
+    renamed = config_of(tmp_path, **{"video.path": "same", "video.model": "same", "edit.steps": 3})
+    settings = parse_edit(renamed)
+    check(renamed)
+    for changes, message in (
+        ({"clip": "other"}, "was tuned on another clip than video.path=same is now; choose"),
+        ({"model": "other"}, "was tuned from another model than video.model=same is now; choose"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(renamed, **changes)
+    with pytest.raises(ValueError, match="video.num_frames is 2 there and 3 here"):
+        check(config_of(tmp_path, **{"video.num_frames": 3}))
+    write_json(tmp_path / "config.json", config_of(tmp_path))  # as before there were digests
+    with pytest.raises(ValueError, match="doesn't say of which clip its tuning is; choose another"):
+        check(renamed)
+
+
+def test_a_digest_tells_arrays_by_their_values_wherever_they_lie():
+    values = {"a": np.arange(6.0, dtype=np.float32), "b": jnp.ones(2, jnp.bfloat16)}
+    same = {"a": jnp.arange(6.0), "b": np.asarray(values["b"])}
+    assert digest(values) == digest(same)
+    others = [{**values, "a": values["a"] + 1}, {**values, "a": values["a"].reshape(2, 3)}]
+    assert len({digest(values), digest(values, "config"), *map(digest, others)}) == 4
+
+
+def test_what_an_earlier_edit_wrote_is_removed_and_nothing_else(tmp_path):
+    old = [
+        "edits/00.gif",
+        "edits/00.mp4",
+        "edits/101.gif",
+        "edits/00/00000.png",
+        "attention/01.png",
+    ]
+    own = ["edits/best.gif", "edits/01/note.txt", "edits/notes.txt", "attention/mean.png"]
+    for name in (*old, *own, "edits/01/00007.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    remove_old(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(own) and not (tmp_path / "edits/00").exists()
+    remove_old(tmp_path / "new")
+
+
+@pytest.mark.parametrize("flag", ["--seed=-1", "--num_frames=0", "--size=4"])
+def test_the_clip_maker_names_the_number_that_is_too_small(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit, match="2"):
+        moving_shapes.main([f"--out={tmp_path}/clip", flag])
+    assert f"{flag}: must be at least" in capsys.readouterr().err

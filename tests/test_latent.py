@@ -472,3 +472,25 @@ def test_the_context_reads_the_tokens_of_a_frozen_clip_as_transformers_has_them(
         parse(config_of(pipe[1], **changes | {"data.source": "cache"}))
     with pytest.raises(ValueError, match="context.tokens='clip': needs context.clip"):
         parse(config_of(pipe[1], **{"context.tokens": "clip"}))
+
+
+@pytest.mark.parametrize(
+    "heldout, message",
+    [
+        (None, "data.heldout_metadata='metadata_test.jsonl'|metadata_test.jsonl"),
+        ("", "holds no records"),
+        ('{"file_name": "none.png", "text": "a"}\n', "1 of 1 records are broken"),
+    ],
+)
+def test_an_autoencoder_without_held_out_pictures_is_refused_before_its_training(
+    tmp_path, heldout, message
+):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    row = json.dumps({"file_name": "a.png", "text": "red"}) + "\n"
+    (tmp_path / "metadata_train.jsonl").write_text(30 * row)
+    if heldout is not None:
+        (tmp_path / "metadata_test.jsonl").write_text(heldout)
+    config = vae_config(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train_autoencoder(parse_autoencoder(config), config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

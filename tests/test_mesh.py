@@ -204,6 +204,7 @@ def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(
             f"--workdir={tmp_path}",
             *overrides,
             "--config.train.checkpoint_every=20",
+            "--config.train.sample_every=500",
             "--config.mesh.fsdp=2",
             "--config.train.peer_timeout=120",
         ],

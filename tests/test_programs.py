@@ -4,14 +4,18 @@ file.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.inference import Pipeline
 from contextdiff_jax.inference.opening import of_run
+from contextdiff_jax.inference.pipeline import NotFiniteError
 from contextdiff_jax.inference.programs import kept
+from contextdiff_jax.models.vae import VAE, VAEConfig
 from contextdiff_jax.parallel.mesh import local_mesh
 from contextdiff_jax.training.state import init_state
 
@@ -77,14 +81,38 @@ def test_a_second_pipeline_reads_the_program_and_makes_the_same_pictures(
 ):
     params, tokenizer = init_state(tiny_settings).params, load_tokenizer()
 
-    def sample(count, **options):
+    def sample(count, params=params, seed=0, **options):
         pipeline = of_run(tiny_settings, tokenizer, params, mesh=local_mesh(), **options)
-        return pipeline.text_to_image(["a large red circle"] * count, steps=2)
+        return pipeline.text_to_image(["a large red circle"] * count, seed=seed, steps=2)
 
     plain, first = sample(2), sample(2, programs=tmp_path)
     monkeypatch.setattr(Pipeline, "program", lambda *_: never())
     again = sample(2, programs=tmp_path)
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first, plain)
+    for seed in (1, 2**32):
+        assert (sample(2, programs=tmp_path, seed=seed) != first).mean() > 0.5
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    with pytest.raises(NotFiniteError, match="2 of 2 pictures, the first for 'a large"):
+        sample(2, broken, programs=tmp_path)
     with pytest.raises(AssertionError, match="traced again"):
         sample(4, programs=tmp_path)
+
+
+def test_what_networks_and_settings_hold_beside_arrays_is_part_of_the_key(tmp_path):
+    """Two autoencoders of the same shapes, one with another scale, are two programs."""
+
+    def vae(scale):
+        config = VAEConfig(block_out_channels=(8,), norm_num_groups=4, scaling_factor=scale)
+        return VAE(config, rngs=nnx.Rngs(0))
+
+    def keep(network, make):
+        return kept(tmp_path, "scale", "", make, network, np.ones(2, np.float32))
+
+    keep(vae(0.5), lambda: lambda network, x: x * network.config.scaling_factor)
+    keep(vae(0.5), never)
+    with pytest.raises(AssertionError, match="traced again"):
+        keep(vae(0.25), never)
+    with jax.default_matmul_precision("highest"):
+        with pytest.raises(AssertionError, match="traced again"):
+            keep(vae(0.5), never)

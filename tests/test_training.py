@@ -249,6 +249,7 @@ def test_a_run_of_another_config_or_model_is_not_resumed(tmp_path):
         "--config=configs/base.py",
         f"--workdir={done}",
         "--config.train.steps=3",
+        "--config.train.sample_every=500",  # and at the end
         tiny=True,
     )
     assert first.returncode == 0, first.stderr
@@ -327,3 +328,15 @@ def test_a_run_of_another_config_or_model_is_not_resumed(tmp_path):
         and "exact"
         in json.loads((done / "metrics.json").read_text())["composition"]["seen combinations"]
     )
+
+
+@pytest.mark.parametrize("every", [0, 5])
+def test_no_samples_are_made_where_none_are_asked_for(tmp_path, monkeypatch, every):
+    made = []
+    monkeypatch.setattr(loop, "Generator", lambda *_, **__: lambda *_, **__: made.append(1))
+    settings = parse(config_dict(**{"train.sample_every": every}))
+    reporter = loop.Reporter(settings, tmp_path, None, None, None)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    reporter(SimpleNamespace(ema=None), 9)
+    assert (tmp_path / "curves.png").exists() and len(made) == (every > 0)
+    assert not (tmp_path / "samples").exists()

@@ -31,6 +31,7 @@ from contextdiff_jax.data import (
     make_source,
 )
 from contextdiff_jax.data.decoding import FILTERS
+from contextdiff_jax.data.records import find_files
 from contextdiff_jax.files import read_lines
 
 _BATCH = 16
@@ -97,9 +98,7 @@ def _batched(images: Iterator[np.ndarray]) -> Batches:
 def _webdataset_peer(config: DataConfig) -> Iterator[np.ndarray]:
     import webdataset
 
-    shards = sorted(
-        str(path) for path in pathlib.Path(config.path).glob(config.metadata or "*.tar")
-    )
+    shards = [str(p) for p in find_files(config.path, config.metadata or "*.tar", "tar shard")]
     samples = webdataset.WebDataset(shards, shardshuffle=False).decode("pilrgb").repeat()
     for sample in samples:
         image = next(sample[name] for name in ("jpg", "jpeg", "png", "webp") if name in sample)

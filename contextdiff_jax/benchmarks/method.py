@@ -27,6 +27,7 @@ from contextdiff_jax.benchmarks.steps import (
 from contextdiff_jax.inference.opening import process_of, run_steps
 from contextdiff_jax.inference.pipeline import method_of
 from contextdiff_jax.inference.sampling import Text, make_sample
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.state import TrainState, build_model, init_state, model_graph
 from contextdiff_jax.training.step import draw, make_train_step
@@ -105,7 +106,7 @@ def _sample_method(settings: Settings, name: str) -> Contestant:
         Text(placed["ids"], placed["mask"], ids[:1], mask[:1]),
         run_steps(settings.diffusion.num_timesteps, settings.sample),
         np.float32(settings.sample.guidance),
-        jax.random.key(settings.seed),
+        make_key(settings.seed),
     )
     with devices.tracing():
         run, seconds, _ = compile_timed(

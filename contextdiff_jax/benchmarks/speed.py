@@ -42,6 +42,7 @@ from contextdiff_jax.benchmarks.steps import (
 )
 from contextdiff_jax.cli import num_cores
 from contextdiff_jax.diffusion.samplers import Denoised
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained.unet import unet_state_to_torch
 from contextdiff_jax.settings import Settings
@@ -86,7 +87,8 @@ def random_unet(settings: Settings) -> UNet:
     0: a new network's output and most of its gradients are 0, which would compare nothing.
     """
     unet = UNet(
-        dataclasses.replace(settings.model, context_head=False), rngs=nnx.Rngs(settings.seed)
+        dataclasses.replace(settings.model, context_head=False),
+        rngs=nnx.Rngs(make_key(settings.seed)),
     )
     nnx.update(unet, randomised(nnx.state(unet, nnx.Param), settings.seed))
     return unet

@@ -9,13 +9,11 @@ aren't there; processes share the shards.
 
 from __future__ import annotations
 
-import pathlib
-
 from absl import flags
 
 from contextdiff_jax import cli
 
-OUT = flags.DEFINE_string("out", None, "Folder of the cache.")
+OUT = cli.define_path("out", None, "Folder of the cache.")
 SPLIT = flags.DEFINE_string("split", "train", "Of the data.")
 SHARD_SIZE = flags.DEFINE_integer("shard_size", 1024, "Records a file.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer(
@@ -27,8 +25,7 @@ DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "Of the mo
 def main() -> None:
     """Parses, encodes, writes shard by shard."""
     config = cli.read_config()
-    if not OUT.value:
-        raise ValueError("--out: missing; name the folder of the cache")
+    out = cli.output_folder("out", OUT.value)
 
     from contextdiff_jax.pretrained.finetuning import adopt
     from contextdiff_jax.settings import parse
@@ -36,7 +33,7 @@ def main() -> None:
 
     cache, new = write_cache(
         parse(adopt(config)),
-        pathlib.Path(OUT.value).expanduser(),
+        out,
         split=SPLIT.value,
         shard_size=SHARD_SIZE.value,
         batch_size=BATCH_SIZE.value,

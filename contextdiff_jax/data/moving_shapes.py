@@ -109,10 +109,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_frames", type=int, default=8)
     parser.add_argument("--size", type=int, default=16)
     args = parser.parse_args(argv)
+    for name, least in (("seed", 0), ("num_frames", 1), ("size", 8)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name}={getattr(args, name)}: must be at least {least}")
+    args.out = args.out.expanduser()
     clip = make_moving_shape(args.seed, args.num_frames, args.size)
     for name, scenes in {"source": clip.scenes, **clip.edited}.items():
         folder = args.out / name
         folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("[0-9]" * 5 + ".png"):  # an earlier clip may have been longer
+            old.unlink()
         for i, frame in enumerate(frames_of(scenes, args.size)):
             Image.fromarray(frame).save(folder / f"{i:05d}.png")
     prompts = {name: caption(scenes[0]) for name, scenes in clip.edited.items()}

@@ -5,17 +5,21 @@ out of them.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8
 
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.contextdiff import ContextDiffusion, FrozenText
 from contextdiff_jax.models.pixels import to_uint8, to_unit
@@ -43,6 +47,7 @@ class Editor:
           tokens.
       encode, decode: frames <-> what is diffused, [1, F, H, W, C].
       multiple: height and width of a clip must be multiples of it.
+      source: a digest of what was read from `video.model`, weights and configs.
     """
 
     model: VideoDiffusion
@@ -53,6 +58,7 @@ class Editor:
     encode: Callable[[Clip], Float[Array, "1 F H W C"]]
     decode: Callable[[Float[Array, "1 F H W C"]], Clip]
     multiple: int
+    source: str
 
     def check_size(self, clip: Clip) -> None:
         """Raises ValueError unless the networks take the clip's height and width."""
@@ -68,6 +74,15 @@ class Editor:
             )
 
 
+def digest(tree: PyTree, *about: Any) -> str:
+    """Of the arrays' values, in order, the same wherever they lie; and of the `repr` of the rest."""
+    total = hashlib.blake2b(repr(about).encode(), digest_size=16)
+    for leaf in map(np.asarray, jax.tree.leaves(tree)):
+        total.update(f"{leaf.dtype}{leaf.shape}".encode())
+        total.update(np.ascontiguousarray(leaf).tobytes())
+    return total.hexdigest()
+
+
 def open_editor(settings: EditSettings) -> Editor:
     """The editor of `video.model`. ValueError for a folder that is neither a run nor a Stable
     Diffusion folder.
@@ -75,7 +90,10 @@ def open_editor(settings: EditSettings) -> Editor:
     name, base = settings.video.model, settings.base
     if not name:
         tokenizer = open_tokenizer(base)
-        return _from_model(settings, base, make_model(base).attach(load_frozen(base)), tokenizer)
+        frozen = load_frozen(base)
+        return _from_model(
+            settings, base, make_model(base).attach(frozen), tokenizer, digest(frozen)
+        )
     if exists(pathlib.Path(name) / INDEX_FILE):
         return _from_pipeline(settings, name)
     try:
@@ -84,8 +102,11 @@ def open_editor(settings: EditSettings) -> Editor:
         raise ValueError(
             f"video.model={name}: neither a Stable Diffusion folder nor a trained run ({error})"
         ) from None
-    model = build_model(model_graph(run.settings), run.params, load_frozen(run.settings))
-    return _from_model(settings, run.settings, model, run.tokenizer)
+    frozen = load_frozen(run.settings)
+    about = (run.settings.model, run.settings.diffusion, run.settings.context, run.settings.text)
+    source = digest((run.params, frozen), *about)
+    model = build_model(model_graph(run.settings), run.params, frozen)
+    return _from_model(settings, run.settings, model, run.tokenizer, source)
 
 
 def _context(
@@ -97,7 +118,7 @@ def _context(
     config = dataclasses.replace(settings.base.context, in_channels=channels, text_width=text_width)
     names = {field.name for field in dataclasses.fields(ContextConfig)}
     config = ContextConfig(**{name: getattr(config, name) for name in names})
-    return RelationalNetwork(config, rngs=nnx.Rngs(settings.base.seed))
+    return RelationalNetwork(config, rngs=nnx.Rngs(make_key(settings.base.seed)))
 
 
 def _multiple(config: ContextConfig) -> int:
@@ -105,7 +126,11 @@ def _multiple(config: ContextConfig) -> int:
 
 
 def _from_model(
-    settings: EditSettings, trained: Settings, model: ContextDiffusion, tokenizer: Tokenizer
+    settings: EditSettings,
+    trained: Settings,
+    model: ContextDiffusion,
+    tokenizer: Tokenizer,
+    source: str,
 ) -> Editor:
     """The editor of a model of pictures or latents that this package trained, or will."""
     length = trained.data.max_length
@@ -148,6 +173,7 @@ def _from_model(
         decode=decode,
         count_tokens=lambda word: int(tokenizer.encode([word], 64)[1].sum()) - 2,
         multiple=factor * _multiple(network.config),
+        source=source,
     )
 
 
@@ -184,6 +210,8 @@ def _shift(config: ShiftConfig, network: ContextConfig) -> str:
 def _from_pipeline(settings: EditSettings, folder: str) -> Editor:
     """The editor of a Stable Diffusion folder, with a new context."""
     stable = read_pipeline(folder)
+    parts = stable.unet, stable.vae, stable.text
+    source = digest(parts, stable.scheduler, *(part.config for part in parts))
     if len(stable.texts) > 1:
         raise ValueError(
             f"video.model={folder}: is XL; Stable Diffusion 1.x and 2.x can be edited with"
@@ -229,4 +257,5 @@ def _from_pipeline(settings: EditSettings, folder: str) -> Editor:
         encode=encode,
         decode=decode,
         multiple=factor * _multiple(network.config),
+        source=source,
     )

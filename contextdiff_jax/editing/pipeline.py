@@ -18,15 +18,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
+from contextdiff_jax.cli import RunError
 from contextdiff_jax.data.video import read_clip
 from contextdiff_jax.editing import output
 from contextdiff_jax.editing.attention import align, blend_mask
 from contextdiff_jax.editing.denoise import first_row
-from contextdiff_jax.editing.inversion import invert, reconstruct
-from contextdiff_jax.editing.models import Editor, open_editor
+from contextdiff_jax.editing.inversion import edit_timesteps, invert, reconstruct
+from contextdiff_jax.editing.models import Editor, digest, open_editor
 from contextdiff_jax.editing.sampling import sample_edits
 from contextdiff_jax.editing.settings import EditSettings
-from contextdiff_jax.editing.tuning import tune
+from contextdiff_jax.editing.tuning import TUNED_ON, check_workdir, tune
 from contextdiff_jax.evaluation import video as scores
 from contextdiff_jax.evaluation.lpips import Distance, load_lpips
 from contextdiff_jax.files import write_json
@@ -116,10 +117,13 @@ def edit_clip(
 
     path = programs.run("inversion", inversion, state, x0, first_row(text))
     back = programs.run("reconstruction", reconstruction, state, path[-1], first_row(text))
+    check_finite(back, "the reconstruction: its values are not finite; lower train.learning_rate")
     again, error = editor.decode(back), float(jnp.abs(back - x0).mean())
     psnr, ssim = scores.psnr(again, clip), scores.ssim(again, clip)
     LOGGER.info("reconstruction: PSNR %.2f dB, SSIM %.4f, mean error of x0 %.1e", psnr, ssim, error)
     clips, maps = programs.run("editing", editing, state, path, text, null, alignment)
+    for prompt, values in zip(video.edit_prompts, clips[1:], strict=True):
+        check_finite(values, f"the edit {prompt!r}: its values are not finite; lower edit.guidance")
     frames = [editor.decode(clip[None]) for clip in clips[1:]]
     full = jax.image.resize(maps, (*maps.shape[:2], *frames[0].shape[1:3]), "linear")
     inside = blend_mask(full, edit.blend_threshold) if edit.blend else jnp.ones((*full.shape, 1))
@@ -130,6 +134,12 @@ def edit_clip(
         masks=list(np.asarray(inside[1:, ..., 0]) > 0),
         maps=np.asarray(full),
     )
+
+
+def check_finite(values: Float[Array, "..."], message: str) -> None:
+    """RunError for a clip that would be written as black pictures, and measured as if it were one."""
+    if not bool(jnp.isfinite(values).all()):
+        raise RunError(message)
 
 
 def run_edit(
@@ -153,6 +163,9 @@ def run_edit(
     editor.check_size(clip)
     # Refused now, not after the tuning.
     align(video.prompt, video.edit_prompts, editor.count_tokens, editor.text_length, settings.edit)
+    edit_timesteps(editor.process.schedule.num_timesteps, settings.edit)
+    config = {**config, TUNED_ON: {"clip": digest(clip), "model": editor.source}}
+    check_workdir(workdir, config, settings)
     judges = open_judges(settings, *clip.shape[1:3])
 
     x0 = jax.device_put(editor.encode(clip), NamedSharding(mesh, PartitionSpec(None, "sequence")))
@@ -260,6 +273,7 @@ def write(
 ) -> None:
     """DIR/edits/NN.gif, NN.mp4 and NN/ (frames), strip.png, attention/ if asked for, metrics.json."""
     video, folder = settings.video, workdir / "edits"
+    remove_old(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     for i, frames in enumerate(edited.clips):
         output.save_gif(frames, folder / f"{i:02d}.gif", video.fps)
@@ -278,6 +292,23 @@ def write(
             scaled = np.round(255 * maps / max(maps.max(), 1e-12)).astype(np.uint8)
             Image.fromarray(np.concatenate(list(scaled), axis=1)).save(attention / f"{i:02d}.png")
     write_json(workdir / "metrics.json", _finite(metrics))
+
+
+def remove_old(workdir: pathlib.Path) -> None:
+    """Removes what an earlier edit wrote: it may have had more prompts, or frames. Other files stay."""
+    written = [p for p in (workdir / "edits").glob("*") if p.suffix in ("", ".gif", ".mp4")]
+    written += (workdir / "attention").glob("*.png")
+    for path in written:
+        if not path.stem.isdecimal():
+            continue
+        if not path.is_dir():
+            path.unlink()
+            continue
+        for frame in path.glob("*.png"):
+            if frame.stem.isdecimal():
+                frame.unlink()
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
 def _finite(value: Any) -> Any:

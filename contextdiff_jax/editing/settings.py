@@ -9,6 +9,7 @@ all of `context` where `video.transfer_context` is off).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,6 +60,7 @@ class VideoConfig:
 
     def __post_init__(self):
         check_choice("video.tune", self.tune, TUNED)
+        check_choice("video.weights", self.weights, ("ema", "params"))
         check_at_least(self, "video", num_frames=0, start=0, stride=1, window=0, overlap=0, fps=1)
         if (
             len(self.size) != 2
@@ -130,7 +132,16 @@ class EditConfig:
         check_choice("edit.control", self.control, CONTROLS)
         check_choice("edit.inversion", self.inversion, INVERSIONS)
         check_choice("edit.negative", self.negative, NEGATIVES)
-        check_at_least(self, "edit", steps=1, guidance=0, iterations=1, self_tokens=0)
+        check_at_least(
+            self,
+            "edit",
+            steps=1,
+            guidance=0,
+            iterations=1,
+            tolerance=0,
+            self_tokens=0,
+            blend_threshold=0,
+        )
         if not 0 < self.strength <= 1 or int(self.steps * self.strength + 1e-6) < 1:
             raise ValueError(
                 f"edit.strength={self.strength}: must lie in (0, 1] and leave one of {self.steps} steps"
@@ -146,6 +157,7 @@ class EditConfig:
                 len(pair) != 2
                 or not isinstance(pair[0], str)
                 or not isinstance(pair[1], (int, float))
+                or not math.isfinite(pair[1])
             ):
                 raise ValueError(
                     f"edit.reweight={self.reweight}: must be pairs as in (('snow', 2.0),)"

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from contextdiff_jax.data.moving_shapes import EDITS, MovingShape, frames_of, make_moving_shape
 from contextdiff_jax.data.shapes import caption
 from contextdiff_jax.editing import output
+from contextdiff_jax.editing.inversion import edit_timesteps
 from contextdiff_jax.editing.models import open_editor
 from contextdiff_jax.editing.pipeline import Programs, edit_clip
 from contextdiff_jax.editing.settings import EditSettings
@@ -35,6 +36,8 @@ class Arm:
 
     def __init__(self, settings: EditSettings):
         self.settings, self.programs, self.editor = settings, Programs(), open_editor(settings)
+        # refuses steps that the model's schedule hasn't, before a clip is tuned on
+        edit_timesteps(self.editor.process.schedule.num_timesteps, settings.edit)
 
     def __call__(self, moving: MovingShape) -> tuple[dict[str, Clip], dict[str, dict[str, float]]]:
         """(clips, scores) by edit, and of the `reconstruction`."""

@@ -22,8 +22,10 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.cli import RunError
 from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.processes import StopSignal
+from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.settings import TrainConfig
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog
@@ -31,7 +33,17 @@ from contextdiff_jax.training.state import make_optimizer, moving_average
 
 LOGGER = logging.getLogger(__name__)
 # What a workdir's tuning does not depend on: other edits of the same clip go on from it.
-FREE_FIELDS = (*checkpoints.FREE_FIELDS, "edit.", "video.edit_prompts", "video.fps")
+# The clip and the model are told by what they hold (`TUNED_ON`), not by their names.
+TUNED_ON = "tuned_on"
+FREE_FIELDS = (
+    *checkpoints.FREE_FIELDS,
+    "edit.",
+    "video.edit_prompts",
+    "video.fps",
+    "video.path",
+    "video.model",
+    f"{TUNED_ON}.",
+)
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +76,7 @@ def init_tuning(params: PyTree, train: TrainConfig, seed: int) -> TuneState:
         params=params,
         ema=jax.tree.map(jnp.copy, params),
         opt_state=make_optimizer(train).init(params),
-        key=jax.random.key_data(jax.random.key(seed)),
+        key=jax.random.key_data(make_key(seed)),
     )
 
 
@@ -139,6 +151,27 @@ def make_tuning_step(
         )
 
     return step
+
+
+def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any], settings: EditSettings) -> None:
+    """Raises ValueError if `workdir` holds a tuning by another config, on another clip, or from another
+    model than config["tuned_on"] has digests of.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    checkpoints.claim_workdir(workdir, config, FREE_FIELDS, write=False)
+    then, video = read_json(path, "an edit's config").get(TUNED_ON), settings.video
+    reasons = {
+        "clip": f"was tuned on another clip than video.path={video.path} is now",
+        "model": f"was tuned from another model than video.model={video.model} is now",
+    }
+    for name, reason in reasons.items():
+        if not isinstance(then, Mapping) or name not in then:
+            reason = f"its config.json doesn't say of which {name} its tuning is"
+        elif then[name] == config[TUNED_ON][name]:
+            continue
+        raise ValueError(f"--workdir={workdir}: {reason}; choose another workdir")
 
 
 def tune_quickly(

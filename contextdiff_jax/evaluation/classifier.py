@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,8 @@ from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.files import replacing, write_json
+from contextdiff_jax.keys import make_key
+from contextdiff_jax.pretrained.files import read_json
 
 Labels = dict[
     str, tuple[str, ...]
@@ -209,7 +210,7 @@ def train_classifier(
     cosine decay.
     """
     attributes = choose_attributes(labels)
-    model = Classifier(attributes, images.shape[1], rngs=nnx.Rngs(seed))
+    model = Classifier(attributes, images.shape[1], rngs=nnx.Rngs(make_key(seed)))
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(50, steps // 4), steps)
     optimizer = nnx.Optimizer(model, optax.adamw(schedule), wrt=nnx.Param)
     targets = encode(labels, attributes)
@@ -225,7 +226,7 @@ def train_classifier(
         )
         optimizer.update(model, nnx.grad(loss_fn)(model, x, targets))
 
-    rng, key = np.random.default_rng(seed), jax.random.key(seed)
+    rng, key = np.random.default_rng(seed), make_key(seed)
     for i in tqdm(range(steps), desc="classifier", leave=False, disable=None):
         rows = rng.integers(len(images), size=batch_size)
         step(model, optimizer, images[rows], targets[rows], jax.random.fold_in(key, i))
@@ -262,10 +263,16 @@ def load_classifier(folder: str | pathlib.Path) -> Classifier:
             raise ValueError(
                 f"{folder}: holds no classifier (no {name}); train one with contextdiff_jax.train_classifier"
             )
-    report = json.loads((folder / REPORT_FILE).read_text())
-    attributes = [
-        Attribute(a["name"], tuple(a["values"]), a["multiple"]) for a in report["attributes"]
-    ]
+    report = read_json(folder / REPORT_FILE, "a classifier's report")
+    try:
+        attributes = [
+            Attribute(a["name"], tuple(a["values"]), a["multiple"]) for a in report["attributes"]
+        ]
+        report["image_size"] = int(report["image_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / REPORT_FILE}: is not a classifier's report ({error!r})"
+        ) from None
     model = nnx.eval_shape(lambda: Classifier(attributes, report["image_size"], rngs=nnx.Rngs(0)))
     try:
         saved = safetensors.numpy.load_file(folder / WEIGHTS_FILE)

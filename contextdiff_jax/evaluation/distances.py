@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Bool, Float
 
-from contextdiff_jax.evaluation.features import Moments
+from contextdiff_jax.evaluation.features import Moments, check_finite
 from contextdiff_jax.evaluation.intervals import Estimate, resample_counts, spread_interval
 
 Features = Float[np.ndarray, "N D"]
@@ -44,6 +44,7 @@ def fid(generated: Features, real: Features, resamples: int = 0, seed: int = 0) 
 
     FID is biased upwards, the more the fewer pictures there are: only sets of equal sizes compare.
     """
+    check_finite(generated=generated, real=real)
     value = frechet_distance(Moments.of(generated), Moments.of(real))
     if not resamples:
         return Estimate(value, value, value)
@@ -103,6 +104,7 @@ def mmd2(
         raise ValueError(
             f"generated={len(x)}, real={len(y)} pictures: the distance needs at least 2 of each"
         )
+    check_finite(generated=x, real=y)
     rng = np.random.default_rng(seed)
     # Row 0 counts every vector once: the value itself.
     u, v = (
@@ -125,6 +127,7 @@ def kid(
     """KID as the packages report it: mean and standard deviation over random subsets, each without
     repeats. The mean estimates what `mmd2` with `polynomial_kernel` computes from all pairs.
     """
+    check_finite(generated=generated, real=real)
     size = min(subset_size, len(generated), len(real))
     rng = np.random.default_rng(seed)
     values = []
@@ -138,7 +141,7 @@ def cmmd(generated: Features, real: Features, resamples: int = 0, seed: int = 0)
     """CMMD of two sets of CLIP image embeddings, which are normalised here. The paper's are of
     ViT-L/14 at 336.
     """
-    x, y = (_normalised(a) for a in (generated, real))
+    x, y = _normalised(generated, "generated"), _normalised(real, "real")
     return Estimate(*(1000 * v for v in mmd2(x, y, gaussian_kernel, False, resamples, seed)))
 
 
@@ -151,12 +154,16 @@ def clip_score(image: Features, text: Features) -> Float[np.ndarray, N]:
 
 def cosines(image: Features, text: Features) -> Float[np.ndarray, N]:
     """Of each pair."""
-    return (_normalised(image) * _normalised(text)).sum(1)
+    return (_normalised(image, "image") * _normalised(text, "text")).sum(1)
 
 
-def _normalised(x):
+def _normalised(x: Features, name: str) -> Features:
     x = np.asarray(x, np.float64)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+    check_finite(**{name: x})
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    if not norms.all():
+        raise ValueError(f"{name}: row {norms.argmin()} is all 0, which has no direction")
+    return x / norms
 
 
 def _radii(x: Features, k: int) -> Float[np.ndarray, N]:
@@ -187,4 +194,5 @@ def precision_recall(
         raise ValueError(
             f"generated={len(generated)}, real={len(real)} pictures: k={k} neighbours need more of each"
         )
+    check_finite(generated=generated, real=real)
     return _inside(generated, real, _radii(real, k)), _inside(real, generated, _radii(generated, k))

@@ -41,6 +41,7 @@ class Moments:
         """
         if not len(features):
             raise ValueError("features: there are none")
+        check_finite(features=features)
         starts = range(0, len(features), _BLOCK)
         return functools.reduce(
             cls.merge, (cls._of_block(features[start : start + _BLOCK]) for start in starts)
@@ -70,6 +71,20 @@ class Moments:
         if self.count < 2:
             raise ValueError(f"count={self.count}: a covariance needs at least 2 pictures")
         return self.scatter / (self.count - 1)
+
+
+def check_finite(**sets: Float[np.ndarray, "N ..."]) -> None:
+    """Raises ValueError for the first set, by its name, with a row that is not finite: distances
+    and means would be numbers that say nothing.
+    """
+    for name, rows in sets.items():
+        rows = np.asarray(rows)
+        finite = np.isfinite(rows).reshape(len(rows), -1).all(1)
+        if not finite.all():
+            raise ValueError(
+                f"{name}: {np.count_nonzero(~finite)} of {len(rows)} rows hold values that are not finite, the first "
+                f"is row {finite.argmin()}; look at its picture and at the network's weights"
+            )
 
 
 def batch_sharding() -> NamedSharding:
@@ -122,11 +137,13 @@ def extract(
     label: str = "features",
 ) -> Float[np.ndarray, "N D"]:
     """float32 features of all rows (pictures, or what else is read when sliced), in batches over
-    the devices. ValueError if there are none.
+    the devices. ValueError if there are none, or one is not finite.
     """
     if not len(rows):
         raise ValueError("images: the list is empty")
     parts = []
     for (batch,), real in batches((rows,), batch_size, label):
         parts.append(np.asarray(feature_fn(batch), np.float32)[:real])
-    return np.concatenate(parts)
+    features = np.concatenate(parts)
+    check_finite(**{label: features})
+    return features

@@ -37,6 +37,8 @@ def mean_interval(values: Float[np.ndarray, N], resamples: int = 2000, seed: int
     values = values[~np.isnan(values)]
     if not values.size:
         raise ValueError("mean_interval: there are no values")
+    if not np.isfinite(values).all():
+        raise ValueError("mean_interval: there are infinite values, whose mean says nothing")
     rng, means = np.random.default_rng(seed), []
     step = max(1, 10_000_000 // values.size)  # at most so many counts in memory
     for start in range(0, resamples, step):

@@ -21,6 +21,8 @@ import safetensors.numpy
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
+from contextdiff_jax.evaluation.features import check_finite
+
 # AlexNet's convolutions by their names in the file: (kernel, input, output, stride, padding,
 # whether a pooling comes before).
 _LAYERS = {
@@ -61,7 +63,13 @@ def load_lpips(path: str | pathlib.Path, height: int, width: int) -> Distance:
         ) from None
     params = _params(tensors, path)
     compiled = jax.jit(lpips)
-    return lambda pictures, others: tuple(map(np.asarray, compiled(params, pictures, others)))
+
+    def distance(pictures, others):
+        values, maps = map(np.asarray, compiled(params, pictures, others))
+        check_finite(**{f"edit.lpips={path}": values})
+        return values, maps
+
+    return distance
 
 
 def _params(tensors: Mapping[str, np.ndarray], path: pathlib.Path) -> Params:

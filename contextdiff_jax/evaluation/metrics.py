@@ -25,10 +25,17 @@ from contextdiff_jax.evaluation.branches import make_model_branches
 from contextdiff_jax.evaluation.classifier import Classifier, correct, load_classifier, read_labels
 from contextdiff_jax.evaluation.clip import Clip, load_clip
 from contextdiff_jax.evaluation.composition import is_main, judge
-from contextdiff_jax.evaluation.features import FeatureFn, batches, extract, make_feature_fn
+from contextdiff_jax.evaluation.features import (
+    FeatureFn,
+    batches,
+    check_finite,
+    extract,
+    make_feature_fn,
+)
 from contextdiff_jax.evaluation.inception import Inception, load_inception, resize
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
 from contextdiff_jax.evaluation.processes import gather_rows, join, share
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.parallel.processes import agree
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.tokens import warn_of_cut
@@ -295,13 +302,15 @@ def _on_pictures(
     ids, mask, lost = tokenizer.encode_and_cut(captions, length)
     warn_of_cut(captions, lost, length, "caption")
     images = np.stack([record["image"] for record in records])
-    key, parts, number = jax.random.key(evaluation.seed), [], evaluation.numbers(row).start
+    key, parts, number = make_key(evaluation.seed), [], evaluation.numbers(row).start
     for batch, real in batches((images, ids, mask), _BOUND_BATCH, name):
         # By the first record's number: no two batches, of any process, have the same noise.
         values = function(evaluation.params, *batch, *null, jax.random.fold_in(key, number), steps)
         parts.append({name: np.asarray(value)[..., :real].T for name, value in values.items()})
         number += real
-    return {name: value.T for name, value in gather_rows(join(parts)).items()}
+    found = gather_rows(join(parts))
+    check_finite(**{f"{name}, {what}": rows for what, rows in found.items()})
+    return {what: rows.T for what, rows in found.items()}
 
 
 def bound(evaluation: Evaluation) -> Result:

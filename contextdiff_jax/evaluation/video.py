@@ -30,6 +30,8 @@ def psnr(clip: Clip, reference: Clip, where: Inside | None = None) -> float:
     if not error.size:
         raise ValueError("psnr: the mask holds no pixel")
     mean = error.mean()
+    if not np.isfinite(mean):
+        raise ValueError("psnr: the clips hold values that are not finite")
     return float("inf") if mean == 0 else float(10 * np.log10(255**2 / mean))
 
 
@@ -55,6 +57,8 @@ def ssim_map(
 def ssim(clip: Clip, reference: Clip, where: Inside | None = None) -> float:
     """Mean of `ssim_map` over frames, pixels (those of `where`) and channels."""
     maps = np.stack([ssim_map(a, b) for a, b in zip(clip, reference, strict=True)])  # [F, H, W, 3]
+    if not np.isfinite(maps).all():
+        raise ValueError("ssim: the clips hold values that are not finite")
     return float(maps.mean() if where is None else maps[where].mean())
 
 
@@ -123,6 +127,8 @@ def make_pick_scorer(folder: str | pathlib.Path) -> Callable[[Clip, str], dict[s
         if "logit_scale" not in file.keys():
             raise ValueError(f"{path}: no logit_scale, which PickScore needs")
         scale = float(np.exp(file.get_tensor("logit_scale").astype(np.float64)))
+    if not np.isfinite(scale):
+        raise ValueError(f"{path}: exp(logit_scale)={scale}: must be finite")
 
     def score(clip: Clip, prompt: str) -> dict[str, float]:
         agreement = cosines(network.embed_images(clip), network.embed_captions([prompt]))

@@ -24,6 +24,7 @@ from contextdiff_jax.evaluation.composition import judge
 from contextdiff_jax.experiments.oracle import OracleGenerator, scaled
 from contextdiff_jax.experiments.plan import VALIDATION_SCENES, Cell, load_plan
 from contextdiff_jax.experiments.training import trained_params
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.contextdiff import make_denoise
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.settings import Settings, parse
@@ -156,7 +157,7 @@ def measure(
         part = records[start : start + _BATCH]
         x0 = to_unit(np.stack([record["image"] for record in part]))
         text = tokenizer.encode([record["caption"] for record in part], settings.data.max_length)
-        found = sums(params, x0, *text, jax.random.fold_in(jax.random.key(seed), start))
+        found = sums(params, x0, *text, jax.random.fold_in(make_key(seed), start))
         total = {
             name: np.asarray(value, np.float64) + total.get(name, 0)
             for name, value in found.items()

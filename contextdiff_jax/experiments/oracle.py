@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import Tokenizer
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.contextdiff import (
     Captions,
     ContextDiffusion,
@@ -100,7 +101,7 @@ class OracleGenerator:
         self, params: PyTree, records: Sequence[dict[str, Any]], seed: int, batch_size: int = 64
     ) -> UInt8[np.ndarray, "N H W 3"]:
         """Sample in batches; the last is filled up with the first record, to compile once."""
-        length, key = self._settings.data.max_length, jax.random.key(seed)
+        length, key = self._settings.data.max_length, make_key(seed)
         null = self._tokenizer.encode([""], length)
         images = []
         for start in range(0, len(records), batch_size):

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from contextdiff_jax import diffusion
 from contextdiff_jax.experiments.plan import Cell
 from contextdiff_jax.experiments.toy_config import ToyConfig
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.settings import check_choice, strict
 
 CLASSES = 5
@@ -174,7 +175,7 @@ def train_network(
     The loss is the mean squared error of x0. All steps are one scan.
     """
     positions, weights, classes = (jnp.asarray(a) for a in points())
-    model = Network(config, rngs=nnx.Rngs(config.seed))
+    model = Network(config, rngs=nnx.Rngs(make_key(config.seed)))
     graph, params = nnx.split(model)
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.steps))
     probabilities = weights / weights.sum()
@@ -205,7 +206,7 @@ def train_network(
         updates, opt = optimizer.update(grads, opt)
         return (optax.apply_updates(params, updates), opt), logged
 
-    keys = jax.random.split(jax.random.key(config.seed), config.steps)
+    keys = jax.random.split(make_key(config.seed), config.steps)
     run = jax.jit(lambda params, keys: jax.lax.scan(step, (params, optimizer.init(params)), keys))
     (params, _), (loss, gain) = run(params, keys)
     steps = np.linspace(0, config.steps - 1, 50).astype(int)
@@ -264,7 +265,7 @@ def _scores(
     options: dict[str, Any],
     config: ToyConfig,
 ) -> dict[str, Any]:
-    shift, key = config.shift, jax.random.key(config.seed)
+    shift, key = config.shift, make_key(config.seed)
     c = jnp.repeat(jnp.arange(CLASSES), options["num"])
     scores: dict[str, Any] = {"floor": {"tv": total_variation(_draws(key, options["num"]), c)}}
     noise = jax.random.normal(jax.random.fold_in(key, 1), (len(c), 2))

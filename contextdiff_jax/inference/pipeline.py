@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -142,6 +143,10 @@ class Request:
         return [text for text in self.negative for _ in range(self.num)]
 
 
+class NotFiniteError(ValueError):
+    """Samples that would be black pictures: the networks, or the guidance, ran away."""
+
+
 class Pipeline:
     """An opened model, its programs, and the devices they run on.
 
@@ -193,14 +198,19 @@ class Pipeline:
         return self._sample(request, chosen, self.latent_shape(size), self._steps(chosen), True)
 
     def image_to_image(
-        self, prompts: Sequence[str], images: Pictures, *, strength: float = 0.8, **options: Any
+        self,
+        prompts: Sequence[str],
+        images: Pictures,
+        *,
+        strength: float | None = None,
+        **options: Any,
     ) -> Pictures:
-        """Pictures from `images`, one a prompt, noised to where the last `strength` of the steps
-        begins.
+        """Pictures from `images`, one a prompt, noised to where the last `strength` (0.8) of the
+        steps begins.
         """
         request, chosen = self._read(prompts, options)
         shape = self._shape_of(images, request)
-        steps = self._steps(chosen, strength)
+        steps = self._steps(chosen, 0.8 if strength is None else strength)
         return self._sample(request, chosen, shape, steps, False, images)
 
     def inpaint(
@@ -209,11 +219,11 @@ class Pipeline:
         images: Pictures,
         masks: Float[np.ndarray, "B H W"],
         *,
-        strength: float = 1.0,
+        strength: float | None = None,
         **options: Any,
     ) -> Pictures:
-        """`images` painted anew where `masks` are at least 0.5. At strength 1 the hole begins as
-        noise.
+        """`images` painted anew where `masks` are at least 0.5. At `strength` 1, the default, the
+        hole begins as noise.
 
         A network made for inpainting reads the mask and the rest of the picture; for another the
         rest is put back, noised, after each step.
@@ -224,9 +234,15 @@ class Pipeline:
             raise ValueError(
                 f"masks: shape {tuple(masks.shape)}; must be the images', {tuple(images.shape[:3])}"
             )
+        strength = 1.0 if strength is None else strength
         steps = self._steps(chosen, strength)
         holes = np.asarray(masks) >= 0.5
         return self._sample(request, chosen, shape, steps, strength == 1, images, holes)
+
+    def options(self, **given: Any) -> SampleConfig:
+        """How pictures are made with the options that are given; the model's own where one is None."""
+        given = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(self.opened.options, prompts=(), **given)
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """[H, W, C] of what is diffused for pictures of `size`, by default the model's own.
@@ -248,7 +264,7 @@ class Pipeline:
         request = Request(
             prompts=prompts, **{name: given.pop(name) for name in names & given.keys()}
         )
-        return request, dataclasses.replace(self.opened.options, prompts=(), **given)
+        return request, self.options(**given)
 
     def _shape_of(self, images: Pictures, request: Request) -> tuple[int, int, int]:
         if len(images) != len(request.texts):
@@ -303,7 +319,10 @@ class Pipeline:
                 np.asarray(jax.random.key_data(jax.random.fold_in(sampler_key, number))),
                 picture,
             )
-            made.append(self._run(request, method, shape, arguments)[: len(texts) - start])
+            pictures, finite = self._run(request, method, shape, arguments)
+            real = len(texts) - start
+            _check_finite(finite[:real], texts[start:], scale)
+            made.append(pictures[:real])
         return np.concatenate(made)
 
     def _text(self, request: Request, rows: np.ndarray) -> Text:
@@ -327,20 +346,20 @@ class Pipeline:
 
     def _run(
         self, request: Request, method: Method, shape: tuple[int, int, int], arguments: tuple
-    ) -> Pictures:
+    ) -> tuple[Pictures, Bool[np.ndarray, "B"]]:
         if request.callback is None:
-            return np.asarray(self._program(method, shape, arguments)(*arguments))
+            made = self._program(method, shape, arguments)(*arguments)
+            return tuple(map(np.asarray, made))
         steps = [int(t) for t in arguments[5].timesteps]
         with self._listener.calling(
             lambda t, x0: request.callback(1 + steps.index(int(t)), np.asarray(x0))
         ):
-            made = np.asarray(self.program(method, shape, watched=True)(*arguments))
+            made = self.program(method, shape, watched=True)(*arguments)
+            made = tuple(map(np.asarray, made))
             jax.effects_barrier()
         return made
 
-    def _program(
-        self, method: Method, shape: tuple[int, int, int], arguments: tuple
-    ) -> Callable[..., Pictures]:
+    def _program(self, method: Method, shape: tuple[int, int, int], arguments: tuple) -> Callable:
         """`program`, from the folder of traced programs where there is one."""
         if self._programs is None:
             return self.program(method, shape)
@@ -353,10 +372,10 @@ class Pipeline:
 
     def program(
         self, method: Method, shape: tuple[int, int, int], watched: bool = False
-    ) -> Callable[..., Pictures]:
+    ) -> Callable:
         """The jitted `pictures(weights, noise_key, numbers, noise, text, steps, guidance, key,
         picture)`, keys as data: noise is drawn from (noise_key, number of the picture) where none
-        is given.
+        is given. Gives the pictures, and which of them are of finite values.
         """
         if (method, shape, watched) not in self._made:
             self._made[method, shape, watched] = self._jitted(method, shape, watched)
@@ -376,7 +395,8 @@ class Pipeline:
             with tracing_for(mesh, opened.rules):
                 model = opened.build(weights)
                 key = jax.random.wrap_key_data(key)
-                return to_uint8(sample(model, noise, text, steps, guidance, key, picture))
+                x = sample(model, noise, text, steps, guidance, key, picture)
+            return to_uint8(x), jnp.isfinite(x).all((1, 2, 3))
 
         return jax.jit(pictures, out_shardings=None if mesh is None else replicated(mesh))
 
@@ -392,6 +412,15 @@ def method_of(options: SampleConfig, **more: Any) -> Method:
         reuse=options.reuse,
         **more,
     )
+
+
+def _check_finite(finite: Bool[np.ndarray, "B"], texts: Sequence[str], guidance: float) -> None:
+    if not finite.all():
+        raise NotFiniteError(
+            f"{len(finite) - finite.sum()} of {len(finite)} pictures, the first for "
+            f"{texts[finite.argmin()]!r}: their values are not finite; lower the guidance, "
+            f"{guidance}, or train with a lower learning rate"
+        )
 
 
 class _Listener:

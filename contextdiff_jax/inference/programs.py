@@ -10,10 +10,13 @@ import functools
 import hashlib
 import logging
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import jax
+import jaxlib
 from etils import epath
 from jax import export
 
@@ -21,6 +24,14 @@ from contextdiff_jax.files import replacing
 from contextdiff_jax.parallel.mesh import path_name
 
 LOGGER = logging.getLogger(__name__)
+# Of JAX's settings, those that change what is traced.
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_default_matmul_precision",
+    "jax_numpy_dtype_promotion",
+)
 
 
 def kept(
@@ -29,9 +40,8 @@ def kept(
     """`make()`, a function of arrays that can be jitted, as a program for `arguments` and those
     like them: read from `folder`, or traced and written there.
 
-    `about`: all else that the program depends on, told apart by its `repr`. Another version of JAX
-        or of this package, another
-    number or kind of devices are another program.
+    `about`: all else that the program depends on, told apart by its `repr`. What the arguments hold
+    beside arrays counts (the configs of networks), and versions, JAX's settings and the devices.
 
     Raises ValueError for a file that isn't what was written.
     """
@@ -40,17 +50,9 @@ def kept(
         (path_name(path), leaf.shape, str(leaf.dtype))
         for path, leaf in jax.tree_util.tree_leaves_with_path(arguments)
     ]
-    devices = [device.device_kind for device in jax.devices()]
-    key = repr(
-        (
-            jax.__version__,
-            _sources(),
-            jax.config.jax_default_matmul_precision,
-            devices,
-            about,
-            shapes,
-        )
-    )
+    # Two networks of the same shapes may differ in what their modules hold: heads, scales.
+    key = repr((_environment(), about, str(tree), shapes))
+    key = re.sub(r" at 0x[0-9a-f]+", "", key)  # an object's address is another in each process
     file = epath.Path(folder) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.stablehlo"
     if file.exists():
         try:
@@ -74,10 +76,23 @@ def kept(
     return lambda *arguments: call(*jax.tree.leaves(arguments))
 
 
+def _environment() -> tuple:
+    """What every program depends on: the code, JAX's settings, the devices."""
+    devices = jax.devices()
+    return (
+        [module.__version__ for module in (jax, jaxlib, flax)],
+        _sources(),
+        [getattr(jax.config, name) for name in _SETTINGS],
+        [device.device_kind for device in devices],
+        devices[0].client.platform_version,
+    )
+
+
 @functools.cache
 def _sources() -> str:
     """A digest of this package's code."""
-    digest = hashlib.sha256()
-    for file in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
+    digest, root = hashlib.sha256(), pathlib.Path(__file__).parents[1]
+    for file in sorted(root.rglob("*.py")):
+        code = file.read_bytes()
+        digest.update(f"{file.relative_to(root)} {len(code)} ".encode() + code)
     return digest.hexdigest()

@@ -26,6 +26,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.context import RelationalNetwork, pool
 from contextdiff_jax.models.layers import GroupNorm, ResnetBlock, linear, timestep_embedding
 from contextdiff_jax.models.remat import recomputed
@@ -360,7 +361,7 @@ def inflate(
     """Video networks that start as the image networks do, frame by frame. The modules that are
     given are used up.
     """
-    rngs = nnx.Rngs(seed)
+    rngs = nnx.Rngs(make_key(seed))
     return VideoDiffusion(
         VideoUNet(unet, rngs=rngs, remat=remat), VideoContext(context, rngs=rngs), reads_mask
     )

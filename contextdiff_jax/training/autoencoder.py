@@ -28,6 +28,7 @@ from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import DataConfig, Loader, RandomAccessSource, make_loader, make_source
 from contextdiff_jax.data.identity import identity, shared_settings
 from contextdiff_jax.files import write_json
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
 from contextdiff_jax.parallel.processes import StopSignal, agree
@@ -41,6 +42,7 @@ from contextdiff_jax.training.state import TrainState, make_optimizer, moving_av
 LOGGER = logging.getLogger(__name__)
 METRICS = ("count", "loss", "l1", "l2", "kl", "grad_norm")
 _MEASURED = 512  # pictures of which the latents' scale is measured
+_HELDOUT = 256  # at most, spread evenly
 _SHOWN = 16
 
 
@@ -61,13 +63,13 @@ def loss_fn(
 
 def init_state(settings: AutoencoderSettings) -> TrainState:
     """Step 0. Pure: jit it with output shardings, or `jax.eval_shape` it."""
-    params = nnx.state(VAE(settings.vae, rngs=nnx.Rngs(settings.seed)), nnx.Param)
+    params = nnx.state(VAE(settings.vae, rngs=nnx.Rngs(make_key(settings.seed))), nnx.Param)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
         opt_state=make_optimizer(settings.train).init(params),
-        key=jax.random.key_data(jax.random.key(settings.seed)),
+        key=jax.random.key_data(make_key(settings.seed)),
         metric_sums={name: jnp.zeros(()) for name in METRICS},
     )
 
@@ -113,6 +115,7 @@ def train_autoencoder(
     before it is kept.
     """
     train = settings.train
+    heldout_records(settings.data)  # refused now, not after the training
     mesh = make_mesh(settings.mesh, train.batch_size)
     feed = Feed(mesh, train.batch_size, settings.mesh.rules)
     loader = _open_loader(settings, feed)
@@ -182,10 +185,7 @@ def finish(vae: VAE, data: DataConfig, workdir: pathlib.Path, seed: int = 0) -> 
     with checkpoints.writing(workdir, "vae"):
         save_vae(vae, workdir / "vae")
 
-    heldout = make_source(data, "heldout")
-    records = [
-        heldout[i] for i in np.linspace(0, len(heldout) - 1, min(256, len(heldout))).astype(int)
-    ]
+    records = heldout_records(data)
     images = np.stack([record["image"] for record in records])
     decoded = np.concatenate([np.asarray(_reconstruct(vae, image[None])) for image in images])
     x = images.astype(np.float32) / 127.5 - 1
@@ -205,6 +205,20 @@ def finish(vae: VAE, data: DataConfig, workdir: pathlib.Path, seed: int = 0) -> 
     }
     write_json(workdir / "vae.json", report)
     return report
+
+
+def heldout_records(data: DataConfig) -> list[dict[str, Any]]:
+    """The held-out pictures that a finished autoencoder is measured on. ValueError if there are
+    none.
+    """
+    source = make_source(data, "heldout")
+    if not len(source):
+        raise ValueError(f"data.heldout_metadata={data.heldout_metadata!r}: holds no records")
+    count = min(_HELDOUT, len(source))
+    records = [source[int(i)] for i in np.linspace(0, len(source) - 1, count)]
+    if "image" not in records[0]:
+        raise ValueError(f"data.source={data.source!r}: holds no pictures, which train_vae needs")
+    return records
 
 
 @nnx.jit

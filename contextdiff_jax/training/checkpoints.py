@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -191,7 +192,8 @@ def open_manager(
     `read_only`: for a run that another process may be training, all are."""
     folder = _folder(workdir)
     lowest = checkpoint_managers.BestN(
-        get_metric_fn=lambda metrics: -metrics[metric],
+        # a small batch may lack a quartile of t
+        get_metric_fn=lambda metrics: -metrics.get(metric, math.inf),
         n=best,
         keep_checkpoints_without_metrics=False,
     )

@@ -34,6 +34,7 @@ from contextdiff_jax.data import (
 from contextdiff_jax.data.identity import identity, shared_settings
 from contextdiff_jax.files import replacing
 from contextdiff_jax.inference.opening import of_run
+from contextdiff_jax.inference.pipeline import NotFiniteError
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
 from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, agree, is_first
@@ -303,7 +304,9 @@ def with_empty_metrics(state: TrainState, shardings: TrainState) -> TrainState:
 
 
 class Reporter:
-    """Every `sample_every` steps: a grid of captioned samples of the EMA weights, and the curves."""
+    """Every `sample_every` steps, and at the end: a grid of captioned samples of the EMA weights,
+    unless `sample_every` is 0, and the curves.
+    """
 
     def __init__(
         self,
@@ -314,20 +317,28 @@ class Reporter:
         frozen: Frozen,
     ):
         self._settings, self._workdir = settings, workdir
-        self._pipeline = of_run(settings, tokenizer, None, frozen=frozen, mesh=mesh)
-        self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
+        self._pipeline = None
+        if settings.train.sample_every:
+            self._pipeline = of_run(settings, tokenizer, None, frozen=frozen, mesh=mesh)
+            self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
 
     def __call__(self, state: TrainState, step: int) -> None:
-        pipeline = self._pipeline.with_params(state.ema)
-        images = pipeline.text_to_image(self._prompts, seed=self._settings.seed)
+        images = None
+        if self._pipeline is not None:
+            pipeline = self._pipeline.with_params(state.ema)
+            try:
+                images = pipeline.text_to_image(self._prompts, seed=self._settings.seed)
+            except NotFiniteError as error:  # no reason to end the training
+                LOGGER.warning("no samples of step %d: %s", step, error)
         if not is_first():
             return
-        grid = pictures.caption_grid(images, self._prompts, columns=4, scale=None)
-        with checkpoints.writing(self._workdir, f"samples/{step:08d}.png"):
-            (self._workdir / "samples").mkdir(exist_ok=True)
-            with replacing(self._workdir / "samples" / f"{step:08d}.png") as path:
-                with path.open("wb") as file:
-                    grid.save(file, format="PNG")
+        if images is not None:
+            grid = pictures.caption_grid(images, self._prompts, columns=4, scale=None)
+            with checkpoints.writing(self._workdir, f"samples/{step:08d}.png"):
+                (self._workdir / "samples").mkdir(exist_ok=True)
+                with replacing(self._workdir / "samples" / f"{step:08d}.png") as path:
+                    with path.open("wb") as file:
+                        grid.save(file, format="PNG")
         with (
             checkpoints.writing(self._workdir, "curves.png"),
             tempfile.TemporaryDirectory() as scratch,

@@ -4,7 +4,6 @@ being finite.
 
 from __future__ import annotations
 
-import json
 import pathlib
 
 import jax
@@ -14,6 +13,7 @@ import optax
 from jaxtyping import PyTree
 
 from contextdiff_jax.parallel.mesh import make_mesh, path_name, state_shardings
+from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.frozen import load_frozen
@@ -43,7 +43,7 @@ def replay(dump: pathlib.Path) -> str:
     """
     if not (dump / "batch.npz").exists():
         raise ValueError(f"--replay={dump}: holds no dumped step (no batch.npz)")
-    config = json.loads((dump / "config.json").read_text())
+    config = read_json(dump / "config.json", "the run's config")
     settings = parse(config | {"mesh": {"data": -1}})
     abstract = jax.eval_shape(lambda: init_state(settings))
     placed = checkpoints.placed(abstract, state_shardings(make_mesh(settings.mesh), abstract))

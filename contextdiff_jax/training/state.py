@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.models.remat import configure
 from contextdiff_jax.parallel.mesh import gathered
@@ -85,7 +86,11 @@ def make_model(settings: Settings) -> ContextDiffusion:
     """The model with parameters drawn from `settings.seed`."""
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[settings.train.precision]
     model = ContextDiffusion.create(
-        settings.text, settings.model, settings.context, rngs=nnx.Rngs(settings.seed), dtype=dtype
+        settings.text,
+        settings.model,
+        settings.context,
+        rngs=nnx.Rngs(make_key(settings.seed)),
+        dtype=dtype,
     )
     configure(model, remat=settings.train.remat, attention=settings.train.attention)
     return model
@@ -113,7 +118,7 @@ def init_state(settings: Settings) -> TrainState:
     """Step 0. Pure: jit it with output shardings, or `jax.eval_shape` it."""
     params = nnx.state(make_model(settings), nnx.Param)
     if settings.train.trainable == "lora":
-        params = add_lora(params, settings.train.lora_rank, jax.random.key(settings.seed))
+        params = add_lora(params, settings.train.lora_rank, make_key(settings.seed))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -121,6 +126,6 @@ def init_state(settings: Settings) -> TrainState:
         opt_state=make_optimizer(settings.train).init(
             split_trainable(params, settings.train.trainable)[0]
         ),
-        key=jax.random.key_data(jax.random.key(settings.seed)),
+        key=jax.random.key_data(make_key(settings.seed)),
         metric_sums=zero_metrics(),
     )

@@ -1,0 +1,96 @@
+"""Fields of a config's sections: of the right type, within their bounds, named where they aren't."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+def check_choice(field: str, value: Any, allowed: typing.Iterable[str]) -> None:
+    """Raises ValueError, naming `field` and what is allowed, unless value is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{field}={value!r}: unknown; one of {', '.join(allowed)}")
+
+
+def check_at_least(section: Any, name: str, **minima: float) -> None:
+    """Raises ValueError for the first field of the dataclass `section` that is under its minimum."""
+    for field, minimum in minima.items():
+        if not getattr(section, field) >= minimum:  # nan is neither
+            raise ValueError(
+                f"{name}.{field}={getattr(section, field)}: must be at least {minimum}"
+            )
+
+
+def strict(cls: type, section: str, values: Mapping[str, Any], **filled: Any) -> Any:
+    """cls(**values), with an unknown or ill-typed field named in one line."""
+    hints, found = typing.get_type_hints(cls), {}
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"{section}={values!r}: must be a section with the fields {', '.join(hints)}"
+        )
+    for name, value in values.items():
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=3, cutoff=0.4)
+            raise ValueError(
+                f"{section}.{name}={value!r}: unknown field; nearest: {', '.join(near) or 'none'}"
+            )
+        found[name] = typed(f"{section}.{name}", value, hints[name])
+    return cls(**found, **filled)
+
+
+def check_types(cls: type, section: str, values: Mapping[str, Any]) -> None:
+    """Raises ValueError for a value of another type than the dataclass `cls` has for its field, and
+    for a whole number under 1.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{section}={values!r}: must be a section, with fields")
+    hints = typing.get_type_hints(cls)
+    for name in values.keys() & hints.keys():
+        value = typed(f"{section}.{name}", values[name], hints[name])
+        if type(value) is int and hints[name] is not float and value < 1:
+            raise ValueError(f"{section}.{name}={value}: must be at least 1")
+
+
+def typed(field: str, value: Any, kind: Any) -> Any:
+    """`value` as `field`, of type `kind`, holds it: lists as tuples, numbers finite.
+
+    Raises ValueError, naming the field, if it is of another type.
+    """
+    try:
+        found = _typed(value, kind)
+    except TypeError:
+        name = kind.__name__ if isinstance(kind, type) else str(kind)
+        raise ValueError(f"{field}={value!r}: must be of type {name}") from None
+    if isinstance(found, float) and not math.isfinite(found):
+        raise ValueError(f"{field}={value}: must be a finite number")
+    return found
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """TypeError if the value is of another type."""
+    origin, kinds = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for one in kinds:
+            with contextlib.suppress(TypeError):
+                return _typed(value, one)
+        raise TypeError
+    if origin is tuple:
+        if isinstance(value, str) and kinds == (str, ...):
+            return (value,)  # ('a dog') is no tuple: the comma is easily forgotten
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+        if len(kinds) != len(value):
+            raise TypeError
+        return tuple(map(_typed, value, kinds))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    kind = origin or kind
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        raise TypeError
+    return value
