@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,10 +9,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Pipeline", "__version__"]
 
-try:
-    __version__ = version("contextdiff_jax")
-except PackageNotFoundError:  # a checkout that isn't installed
-    __version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -91,6 +91,8 @@ def check_flags() -> dict[str, Any]:
 
     if MODEL.value and WORKDIR.value:
         raise ValueError(f"--model={MODEL.value}: can't be given with --workdir={WORKDIR.value}")
+    if not (MODEL.value or WORKDIR.value):
+        raise ValueError("--workdir: missing; name a run's folder, or --model=FOLDER")
     for flag in (MASK, STRENGTH):
         if flag.value is not None and IMAGE.value is None:
             raise ValueError(f"--{flag.name}={flag.value}: needs --image")
@@ -128,7 +130,7 @@ def main() -> None:
     from contextdiff_jax import pictures
     from contextdiff_jax.inference import Pipeline
 
-    kept = cli.user_cache() if MODEL.value else epath.Path(WORKDIR.value or ".")
+    kept = cli.user_cache() if MODEL.value else epath.Path(WORKDIR.value)
     programs = cli.set_compilation_cache(kept)
     pipeline = Pipeline.open(MODEL.value or WORKDIR.value, WEIGHTS.value, programs=programs)
     options |= {"negative": NEGATIVE.value, "num": NUM.value, "seed": SEED.value}

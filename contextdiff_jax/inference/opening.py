@@ -42,8 +42,13 @@ def open_folder(
     **options: Any,
 ) -> Pipeline:
     """See `Pipeline.open`. `programs`: a folder where traced programs are kept."""
-    if exists(Path(path) / INDEX_FILE):
+    if "://" not in str(path) and exists(Path(path) / INDEX_FILE):
         return of_folder(read_pipeline(path, **options), str(path), programs)
+    if not (epath.Path(path) / "config.json").exists():
+        raise ValueError(
+            f"{path}: holds neither a trained run (config.json) nor a Stable Diffusion pipeline "
+            "(model_index.json)"
+        )
     run = load_run(str(path), weights)
     return of_run(
         run.settings,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt8
 
 
-def to_unit(images: UInt8[Array, "*B H W C"]) -> Float[Array, "*B H W C"]:
+def to_unit(images: UInt8[ArrayLike, "*B H W C"]) -> Float[ArrayLike, "*B H W C"]:
     """Stored pictures in [-1, 1], float32; numpy's stay numpy's."""
     return images.astype(jnp.float32) / 127.5 - 1
 
