@@ -210,6 +210,12 @@ def set_compilation_cache(workdir: pathlib.Path) -> str:
     return jax.config.jax_compilation_cache_dir
 
 
+def user_cache() -> pathlib.Path:
+    """The user's folder of what is computed once and isn't part of a run: compiled programs."""
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(home) / "contextdiff_jax"
+
+
 def keep_freed_memory() -> None:
     """On a host without an accelerator: memory that was freed stays the process's, in one heap.
 

@@ -73,7 +73,7 @@ def main() -> None:
 
     given = checked_flags()
 
-    from contextdiff_jax.generation import Generator
+    from contextdiff_jax.inference.opening import of_run
     from contextdiff_jax.parallel.mesh import local_mesh
     from contextdiff_jax.run import load_run
     from contextdiff_jax.training.frozen import load_frozen
@@ -85,13 +85,17 @@ def main() -> None:
     cli.set_compilation_cache(workdir)
     params, frozen = replicate(run.params), replicate(load_frozen(run.settings))
     mesh = local_mesh()  # each process samples its own share
-    generator = Generator(run.settings, run.tokenizer, options, frozen, mesh)
+    pipeline = of_run(
+        run.settings, run.tokenizer, params, options=options, frozen=frozen, mesh=mesh
+    )
     evaluation = metrics.Evaluation(
         settings=run.settings,
         tokenizer=run.tokenizer,
         graph=model_graph(run.settings),
         params=params,
-        generate=lambda captions, first: generator(params, captions, SEED.value, first=first),
+        generate=lambda captions, first: pipeline.text_to_image(
+            captions, seed=SEED.value, first=first
+        ),
         features=FEATURES.value or str(workdir / "classifier"),
         clip=CLIP.value,
         num=NUM.value,

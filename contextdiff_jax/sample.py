@@ -1,16 +1,18 @@
-"""python -m contextdiff_jax.sample --workdir=DIR --prompt="a large red circle" [--prompt=...]
---num=4 --out=grid.png python -m contextdiff_jax.sample --model=FOLDER --prompt="..."
-[--negative=... --image=FILE --strength=0.8 --mask=FILE]
+"""python -m contextdiff_jax.sample --workdir=RUN --prompt="a large red circle" --num=4
+python -m contextdiff_jax.sample --model=FOLDER --prompt="a horse" --negative="blurred"
 
 Pictures for prompts, from a run's EMA weights or from a Stable Diffusion folder, as one grid with
-the prompts under them; --images=FOLDER writes each alone too, with its prompt, seed, sampler, steps
-and guidance in the PNG's text.
+the prompts under them. All flags work for both; where one isn't given, the run's or the folder's
+own value counts. From noise; or from a picture, --image=FILE --strength=0.8; or into a hole of it,
+--image=FILE --mask=FILE. --images=FOLDER writes each picture alone too, with its prompt, seed,
+sampler, steps and guidance in the PNG's text.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
+import numpy as np
 from absl import flags
 
 from contextdiff_jax import cli
@@ -25,103 +27,38 @@ MODEL = cli.define_path(
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; may be given many times.")
 PROMPTS_FILE = cli.define_path("prompts_file", None, "A text file with one caption a line.")
 NUM = flags.DEFINE_integer("num", 1, "Pictures a prompt.", lower_bound=1)
-SAMPLER = flags.DEFINE_string(
-    "sampler", None, "ddim or ddpm; default: the run's config. With --model: ddim."
+NEGATIVE = flags.DEFINE_string(
+    "negative", None, "The text that guidance leads away from; default: none."
 )
-STEPS = flags.DEFINE_integer(
-    "steps", None, "Sampling steps; default: the run's config. With --model: 50."
-)
-ETA = cli.define_float(
-    "eta", None, "DDIM's noise, 0 to 1; default: the run's config. With --model: 0."
-)
+SAMPLER = flags.DEFINE_string("sampler", None, "ddim or ddpm.")
+STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; of a folder by default 50.")
+ETA = cli.define_float("eta", None, "DDIM's noise, 0 to 1.")
 GUIDANCE = cli.define_float(
-    "guidance", None, "Guidance scale, 1 is none; default: the run's. With --model: 7.5."
+    "guidance", None, "Guidance scale, 1 is none; of a folder by default 7.5."
 )
 REUSE = flags.DEFINE_integer(
     "reuse", None, "Steps that share the UNet's coarser levels (DeepCache): faster, not the same."
 )
 SEED = cli.define_seed("The same seed gives the same pictures.")
-WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or params.")
-OUT = cli.define_path("out", "grid.png", "The grid.")
-IMAGES = cli.define_path("images", None, "A folder for the pictures one by one.")
-COLUMNS = flags.DEFINE_integer("columns", 4, "Pictures a row.", lower_bound=1)
-NEGATIVE = flags.DEFINE_string(
-    "negative", None, "With --model: the text that guidance leads away from; default: none."
-)
+WEIGHTS = flags.DEFINE_string("weights", "ema", "A run's ema or params.")
 SIZE = flags.DEFINE_list(
-    "size", None, "With --model: HEIGHT,WIDTH; default: the model's, or --image's."
+    "size", None, "HEIGHT,WIDTH in pixels; default: the model's own, or --image's."
 )
-IMAGE = cli.define_path("image", None, "With --model: the picture to start from.")
+IMAGE = cli.define_path("image", None, "The picture to start from.")
 STRENGTH = cli.define_float(
     "strength", None, "With --image: share of the steps made; default 0.8, with --mask 1."
 )
 MASK = cli.define_path("mask", None, "With --image: paint anew where this picture is white.")
-OF_MODELS = (NEGATIVE, SIZE, IMAGE, STRENGTH, MASK)
+OUT = cli.define_path("out", "grid.png", "The grid.")
+IMAGES = cli.define_path("images", None, "A folder for the pictures one by one.")
+COLUMNS = flags.DEFINE_integer("columns", 4, "Pictures a row.", lower_bound=1)
+OPTIONS = (SAMPLER, STEPS, ETA, GUIDANCE, REUSE)
 
 
-def from_run(prompts: list[str]):
-    """(pictures, how they were made, of which step)."""
-    from etils import epath
-
-    from contextdiff_jax.generation import Generator
-    from contextdiff_jax.parallel.mesh import local_mesh
-    from contextdiff_jax.run import load_run
-    from contextdiff_jax.settings import SampleConfig
-
-    for flag in OF_MODELS:
-        if flag.value is not None:
-            raise ValueError(f"--{flag.name}={flag.value}: needs --model")
-    given = {
-        "sampler": SAMPLER.value,
-        "steps": STEPS.value,
-        "eta": ETA.value,
-        "guidance": GUIDANCE.value,
-        "reuse": REUSE.value,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    SampleConfig(
-        **given | {"reuse": 1}
-    )  # refuses a wrong flag before a checkpoint is read; reuse divides the run's steps
-    run = load_run(WORKDIR.value, WEIGHTS.value)
-    options = dataclasses.replace(run.settings.sample, **given)
-    folder = cli.set_compilation_cache(epath.Path(WORKDIR.value))
-    generator = Generator(run.settings, run.tokenizer, options, mesh=local_mesh(), programs=folder)
-    images = generator(run.params, prompts, SEED.value)
-    made = {
-        name: getattr(options, name) for name in ("sampler", "steps", "eta", "guidance", "reuse")
-    }
-    return images, made, f"step {run.step}"
-
-
-def from_model(prompts: list[str]):
-    """(pictures, how they were made, of which folder): text to image, or from --image, or inside
-    its --mask.
+def read_prompts() -> list[str]:
+    """The captions of --prompt and --prompts_file. ValueError if there are none, or one is blank or
+    no Unicode.
     """
-    from contextdiff_jax.pretrained.command import FolderRequest, sample_folder
-
-    if WORKDIR.value:
-        raise ValueError(f"--model={MODEL.value}: can't be given with --workdir={WORKDIR.value}")
-    made = {
-        "sampler": SAMPLER.value or "ddim",
-        "steps": 50 if STEPS.value is None else STEPS.value,
-        "eta": ETA.value or 0.0,
-        "guidance": 7.5 if GUIDANCE.value is None else GUIDANCE.value,
-        "reuse": 1 if REUSE.value is None else REUSE.value,
-    }
-    request = FolderRequest(
-        **made,
-        negative=NEGATIVE.value,
-        size=SIZE.value,
-        image=IMAGE.value,
-        mask=MASK.value,
-        strength=STRENGTH.value,
-        seed=SEED.value,
-    )
-    return sample_folder(MODEL.value, prompts, request), made, MODEL.value
-
-
-def main() -> None:
-    """Parses, samples, draws."""
     prompts = list(PROMPT.value)
     if PROMPTS_FILE.value:
         prompts += read_lines(PROMPTS_FILE.value, "--prompts_file")
@@ -134,23 +71,91 @@ def main() -> None:
             prompt.encode()
         except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
             raise ValueError(f"--prompt={prompt!a}: is not UTF-8") from None
-    prompts = [prompt for prompt in prompts for _ in range(NUM.value)]
+    return prompts
+
+
+def read_size() -> tuple[int, int] | None:
+    """(height, width) of --size."""
+    size = SIZE.value
+    if size is None:
+        return None
+    if len(size) != 2 or not all(side.isdecimal() for side in size):
+        raise ValueError(f"--size={','.join(size)}: must be HEIGHT,WIDTH in pixels, as in 512,768")
+    return int(size[0]), int(size[1])
+
+
+def check_flags() -> dict[str, Any]:
+    """The sampling options that are given. ValueError for flags that don't fit together."""
+    from contextdiff_jax.keys import check_seed
+    from contextdiff_jax.settings import SampleConfig
+
+    if MODEL.value and WORKDIR.value:
+        raise ValueError(f"--model={MODEL.value}: can't be given with --workdir={WORKDIR.value}")
+    if not (MODEL.value or WORKDIR.value):
+        raise ValueError("--workdir: missing; name a run's folder, or --model=FOLDER")
+    for flag in (MASK, STRENGTH):
+        if flag.value is not None and IMAGE.value is None:
+            raise ValueError(f"--{flag.name}={flag.value}: needs --image")
+    check_seed(SEED.value, "--seed")
+    options = {flag.name: flag.value for flag in OPTIONS if flag.value is not None}
+    # `reuse` must divide the steps, which only the run may know.
+    SampleConfig(**options | {"reuse": min(options.get("reuse", 1), 1)})
+    return options
+
+
+def read_pictures(size: tuple[int, int] | None, count: int) -> dict[str, np.ndarray]:
+    """`images` and `masks` of --image and --mask, once for each of the pictures to be made."""
+    from contextdiff_jax.pretrained.command import read_picture
+
+    read = {}
+    if IMAGE.value is not None:
+        image = np.asarray(read_picture(IMAGE.value, "RGB", size, "image"))
+        read["images"] = np.tile(image, (count, 1, 1, 1))
+    if MASK.value is not None:
+        mask = np.asarray(read_picture(MASK.value, "L", image.shape[:2], "mask"), np.float32) / 255
+        read["masks"] = np.tile(mask, (count, 1, 1))
+    return read
+
+
+def main() -> None:
+    """Parses, opens, samples, draws."""
+    prompts, size, options = read_prompts(), read_size(), check_flags()
     # Refused now, not when the pictures are made.
     out = cli.output_file("out", OUT.value, cli.PICTURES)
     folder = cli.output_folder("images", IMAGES.value) if IMAGES.value else None
-    images, made, source = from_model(prompts) if MODEL.value else from_run(prompts)
+    given = read_pictures(size, len(prompts) * NUM.value)
+
+    from etils import epath
 
     from contextdiff_jax import pictures
+    from contextdiff_jax.inference import Pipeline
+
+    kept = cli.user_cache() if MODEL.value else epath.Path(WORKDIR.value)
+    programs = cli.set_compilation_cache(kept)
+    pipeline = Pipeline.open(MODEL.value or WORKDIR.value, WEIGHTS.value, programs=programs)
+    options |= {"negative": NEGATIVE.value, "num": NUM.value, "seed": SEED.value}
+    if "masks" in given:
+        way, options = pipeline.inpaint, options | {"strength": STRENGTH.value}
+    elif given:
+        way, options = pipeline.image_to_image, options | {"strength": STRENGTH.value}
+    else:
+        way, options = pipeline.text_to_image, options | {"size": size}
+    images = way(prompts, **given, **options)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    pictures.caption_grid(images, prompts, columns=COLUMNS.value).save(out)
-    print(f"{len(images)} pictures of {source}: {out}")
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-            metadata = {"prompt": prompt, "seed": SEED.value, "index": i, "source": source, **made}
-            pictures.save_png(image, folder / f"{i:04d}.png", metadata)
-        print(f"each alone: {folder}")
+    captions = [prompt for prompt in prompts for _ in range(NUM.value)]
+    pictures.caption_grid(images, captions, columns=COLUMNS.value).save(out)
+    print(f"{len(images)} pictures of {pipeline.opened.source}: {out}")
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    made = pipeline.options(**{flag.name: flag.value for flag in OPTIONS})
+    made = {flag.name: getattr(made, flag.name) for flag in OPTIONS}
+    for i, (image, prompt) in enumerate(zip(images, captions, strict=True)):
+        metadata = {"prompt": prompt, "seed": SEED.value, "index": i}
+        metadata |= {"source": pipeline.opened.source, **made}
+        pictures.save_png(image, folder / f"{i:04d}.png", metadata)
+    print(f"each alone: {folder}")
 
 
 if __name__ == "__main__":

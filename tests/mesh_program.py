@@ -21,7 +21,7 @@ import jax
 from conftest import config_dict
 
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
-from contextdiff_jax.generation import Generator
+from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.parallel.mesh import Feed, MeshConfig, make_mesh, replicated, state_shardings
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training import checkpoints
@@ -84,8 +84,8 @@ def run(name: str, workdir: pathlib.Path) -> dict:
         loader.set_state(place)
         resumed = next_loss(other)[1]
     loader.close()
-    generator = Generator(SETTINGS, tokenizer, mesh=mesh, programs=workdir / "programs")
-    image = generator(state.ema, ["a large red circle"] * 8, seed=0)
+    pipeline = of_run(SETTINGS, tokenizer, state.ema, mesh=mesh, programs=workdir / "programs")
+    image = pipeline.text_to_image(["a large red circle"] * 8, seed=0)
     largest = max(jax.tree.leaves(state.opt_state), key=lambda leaf: leaf.size)
     return {
         "losses": losses,

@@ -45,14 +45,14 @@ TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")
             "train.batch_size=12: must be a multiple of .* 8",
         ),
         (("sample", "--workdir=unused"), "--prompt: the list is empty"),
-        (("sample", "--workdir=nowhere", "--prompt=a"), "--workdir=nowhere: holds no run"),
+        (("sample", "--workdir=nowhere", "--prompt=a"), "nowhere: holds neither a trained run"),
         (("sample", "--workdir=nowhere", "--prompt=a", "--eta=2"), "eta=2.0: must lie in"),
         (
             ("evaluate", "--workdir=nowhere", "--metrics=foo"),
             "'foo': unknown; one of composition, bound, branches, fid",
         ),
         (("evaluate", "--workdir=nowhere", "--metrics=fid"), "--workdir=nowhere: holds no run"),
-        (("benchmark", "--mode=reuse", "--workdir=nowhere"), "--workdir=nowhere: holds no run"),
+        (("benchmark", "--mode=reuse", "--workdir=nowhere"), "nowhere: holds neither a trained"),
         (("train_classifier", "--config=configs/shapes.py"), "--workdir: missing; name the folder"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
@@ -177,5 +177,7 @@ def test_a_flag_that_is_a_number_is_finite_and_within_its_bound(value):
 )
 def test_a_run_whose_config_is_damaged_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text, errors="surrogateescape")
-    with pytest.raises(ValueError, match="config.json: (not valid JSON|not a JSON object|is empty)"):
+    with pytest.raises(
+        ValueError, match="config.json: (not valid JSON|not a JSON object|is empty)"
+    ):
         load_run(str(tmp_path))

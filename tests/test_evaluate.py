@@ -1,6 +1,7 @@
 """The evaluate command and its metrics on a run of the tiny model; the report."""
 
 import dataclasses
+import functools
 import html.parser
 import json
 
@@ -19,7 +20,7 @@ from contextdiff_jax.evaluation import classifier, distances, metrics, report
 from contextdiff_jax.evaluation.clip import load_clip
 from contextdiff_jax.evaluation.composition import composition, judge
 from contextdiff_jax.evaluation.intervals import Estimate
-from contextdiff_jax.generation import Generator
+from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.models.contextdiff import make_denoise
 from contextdiff_jax.run import load_run
 from contextdiff_jax.settings import parse
@@ -203,11 +204,11 @@ def test_bound_with_all_timesteps_is_vlb_of_the_model_by_hand(evaluation):
 
     def by_hand(params, x0, key):
         model = nnx.merge(model_graph(settings), params)
-        tokens = model.text(ids, mask)
+        captions = model.encode(ids, mask)
         target, shift = settings.diffusion.prediction_type, settings.context.shift
-        denoise = make_denoise(model, schedule, tokens, mask, tokens, mask, prediction_type=target)
+        denoise = make_denoise(model, schedule, captions, prediction_type=target)
         return diffusion.vlb(
-            denoise, x0, lambda x, t: model.context(x, tokens, mask, t), schedule, key, shift
+            denoise, x0, lambda x, t: model.relate(x, captions, t), schedule, key, shift
         )
 
     key = jax.random.fold_in(jax.random.key(0), 0)
@@ -239,16 +240,16 @@ def test_branches_are_x0_hat_with_and_without_the_caption(evaluation):
 
     def texts(captions):
         ids, mask = evaluation.tokenizer.encode(captions, settings.data.max_length)
-        return model.text(ids, mask), mask
+        return model.encode(ids, mask)
 
     captions = texts(few.captions(row))
     x_t = diffusion.q_sample(
-        schedule, x0, model.relate(x0, *captions, ts), ts, noise, settings.context.shift
+        schedule, x0, model.relate(x0, captions, ts), ts, noise, settings.context.shift
     )
     with_caption, without = (
         np.asarray(
             diffusion.predict_x0(
-                schedule, model.predict(x_t, ts, *text), x_t, ts, settings.diffusion.prediction_type
+                schedule, model.predict(x_t, ts, text), x_t, ts, settings.diffusion.prediction_type
             )
         )
         for text in (captions, texts([""] * 3))
@@ -362,12 +363,10 @@ def test_distances_are_a_line_a_row_so_that_long_names_fit():
 
 def test_a_share_of_the_captions_gives_the_pictures_that_all_of_them_do(evaluation):
     settings = evaluation.settings
-    generator = Generator(
-        settings, evaluation.tokenizer, dataclasses.replace(settings.sample, steps=2)
-    )
+    pipeline = of_run(settings, evaluation.tokenizer, evaluation.params)
+    sample = functools.partial(pipeline.text_to_image, steps=2, batch_size=2)
     captions = ["a red circle", "a blue square", "a large red circle"]
-    whole = generator(evaluation.params, captions, 0, 2)
-    part = generator(evaluation.params, captions[1:], 0, 2, first=1)
+    whole, part = sample(captions), sample(captions[1:], first=1)
     np.testing.assert_allclose(part.astype(int), whole[1:].astype(int), atol=1)  # rounded to uint8
     assert np.abs(whole[1].astype(int) - whole[2]).max() > 20
 

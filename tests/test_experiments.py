@@ -22,7 +22,9 @@ from contextdiff_jax.experiments.estimates import estimate_cell, measure
 from contextdiff_jax.experiments.finished import add_finished, read_finished
 from contextdiff_jax.experiments.oracle import OracleGenerator, scaled
 from contextdiff_jax.experiments.plan import Plan, load_plan
-from contextdiff_jax.models.contextdiff import make_sampler
+from contextdiff_jax.inference.opening import process_of, run_steps
+from contextdiff_jax.inference.pipeline import method_of
+from contextdiff_jax.inference.sampling import Text, make_sample
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import make_model
 
@@ -258,22 +260,15 @@ def test_the_oracle_at_gain_0_is_the_sampler_and_otherwise_reads_the_picture():
     assert (oracle(params, records, 0) != oracle(params, other, 0)).mean() > 0.1
     # At gain 0 it's the plain sampler, with the oracle's own noise.
     model.context.gamma[...] = jnp.asarray(0.0)
-    options = dataclasses.asdict(settings.sample)
-    del options["prompts"]
-    sample = make_sampler(
-        settings.diffusion.make_schedule(),
-        prediction_type=settings.diffusion.prediction_type,
-        shift=settings.context.shift,
-        **options,
-    )
+    sample = make_sample(process_of(settings), method_of(settings.sample))
+    steps = run_steps(settings.diffusion.num_timesteps, settings.sample)
     ids, mask = tokenizer.encode(
         [record["caption"] for record in records], settings.data.max_length
     )
     null = tokenizer.encode([""], settings.data.max_length)
     noise_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
-    x0 = nnx.jit(sample)(
-        model, jax.random.normal(noise_key, (2, 16, 16, 3)), step_key, ids, mask, *null
-    )
+    noise = jax.random.normal(noise_key, (2, 16, 16, 3))
+    x0 = nnx.jit(sample)(model, noise, Text(ids, mask, *null), steps, jnp.float32(2.0), step_key)
     expected = np.round((np.clip(x0, -1, 1) + 1) * 127.5)
     assert np.abs(plain.astype(int) - expected.astype(int)).max() <= 1
 

@@ -19,7 +19,7 @@ from torch_models import assert_close, assert_same_tensors, nchw, nhwc, stable_d
 from torch_models import randomised as randomised_torch
 
 from contextdiff_jax.data import load_tokenizer
-from contextdiff_jax.generation import Generator
+from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.models.contextdiff import make_denoise
 from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
 from contextdiff_jax.pretrained import load_unet
@@ -126,8 +126,8 @@ def test_a_fine_tune_at_gain_zero_samples_what_the_folder_samples(pipe):
         and settings.sample.steps_offset == 1
     )
     assert float(params["context"]["gamma"][...]) == 0
-    generator = Generator(settings, load_tokenizer(settings.data.tokenizer))
-    ours = generator(params, PROMPTS, seed=3)
+    pipeline = of_run(settings, load_tokenizer(settings.data.tokenizer), params)
+    ours = pipeline.text_to_image(PROMPTS, seed=3)
     noise_key, _ = jax.random.split(jax.random.key(3))
     noise = jnp.stack(
         [jax.random.normal(jax.random.fold_in(noise_key, i), settings.shape) for i in range(2)]
@@ -137,7 +137,7 @@ def test_a_fine_tune_at_gain_zero_samples_what_the_folder_samples(pipe):
     assert (
         ours == theirs
     ).mean() > 0.999  # what is left is the rounding of pictures to whole numbers
-    moved = generator(with_gamma(params, 1.0), PROMPTS, seed=3)
+    moved = pipeline.with_params(with_gamma(params, 1.0)).text_to_image(PROMPTS, seed=3)
     assert (moved != theirs).mean() > 0.1
 
 
@@ -170,12 +170,12 @@ def test_a_run_reads_text_through_t5(pipe, tmp_path):
     with torch.no_grad():
         expected = theirs(rows.input_ids, attention_mask=rows.attention_mask).last_hidden_state
     model = build_model(model_graph(settings), start_of(config), load_frozen(settings))
-    tokens = model.text(batch["token_ids"], batch["token_mask"])
-    assert_close(tokens, expected.numpy())
+    captions = model.encode(batch["token_ids"], batch["token_mask"])
+    assert_close(captions.tokens, expected.numpy())
     # Padding is read by nobody: neither inside of T5 nor by the UNet.
     x, t, padding = batch["noise"], batch["t"], ~batch["token_mask"][..., None]
     outputs = [
-        model.predict(x, t, tokens + change, batch["token_mask"])
+        model.predict(x, t, captions._replace(tokens=captions.tokens + change))
         for change in (0.0, 1.0 * padding, 1.0 * ~padding)
     ]
     np.testing.assert_array_equal(*outputs[:2])
@@ -192,19 +192,17 @@ def test_latents_are_not_clipped_to_the_range_of_pictures(pipe):
     settings = parse(config_of(pipe[1]))
     model = build_model(model_graph(settings), init_state(settings).params, load_frozen(settings))
     batch, x = batch_of(settings), 5 * jax.random.normal(jax.random.key(0), (2, *settings.shape))
-    tokens, t = model.text(batch["token_ids"], batch["token_mask"]), jnp.full(2, 900)
+    captions = model.encode(batch["token_ids"], batch["token_mask"])
+    t = jnp.full(2, 900)
     bounds = []
     for latent in (True, False):
         if not latent:
             model.vae = None
-        mask = batch["token_mask"]
         denoise = make_denoise(
             model,
             settings.diffusion.make_schedule(),
-            tokens,
-            mask,
-            tokens,
-            mask,
+            captions,
+            captions,
             prediction_type="epsilon",
             guidance=2.0,
         )
@@ -456,7 +454,7 @@ def test_the_context_reads_the_tokens_of_a_frozen_clip_as_transformers_has_them(
     loss, _ = loss_fn(model, batch, null, settings.diffusion.make_schedule(), settings)
     assert np.isfinite(float(loss))
     x0, _ = clean(model, batch)
-    args = model.text(batch["token_ids"], batch["token_mask"]), batch["token_mask"], batch["t"]
+    args = model.encode(batch["token_ids"], batch["token_mask"]), batch["t"]
     decoded = model.vae.decode(model.vae.from_diffusion(x0))
     np.testing.assert_array_equal(model.relate(x0, *args), model.relate(x0, *args, decoded))
     assert (

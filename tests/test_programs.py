@@ -4,8 +4,6 @@ file.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +11,12 @@ import pytest
 from flax import nnx
 
 from contextdiff_jax.data import load_tokenizer
-from contextdiff_jax.models.contextdiff import Frozen
+from contextdiff_jax.inference import Pipeline
+from contextdiff_jax.inference.opening import of_run
+from contextdiff_jax.inference.pipeline import NotFiniteError
+from contextdiff_jax.inference.programs import kept
 from contextdiff_jax.models.vae import VAE, VAEConfig
 from contextdiff_jax.parallel.mesh import local_mesh
-from contextdiff_jax.programs import kept
 from contextdiff_jax.training.state import init_state
 
 
@@ -76,33 +76,27 @@ def test_a_folder_that_cannot_be_written_is_told_and_the_program_runs(tmp_path, 
     assert "can't be written" in caplog.text
 
 
-def test_a_second_generator_reads_the_program_and_makes_the_same_pictures(
+def test_a_second_pipeline_reads_the_program_and_makes_the_same_pictures(
     tiny_settings, tmp_path, monkeypatch
 ):
-    from contextdiff_jax import generation
+    params, tokenizer = init_state(tiny_settings).params, load_tokenizer()
 
-    settings = dataclasses.replace(
-        tiny_settings, sample=dataclasses.replace(tiny_settings.sample, steps=2)
-    )
-    params, tokenizer, prompts = (
-        init_state(settings).params,
-        load_tokenizer(),
-        ["a large red circle"] * 2,
-    )
-    kind = dict(frozen=Frozen(), mesh=local_mesh())
-    plain = generation.Generator(settings, tokenizer, **kind)(params, prompts, 0)
-    first = generation.Generator(settings, tokenizer, **kind, programs=tmp_path)(params, prompts, 0)
-    monkeypatch.setattr(generation, "make_pictures", lambda *_: never())
-    again = generation.Generator(settings, tokenizer, **kind, programs=tmp_path)(params, prompts, 0)
+    def sample(count, params=params, seed=0, **options):
+        pipeline = of_run(tiny_settings, tokenizer, params, mesh=local_mesh(), **options)
+        return pipeline.text_to_image(["a large red circle"] * count, seed=seed, steps=2)
+
+    plain, first = sample(2), sample(2, programs=tmp_path)
+    monkeypatch.setattr(Pipeline, "program", lambda *_: never())
+    again = sample(2, programs=tmp_path)
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first, plain)
-    third = generation.Generator(settings, tokenizer, **kind, programs=tmp_path)
     for seed in (1, 2**32):
-        assert (third(params, prompts, seed) != first).mean() > 0.5
-    with pytest.raises(generation.NotFiniteError, match="2 of 2 pictures, the first for 'a large"):
-        third(jax.tree.map(lambda leaf: leaf * np.nan, params), prompts, 0)
+        assert (sample(2, programs=tmp_path, seed=seed) != first).mean() > 0.5
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    with pytest.raises(NotFiniteError, match="2 of 2 pictures, the first for 'a large"):
+        sample(2, broken, programs=tmp_path)
     with pytest.raises(AssertionError, match="traced again"):
-        generation.Generator(settings, tokenizer, **kind, programs=tmp_path)(params, prompts * 2, 0)
+        sample(4, programs=tmp_path)
 
 
 def test_what_networks_and_settings_hold_beside_arrays_is_part_of_the_key(tmp_path):

@@ -17,8 +17,9 @@ from flax import nnx
 from contextdiff_jax import diffusion
 from contextdiff_jax.benchmarks import reuse as benchmark
 from contextdiff_jax.data import load_tokenizer
-from contextdiff_jax.models.contextdiff import make_sampler
-from contextdiff_jax.run import Run
+from contextdiff_jax.inference.opening import of_run, process_of
+from contextdiff_jax.inference.sampling import Method, Steps, Text, make_sample
+from contextdiff_jax.models.contextdiff import Captions
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import build_model, init_state, model_graph
 from contextdiff_jax.training.step import make_train_step
@@ -49,16 +50,31 @@ def inputs(settings):
     )
 
 
+def program(settings, guidance, **method):
+    """`run(model, x, ids, mask, timesteps)`, the jitted sampling loop."""
+    run = make_sample(process_of(settings), Method(guided=guidance != 1, **method))
+
+    def sample(model, x, ids, mask, timesteps):
+        text, key = Text(ids, mask, ids[:1], mask[:1]), jax.random.key(0)
+        return run(model, x, text, Steps(timesteps), jnp.float32(guidance), key)
+
+    return sample
+
+
+def sample(settings, model, x, text, timesteps, guidance, **method):
+    return np.asarray(jax.jit(program(settings, guidance, **method))(model, x, *text, timesteps))
+
+
 @pytest.mark.parametrize("changes", [{}, ONE_LEVEL, {"model.mid_block_type": None}])
 def test_a_networks_own_deep_features_change_nothing_and_anothers_do(changes):
     settings, model = made(**changes)
     x, tokens, mask = inputs(settings)
-    t = np.array([3, 40])
+    captions, t = Captions(tokens, mask), np.array([3, 40])
     deep, predict = jax.jit(model.deep_features), jax.jit(model.predict)
-    own, other = (deep(x, time, tokens, mask) for time in (t, t[::-1]))
-    whole = predict(x, t, tokens, mask)
-    np.testing.assert_allclose(predict(x, t, tokens, mask, own), whole, atol=1e-5)
-    assert np.abs(predict(x, t, tokens, mask, other) - whole).max() > 1e-3
+    own, other = (deep(x, time, captions) for time in (t, t[::-1]))
+    whole = predict(x, t, captions)
+    np.testing.assert_allclose(predict(x, t, captions, own), whole, atol=1e-5)
+    assert np.abs(predict(x, t, captions, other) - whole).max() > 1e-3
 
 
 @pytest.mark.parametrize("estimate", ["plugin", "posterior_mean"])
@@ -67,34 +83,25 @@ def test_sampling_is_the_loop_with_what_the_first_step_of_each_group_computed(es
     settings, model = made(**{"context.estimate": estimate})
     x, ids = inputs(settings)[0], np.arange(1, 1 + B * 12).reshape(B, 12)
     mask, schedule = inputs(settings)[2], settings.diffusion.make_schedule()
-    options = dict(
-        prediction_type="v",
-        shift="quadratic",
-        sampler="ddim",
-        steps=6,
-        eta=0.0,
-        spacing="trailing",
-        guidance=1.0,
-    )
-    sample = make_sampler(schedule, **options, reuse=3)
-    made_by_us = jax.jit(sample)(model, x, jax.random.key(0), ids, mask, ids[:1], mask[:1])
+    timesteps = np.asarray(diffusion.spaced_timesteps(schedule.num_timesteps, 6, "trailing"))
+    made_by_us = sample(settings, model, x, (ids, mask), timesteps, 1.0, reuse=3)
 
-    tokens = model.text(ids, mask)
+    captions = model.encode(ids, mask)
     deep_features, predict, relate = map(
         jax.jit, (model.deep_features, model.predict, model.relate)
     )
-    timesteps = np.append(diffusion.spaced_timesteps(schedule.num_timesteps, 6, "trailing"), -1)
+    timesteps = np.append(timesteps, -1)
     for i, (t, s) in enumerate(zip(timesteps[:-1], timesteps[1:], strict=True)):
         t, s = np.full(B, t), np.full(B, s)
         if i % 3 == 0:
-            deep = deep_features(x, t, tokens, mask)
-        output = predict(x, t, tokens, mask, deep)
+            deep = deep_features(x, t, captions)
+        output = predict(x, t, captions, deep)
         output, r_hat = output if estimate == "posterior_mean" else (output, None)
         x0 = jnp.clip(diffusion.predict_x0(schedule, output, x, t, "v"), -1, 1)
         r_t, r_s = (
             (r_hat, r_hat)
             if r_hat is not None
-            else (relate(x0, tokens, mask, np.maximum(i, 0)) for i in (t, s))
+            else (relate(x0, captions, np.maximum(i, 0)) for i in (t, s))
         )
         x = diffusion.q_posterior(schedule, x0, x, r_t, r_s, t, s, 0.0, "quadratic").mean
     np.testing.assert_allclose(made_by_us, x, atol=2e-5)
@@ -105,23 +112,14 @@ def test_guided_and_noisy_samples_stay_near_those_without_reuse(tiny, sampler, e
     """The steps and the noise are the same: the network's coarser levels make the difference."""
     settings, model = tiny
     x, ids, mask = inputs(settings)[0], np.arange(1, 1 + B * 12).reshape(B, 12), inputs(settings)[2]
-    options = dict(
-        prediction_type="v",
-        shift="quadratic",
-        sampler=sampler,
-        steps=6,
-        eta=eta,
-        spacing="trailing",
-        guidance=2.0,
-    )
-
-    def run(reuse):
-        sample = make_sampler(settings.diffusion.make_schedule(), **options, reuse=reuse)
-        return np.asarray(
-            jax.jit(sample)(model, x, jax.random.key(0), ids, mask, ids[:1], mask[:1])
+    T = settings.diffusion.num_timesteps
+    timesteps = np.asarray(diffusion.spaced_timesteps(T, 6, "trailing"))
+    plain, twos = (
+        sample(
+            settings, model, x, (ids, mask), timesteps, 2.0, sampler=sampler, eta=eta, reuse=reuse
         )
-
-    plain, twos = run(1), run(2)
+        for reuse in (1, 2)
+    )
     assert 1e-6 < np.abs(twos - plain).mean() < 0.2 * np.abs(plain).mean()
 
 
@@ -174,25 +172,17 @@ def test_a_training_step_and_a_sampling_program_are_traced_once():
     after, _ = jax.eval_shape(step, state, batch, null)
     jax.eval_shape(step, after, batch, null)
 
-    options = dict(
-        prediction_type="v",
-        shift="quadratic",
-        sampler="ddim",
-        steps=2,
-        eta=0.0,
-        spacing="trailing",
-        guidance=2.0,
-    )
-    graph, run = model_graph(settings), make_sampler(settings.diffusion.make_schedule(), **options)
+    graph, run = model_graph(settings), program(settings, 2.0)
 
     @jax.jit
     @chex.assert_max_traces(n=1)
     def sample(params, *inputs):
         return run(nnx.merge(graph, params), *inputs)
 
-    x, texts = np.zeros((B, 16, 16, 3), np.float32), [*captions(B).values(), *null.values()]
-    for params, seed in ((state.params, 0), (after.params, 1)):
-        jax.eval_shape(sample, params, x + seed, jax.random.key(seed), *texts)
+    # Another guidance scale or other timesteps are the same program.
+    x, text = np.zeros((B, 16, 16, 3), np.float32), captions(B).values()
+    for params, first in ((state.params, 49), (after.params, 40)):
+        jax.eval_shape(sample, params, x + first, *text, np.array([first, 12]))
 
 
 def test_the_shared_part_is_computed_once_a_group(tiny):
@@ -204,23 +194,10 @@ def test_the_shared_part_is_computed_once_a_group(tiny):
     graph, state = nnx.split(model)
 
     def convolutions(reuse):
-        options = dict(
-            prediction_type="v",
-            shift="none",
-            sampler="ddim",
-            steps=4,
-            eta=0.0,
-            spacing="trailing",
-            guidance=1.0,
-        )
-        sample = make_sampler(settings.diffusion.make_schedule(), **options, reuse=reuse)
+        sample = program(settings, 1.0, reuse=reuse)
         run = jax.jit(lambda state, *rest: sample(nnx.merge(graph, state), *rest))
-        return (
-            run.lower(state, x, jax.random.key(0), ids, mask, ids[:1], mask[:1])
-            .compile()
-            .as_text()
-            .count(" convolution(")
-        )
+        compiled = run.lower(state, x, ids, mask, np.array([49, 37, 25, 12])).compile()
+        return compiled.as_text().count(" convolution(")
 
     fine = 1 + 2 + 2 * 2 + 1  # conv_in, a resnet down, two up, conv_out
     # Its three down there are in `keep` and in the step beside it; XLA may write one out twice of
@@ -230,9 +207,8 @@ def test_the_shared_part_is_computed_once_a_group(tiny):
 
 def test_the_benchmark_tells_the_difference_to_all_steps(tiny_settings, monkeypatch):
     params = randomised(init_state(tiny_settings).params)
-    monkeypatch.setattr(
-        benchmark, "load_run", lambda workdir: Run(tiny_settings, load_tokenizer(), params, 7)
-    )
+    pipeline = of_run(tiny_settings, load_tokenizer(), params, source="step 7 of a run")
+    monkeypatch.setattr(benchmark.Pipeline, "open", lambda workdir: pipeline)
     monkeypatch.setattr(benchmark, "VARIANTS", ((4, 1), (4, 2), (2, 1)))
     result = benchmark.run("somewhere", rounds=1)
     whole, *others = result.rows

@@ -15,7 +15,7 @@ from flax import nnx
 
 from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
-from contextdiff_jax.generation import Generator
+from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.pictures import read_png_metadata
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training import checkpoints, loop
@@ -63,9 +63,11 @@ def test_gain_zero_is_plain_diffusion_in_loss_and_samples_exactly(tiny_settings,
     assert loss(tiny_settings, 0.0) == loss(plain, 0.0)
     assert loss(tiny_settings, 1.0) != loss(plain, 1.0)
     prompts = ["a large red circle", "a small blue square"]
-    shifted, unshifted = (Generator(s, load_tokenizer()) for s in (tiny_settings, plain))
     zero = with_gamma(params, 0.0)
-    np.testing.assert_array_equal(shifted(zero, prompts, 0), unshifted(zero, prompts, 0))
+    shifted, unshifted = (
+        of_run(s, load_tokenizer(), zero).text_to_image(prompts) for s in (tiny_settings, plain)
+    )
+    np.testing.assert_array_equal(shifted, unshifted)
 
 
 @pytest.mark.parametrize("estimate", ["plugin", "posterior_mean"])
@@ -73,13 +75,13 @@ def test_gain_zero_is_plain_diffusion_in_loss_and_samples_exactly(tiny_settings,
 def test_a_context_with_gain_changes_the_samples(estimate, sampler):
     settings = parse(config_dict(**{"context.estimate": estimate, "sample.sampler": sampler}))
     params = with_gamma(randomised(jax.jit(lambda: init_state(settings))().params), 1.5)
-    with_shift = Generator(settings, load_tokenizer())(params, ["a large red circle"] * 4, 0)
+    prompts, tokenizer = ["a large red circle"] * 4, load_tokenizer()
+    with_shift = of_run(settings, tokenizer, params).text_to_image(prompts)
     without = dataclasses.replace(
         settings, context=dataclasses.replace(settings.context, shift="none")
     )
     difference = np.abs(
-        with_shift.astype(int)
-        - Generator(without, load_tokenizer())(params, ["a large red circle"] * 4, 0)
+        with_shift.astype(int) - of_run(without, tokenizer, params).text_to_image(prompts)
     )
     assert difference.mean() > 1
 

@@ -13,6 +13,7 @@ its seconds come, each in a column of its own,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -30,7 +31,9 @@ from jax.sharding import Mesh
 from contextdiff_jax.benchmarks import hlo
 from contextdiff_jax.benchmarks.data import Result
 from contextdiff_jax.benchmarks.tables import aligned
-from contextdiff_jax.generation import make_pictures
+from contextdiff_jax.inference.opening import of_run
+from contextdiff_jax.inference.pipeline import method_of
+from contextdiff_jax.inference.sampling import Text
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.models.remat import POLICIES
 from contextdiff_jax.parallel.chips import CHIPS, Chip, GiB
@@ -149,12 +152,14 @@ def lower(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) -> jax.s
         return jit_step(settings, shardings, batch, null, frozen).lower(state, batch, null, frozen)
     B, key = settings.train.batch_size, jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
     spread, length = place(mesh, (B, 1), ("batch", None), rules), settings.data.max_length
-    text = _text(B, length, spread), _text(1, length, whole)
-    numbers = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=whole)
-    pictures = make_pictures(settings, settings.sample, mesh)
-    return pictures.lower(
-        state.ema, frozen, key, numbers, key, *(each for part in text for each in part.values())
-    )
+    text = Text(*_text(B, length, spread).values(), *_text(1, length, whole).values())
+    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=whole)
+    guidance = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    pipeline = of_run(settings, None, state.ema, frozen=frozen, mesh=mesh)
+    steps = jax.tree.map(lambda a: integers(a.shape), pipeline.opened.find_steps(settings.sample))
+    program = pipeline.program(method_of(settings.sample), settings.shape)
+    weights = pipeline.opened.weights
+    return program.lower(weights, key, integers((B,)), None, text, steps, guidance, key)
 
 
 def run(settings: Settings, options: AotBenchmark) -> Result:

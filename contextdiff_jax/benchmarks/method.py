@@ -24,7 +24,9 @@ from contextdiff_jax.benchmarks.steps import (
     compile_timed,
     randomised,
 )
-from contextdiff_jax.generation import configured_sampler
+from contextdiff_jax.inference.opening import process_of, run_steps
+from contextdiff_jax.inference.pipeline import method_of
+from contextdiff_jax.inference.sampling import Text, make_sample
 from contextdiff_jax.keys import make_key
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.state import TrainState, build_model, init_state, model_graph
@@ -92,7 +94,8 @@ def _train_method(settings: Settings, name: str) -> Contestant:
 
 def _sample_method(settings: Settings, name: str) -> Contestant:
     devices, (ids, mask) = Devices(settings), _random_texts(settings)
-    sample, graph = configured_sampler(settings, settings.sample), model_graph(settings)
+    sample = make_sample(process_of(settings), method_of(settings.sample))
+    graph = model_graph(settings)
     x = np.random.default_rng(settings.seed).standard_normal(
         (len(ids), *settings.shape), np.float32
     )
@@ -100,11 +103,10 @@ def _sample_method(settings: Settings, name: str) -> Contestant:
     arguments = (
         devices.parameters(_random_state(settings).params),
         placed["x"],
+        Text(placed["ids"], placed["mask"], ids[:1], mask[:1]),
+        run_steps(settings.diffusion.num_timesteps, settings.sample),
+        np.float32(settings.sample.guidance),
         make_key(settings.seed),
-        placed["ids"],
-        placed["mask"],
-        ids[:1],
-        mask[:1],
     )
     with devices.tracing():
         run, seconds, _ = compile_timed(

@@ -5,7 +5,6 @@ By reuse of its coarser levels, and by fewer steps.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import statistics
 
@@ -15,9 +14,7 @@ from contextdiff_jax.benchmarks import paired
 from contextdiff_jax.benchmarks.data import Result
 from contextdiff_jax.benchmarks.paired import Contestant
 from contextdiff_jax.benchmarks.tables import aligned
-from contextdiff_jax.generation import Generator
-from contextdiff_jax.parallel.mesh import local_mesh
-from contextdiff_jax.run import load_run
+from contextdiff_jax.inference import Pipeline
 from contextdiff_jax.training.loop import default_prompts
 
 # (steps, reuse); the first is the one that the others are compared with.
@@ -30,16 +27,15 @@ def run(workdir: str, rounds: int) -> Result:
     `error`: mean difference, from the same noise, in shares of the range. ValueError for a folder
     without a run.
     """
-    trained = load_run(workdir)
-    settings = trained.settings
+    pipeline = Pipeline.open(workdir)
+    settings = pipeline.opened.identity
     prompts = list(settings.sample.prompts) or default_prompts(settings.data)
     contestants, images = [], {}
+    sample = functools.partial(
+        pipeline.text_to_image, prompts, seed=settings.seed, sampler="ddim", eta=0.0
+    )
     for steps, reuse in VARIANTS:
-        options = dataclasses.replace(
-            settings.sample, sampler="ddim", eta=0.0, steps=steps, reuse=reuse
-        )
-        generator = Generator(settings, trained.tokenizer, options, mesh=local_mesh())
-        call = functools.partial(generator, trained.params, prompts, settings.seed)
+        call = functools.partial(sample, steps=steps, reuse=reuse)
         name = f"{steps} steps, reuse {reuse}"
         contestants.append(Contestant(name, call))
         images[name] = call().astype(np.int32)
@@ -58,5 +54,5 @@ def run(workdir: str, rounds: int) -> Result:
         [row["name"], f"{row['seconds']:.2f}", f"{row['speedup']:.2f}x", f"{row['error']:.4f}"]
         for row in rows
     ]
-    title = f"{len(prompts)} pictures of step {trained.step} of {workdir}"
+    title = f"{len(prompts)} pictures of {pipeline.opened.source}"
     return Result(f"{title}\n{aligned(['', 'seconds', 'faster', 'error'], entries)}", rows)

@@ -155,14 +155,17 @@ def unet_sample(graph: nnx.GraphDef, settings: Settings) -> Callable:
     def run(params, inputs):
         unet = nnx.merge(graph, params)
 
-        def denoise(x, t, s):
-            without, with_text = jnp.split(
-                _predict(unet, jnp.concatenate([x, x]), jnp.concatenate([t, t]), inputs), 2
-            )
-            output = without + sample.guidance * (with_text - without)
+        def branches(x, t, s):
+            output = _predict(unet, x, t, inputs)
             x0 = diffusion.predict_x0(schedule, output, x, t, settings.diffusion.prediction_type)
             return Denoised(x0, jnp.zeros_like(x), jnp.zeros_like(x))
 
+        denoise = diffusion.classifier_free(
+            branches,
+            sample.guidance,
+            join=lambda a, b: jnp.concatenate([a, b]),
+            split=lambda both: jnp.split(both, 2)[::-1],
+        )
         return diffusion.ddim_sample(denoise, inputs["x"], schedule, timesteps, shift="none")
 
     return run

@@ -1,6 +1,7 @@
 """The mathematics of contextualized diffusion: pure functions on arrays (jax only)."""
 
 from contextdiff_jax.diffusion.guidance import (
+    classifier_free,
     dynamic_threshold,
     guide,
     pair,
@@ -41,6 +42,7 @@ __all__ = [
     "Gaussian",
     "NoiseSchedule",
     "Reuse",
+    "classifier_free",
     "ddim_invert",
     "ddim_sample",
     "ddpm_sample",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def unpair(both: Shaped[Array, "rows *D"]) -> tuple[Shaped[Array, "B *D"], Shape
 def guide(
     conditional: Denoised,
     unconditional: Denoised,
-    guidance_scale: float | Float[Array, ""],
+    guidance_scale: float | Float[ArrayLike, ""],
     rescale: float = 0.0,
 ) -> Denoised:
     """Classifier-free guidance (Ho & Salimans 2022) of x0 and of both contexts: u + g (c - u).
@@ -93,6 +94,27 @@ def guide(
     std, target = guided.x0.std(axes), conditional.x0.std(axes)
     factor = 1 + rescale * (target / jnp.maximum(std, 1e-8) - 1)
     return guided._replace(x0=bcast(factor, guided.x0) * guided.x0) if rescale else guided
+
+
+def classifier_free(
+    branches: DenoiseFn,
+    guidance_scale: float | Float[ArrayLike, ""],
+    rescale: float = 0.0,
+    join: Callable[[Array, Array], Array] = pair,
+    split: Callable[[Array], Sequence[Array]] = unpair,
+) -> DenoiseFn:
+    """Guidance (`guide`) as a denoise function of B rows. `branches` denoises 2 B: the conditional
+    and the unconditional branch of each, as `join` lays them out and `split` takes them apart.
+    """
+
+    def denoise(x_t, t, s, *kept):
+        both = branches(*(join(a, a) for a in (x_t, t, s)), *kept)
+        conditional, unconditional = (
+            Denoised(*part) for part in zip(*map(split, both), strict=True)
+        )
+        return guide(conditional, unconditional, guidance_scale, rescale)
+
+    return denoise
 
 
 def dynamic_threshold(x0: Samples, percentile: float = 99.5) -> Float[Array, "B *D"]:

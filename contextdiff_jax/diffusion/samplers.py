@@ -54,9 +54,13 @@ class KeepFn(Protocol):
 
 @runtime_checkable
 class ProjectFn(Protocol):
-    """`project(x, t)` replaces x after a step; t is where the next one begins, -1 at the end."""
+    """`project(x, t, context)` replaces x after a step; t is where the next one begins, -1 at the
+    end, and context is the estimate of r there.
+    """
 
-    def __call__(self, x: Float[Array, "B *D"], t: Int[Array, ""]) -> Float[Array, "B *D"]: ...
+    def __call__(
+        self, x: Float[Array, "B *D"], t: Int[Array, ""], context: Float[Array, "B *D"]
+    ) -> Float[Array, "B *D"]: ...
 
 
 @runtime_checkable
@@ -118,7 +122,7 @@ def _reverse(
         x = mean
         if step_key is not None:
             x = mean + jnp.sqrt(variance) * jax.random.normal(step_key, x.shape, x.dtype)
-        return x if project is None else project(x, start), None
+        return x if project is None else project(x, start, denoised.context_s), None
 
     starts = jnp.append(timesteps[1:], -1)
     ends = starts if next_timesteps is None else jnp.asarray(next_timesteps)
@@ -149,13 +153,18 @@ def ddpm_sample(
     timesteps: Int[ArrayLike, "S"],
     key: PRNGKeyArray,
     shift: str = "quadratic",
+    next_timesteps: Int[ArrayLike, "S"] | None = None,
+    project: ProjectFn | None = None,
     reuse: Reuse | None = None,
 ) -> Float[Array, "B *D"]:
     """Ancestral sampling (Ho et al. 2020, alg. 2) with ContextDiff's posterior, (3) at eta = 1.
 
-    `timesteps` descend; the last step goes to clean data (s = -1) and adds no noise.
+    `timesteps` descend; the last step goes to clean data (s = -1) and adds no noise. The options
+    are `ddim_sample`'s.
     """
-    return _reverse(denoise, x_T, schedule, timesteps, 1.0, key, shift, reuse=reuse)
+    return _reverse(
+        denoise, x_T, schedule, timesteps, 1.0, key, shift, next_timesteps, project, reuse
+    )
 
 
 def ddim_sample(
@@ -174,9 +183,8 @@ def ddim_sample(
     deterministic at 0.
 
     `timesteps` descend; the last step goes to clean data (s = -1), unless `next_timesteps` says
-    where each goes (other implementations' steps don't all end where the next begins). `project(x,
-    t)` replaces x after each step, t being the index where the next begins, -1 at the end
-    (inpainting). `key` is needed when eta > 0. Raises ValueError for eta outside [0, 1], eta > 0
+    where each goes (other implementations' steps don't all end where the next begins). `project`
+    replaces x after each step (inpainting). `key` is needed when eta > 0. Raises ValueError for eta outside [0, 1], eta > 0
     without a key, or a number of steps that `reuse` doesn't divide.
     """
     check_eta(eta)

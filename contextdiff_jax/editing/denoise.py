@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.diffusion.samplers import Denoised, DenoiseFn
+from contextdiff_jax.diffusion.samplers import DenoiseFn
 from contextdiff_jax.models.video import AttentionControl, VideoDiffusion
 
 
@@ -133,16 +133,17 @@ def make_denoise(
     if guidance == 1.0 or null is None:
         return make_branches(model, process, text, text, control)
     branches = make_branches(model, process, join(text, null), join(text, text), control)
+    guided = diffusion.classifier_free(
+        branches,
+        guidance,
+        join=lambda a, b: jnp.concatenate([a, b]),
+        split=lambda both: jnp.split(both, 2),
+    )
 
     def denoise(x, t, s):
-        both = branches(*(jnp.concatenate([a, a]) for a in (x, t, s)))
-        halves = zip(*(jnp.split(a, 2) for a in both), strict=True)
-        conditional, unconditional = (Denoised(*half) for half in halves)
-        out = diffusion.guide(conditional, unconditional, guidance)
-        return (
-            out
-            if process.bound is None
-            else out._replace(x0=jnp.clip(out.x0, -process.bound, process.bound))
-        )
+        out = guided(x, t, s)
+        if process.bound is None:
+            return out
+        return out._replace(x0=jnp.clip(out.x0, -process.bound, process.bound))
 
     return denoise

@@ -19,15 +19,14 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
-from contextdiff_jax.generation import to_uint8
 from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.contextdiff import ContextDiffusion, FrozenText
+from contextdiff_jax.models.pixels import to_uint8, to_unit
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.models.video import VideoDiffusion, inflate
 from contextdiff_jax.pretrained.files import exists
-from contextdiff_jax.pretrained.pipeline import INDEX_FILE, load_pipeline
-from contextdiff_jax.pretrained.sampling import encode_images
+from contextdiff_jax.pretrained.pipeline import INDEX_FILE, read_pipeline
 from contextdiff_jax.run import load_run
 from contextdiff_jax.settings import Settings, ShiftConfig
 from contextdiff_jax.tokens import warn_of_cut
@@ -165,7 +164,7 @@ def _from_model(
             network,
             seed=settings.base.seed,
             remat=settings.video.remat,
-            reads_mask=not isinstance(model.text, FrozenText),
+            reads_mask=not model.text.reads_padding,
         ),
         process=process,
         encode_text=encode_text,
@@ -179,7 +178,7 @@ def _from_model(
 
 
 def _to_pixels(clip: Clip) -> Float[Array, "1 F H W 3"]:
-    return jnp.asarray(clip, jnp.float32)[None] / 127.5 - 1
+    return to_unit(jnp.asarray(clip))[None]
 
 
 def _from_pixels(x: Float[Array, "1 F H W 3"]) -> Clip:
@@ -190,12 +189,11 @@ def _through_vae(vae: VAE) -> tuple[Callable, Callable, int]:
     """(encode, decode, factor) by way of latents, each frame's mean. One frame after another: a
     clip's activations at full resolution would not fit.
     """
+    encode_frame = nnx.jit(lambda vae, x: vae.to_diffusion(vae.encode(x).mean))
     decode_frame = nnx.jit(lambda vae, z: vae.decode(vae.from_diffusion(z)))
 
     def encode(clip: Clip) -> Float[Array, "1 F H W C"]:
-        return jnp.stack([encode_images(vae, frame[None])[0] for frame in _to_pixels(clip)[0]])[
-            None
-        ]
+        return jnp.stack([encode_frame(vae, frame[None])[0] for frame in _to_pixels(clip)[0]])[None]
 
     def decode(x: Float[Array, "1 F H W C"]) -> Clip:
         return _from_pixels(jnp.stack([decode_frame(vae, frame[None])[0] for frame in x[0]])[None])
@@ -211,11 +209,10 @@ def _shift(config: ShiftConfig, network: ContextConfig) -> str:
 
 def _from_pipeline(settings: EditSettings, folder: str) -> Editor:
     """The editor of a Stable Diffusion folder, with a new context."""
-    pipeline = load_pipeline(folder)
-    stable = pipeline.model
-    configs = [part.config for part in (stable.unet, stable.vae, stable.text)]
-    source = digest(stable, pipeline.scheduler, *configs)
-    if stable.text_2 is not None:
+    stable = read_pipeline(folder)
+    parts = stable.unet, stable.vae, stable.text
+    source = digest(parts, stable.scheduler, *(part.config for part in parts))
+    if len(stable.texts) > 1:
         raise ValueError(
             f"video.model={folder}: is XL; Stable Diffusion 1.x and 2.x can be edited with"
         )
@@ -226,23 +223,24 @@ def _from_pipeline(settings: EditSettings, folder: str) -> Editor:
         )
     network = _context(settings, None, channels, width)
     process = Process(
-        schedule=pipeline.scheduler.schedule(),
-        prediction_type=pipeline.scheduler.prediction,
+        schedule=stable.scheduler.schedule(),
+        prediction_type=stable.scheduler.prediction,
         shift=_shift(settings.base.context, network.config),
         bound=None,
     )
-    tokenizer = pipeline.tokenizers[0]
-    encode_tokens = nnx.jit(lambda text, *tokens: text(*tokens).last)
+    tokenizer, text = stable.tokenizers[0], FrozenText(stable.text)
+    encode_ids = nnx.jit(lambda text, ids, mask: text(ids, mask))
     encode, decode, factor = _through_vae(stable.vae)
 
     def count_tokens(word: str) -> int:
         return len(tokenizer(word, add_special_tokens=False).input_ids)
 
     def encode_text(prompts: Sequence[str]) -> Text:
-        (tokens,) = pipeline.tokens(prompts)
+        ids, mask, lost = stable.encode_text(prompts)
+        warn_of_cut(prompts, lost, ids.shape[1])
         lengths = [2 + sum(map(count_tokens, prompt.split())) for prompt in prompts]
-        mask = jnp.arange(tokens.ids.shape[1]) < jnp.array(lengths)[:, None]
-        return Text(encode_tokens(stable.text, *tokens), mask)
+        read = jnp.arange(ids.shape[1]) < jnp.array(lengths)[:, None]
+        return Text(encode_ids(text, ids, mask), read)
 
     return Editor(
         model=inflate(
@@ -255,7 +253,7 @@ def _from_pipeline(settings: EditSettings, folder: str) -> Editor:
         process=process,
         encode_text=encode_text,
         count_tokens=count_tokens,
-        text_length=pipeline.token_ids([""])[0].shape[1],
+        text_length=stable.encode_text([""])[0].shape[1],
         encode=encode,
         decode=decode,
         multiple=factor * _multiple(network.config),

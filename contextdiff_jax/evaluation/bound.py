@@ -122,12 +122,10 @@ def make_model_bound(
     ) -> dict[str, Array]:
         model: ContextDiffusion = nnx.merge(graph, params)
         x0 = images.astype(jnp.float32) / 127.5 - 1
-        texts = model.encode(ids, mask, null_ids, null_mask)
-        denoise = make_denoise(
-            model, schedule, *texts, prediction_type=prediction_type, guidance=1.0
-        )
+        captions = model.encode(ids, mask)
+        denoise = make_denoise(model, schedule, captions, prediction_type=prediction_type)
         return bound_terms(
-            denoise, x0, lambda x, t: model.relate(x, *texts[:2], t), schedule, key, edges, shift
+            denoise, x0, lambda x, t: model.relate(x, captions, t), schedule, key, edges, shift
         )
 
     return terms

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.models.contextdiff import ContextDiffusion
+from contextdiff_jax.models.contextdiff import ContextDiffusion, empty_like
 
 
 def make_model_branches(
@@ -39,19 +39,20 @@ def make_model_branches(
     ) -> dict[str, Array]:
         model: ContextDiffusion = nnx.merge(graph, params)
         x0 = images.astype(jnp.float32) / 127.5 - 1
-        texts = model.encode(ids, mask, null_ids, null_mask)
+        captions = model.encode(ids, mask)
+        empty = empty_like(captions, model.encode(null_ids, null_mask))
 
         def row(_, index):
             t = jnp.full(x0.shape[:1], index)
             noise = jax.random.normal(jax.random.fold_in(key, index), x0.shape)
-            x_t = diffusion.q_sample(schedule, x0, model.relate(x0, *texts[:2], t), t, noise, shift)
+            x_t = diffusion.q_sample(schedule, x0, model.relate(x0, captions, t), t, noise, shift)
 
-            def estimate(tokens, mask):
-                output = model.predict(x_t, t, tokens, mask)
+            def estimate(captions):
+                output = model.predict(x_t, t, captions)
                 output = output if model.unet.context_head is None else output[0]
                 return diffusion.predict_x0(schedule, output, x_t, t, prediction_type)
 
-            with_caption, without = estimate(*texts[:2]), estimate(*texts[2:])
+            with_caption, without = estimate(captions), estimate(empty)
             differences = {
                 "with": with_caption - x0,
                 "without": without - x0,

@@ -28,7 +28,7 @@ from contextdiff_jax.experiments.plan import VALIDATION_SCENES, Cell
 from contextdiff_jax.experiments.toy import toy_cell
 from contextdiff_jax.experiments.training import trained_params
 from contextdiff_jax.files import read_lines
-from contextdiff_jax.generation import Generator
+from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.settings import SampleConfig, Settings, parse
 from contextdiff_jax.training.state import model_graph
 from contextdiff_jax.training.texts import open_tokenizer
@@ -118,9 +118,9 @@ class _Study:
         )
 
     def generator(self, options: SampleConfig) -> Generate:
-        generator = Generator(self.settings, self.tokenizer, options)
-        return lambda records: generator(
-            self.params, [record["caption"] for record in records], self.seed
+        pipeline = of_run(self.settings, self.tokenizer, self.params, options=options)
+        return lambda records: pipeline.text_to_image(
+            [record["caption"] for record in records], seed=self.seed
         )
 
     def first_sampler(self, guidance: float) -> SampleConfig:

@@ -26,6 +26,7 @@ from contextdiff_jax.experiments.plan import VALIDATION_SCENES, Cell, load_plan
 from contextdiff_jax.experiments.training import trained_params
 from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.contextdiff import make_denoise
+from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.settings import Settings, parse
 from contextdiff_jax.training.state import model_graph
 from contextdiff_jax.training.texts import open_tokenizer
@@ -124,21 +125,20 @@ def measure(
     regression `coefficient`. No guidance.
     """
     graph, schedule = model_graph(settings), settings.diffusion.make_schedule()
-    null = tokenizer.encode([""], settings.data.max_length)
 
     @jax.jit
     def sums(
         params, x0: Float[Array, "B H W C"], ids, mask, key: PRNGKeyArray
     ) -> dict[str, Float[Array, K]]:
         model = nnx.merge(graph, params)
-        texts = model.encode(ids, mask, *null)
+        captions = model.encode(ids, mask)
         denoise = make_denoise(
-            model, schedule, *texts, prediction_type=settings.diffusion.prediction_type
+            model, schedule, captions, prediction_type=settings.diffusion.prediction_type
         )
 
         def row(_, index):
             t = jnp.full(x0.shape[:1], index)
-            r = model.relate(x0, *texts[:2], t)
+            r = model.relate(x0, captions, t)
             noise = jax.random.normal(jax.random.fold_in(key, index), x0.shape)
             r_hat = denoise(
                 diffusion.q_sample(schedule, x0, r, t, noise, settings.context.shift), t, t
@@ -155,7 +155,7 @@ def measure(
     total: dict[str, np.ndarray] = {}
     for start in range(0, len(records), _BATCH):
         part = records[start : start + _BATCH]
-        x0 = np.stack([record["image"] for record in part]).astype(np.float32) / 127.5 - 1
+        x0 = to_unit(np.stack([record["image"] for record in part]))
         text = tokenizer.encode([record["caption"] for record in part], settings.data.max_length)
         found = sums(params, x0, *text, jax.random.fold_in(make_key(seed), start))
         total = {

@@ -11,13 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import Tokenizer
-from contextdiff_jax.generation import to_uint8
 from contextdiff_jax.keys import make_key
-from contextdiff_jax.models.contextdiff import ContextDiffusion, make_denoise
+from contextdiff_jax.models.contextdiff import (
+    Captions,
+    ContextDiffusion,
+    empty_like,
+    make_denoise,
+)
+from contextdiff_jax.models.pixels import to_uint8, to_unit
 from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.training.state import model_graph
 
@@ -27,11 +32,10 @@ Change = Callable[[diffusion.Denoised, Int[Array, "B"]], diffusion.Denoised]
 def true_context(
     model: ContextDiffusion,
     x0: Float[Array, "B H W C"],
-    tokens: Float[Array, "B L D"],
-    mask: Bool[Array, "B L"],
+    captions: Captions,
 ) -> Change:
     """r_hat becomes r_phi(x0, caption)."""
-    r = model.context(x0, tokens, mask)
+    r = model.context(x0, captions.tokens, captions.mask)
     return lambda out, t: out._replace(context_t=r, context_s=r)
 
 
@@ -42,7 +46,7 @@ def scaled(factors: Float[Array, T]) -> Callable[..., Change]:
         factor = factors[t][:, None, None, None]
         return out._replace(context_t=factor * out.context_t, context_s=factor * out.context_s)
 
-    return lambda model, x0, tokens, mask: change
+    return lambda model, x0, captions: change
 
 
 class OracleGenerator:
@@ -73,12 +77,13 @@ class OracleGenerator:
         @jax.jit
         def sample(params, x0, x_T, key, ids, mask, null_ids, null_mask):
             model = nnx.merge(graph, params)
-            texts = model.encode(ids, mask, null_ids, null_mask)
-            changed = change(model, x0, *texts[:2])
+            captions = model.encode(ids, mask)
+            changed = change(model, x0, captions)
             estimate = make_denoise(
                 model,
                 schedule,
-                *texts,
+                captions,
+                empty_like(captions, model.encode(null_ids, null_mask)),
                 prediction_type=settings.diffusion.prediction_type,
                 guidance=options.guidance,
             )
@@ -103,7 +108,7 @@ class OracleGenerator:
             part = list(records[start : start + batch_size])
             real = len(part)
             part += [records[0]] * (min(batch_size, len(records)) - real)
-            x0 = np.stack([record["image"] for record in part]).astype(np.float32) / 127.5 - 1
+            x0 = to_unit(np.stack([record["image"] for record in part]))
             text = self._tokenizer.encode([record["caption"] for record in part], length)
             noise_key, step_key = jax.random.split(jax.random.fold_in(key, start))
             x_T = jax.random.normal(noise_key, x0.shape)

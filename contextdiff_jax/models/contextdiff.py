@@ -4,16 +4,16 @@ them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.diffusion.samplers import Denoised, DenoiseFn, KeepFn
+from contextdiff_jax.diffusion.samplers import DenoiseFn, KeepFn
 from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPText, CLIPVision
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork, pool
 from contextdiff_jax.models.t5 import T5Encoder
@@ -23,10 +23,22 @@ from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAE
 
 
+class Captions(NamedTuple):
+    """Encoded captions: token states, which of them count, and the pooled text of an encoder that
+    gives one (None: the mean of the tokens that count is read where one is wanted).
+    """
+
+    tokens: Float[ArrayLike, "B L D"]
+    mask: Bool[ArrayLike, "B L"]
+    pooled: Float[Array, "B P"] | None = None
+
+
 class FrozenText(nnx.Module):
     """A pretrained CLIP text encoder in the place of ours. It reads no mask, unless its config says
     so: Stable Diffusion's networks were trained on the states of all tokens, padding included.
     """
+
+    reads_padding = True
 
     def __init__(self, clip: CLIPText):
         self.clip = clip
@@ -39,8 +51,29 @@ class FrozenText(nnx.Module):
         return self.clip(token_ids, mask).last
 
 
+class FrozenTextPair(nnx.Module):
+    """Stable Diffusion XL's two CLIP text encoders: the states of both penultimate layers, and the
+    second's pooled projection (Podell et al., 2023, 2.1).
+    """
+
+    reads_padding = True
+
+    def __init__(self, clip: CLIPText, clip_2: CLIPText):
+        self.clip, self.clip_2 = clip, clip_2
+
+    def __call__(
+        self, token_ids: Int[ArrayLike, "B 2 L"], token_mask: Bool[ArrayLike, "B L"]
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B P"]]:
+        """States of all tokens, and the pooled text. The ids are those of both tokenizers."""
+        first, second = self.clip(token_ids[:, 0]), self.clip_2(token_ids[:, 1])
+        states = first.hidden_states[-2], second.hidden_states[-2]
+        return jnp.concatenate(states, axis=-1), second.projected
+
+
 class FrozenT5(nnx.Module):
     """A pretrained T5 encoder in the place of ours, as in Imagen: padding is read by nobody."""
+
+    reads_padding = False
 
     def __init__(self, t5: T5Encoder):
         self.t5 = t5
@@ -59,8 +92,8 @@ class FrozenVision(nnx.Module):
         self.clip = clip
 
     def __call__(self, pixels: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B N V"]:
-        """The tokens of pictures in [-1, 1], brought to CLIP's size and scale (bicubic; its own
-        mean and deviation).
+        """Of pictures in [-1, 1], brought to CLIP's size and scale (bicubic; its own mean and
+        deviation).
         """
         side = self.clip.config.image_size
         pixels = jax.image.resize(pixels, (pixels.shape[0], side, side, 3), "bicubic")
@@ -76,63 +109,54 @@ class Frozen(NamedTuple):
     """
 
     vae: VAE | None = None
-    text: FrozenText | FrozenT5 | None = None
+    text: FrozenText | FrozenTextPair | FrozenT5 | None = None
     vision: FrozenVision | None = None
 
 
 class ContextDiffusion(nnx.Module):
-    """Parameters of a text-to-image model with context: `text`, `unet`, `context`.
+    """A text-to-image model with context: `text`, `unet`, `context`.
 
     `attach` adds the frozen networks: `vae`, without which the data are pixels, a pretrained
-    `text`, and the `vision` that `relate` needs for context.tokens='clip'.
+    `text`, and the `vision` that `relate` needs for context.tokens='clip'. Stable Diffusion is such
+    a model whose context is of the kind `none`.
     """
 
-    def __init__(
-        self,
+    def __init__(self, text: TextEncoder | None, unet: UNet, context: RelationalNetwork):
+        self.text, self.unet, self.context = text, unet, context
+        self.vae, self.vision = None, None
+
+    @classmethod
+    def create(
+        cls,
         text: TextConfig,
         unet: UNetConfig,
         context: ContextConfig,
         *,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
-    ):
-        self.text = None if text.pretrained else TextEncoder(text, rngs=rngs, dtype=dtype)
-        self.unet = UNet(unet, rngs=rngs, dtype=dtype)
-        self.context = RelationalNetwork(context, rngs=rngs, dtype=dtype)
-        self.vae, self.vision = None, None
+    ) -> ContextDiffusion:
+        """The model of those sizes with new parameters; without a text encoder where it is frozen."""
+        policy = dict(rngs=rngs, dtype=dtype)
+        encoder = None if text.pretrained else TextEncoder(text, **policy)
+        return cls(encoder, UNet(unet, **policy), RelationalNetwork(context, **policy))
 
     def attach(self, frozen: Frozen) -> ContextDiffusion:
-        """Adds the frozen networks; returns this model."""
+        """This model, with the frozen networks."""
         for name, network in frozen._asdict().items():
             if network is not None:
                 setattr(self, name, nnx.data(network))
         return self
 
-    def encode(
-        self,
-        ids: Int[ArrayLike, "B L"],
-        mask: Bool[ArrayLike, "B L"],
-        null_ids: Int[ArrayLike, "1 L"],
-        null_mask: Bool[ArrayLike, "1 L"],
-    ) -> tuple[
-        Float[Array, "B L D"], Bool[ArrayLike, "B L"], Float[Array, "B L D"], Bool[Array, "B L"]
-    ]:
-        """Tokens and mask of captions, and of the empty caption for each of them: what
-        `make_denoise` reads.
-        """
-        tokens, null_tokens = self.text(ids, mask), self.text(null_ids, null_mask)
-        return (
-            tokens,
-            mask,
-            jnp.broadcast_to(null_tokens, tokens.shape),
-            jnp.broadcast_to(null_mask, mask.shape),
-        )
+    def encode(self, ids: Int[ArrayLike, "B *E L"], mask: Bool[ArrayLike, "B L"]) -> Captions:
+        """Captions of token ids (of each text encoder, where there are two) and of their mask."""
+        states = self.text(ids, mask)
+        tokens, pooled = states if isinstance(states, tuple) else (states, None)
+        return Captions(tokens, mask, pooled)
 
     def relate(
         self,
         x0: Float[ArrayLike, "B H W C"],
-        tokens: Float[ArrayLike, "B L D"],
-        mask: Bool[ArrayLike, "B L"],
+        captions: Captions,
         t: Int[ArrayLike, "B"],
         pixels: Float[ArrayLike, "B H2 W2 3"] | None = None,
     ) -> Float[Array, "B H W C"]:
@@ -141,105 +165,145 @@ class ContextDiffusion(nnx.Module):
         encoder in every sampling step.
         """
         if self.vision is None:
-            return self.context(x0, tokens, mask, t)
+            return self.context(x0, captions.tokens, captions.mask, t)
         if pixels is None:
             pixels = x0 if self.vae is None else self.vae.decode(self.vae.from_diffusion(x0))
-        return self.context(x0, tokens, mask, t, self.vision(pixels))
+        return self.context(x0, captions.tokens, captions.mask, t, self.vision(pixels))
 
     def predict(
         self,
         x: Float[ArrayLike, "B H W C"],
         t: Int[ArrayLike, "B"],
-        tokens: Float[ArrayLike, "B L D"],
-        mask: Bool[ArrayLike, "B L"],
-        deep: Float[ArrayLike, "B H W E"] | None = None,
+        captions: Captions,
+        deep: Float[ArrayLike, "B H2 W2 E"] | None = None,
     ) -> Array | tuple[Array, Array]:
         """The UNet's output (`deep`: its coarser levels' part, from an earlier step)."""
-        return self.unet(x, t, *self._conditions(x, tokens, mask), deep)
+        return self.unet(x, t, *self._conditions(x, captions), deep)
 
     def deep_features(
-        self,
-        x: Float[ArrayLike, "B H W C"],
-        t: Int[ArrayLike, "B"],
-        tokens: Float[ArrayLike, "B L D"],
-        mask: Bool[ArrayLike, "B L"],
-    ) -> Float[Array, "B H W E"]:
+        self, x: Float[ArrayLike, "B H W C"], t: Int[ArrayLike, "B"], captions: Captions
+    ) -> Float[Array, "B H2 W2 E"]:
         """The UNet's coarser levels' part."""
-        return self.unet.deep_features(x, t, *self._conditions(x, tokens, mask))
+        return self.unet.deep_features(x, t, *self._conditions(x, captions))
+
+    def to_pixels(self, x0: Float[ArrayLike, "B H W C"], tile: bool = False) -> Array:
+        """Pictures, about [-1, 1], of what is diffused."""
+        return x0 if self.vae is None else self.vae.decode(self.vae.from_diffusion(x0), tile=tile)
+
+    def from_pixels(self, pixels: Float[ArrayLike, "B H W 3"], tile: bool = False) -> Array:
+        """What is diffused, of pictures in [-1, 1]: these, or their latents' means."""
+        if self.vae is None:
+            return pixels
+        return self.vae.to_diffusion(self.vae.encode(pixels, tile=tile).mean)
 
     def _conditions(
-        self, x: ArrayLike, tokens: ArrayLike, mask: ArrayLike
+        self, x: ArrayLike, captions: Captions
     ) -> tuple[Array, Array | None, dict[str, Array] | None]:
         """Tokens, which of them count, and what a UNet of the XL kind also reads: the pooled text
         and the picture's size (SDXL, 2.2).
         """
-        seen = None if isinstance(self.text, FrozenText) else mask
+        tokens, mask, pooled = captions
+        seen = None if self.text.reads_padding else mask
         if self.unet.config.addition_embed_type != "text_time":
             return tokens, seen, None
-        B, H, W, _ = x.shape
+        factor = 1 if self.vae is None or pooled is None else self.vae.config.downscale
+        B, H, W = x.shape[0], factor * x.shape[1], factor * x.shape[2]
         time_ids = jnp.broadcast_to(jnp.array([H, W, 0, 0, H, W], jnp.float32), (B, 6))
-        return tokens, seen, {"text_embeds": pool(tokens, mask)[:, 0], "time_ids": time_ids}
+        pooled = pool(tokens, mask)[:, 0] if pooled is None else pooled
+        return tokens, seen, {"text_embeds": pooled, "time_ids": time_ids}
+
+
+def empty_like(captions: Captions, null: Captions) -> Captions:
+    """`null`, of one caption, once for each row of `captions`."""
+    return jax.tree.map(lambda one, all: jnp.broadcast_to(one, all.shape), null, captions)
+
+
+class Rows(NamedTuple):
+    """What the rows of a batch read: the denoiser's captions, the relational network's, and the
+    channels beside x. With guidance a batch holds both branches, side by side (`diffusion.pair`).
+    """
+
+    text: Captions
+    true: Captions
+    beside: Float[ArrayLike, "B H W E"] | None
+
+    @classmethod
+    def of(
+        cls,
+        captions: Captions,
+        null: Captions | None,
+        guided: bool,
+        beside: Float[ArrayLike, "B H W E"] | None = None,
+    ) -> Rows:
+        """The rows of one branch, or of both."""
+        if not guided:
+            return cls(captions, captions, beside)
+        both = jax.tree.map(diffusion.pair, captions, null)
+        true, beside = jax.tree.map(lambda a: diffusion.pair(a, a), (captions, beside))
+        return cls(both, true, beside)
+
+    def widen(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H W C2"]:
+        """The denoiser's input."""
+        return x if self.beside is None else jnp.concatenate([x, self.beside], axis=-1)
+
+
+def is_guided(guidance: float | Float[Array, ""]) -> bool:
+    """Whether guidance needs both branches: a scale of 1 doesn't; a traced one may be any."""
+    return isinstance(guidance, jax.Array) or guidance != 1.0
 
 
 def make_denoise(
     model: ContextDiffusion,
     schedule: diffusion.NoiseSchedule,
-    tokens: Float[ArrayLike, "B L D"],
-    mask: Bool[ArrayLike, "B L"],
-    null_tokens: Float[ArrayLike, "B L D"],
-    null_mask: Bool[ArrayLike, "B L"],
+    captions: Captions,
+    null: Captions | None = None,
     *,
     prediction_type: str,
-    guidance: float = 1.0,
+    guidance: float | Float[ArrayLike, ""] = 1.0,
     guidance_rescale: float = 0.0,
     dynamic_threshold: float = 0.0,
+    beside: Float[ArrayLike, "B H W E"] | None = None,
 ) -> DenoiseFn:
     """The reverse process's denoise function for captions; `model` carries its estimate (a context
-    head or not).
+    head or not). `null`: what guidance leads away from, one row for each
+    caption; needed for guidance alone.
 
-    With guidance other than 1 both branches run as one batch of 2 B. r always reads the true
-    caption, as in the forward process: only the denoiser's text is dropped. x0 is bounded to the
-    pictures' range [-1, 1], by clipping, or by dynamic thresholding at that percentile; latents (a
-    model with a `vae`) have no such range. The function takes as a fourth argument what
-    `make_keep`'s gave in an earlier step.
+    With guidance both branches run as one batch of 2 B. r always reads the true caption, as in the
+    forward process: only the denoiser's text is dropped. x0 is bounded to the pictures' range
+    [-1, 1], by clipping, or by dynamic thresholding at that percentile; latents (a model with a
+    `vae`) have no such range. `beside`: channels that a network made for inpainting reads after
+    x's. The function takes as a fourth argument what `make_keep`'s gave in an earlier step.
     """
-    guided = guidance != 1.0
-    text = diffusion.pair(tokens, null_tokens) if guided else tokens  # [2B, L, D]
-    text_mask = diffusion.pair(mask, null_mask) if guided else mask
-    r_tokens, r_mask = (diffusion.pair(a, a) if guided else a for a in (tokens, mask))
+    guided, pixels = is_guided(guidance), model.vae is None
+    rows = Rows.of(captions, null, guided, beside)
 
-    def context_fn(x0, t):
-        return model.relate(x0, r_tokens, r_mask, t)
-
-    def branches(x, t, s, deep):
+    def branches(x, t, s, deep=None):
         def predict(x, t):
-            return model.predict(x, t, text, text_mask, deep)
+            return model.predict(rows.widen(x), t, rows.text, deep)
 
         if model.unet.context_head is not None:
             return diffusion.posterior_mean_denoise(predict, schedule, prediction_type)(x, t, s)
-        clip = 1.0 if model.vae is None else None
-        return diffusion.plugin_denoise(predict, context_fn, schedule, prediction_type, clip=clip)(
-            x, t, s
-        )
+        return diffusion.plugin_denoise(
+            predict,
+            lambda x0, t: model.relate(x0, rows.true, t),
+            schedule,
+            prediction_type,
+            clip=1.0 if pixels else None,
+        )(x, t, s)
+
+    estimate = (
+        diffusion.classifier_free(branches, guidance, guidance_rescale) if guided else branches
+    )
 
     def bound(x0):
-        if model.vae is not None:
+        if not pixels:
             return x0
-        return (
-            diffusion.dynamic_threshold(x0, dynamic_threshold)
-            if dynamic_threshold
-            else jnp.clip(x0, -1, 1)
-        )
+        if dynamic_threshold:
+            return diffusion.dynamic_threshold(x0, dynamic_threshold)
+        return jnp.clip(x0, -1, 1)
 
     def denoise(x, t, s, deep=None):
-        if not guided:
-            out = branches(x, t, s, deep)
-            return out._replace(x0=bound(out.x0))
-        both = branches(*(diffusion.pair(a, a) for a in (x, t, s)), deep)
-        conditional, unconditional = (
-            Denoised(*part) for part in zip(*map(diffusion.unpair, both), strict=True)
-        )
-        out = diffusion.guide(conditional, unconditional, guidance, guidance_rescale)
+        out = estimate(x, t, s, deep)
         return out._replace(x0=bound(out.x0))
 
     return denoise
@@ -247,102 +311,19 @@ def make_denoise(
 
 def make_keep(
     model: ContextDiffusion,
-    tokens: Float[ArrayLike, "B L D"],
-    mask: Bool[ArrayLike, "B L"],
-    null_tokens: Float[ArrayLike, "B L D"],
-    null_mask: Bool[ArrayLike, "B L"],
-    guidance: float,
+    captions: Captions,
+    null: Captions,
+    guidance: float | Float[ArrayLike, ""],
+    beside: Float[ArrayLike, "B H W E"] | None = None,
 ) -> KeepFn:
     """`keep(x, t)`: the coarser levels' part of the UNet, of all branches that `make_denoise` makes
     for this guidance.
     """
-    if guidance == 1.0:
-        return lambda x, t: model.deep_features(x, t, tokens, mask)
-    text, text_mask = diffusion.pair(tokens, null_tokens), diffusion.pair(mask, null_mask)
-    return lambda x, t: model.deep_features(
-        diffusion.pair(x, x), diffusion.pair(t, t), text, text_mask
-    )
+    guided = is_guided(guidance)
+    rows = Rows.of(captions, null, guided, beside)
 
+    def keep(x, t):
+        x, t = (diffusion.pair(a, a) if guided else a for a in (x, t))
+        return model.deep_features(rows.widen(x), t, rows.text)
 
-@runtime_checkable
-class SampleFn(Protocol):
-    """`sample(model, x_T, key, token_ids, token_mask, null_ids, null_mask)` gives pictures. Null
-    ids are those of the empty caption.
-    """
-
-    def __call__(
-        self,
-        model: ContextDiffusion,
-        x_T: Float[ArrayLike, "B H W C"],
-        key: PRNGKeyArray | None,
-        token_ids: Int[ArrayLike, "B L"],
-        token_mask: Bool[ArrayLike, "B L"],
-        null_ids: Int[ArrayLike, "1 L"],
-        null_mask: Bool[ArrayLike, "1 L"],
-    ) -> Float[Array, "B H2 W2 C2"]: ...
-
-
-def make_sampler(
-    schedule: diffusion.NoiseSchedule,
-    *,
-    prediction_type: str,
-    shift: str,
-    sampler: str,
-    steps: int,
-    eta: float,
-    spacing: str,
-    guidance: float,
-    guidance_rescale: float = 0.0,
-    dynamic_threshold: float = 0.0,
-    steps_offset: int = 0,
-    set_alpha_to_one: bool = True,
-    reuse: int = 1,
-) -> SampleFn:
-    """The sampling program, to be jitted: the text is encoded once, the loop is one scan.
-    `steps_offset` and `set_alpha_to_one` are those of diffusers' schedulers:
-    timesteps moved up, and an end at index 0 instead of clean data (DDIM only). `reuse`: the UNet's
-    coarser levels are computed in every so many steps (DeepCache).
-    """
-    timesteps = diffusion.spaced_timesteps(schedule.num_timesteps, steps, spacing) + steps_offset
-    if timesteps[0] >= schedule.num_timesteps:
-        raise ValueError(
-            f"sample.steps_offset={steps_offset}: the first of {steps} steps is {timesteps[0]}; "
-            f"must be below {schedule.num_timesteps}"
-        )
-    run = diffusion.get_sampler(sampler)
-    options: dict[str, Any] = {}  # of one sampler, given only where they change something
-    if not set_alpha_to_one and sampler == "ddim":
-        options["next_timesteps"] = jnp.append(timesteps[1:], 0)
-
-    def sample(
-        model: ContextDiffusion,
-        x_T: Float[ArrayLike, "B H W C"],
-        key: PRNGKeyArray | None,
-        token_ids: Int[ArrayLike, "B L"],
-        token_mask: Bool[ArrayLike, "B L"],
-        null_ids: Int[ArrayLike, "1 L"],
-        null_mask: Bool[ArrayLike, "1 L"],
-    ) -> Float[Array, "B H2 W2 C2"]:
-        texts = model.encode(token_ids, token_mask, null_ids, null_mask)
-        kept = {}
-        if reuse != 1:
-            kept["reuse"] = diffusion.Reuse(reuse, make_keep(model, *texts, guidance))
-        denoise = make_denoise(
-            model,
-            schedule,
-            *texts,
-            prediction_type=prediction_type,
-            guidance=guidance,
-            guidance_rescale=guidance_rescale,
-            dynamic_threshold=dynamic_threshold,
-        )
-        kind = model.context.config.network
-        if not (kind.reads_x0 or kind.is_zero):
-            # r(c) is known before x0 is, so x_T ~ N(k_T r, I) can be exact
-            t = jnp.full(x_T.shape[:1], timesteps[0])
-            r = model.context(x_T, *texts[:2], t)
-            x_T = x_T + diffusion.marginal_mean(schedule, jnp.zeros_like(x_T), r, t, shift)
-        x0 = run(denoise, x_T, schedule, timesteps, eta, key, shift, **kept, **options)
-        return x0 if model.vae is None else model.vae.decode(model.vae.from_diffusion(x0))
-
-    return sample
+    return keep

@@ -56,6 +56,8 @@ class TextBlock(nnx.Module):
 class TextEncoder(nnx.Module):
     """Token ids to token states; padding has no influence on the tokens that count."""
 
+    reads_padding = False
+
     def __init__(
         self,
         config: TextConfig,

@@ -33,7 +33,8 @@ from contextdiff_jax.data import (
 )
 from contextdiff_jax.data.identity import identity, shared_settings
 from contextdiff_jax.files import replacing
-from contextdiff_jax.generation import Generator, NotFiniteError
+from contextdiff_jax.inference.opening import of_run
+from contextdiff_jax.inference.pipeline import NotFiniteError
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
 from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, agree, is_first
@@ -316,16 +317,17 @@ class Reporter:
         frozen: Frozen,
     ):
         self._settings, self._workdir = settings, workdir
-        self._generator = None
+        self._pipeline = None
         if settings.train.sample_every:
-            self._generator = Generator(settings, tokenizer, frozen=frozen, mesh=mesh)
+            self._pipeline = of_run(settings, tokenizer, None, frozen=frozen, mesh=mesh)
             self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
 
     def __call__(self, state: TrainState, step: int) -> None:
         images = None
-        if self._generator is not None:
+        if self._pipeline is not None:
+            pipeline = self._pipeline.with_params(state.ema)
             try:
-                images = self._generator(state.ema, self._prompts, seed=self._settings.seed)
+                images = pipeline.text_to_image(self._prompts, seed=self._settings.seed)
             except NotFiniteError as error:  # no reason to end the training
                 LOGGER.warning("no samples of step %d: %s", step, error)
         if not is_first():

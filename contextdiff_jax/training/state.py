@@ -85,7 +85,7 @@ def moving_average(params: PyTree, ema: PyTree, step: Int[Array, ""], decay: flo
 def make_model(settings: Settings) -> ContextDiffusion:
     """The model with parameters drawn from `settings.seed`."""
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[settings.train.precision]
-    model = ContextDiffusion(
+    model = ContextDiffusion.create(
         settings.text,
         settings.model,
         settings.context,

@@ -110,18 +110,21 @@ def loss_fn(
     """
     config, context = settings.diffusion, settings.context
     x0, pixels = clean(model, batch)
-    t, mask = batch["t"], batch["token_mask"]
-    tokens = model.text(batch["token_ids"], mask)  # [B, L, D]
-    r = model.relate(x0, tokens, mask, t, pixels)
+    t = batch["t"]
+    captions = model.encode(batch["token_ids"], batch["token_mask"])
+    r = model.relate(x0, captions, t, pixels)
     x_t = diffusion.q_sample(schedule, x0, r, t, batch["noise"], context.shift)
     target = diffusion.training_target(schedule, x0, x_t, t, config.prediction_type)
 
     # The shift above always used the true caption; from here on the denoiser's text may be the
     # empty one.
-    dropped = batch["dropped"][:, None]
-    null_tokens = model.text(null["token_ids"], null["token_mask"])
-    tokens = jnp.where(dropped[..., None], null_tokens, tokens)
-    output = model.predict(x_t, t, tokens, jnp.where(dropped, null["token_mask"], mask))
+    empty = model.encode(null["token_ids"], null["token_mask"])
+
+    def drop(empty, caption):
+        dropped = batch["dropped"].reshape(-1, *[1] * (caption.ndim - 1))
+        return jnp.where(dropped, empty, caption)
+
+    output = model.predict(x_t, t, jax.tree.map(drop, empty, captions))
 
     context_loss = jnp.zeros(())
     if model.unet.context_head is not None:
@@ -135,7 +138,7 @@ def loss_fn(
     prior = jnp.zeros(())
     if config.prior_kl:
         T = jnp.full_like(t, config.num_timesteps - 1)
-        r_T = model.relate(x0, model.text(batch["token_ids"], mask), mask, T, pixels)
+        r_T = model.relate(x0, captions, T, pixels)
         prior = diffusion.prior_kl(schedule, x0, r_T, context.shift).mean()
     loss = denoise_loss + context.head_loss * context_loss + config.prior_kl * prior
 

@@ -51,8 +51,8 @@ def kept(
         for path, leaf in jax.tree_util.tree_leaves_with_path(arguments)
     ]
     # Two networks of the same shapes may differ in what their modules hold: heads, scales.
-    structure = re.sub(r" at 0x[0-9a-f]+", "", str(tree))
-    key = repr((_environment(), about, structure, shapes))
+    key = repr((_environment(), about, str(tree), shapes))
+    key = re.sub(r" at 0x[0-9a-f]+", "", key)  # an object's address is another in each process
     file = epath.Path(folder) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.stablehlo"
     if file.exists():
         try:
@@ -91,7 +91,7 @@ def _environment() -> tuple:
 @functools.cache
 def _sources() -> str:
     """A digest of this package's code."""
-    digest, root = hashlib.sha256(), pathlib.Path(__file__).parent
+    digest, root = hashlib.sha256(), pathlib.Path(__file__).parents[1]
     for file in sorted(root.rglob("*.py")):
         code = file.read_bytes()
         digest.update(f"{file.relative_to(root)} {len(code)} ".encode() + code)

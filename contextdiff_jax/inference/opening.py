@@ -1,0 +1,184 @@
+"""What a folder holds, opened: a trained run, or a Stable Diffusion pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from contextdiff_jax import diffusion
+from contextdiff_jax.data import Tokenizer
+from contextdiff_jax.inference.pipeline import Opened, Pipeline
+from contextdiff_jax.inference.sampling import Process, Steps
+from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
+from contextdiff_jax.models.contextdiff import (
+    ContextDiffusion,
+    Frozen,
+    FrozenText,
+    FrozenTextPair,
+)
+from contextdiff_jax.parallel.mesh import local_mesh, replicated
+from contextdiff_jax.pretrained.files import exists
+from contextdiff_jax.pretrained.pipeline import INDEX_FILE, StableDiffusion, read_pipeline
+from contextdiff_jax.run import load_run
+from contextdiff_jax.settings import SampleConfig, Settings
+from contextdiff_jax.training.frozen import load_frozen
+from contextdiff_jax.training.state import build_model, model_graph
+
+
+def open_folder(
+    path: str | Path,
+    weights: str = "ema",
+    *,
+    programs: epath.PathLike | None = None,
+    **options: Any,
+) -> Pipeline:
+    """See `Pipeline.open`. `programs`: a folder where traced programs are kept."""
+    if "://" not in str(path) and exists(Path(path) / INDEX_FILE):
+        return of_folder(read_pipeline(path, **options), str(path), programs)
+    if not (epath.Path(path) / "config.json").exists():
+        raise ValueError(
+            f"{path}: holds neither a trained run (config.json) nor a Stable Diffusion pipeline "
+            "(model_index.json)"
+        )
+    run = load_run(str(path), weights)
+    return of_run(
+        run.settings,
+        run.tokenizer,
+        run.params,
+        mesh=local_mesh(),
+        programs=programs,
+        source=f"step {run.step} of {path}",
+    )
+
+
+def of_run(
+    settings: Settings,
+    tokenizer: Tokenizer,
+    params: PyTree,
+    *,
+    options: SampleConfig | None = None,
+    frozen: Frozen | None = None,
+    mesh: Mesh | None = None,
+    programs: epath.PathLike | None = None,
+    source: str = "",
+) -> Pipeline:
+    """The pipeline of a training run's parameters. The frozen networks are read from their folders
+    unless they are given.
+
+    Raises ValueError for options that don't fit the schedule.
+    """
+    graph = functools.cache(functools.partial(model_graph, settings))
+    options = options or settings.sample
+    find_steps = functools.partial(run_steps, settings.diffusion.num_timesteps)
+    find_steps(options)
+    opened = Opened(
+        build=lambda weights: build_model(graph(), *weights),
+        weights=(params, load_frozen(settings) if frozen is None else frozen),
+        process=process_of(settings),
+        encode_text=lambda texts: tokenizer.encode_and_cut(list(texts), settings.data.max_length),
+        find_steps=find_steps,
+        shape=settings.shape,
+        factor=settings.data.image_size // settings.shape[0],
+        options=options,
+        identity=settings,
+        rules=settings.mesh.rules,
+        source=source,
+    )
+    return Pipeline(opened, mesh, programs)
+
+
+def process_of(settings: Settings) -> Process:
+    """What a run trains on."""
+    return Process(
+        schedule=settings.diffusion.make_schedule(),
+        prediction_type=settings.diffusion.prediction_type,
+        shift=settings.context.shift,
+    )
+
+
+def run_steps(num_timesteps: int, options: SampleConfig) -> Steps:
+    """The timesteps of a run's options. `steps_offset` and `set_alpha_to_one` are those of
+    diffusers' schedulers: timesteps moved up, and an end at index 0 instead of clean data (DDIM).
+    """
+    with jax.ensure_compile_time_eval():
+        timesteps = options.steps_offset + np.asarray(
+            diffusion.spaced_timesteps(num_timesteps, options.steps, options.spacing)
+        )
+    if timesteps[0] >= num_timesteps:
+        raise ValueError(
+            f"sample.steps_offset={options.steps_offset}: the first of {options.steps} steps is "
+            f"{timesteps[0]}; must be below {num_timesteps}"
+        )
+    if options.set_alpha_to_one or options.sampler != "ddim":
+        return Steps(timesteps)
+    return Steps(timesteps, np.append(timesteps[1:], 0))
+
+
+class FolderPipeline(Pipeline):
+    """The pipeline of a Stable Diffusion folder. `model` holds its networks and tokenizers."""
+
+    def __init__(self, opened: Opened, model: StableDiffusion, **options: Any):
+        super().__init__(opened, **options)
+        self.model, self.scheduler, self.token_ids = model, model.scheduler, model.token_ids
+
+
+def of_folder(
+    folder: StableDiffusion, source: str = "", programs: epath.PathLike | None = None
+) -> FolderPipeline:
+    """The pipeline of a Stable Diffusion folder: a model whose context is `none`."""
+    texts = folder.texts
+    context = RelationalNetwork(
+        ContextConfig(kind="none", in_channels=folder.vae.config.latent_channels),
+        rngs=nnx.Rngs(0),
+    )
+    model = ContextDiffusion(None, folder.unet, context).attach(
+        Frozen(folder.vae, FrozenTextPair(*texts) if len(texts) == 2 else FrozenText(*texts))
+    )
+    graph, weights = nnx.split(model)
+    mesh = local_mesh()
+    if mesh.size > 1:
+        weights = jax.device_put(weights, replicated(mesh))
+    scheduler = folder.scheduler
+    opened = Opened(
+        build=lambda weights: nnx.merge(graph, *weights),
+        weights=(weights,),
+        process=Process(
+            schedule=scheduler.schedule(), prediction_type=scheduler.prediction, shift="none"
+        ),
+        encode_text=folder.encode_text,
+        find_steps=lambda options: _folder_steps(folder, options),
+        shape=folder.latent_shape,
+        factor=folder.vae.config.downscale,
+        options=SampleConfig(
+            guidance=7.5,
+            spacing=scheduler.timestep_spacing,
+            steps_offset=scheduler.steps_offset,
+            set_alpha_to_one=scheduler.set_alpha_to_one,
+        ),
+        identity=graph,
+        only_inpaints=folder.unet.config.in_channels != folder.vae.config.latent_channels,
+        least_guidance=1.0,  # as diffusers, where a scale below 1 is none
+        zeros_for_empty=folder.zeros_for_empty,
+        source=source,
+    )
+    mesh = mesh if mesh.size > 1 else None
+    return FolderPipeline(opened, folder, mesh=mesh, programs=programs)
+
+
+def _folder_steps(folder: StableDiffusion, options: SampleConfig) -> Steps:
+    scheduler = dataclasses.replace(
+        folder.scheduler,
+        timestep_spacing=options.spacing,
+        steps_offset=options.steps_offset,
+        set_alpha_to_one=options.set_alpha_to_one,
+    )
+    return Steps(*scheduler.steps(options.steps))

@@ -1,0 +1,236 @@
+"""One road from token ids to pictures, as a pure function to be jitted.
+
+    ids -> captions -> [picture -> x0 -> x_t | noise] -> sampler(denoise) -> x0 -> picture
+
+Every way to sample takes it: from noise, from a picture (image to image), into a hole of a picture
+(inpainting). The context is exact in all three: a picture is noised by the forward process with its
+r, and what an inpainted picture keeps follows the estimate of r that the sampler has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+
+from contextdiff_jax import diffusion
+from contextdiff_jax.diffusion.samplers import DenoiseFn, ProjectFn
+from contextdiff_jax.models.contextdiff import (
+    Captions,
+    ContextDiffusion,
+    empty_like,
+    make_denoise,
+    make_keep,
+)
+from contextdiff_jax.models.pixels import to_unit
+
+Preview = Callable[[Int[Array, ""], Float[Array, "B H W C"]], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Process:
+    """What a model was trained on."""
+
+    schedule: diffusion.NoiseSchedule
+    prediction_type: str
+    shift: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """How pictures are made: all that a compiled program depends on beside its arrays.
+
+    Attributes:
+      sampler: a name in `diffusion.samplers.SAMPLERS`. eta: its noise.
+      guided: both branches of guidance are computed.
+      guidance_rescale, dynamic_threshold: as `make_denoise`.
+      reuse: the UNet's coarser levels are computed in every so many steps (DeepCache).
+      tile: large pictures go through the autoencoder in tiles.
+      from_noise: sampling begins at noise, though there is a picture (whose hole it fills).
+    """
+
+    sampler: str = "ddim"
+    eta: float = 0.0
+    guided: bool = True
+    guidance_rescale: float = 0.0
+    dynamic_threshold: float = 0.0
+    reuse: int = 1
+    tile: bool = False
+    from_noise: bool = True
+
+
+class Steps(NamedTuple):
+    """Descending timesteps, and where each step goes (None: to the next one, the last to -1)."""
+
+    timesteps: Int[Array, "S"]
+    ends: Int[Array, "S"] | None = None
+
+
+class Text(NamedTuple):
+    """Token ids and mask of the captions, and of what guidance leads away from: one row for all or
+    one a caption. Without `null_ids` it leads away from zeros in the place of the text's states.
+    """
+
+    ids: Int[Array, "B *E L"]
+    mask: Bool[Array, "B L"]
+    null_ids: Int[Array, "N *E L"] | None
+    null_mask: Bool[Array, "N L"] | None
+
+
+class Picture(NamedTuple):
+    """A picture to start from; with a mask, to be painted anew where it is True."""
+
+    pixels: UInt8[Array, "B H W 3"]
+    mask: Bool[Array, "B H W"] | None = None
+
+
+def make_sample(process: Process, method: Method, preview: Preview | None = None) -> Callable:
+    """`sample(model, noise, text, steps, guidance, key, picture) -> pictures [B, H, W, 3]`, about
+    [-1, 1].
+
+    The text is encoded once, the loop is one scan. `noise` is [B, H, W, C] in the model's space;
+    `key` is read by samplers with noise only, `guidance` only where `method.guided`. `preview(t,
+    x0)` is called on the host with the estimate of x0 at each step.
+    """
+    run, schedule, shift = (
+        diffusion.get_sampler(method.sampler),
+        process.schedule,
+        process.shift,
+    )
+
+    def sample(
+        model: ContextDiffusion,
+        noise: Float[Array, "B H W C"],
+        text: Text,
+        steps: Steps,
+        guidance: Float[Array, ""],
+        key: PRNGKeyArray,
+        picture: Picture | None = None,
+    ) -> Float[Array, "B H2 W2 3"]:
+        captions, null = encode(model, text)
+        start = Start.of(model, process, method, captions, noise, steps.timesteps[0], picture)
+        scale = guidance if method.guided else 1.0
+        denoise = make_denoise(
+            model,
+            schedule,
+            captions,
+            null,
+            prediction_type=process.prediction_type,
+            guidance=scale,
+            guidance_rescale=method.guidance_rescale,
+            dynamic_threshold=method.dynamic_threshold,
+            beside=start.beside,
+        )
+        options = {}  # a sampler needs to know those alone that are used
+        if steps.ends is not None:
+            options["next_timesteps"] = steps.ends
+        if method.reuse > 1:
+            keep = make_keep(model, captions, null, scale, start.beside)
+            options["reuse"] = diffusion.Reuse(method.reuse, keep)
+        if start.known is not None:
+            options["project"] = keep_known(start.known, schedule, shift)
+        if preview is not None:
+            denoise = watched(denoise, preview)
+        x0 = run(denoise, start.x, schedule, steps.timesteps, method.eta, key, shift, **options)
+        return model.to_pixels(x0, method.tile)
+
+    return sample
+
+
+def encode(model: ContextDiffusion, text: Text) -> tuple[Captions, Captions]:
+    """The captions, and what guidance leads away from, as many."""
+    captions = model.encode(text.ids, text.mask)
+    if text.null_ids is None:
+        return captions, captions._replace(
+            tokens=jnp.zeros_like(captions.tokens),
+            pooled=None if captions.pooled is None else jnp.zeros_like(captions.pooled),
+        )
+    return captions, empty_like(captions, model.encode(text.null_ids, text.null_mask))
+
+
+class Known(NamedTuple):
+    """What an inpainted picture keeps: x0, the noise that it is noised with, and where (1: new)."""
+
+    x0: Float[Array, "B H W C"]
+    noise: Float[Array, "B H W C"]
+    hole: Float[Array, "B H W 1"]
+
+
+class Start(NamedTuple):
+    """Where sampling begins, and what of a picture is known on the way."""
+
+    x: Float[Array, "B H W C"]
+    known: Known | None = None
+    beside: Float[Array, "B H W E"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: ContextDiffusion,
+        process: Process,
+        method: Method,
+        captions: Captions,
+        noise: Float[Array, "B H W C"],
+        t: Int[Array, ""],
+        picture: Picture | None,
+    ) -> Start:
+        """Noise (about k_T r where r is known before x0 is), or the picture noised to timestep t by
+        the forward process of its caption.
+        """
+        ts = jnp.full(noise.shape[:1], t)
+        if picture is None:
+            return cls(_from_noise(model, process, captions, noise, ts))
+        pixels = to_unit(picture.pixels)
+        x0 = model.from_pixels(pixels, method.tile)
+        if method.from_noise:
+            x = _from_noise(model, process, captions, noise, ts)
+        else:
+            r = model.relate(x0, captions, ts, pixels)
+            x = diffusion.q_sample(process.schedule, x0, r, ts, noise, process.shift)
+        if picture.mask is None:
+            return cls(x)
+        factor = pixels.shape[1] // x0.shape[1]
+        hole = picture.mask[:, ::factor, ::factor, None].astype(jnp.float32)
+        if model.unet.config.in_channels == noise.shape[-1]:
+            return cls(x, Known(x0, noise, hole))
+        # A network made for inpainting reads the hole and the rest of the picture, its hole grey.
+        rest = model.from_pixels(jnp.where(picture.mask[..., None], 0.0, pixels), method.tile)
+        return cls(x, None, jnp.concatenate([hole, rest], axis=-1))
+
+
+def _from_noise(
+    model: ContextDiffusion, process: Process, captions: Captions, noise: Array, t: Array
+) -> Array:
+    if model.context.config.network.reads_x0:
+        return noise
+    # r(c) is known before x0 is, so x_T ~ N(k_T r, I) can be exact (0 for the kind `none`)
+    r = model.context(noise, captions.tokens, captions.mask, t)
+    empty = jnp.zeros_like(noise)
+    return noise + diffusion.marginal_mean(process.schedule, empty, r, t, process.shift)
+
+
+def keep_known(known: Known, schedule: diffusion.NoiseSchedule, shift: str) -> ProjectFn:
+    """Puts the known part back after a step, at the level of noise where the next one begins: its
+    own noise, shifted by the sampler's estimate of r.
+    """
+
+    def project(x, t, context):
+        noised = diffusion.q_sample(schedule, known.x0, context, t, known.noise, shift)
+        return known.hole * x + (1 - known.hole) * noised
+
+    return project
+
+
+def watched(denoise: DenoiseFn, preview: Preview) -> DenoiseFn:
+    """`denoise`, which shows its estimate of x0 to `preview`."""
+
+    def watching(x, t, s, *kept):
+        out = denoise(x, t, s, *kept)
+        jax.debug.callback(preview, t[0], out.x0)
+        return out
+
+    return watching

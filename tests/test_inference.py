@@ -1,0 +1,172 @@
+"""One road from prompts to pictures: from noise, from a picture, into a hole of one, with a context."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import randomised
+
+from contextdiff_jax.data import load_tokenizer
+from contextdiff_jax.diffusion import samplers
+from contextdiff_jax.inference.opening import of_run
+from contextdiff_jax.models.pixels import to_unit
+from contextdiff_jax.training.state import build_model, init_state, model_graph
+
+PROMPTS = ["a large red circle", "a small blue square"]
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_settings):
+    sample = dataclasses.replace(tiny_settings.sample, steps=4, guidance=2.0)
+    return dataclasses.replace(tiny_settings, sample=sample)
+
+
+@pytest.fixture(scope="module")
+def params(settings):
+    params = randomised(init_state(settings).params)
+    params["context"]["gamma"][...] = jnp.asarray(1.5)
+    return params
+
+
+@pytest.fixture(scope="module")
+def pipeline(settings, params):
+    return of_run(settings, load_tokenizer(), params)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def masks():
+    masks = np.zeros((2, 16, 16), np.float32)
+    masks[0, :8], masks[1, :, 4:] = 1, 1
+    return masks
+
+
+def ways(pipeline, pictures, masks, **options):
+    """Pictures by each of the three ways."""
+    options = {"seed": SEED} | options
+    return {
+        "text": pipeline.text_to_image(PROMPTS, **options),
+        "image": pipeline.image_to_image(PROMPTS, pictures, strength=0.5, **options),
+        "inpaint": pipeline.inpaint(PROMPTS, pictures, masks, **options),
+    }
+
+
+def test_at_gain_0_every_way_gives_the_pictures_of_plain_diffusion_to_the_bit(
+    settings, params, pictures, masks
+):
+    params = jax.tree.map(jnp.copy, params)
+    params["context"]["gamma"][...] = jnp.asarray(0.0)
+    plain = dataclasses.replace(
+        settings, context=dataclasses.replace(settings.context, shift="none")
+    )
+    both = [
+        ways(of_run(each, load_tokenizer(), params), pictures, masks) for each in (settings, plain)
+    ]
+    for name in both[0]:
+        np.testing.assert_array_equal(both[0][name], both[1][name], err_msg=name)
+
+
+def test_the_context_reaches_every_way(pipeline, settings, params, pictures, masks):
+    plain = dataclasses.replace(
+        settings, context=dataclasses.replace(settings.context, shift="none")
+    )
+    without = ways(of_run(plain, load_tokenizer(), params), pictures, masks)
+    for name, made in ways(pipeline, pictures, masks).items():
+        assert np.abs(made.astype(int) - without[name]).mean() > 0.5, name
+
+
+def test_a_picture_is_noised_by_the_forward_process_of_its_caption(
+    settings, params, pictures, monkeypatch
+):
+    """x_t = a_t x0 + k_t r + b_t e in float64, with the network's own r."""
+    start = lambda denoise, x, *_: x / 4  # what the sampler is given, inside of [-1, 1]
+    monkeypatch.setitem(samplers.SAMPLERS, "ddim", start)
+    tokenizer, noise = load_tokenizer(), np.random.default_rng(1).standard_normal((2, 16, 16, 3))
+    made = of_run(settings, tokenizer, params).image_to_image(
+        PROMPTS, pictures, strength=0.5, noise=noise
+    )
+    schedule = settings.diffusion.make_schedule()
+    t = 24  # four trailing steps of 50: 49, 37, 24 and 12; the last half begins at 24
+    alphas_cumprod = np.float64(schedule.alphas_cumprod[t])
+    model = build_model(model_graph(settings), params)
+    captions = model.encode(*tokenizer.encode(PROMPTS, settings.data.max_length))
+    x0 = np.float64(to_unit(pictures))
+    r = np.float64(model.relate(jnp.float32(x0), captions, jnp.full(2, t)))
+    a, b = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
+    expected = a * x0 + a * (1 - a) * r + b * noise
+    assert np.abs(a * (1 - a) * r).max() > 0.02
+    np.testing.assert_allclose(to_unit(made), np.clip(expected / 4, -1, 1), atol=0.51 / 127.5)
+
+
+@pytest.mark.parametrize("options", [{}, {"sampler": "ddpm"}, {"eta": 0.5, "reuse": 2}])
+def test_an_inpainted_picture_keeps_what_is_outside_of_the_hole(pipeline, pictures, masks, options):
+    made = pipeline.inpaint(PROMPTS, pictures, masks, seed=SEED, **options)
+    outside = masks < 0.5
+    np.testing.assert_array_equal(made[outside], pictures[outside])
+    assert np.abs(made[~outside].astype(int) - pictures[~outside]).mean() > 20
+
+
+def test_guidance_leads_away_from_the_negative_text(pipeline):
+    sample = lambda **options: pipeline.text_to_image(PROMPTS, seed=SEED, **options).astype(int)
+    plain, negative = sample(), sample(negative="a large green triangle")
+    each = sample(negative=["a large green triangle", ""])
+    assert np.abs(negative - plain).mean() > 0.1
+    np.testing.assert_array_equal(each, [negative[0], plain[1]])
+    # A negative text that is the prompt leaves nothing to lead away from.
+    np.testing.assert_allclose(sample(negative=PROMPTS), sample(guidance=1.0), atol=1)
+
+
+def test_a_callback_sees_each_steps_estimate_and_at_last_the_picture(pipeline):
+    seen = []
+    made = pipeline.text_to_image(
+        PROMPTS, seed=SEED, callback=lambda step, x0: seen.append((step, x0))
+    )
+    assert [step for step, _ in seen] == [1, 2, 3, 4]
+    assert all(x0.shape == (2, 16, 16, 3) for _, x0 in seen)
+    np.testing.assert_array_equal(np.round((seen[-1][1] + 1) * 127.5), made)
+    np.testing.assert_array_equal(made, pipeline.text_to_image(PROMPTS, seed=SEED))
+
+
+def test_a_picture_depends_on_its_number_and_not_on_how_many_there_are(pipeline):
+    many = pipeline.text_to_image(PROMPTS, num=2, seed=SEED)
+    assert len(many) == 4 and np.abs(many[0].astype(int) - many[1]).mean() > 5
+    alone = pipeline.text_to_image(PROMPTS[1:], seed=SEED, first=2)
+    np.testing.assert_allclose(alone[0].astype(int), many[2].astype(int), atol=1)
+    parts = pipeline.text_to_image(PROMPTS, num=2, seed=SEED, batch_size=3)
+    np.testing.assert_allclose(parts.astype(int), many.astype(int), atol=1)
+
+
+def test_every_seed_of_64_bits_draws_its_own_pictures(pipeline):
+    low, high = (pipeline.text_to_image(PROMPTS, seed=seed, steps=1) for seed in (0, 2**32))
+    assert np.abs(low.astype(int) - high).mean() > 5
+
+
+def test_a_run_makes_pictures_of_another_size(pipeline):
+    assert pipeline.text_to_image(PROMPTS, size=(24, 8), steps=1).shape == (2, 24, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "call, error",
+    [
+        (lambda p: p.text_to_image([]), "the list is empty"),
+        (lambda p: p.text_to_image("red"), "prompts='red'"),
+        (lambda p: p.text_to_image(PROMPTS, negative=["a"]), "negative: 1 texts; must be one"),
+        (lambda p: p.text_to_image(PROMPTS, seed=-1), "seed=-1: must lie in"),
+        (lambda p: p.text_to_image(PROMPTS, sampler="magic"), "sampler='magic': unknown; one of"),
+        (lambda p: p.text_to_image(PROMPTS, noise=np.zeros((1, 16, 16, 3))), "noise: shape"),
+        (lambda p: p.image_to_image(PROMPTS, np.zeros((1, 16, 16, 3), np.uint8)), "images: 1"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_in_one_line(pipeline, call, error):
+    with pytest.raises(ValueError, match=error) as raised:
+        call(pipeline)
+    assert "\n" not in str(raised.value)
