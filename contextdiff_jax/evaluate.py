@@ -109,8 +109,9 @@ def main() -> None:
         result = results[name] = metrics.METRICS[name](evaluation)
         if writes:
             print(
-                f"{name}, step {run.step}, {NUM.value} a split, {options.sampler} {options.steps} steps, guidance "
-                f"{options.guidance}: {result.note}\n{report.table(result.scores, result.unit)}\n",
+                f"{name}, step {run.step}, {NUM.value} a split, {options.sampler} {options.steps} "
+                f"steps, guidance {options.guidance}: {result.note}\n"
+                f"{report.table(result.scores, result.unit)}\n",
                 flush=True,
             )
 

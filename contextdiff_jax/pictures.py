@@ -39,7 +39,8 @@ def caption_grid(
     """
     if len(images) != len(captions) or not len(images):
         raise ValueError(
-            f"caption_grid: {len(images)} pictures and {len(captions)} captions; must be equal, not 0"
+            f"caption_grid: {len(images)} pictures and {len(captions)} captions; must be equal, "
+            "not 0"
         )
     height, width = images.shape[1:3]
     scale = scale or max(1, -(-_CELL // width))

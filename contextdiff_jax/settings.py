@@ -127,7 +127,8 @@ class TrainConfig:
         check_choice("train.best_metric", self.best_metric, LOGGED)
         if self.batch_size % self.accumulation:
             raise ValueError(
-                f"train.accumulation={self.accumulation}: must divide train.batch_size={self.batch_size}"
+                f"train.accumulation={self.accumulation}: must divide "
+                f"train.batch_size={self.batch_size}"
             )
         for field in ("ema_decay", "caption_dropout", "b1", "b2"):
             if not 0 <= getattr(self, field) < 1:
@@ -187,8 +188,8 @@ class ShiftConfig(ContextConfig):
         check_at_least(self, "context", head_loss=0)
         if self.shift in SHIFTS_OF_TEXT_ALONE and self.kind not in ("text", "none"):
             raise ValueError(
-                f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = T, so r may not "
-                "read x0; one of text, none"
+                f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = "
+                "T, so r may not read x0; one of text, none"
             )
         if self.estimate == "posterior_mean" and self.time_dependent:
             raise ValueError(
@@ -368,14 +369,15 @@ def _check_text(settings: Settings) -> None:
             raise ValueError("data.tokenizer='': text.pretrained needs the folder of its tokenizer")
     elif model.cross_attention_dim != text.width:
         raise ValueError(
-            f"model.cross_attention_dim={model.cross_attention_dim}: must be text.width={text.width}"
+            f"model.cross_attention_dim={model.cross_attention_dim}: must be "
+            f"text.width={text.width}"
         )
     if model.addition_embed_type == "text_time":
         wanted = model.cross_attention_dim + 6 * model.addition_time_embed_dim
         if model.projection_class_embeddings_input_dim != wanted:
             raise ValueError(
-                f"model.projection_class_embeddings_input_dim={model.projection_class_embeddings_input_dim}: must be "
-                f"text.width + 6 model.addition_time_embed_dim = {wanted}"
+                f"model.projection_class_embeddings_input_dim={model.projection_class_embeddings_input_dim}: "
+                f"must be text.width + 6 model.addition_time_embed_dim = {wanted}"
             )
 
 
@@ -383,29 +385,33 @@ def _check_latents(settings: Settings) -> None:
     vae, train = settings.latent.config, settings.train
     if settings.context.tokens == "clip" and settings.data.source == "cache":
         raise ValueError(
-            "context.tokens='clip': reads pictures, and data.source='cache' has none; take the pictures' source"
+            "context.tokens='clip': reads pictures, and data.source='cache' has none; take the "
+            "pictures' source"
         )
     if train.trainable == "context" and not (settings.pretrained or train.init_from):
         raise ValueError(
-            "train.trainable='context': needs a trained UNet, by model.pretrained or train.init_from"
+            "train.trainable='context': needs a trained UNet, by model.pretrained or "
+            "train.init_from"
         )
     if train.trainable == "context" and settings.context.kind == "none":
         raise ValueError("train.trainable='context': context.kind='none' has nothing to train")
     if vae is None:
         if settings.data.source == "cache":
             raise ValueError(
-                "data.source='cache': holds latents; latent.vae (or model.pretrained) must name their autoencoder"
+                "data.source='cache': holds latents; latent.vae (or model.pretrained) must name "
+                "their autoencoder"
             )
         return
     for field in ("in_channels", "out_channels"):
         if getattr(settings.model, field) != vae.latent_channels:
             raise ValueError(
-                f"model.{field}={getattr(settings.model, field)}: must be {vae.latent_channels}, the channels of "
-                f"latent.vae={settings.latent.vae!r}"
+                f"model.{field}={getattr(settings.model, field)}: must be {vae.latent_channels}, "
+                f"the channels of latent.vae={settings.latent.vae!r}"
             )
     if settings.data.image_size % vae.downscale:
         raise ValueError(
-            f"data.image_size={settings.data.image_size}: must be a multiple of {vae.downscale}, latent.vae's factor"
+            f"data.image_size={settings.data.image_size}: must be a multiple of {vae.downscale}, "
+            "latent.vae's factor"
         )
     if settings.sample.dynamic_threshold:
         raise ValueError("sample.dynamic_threshold: is for pixels; with latent.vae only 0")
@@ -442,7 +448,8 @@ def parse_autoencoder(config: Mapping[str, Any]) -> AutoencoderSettings:
     data, vae = _data(config["data"]), VAEConfig.from_dict(config["vae"])
     if data.image_size % vae.downscale:
         raise ValueError(
-            f"data.image_size={data.image_size}: must be a multiple of {vae.downscale}, vae's levels"
+            f"data.image_size={data.image_size}: must be a multiple of {vae.downscale}, vae's "
+            "levels"
         )
     return AutoencoderSettings(
         seed=config["seed"],

@@ -185,8 +185,8 @@ def _check_class(folder: Path, kind: str) -> None:
     name = read_config(folder).get("tokenizer_class")
     if name not in _ANY_MODEL and _CLASSES.get(str(name)) != kind:
         raise ValueError(
-            f"{folder / CONFIG_FILE}: tokenizer_class={name!r}: the vocabulary is {_KINDS[kind]}'s; "
-            f"must be {_KINDS[kind]}Tokenizer, or absent"
+            f"{folder / CONFIG_FILE}: tokenizer_class={name!r}: the vocabulary is "
+            f"{_KINDS[kind]}'s; must be {_KINDS[kind]}Tokenizer, or absent"
         )
 
 

@@ -85,12 +85,11 @@ def test_freed_memory_is_not_paid_for_again(kept):
     costs no page fault.
     """
     code = (
-        "import glob, resource, threading; from contextdiff_jax import cli; glob.glob = lambda pattern: []\n"
-        f"cli.keep_freed_memory() if {kept} else None\n"
-        "def use(): bytearray(2**26)\n"
-        "def run(): thread = threading.Thread(target=use); thread.start(); thread.join()\n"
-        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "run(); before = faults(); run(); print(faults() - before)\n"
+        "import glob, resource, threading; from contextdiff_jax import cli; glob.glob = lambda "
+        f"pattern: []\ncli.keep_freed_memory() if {kept} else None\ndef use(): bytearray(2**26)\n"
+        "def run(): thread = threading.Thread(target=use); thread.start(); thread.join()\nfaults "
+        "= lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\nrun(); before = faults(); "
+        "run(); print(faults() - before)\n"
     )
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("GLIBC")

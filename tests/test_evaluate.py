@@ -301,7 +301,8 @@ def test_judge_keeps_every_picture_s_answer(evaluation):
         (
             "cmmd",
             {},
-            "--clip: missing; cmmd and clip_score need a folder that transformers' CLIPModel was saved in",
+            "--clip: missing; cmmd and clip_score need a folder that transformers' CLIPModel was "
+            "saved in",
         ),
         ("clip_score", {"clip": "nowhere"}, "--clip=nowhere: no such folder"),
         ("bound", {"bound_timesteps": 50}, "--bound_timesteps=50: must lie in 1..49"),

@@ -119,7 +119,8 @@ def _tfds_peer(config: DataConfig) -> Iterator[np.ndarray]:
 def _start_peer(name: str, config: DataConfig) -> Batches:
     if importlib.util.find_spec(PACKAGES[name]) is None:
         raise ValueError(
-            f"--compare={name!r}: the package {PACKAGES[name]} is not installed; see requirements-test.txt"
+            f"--compare={name!r}: the package {PACKAGES[name]} is not installed; see "
+            "requirements-test.txt"
         )
     return _batched(PEERS[name](config))
 
@@ -184,7 +185,8 @@ def run(config: DataConfig, options: DataBenchmark) -> Result:
         )
     if options.compare and config.path and config.source != options.compare:
         raise ValueError(
-            f"--compare={options.compare!r}: data.path holds data.source={config.source!r}; must be the same"
+            f"--compare={options.compare!r}: data.path holds data.source={config.source!r}; must "
+            "be the same"
         )
     need = _need(options)
     logging.set_verbosity(logging.ERROR)  # the index and tfds say what they do

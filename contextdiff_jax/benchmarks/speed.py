@@ -65,7 +65,8 @@ class SpeedBenchmark:
     def __post_init__(self):
         if self.compare and self.compare not in PEERS:
             raise ValueError(
-                f"--compare={self.compare!r}: unknown for --mode={self.program}; one of {', '.join(PEERS)}"
+                f"--compare={self.compare!r}: unknown for --mode={self.program}; one of "
+                f"{', '.join(PEERS)}"
             )
         lacking = [
             package
@@ -256,7 +257,8 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
     ):
         if value:
             raise ValueError(
-                f"{field}={value!r}: --mode={options.program} measures networks of random weights; must be empty"
+                f"{field}={value!r}: --mode={options.program} measures networks of random "
+                "weights; must be empty"
             )
     if options.compare and settings.train.precision != "float32":
         raise ValueError(
@@ -334,7 +336,8 @@ def _rows(
 def _table(rows: list[dict[str, Any]], program: str) -> str:
     head = f"{program}, {rows[0]['cores']} cores, {rows[0]['devices']} devices"
     lines = [
-        f"{head:<30}{'s':>9}{'CPU s':>9}{'GFLOP/s':>9}{'of peak':>9}{'compile s':>11}{'memory MiB':>12}  ahead"
+        f"{head:<30}{'s':>9}{'CPU s':>9}{'GFLOP/s':>9}{'of peak':>9}{'compile s':>11}{'memory MiB':>12} "
+        " ahead"
     ]
     for row in rows:
         rate = f"{row['flops_per_second'] / 1e9:.1f}" if "flops" in row else "-"
@@ -356,9 +359,15 @@ def _table(rows: list[dict[str, Any]], program: str) -> str:
             told += "; " * bool(told)
             told += "the context is {:.1%} [{:.1%}, {:.1%}] of the time".format(*shares)
         lines.append(
-            f"{row['name']:<30}{row['seconds']:>9.3f}{row['cpu_seconds']:>9.3f}{rate:>9}{share:>9}{compiling:>11}{memory:>12}"
-            f"  {told}".rstrip()
+            f"{row['name']:<30}{row['seconds']:>9.3f}{row['cpu_seconds']:>9.3f}{rate:>9}{share:>9}{compiling:>11}{memory:>12} "
+            f" {told}".rstrip()
         )
-    peak = f"peak: {rows[0]['matmul_peak_flops_per_second'] / 1e9:.0f} GFLOP/s in a float32 matrix product"
-    brackets = f"brackets: quartiles of {rows[0]['rounds']} rounds; memory: what the process grew by in a call"
+    peak = (
+        f"peak: {rows[0]['matmul_peak_flops_per_second'] / 1e9:.0f} GFLOP/s in a float32 matrix "
+        "product"
+    )
+    brackets = (
+        f"brackets: quartiles of {rows[0]['rounds']} rounds; memory: what the process grew by in "
+        "a call"
+    )
     return "\n".join([*lines, f"{peak}; {brackets}"])

@@ -35,7 +35,8 @@ def derive_buckets(area: int, max_ratio: float, step: int) -> tuple[Size, ...]:
             sizes.append((height, width))
     if not sizes:
         raise ValueError(
-            f"data.bucket_step={step}: no multiple of it fits into image_size squared = {area} pixels"
+            f"data.bucket_step={step}: no multiple of it fits into image_size squared = {area} "
+            "pixels"
         )
     return tuple(sizes)
 

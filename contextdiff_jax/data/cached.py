@@ -80,7 +80,8 @@ def read_cache(path: str | pathlib.Path) -> Cache:
         return Cache(**{**values, "shape": tuple(values["shape"])})
     except OSError:
         raise ValueError(
-            f"data.path={str(path)!r}: holds no cache (no {CACHE_FILE}); make one with contextdiff_jax.data.cache"
+            f"data.path={str(path)!r}: holds no cache (no {CACHE_FILE}); make one with "
+            "contextdiff_jax.data.cache"
         ) from None
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: is not a cache's ({error})") from None
@@ -161,7 +162,8 @@ class CacheSource:
         there = sum(file.is_file() for file in files)
         if there < len(files):
             raise ValueError(
-                f"data.path={path!r}: {there} of {len(files)} shards are there; the same command as before goes on"
+                f"data.path={path!r}: {there} of {len(files)} shards are there; the same command "
+                "as before goes on"
             )
         self._path = path
         if not self.cache.content:

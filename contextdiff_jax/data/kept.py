@@ -86,7 +86,8 @@ def kept_array(
         _write(facts_file, lambda file: file.write(facts_text.encode()))
     except OSError as error:
         raise ValueError(
-            f"data.index_folder={index_folder!r}: {folder} cannot be written ({error.strerror}); name a folder that can"
+            f"data.index_folder={index_folder!r}: {folder} cannot be written ({error.strerror}); "
+            "name a folder that can"
         ) from error
     return array, facts
 

@@ -175,7 +175,8 @@ class BrokenRecords:
         if len(self) > self._limit * self._total:
             raise ValueError(
                 f"data.path={self._path!r}: {len(self)} of {self._total} records are broken, "
-                f"max_broken_fraction={self._limit} allows {int(self._limit * self._total)}; for example {latest}"
+                f"max_broken_fraction={self._limit} allows {int(self._limit * self._total)}; for "
+                f"example {latest}"
             )
 
 

@@ -337,8 +337,8 @@ def _parse_object(text: str, whole: str) -> Object:
     match = _OBJECT.fullmatch(text)
     if match is None:
         raise ValueError(
-            f"caption={whole!r}: {text!r} is not 'a [size] colour shape' with sizes {', '.join(SIZES)}; "
-            f"colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}"
+            f"caption={whole!r}: {text!r} is not 'a [size] colour shape' with sizes "
+            f"{', '.join(SIZES)}; colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}"
         )
     size, colour, shape = match.groups()
     return Object(shape=shape, colour=colour, size=size)

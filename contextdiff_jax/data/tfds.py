@@ -47,7 +47,8 @@ def _folder(path: str) -> pathlib.Path:
         return found[0]
     names = ", ".join(str(folder.relative_to(root)) for folder in found[:5])
     raise ValueError(
-        f"data.path={path!r}: must hold one tfds data set (dataset_info.json); holds {names or 'none'}"
+        f"data.path={path!r}: must hold one tfds data set (dataset_info.json); holds "
+        f"{names or 'none'}"
     )
 
 
@@ -90,7 +91,8 @@ class TFDSSource(PictureSource):
             ) from None
         if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise ValueError(
-                f"data.path={config.path!r}: is of format {builder.info.file_format.value}; must be array_record"
+                f"data.path={config.path!r}: is of format {builder.info.file_format.value}; must "
+                "be array_record"
             )
         features = builder.info.features
         pictures = [
@@ -105,7 +107,8 @@ class TFDSSource(PictureSource):
         found = [name for name in names if name.split("/")[0] in features]
         if not found:
             raise ValueError(
-                f"data.caption_field={config.caption_field!r}: {config.path} has the features {', '.join(features)}"
+                f"data.caption_field={config.caption_field!r}: {config.path} has the features "
+                f"{', '.join(features)}"
             )
         self._caption = found[0]
         try:

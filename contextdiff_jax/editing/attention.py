@@ -52,7 +52,8 @@ def token_spans(prompt: str, count_tokens: CountTokens, length: int) -> list[ran
         start, end = end, end + count_tokens(word)
         if end >= length:
             raise ValueError(
-                f"prompt={prompt!r}: {word!r} lies beyond the text encoder's {length} tokens; shorten it"
+                f"prompt={prompt!r}: {word!r} lies beyond the text encoder's {length} tokens; "
+                "shorten it"
             )
         spans.append(range(start, end))
     return spans
@@ -63,8 +64,9 @@ def _matching(source: list[str], target: list[str], control: str) -> list[tuple[
     if control == "replace":
         if len(source) != len(target):
             raise ValueError(
-                f"edit.control='replace': {' '.join(target)!r} has {len(target)} words and the clip's prompt "
-                f"{len(source)}, so they can't be aligned; use edit.control='refine', or as many words"
+                f"edit.control='replace': {' '.join(target)!r} has {len(target)} words and the "
+                f"clip's prompt {len(source)}, so they can't be aligned; use "
+                "edit.control='refine', or as many words"
             )
         return list(zip(range(len(source)), range(len(target))))
     blocks = difflib.SequenceMatcher(None, source, target, autojunk=False).get_matching_blocks()
@@ -123,7 +125,8 @@ def _check_words(words: Sequence[str], prompts: Sequence[str]) -> None:
     for word in words:
         if word.lower() not in known:
             raise ValueError(
-                f"edit: the word {word!r} is in none of the prompts, so its attention can't be found"
+                f"edit: the word {word!r} is in none of the prompts, so its attention can't be "
+                "found"
             )
 
 

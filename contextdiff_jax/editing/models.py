@@ -69,8 +69,8 @@ class Editor:
                 for side in (height, width)
             )
             raise ValueError(
-                f"video.size: the frames are {height} x {width}; height and width must be multiples of "
-                f"{self.multiple}, as with --config.video.size={nearest}"
+                f"video.size: the frames are {height} x {width}; height and width must be "
+                f"multiples of {self.multiple}, as with --config.video.size={nearest}"
             )
 
 
@@ -136,8 +136,9 @@ def _from_model(
     length = trained.data.max_length
     if model.vision is not None and settings.video.transfer_context:
         raise ValueError(
-            f"video.model={settings.video.model}: its context reads CLIP's tokens of pictures (context.tokens='clip'), "
-            "which clips have not; use --config.video.transfer_context=False"
+            f"video.model={settings.video.model}: its context reads CLIP's tokens of pictures "
+            "(context.tokens='clip'), which clips have not; use "
+            "--config.video.transfer_context=False"
         )
     network = _context(
         settings, model.context, trained.model.in_channels, trained.model.cross_attention_dim

@@ -246,7 +246,8 @@ def tune(
                 value = float(loss)
                 if value != value:
                     raise RunError(
-                        f"step {step}: the loss is not finite; lower train.learning_rate and run again"
+                        f"step {step}: the loss is not finite; lower train.learning_rate and run "
+                        "again"
                     )
                 bar.set_postfix(loss=f"{value:.4g}")
                 gain = nnx.merge(graph, state.params, frozen).context.gain

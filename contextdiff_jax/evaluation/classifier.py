@@ -88,7 +88,8 @@ def choose_attributes(labels: Sequence[Labels]) -> tuple[Attribute, ...]:
         chosen.append(Attribute(name, (*frequent, *rest), multiple))
     if not chosen:
         raise ValueError(
-            f"data.source: no attribute of its records has 2 to {_MAX_VALUES} frequent values to train a classifier on"
+            f"data.source: no attribute of its records has 2 to {_MAX_VALUES} frequent values to "
+            "train a classifier on"
         )
     return tuple(chosen)
 
@@ -261,7 +262,8 @@ def load_classifier(folder: str | pathlib.Path) -> Classifier:
     for name in (WEIGHTS_FILE, REPORT_FILE):
         if not (folder / name).is_file():
             raise ValueError(
-                f"{folder}: holds no classifier (no {name}); train one with contextdiff_jax.train_classifier"
+                f"{folder}: holds no classifier (no {name}); train one with "
+                "contextdiff_jax.train_classifier"
             )
     report = read_json(folder / REPORT_FILE, "a classifier's report")
     try:

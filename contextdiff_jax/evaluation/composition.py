@@ -247,7 +247,8 @@ def judge(
     """
     if not len(images) or len(images) != len(captions):
         raise ValueError(
-            f"images={len(images)}, captions={len(captions)}: must be equally many, and at least one"
+            f"images={len(images)}, captions={len(captions)}: must be equally many, and at least "
+            "one"
         )
     values: dict[str, Float[np.ndarray, N]] = {}
 

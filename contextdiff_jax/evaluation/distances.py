@@ -192,7 +192,8 @@ def precision_recall(
     generated, real = np.asarray(generated, np.float64), np.asarray(real, np.float64)
     if min(len(generated), len(real)) <= k:
         raise ValueError(
-            f"generated={len(generated)}, real={len(real)} pictures: k={k} neighbours need more of each"
+            f"generated={len(generated)}, real={len(real)} pictures: k={k} neighbours need more "
+            "of each"
         )
     check_finite(generated=generated, real=real)
     return _inside(generated, real, _radii(real, k)), _inside(real, generated, _radii(generated, k))

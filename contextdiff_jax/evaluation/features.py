@@ -82,8 +82,9 @@ def check_finite(**sets: Float[np.ndarray, "N ..."]) -> None:
         finite = np.isfinite(rows).reshape(len(rows), -1).all(1)
         if not finite.all():
             raise ValueError(
-                f"{name}: {np.count_nonzero(~finite)} of {len(rows)} rows hold values that are not finite, the first "
-                f"is row {finite.argmin()}; look at its picture and at the network's weights"
+                f"{name}: {np.count_nonzero(~finite)} of {len(rows)} rows hold values that are "
+                f"not finite, the first is row {finite.argmin()}; look at its picture and at the "
+                "network's weights"
             )
 
 

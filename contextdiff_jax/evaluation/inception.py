@@ -274,7 +274,8 @@ def inception_state_from_torch(tensors: Mapping[str, np.ndarray], network: Incep
             flat[(*path, leaf)] = params[(*path, leaf)].replace(jnp.asarray(value, jnp.float32))
     if problems:
         raise ValueError(
-            f"Inception weights: {len(problems)} tensors do not fit: {'; '.join(sorted(problems)[:3])}"
+            f"Inception weights: {len(problems)} tensors do not fit: "
+            f"{'; '.join(sorted(problems)[:3])}"
         )
     known = {".".join(path) for path in {path[:-1] for path in params}}
     unknown = [
@@ -282,7 +283,8 @@ def inception_state_from_torch(tensors: Mapping[str, np.ndarray], network: Incep
     ]
     if unknown:
         raise ValueError(
-            f"Inception weights: unknown tensors, so another network's: {', '.join(sorted(unknown)[:3])}"
+            "Inception weights: unknown tensors, so another network's: "
+            f"{', '.join(sorted(unknown)[:3])}"
         )
     return nnx.from_flat_state(flat)
 
@@ -299,7 +301,8 @@ def load_inception(path: str | pathlib.Path) -> Inception:
         start = file.read(2)
     if start in (b"PK", b"\x80\x02"):
         raise ValueError(
-            f"{path}: a torch pickle, which can run code when read; write it as safetensors: {TO_SAFETENSORS}"
+            f"{path}: a torch pickle, which can run code when read; write it as safetensors: "
+            f"{TO_SAFETENSORS}"
         )
     try:
         tensors = safetensors.numpy.load_file(path)

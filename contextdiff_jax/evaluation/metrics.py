@@ -148,15 +148,16 @@ class Evaluation:
         path = pathlib.Path(self.features)
         if not path.exists():
             raise ValueError(
-                f"--features={path}: no such folder or file; name one that contextdiff_jax.train_classifier wrote, or "
-                "Inception's weights as safetensors"
+                f"--features={path}: no such folder or file; name one that "
+                "contextdiff_jax.train_classifier wrote, or Inception's weights as safetensors"
             )
         if path.is_file():
             return load_inception(path)
         network, size = load_classifier(path), self.settings.data.image_size
         if network.image_size != size:
             raise ValueError(
-                f"--features={path}: reads pictures of {network.image_size} pixels, the run's have {size}"
+                f"--features={path}: reads pictures of {network.image_size} pixels, the run's "
+                f"have {size}"
             )
         return network
 
@@ -164,7 +165,8 @@ class Evaluation:
     def clip_network(self) -> Clip:
         if not self.clip:
             raise ValueError(
-                "--clip: missing; cmmd and clip_score need a folder that transformers' CLIPModel was saved in"
+                "--clip: missing; cmmd and clip_score need a folder that transformers' CLIPModel "
+                "was saved in"
             )
         return load_clip(self.clip)
 
@@ -236,7 +238,8 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
     for name in names:
         if name == "composition" and settings.data.source != "shapes":
             raise ValueError(
-                f"--metrics=composition: judges scenes of data.source='shapes'; the run's is {settings.data.source!r}"
+                "--metrics=composition: judges scenes of data.source='shapes'; the run's is "
+                f"{settings.data.source!r}"
             )
         if name in ("bound", "branches") and settings.latent.vae:
             raise ValueError(
@@ -246,7 +249,8 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
             bounds.make_strata(settings.diffusion.num_timesteps, evaluation.bound_timesteps or None)
         if name == "precision_recall" and min(evaluation.num, evaluation.reference) <= _NEIGHBOURS:
             raise ValueError(
-                f"--num={evaluation.num}, --reference={evaluation.reference}: {_NEIGHBOURS} neighbours need more"
+                f"--num={evaluation.num}, --reference={evaluation.reference}: {_NEIGHBOURS} "
+                "neighbours need more"
             )
         if name in ("cmmd", "clip_score"):
             evaluation.clip_network.check(settings.data.image_size)
@@ -254,14 +258,16 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
             network = evaluation.network
             if name == "attributes" and not isinstance(network, Classifier):
                 raise ValueError(
-                    f"--features={evaluation.features}: --metrics=attributes needs a classifier's folder"
+                    f"--features={evaluation.features}: --metrics=attributes needs a classifier's "
+                    "folder"
                 )
     processes = jax.process_count()
     for row, source in evaluation.sources.items():
         fewest = min(evaluation.num, evaluation.reference, len(source))
         if fewest < processes:
             raise ValueError(
-                f"--num, --reference: {fewest} pictures of {row} for {processes} processes; each needs one"
+                f"--num, --reference: {fewest} pictures of {row} for {processes} processes; each "
+                "needs one"
             )
 
 
@@ -282,7 +288,10 @@ def composition(evaluation: Evaluation) -> Result:
         row: {n: e for n, e in names.items() if not is_main(n)} for row, names in estimates.items()
     }
     marks = {row: [bool(v) for v in values["exact"]] for row, values in judged.items()}
-    note = "share of captions; exact: every object, its shape, colour, size and place, and nothing else"
+    note = (
+        "share of captions; exact: every object, its shape, colour, size and place, and nothing "
+        "else"
+    )
     return Result(scores, "%", note, {"parts": parts, "exact_by_sample": marks})
 
 
@@ -336,7 +345,10 @@ def bound(evaluation: Evaluation) -> Result:
             result.standard_error,
         )
     count = len(edges) - 1
-    note = f"upper bound, the lower the better; {count} of {schedule.num_timesteps - 1} KL terms a picture, guidance 1"
+    note = (
+        f"upper bound, the lower the better; {count} of {schedule.num_timesteps - 1} KL terms a "
+        "picture, guidance 1"
+    )
     return Result(scores, "bits/dim", note, details)
 
 
@@ -357,7 +369,10 @@ def branches(evaluation: Evaluation) -> Result:
             scores[f"{row}, t = {t}"] = {
                 name: mean_interval(values[i]) for name, values in found.items()
             }
-    note = "root mean squares: errors of x0_hat with the caption and without it, and how far apart the two are"
+    note = (
+        "root mean squares: errors of x0_hat with the caption and without it, and how far apart "
+        "the two are"
+    )
     return Result(scores, "", note)
 
 
@@ -483,7 +498,10 @@ def clip_score(evaluation: Evaluation) -> Result:
             "minus real": mean_interval(difference),
         }
         scores[f"{row}, {FLOOR}"] = {"clip_score": mean_interval(rows[FLOOR])}
-    note = f"CLIP of {clip.name}, 100 max(cos, 0) of samples and captions, the higher the better; minus real: paired by caption"
+    note = (
+        f"CLIP of {clip.name}, 100 max(cos, 0) of samples and captions, the higher the better; "
+        "minus real: paired by caption"
+    )
     return Result(scores, "", note)
 
 

@@ -220,10 +220,14 @@ def write_report(
     )
     body += ["<h2>how it was made</h2>", f"<table>{rows}</table>"]
     body.append(
-        f"<details><summary>the run's config</summary>{_pre(json.dumps(config, indent=1))}</details>"
+        "<details><summary>the run's "
+        f"config</summary>{_pre(json.dumps(config, indent=1))}</details>"
     )
     meta = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-    page = f"<!doctype html><html lang='en'>{meta}<title>{title}: evaluation</title><style>{_STYLE}</style>"
+    page = (
+        f"<!doctype html><html lang='en'>{meta}<title>{title}: "
+        f"evaluation</title><style>{_STYLE}</style>"
+    )
     with replacing(folder / "index.html") as file:
         file.write_text(page + "\n".join(body) + "</html>\n", encoding="utf-8")
     return folder / "index.html"

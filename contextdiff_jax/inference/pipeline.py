@@ -268,7 +268,9 @@ class Pipeline:
 
     def _shape_of(self, images: Pictures, request: Request) -> tuple[int, int, int]:
         if len(images) != len(request.texts):
-            raise ValueError(f"images: {len(images)}; one for each of the {len(request.texts)} pictures")
+            raise ValueError(
+                f"images: {len(images)}; one for each of the {len(request.texts)} pictures"
+            )
         return self.latent_shape(images.shape[1:3])
 
     def _steps(self, options: SampleConfig, strength: float = 1.0) -> Steps:

@@ -71,7 +71,8 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
             pickle = any(parent.match(pattern) for pattern in PICKLES)
             why = "a pickle can run any code when it is read" if pickle else "not a folder"
             raise ValueError(
-                f"{parent}: refused, {why}; of single files only .safetensors are read, convert it to one"
+                f"{parent}: refused, {why}; of single files only .safetensors are read, convert "
+                "it to one"
             )
     return read_object(path, expected)
 
@@ -93,8 +94,8 @@ def tokenizer_folder(folder: Path) -> Path:
     beside = file.with_name(name)
     if not beside.is_dir():
         raise ValueError(
-            f"{beside}: no such folder; {file.name} is a single file, which holds no tokenizer: put the folder {name} "
-            "of its kind of Stable Diffusion beside it"
+            f"{beside}: no such folder; {file.name} is a single file, which holds no tokenizer: "
+            f"put the folder {name} of its kind of Stable Diffusion beside it"
         )
     return beside
 
@@ -116,8 +117,8 @@ def _shards(folder: Path, file_name: str) -> list[tuple[Path, list[str] | None]]
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ValueError(
-            f"{folder / pickles[0]}: refused, a pickle can run any code when it is read; convert it to "
-            f"{file_name} with the safetensors package"
+            f"{folder / pickles[0]}: refused, a pickle can run any code when it is read; convert "
+            f"it to {file_name} with the safetensors package"
         )
     raise ValueError(f"{folder / file_name}: no such file; expected weights in safetensors format")
 

@@ -35,7 +35,8 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
     name = read_json(folder / INDEX_FILE, "a diffusers pipeline folder").get("_class_name")
     if name not in CLASSES:
         raise ValueError(
-            f"{folder / INDEX_FILE}: _class_name={name!r}: another pipeline; one of {', '.join(CLASSES)}"
+            f"{folder / INDEX_FILE}: _class_name={name!r}: another pipeline; one of "
+            f"{', '.join(CLASSES)}"
         )
     unet, scheduler = (
         read_config(UNET, folder / "unet"),
@@ -47,7 +48,8 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
         or unet.context_head
     ):
         raise ValueError(
-            f"{folder / 'unet'}: a UNet with added conditions, a context head or several text widths is not fine-tuned"
+            f"{folder / 'unet'}: a UNet with added conditions, a context head or several text "
+            "widths is not fine-tuned"
         )
     text = read_json(folder / "text_encoder" / "config.json", "a text encoder's folder")
     words = tokenizer_folder(folder / "tokenizer")

@@ -93,8 +93,8 @@ class Scheduler:
             timesteps += self.steps_offset
         if timesteps[0] >= T:
             raise ValueError(
-                f"steps={num_steps}: with steps_offset={self.steps_offset} they start at {timesteps[0]}; must be "
-                f"below {T}"
+                f"steps={num_steps}: with steps_offset={self.steps_offset} they start at "
+                f"{timesteps[0]}; must be below {T}"
             )
         following = timesteps - T // num_steps
         return timesteps, np.where(following >= 0, following, -1 if self.set_alpha_to_one else 0)

@@ -153,7 +153,8 @@ def _check_kind(file: Path, names: list[str]) -> None:
     else:
         return
     raise ValueError(
-        f"{file}: {problem}; of single files, checkpoints of Stable Diffusion 1.x, 2.x and XL's base are read"
+        f"{file}: {problem}; of single files, checkpoints of Stable Diffusion 1.x, 2.x and XL's "
+        "base are read"
     )
 
 

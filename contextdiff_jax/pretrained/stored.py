@@ -159,4 +159,7 @@ def _damage(path: Path) -> str | None:
     if not lacking:
         return None
     end = 8 + length + max(ends.values())
-    return f"truncated: {size} bytes of {end}, {len(lacking)} tensors are incomplete, the first is {lacking[0][1]}"
+    return (
+        f"truncated: {size} bytes of {end}, {len(lacking)} tensors are incomplete, the first is "
+        f"{lacking[0][1]}"
+    )

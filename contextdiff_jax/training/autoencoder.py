@@ -151,7 +151,8 @@ def train_autoencoder(
                 }
                 if not np.isfinite([*values.values()]).all():
                     raise RunError(
-                        f"step {step}: the loss is not finite; lower train.learning_rate and run again"
+                        f"step {step}: the loss is not finite; lower train.learning_rate and run "
+                        "again"
                     )
                 log.write(step, values)
                 zeros = jax.device_put(jax.tree.map(np.zeros_like, sums), shardings.metric_sums)

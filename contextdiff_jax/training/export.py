@@ -48,7 +48,8 @@ def export_run(source: Path, target: Path, report: Callable[[str], None] = print
     run = load_run(str(source), merged=False)
     if not run.settings.pretrained:
         raise ValueError(
-            f"--source={source}: has no model.pretrained; only what began as a diffusers folder goes back to one"
+            f"--source={source}: has no model.pretrained; only what began as a diffusers folder "
+            "goes back to one"
         )
     origin = Path(run.settings.pretrained)
     with complete_or_absent(target) as partial:
