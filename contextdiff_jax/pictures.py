@@ -122,7 +122,7 @@ def plot_curves(metrics: str | pathlib.Path, out: str | pathlib.Path) -> None:
     )
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    for axis, (title, keys) in zip(axes.flat, panels.items()):
+    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=False):
         for key in keys:
             points = np.array([(row["step"], row[key]) for row in rows if key in row])
             if not len(points):

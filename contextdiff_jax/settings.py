@@ -204,7 +204,7 @@ class LatentConfig:
     vae: str = ""  # a diffusers AutoencoderKL folder, such as train_vae's; empty: pixels
 
     def __post_init__(self):
-        self.config  # refuses a folder that can't be read before anything else is done
+        _ = self.config  # refuses a folder that can't be read before anything else is done
 
     @functools.cached_property
     def config(self) -> VAEConfig | None:
@@ -263,7 +263,8 @@ class Settings:
     mesh: MeshConfig
     sample: SampleConfig
     latent: LatentConfig
-    pretrained: str = ""  # model.pretrained: the pipeline, a folder or single file, whose UNet a new run starts from
+    # model.pretrained: the pipeline, a folder or single file, whose UNet a new run starts from
+    pretrained: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -374,10 +375,11 @@ def _check_text(settings: Settings) -> None:
         )
     if model.addition_embed_type == "text_time":
         wanted = model.cross_attention_dim + 6 * model.addition_time_embed_dim
-        if model.projection_class_embeddings_input_dim != wanted:
+        given = model.projection_class_embeddings_input_dim
+        if given != wanted:
             raise ValueError(
-                f"model.projection_class_embeddings_input_dim={model.projection_class_embeddings_input_dim}: "
-                f"must be text.width + 6 model.addition_time_embed_dim = {wanted}"
+                f"model.projection_class_embeddings_input_dim={given}: must be text.width + 6 "
+                f"model.addition_time_embed_dim = {wanted}"
             )
 
 

@@ -394,7 +394,8 @@ def test_moving_shapes_are_what_their_captions_say_and_move(seed):
         edited = frames_of(moving.edited[name], 16)
         assert caption(moving.edited[name][0]) != moving.prompt
         assert all(
-            check(frame, scene)["exact"] for frame, scene in zip(edited, moving.edited[name])
+            check(frame, scene)["exact"]
+            for frame, scene in zip(edited, moving.edited[name], strict=True)
         )
         outside = ~mask_of(clip, edited)
         np.testing.assert_array_equal(clip[outside], edited[outside])

@@ -82,7 +82,9 @@ def test_broken_lines_are_skipped_counted_and_logged_with_their_place(tmp_path, 
         )
     assert len(source) == 10 and source.num_broken == 5
     for number, reason in zip(
-        range(12, 17), ("not JSON", "not a JSON object", "'file_name'", "'text'", "no.png")
+        range(12, 17),
+        ("not JSON", "not a JSON object", "'file_name'", "'text'", "no.png"),
+        strict=True,
     ):
         assert any(f"metadata.jsonl:{number}: " in m and reason in m for m in caplog.messages)
     assert any("5 of 15" in m for m in caplog.messages)
@@ -377,7 +379,7 @@ def _numbers(batches) -> np.ndarray:
 
 def _assert_equal(left: list[dict], right: list[dict]) -> None:
     assert len(left) == len(right)
-    for a, b in zip(left, right):
+    for a, b in zip(left, right, strict=True):
         assert a.keys() == b.keys() and a["caption"] == b["caption"]
         for name in a.keys() - {"caption"}:
             np.testing.assert_array_equal(a[name], b[name])

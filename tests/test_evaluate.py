@@ -187,7 +187,9 @@ def test_attributes_are_judged_against_the_records_of_the_captions(evaluation):
         expected = []
         for record, row in zip(evaluation.records("seen combinations"), z, strict=True):
             wanted = {o[attribute.name] for o in record["attributes"]["objects"]}
-            expected.append({v for v, x in zip(attribute.values, row) if x > 0} == wanted)
+            expected.append(
+                {v for v, x in zip(attribute.values, row, strict=True) if x > 0} == wanted
+            )
         assert attribute.multiple
         assert value(
             metrics.attributes(evaluation), "seen combinations", attribute.name

@@ -106,7 +106,7 @@ def test_workers_give_the_same_batches_as_threads(layouts, name):
         loader = make_loader(make_source(config), batch_size=8, seed=4, num_workers=num_workers)
         batches.append([next(loader) for _ in range(3)])
         loader.close()
-    for threads, workers in zip(*batches):
+    for threads, workers in zip(*batches, strict=True):
         np.testing.assert_array_equal(threads["image"], workers["image"])
         assert threads["caption"] == workers["caption"]
 

@@ -168,7 +168,7 @@ def test_the_length_is_read_with_and_without_a_config(folders, tmp_path):
     (tmp_path / CONFIG).write_text('{"model_max_length": null}')
     assert max_length(tmp_path, 77) == 77
     for wrong in ('"77"', "1", "-5"):
-        (tmp_path / CONFIG).write_text('{"model_max_length": %s}' % wrong)
+        (tmp_path / CONFIG).write_text(f'{{"model_max_length": {wrong}}}')
         with pytest.raises(ValueError, match="model_max_length=.* must be a number of at least 2"):
             max_length(tmp_path, 77)
 

@@ -1,6 +1,7 @@
 """The step, the state, resumption; and that the context does what the method says."""
 
 import dataclasses
+import functools
 import json
 import re
 import time
@@ -108,7 +109,7 @@ def test_a_step_is_the_same_whatever_the_accumulation(tiny_settings):
     states = []
     for parts in (1, 4):
         settings = parse(config_dict(**{"train.accumulation": parts}))
-        state = jax.jit(lambda: init_state(settings))()
+        state = jax.jit(functools.partial(init_state, settings))()
         state = dataclasses.replace(state, params=randomised(state.params))
         states.append(jax.jit(make_train_step(settings))(state, batch, null)[0])
     np.testing.assert_allclose(

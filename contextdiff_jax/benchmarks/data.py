@@ -231,7 +231,7 @@ def _row(
     if need:
         row |= {"need": need, "cores_needed": need / rate}
     if pipeline.peer:
-        pairs = zip(seconds[pipeline.peer], seconds[pipeline.name])
+        pairs = zip(seconds[pipeline.peer], seconds[pipeline.name], strict=True)
         row |= {
             "peer": pipeline.peer,
             "ratio": statistics.median(peer / ours for peer, ours in pairs),

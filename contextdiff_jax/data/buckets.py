@@ -42,7 +42,7 @@ def derive_buckets(area: int, max_ratio: float, step: int) -> tuple[Size, ...]:
 
 
 def check_buckets(buckets: Sequence[Sequence[int]]) -> tuple[Size, ...]:
-    """The buckets as pairs of ints; ValueError unless they are different (height, width) above 0."""
+    """The buckets as pairs of ints; ValueError unless they differ and both sides are above 0."""
     for bucket in buckets:
         pair = isinstance(bucket, (tuple, list)) and len(bucket) == 2
         if not pair or not all(isinstance(side, int) and side > 0 for side in bucket):

@@ -1,8 +1,8 @@
 """A cache of latents, token ids and captions in ArrayRecord shards; `contextdiff_jax.data.cache`
 writes it.
 
-    path/cache.json                                  what it was made of (`Cache`), written first
-    path/latents-00000-of-00008.array_record         records of `encode_record`; named so only when complete
+    path/cache.json                             what it was made of (`Cache`), written first
+    path/latents-00000-of-00008.array_record    records of `encode_record`; so named when complete
 
 A record holds the mean and the standard deviation of q(z | picture), before the scaling factor, so
 that each epoch draws its own latents.

@@ -1,6 +1,6 @@
 """Pictures in a folder with a table of captions: Hugging Face's imagefolder convention.
 
-    path/metadata.jsonl     {"file_name": "images/1.png", "text": "a horse", ...}     one record a line
+    path/metadata.jsonl     {"file_name": "images/1.png", "text": "a horse", ...}, one a line
     path/images/1.png
 
 or `metadata.csv` or `metadata.parquet` with columns of these names (see `tables`). `file_name` is

@@ -62,7 +62,8 @@ class _LoadBatch:
         size, indices, epochs = self.order(int(number), self.rows)
         if isinstance(self.source, PictureSource):
             records = [
-                self.source.record(index, epoch, size) for index, epoch in zip(indices, epochs)
+                self.source.record(index, epoch, size)
+                for index, epoch in zip(indices, epochs, strict=True)
             ]
         else:
             records = [self.source[index] for index in indices]

@@ -92,7 +92,7 @@ class PictureConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A record as it is stored: an encoded picture, its captions (at least one), the other fields."""
+    """A record as it is stored: an encoded picture, at least one caption, the other fields."""
 
     image: bytes
     captions: Sequence[str]

@@ -1,7 +1,9 @@
 """TensorFlow Datasets' ArrayRecord files, read at random by `tfds.data_source`; TensorFlow is never
 imported.
 
-    path/dataset_info.json, features.json, NAME-SPLIT.array_record-00000-of-00001 ...     as tfds writes them
+    path/dataset_info.json, features.json, NAME-SPLIT.array_record-00000-of-00001 ...
+
+as tfds writes them.
 
 The picture is the feature `image`, else the one of type `tfds.features.Image`; the caption is the
 feature `caption_field` (`a/b`: feature b of the sequence a), else `caption`, else `captions`; one

@@ -79,7 +79,7 @@ class Tokenizer:
         ids, room = np.full((len(captions), max_length), PAD, np.int32), max_length - 2
         texts = [" ".join(c.split()) for c in captions]
         encodings, lost = self._tokenizer.encode_batch(texts, add_special_tokens=False), []
-        for row, text, encoding in zip(ids, texts, encodings):
+        for row, text, encoding in zip(ids, texts, encodings, strict=True):
             kept = [BOS, *encoding.ids[:room], EOS]
             row[: len(kept)] = kept
             fits = len(encoding.ids) <= room

@@ -1,12 +1,12 @@
 """Tar shards in WebDataset's layout, as LAION's are: read at random through an index of the
 members' places.
 
-    path/00000.tar: 000000000.jpg  000000000.txt  000000000.json  000000001.jpg ...      one record a key
+    path/00000.tar: 000000000.jpg  000000000.txt  000000000.json  000000001.jpg ...
 
-Which members make a record, and what counts as lost in a damaged shard: see `shards`. The caption
-is `caption_field` of the `.json` (a string or a list of them), else the `.txt`, else `caption` of
-the `.json`: the first of them that has words. The other fields of the `.json` are kept as
-attributes.
+There is one record a key. Which members make a record, and what counts as lost in a damaged shard:
+see `shards`. The caption is `caption_field` of the `.json` (a string or a list of them), else the
+`.txt`, else `caption` of the `.json`: the first of them that has words. The other fields of the
+`.json` are kept as attributes.
 
 The index is made once from the tar headers, and kept (see `kept`): afterwards a source opens in the
 time that it takes to map one file into memory. No shard is ever extracted; a record is one `pread`

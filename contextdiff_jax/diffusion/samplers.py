@@ -184,8 +184,8 @@ def ddim_sample(
 
     `timesteps` descend; the last step goes to clean data (s = -1), unless `next_timesteps` says
     where each goes (other implementations' steps don't all end where the next begins). `project`
-    replaces x after each step (inpainting). `key` is needed when eta > 0. Raises ValueError for eta outside [0, 1], eta > 0
-    without a key, or a number of steps that `reuse` doesn't divide.
+    replaces x after each step (inpainting). `key` is needed when eta > 0. Raises ValueError for eta
+    outside [0, 1], eta > 0 without a key, or a number of steps that `reuse` doesn't divide.
     """
     check_eta(eta)
     deterministic = not isinstance(eta, jax.core.Tracer) and eta == 0

@@ -68,7 +68,7 @@ def _matching(source: list[str], target: list[str], control: str) -> list[tuple[
                 f"clip's prompt {len(source)}, so they can't be aligned; use "
                 "edit.control='refine', or as many words"
             )
-        return list(zip(range(len(source)), range(len(target))))
+        return list(zip(range(len(source)), range(len(target)), strict=True))
     blocks = difflib.SequenceMatcher(None, source, target, autojunk=False).get_matching_blocks()
     return [(block.a + i, block.b + i) for block in blocks for i in range(block.size)]
 

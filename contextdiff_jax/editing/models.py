@@ -75,7 +75,7 @@ class Editor:
 
 
 def digest(tree: PyTree, *about: Any) -> str:
-    """Of the arrays' values, in order, the same wherever they lie; and of the `repr` of the rest."""
+    """A digest of the arrays' values, in order, wherever they lie, and of `about`'s `repr`."""
     total = hashlib.blake2b(repr(about).encode(), digest_size=16)
     for leaf in map(np.asarray, jax.tree.leaves(tree)):
         total.update(f"{leaf.dtype}{leaf.shape}".encode())

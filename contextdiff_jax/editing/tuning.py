@@ -154,8 +154,10 @@ def make_tuning_step(
 
 
 def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any], settings: EditSettings) -> None:
-    """Raises ValueError if `workdir` holds a tuning by another config, on another clip, or from another
-    model than config["tuned_on"] has digests of.
+    """Raises ValueError if `workdir` holds another tuning.
+
+    That is one by another config, on another clip, or from another model than config["tuned_on"]
+    has digests of.
     """
     path = workdir / "config.json"
     if not path.exists():

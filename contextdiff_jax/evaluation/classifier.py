@@ -128,7 +128,7 @@ class Classifier(nnx.Module):
             for i in range(max(1, round(math.log2(image_size / 4))) + 1)
         ]
         convs = []
-        for i, (a, b) in enumerate(zip([3, *widths], widths)):
+        for i, (a, b) in enumerate(zip([3, *widths], widths, strict=False)):
             convs += [
                 nnx.Conv(a, b, (3, 3), strides=1 if i == 0 else 2, rngs=rngs),
                 nnx.Conv(b, b, (3, 3), rngs=rngs),

@@ -36,7 +36,8 @@ _BN_EPS = 1e-3
 _UNUSED = ("fc.", "AuxLogits.")  # the classifier on top of the features
 TO_SAFETENSORS = (
     'python -c "import sys, torch; from safetensors.torch import save_file; '
-    "save_file(torch.load(sys.argv[1], map_location='cpu', weights_only=True), sys.argv[2])\" FILE.pth FILE.safetensors"
+    "save_file(torch.load(sys.argv[1], map_location='cpu', weights_only=True), sys.argv[2])\" "
+    "FILE.pth FILE.safetensors"
 )
 
 
@@ -206,7 +207,7 @@ class MixedE(_Block):
 
 
 class Inception(nnx.Module):
-    """Pictures in [-1, 1], 299 x 299, to the pooled features; attribute names are the checkpoint's."""
+    """Pictures in [-1, 1], 299 x 299, to pooled features; attribute names are the checkpoint's."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.Conv2d_1a_3x3 = ConvReLU(3, 32, (3, 3), 2, rngs=rngs)

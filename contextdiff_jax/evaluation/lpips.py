@@ -26,10 +26,12 @@ from contextdiff_jax.evaluation.features import check_finite
 # AlexNet's convolutions by their names in the file: (kernel, input, output, stride, padding,
 # whether a pooling comes before).
 _LAYERS = {
-    "net.slice1.0": (11, 3, 64, 4, 2, False), "net.slice2.3": (5, 64, 192, 1, 2, True),
-    "net.slice3.6": (3, 192, 384, 1, 1, True), "net.slice4.8": (3, 384, 256, 1, 1, False),
+    "net.slice1.0": (11, 3, 64, 4, 2, False),
+    "net.slice2.3": (5, 64, 192, 1, 2, True),
+    "net.slice3.6": (3, 192, 384, 1, 1, True),
+    "net.slice4.8": (3, 384, 256, 1, 1, False),
     "net.slice5.10": (3, 256, 256, 1, 1, False),
-}  # fmt: skip
+}
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in [-1, 1]
 SMALLEST = 31  # pixels a side: below, nothing is left for the second pooling
 Params = dict[str, Float[Array, "..."]]

@@ -59,7 +59,7 @@ class Result:
 
 
 def splits(data: DataConfig) -> dict[str, RandomAccessSource]:
-    """The records to evaluate on, by the name of their row; held-out ones where the source has any."""
+    """The records to evaluate on, by their row's name; held-out ones where the source has any."""
     if data.source == "shapes":  # other scenes than those trained on, of the same combinations
         data = dataclasses.replace(data, scene_seed=data.scene_seed + 1)
         names = {"train": "seen combinations", "heldout": "held-out combinations"}

@@ -27,7 +27,8 @@ h1, h2, h3 { line-height: 1.2; margin: 1.6em 0 .4em } h1 { margin-top: 0 }
 table { border-collapse: collapse; margin: .5em 0 }
 th, td { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
 th { white-space: nowrap } details { margin: .5em 0 } summary { cursor: pointer }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap } td small, p.note { color: #666 }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
+td small, p.note { color: #666 }
 img { max-width: 100%; border: 1px solid #eee }
 pre { background: #f6f6f6; padding: .8em; white-space: pre-wrap; font-size: 13px }
 """
@@ -92,7 +93,7 @@ def table(scores: Scores, unit: str) -> str:
 
 
 def as_json(results: Mapping[str, Result]) -> dict[str, Any]:
-    """metrics.json's part: {metric: {row: {name: value}}}, the same of `intervals`, and `details`."""
+    """metrics.json's part: {metric: {row: {name: value}}}, `intervals` likewise, and `details`."""
     values, intervals, details = {}, {}, {}
     for metric, result in results.items():
         values[metric] = {
@@ -199,7 +200,8 @@ def write_report(
         captions = list(captions)[:_SHOWN]
         if row in marks:
             captions = [
-                f"{'✓' if right else '✗'} {text}" for right, text in zip(marks[row], captions)
+                f"{'✓' if right else '✗'} {text}"
+                for right, text in zip(marks[row], captions, strict=False)
             ]
         pictures.caption_grid(images[:_SHOWN], captions, columns=6).save(
             folder / f"samples_{i}.png"

@@ -5,8 +5,8 @@
     pipeline = Pipeline.open("runs/shapes")
     pictures = pipeline.text_to_image(["a large red circle"], num=4, seed=0)  # uint8 [4, H, W, 3]
 
-Both kinds go the same way (`inference.sampling`): a Stable Diffusion folder is a model whose context
-is `none`.
+Both kinds go the same way (`inference.sampling`): a Stable Diffusion folder is a model whose
+context is `none`.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class Pipeline:
         return self._sample(request, chosen, shape, steps, strength == 1, images, holes)
 
     def options(self, **given: Any) -> SampleConfig:
-        """How pictures are made with the options that are given; the model's own where one is None."""
+        """How pictures are made with the given options; the model's own where one is None."""
         given = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(self.opened.options, prompts=(), **given)
 
@@ -341,7 +341,9 @@ class Pipeline:
     ) -> tuple[Int[np.ndarray, "B *E L"], Bool[np.ndarray, "B L"]]:
         """Ids and mask; what is cut off a text is told once, however often it is drawn."""
         ids, mask, lost = self.opened.encode_text(texts)
-        new = {text: words for text, words in zip(texts, lost) if text not in self._told}
+        new = {
+            text: words for text, words in zip(texts, lost, strict=True) if text not in self._told
+        }
         self._told.update(new)
         warn_of_cut(list(new), list(new.values()), ids.shape[-1])
         return ids, mask

@@ -135,7 +135,7 @@ class ContextDiffusion(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
     ) -> ContextDiffusion:
-        """The model of those sizes with new parameters; without a text encoder where it is frozen."""
+        """A newly initialised model of these sizes; without a text encoder where it is frozen."""
         policy = dict(rngs=rngs, dtype=dtype)
         encoder = None if text.pretrained else TextEncoder(text, **policy)
         return cls(encoder, UNet(unet, **policy), RelationalNetwork(context, **policy))

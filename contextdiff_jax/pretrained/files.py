@@ -1,5 +1,7 @@
-"""The files of a folder: JSON, and safetensors, one file or shards. A single-file checkpoint is read
-as the folder that it would be in diffusers' format, so that FILE/unet is a path like another.
+"""The files of a folder: JSON, and safetensors, one file or shards.
+
+A single-file checkpoint is read as the folder that it would be in diffusers' format, so that
+FILE/unet is a path like another.
 """
 
 from __future__ import annotations
@@ -20,9 +22,16 @@ from contextdiff_jax.pretrained.stored import (
 )
 
 __all__ = (
-    "PICKLES", "FolderTensors", "LazyTensor", "exists", "open_tensors", "read_json", "refuse_pointers", "save_tensors",
+    "PICKLES",
+    "FolderTensors",
+    "LazyTensor",
+    "exists",
+    "open_tensors",
+    "read_json",
+    "refuse_pointers",
+    "save_tensors",
     "tokenizer_folder",
-)  # fmt: skip
+)
 
 
 class FolderTensors(Mapping):

@@ -1,5 +1,6 @@
-"""A config whose `model.pretrained` names a diffusers pipeline's folder, or a single-file checkpoint:
-what it says takes its place.
+"""Configs whose `model.pretrained` names a diffusers folder, or a single-file checkpoint.
+
+What the folder or file says takes its place in the config.
 """
 
 from __future__ import annotations

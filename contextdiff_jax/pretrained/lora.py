@@ -61,7 +61,7 @@ _TEXT = r"(text_model\.)?(encoder\.layers|embeddings|final_layer_norm|text_proje
 
 @dataclasses.dataclass(frozen=True)
 class LoraLayer:
-    """One layer's change: down [R, I, ...], up [O, R, ...] and alpha, the numerator of its scale."""
+    """One layer's change: down [R, I, ...], up [O, R, ...] and alpha, its scale's numerator."""
 
     down: np.ndarray
     up: np.ndarray

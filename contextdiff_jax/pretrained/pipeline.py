@@ -190,8 +190,9 @@ def _check_fit(folder: Path, unet: UNet, vae: VAE, texts: Sequence[CLIPText]) ->
 
 
 def _corrected(config: UNetConfig, folder: Path) -> UNetConfig:
-    """With latents of 64, if diffusers before 0.9 wrote it: it stored its default of 32 whatever the
-    network had been trained on.
+    """The config, with latents of 64 if diffusers before 0.9 wrote it.
+
+    It stored its default of 32 whatever the network had been trained on.
     """
     values = read_json(folder / "config.json", "a UNet's folder")
     numbers = re.findall(r"\d+", str(values.get("_diffusers_version", "")))[:2]

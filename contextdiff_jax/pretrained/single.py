@@ -82,7 +82,7 @@ def has(file: Path, inside: str) -> bool:
 
 
 def tensors(file: Path, inside: str) -> Tensors:
-    """The tensors of a model, by diffusers' names. ValueError for one that the file doesn't hold."""
+    """A model's tensors, by diffusers' names. ValueError for one that the file doesn't hold."""
     found = _open(file, file.stat().st_mtime_ns).parts.get(inside)
     if not found:
         raise ValueError(f"{file}: holds no {inside or 'model of that kind'}")
@@ -141,7 +141,7 @@ def _open(file: Path, changed: int) -> _Checkpoint:
 
 
 def _check_kind(file: Path, names: list[str]) -> None:
-    """Raises ValueError, which says what the file is where it can tell, unless it is one of ours."""
+    """Raises ValueError unless the file is one of ours, and says what it is where it can."""
     if any("lora" in name for name in names):
         problem = "is a LoRA file"
     elif f"{_UNET}input_blocks.0.0.weight" not in names:

@@ -1,6 +1,7 @@
 """Training of an AutoencoderKL (Rombach et al., 2022, section 3.1) without its adversarial part.
 
-    loss = l1 |x - x_hat| + l2 (x - x_hat)^2 + kl KL(q(z | x) || N(0, I)),   x_hat = decode(z), z ~ q(z | x)         (1)
+    loss = l1 |x - x_hat| + l2 (x - x_hat)^2 + kl KL(q(z | x) || N(0, I)),        (1)
+    x_hat = decode(z), z ~ q(z | x)
 
 Each term is a mean over its own dimensions (pixels; latents). The KL only keeps latents near a unit
 Gaussian, so its weight is small; what is left of their scale is measured afterwards and becomes the

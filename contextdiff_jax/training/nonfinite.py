@@ -42,7 +42,7 @@ class FiniteGuard:
     def watch(
         self, step: int, state: TrainState, batch: Mapping[str, jax.Array], nonfinite: jax.Array
     ) -> None:
-        """Checks the step before, then remembers this one; `nonfinite`: the run's count after it."""
+        """Checks the step before, then remembers this one; `nonfinite`: the count after it."""
         self.check(state)
         self._watched = step, batch, nonfinite
 
