@@ -232,5 +232,5 @@ def test_every_seed_of_64_bits_has_a_key_of_its_own():
     assert len(set(keys)) == len(seeds)
     assert keys[1] == tuple(jax.random.key_data(jax.random.key(1)).tolist())
     for seed in (-1, 2**64):
-        with pytest.raises(ValueError, match=rf"--seed={seed}: must lie in 0..2\^64 - 1"):
+        with pytest.raises(ValueError, match=rf"--seed={seed}: must lie in 0..{2**64 - 1}"):
             make_key(seed, "--seed")
