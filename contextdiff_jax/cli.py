@@ -110,6 +110,11 @@ def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
     return flags.DEFINE(_Path(), name, default, help)
 
 
+def define_paths(name: str, help: str) -> flags.FlagHolder:
+    """A flag that names a file or a folder, and may be given many times."""
+    return flags.DEFINE_multi(_Path(), flags.ArgumentSerializer(), name, [], help)
+
+
 def define_float(
     name: str, default: float | None, help: str, lower: float | None = None
 ) -> flags.FlagHolder:

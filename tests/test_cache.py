@@ -207,7 +207,7 @@ def test_a_cache_of_an_older_version_or_a_damaged_one_is_not_trusted(cached, tmp
     old = json.loads((tmp_path / "old" / "cache.json").read_text())
     del old["content"]
     (tmp_path / "old" / "cache.json").write_text(json.dumps(old))
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="contextdiff_jax"):
         assert len(CacheSource(str(tmp_path / "old"))) == COUNT
     assert "did not notice records that change" in caplog.text
     with pytest.raises(ValueError, match="new ones would mix with old"):

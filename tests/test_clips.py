@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from contextdiff_jax.data.moving_shapes import EDITS, frames_of, main, make_moving_shape, mask_of
+from contextdiff_jax.data.moving_shapes import (
+    EDITS,
+    frames_of,
+    make_moving_shape,
+    mask_of,
+    write_clip,
+)
 from contextdiff_jax.data.shapes import caption
 from contextdiff_jax.data.video import _step, read_clip, resize
 from contextdiff_jax.editing.output import save_frames, save_gif, save_mp4, strip
@@ -432,7 +438,7 @@ def test_paired_differences_have_the_standard_error_of_their_mean():
 
 
 def test_the_clip_is_written_with_its_prompts(tmp_path, capsys):
-    assert main(["--out", str(tmp_path), "--seed", "3", "--num_frames", "3"]) == 0
+    write_clip(tmp_path, seed=3, num_frames=3)
     assert make_moving_shape(3).prompt in capsys.readouterr().out
     np.testing.assert_array_equal(
         read_clip(tmp_path / "shape", num_frames=3),

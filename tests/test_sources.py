@@ -223,7 +223,7 @@ def test_records_without_picture_or_caption_are_counted_with_their_place(tmp_pat
             ("d.txt", b"d"),
         ],
     )
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="contextdiff_jax"):
         source = WebDatasetSource(WebDatasetConfig(path=str(tmp_path), max_broken_fraction=0.8))
     assert len(source) == 1 and source.num_broken == 3
     for words in ("0.tar: byte 2048: b has no caption", "c has no picture", "3 of 4"):
@@ -707,7 +707,7 @@ def test_a_damaged_index_is_made_anew(tmp_path, damage, caplog):
         "facts": lambda: facts.write_text("{"),
         "missing": array.unlink,
     }[damage]()
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="contextdiff_jax"):
         source = WebDatasetSource(config)
     assert "damaged" in caplog.text and source[4]["caption"] == "picture number 4"
     caplog.clear()

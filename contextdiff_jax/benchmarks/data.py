@@ -9,8 +9,10 @@ another's time. The first batches are not counted.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import logging
 import pathlib
 import statistics
 import tempfile
@@ -19,7 +21,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
 from contextdiff_jax.benchmarks.layouts import LAYOUTS, make_pictures
@@ -171,6 +172,17 @@ def _need(options: DataBenchmark) -> float:
         ) from error
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences warnings: the index and tfds say what they do, between the lines of the table."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def run(config: DataConfig, options: DataBenchmark) -> Result:
     """Measures `config`'s source, or, where it names no `path`, each source on pictures made for
     it.
@@ -189,8 +201,7 @@ def run(config: DataConfig, options: DataBenchmark) -> Result:
             "be the same"
         )
     need = _need(options)
-    logging.set_verbosity(logging.ERROR)  # the index and tfds say what they do
-    with tempfile.TemporaryDirectory() as folder:
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
         configs = [config]
         if not config.path:
             made = make_pictures(min(options.pictures, 256), *options.shape)

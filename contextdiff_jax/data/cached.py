@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -21,13 +22,13 @@ import grain
 import numpy as np
 import safetensors
 import safetensors.numpy
-from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float, Int32
 
 from contextdiff_jax.files import replacing, write_json
 from contextdiff_jax.texts import parse_json
 
+LOGGER = logging.getLogger(__name__)
 CACHE_FILE = "cache.json"
 _OPTIONS = "group_size:1"  # records are read one by one, in random order
 
@@ -167,7 +168,7 @@ class CacheSource:
             )
         self._path = path
         if not self.cache.content:
-            logging.warning(
+            LOGGER.warning(
                 "%s: is of a version that did not notice records that change while it is written",
                 path,
             )

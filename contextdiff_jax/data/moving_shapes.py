@@ -8,10 +8,8 @@ writes source/, colour/ and shape/ (frames) and clip.json with the prompts.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -99,34 +97,32 @@ def make_moving_shape(
     return MovingShape(scenes=scenes(shape, colour), edited=edited)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        description="Draws a clip of a moving shape and its true edits."
-    )
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_frames", type=int, default=8)
-    parser.add_argument("--size", type=int, default=16)
-    args = parser.parse_args(argv)
-    for name, least in (("seed", 0), ("num_frames", 1), ("size", 8)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name}={getattr(args, name)}: must be at least {least}")
-    args.out = args.out.expanduser()
-    clip = make_moving_shape(args.seed, args.num_frames, args.size)
+def write_clip(folder: pathlib.Path, seed: int, num_frames: int = 8, size: int = 16) -> None:
+    """Writes the clip's frames, its edits' and clip.json, and prints the prompts."""
+    clip = make_moving_shape(seed, num_frames, size)
     for name, scenes in {"source": clip.scenes, **clip.edited}.items():
-        folder = args.out / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("[0-9]" * 5 + ".png"):  # an earlier clip may have been longer
+        frames = folder / name
+        frames.mkdir(parents=True, exist_ok=True)
+        for old in frames.glob("[0-9]" * 5 + ".png"):  # an earlier clip may have been longer
             old.unlink()
-        for i, frame in enumerate(frames_of(scenes, args.size)):
-            Image.fromarray(frame).save(folder / f"{i:05d}.png")
+        for i, frame in enumerate(frames_of(scenes, size)):
+            Image.fromarray(frame).save(frames / f"{i:05d}.png")
     prompts = {name: caption(scenes[0]) for name, scenes in clip.edited.items()}
-    facts = {"prompt": clip.prompt, "edit_prompts": prompts}
-    write_json(args.out / "clip.json", facts)
-    print(f"{args.out}: {clip.prompt!r}; edits {prompts}")
-    return 0
+    write_json(folder / "clip.json", {"prompt": clip.prompt, "edit_prompts": prompts})
+    print(f"{folder}: {clip.prompt!r}; edits {prompts}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from absl import flags
+
+    from contextdiff_jax import cli
+
+    OUT = cli.define_path("out", None, "Folder of the clip.")
+    SEED = cli.define_seed("Of the shape and its way.")
+    NUM_FRAMES = flags.DEFINE_integer("num_frames", 8, "Frames of the clip.", lower_bound=1)
+    SIZE = flags.DEFINE_integer("size", 16, "Pixels a side.", lower_bound=8)
+    cli.run(
+        lambda: write_clip(
+            cli.output_folder("out", OUT.value), SEED.value, NUM_FRAMES.value, SIZE.value
+        )
+    )

@@ -3,16 +3,14 @@
 `tokenizer.json` beside this file (4096 tokens; a Hugging Face `tokenizers` file) was trained on
 captions of the `shapes` and emoji data sets and general English text. Train another one with
 
-    python -m contextdiff_jax.data.tokenizer --corpus FILE [--corpus FILE ...] --out tokenizer.json
+    python -m contextdiff_jax.data.tokenizer --corpus=FILE [--corpus=FILE ...] --out=tokenizer.json
 
 where a FILE is plain text, one document a line.
 """
 
 from __future__ import annotations
 
-import argparse
 import pathlib
-import sys
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -186,32 +184,27 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int = 4096) -> tokenizers.
     return tokenizer
 
 
-def _read_lines(paths: Sequence[pathlib.Path]) -> Iterable[str]:
-    for path in paths:
-        yield from read_lines(path, "--corpus")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Trains the caption tokenizer.")
-    parser.add_argument(
-        "--corpus", type=pathlib.Path, nargs="+", action="extend", required=True, help="text files"
-    )
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="tokenizer file to write")
-    parser.add_argument("--vocab_size", type=int, default=4096)
-    args = parser.parse_args(argv)
-    missing = [str(path) for path in args.corpus if not path.is_file()]
-    if missing:
-        parser.error(f"--corpus={missing[0]}: is not a file")
-    try:
-        lines = list(_read_lines(args.corpus))
-    except ValueError as error:
-        parser.error(str(error))
-    tokenizer = train_tokenizer(lines, args.vocab_size)
-    tokenizer.save(str(args.out))
-    print(f"{args.out}: {tokenizer.get_vocab_size()} tokens")
-    return 0
+def write_tokenizer(corpus: Sequence[str], out: pathlib.Path, vocab_size: int = 4096) -> None:
+    """Trains a tokenizer on text files, writes it, and prints its size. ValueError for no file."""
+    if not corpus:
+        raise ValueError("--corpus: missing; name a text file")
+    for path in corpus:
+        if not pathlib.Path(path).is_file():
+            raise ValueError(f"--corpus={path}: is not a file")
+    lines = [line for path in corpus for line in read_lines(pathlib.Path(path), "--corpus")]
+    tokenizer = train_tokenizer(lines, vocab_size)
+    tokenizer.save(str(out))
+    print(f"{out}: {tokenizer.get_vocab_size()} tokens")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from absl import flags
+
+    from contextdiff_jax import cli
+
+    CORPUS = cli.define_paths("corpus", "A text file; may be given many times.")
+    OUT = cli.define_path("out", None, "Tokenizer file to write.")
+    VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Tokens, at most.", lower_bound=1)
+    cli.run(
+        lambda: write_tokenizer(CORPUS.value, cli.output_file("out", OUT.value), VOCAB_SIZE.value)
+    )
