@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 from fractions import Fraction
@@ -437,9 +438,10 @@ def test_paired_differences_have_the_standard_error_of_their_mean():
     assert row["standard_error"] == pytest.approx(np.sqrt(7 / 3) / np.sqrt(3))
 
 
-def test_the_clip_is_written_with_its_prompts(tmp_path, capsys):
-    write_clip(tmp_path, seed=3, num_frames=3)
-    assert make_moving_shape(3).prompt in capsys.readouterr().out
+def test_the_clip_is_written_with_its_prompts(tmp_path):
+    facts = write_clip(tmp_path, seed=3, num_frames=3)
+    assert facts == json.loads((tmp_path / "clip.json").read_text())
+    assert facts["prompt"] == make_moving_shape(3).prompt
     np.testing.assert_array_equal(
         read_clip(tmp_path / "shape", num_frames=3),
         frames_of(make_moving_shape(3, 3).edited["shape"], 16),

@@ -11,6 +11,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import command
 from PIL import Image
 
 from contextdiff_jax.data import (
@@ -24,7 +25,6 @@ from contextdiff_jax.data import (
     make_source,
     train_tokenizer,
 )
-from contextdiff_jax.data import tokenizer as tokenizer_module
 from contextdiff_jax.data.folder import load_image
 from contextdiff_jax.data.identity import identity
 from contextdiff_jax.data.records import find_files
@@ -325,15 +325,12 @@ def test_a_pickled_tokenizer_is_the_same():
     np.testing.assert_array_equal(copy.encode(texts, 16)[0], tokenizer.encode(texts, 16)[0])
 
 
-def test_a_tokenizer_is_trained_and_loads(tmp_path, capsys):
+def test_the_command_trains_a_tokenizer_that_loads(tmp_path):
     corpus, out = tmp_path / "corpus.txt", tmp_path / "tokenizer.json"
     corpus.write_text("a red circle\na blue circle\n" * 20)
-    tokenizer_module.write_tokenizer([str(corpus)], out, 270)
+    result = command("train_tokenizer", f"--corpus={corpus}", f"--out={out}", "--vocab_size=270")
     tokenizer = load_tokenizer(out)
-    assert (
-        259 < tokenizer.vocab_size <= 270
-        and f"{tokenizer.vocab_size} tokens" in capsys.readouterr().out
-    )
+    assert 259 < tokenizer.vocab_size <= 270 and f"{tokenizer.vocab_size} tokens" in result.stdout
     assert tokenizer.decode(tokenizer.encode(["a red circle"], 16)[0]) == ["a red circle"]
 
 

@@ -236,6 +236,6 @@ def test_what_an_earlier_edit_wrote_is_removed_and_nothing_else(tmp_path):
 
 
 def test_the_clip_maker_names_the_number_that_is_too_small(tmp_path):
-    result = command("data.moving_shapes", f"--out={tmp_path}/clip", "--size=4")
+    result = command("draw_clip", f"--out={tmp_path}/clip", "--size=4")
     assert result.returncode == 2 and "--size=4: " in result.stderr and "8" in result.stderr
     assert not (tmp_path / "clip").exists()

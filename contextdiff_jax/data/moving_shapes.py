@@ -1,9 +1,5 @@
 """Clips of one moving shape, with the true mask and the true edited clip, from the renderer of
-`shapes`.
-
-    python -m contextdiff_jax.data.moving_shapes --out=runs/clip --seed=0 --num_frames=8 --size=16
-
-writes source/, colour/ and shape/ (frames) and clip.json with the prompts.
+`shapes`; `contextdiff_jax.draw_clip` writes them.
 """
 
 from __future__ import annotations
@@ -11,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -97,8 +94,10 @@ def make_moving_shape(
     return MovingShape(scenes=scenes(shape, colour), edited=edited)
 
 
-def write_clip(folder: pathlib.Path, seed: int, num_frames: int = 8, size: int = 16) -> None:
-    """Writes the clip's frames, its edits' and clip.json, and prints the prompts."""
+def write_clip(
+    folder: pathlib.Path, seed: int, num_frames: int = 8, size: int = 16
+) -> dict[str, Any]:
+    """Writes source/, colour/ and shape/ (frames) and clip.json, whose facts it returns."""
     clip = make_moving_shape(seed, num_frames, size)
     for name, scenes in {"source": clip.scenes, **clip.edited}.items():
         frames = folder / name
@@ -108,21 +107,6 @@ def write_clip(folder: pathlib.Path, seed: int, num_frames: int = 8, size: int =
         for i, frame in enumerate(frames_of(scenes, size)):
             Image.fromarray(frame).save(frames / f"{i:05d}.png")
     prompts = {name: caption(scenes[0]) for name, scenes in clip.edited.items()}
-    write_json(folder / "clip.json", {"prompt": clip.prompt, "edit_prompts": prompts})
-    print(f"{folder}: {clip.prompt!r}; edits {prompts}")
-
-
-if __name__ == "__main__":
-    from absl import flags
-
-    from contextdiff_jax import cli
-
-    OUT = cli.define_path("out", None, "Folder of the clip.")
-    SEED = cli.define_seed("Of the shape and its way.")
-    NUM_FRAMES = flags.DEFINE_integer("num_frames", 8, "Frames of the clip.", lower_bound=1)
-    SIZE = flags.DEFINE_integer("size", 16, "Pixels a side.", lower_bound=8)
-    cli.run(
-        lambda: write_clip(
-            cli.output_folder("out", OUT.value), SEED.value, NUM_FRAMES.value, SIZE.value
-        )
-    )
+    facts = {"prompt": clip.prompt, "edit_prompts": prompts}
+    write_json(folder / "clip.json", facts)
+    return facts

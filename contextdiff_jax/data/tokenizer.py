@@ -1,11 +1,8 @@
 """The bundled caption tokenizer: byte-level BPE, lowercased, so any text has tokens, offline.
 
 `tokenizer.json` beside this file (4096 tokens; a Hugging Face `tokenizers` file) was trained on
-captions of the `shapes` and emoji data sets and general English text. Train another one with
-
-    python -m contextdiff_jax.data.tokenizer --corpus=FILE [--corpus=FILE ...] --out=tokenizer.json
-
-where a FILE is plain text, one document a line.
+captions of the `shapes` and emoji data sets and general English text;
+`contextdiff_jax.train_tokenizer` trains another one.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from jaxtyping import Bool, Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from contextdiff_jax import tokens
-from contextdiff_jax.texts import check_text, read_lines
+from contextdiff_jax.texts import check_text
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")  # in the order of their ids
@@ -182,29 +179,3 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int = 4096) -> tokenizers.
     )
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
-
-
-def write_tokenizer(corpus: Sequence[str], out: pathlib.Path, vocab_size: int = 4096) -> None:
-    """Trains a tokenizer on text files, writes it, and prints its size. ValueError for no file."""
-    if not corpus:
-        raise ValueError("--corpus: missing; name a text file")
-    for path in corpus:
-        if not pathlib.Path(path).is_file():
-            raise ValueError(f"--corpus={path}: is not a file")
-    lines = [line for path in corpus for line in read_lines(pathlib.Path(path), "--corpus")]
-    tokenizer = train_tokenizer(lines, vocab_size)
-    tokenizer.save(str(out))
-    print(f"{out}: {tokenizer.get_vocab_size()} tokens")
-
-
-if __name__ == "__main__":
-    from absl import flags
-
-    from contextdiff_jax import cli
-
-    CORPUS = cli.define_paths("corpus", "A text file; may be given many times.")
-    OUT = cli.define_path("out", None, "Tokenizer file to write.")
-    VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Tokens, at most.", lower_bound=1)
-    cli.run(
-        lambda: write_tokenizer(CORPUS.value, cli.output_file("out", OUT.value), VOCAB_SIZE.value)
-    )
