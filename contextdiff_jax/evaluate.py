@@ -68,7 +68,7 @@ def main() -> None:
     """Parses, samples, scores, reports."""
     import jax
 
-    from contextdiff_jax.evaluation import metrics, report
+    from contextdiff_jax.evaluation import metrics, report, subject
     from contextdiff_jax.evaluation.features import replicate
 
     given = checked_flags()
@@ -88,7 +88,7 @@ def main() -> None:
     pipeline = of_run(
         run.settings, run.tokenizer, params, options=options, frozen=frozen, mesh=mesh
     )
-    evaluation = metrics.Evaluation(
+    evaluation = subject.Evaluation(
         settings=run.settings,
         tokenizer=run.tokenizer,
         graph=model_graph(run.settings),

@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.torch import save_file
 
 from contextdiff_jax.evaluation.inception import WIDTH, load_inception, resize
-from contextdiff_jax.evaluation.metrics import feature_fns
+from contextdiff_jax.evaluation.subject import feature_fns
 
 
 class TorchInception:

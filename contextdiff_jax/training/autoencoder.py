@@ -34,7 +34,7 @@ from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
 from contextdiff_jax.parallel.processes import StopSignal, agree
 from contextdiff_jax.pretrained import save_vae
-from contextdiff_jax.settings import AutoencoderLoss, AutoencoderSettings
+from contextdiff_jax.settings.autoencoder import AutoencoderLoss, AutoencoderSettings
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog
 from contextdiff_jax.training.loop import to_devices
