@@ -246,8 +246,7 @@ def make_loader(
         num_workers: loader processes; 0 loads in threads of this process.
         process_index: which block of each global batch to give out (`jax.process_index()`).
         process_count: number of blocks (`jax.process_count()`).
-        rows: instead of a block, the examples of each global batch to give out
-            (`parallel.mesh.Feed.rows`).
+        rows: the examples of each global batch to give out, instead of a block (`mesh.Feed.rows`).
         tokenizer: encodes the captions; None leaves them as text only.
         max_length: tokens a caption.
         prefetch: batches kept ready, by each worker.
@@ -260,32 +259,36 @@ def make_loader(
         ValueError: for a batch that the processes do not divide, an empty source, or numbers out of
             range.
     """
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size={batch_size}: must be a positive multiple of {process_count} processes"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index}: must lie in 0..{process_count - 1}")
+    local = _share_of(batch_size, process_index, process_count)
     if num_workers < 0:
         raise ValueError(f"data.num_workers={num_workers}: must not be negative")
     if prefetch < 1:
         raise ValueError(f"prefetch={prefetch}: must be at least 1")
     if not len(source):
         raise ValueError("data.source: holds no records")
-    local = batch_size // process_count
     identity = {"seed": seed, "batch_size": batch_size, "num_records": len(source)}
     if buckets:
         identity["buckets"] = [list(size) for size in buckets]
     load = _LoadBatch(
         source=source,
         order=_make_order(source, batch_size, seed, buckets),
-        rows=range(process_index * local, (process_index + 1) * local)
-        if rows is None
-        else rows.tolist(),
+        rows=local if rows is None else rows.tolist(),
         tokenizer=tokenizer,
         max_length=max_length,
     )
     return Loader(load, identity, num_workers, prefetch, num_threads)
+
+
+def _share_of(batch_size: int, process_index: int, process_count: int) -> range:
+    """The process's examples of a global batch, a block; ValueError where there is no such one."""
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size={batch_size}: must be a positive multiple of {process_count} processes"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index}: must lie in 0..{process_count - 1}")
+    size = batch_size // process_count
+    return range(process_index * size, (process_index + 1) * size)
 
 
 def _make_order(

@@ -234,13 +234,8 @@ def tune(
     log = MetricsLog(workdir, first)
     # Afterwards nothing is left to be saved: what follows may be ended at once.
     with closing(StopSignal()) as stop, closing(log), checkpoints.closing(manager, workdir):
-        bar = tqdm(
-            range(first + 1, train.steps + 1),
-            initial=first,
-            total=train.steps,
-            desc="tuning",
-            disable=None,
-        )
+        steps = range(first + 1, train.steps + 1)
+        bar = tqdm(steps, initial=first, total=train.steps, desc="tuning", disable=None)
         for step in bar:
             state, loss = step_fn(state, frozen, x0, text, null)
             last = step == train.steps or stop(step)

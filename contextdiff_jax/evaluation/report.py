@@ -179,21 +179,7 @@ def write_report(
     title = html.escape(f"{workdir.absolute().name}, step {facts['step']}")
     body = [f"<h1>{title}</h1>", _pre(facts["command"])]
     for metric, result in results.items():
-        body += [
-            f"<h2>{metric}</h2>",
-            _paragraph(result.note),
-            _html_table(result.scores, result.unit),
-        ]
-        if "kl_by_t" in result.details:
-            plot_bound(result.details, folder / f"{metric}.png")
-            body.append(_image(f"{metric}.png", "bits per dimension by timestep"))
-        elif result.unit == "%":
-            plot_shares(result.scores, folder / f"{metric}.png")
-            body.append(_image(f"{metric}.png", f"{metric} with 95% intervals"))
-        if "parts" in result.details:
-            parts = _html_table(result.details["parts"], result.unit)
-            summary = "<summary>by number of objects, and exact by what is asked for</summary>"
-            body.append(f"<details>{summary}{parts}</details>")
+        body += _metric(metric, result, folder)
     marks = results["composition"].details["exact_by_sample"] if "composition" in results else {}
     body.append("<h2>samples</h2>" if samples else "")
     for i, (row, (images, captions)) in enumerate(samples.items()):
@@ -233,6 +219,26 @@ def write_report(
     with replacing(folder / "index.html") as file:
         file.write_text(page + "\n".join(body) + "</html>\n", encoding="utf-8")
     return folder / "index.html"
+
+
+def _metric(metric: str, result: Result, folder: pathlib.Path) -> list[str]:
+    """A metric's part of the page: note, table, plot. The plot is written to `folder`."""
+    body = [
+        f"<h2>{metric}</h2>",
+        _paragraph(result.note),
+        _html_table(result.scores, result.unit),
+    ]
+    if "kl_by_t" in result.details:
+        plot_bound(result.details, folder / f"{metric}.png")
+        body.append(_image(f"{metric}.png", "bits per dimension by timestep"))
+    elif result.unit == "%":
+        plot_shares(result.scores, folder / f"{metric}.png")
+        body.append(_image(f"{metric}.png", f"{metric} with 95% intervals"))
+    if "parts" in result.details:
+        parts = _html_table(result.details["parts"], result.unit)
+        summary = "<summary>by number of objects, and exact by what is asked for</summary>"
+        body.append(f"<details>{summary}{parts}</details>")
+    return body
 
 
 def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
