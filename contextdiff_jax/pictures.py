@@ -1,5 +1,6 @@
-"""What a person looks at: grids of captioned pictures, PNGs that know how they were made, training
-curves.
+"""Pictures for a person to look at.
+
+There are grids of captioned pictures, PNGs that know how they were made, and training curves.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _CELL, _GAP, _FONT_SIZE = 128, 12, 12
 
 
 def caption_font() -> ImageFont.FreeTypeFont:
-    """What captions are set in."""
+    """The font of captions."""
     import matplotlib  # only for the font that it bundles; seconds to import
 
     return ImageFont.truetype(

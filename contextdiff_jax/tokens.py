@@ -193,7 +193,7 @@ def _check_class(folder: Path, kind: str) -> None:
 
 
 def _fast_kind(path: Path) -> str:
-    """By the model that a tokenizer.json describes."""
+    """The kind of the model that a tokenizer.json describes."""
     model = _read_object(path).get("model")
     if not isinstance(model, dict) or not model.get("vocab"):
         raise ValueError(f"{path}: holds no vocabulary; {_EXPECTED}")
@@ -215,7 +215,7 @@ def _fast_kind(path: Path) -> str:
 
 
 def _slow_kind(folder: Path) -> str:
-    """Of vocab.json and merges.txt, which many models have: CLIP's words end with </w>."""
+    """The kind of vocab.json and merges.txt, which many models have: CLIP's words end with </w>."""
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     for path in (vocab, merges):
         if not path.is_file():

@@ -81,8 +81,8 @@ def test_broken_metadata_lines_are_counted_and_a_large_share_stops_the_run(tmp_p
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_freed_memory_is_not_paid_for_again(kept):
-    """As XLA's temporaries do at each step: 64 MiB are taken, written and freed; the second time
-    costs no page fault.
+    """XLA's temporaries do the same at each step. 64 MiB are taken, written and freed; the second
+    time costs no page fault.
     """
     code = (
         "import glob, resource, threading; from contextdiff_jax import cli; glob.glob = lambda "

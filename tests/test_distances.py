@@ -69,7 +69,7 @@ def test_fid_equals_the_matrix_square_root_formula():
 
 
 class Features(torch.nn.Module):
-    """What torchmetrics calls a network: here the "pictures" are the features."""
+    """A network, as torchmetrics calls it: here the "pictures" are the features."""
 
     num_features = 7
 

@@ -36,7 +36,7 @@ def test_a_name_that_a_part_lacks_is_nan_there():
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """What the metrics of pictures read of a run: its config and a classifier."""
+    """A run, as the metrics of pictures read it: its config and a classifier."""
     folder = tmp_path_factory.mktemp("run")
     config = config_dict(**{"data.num_objects": "(1,2)"})
     (folder / "config.json").write_text(json.dumps(config))

@@ -231,7 +231,7 @@ def test_records_without_picture_or_caption_are_counted_with_their_place(tmp_pat
 
 
 def _samples(path) -> int | str:
-    """How many samples the package webdataset gives, or what it raises."""
+    """The number of samples that the package webdataset gives, or what it raises."""
     import webdataset
 
     try:

@@ -1,4 +1,4 @@
-"""What the comparisons with torch's models share: random weights that matter, and one tolerance."""
+"""Common parts of comparisons with torch's models: random weights that matter, one tolerance."""
 
 from __future__ import annotations
 

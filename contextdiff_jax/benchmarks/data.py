@@ -1,5 +1,6 @@
-"""How fast the loader is, per source, against what the devices take and against the sources' own
-packages.
+"""Measurement of the loader's speed, per source.
+
+It is compared with what the devices take and with the sources' own packages.
 
 Everything is measured in CPU seconds of this process, so a rate is that of one core, whatever else
 the machine does, and about what each further loader process (`data.num_workers`) adds. Pipelines
@@ -41,7 +42,7 @@ Batches = Iterator[np.ndarray]  # uint8 [_BATCH, H, W, 3]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataBenchmark:
-    """What to measure.
+    """Options of the measurement.
 
     Attributes:
         compare: reference to run in turns with ours: a name in `PEERS`, or empty.

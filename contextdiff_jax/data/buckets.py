@@ -56,9 +56,7 @@ def check_buckets(buckets: Sequence[Sequence[int]]) -> tuple[Size, ...]:
 def nearest_bucket(
     sizes: UInt16[np.ndarray, "N 2"], buckets: Sequence[Size]
 ) -> Int32[np.ndarray, " N"]:
-    """For each picture's (height, width) the bucket whose ratio is nearest in logarithm; -1 for a
-    size of 0.
-    """
+    """The bucket of nearest ratio (in logarithm) for each (height, width); -1 for a size of 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.log(sizes[:, 0].astype(np.float64) / sizes[:, 1])  # [N]
     targets = np.log([height / width for height, width in buckets])  # [K]

@@ -35,7 +35,7 @@ _OPTIONS = "group_size:1"  # records are read one by one, in random order
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
-    """What a cache was made of.
+    """A description of what a cache was made of.
 
     Attributes:
         num_records, shard_size: shard k holds records k * shard_size and on.

@@ -36,7 +36,7 @@ _MAX_COMPARED = 100_000  # pictures whose sizes processes compare: a `stat` each
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderConfig(PictureConfig):
-    """Which pictures to read. `metadata`: name or glob of the metadata files in `path`."""
+    """A choice of pictures to read. `metadata`: name or glob of the metadata files in `path`."""
 
     metadata: str = "metadata*.jsonl"
 

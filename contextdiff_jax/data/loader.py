@@ -1,5 +1,6 @@
-"""From a source to batches: shuffling, sharding by process, workers, prefetch, exact resumption
-(Grain).
+"""Loading, from a source to batches, by Grain.
+
+It shuffles, shards by process, prefetches with workers, and resumes exactly.
 
 Which records batch number b of a run holds is a pure function of (seed, batch size, records, b):
 see `orders`. Process p of P gives out the p-th of P equal blocks of it, or the `rows` that the mesh
@@ -92,8 +93,9 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _follow_parent(*_: int) -> None:
-    """In a worker: only the process that it works for ends it, also by its own end, however
-    sudden. (Linux's PR_SET_PDEATHSIG follows a thread, and Grain's end earlier.)
+    """Lets a worker be ended only by the process it works for, also by that one's own sudden end.
+
+    (Linux's PR_SET_PDEATHSIG follows a thread, and Grain's end earlier.)
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

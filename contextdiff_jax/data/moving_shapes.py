@@ -50,7 +50,10 @@ def frames_of(scenes: Sequence[Scene], size: int) -> UInt8[np.ndarray, "F S S 3"
 def mask_of(
     clip: UInt8[np.ndarray, "F S S 3"], other: UInt8[np.ndarray, "F S S 3"]
 ) -> Bool[np.ndarray, "F S S"]:
-    """Where either shows its object; both lie on one background, which fills the corners."""
+    """The pixels where either clip shows its object.
+
+    Both lie on one background, which fills the corners.
+    """
     return ((clip != clip[:, :1, :1]) | (other != other[:, :1, :1])).any(-1)
 
 

@@ -1,5 +1,6 @@
-"""Which records a global batch holds: pure functions of (seed, batch size, record numbers, batch
-number).
+"""Orders of records: what a global batch holds.
+
+They are pure functions of (seed, batch size, record numbers, batch number).
 
 Records are counted through in shuffled epochs, one after the other without a gap, each in another
 order, so that every record is seen exactly once before any is seen again. `BucketOrder` does so

@@ -1,4 +1,4 @@
-"""What the sources of encoded pictures share: captions, crops, broken records.
+"""The common parts of sources of encoded pictures: captions, crops, broken records.
 
 Broken records never pass silently. What can be told without decoding (not JSON, no caption, no
 picture) is skipped, counted and logged when a source is made; a record that fails when it is read
@@ -44,7 +44,7 @@ _GIVEN_OUT += ("caption_choice", "resample")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PictureConfig:
-    """How pictures are read, whatever holds them.
+    """Options of reading pictures, whatever holds them.
 
     Attributes:
         path: the folder.

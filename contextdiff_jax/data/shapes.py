@@ -104,7 +104,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShapesConfig:
-    """Which scenes there are.
+    """A distribution of scenes.
 
     Attributes:
         num_objects: fewest and most objects in a scene, within 1..3; drawn uniformly.
@@ -347,7 +347,7 @@ def _parse_object(text: str, whole: str) -> Object:
 
 
 def parse_caption(text: str) -> Scene:
-    """What a caption asks for: a `Scene` without centres, and without sizes where none is named.
+    """The scene that a caption asks for, without centres, and without sizes where none is named.
 
     Case and outer white space do not count.
 

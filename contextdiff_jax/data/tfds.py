@@ -30,7 +30,7 @@ from contextdiff_jax.data.records import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TFDSConfig(PictureConfig):
-    """Which data set to read. `split`: as tfds writes it, `train[:90%]` too."""
+    """A choice of the data set to read. `split`: as tfds writes it, `train[:90%]` too."""
 
     split: str = "train"
 

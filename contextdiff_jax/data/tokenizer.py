@@ -124,8 +124,9 @@ class FolderTokens:
     def encode(
         self, captions: Sequence[str], max_length: int
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-        """As `Tokenizer.encode`: the caption's tokens (as many as fit) between the model's special
-        ones, padding.
+        """`Tokenizer.encode` by a model's own tokenizer.
+
+        A caption's tokens (as many as fit) stand between the model's special ones, then padding.
         """
         return self.encode_and_cut(captions, max_length)[:2]
 

@@ -53,7 +53,7 @@ _MAX_OPEN = 256  # shards; a process may have 1024 files open by default
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WebDatasetConfig(PictureConfig):
-    """Which shards to read. `shards`: a glob of their names in `path`."""
+    """A choice of the shards to read. `shards`: a glob of their names in `path`."""
 
     shards: str = "*.tar"
 

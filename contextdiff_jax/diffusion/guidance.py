@@ -1,4 +1,4 @@
-"""From networks to denoise functions: estimates of the context, guidance, thresholding."""
+"""The way from networks to denoise functions: estimates of the context, guidance, thresholding."""
 
 from __future__ import annotations
 

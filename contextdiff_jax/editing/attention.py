@@ -20,8 +20,7 @@ CountTokens = Callable[[str], int]
 
 
 class Alignment(NamedTuple):
-    """How the tokens of E edit prompts go with those of the source's, and which of them count for
-    what.
+    """An alignment of E edit prompts' tokens with the source's, and of what each counts for.
 
     Attributes:
       mapper: share of each source token's attention that an edit's token takes. keep: 1 where it
@@ -38,7 +37,7 @@ class Alignment(NamedTuple):
 
 
 def words_of(prompt: str) -> list[str]:
-    """What alignment calls a word."""
+    """The words of a prompt, as alignment counts them."""
     return prompt.lower().split()
 
 
@@ -74,7 +73,7 @@ def _matching(source: list[str], target: list[str], control: str) -> list[tuple[
 
 
 def changed_words(prompt: str, other: str) -> list[int]:
-    """Which words of `prompt` are not, in their order, those of `other`."""
+    """The words of `prompt` that are not, in their order, those of `other`."""
     words = words_of(prompt)
     same = {b for _, b in _matching(words_of(other), words, "refine")}
     return [i for i in range(len(words)) if i not in same]

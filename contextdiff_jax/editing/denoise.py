@@ -25,8 +25,9 @@ class Text(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Process:
-    """What a model was trained on: schedule, prediction type, shift. `bound`: of |x0| (1 for
-    pictures, None: latents).
+    """The process that a model was trained on: schedule, prediction type, shift.
+
+    `bound`: of |x0| (1 for pictures, None: latents).
     """
 
     schedule: diffusion.NoiseSchedule

@@ -1,6 +1,4 @@
-"""What an edit works with, whatever the model came from: video networks, a process, and ways in and
-out of them.
-"""
+"""An edit's model, wherever from: video networks, a process, and ways in and out of them."""
 
 from __future__ import annotations
 

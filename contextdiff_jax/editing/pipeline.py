@@ -195,8 +195,9 @@ class Judges(NamedTuple):
 
 
 def open_judges(settings: EditSettings, height: int, width: int) -> Judges:
-    """Those that the config names, for clips of that size. ValueError, one line, for a folder or
-    file that doesn't fit.
+    """The judges that the config names, for clips of that size.
+
+    ValueError, one line, for a folder or file that doesn't fit.
     """
     edit = settings.edit
     folders = ((scores.make_clip_scorer, edit.clip), (scores.make_pick_scorer, edit.pickscore))

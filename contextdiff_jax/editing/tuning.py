@@ -185,8 +185,9 @@ def tune_quickly(
     settings: EditSettings,
     run: Callable[..., Any],
 ) -> VideoDiffusion:
-    """As `tune`, all steps as one program, which `run(name, function, *arguments)` compiles;
-    nothing is written.
+    """Tunes as `tune` does, in one program that `run(name, function, *arguments)` compiles.
+
+    Nothing is written.
     """
     train = settings.base.train
     graph, params, frozen = nnx.split(model, trainable(settings.video.tune), ...)

@@ -42,7 +42,7 @@ class Bound(NamedTuple):
 
     @property
     def standard_error(self) -> float:
-        """Of the mean total."""
+        """The standard error of the mean total."""
         return float(self.total.std(ddof=1) / np.sqrt(len(self.total)))
 
 

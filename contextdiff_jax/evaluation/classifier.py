@@ -255,8 +255,9 @@ def save_classifier(
 
 
 def load_classifier(folder: str | pathlib.Path) -> Classifier:
-    """What `save_classifier` wrote. ValueError for a folder without one, or whose weights don't fit
-    its report.
+    """The classifier that `save_classifier` wrote.
+
+    ValueError for a folder without one, or whose weights don't fit its report.
     """
     folder = pathlib.Path(folder)
     for name in (WEIGHTS_FILE, REPORT_FILE):

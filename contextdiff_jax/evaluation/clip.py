@@ -47,8 +47,9 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], default_size: int) -> Preprocessing:
-        """From the values of a preprocessor_config.json, of any age. ValueError for what is not
-        CLIP's.
+        """The preprocessing of a preprocessor_config.json's values, of any age.
+
+        ValueError for what is not CLIP's.
 
         Args:
           default_size: of what the file leaves out.

@@ -196,7 +196,7 @@ def _compare(wanted: Scene, matched: Sequence[Object | None]) -> dict[str, float
 
 
 def _quality(shares: dict[str, float]) -> tuple[float, float]:
-    """How good a matching is: by what the objects are; by where they are only between equals."""
+    """A matching's rank: by what the objects are; by where they are only between equals."""
     known = {name: 0.0 if np.isnan(value) else value for name, value in shares.items()}
     return known["shape"] + known["colour"] + known["size"], known["relation"]
 

@@ -153,7 +153,7 @@ def clip_score(image: Features, text: Features) -> Float[np.ndarray, N]:
 
 
 def cosines(image: Features, text: Features) -> Float[np.ndarray, N]:
-    """Of each pair."""
+    """The cosine of each pair."""
     return (_normalised(image, "image") * _normalised(text, "text")).sum(1)
 
 

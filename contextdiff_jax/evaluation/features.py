@@ -36,8 +36,9 @@ class Moments:
 
     @classmethod
     def of(cls, features: Float[np.ndarray, "N D"]) -> Moments:
-        """Those of all rows, block by block: of 50,000 rows of 2048, copies in float64 would take
-        1.6 GB. ValueError if there are none.
+        """The moments of all rows, made block by block.
+
+        Of 50,000 rows of 2048, copies in float64 would take 1.6 GB. ValueError if there are none.
         """
         if not len(features):
             raise ValueError("features: there are none")
@@ -55,7 +56,7 @@ class Moments:
         return cls(len(features), mean, centred.T @ centred)
 
     def merge(self, other: Moments) -> Moments:
-        """Those of both sets together."""
+        """The moments of both sets together."""
         count = self.count + other.count
         delta = other.mean - self.mean
         scatter = (

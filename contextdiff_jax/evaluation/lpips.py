@@ -92,7 +92,7 @@ def _params(tensors: Mapping[str, np.ndarray], path: pathlib.Path) -> Params:
 
 
 def _features(params: Params, x: Float[Array, "N H W 3"]) -> list[Float[Array, "N h w C"]]:
-    """Of each layer, every pixel's vector at length 1."""
+    """The features of each layer, every pixel's vector at length 1."""
     found = []
     for name, (*_, stride, padding, pooled) in _LAYERS.items():
         if pooled:

@@ -80,7 +80,7 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
 
 
 def composition(evaluation: Evaluation) -> Result:
-    """What the scenes' pixels show against what their captions say."""
+    """A comparison of what the scenes' pixels show with what their captions say."""
     rows = evaluation.sources
     judged = {
         row: gather_rows(judge(evaluation.samples(row), evaluation.captions(row))) for row in rows
@@ -285,8 +285,9 @@ def cmmd(evaluation: Evaluation) -> Result:
 
 
 def clip_score(evaluation: Evaluation) -> Result:
-    """How near CLIP finds the samples to their captions, and the captions' own pictures; the
-    difference a caption.
+    """Cosines by CLIP of captions with samples, and with the captions' own pictures.
+
+    Their difference is paired by caption.
     """
     clip, scores = evaluation.clip_network, {}
     for row in evaluation.sources:

@@ -1,6 +1,4 @@
-"""What a person reads of an evaluation: text tables, plots, and one static page that needs no
-network.
-"""
+"""Reports of an evaluation: text tables, plots, and one static page that needs no network."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ pre { background: #f6f6f6; padding: .8em; white-space: pre-wrap; font-size: 13px
 
 
 def machine() -> dict[str, Any]:
-    """Where the figures were made."""
+    """The machine that the figures were made on."""
     cpu = platform.processor() or platform.machine()
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():

@@ -1,4 +1,4 @@
-"""What the metrics read of a run: its records, its samples, and their features, each made once."""
+"""The subject of the metrics, a run: records, samples, and their features, each made once."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ def splits(data: DataConfig) -> dict[str, RandomAccessSource]:
 
 
 def classifier_source(data: DataConfig) -> RandomAccessSource:
-    """What a classifier learns from: of scenes, all combinations (a judge must know those held out
-    from the model), none of them evaluated on; else the training records.
+    """The records that a classifier learns from.
+
+    For scenes these are all combinations (a judge must know those held out from the model), none of
+    them evaluated on; else the training records.
     """
     if data.source == "shapes":
         return make_source(dataclasses.replace(data, scene_seed=data.scene_seed + 2), "all")
@@ -151,19 +153,17 @@ class Evaluation:
         return feature_fns(self.network)
 
     def numbers(self, row: str) -> range:
-        """Of the split's first `num` records (or as many as there are), those that this process has
-        to do with.
-        """
+        """This process's share of the split's first `num` records, or of as many as there are."""
         return share(min(self.num, len(self.sources[row])))
 
     def records(self, row: str) -> list[dict[str, Any]]:
-        """Those records."""
+        """The records of `numbers`."""
         return self._once(
             ("records", row), lambda: [self.sources[row][i] for i in self.numbers(row)]
         )
 
     def captions(self, row: str) -> list[str]:
-        """Those that the samples are made for."""
+        """The captions that the samples are made for."""
         return [record["caption"] for record in self.records(row)]
 
     def samples(self, row: str) -> UInt8[np.ndarray, "N H W 3"]:
@@ -185,15 +185,13 @@ class Evaluation:
         )
 
     def sample_features(self, row: str, kind: str = "features") -> Float[np.ndarray, "N D"]:
-        """Of the samples; `kind`: features, logits or clip."""
+        """The samples' features; `kind`: features, logits or clip."""
         return self._once((kind, row), lambda: self._extract(kind, self.samples(row)))
 
     def real_features(
         self, row: str, start: int, count: int, kind: str = "features"
     ) -> Float[np.ndarray, "N D"]:
-        """Of this process's share of `count` of the split's pictures, or as many as there are, from
-        `start` on.
-        """
+        """Features of this process's share of `count` real pictures (or all) from `start` on."""
         part = share(min(count, len(self.sources[row]) - start))
         images = _Pictures(self.sources[row], range(start + part.start, start + part.stop))
         return self._once(("real", kind, row, start, count), lambda: self._extract(kind, images))

@@ -176,7 +176,7 @@ class Pipeline:
         return self._sample(request, chosen, shape, steps, strength == 1, images, holes)
 
     def options(self, **given: Any) -> SampleConfig:
-        """How pictures are made with the given options; the model's own where one is None."""
+        """The options of sampling: the given ones; the model's own where one is None."""
         given = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(self.opened.options, prompts=(), **given)
 
@@ -342,7 +342,7 @@ class Pipeline:
 
 
 def method_of(options: SampleConfig, **more: Any) -> Method:
-    """What of the options a compiled program depends on."""
+    """The part of the options that a compiled program depends on."""
     return Method(
         sampler=options.sampler,
         eta=options.eta,
@@ -364,7 +364,7 @@ def _check_finite(finite: Bool[np.ndarray, "B"], texts: Sequence[str], guidance:
 
 
 class _Listener:
-    """What a compiled program shows its estimates of x0 to; whom it tells can change."""
+    """A listener to whom a compiled program shows its estimates of x0; whom it tells can change."""
 
     def __init__(self):
         self._target: Callable | None = None

@@ -1,4 +1,4 @@
-"""What is asked of a `Pipeline`, checked: prompts, how many pictures, which noise."""
+"""A request to a `Pipeline`, checked: prompts, how many pictures, which noise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Callback = Callable[[int, Float[np.ndarray, "B H W C"]], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What every way to sample reads; ValueError, one line, for what isn't allowed.
+    """The options that every way to sample reads; ValueError, one line, for what isn't allowed.
 
     Attributes:
       prompts: captions, `num` pictures each.

@@ -79,7 +79,7 @@ def _convert(source: Path, target: Path, read: Callable, write: Callable, report
 
 
 def _copy(source: Path, target: Path) -> None:
-    """What is no model of ours: a tokenizer, a scheduler."""
+    """Copies what is no model of ours: a tokenizer, a scheduler."""
     if exists(source) and not source.is_dir():  # the scheduler of a single file
         target.mkdir()
         values = read_json(source / SCHEDULER_FILE, "a pipeline's scheduler folder")

@@ -41,8 +41,9 @@ _CLIPPED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheduler:
-    """What a Stable Diffusion network was trained on, and how DDIM walks back; diffusers' names and
-    defaults.
+    """The process that a Stable Diffusion network was trained on, and DDIM's way back.
+
+    Names and defaults are diffusers'.
 
     Raises ValueError with field, value and what is allowed.
     """
@@ -128,8 +129,9 @@ def load_scheduler(folder: str | Path, pipeline: str = "") -> Scheduler:
 
 
 def _corrections(pipeline: str) -> dict[str, Any]:
-    """What diffusers' pipelines of that class change in a scheduler's config: all networks of 1.x
-    and 2.x were trained with an offset of 1 and samples that aren't clipped.
+    """Changes that diffusers' pipelines of that class make to a scheduler's config.
+
+    All networks of 1.x and 2.x were trained with an offset of 1 and samples that aren't clipped.
     """
     if not pipeline or "XL" in pipeline:
         return {}

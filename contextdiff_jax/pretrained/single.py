@@ -58,7 +58,7 @@ class _Checkpoint:
 
     @property
     def parts(self) -> dict[str, Tensors]:
-        """Those that the file holds, by the pipeline's names."""
+        """The parts that the file holds, by the pipeline's names."""
         found = {"unet": self.unet, "vae": self.vae, **self.texts}
         return {part: tensors for part, tensors in found.items() if tensors}
 
@@ -90,7 +90,7 @@ def tensors(file: Path, inside: str) -> Tensors:
 
 
 def values(file: Path, inside: str) -> dict[str, Any]:
-    """What the JSON file `inside` says. ValueError for a file of another kind, or without it."""
+    """The values of JSON file `inside`. ValueError for a file of another kind, or without it."""
     checkpoint = _open(file, file.stat().st_mtime_ns)
     if not has(file, inside) or not inside.endswith(".json"):
         parts = ", ".join(f"{file.name}/{part}" for part in checkpoint.parts)
@@ -319,7 +319,7 @@ def _block(unet: Tensors, name: str) -> LazyTensor | ChangedTensor:
 
 
 def _side(checkpoint: _Checkpoint) -> int:
-    """Of the pictures that its kind was trained on, in pixels."""
+    """The side of the pictures that its kind was trained on, in pixels."""
     return {"v1": 512, "v2": 768 if checkpoint.v_prediction else 512, "xl": 1024}[checkpoint.kind]
 
 

@@ -116,7 +116,7 @@ class LatentConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How the pictures in DIR/samples are made, and the `sample` command's defaults."""
+    """Options of the pictures in DIR/samples, and the `sample` command's defaults."""
 
     prompts: tuple[str, ...] = ()  # empty: captions of held-out (else training) records
     sampler: str = "ddim"

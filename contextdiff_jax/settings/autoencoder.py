@@ -38,7 +38,7 @@ class AutoencoderSettings:
 
 
 def parse_autoencoder(config: Mapping[str, Any]) -> AutoencoderSettings:
-    """As `parse`, for the config of contextdiff_jax.train_vae."""
+    """Checks a config of contextdiff_jax.train_vae, as `parse` does a run's."""
     check_sections(config, [field.name for field in dataclasses.fields(AutoencoderSettings)])
     check_types(VAEConfig, "vae", config["vae"])
     data, vae = read_data(config["data"]), VAEConfig.from_dict(config["vae"])
