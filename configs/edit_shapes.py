@@ -4,7 +4,7 @@ nothing to download.
 Where `video.path` does not exist yet, make the clip and its true edits:
 
     python -m contextdiff_jax.train --config=configs/shapes.py --workdir=runs/shapes
-    python -m contextdiff_jax.data.moving_shapes --out=runs/clip
+    python -m contextdiff_jax.draw_clip --out=runs/clip
     python -m contextdiff_jax.edit --config=configs/edit_shapes.py --workdir=runs/edit
 """
 

@@ -2,12 +2,17 @@
 [--json=FILE]
 
 Measures one part of the work, and prints a table. Modes:
-    data    pictures a second and core that the loader gives, per source, against the device's need   docs/data.md
-    train   our training step against torch's (--compare=torch), and what the context adds to it     docs/performance.md
-    sample  the same of the sampling loop
-    aot     a train step or sampling loop compiled for a TPU that isn't here: fits, seconds, collectives       docs/scaling.md
-    roofline  a step's layers against peak and bandwidth, here or (--topology) on a TPU                  docs/performance.md
-    reuse   a run's (--workdir) pictures with fewer evaluations of the UNet: seconds and differences docs/performance.md
+    data      pictures a second and core that the loader gives, per source, against the device's
+              need (docs/data.md)
+    train     our training step against torch's (--compare=torch), and what the context adds to it
+              (docs/performance.md)
+    sample    the same of the sampling loop
+    aot       a train step or sampling loop compiled for a TPU that isn't here: fits, seconds,
+              collectives (docs/scaling.md)
+    roofline  a step's layers against peak and bandwidth, here or (--topology) on a TPU
+              (docs/performance.md)
+    reuse     a run's (--workdir) pictures with fewer evaluations of the UNet: seconds and
+              differences (docs/performance.md)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the commands share: flags, errors in one line with exit status 2."""
+"""The commands' common parts: flags, errors in one line with exit status 2."""
 
 from __future__ import annotations
 
@@ -110,6 +110,11 @@ def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
     return flags.DEFINE(_Path(), name, default, help)
 
 
+def define_paths(name: str, help: str) -> flags.FlagHolder:
+    """A flag that names a file or a folder, and may be given many times."""
+    return flags.DEFINE_multi(_Path(), flags.ArgumentSerializer(), name, [], help)
+
+
 def define_float(
     name: str, default: float | None, help: str, lower: float | None = None
 ) -> flags.FlagHolder:
@@ -147,8 +152,10 @@ def output_folder(flag: str, value: str | None, file: str = "") -> pathlib.Path:
 
 
 def output_file(flag: str, value: str, suffixes: Sequence[str] = ()) -> pathlib.Path:
-    """As `output_folder`, of a file: its folder is checked, and that its name ends in one of
-    `suffixes` (none: anything will do).
+    """The file that `--flag=value` names, once it can be written there.
+
+    Its name must end in one of `suffixes` (none: anything will do); its folder is checked as by
+    `output_folder`.
     """
     path = pathlib.Path(value or "")
     if not value:
@@ -176,9 +183,10 @@ def num_cores() -> int:
 
 
 def one_device_a_core(batch_size: int) -> None:
-    """On a CPU JAX shall have a device a core, the fastest (docs/performance.md), where they can
-    share a batch evenly. To be called before JAX looks for devices. JAX_NUM_CPU_DEVICES and
-    XLA_FLAGS have the last word.
+    """Gives JAX one device per core of a CPU, if they can share a batch evenly.
+
+    This is the fastest (docs/performance.md). To be called before JAX looks for devices.
+    JAX_NUM_CPU_DEVICES and XLA_FLAGS have the last word.
     """
     import jax
 
@@ -217,7 +225,7 @@ def user_cache() -> pathlib.Path:
 
 
 def keep_freed_memory() -> None:
-    """On a host without an accelerator: memory that was freed stays the process's, in one heap.
+    """Keeps freed memory in the process, in one heap, on a host without an accelerator.
 
     XLA's CPU backend takes a program's temporaries anew at each call, hundreds of MiB that glibc
     otherwise gives back to the kernel after it: their page faults were a sixth of a training step

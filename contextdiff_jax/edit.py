@@ -49,7 +49,8 @@ def main() -> None:
         metrics = run_edit(settings, config, workdir)
     print(table(metrics))
     print(
-        f"{len(metrics['edits'])} edited clips: {workdir / 'edits'}, side by side: {workdir / 'strip.png'}"
+        f"{len(metrics['edits'])} edited clips: {workdir / 'edits'}, side by side: "
+        f"{workdir / 'strip.png'}"
     )
 
 

@@ -11,12 +11,17 @@ import dataclasses
 import pathlib
 import shlex
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from contextdiff_jax import cli
 from contextdiff_jax.files import write_json
+
+if TYPE_CHECKING:  # JAX starts after the flags are read
+    from contextdiff_jax.evaluation.subject import Evaluation
+    from contextdiff_jax.run import Run
+    from contextdiff_jax.settings import SampleConfig
 
 WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
 METRICS = flags.DEFINE_list(
@@ -64,31 +69,21 @@ def checked_flags() -> dict[str, Any]:
     return given
 
 
-def main() -> None:
-    """Parses, samples, scores, reports."""
-    import jax
-
-    from contextdiff_jax.evaluation import metrics, report
+def _open(run: Run, options: SampleConfig) -> Evaluation:
+    """The run's model, on this process's devices, with the flags' options."""
     from contextdiff_jax.evaluation.features import replicate
-
-    given = checked_flags()
-
+    from contextdiff_jax.evaluation.subject import Evaluation
     from contextdiff_jax.inference.opening import of_run
     from contextdiff_jax.parallel.mesh import local_mesh
-    from contextdiff_jax.run import load_run
     from contextdiff_jax.training.frozen import load_frozen
     from contextdiff_jax.training.state import model_graph
 
-    run = load_run(WORKDIR.value, WEIGHTS.value)
-    options = dataclasses.replace(run.settings.sample, **given)
-    workdir = pathlib.Path(WORKDIR.value)
-    cli.set_compilation_cache(workdir)
     params, frozen = replicate(run.params), replicate(load_frozen(run.settings))
     mesh = local_mesh()  # each process samples its own share
     pipeline = of_run(
         run.settings, run.tokenizer, params, options=options, frozen=frozen, mesh=mesh
     )
-    evaluation = metrics.Evaluation(
+    return Evaluation(
         settings=run.settings,
         tokenizer=run.tokenizer,
         graph=model_graph(run.settings),
@@ -96,21 +91,39 @@ def main() -> None:
         generate=lambda captions, first: pipeline.text_to_image(
             captions, seed=SEED.value, first=first
         ),
-        features=FEATURES.value or str(workdir / "classifier"),
+        features=FEATURES.value or str(pathlib.Path(WORKDIR.value, "classifier")),
         clip=CLIP.value,
         num=NUM.value,
         seed=SEED.value,
         reference=REFERENCE.value,
         bound_timesteps=BOUND_TIMESTEPS.value,
     )
+
+
+def main() -> None:
+    """Parses, samples, scores, reports."""
+    import jax
+
+    from contextdiff_jax.evaluation import metrics, report
+
+    given = checked_flags()
+
+    from contextdiff_jax.run import load_run
+
+    run = load_run(WORKDIR.value, WEIGHTS.value)
+    options = dataclasses.replace(run.settings.sample, **given)
+    workdir = pathlib.Path(WORKDIR.value)
+    cli.set_compilation_cache(workdir)
+    evaluation = _open(run, options)
     metrics.check(METRICS.value, evaluation)
     results, writes = {}, jax.process_index() == 0
     for name in METRICS.value:
         result = results[name] = metrics.METRICS[name](evaluation)
         if writes:
             print(
-                f"{name}, step {run.step}, {NUM.value} a split, {options.sampler} {options.steps} steps, guidance "
-                f"{options.guidance}: {result.note}\n{report.table(result.scores, result.unit)}\n",
+                f"{name}, step {run.step}, {NUM.value} a split, {options.sampler} {options.steps} "
+                f"steps, guidance {options.guidance}: {result.note}\n"
+                f"{report.table(result.scores, result.unit)}\n",
                 flush=True,
             )
 

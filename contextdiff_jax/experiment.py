@@ -36,7 +36,8 @@ def main() -> None:
         raise ValueError("--plan: missing; as in --plan=configs/experiments/shapes.py")
     if not all(seed.isdecimal() and int(seed) <= LARGEST for seed in SEEDS.value):
         raise ValueError(
-            f"--seeds={','.join(SEEDS.value)}: must be numbers from 0 to 2^64 - 1, as in --seeds=5,6"
+            f"--seeds={','.join(SEEDS.value)}: must be numbers from 0 to 2^64 - 1, as in "
+            "--seeds=5,6"
         )
     out = cli.output_folder("out", OUT.value)
     workdir = cli.output_folder("workdir", WORKDIR.value) / pathlib.Path(PLAN.value).stem

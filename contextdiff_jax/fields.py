@@ -1,4 +1,4 @@
-"""Fields of a config's sections: of the right type, within their bounds, named where they aren't."""
+"""Checks of a config's fields: of the right type, within their bounds, named where they aren't."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_choice(field: str, value: Any, allowed: typing.Iterable[str]) -> None:
 
 
 def check_at_least(section: Any, name: str, **minima: float) -> None:
-    """Raises ValueError for the first field of the dataclass `section` that is under its minimum."""
+    """Raises ValueError for the first field of dataclass `section` that is under its minimum."""
     for field, minimum in minima.items():
         if not getattr(section, field) >= minimum:  # nan is neither
             raise ValueError(

@@ -1,5 +1,6 @@
-"""What a person looks at: grids of captioned pictures, PNGs that know how they were made, training
-curves.
+"""Pictures for a person to look at.
+
+There are grids of captioned pictures, PNGs that know how they were made, and training curves.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _CELL, _GAP, _FONT_SIZE = 128, 12, 12
 
 
 def caption_font() -> ImageFont.FreeTypeFont:
-    """What captions are set in."""
+    """The font of captions."""
     import matplotlib  # only for the font that it bundles; seconds to import
 
     return ImageFont.truetype(
@@ -39,7 +40,8 @@ def caption_grid(
     """
     if len(images) != len(captions) or not len(images):
         raise ValueError(
-            f"caption_grid: {len(images)} pictures and {len(captions)} captions; must be equal, not 0"
+            f"caption_grid: {len(images)} pictures and {len(captions)} captions; must be equal, "
+            "not 0"
         )
     height, width = images.shape[1:3]
     scale = scale or max(1, -(-_CELL // width))
@@ -121,7 +123,7 @@ def plot_curves(metrics: str | pathlib.Path, out: str | pathlib.Path) -> None:
     )
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    for axis, (title, keys) in zip(axes.flat, panels.items()):
+    for axis, (title, keys) in zip(axes.flat, panels.items(), strict=False):
         for key in keys:
             points = np.array([(row["step"], row[key]) for row in rows if key in row])
             if not len(points):

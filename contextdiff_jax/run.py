@@ -44,7 +44,8 @@ def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
     folder = epath.Path(workdir)
     if not (folder / "config.json").exists():
         raise ValueError(
-            f"--workdir={workdir}: holds no run (no config.json); train one with contextdiff_jax.train"
+            f"--workdir={workdir}: holds no run (no config.json); train one with "
+            "contextdiff_jax.train"
         )
     config = read_json(folder / "config.json", "a run's config")
     # A run trained on many devices is read on those that are here.

@@ -74,7 +74,7 @@ def read_folder(folder: str | Path, kind: str | None = None) -> Any:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json's values; none if there is no such file. ValueError for a damaged one."""
+    """The values of tokenizer_config.json, {} without the file. ValueError for a damaged one."""
     path = folder / CONFIG_FILE
     return _read_object(path) if path.is_file() else {}
 
@@ -102,7 +102,7 @@ def check_ids(
     ids: Int[np.ndarray, "B L"], texts: Sequence[str], tokenizer: Any, rows: int, where: str
 ) -> None:
     """Raises ValueError if an id of the texts has no row in the encoder's embedding of `rows`."""
-    for text, row in zip(texts, ids):
+    for text, row in zip(texts, ids, strict=True):
         if (row >= rows).any():
             number = int(row[row >= rows][0])
             token = tokenizer.convert_ids_to_tokens(number)
@@ -118,7 +118,9 @@ def cut_text(text: str, encoding: tokenizers.Encoding) -> str:
         return ""
     rest = encoding.overflowing[0]
     starts = [
-        start for (start, _), special in zip(rest.offsets, rest.special_tokens_mask) if not special
+        start
+        for (start, _), special in zip(rest.offsets, rest.special_tokens_mask, strict=True)
+        if not special
     ]
     return from_word(text, starts[0]) if starts else ""
 
@@ -138,7 +140,7 @@ def warn_of_cut(
     """Logs which words of the first `shown` texts are lost at the encoder's `length`, and how many
     more texts are cut.
     """
-    cut = {text: words for text, words in zip(texts, lost) if words}
+    cut = {text: words for text, words in zip(texts, lost, strict=True) if words}
     for text, words in list(cut.items())[:shown]:
         start = textwrap.shorten(text, 60, placeholder="...")
         LOGGER.warning("%s %r is cut at %d tokens; lost: %r", what, start, length, words)
@@ -155,8 +157,8 @@ class CutCaptions:
     _named: bool = False
 
     def add(self, captions: Sequence[str], lost: Sequence[str]) -> None:
-        """Counts those that lose words."""
-        cut = [(caption, words) for caption, words in zip(captions, lost) if words]
+        """Counts those that lose words; `lost` is empty if nothing was encoded."""
+        cut = [(caption, words) for caption, words in zip(captions, lost, strict=False) if words]
         self.count += len(cut)
         if cut and not self._named:
             caption, words = cut[0]
@@ -185,13 +187,13 @@ def _check_class(folder: Path, kind: str) -> None:
     name = read_config(folder).get("tokenizer_class")
     if name not in _ANY_MODEL and _CLASSES.get(str(name)) != kind:
         raise ValueError(
-            f"{folder / CONFIG_FILE}: tokenizer_class={name!r}: the vocabulary is {_KINDS[kind]}'s; "
-            f"must be {_KINDS[kind]}Tokenizer, or absent"
+            f"{folder / CONFIG_FILE}: tokenizer_class={name!r}: the vocabulary is "
+            f"{_KINDS[kind]}'s; must be {_KINDS[kind]}Tokenizer, or absent"
         )
 
 
 def _fast_kind(path: Path) -> str:
-    """By the model that a tokenizer.json describes."""
+    """The kind of the model that a tokenizer.json describes."""
     model = _read_object(path).get("model")
     if not isinstance(model, dict) or not model.get("vocab"):
         raise ValueError(f"{path}: holds no vocabulary; {_EXPECTED}")
@@ -213,7 +215,7 @@ def _fast_kind(path: Path) -> str:
 
 
 def _slow_kind(folder: Path) -> str:
-    """Of vocab.json and merges.txt, which many models have: CLIP's words end with </w>."""
+    """The kind of vocab.json and merges.txt, which many models have: CLIP's words end with </w>."""
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     for path in (vocab, merges):
         if not path.is_file():

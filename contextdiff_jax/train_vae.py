@@ -19,7 +19,7 @@ def main() -> None:
     """Parses, then trains."""
     config = cli.read_config()
     workdir = cli.output_folder("workdir", WORKDIR.value)
-    from contextdiff_jax.settings import parse_autoencoder
+    from contextdiff_jax.settings.autoencoder import parse_autoencoder
     from contextdiff_jax.training.autoencoder import train_autoencoder
     from contextdiff_jax.training.workdir import held
 

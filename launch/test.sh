@@ -1,11 +1,19 @@
 #!/usr/bin/env bash
-# Environment and the whole test suite; arguments go to pytest. The tests marked slow: bash launch/test.sh -m slow
-# As users compile, with all of LLVM's optimisations (half as long again): JAX_DISABLE_MOST_OPTIMIZATIONS=0 bash launch/test.sh
+# Environment, style and the whole test suite: ruff's checks and format first, which take a second.
+# Arguments go to pytest, which then runs alone: bash launch/test.sh tests/test_unet.py
+# The tests marked slow: bash launch/test.sh -m slow
+# As users compile, with all of LLVM's optimisations (half as long again):
+#   JAX_DISABLE_MOST_OPTIMIZATIONS=0 bash launch/test.sh
 source "$(dirname "$0")/environment.sh" requirements-test.txt
+if [ $# -eq 0 ]; then
+  "$PYTHON" -m ruff check .
+  "$PYTHON" -m ruff format --check .
+fi
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 # Programs compiled by one test serve the next; the folder is this run's own.
 JAX_COMPILATION_CACHE_DIR="$(mktemp -d)"
 export JAX_COMPILATION_CACHE_DIR
 trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
-# Most of the time is compilation, which takes one core: two files at once, each with what its tests share.
+# Most of the time is compilation, which takes one core: two files at once, each with what its tests
+# share.
 "$PYTHON" -m pytest --numprocesses=2 --dist=loadfile --durations=15 "$@"

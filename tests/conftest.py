@@ -1,6 +1,4 @@
-"""What the tests share: a tiny model that trains in seconds, and a way to run commands as a user
-does.
-"""
+"""The tests' common parts: a tiny model that trains in seconds, and commands run as users do."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def main() -> None:
     one, many = jax.jit(run)(params, x0), jax.jit(run)(params, sharded)
     errors = [
         float(jnp.abs(a - b).max() / jnp.abs(a).max())
-        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)
     ]
     split = len(many[2].sharding.device_set)
     print(

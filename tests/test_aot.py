@@ -256,7 +256,7 @@ def test_sampling_with_guidance_spread_over_data_sends_the_finished_pictures_alo
 
 
 def test_figures_are_those_of_the_compiled_program(devices, monkeypatch):
-    """With a product in the place of the step: 2 x 512 x 512 x 256 operations a chip."""
+    """A product stands in the place of the step: 2 x 512 x 512 x 256 operations a chip."""
 
     def product(settings, program, mesh, frozen):
         spread = NamedSharding(mesh, P(("data", "fsdp")))

@@ -42,7 +42,7 @@ def _mutated(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _read_all(source: str, path: str, limit: float) -> tuple[list[dict], int] | str:
-    """(the records of one epoch, number of broken ones), or the one line of a source that refuses."""
+    """(one epoch's records, number of broken ones), or the one line of a source that refuses."""
     try:
         data = make_source(
             DataConfig(source=source, path=path, image_size=8, max_broken_fraction=limit)

@@ -43,7 +43,7 @@ def test_a_batch_is_of_one_bucket_and_every_record_comes_once_before_any_comes_a
         size, records, epochs = order(number, range(40))
         bucket = SIZES.index(size)
         assert (bucket_of[records] == bucket).all()
-        seen[bucket] += list(zip(epochs, records))
+        seen[bucket] += list(zip(epochs, records, strict=True))
     for bucket, places in seen.items():
         members = set(np.flatnonzero(bucket_of == bucket))
         epochs = collections.defaultdict(list)

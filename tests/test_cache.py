@@ -141,12 +141,12 @@ def test_the_loss_from_the_cache_is_the_loss_on_the_pictures(folder, cached):
             null_caption(tokenizer, settings.data.max_length),
         )
         schedule = settings.diffusion.make_schedule()
-        loss = jax.jit(
-            lambda batch: loss_fn(
-                build_model(graph, params, frozen), batch, null, schedule, settings
-            )[0]
-        )
-        losses.append(float(loss(batch)))
+
+        def loss(batch, null=null, schedule=schedule, settings=settings):
+            model = build_model(graph, params, frozen)
+            return loss_fn(model, batch, null, schedule, settings)[0]
+
+        losses.append(float(jax.jit(loss)(batch)))
     assert losses[0] > 0.1
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
@@ -207,7 +207,7 @@ def test_a_cache_of_an_older_version_or_a_damaged_one_is_not_trusted(cached, tmp
     old = json.loads((tmp_path / "old" / "cache.json").read_text())
     del old["content"]
     (tmp_path / "old" / "cache.json").write_text(json.dumps(old))
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="contextdiff_jax"):
         assert len(CacheSource(str(tmp_path / "old"))) == COUNT
     assert "did not notice records that change" in caplog.text
     with pytest.raises(ValueError, match="new ones would mix with old"):

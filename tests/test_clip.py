@@ -21,22 +21,90 @@ from contextdiff_jax.pretrained import (
 
 TEXT = {
     # name: (with a projection, config)
-    "sd1": (False, dict(hidden_size=16, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-                        max_position_embeddings=11, vocab_size=50, hidden_act="quick_gelu", eos_token_id=2)),
-    "sd2": (False, dict(hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=3,
-                        max_position_embeddings=9, vocab_size=40, hidden_act="gelu", eos_token_id=39)),
-    "xl": (True, dict(hidden_size=20, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=60,
-                      projection_dim=14, max_position_embeddings=9, hidden_act="gelu", eos_token_id=7,
-                      layer_norm_eps=1e-3)),
-}  # fmt: skip
+    "sd1": (
+        False,
+        dict(
+            hidden_size=16,
+            intermediate_size=40,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=11,
+            vocab_size=50,
+            hidden_act="quick_gelu",
+            eos_token_id=2,
+        ),
+    ),
+    "sd2": (
+        False,
+        dict(
+            hidden_size=12,
+            intermediate_size=20,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            max_position_embeddings=9,
+            vocab_size=40,
+            hidden_act="gelu",
+            eos_token_id=39,
+        ),
+    ),
+    "xl": (
+        True,
+        dict(
+            hidden_size=20,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=60,
+            projection_dim=14,
+            max_position_embeddings=9,
+            hidden_act="gelu",
+            eos_token_id=7,
+            layer_norm_eps=1e-3,
+        ),
+    ),
+}
 VISION = {
-    "plain": (False, dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-                          image_size=12, patch_size=4, hidden_act="quick_gelu")),
-    "projection": (True, dict(hidden_size=12, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3,
-                              image_size=9, patch_size=3, projection_dim=10, hidden_act="gelu", layer_norm_eps=1e-3)),
-    "remainder": (True, dict(hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
-                             image_size=11, patch_size=4, projection_dim=5, num_channels=4, hidden_act="gelu_pytorch_tanh")),
-}  # fmt: skip
+    "plain": (
+        False,
+        dict(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=12,
+            patch_size=4,
+            hidden_act="quick_gelu",
+        ),
+    ),
+    "projection": (
+        True,
+        dict(
+            hidden_size=12,
+            intermediate_size=40,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            image_size=9,
+            patch_size=3,
+            projection_dim=10,
+            hidden_act="gelu",
+            layer_norm_eps=1e-3,
+        ),
+    ),
+    "remainder": (
+        True,
+        dict(
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            image_size=11,
+            patch_size=4,
+            projection_dim=5,
+            num_channels=4,
+            hidden_act="gelu_pytorch_tanh",
+        ),
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +166,7 @@ def check_text(model, module, ids, mask=None):
         == len(expected.hidden_states)
         == module.config.num_hidden_layers + 1
     )
-    for ours, theirs in zip(output.hidden_states, expected.hidden_states):
+    for ours, theirs in zip(output.hidden_states, expected.hidden_states, strict=True):
         assert_close(ours, theirs)
 
 

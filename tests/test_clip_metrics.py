@@ -211,7 +211,8 @@ def replaced(folder, name, **changes):
             lambda f: replaced(
                 f, "processor_config.json", image_processor={"size": {"longest_edge": 3}}
             ),
-            "processor_config.json: size={'longest_edge': 3}: must be a whole number, or have shortest_edge, or height",
+            "processor_config.json: size={'longest_edge': 3}: must be a whole number, or have "
+            "shortest_edge, or height",
         ),
         (
             lambda f: replaced(

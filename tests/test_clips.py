@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 from fractions import Fraction
@@ -11,7 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from contextdiff_jax.data.moving_shapes import EDITS, frames_of, main, make_moving_shape, mask_of
+from contextdiff_jax.data.moving_shapes import (
+    EDITS,
+    frames_of,
+    make_moving_shape,
+    mask_of,
+    write_clip,
+)
 from contextdiff_jax.data.shapes import caption
 from contextdiff_jax.data.video import _step, read_clip, resize
 from contextdiff_jax.editing.output import save_frames, save_gif, save_mp4, strip
@@ -394,7 +401,8 @@ def test_moving_shapes_are_what_their_captions_say_and_move(seed):
         edited = frames_of(moving.edited[name], 16)
         assert caption(moving.edited[name][0]) != moving.prompt
         assert all(
-            check(frame, scene)["exact"] for frame, scene in zip(edited, moving.edited[name])
+            check(frame, scene)["exact"]
+            for frame, scene in zip(edited, moving.edited[name], strict=True)
         )
         outside = ~mask_of(clip, edited)
         np.testing.assert_array_equal(clip[outside], edited[outside])
@@ -430,9 +438,10 @@ def test_paired_differences_have_the_standard_error_of_their_mean():
     assert row["standard_error"] == pytest.approx(np.sqrt(7 / 3) / np.sqrt(3))
 
 
-def test_the_clip_is_written_with_its_prompts(tmp_path, capsys):
-    assert main(["--out", str(tmp_path), "--seed", "3", "--num_frames", "3"]) == 0
-    assert make_moving_shape(3).prompt in capsys.readouterr().out
+def test_the_clip_is_written_with_its_prompts(tmp_path):
+    facts = write_clip(tmp_path, seed=3, num_frames=3)
+    assert facts == json.loads((tmp_path / "clip.json").read_text())
+    assert facts["prompt"] == make_moving_shape(3).prompt
     np.testing.assert_array_equal(
         read_clip(tmp_path / "shape", num_frames=3),
         frames_of(make_moving_shape(3, 3).edited["shape"], 16),

@@ -81,16 +81,15 @@ def test_broken_metadata_lines_are_counted_and_a_large_share_stops_the_run(tmp_p
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_freed_memory_is_not_paid_for_again(kept):
-    """As XLA's temporaries do at each step: 64 MiB are taken, written and freed; the second time
-    costs no page fault.
+    """XLA's temporaries do the same at each step. 64 MiB are taken, written and freed; the second
+    time costs no page fault.
     """
     code = (
-        "import glob, resource, threading; from contextdiff_jax import cli; glob.glob = lambda pattern: []\n"
-        f"cli.keep_freed_memory() if {kept} else None\n"
-        "def use(): bytearray(2**26)\n"
-        "def run(): thread = threading.Thread(target=use); thread.start(); thread.join()\n"
-        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "run(); before = faults(); run(); print(faults() - before)\n"
+        "import glob, resource, threading; from contextdiff_jax import cli; glob.glob = lambda "
+        f"pattern: []\ncli.keep_freed_memory() if {kept} else None\ndef use(): bytearray(2**26)\n"
+        "def run(): thread = threading.Thread(target=use); thread.start(); thread.join()\nfaults "
+        "= lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\nrun(); before = faults(); "
+        "run(); print(faults() - before)\n"
     )
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("GLIBC")

@@ -1,4 +1,4 @@
-"""The compositional checker: exact on what the renderer draws, and not fooled by what it did not."""
+"""The compositional checker: exact on what the renderer draws, not fooled by what it did not."""
 
 from __future__ import annotations
 

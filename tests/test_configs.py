@@ -10,7 +10,9 @@ from conftest import ROOT, config_dict
 from configs.edit_shapes import video_sections
 from contextdiff_jax.editing.settings import parse_edit
 from contextdiff_jax.pretrained.finetuning import adopt
-from contextdiff_jax.settings import LOGGED, parse, parse_autoencoder
+from contextdiff_jax.settings import parse
+from contextdiff_jax.settings.autoencoder import parse_autoencoder
+from contextdiff_jax.settings.train import LOGGED
 from contextdiff_jax.training.log import averages, speed
 from contextdiff_jax.training.state import zero_metrics
 

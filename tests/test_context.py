@@ -65,7 +65,7 @@ def test_context_has_the_gain_as_root_mean_square_per_sample(kind):
 
 @pytest.mark.parametrize("kind", ["affine", "linear"])
 def test_a_kind_is_as_linear_in_the_picture_as_it_says(kind):
-    """Where it is, the plugged in mean is the mean of the context."""
+    """A linear kind's plugged in mean is the mean of the context."""
     model, (x0, text, mask, t) = network(kind=kind), inputs()
     other = jnp.cos(3 * x0)
     mean = 0.25 * model(x0, text, mask, t) + 0.75 * model(other, text, mask, t)

@@ -113,8 +113,10 @@ def test_of_a_whole_t5_the_encoder_is_kept(tmp_path):
     convert(tmp_path / "whole", tmp_path / "ours")
     back(tmp_path / "ours", tmp_path / "again")
     encoder = transformers.T5EncoderModel.from_pretrained(tmp_path / "again")
-    assert torch.equal(encoder.encoder.block[0].layer[1].DenseReluDense.wi.weight,
-                       model.encoder.block[0].layer[1].DenseReluDense.wi.weight)  # fmt: skip
+    assert torch.equal(
+        encoder.encoder.block[0].layer[1].DenseReluDense.wi.weight,
+        model.encoder.block[0].layer[1].DenseReluDense.wi.weight,
+    )
     assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == [
         "T5EncoderModel"
     ]
@@ -209,10 +211,13 @@ def test_a_tokenizer_that_git_lfs_has_not_brought_is_not_copied(pipeline, tmp_pa
         convert(source, tmp_path / "ours")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("--target=new",), "--source: missing; name a folder"),
-    (("--source=nowhere", "--target=new"), "--source=nowhere: no such folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--target=new",), "--source: missing; name a folder"),
+        (("--source=nowhere", "--target=new"), "--source=nowhere: no such folder"),
+    ],
+)
 def test_the_command_gives_one_line_and_status_2(arguments, message):
     result = command("convert", *arguments)
     assert result.returncode == 2

@@ -11,6 +11,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import command
 from PIL import Image
 
 from contextdiff_jax.data import (
@@ -24,7 +25,6 @@ from contextdiff_jax.data import (
     make_source,
     train_tokenizer,
 )
-from contextdiff_jax.data import tokenizer as tokenizer_module
 from contextdiff_jax.data.folder import load_image
 from contextdiff_jax.data.identity import identity
 from contextdiff_jax.data.records import find_files
@@ -76,13 +76,15 @@ def test_broken_lines_are_skipped_counted_and_logged_with_their_place(tmp_path, 
         '{"file_name": "no.png", "text": "x"}',
     ]
     _write_folder(tmp_path, lines=["", *lines])
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="contextdiff_jax"):
         source = FolderSource(
             FolderConfig(path=str(tmp_path), image_size=4, max_broken_fraction=0.5)
         )
     assert len(source) == 10 and source.num_broken == 5
     for number, reason in zip(
-        range(12, 17), ("not JSON", "not a JSON object", "'file_name'", "'text'", "no.png")
+        range(12, 17),
+        ("not JSON", "not a JSON object", "'file_name'", "'text'", "no.png"),
+        strict=True,
     ):
         assert any(f"metadata.jsonl:{number}: " in m and reason in m for m in caplog.messages)
     assert any("5 of 15" in m for m in caplog.messages)
@@ -90,7 +92,7 @@ def test_broken_lines_are_skipped_counted_and_logged_with_their_place(tmp_path, 
 
 def test_at_most_twenty_broken_lines_are_logged(tmp_path, caplog):
     _write_folder(tmp_path, lines=["{"] * 30)
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="contextdiff_jax"):
         FolderSource(FolderConfig(path=str(tmp_path), max_broken_fraction=1.0))
     assert sum("not JSON" in m for m in caplog.messages) == 20
 
@@ -108,7 +110,7 @@ def test_a_picture_that_fails_to_decode_is_replaced_by_the_next_good_one(tmp_pat
     good = (tmp_path / "images" / "5.png").read_bytes()
     (tmp_path / "images" / "5.png").write_bytes(good[: len(good) // 2])  # cut off
     source = FolderSource(FolderConfig(path=str(tmp_path), image_size=4, max_broken_fraction=0.2))
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="contextdiff_jax"):
         assert source[4]["caption"] == "grey 6"
     assert source.num_broken == 2 and sum("fails to decode" in m for m in caplog.messages) == 2
     assert source[4]["caption"] == source[5]["caption"] == "grey 6" and source.num_broken == 2
@@ -323,18 +325,12 @@ def test_a_pickled_tokenizer_is_the_same():
     np.testing.assert_array_equal(copy.encode(texts, 16)[0], tokenizer.encode(texts, 16)[0])
 
 
-def test_the_command_trains_a_tokenizer_that_loads(tmp_path, capsys):
+def test_the_command_trains_a_tokenizer_that_loads(tmp_path):
     corpus, out = tmp_path / "corpus.txt", tmp_path / "tokenizer.json"
     corpus.write_text("a red circle\na blue circle\n" * 20)
-    assert (
-        tokenizer_module.main(["--corpus", str(corpus), "--out", str(out), "--vocab_size", "270"])
-        == 0
-    )
+    result = command("train_tokenizer", f"--corpus={corpus}", f"--out={out}", "--vocab_size=270")
     tokenizer = load_tokenizer(out)
-    assert (
-        259 < tokenizer.vocab_size <= 270
-        and f"{tokenizer.vocab_size} tokens" in capsys.readouterr().out
-    )
+    assert 259 < tokenizer.vocab_size <= 270 and f"{tokenizer.vocab_size} tokens" in result.stdout
     assert tokenizer.decode(tokenizer.encode(["a red circle"], 16)[0]) == ["a red circle"]
 
 
@@ -377,7 +373,7 @@ def _numbers(batches) -> np.ndarray:
 
 def _assert_equal(left: list[dict], right: list[dict]) -> None:
     assert len(left) == len(right)
-    for a, b in zip(left, right):
+    for a, b in zip(left, right, strict=True):
         assert a.keys() == b.keys() and a["caption"] == b["caption"]
         for name in a.keys() - {"caption"}:
             np.testing.assert_array_equal(a[name], b[name])

@@ -69,7 +69,7 @@ def test_fid_equals_the_matrix_square_root_formula():
 
 
 class Features(torch.nn.Module):
-    """What torchmetrics calls a network: here the "pictures" are the features."""
+    """A network, as torchmetrics calls it: here the "pictures" are the features."""
 
     num_features = 7
 
@@ -172,13 +172,16 @@ def test_precision_and_recall_equal_a_loop_over_all_pairs(monkeypatch):
     x, y = two_sets(n=24, m=30, width=3)
     for k in (1, 3):
 
-        def inside(points, centres):
+        def inside(points, centres, k=k):
             others = [[o for j, o in enumerate(centres) if j != i] for i in range(len(centres))]
             radii = [
                 sorted(np.linalg.norm(c - o) for o in rest)[k - 1]
-                for c, rest in zip(centres, others)
+                for c, rest in zip(centres, others, strict=True)
             ]
-            return [any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radii)) for p in points]
+            return [
+                any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radii, strict=True))
+                for p in points
+            ]
 
         precision, recall = distances.precision_recall(x, y, k)
         assert precision.tolist() == inside(x, y) and recall.tolist() == inside(y, x)

@@ -18,7 +18,6 @@ from transformers import CLIPConfig, CLIPModel
 
 from configs.edit_shapes import video_sections
 from contextdiff_jax.cli import RunError
-from contextdiff_jax.data import moving_shapes
 from contextdiff_jax.data.moving_shapes import frames_of, make_moving_shape
 from contextdiff_jax.data.video import read_clip
 from contextdiff_jax.editing import tuning
@@ -236,8 +235,7 @@ def test_what_an_earlier_edit_wrote_is_removed_and_nothing_else(tmp_path):
     remove_old(tmp_path / "new")
 
 
-@pytest.mark.parametrize("flag", ["--seed=-1", "--num_frames=0", "--size=4"])
-def test_the_clip_maker_names_the_number_that_is_too_small(tmp_path, capsys, flag):
-    with pytest.raises(SystemExit, match="2"):
-        moving_shapes.main([f"--out={tmp_path}/clip", flag])
-    assert f"{flag}: must be at least" in capsys.readouterr().err
+def test_the_clip_maker_names_the_number_that_is_too_small(tmp_path):
+    result = command("draw_clip", f"--out={tmp_path}/clip", "--size=4")
+    assert result.returncode == 2 and "--size=4: " in result.stderr and "8" in result.stderr
+    assert not (tmp_path / "clip").exists()

@@ -38,8 +38,9 @@ def gaussian_denoise(x, t, s):
 def test_the_exact_inversion_gives_the_start_back_and_the_explicit_one_does_not(shift):
     x0 = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8)) * 0.5, jnp.float32)
     ascending = np.arange(9, 100, 10)
-    back = (
-        lambda x: diffusion.ddim_sample(  # noqa: E731
+
+    def back(x):
+        return diffusion.ddim_sample(
             gaussian_denoise,
             x,
             SCHEDULE,
@@ -47,7 +48,7 @@ def test_the_exact_inversion_gives_the_start_back_and_the_explicit_one_does_not(
             shift=shift,
             next_timesteps=np.append(ascending[::-1][1:], 0),
         )
-    )
+
     explicit = diffusion.ddim_invert(gaussian_denoise, x0, SCHEDULE, ascending, shift)
     exact, path = diffusion.ddim_invert(
         gaussian_denoise, x0, SCHEDULE, ascending, shift, iterations=100, tolerance=1e-6, keep=True

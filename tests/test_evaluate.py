@@ -16,7 +16,7 @@ from torch_models import clip_model
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import make_source
-from contextdiff_jax.evaluation import classifier, distances, metrics, report
+from contextdiff_jax.evaluation import classifier, distances, metrics, report, subject
 from contextdiff_jax.evaluation.clip import load_clip
 from contextdiff_jax.evaluation.composition import composition, judge
 from contextdiff_jax.evaluation.intervals import Estimate
@@ -55,7 +55,7 @@ def workdir(tmp_path_factory):
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": i, "loss": 1 / i}) + "\n" for i in (1, 2, 3))
     )
-    source = metrics.classifier_source(settings.data)
+    source = subject.classifier_source(settings.data)
     labels = [classifier.read_labels(source[i]["attributes"]) for i in range(200)]
     model = classifier.Classifier(
         classifier.choose_attributes(labels), settings.data.image_size, rngs=nnx.Rngs(0)
@@ -68,7 +68,7 @@ def workdir(tmp_path_factory):
 def evaluation(workdir):
     """Samples here are the real pictures of the captions: what a perfect model would make."""
     run = load_run(str(workdir))
-    made = metrics.Evaluation(
+    made = subject.Evaluation(
         settings=run.settings,
         tokenizer=run.tokenizer,
         graph=model_graph(run.settings),
@@ -187,7 +187,9 @@ def test_attributes_are_judged_against_the_records_of_the_captions(evaluation):
         expected = []
         for record, row in zip(evaluation.records("seen combinations"), z, strict=True):
             wanted = {o[attribute.name] for o in record["attributes"]["objects"]}
-            expected.append({v for v, x in zip(attribute.values, row) if x > 0} == wanted)
+            expected.append(
+                {v for v, x in zip(attribute.values, row, strict=True) if x > 0} == wanted
+            )
         assert attribute.multiple
         assert value(
             metrics.attributes(evaluation), "seen combinations", attribute.name
@@ -301,7 +303,8 @@ def test_judge_keeps_every_picture_s_answer(evaluation):
         (
             "cmmd",
             {},
-            "--clip: missing; cmmd and clip_score need a folder that transformers' CLIPModel was saved in",
+            "--clip: missing; cmmd and clip_score need a folder that transformers' CLIPModel was "
+            "saved in",
         ),
         ("clip_score", {"clip": "nowhere"}, "--clip=nowhere: no such folder"),
         ("bound", {"bound_timesteps": 50}, "--bound_timesteps=50: must lie in 1..49"),
@@ -319,19 +322,19 @@ def test_what_a_run_cannot_have_is_refused_before_sampling(evaluation, name, cha
 
 def test_splits_have_held_out_rows_only_where_there_are_held_out_records(evaluation, tmp_path):
     data = evaluation.settings.data
-    assert list(metrics.splits(data)) == ["seen combinations", "held-out combinations"]
-    assert list(metrics.splits(dataclasses.replace(data, heldout_fraction=0.0))) == [
+    assert list(subject.splits(data)) == ["seen combinations", "held-out combinations"]
+    assert list(subject.splits(dataclasses.replace(data, heldout_fraction=0.0))) == [
         "seen combinations"
     ]
     trained_on = make_source(data, "train")
-    seen = metrics.splits(data)["seen combinations"]
+    seen = subject.splits(data)["seen combinations"]
     assert any(seen.scene(i) != trained_on.scene(i) for i in range(5))
     Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
     for name in ("metadata.jsonl", "heldout.jsonl"):
         (tmp_path / name).write_text(json.dumps({"file_name": "a.png", "text": name}) + "\n")
     folder = dataclasses.replace(data, source="folder", path=str(tmp_path))
-    assert list(metrics.splits(folder)) == ["training records"]
-    rows = metrics.splits(dataclasses.replace(folder, heldout_metadata="heldout.jsonl"))
+    assert list(subject.splits(folder)) == ["training records"]
+    rows = subject.splits(dataclasses.replace(folder, heldout_metadata="heldout.jsonl"))
     captions = {row: source[0]["caption"] for row, source in rows.items()}
     assert captions == {"training records": "metadata.jsonl", "held-out records": "heldout.jsonl"}
 

@@ -12,7 +12,7 @@ from conftest import ROOT, config_dict
 from flax import nnx
 from two_processes import evaluate_share
 
-from contextdiff_jax.evaluation import classifier, metrics, processes
+from contextdiff_jax.evaluation import classifier, metrics, processes, subject
 from contextdiff_jax.settings import parse
 
 
@@ -36,12 +36,12 @@ def test_a_name_that_a_part_lacks_is_nan_there():
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """What the metrics of pictures read of a run: its config and a classifier."""
+    """A run, as the metrics of pictures read it: its config and a classifier."""
     folder = tmp_path_factory.mktemp("run")
     config = config_dict(**{"data.num_objects": "(1,2)"})
     (folder / "config.json").write_text(json.dumps(config))
     data = parse(config).data
-    source = metrics.classifier_source(data)
+    source = subject.classifier_source(data)
     labels = [classifier.read_labels(source[i]["attributes"]) for i in range(200)]
     model = classifier.Classifier(
         classifier.choose_attributes(labels), data.image_size, rngs=nnx.Rngs(0)
@@ -85,7 +85,7 @@ def test_two_processes_with_a_share_each_have_the_figures_of_one(workdir):
 def test_fewer_pictures_than_processes_are_refused(workdir, monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 3)
     settings = parse(json.loads((workdir / "config.json").read_text()))
-    made = metrics.Evaluation(
+    made = subject.Evaluation(
         settings=settings,
         tokenizer=None,
         graph=None,

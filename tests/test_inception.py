@@ -2,6 +2,8 @@
 graph's rules.
 """
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from flax import nnx
 from safetensors.torch import save_file
 
 from contextdiff_jax.evaluation.inception import WIDTH, load_inception, resize
-from contextdiff_jax.evaluation.metrics import feature_fns
+from contextdiff_jax.evaluation.subject import feature_fns
 
 
 class TorchInception:
@@ -24,7 +26,7 @@ class TorchInception:
 
     def conv(self, x, name, features, kernel=(1, 1), stride=1, padding=(0, 0)):
         if f"{name}.conv.weight" not in self.tensors:
-            draw = lambda *shape: torch.rand(shape, generator=self.generator)
+            draw = functools.partial(torch.rand, generator=self.generator)
             fan_in = x.shape[1] * kernel[0] * kernel[1]
             weight = torch.randn((features, x.shape[1], *kernel), generator=self.generator)
             self.tensors[f"{name}.conv.weight"] = weight * (2 / fan_in) ** 0.5

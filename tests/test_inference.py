@@ -1,4 +1,4 @@
-"""One road from prompts to pictures: from noise, from a picture, into a hole of one, with a context."""
+"""One road from prompts to pictures: from noise, a picture, into its hole, with a context."""
 
 from __future__ import annotations
 
@@ -88,7 +88,10 @@ def test_a_picture_is_noised_by_the_forward_process_of_its_caption(
     settings, params, pictures, monkeypatch
 ):
     """x_t = a_t x0 + k_t r + b_t e in float64, with the network's own r."""
-    start = lambda denoise, x, *_: x / 4  # what the sampler is given, inside of [-1, 1]
+
+    def start(denoise, x, *_):
+        return x / 4  # what the sampler is given, inside of [-1, 1]
+
     monkeypatch.setitem(samplers.SAMPLERS, "ddim", start)
     tokenizer, noise = load_tokenizer(), np.random.default_rng(1).standard_normal((2, 16, 16, 3))
     made = of_run(settings, tokenizer, params).image_to_image(
@@ -116,7 +119,10 @@ def test_an_inpainted_picture_keeps_what_is_outside_of_the_hole(pipeline, pictur
 
 
 def test_guidance_leads_away_from_the_negative_text(pipeline):
-    sample = lambda **options: pipeline.text_to_image(PROMPTS, seed=SEED, **options).astype(int)
+
+    def sample(**options):
+        return pipeline.text_to_image(PROMPTS, seed=SEED, **options).astype(int)
+
     plain, negative = sample(), sample(negative="a large green triangle")
     each = sample(negative=["a large green triangle", ""])
     assert np.abs(negative - plain).mean() > 0.1

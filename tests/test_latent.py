@@ -27,7 +27,8 @@ from contextdiff_jax.pretrained.finetuning import adopt
 from contextdiff_jax.pretrained.lora import load_lora, merge_lora
 from contextdiff_jax.pretrained.pipeline import load_pipeline
 from contextdiff_jax.run import load_run
-from contextdiff_jax.settings import parse, parse_autoencoder
+from contextdiff_jax.settings import parse
+from contextdiff_jax.settings.autoencoder import parse_autoencoder
 from contextdiff_jax.training import loop
 from contextdiff_jax.training.autoencoder import train_autoencoder
 from contextdiff_jax.training.export import export_run

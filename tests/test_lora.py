@@ -163,18 +163,31 @@ def test_every_writers_names_mean_the_same_layer(models, ours, tmp_path):
         (f"unet.{layer}.lora_A.weight", f"unet.{layer}.lora_B.weight"),
         (f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"),
         (f"base_model.model.{layer}.lora_A.weight", f"base_model.model.{layer}.lora_B.weight"),
-        (f"base_model.model.{layer}.lora_A.my-style_2.weight", f"base_model.model.{layer}.lora_B.my-style_2.weight"),
-        (f"unet.base_model.model.{layer}.lora_A.weight", f"unet.base_model.model.{layer}.lora_B.weight"),
+        (
+            f"base_model.model.{layer}.lora_A.my-style_2.weight",
+            f"base_model.model.{layer}.lora_B.my-style_2.weight",
+        ),
+        (
+            f"unet.base_model.model.{layer}.lora_A.weight",
+            f"unet.base_model.model.{layer}.lora_B.weight",
+        ),
         (f"unet.{layer}.lora.down.weight", f"unet.{layer}.lora.up.weight"),
         (f"{old}_lora.down.weight", f"{old}_lora.up.weight"),
-        ("diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.lora_A.weight",
-         "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.lora_B.weight"),
-        (f"{flat.replace('lora_unet_', 'lycoris_')}.lora_down.weight", f"{flat.replace('lora_unet_', 'lycoris_')}.lora_up.weight"),
+        (
+            "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.lora_A.weight",
+            "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.lora_B.weight",
+        ),
+        (
+            f"{flat.replace('lora_unet_', 'lycoris_')}.lora_down.weight",
+            f"{flat.replace('lora_unet_', 'lycoris_')}.lora_up.weight",
+        ),
         (f"unet.{old}_lora.down.weight", f"unet.{old}_lora.up.weight"),
         (f"{flat}.lora_down.weight", f"{flat}.lora_up.weight"),
-        ("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0.lora_down.weight",
-         "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0.lora_up.weight"),
-    ]:  # fmt: skip
+        (
+            "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0.lora_down.weight",
+            "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0.lora_up.weight",
+        ),
+    ]:
         safetensors.numpy.save_file({first: down, second: up}, tmp_path / "lora.safetensors")
         layers = load_lora(tmp_path / "lora.safetensors", {"unet": ours})["unet"]
         assert layers.keys() == {layer}, first
@@ -203,7 +216,7 @@ def test_every_writers_names_of_a_text_encoder_mean_the_same_layer(models, tmp_p
         "encoder.layers.1.mlp.fc2": [
             "text_encoder.text_model.encoder.layers.1.mlp.fc2.lora_linear_layer.{}.weight",
         ],
-    }.items():  # fmt: skip
+    }.items():
         down, up = random_lora(text)[layer]
         for name in names:
             tensors = {name.format("down"): down, name.format("up"): up}
@@ -234,14 +247,22 @@ def changes(made: peft.PeftModel) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("config", [
-    dict(lora_alpha=8),
-    dict(lora_alpha=2, use_rslora=True),
-    dict(lora_alpha=3, r=3, alpha_pattern={"to_q": 6, r".*attentions\.0.*to_v": 5}),
-    dict(lora_alpha=4, rank_pattern={"attn2.to_v": 3}, alpha_pattern={"attn2.to_v": 1}, use_rslora=True),
-    dict(lora_alpha=1, init_lora_weights="gaussian", fan_in_fan_out=True, lora_dropout=0.1),
-    dict(lora_alpha=5, target_modules=["conv1", "proj_in", "time_emb_proj"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(lora_alpha=8),
+        dict(lora_alpha=2, use_rslora=True),
+        dict(lora_alpha=3, r=3, alpha_pattern={"to_q": 6, r".*attentions\.0.*to_v": 5}),
+        dict(
+            lora_alpha=4,
+            rank_pattern={"attn2.to_v": 3},
+            alpha_pattern={"attn2.to_v": 1},
+            use_rslora=True,
+        ),
+        dict(lora_alpha=1, init_lora_weights="gaussian", fan_in_fan_out=True, lora_dropout=0.1),
+        dict(lora_alpha=5, target_modules=["conv1", "proj_in", "time_emb_proj"]),
+    ],
+)
 def test_a_peft_adapter_has_the_strength_that_its_settings_say(models, ours, tmp_path, config):
     _, unet, _ = models
     made = adapter(unet, tmp_path, **dict(r=2, target_modules=["to_q", "to_v"]) | config)
@@ -258,23 +279,32 @@ def test_a_peft_adapter_has_the_strength_that_its_settings_say(models, ours, tmp
             np.testing.assert_allclose(delta, change, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings, part", [
-    (dict(use_dora=True), "use_dora=True: not supported; only plain LoRA is read"),
-    (dict(peft_type="LOHA"), "peft_type='LOHA': not supported; only LORA"),
-    (dict(bias="lora_only"), "bias='lora_only': not supported; only none"),
-    (dict(lora_bias=True), "lora_bias=True"),
-    (dict(modules_to_save=["conv_out"]), "modules_to_save=['conv_out']"),
-    (dict(init_lora_weights="pissa"), "init_lora_weights='pissa': not supported; only True, False, gaussian"),
-    (dict(init_lora_weights="olora"), "init_lora_weights='olora'"),
-    (dict(layer_replication=[[0, 1]]), "layer_replication"),
-    (dict(a_setting_of_the_future=1), "a_setting_of_the_future=1"),
-    (dict(lora_alpha="16"), "lora_alpha='16': must be a positive number"),
-    (dict(lora_alpha=None), "lora_alpha=None: must be a positive number"),
-    (dict(alpha_pattern={"conv_in": -1}), "alpha_pattern['conv_in']=-1: must be a positive number"),
-    (dict(alpha_pattern={"conv_(": 1}), "alpha_pattern: 'conv_('"),
-    (dict(alpha_pattern=[1]), "alpha_pattern=[1]: not supported; must map"),
-    (dict(r=4), "r=4 for conv_in, whose weights have rank 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, part",
+    [
+        (dict(use_dora=True), "use_dora=True: not supported; only plain LoRA is read"),
+        (dict(peft_type="LOHA"), "peft_type='LOHA': not supported; only LORA"),
+        (dict(bias="lora_only"), "bias='lora_only': not supported; only none"),
+        (dict(lora_bias=True), "lora_bias=True"),
+        (dict(modules_to_save=["conv_out"]), "modules_to_save=['conv_out']"),
+        (
+            dict(init_lora_weights="pissa"),
+            "init_lora_weights='pissa': not supported; only True, False, gaussian",
+        ),
+        (dict(init_lora_weights="olora"), "init_lora_weights='olora'"),
+        (dict(layer_replication=[[0, 1]]), "layer_replication"),
+        (dict(a_setting_of_the_future=1), "a_setting_of_the_future=1"),
+        (dict(lora_alpha="16"), "lora_alpha='16': must be a positive number"),
+        (dict(lora_alpha=None), "lora_alpha=None: must be a positive number"),
+        (
+            dict(alpha_pattern={"conv_in": -1}),
+            "alpha_pattern['conv_in']=-1: must be a positive number",
+        ),
+        (dict(alpha_pattern={"conv_(": 1}), "alpha_pattern: 'conv_('"),
+        (dict(alpha_pattern=[1]), "alpha_pattern=[1]: not supported; must map"),
+        (dict(r=4), "r=4 for conv_in, whose weights have rank 2"),
+    ],
+)
 def test_settings_that_would_make_it_another_change_are_refused_by_name(
     models, ours, tmp_path, settings, part
 ):
@@ -356,10 +386,16 @@ def test_the_files_for_xl_have_the_names_that_diffusers_and_kohya_read(tmp_path)
         "text_encoder_2": {"text_projection": layer},
     }
     for style, names in {
-        "diffusers": ["unet.add_embedding.linear_1.lora_A.weight", "text_encoder_2.text_projection.lora_A.weight"],
-        "kohya": ["lora_unet_label_emb_0_0.lora_up.weight", "lora_te2_text_projection.lora_up.weight",
-                  "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha"],
-    }.items():  # fmt: skip
+        "diffusers": [
+            "unet.add_embedding.linear_1.lora_A.weight",
+            "text_encoder_2.text_projection.lora_A.weight",
+        ],
+        "kohya": [
+            "lora_unet_label_emb_0_0.lora_up.weight",
+            "lora_te2_text_projection.lora_up.weight",
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha",
+        ],
+    }.items():
         save_lora(lora, tmp_path / style, style)
         assert set(names) <= safetensors.numpy.load_file(tmp_path / style).keys()
 
@@ -405,7 +441,9 @@ def test_the_original_codes_names_of_a_full_size_xl_unet():
         "conv_in": "input_blocks.0.0",
         "down_blocks.0.resnets.1.conv1": "input_blocks.2.0.in_layers.2",
         "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
-        "down_blocks.1.attentions.0.transformer_blocks.1.ff.net.2": "input_blocks.4.1.transformer_blocks.1.ff.net.2",
+        "down_blocks.1.attentions.0.transformer_blocks.1.ff.net.2": (
+            "input_blocks.4.1.transformer_blocks.1.ff.net.2"
+        ),
         "down_blocks.2.resnets.1.conv2": "input_blocks.8.0.out_layers.3",
         "mid_block.attentions.0.proj_in": "middle_block.1.proj_in",
         "mid_block.resnets.1.time_emb_proj": "middle_block.2.emb_layers.1",
@@ -486,8 +524,13 @@ def test_layers_that_do_not_fit_are_all_named_in_one_line(models, ours, tmp_path
     }
     half = {"lora_unet_time_embedding_linear_1.lora_down.weight": np.ones((2, 8), np.float32)}
     unknown = {"lora_unet_conv_middle.lora_up.weight": np.ones((2, 8), np.float32)}
-    refused(good | wrong | half | unknown, "3 layers do not fit", "unet conv_out: up (2, 3), down (2, 3); the layer's",
-            "unet time_embedding_linear_1: lacks up or down", "unet conv_middle: unknown layer")  # fmt: skip
+    refused(
+        good | wrong | half | unknown,
+        "3 layers do not fit",
+        "unet conv_out: up (2, 3), down (2, 3); the layer's",
+        "unet time_embedding_linear_1: lacks up or down",
+        "unet conv_middle: unknown layer",
+    )
     refused(
         good | {"lora_unet_conv_in.hada_w1_a": np.ones((2, 2), np.float32)},
         "1 tensors are unknown",

@@ -144,7 +144,7 @@ def losses_and_pictures(path, workdir, *meshes: str) -> dict:
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Where the one device's run leaves its checkpoint."""
+    """The folder where the one device's run leaves its checkpoint."""
     return tmp_path_factory.mktemp("one")
 
 

@@ -299,7 +299,7 @@ def test_a_prompt_that_is_cut_says_which_words_are_lost(pair, pair_xl, caplog):
 
 @pytest.fixture
 def same_noise(monkeypatch):
-    """diffusers draws the latents around their mean, which we take, and its noise is given to us."""
+    """diffusers draws the latents around their mean, which we take; its noise is given to us."""
     monkeypatch.setattr(
         DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean
     )
@@ -380,11 +380,24 @@ def test_a_converted_pipeline_is_the_same(pair, tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 6, 20, 50, 999])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("more", [
-    dict(), dict(steps_offset=1, set_alpha_to_one=False, beta_schedule="scaled_linear", beta_start=0.00085),
-    dict(beta_schedule="squaredcos_cap_v2", num_train_timesteps=1200, prediction_type="v_prediction"),
-    dict(rescale_betas_zero_snr=True, prediction_type="sample"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict(),
+        dict(
+            steps_offset=1,
+            set_alpha_to_one=False,
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+        ),
+        dict(
+            beta_schedule="squaredcos_cap_v2",
+            num_train_timesteps=1200,
+            prediction_type="v_prediction",
+        ),
+        dict(rescale_betas_zero_snr=True, prediction_type="sample"),
+    ],
+)
 def test_schedule_and_steps_equal_those_of_diffusers(tmp_path, steps, spacing, more):
     theirs = DDIMScheduler(clip_sample=False, timestep_spacing=spacing, **more)
     theirs.save_pretrained(tmp_path)
@@ -402,16 +415,31 @@ def test_schedule_and_steps_equal_those_of_diffusers(tmp_path, steps, spacing, m
     )
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(_class_name="FlowMatchScheduler"), "_class_name='FlowMatchScheduler': not supported"),
-    (dict(beta_schedule="sigmoid"), "beta_schedule='sigmoid': unknown; one of linear, scaled_linear"),
-    (dict(prediction_type="flow"), "prediction_type='flow': unknown; one of epsilon, sample, v_prediction"),
-    (dict(timestep_spacing="log"), "timestep_spacing='log': unknown; one of leading, linspace, trailing"),
-    (dict(clip_sample=True), "clip_sample=True: not supported"),
-    (dict(thresholding=True), "thresholding=True: not supported"),
-    (dict(trained_betas=[0.1]), "trained_betas: not supported"),
-    (dict(timestep_type="continuous", prediction_type="v_prediction"), "timestep_type='continuous' with"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(_class_name="FlowMatchScheduler"), "_class_name='FlowMatchScheduler': not supported"),
+        (
+            dict(beta_schedule="sigmoid"),
+            "beta_schedule='sigmoid': unknown; one of linear, scaled_linear",
+        ),
+        (
+            dict(prediction_type="flow"),
+            "prediction_type='flow': unknown; one of epsilon, sample, v_prediction",
+        ),
+        (
+            dict(timestep_spacing="log"),
+            "timestep_spacing='log': unknown; one of leading, linspace, trailing",
+        ),
+        (dict(clip_sample=True), "clip_sample=True: not supported"),
+        (dict(thresholding=True), "thresholding=True: not supported"),
+        (dict(trained_betas=[0.1]), "trained_betas: not supported"),
+        (
+            dict(timestep_type="continuous", prediction_type="v_prediction"),
+            "timestep_type='continuous' with",
+        ),
+    ],
+)
 def test_a_scheduler_that_is_not_supported_is_refused(tmp_path, change, message):
     values = dict(_class_name="DDIMScheduler", clip_sample=False) | change
     (tmp_path / "scheduler_config.json").write_text(json.dumps(values))
@@ -538,7 +566,8 @@ import sys
 import jax, numpy as np
 from contextdiff_jax.pretrained.pipeline import load_pipeline
 assert len(jax.devices()) == 8
-np.save(sys.argv[2], load_pipeline(sys.argv[1]).text_to_image(["a cat", "a dog", "a cat"], size=(16, 16), steps=3, guidance=2.0))
+pipeline, prompts = load_pipeline(sys.argv[1]), ["a cat", "a dog", "a cat"]
+np.save(sys.argv[2], pipeline.text_to_image(prompts, size=(16, 16), steps=3, guidance=2.0))
 """
 
 

@@ -143,9 +143,15 @@ def test_an_index_with_another_systems_paths_is_read(model, tmp_path, place):
         assert_refused(load_clip_text, tmp_path, "must be a safetensors file of the same folder")
 
 
-@pytest.mark.parametrize("dtype", [
-    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2fnuz,
+    ],
+)
 def test_numbers_of_eight_bits_are_read_as_torch_widens_them(folder, dtype):
     kept = {}
 
@@ -164,24 +170,34 @@ def test_numbers_of_eight_bits_are_read_as_torch_widens_them(folder, dtype):
     assert_refused(load_clip_text, folder, TENSOR, "holds NaN or infinity")
 
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+)
 
 
-@pytest.mark.parametrize("name, content, part", [
-    (WEIGHTS, POINTER, "a Git LFS pointer, not the file itself; run `git lfs pull`"),
-    (WEIGHTS, b"", "truncated: 0 bytes"),
-    (WEIGHTS, b"<html><body>404</body></html>", "not a safetensors file"),
-    (WEIGHTS, b"PK\x03\x04" + bytes(60), "not a safetensors file"),
-    (WEIGHTS, (200_000).to_bytes(8, "little") + b'{"a":' + b"[" * 199_995, "not a safetensors file"),
-    ("config.json", POINTER, "a Git LFS pointer, not the file itself; run `git lfs pull`"),
-    ("config.json", b"", "is empty (0 bytes)"),
-    ("config.json", b" \n", "is empty (0 bytes)"),
-    ("config.json", b"[" * 200_000, "not valid JSON (nested too deeply)"),
-    ("config.json", b'{"a": ' * 200_000, "not valid JSON (nested too deeply)"),
-    ("config.json", b'{"hidden_size": 16', "not valid JSON"),
-    ("config.json", b'{"num_attention_heads": 0}', "num_attention_heads=0"),
-    ("config.json", b'{"text_config": 3}', "config.json: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, part",
+    [
+        (WEIGHTS, POINTER, "a Git LFS pointer, not the file itself; run `git lfs pull`"),
+        (WEIGHTS, b"", "truncated: 0 bytes"),
+        (WEIGHTS, b"<html><body>404</body></html>", "not a safetensors file"),
+        (WEIGHTS, b"PK\x03\x04" + bytes(60), "not a safetensors file"),
+        (
+            WEIGHTS,
+            (200_000).to_bytes(8, "little") + b'{"a":' + b"[" * 199_995,
+            "not a safetensors file",
+        ),
+        ("config.json", POINTER, "a Git LFS pointer, not the file itself; run `git lfs pull`"),
+        ("config.json", b"", "is empty (0 bytes)"),
+        ("config.json", b" \n", "is empty (0 bytes)"),
+        ("config.json", b"[" * 200_000, "not valid JSON (nested too deeply)"),
+        ("config.json", b'{"a": ' * 200_000, "not valid JSON (nested too deeply)"),
+        ("config.json", b'{"hidden_size": 16', "not valid JSON"),
+        ("config.json", b'{"num_attention_heads": 0}', "num_attention_heads=0"),
+        ("config.json", b'{"text_config": 3}', "config.json: "),
+    ],
+)
 def test_files_that_are_something_else_are_named_in_one_line(folder, name, content, part):
     (folder / name).write_bytes(content)
     assert_refused(load_clip_text, folder, str(folder / name), part)
@@ -196,10 +212,16 @@ def test_a_config_with_a_byte_order_mark_is_read_and_a_folder_in_its_place_is_na
     assert_refused(load_clip_text, folder, str(path), "can't be read (Is a directory)")
 
 
-@pytest.mark.parametrize("changes", [
-    dict(norm_num_groups=0), dict(block_out_channels=None), dict(attention_head_dim=[]),
-    dict(layers_per_block="two"), dict(down_block_types={}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(norm_num_groups=0),
+        dict(block_out_channels=None),
+        dict(attention_head_dim=[]),
+        dict(layers_per_block="two"),
+        dict(down_block_types={}),
+    ],
+)
 def test_values_of_another_kind_are_refused_with_the_files_name(tmp_path, changes):
     values = {"_class_name": "UNet2DConditionModel"} | changes
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -267,7 +289,8 @@ for folder in (source, target):
     for leaf in jax.tree.leaves(state):
         divisible = any(side % 4 == 0 for side in leaf.shape)
         sizes = {shard.data.size for shard in leaf.addressable_shards}
-        assert sizes == {leaf.size // 4 if divisible else leaf.size} or leaf.ndim == 1  # some biases are on all
+        # Some biases are on all.
+        assert sizes == {leaf.size // 4 if divisible else leaf.size} or leaf.ndim == 1
 print("8 devices", jax.device_count())
 """
 
@@ -305,13 +328,16 @@ def test_missing_unknown_and_wrong_tensors_are_all_listed_in_one_line(folder):
     )
 
 
-@pytest.mark.parametrize("left, parts", [
-    (-1, ("truncated", "1 tensors are incomplete, the first is text_projection.weight")),
-    (0.5, ("truncated", "tensors are incomplete, the first is text_model.encoder.layers.")),
-    (100, ("truncated within its header: 100 bytes",)),
-    (5, ("truncated: 5 bytes",)),
-    (0, ("truncated: 0 bytes",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "left, parts",
+    [
+        (-1, ("truncated", "1 tensors are incomplete, the first is text_projection.weight")),
+        (0.5, ("truncated", "tensors are incomplete, the first is text_model.encoder.layers.")),
+        (100, ("truncated within its header: 100 bytes",)),
+        (5, ("truncated: 5 bytes",)),
+        (0, ("truncated: 0 bytes",)),
+    ],
+)
 def test_a_truncated_file_is_named_with_the_first_tensor_that_it_lacks(folder, left, parts):
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(
@@ -402,13 +428,22 @@ def test_a_folder_of_another_architecture_is_refused(folder, load):
     )
 
 
-@pytest.mark.parametrize("changes, part", [
-    (dict(_class_name="UNet2DConditionModel", architectures=None), "_class_name='UNet2DConditionModel'"),
-    (dict(model_type="siglip_text_model", architectures=None), "model_type='siglip_text_model': another"),
-    (dict(architectures=["BertModel"]), "architectures='BertModel': another architecture"),
-    (dict(hidden_act="tanh"), "hidden_act='tanh': unknown"),
-    (dict(hidden_size="wide"), "hidden_size='wide': must be a whole number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        (
+            dict(_class_name="UNet2DConditionModel", architectures=None),
+            "_class_name='UNet2DConditionModel'",
+        ),
+        (
+            dict(model_type="siglip_text_model", architectures=None),
+            "model_type='siglip_text_model': another",
+        ),
+        (dict(architectures=["BertModel"]), "architectures='BertModel': another architecture"),
+        (dict(hidden_act="tanh"), "hidden_act='tanh': unknown"),
+        (dict(hidden_size="wide"), "hidden_size='wide': must be a whole number"),
+    ],
+)
 def test_a_config_of_another_model_or_with_an_unknown_option_is_refused(folder, changes, part):
     edit_config(folder, **changes)
     assert_refused(load_clip_text, folder, str(folder / "config.json"), part)
@@ -423,7 +458,8 @@ folder = pathlib.Path(sys.argv[1])
 start = time.time()
 jax.block_until_ready(jax.tree.leaves(nnx.state(load_unet(folder))))
 # Not ru_maxrss, which a process started by a larger one inherits.
-peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+status = pathlib.Path("/proc/self/status").read_text()
+peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1])
 print(time.time() - start, peak / (folder / "diffusion_pytorch_model.safetensors").stat().st_size)
 """
 

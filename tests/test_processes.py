@@ -66,7 +66,8 @@ def test_the_scheduler_is_recognised(env, found, monkeypatch):
         (
             ("a:1", 2, 2),
             {},
-            r"--process_id=2: .* must be HOST:PORT and lie in 0..1|--coordinator_address=a:1, --process_id=2",
+            r"--process_id=2: .* must be HOST:PORT and lie in 0..1|"
+            r"--coordinator_address=a:1, --process_id=2",
         ),
         (("a", 2, 1), {}, "--coordinator_address=a,"),
     ],
@@ -250,7 +251,8 @@ def test_a_process_without_data_tells_the_others(monkeypatch):
     [
         (
             "hang",
-            r"process 1 \(\S+, pid \d+\) stands still: reading the batch of step 2 for more than 4 s",
+            r"process 1 \(\S+, pid \d+\) stands still: "
+            r"reading the batch of step 2 for more than 4 s",
         ),
         (
             "die",

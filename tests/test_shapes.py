@@ -138,7 +138,7 @@ def test_the_share_of_captions_that_state_a_place_is_as_asked_and_changes_no_sce
     captions = [[source[i]["caption"] for i in range(400)] for source in sources]
     stated = [np.mean([" at the " in text for text in texts]) for texts in captions]
     assert stated[0] == 0 and stated[2] == 1 and 0.18 < stated[1] < 0.32
-    assert all(text.startswith(plain) for plain, text in zip(captions[0], captions[2]))
+    assert all(text.startswith(plain) for plain, text in zip(captions[0], captions[2], strict=True))
     for i in range(20):
         np.testing.assert_array_equal(sources[0][i]["image"], sources[2][i]["image"])
 

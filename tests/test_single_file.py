@@ -28,9 +28,16 @@ from contextdiff_jax.pretrained.pipeline import load_pipeline
 from contextdiff_jax.pretrained.scheduler import load_scheduler
 
 TEXT = dict(
-    vocab_size=56, hidden_size=128, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-    max_position_embeddings=9, bos_token_id=54, eos_token_id=55, pad_token_id=55,
-)  # fmt: skip
+    vocab_size=56,
+    hidden_size=128,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=9,
+    bos_token_id=54,
+    eos_token_id=55,
+    pad_token_id=55,
+)
 LAYERS = {"v1": 1, "v2": 2, "xl": 2}  # of a level
 KINDS = tuple(LAYERS)
 CONFIG = dict.fromkeys(("sample", "latent", "text", "data"), {}) | {
@@ -44,24 +51,40 @@ def networks(kind: str) -> dict[str, torch.nn.Module]:
     """
     options = {
         "v1": dict(block_out_channels=(32, 64), attention_head_dim=8, cross_attention_dim=128),
-        "v2": dict(block_out_channels=(64, 128), attention_head_dim=[1, 2], cross_attention_dim=128,
-                   use_linear_projection=True),
-        "xl": dict(block_out_channels=(64, 128), attention_head_dim=[1, 2], cross_attention_dim=256,
-                   use_linear_projection=True, transformer_layers_per_block=[1, 2],
-                   addition_embed_type="text_time", addition_time_embed_dim=4,
-                   projection_class_embeddings_input_dim=12 + 6 * 4),
-    }[kind]  # fmt: skip
+        "v2": dict(
+            block_out_channels=(64, 128),
+            attention_head_dim=[1, 2],
+            cross_attention_dim=128,
+            use_linear_projection=True,
+        ),
+        "xl": dict(
+            block_out_channels=(64, 128),
+            attention_head_dim=[1, 2],
+            cross_attention_dim=256,
+            use_linear_projection=True,
+            transformer_layers_per_block=[1, 2],
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=12 + 6 * 4,
+        ),
+    }[kind]
     kinds = ("DownBlock2D", "CrossAttnDownBlock2D")
     down = kinds if kind == "xl" else kinds[::-1]
     unet = diffusers.UNet2DConditionModel(
-        sample_size={"v1": 64, "v2": 96, "xl": 128}[kind], layers_per_block=LAYERS[kind], down_block_types=down,
-        up_block_types=[name.replace("Down", "Up") for name in down[::-1]], **options,
-    )  # fmt: skip
+        sample_size={"v1": 64, "v2": 96, "xl": 128}[kind],
+        layers_per_block=LAYERS[kind],
+        down_block_types=down,
+        up_block_types=[name.replace("Down", "Up") for name in down[::-1]],
+        **options,
+    )
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(32, 64), sample_size={"v1": 512, "v2": 768, "xl": 1024}[kind], layers_per_block=LAYERS[kind],
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32, 64),
+        sample_size={"v1": 512, "v2": 768, "xl": 1024}[kind],
+        layers_per_block=LAYERS[kind],
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
         scaling_factor=0.13025 if kind == "xl" else 0.18215,
-    )  # fmt: skip
+    )
     open_clip = TEXT | dict(hidden_act="gelu", pad_token_id=0)
     first = transformers.CLIPTextConfig(**open_clip if kind == "v2" else TEXT)
     made = {"unet": unet, "vae": vae, "text_encoder": transformers.CLIPTextModel(first)}
@@ -75,11 +98,18 @@ def original_unet(state: dict, layers: int, levels: int = 2) -> dict:
     """The UNet's tensors by the original's names, written down block by block, as diffusers'
     conversion script does.
     """
-    places = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-              "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-              "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-              "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
-              "mid_block.resnets.1": "middle_block.2"}  # fmt: skip
+    places = {
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+    }
     step = layers + 1
     for i in range(levels):
         for j in range(layers):
@@ -92,8 +122,14 @@ def original_unet(state: dict, layers: int, levels: int = 2) -> dict:
         places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{step * (i + 1)}.0.op"
         last = f"output_blocks.{step * i + layers}.{2 if has_attention else 1}.conv"
         places[f"up_blocks.{i}.upsamplers.0.conv"] = last
-    inside = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
-              "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}  # fmt: skip
+    inside = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "time_emb_proj": "emb_layers.1",
+        "conv_shortcut": "skip_connection",
+    }
     named = {}
     for name, tensor in state.items():
         start = next(start for start in places if name.startswith(start + "."))
@@ -141,9 +177,15 @@ def original_open_clip(state: dict, prefix: str) -> dict:
             tensor = torch.cat([state[name.replace("q_proj", f"{x}_proj")] for x in "qkv"])
             name = name.replace("self_attn.q_proj.", "attn.in_proj_")
         name = re.sub(r"^encoder\.layers\.", "transformer.resblocks.", name)
-        for ours, original in (("layer_norm", "ln_"), ("fc1", "c_fc"), ("fc2", "c_proj"), ("self_attn", "attn"),
-                               ("final_ln_", "ln_final"), ("embeddings.token_embedding", "token_embedding"),
-                               ("embeddings.position_embedding.weight", "positional_embedding")):  # fmt: skip
+        for ours, original in (
+            ("layer_norm", "ln_"),
+            ("fc1", "c_fc"),
+            ("fc2", "c_proj"),
+            ("self_attn", "attn"),
+            ("final_ln_", "ln_final"),
+            ("embeddings.token_embedding", "token_embedding"),
+            ("embeddings.position_embedding.weight", "positional_embedding"),
+        ):
             name = name.replace(ours, original)
         if name == "text_projection.weight":
             name, tensor = "text_projection", tensor.T
@@ -234,9 +276,11 @@ def test_the_configs_are_those_of_the_networks(made, kind):
         if part == "unet":
             assert found.levels() == expected.levels()
             found, expected = (
-                dataclasses.replace(one, attention_head_dim=1, num_attention_heads=None, cross_attention_dim=1)
+                dataclasses.replace(
+                    one, attention_head_dim=1, num_attention_heads=None, cross_attention_dim=1
+                )
                 for one in (found, expected)
-            )  # fmt: skip
+            )
         assert found == expected
     for part in parts.keys() - {"unet", "vae"}:
         values, theirs_ = read_json(file / part / "config.json", ""), parts[part].config.to_dict()
@@ -252,16 +296,31 @@ def test_the_configs_are_those_of_the_networks(made, kind):
 def test_a_files_pictures_are_those_of_the_pipeline(made):
     file, parts, root = (getattr(made["v1"], name) for name in ("file", "parts", "folder"))
     pipe = diffusers.StableDiffusionPipeline(
-        **parts, tokenizer=transformers.CLIPTokenizer.from_pretrained(root / "tokenizer"), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-        scheduler=diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                          clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-    )  # fmt: skip
+        **parts,
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(root / "tokenizer"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        scheduler=diffusers.DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+    )
     pipe.set_progress_bar_config(disable=True)
     prompts, latents = ["a red circle", "b"], normal(2, 8, 8, 4)
     with torch.no_grad():
-        expected = pipe(prompts, latents=nchw(latents), height=16, width=16, output_type="np",
-                        num_inference_steps=4).images  # fmt: skip
+        expected = pipe(
+            prompts,
+            latents=nchw(latents),
+            height=16,
+            width=16,
+            output_type="np",
+            num_inference_steps=4,
+        ).images
     images = load_pipeline(file).text_to_image(prompts, noise=latents, size=(16, 16), steps=4)
     assert expected.std() > 0.05
     assert (np.abs(images - np.round(255 * expected)) <= 1).mean() > 0.999

@@ -106,7 +106,7 @@ def test_workers_give_the_same_batches_as_threads(layouts, name):
         loader = make_loader(make_source(config), batch_size=8, seed=4, num_workers=num_workers)
         batches.append([next(loader) for _ in range(3)])
         loader.close()
-    for threads, workers in zip(*batches):
+    for threads, workers in zip(*batches, strict=True):
         np.testing.assert_array_equal(threads["image"], workers["image"])
         assert threads["caption"] == workers["caption"]
 
@@ -223,7 +223,7 @@ def test_records_without_picture_or_caption_are_counted_with_their_place(tmp_pat
             ("d.txt", b"d"),
         ],
     )
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="contextdiff_jax"):
         source = WebDatasetSource(WebDatasetConfig(path=str(tmp_path), max_broken_fraction=0.8))
     assert len(source) == 1 and source.num_broken == 3
     for words in ("0.tar: byte 2048: b has no caption", "c has no picture", "3 of 4"):
@@ -231,7 +231,7 @@ def test_records_without_picture_or_caption_are_counted_with_their_place(tmp_pat
 
 
 def _samples(path) -> int | str:
-    """How many samples the package webdataset gives, or what it raises."""
+    """The number of samples that the package webdataset gives, or what it raises."""
     import webdataset
 
     try:
@@ -707,7 +707,7 @@ def test_a_damaged_index_is_made_anew(tmp_path, damage, caplog):
         "facts": lambda: facts.write_text("{"),
         "missing": array.unlink,
     }[damage]()
-    with caplog.at_level("WARNING", logger="absl"):
+    with caplog.at_level("WARNING", logger="contextdiff_jax"):
         source = WebDatasetSource(config)
     assert "damaged" in caplog.text and source[4]["caption"] == "picture number 4"
     caplog.clear()

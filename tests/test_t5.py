@@ -20,13 +20,48 @@ from contextdiff_jax.pretrained import load_t5, save_t5
 SIZES = dict(vocab_size=30, pad_token_id=0)
 CASES = {
     # name: (length, config)
-    "v1.0": (7, dict(d_model=16, d_kv=8, d_ff=40, num_layers=3, num_heads=3, feed_forward_proj="relu", **SIZES)),
-    "v1.1": (13, dict(d_model=12, d_kv=4, d_ff=20, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu",
-                      relative_attention_num_buckets=8, relative_attention_max_distance=9, **SIZES)),
-    "gated_silu": (40, dict(d_model=20, d_kv=6, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-silu",
-                            relative_attention_num_buckets=10, relative_attention_max_distance=20,
-                            layer_norm_epsilon=1e-3, **SIZES)),
-}  # fmt: skip
+    "v1.0": (
+        7,
+        dict(
+            d_model=16,
+            d_kv=8,
+            d_ff=40,
+            num_layers=3,
+            num_heads=3,
+            feed_forward_proj="relu",
+            **SIZES,
+        ),
+    ),
+    "v1.1": (
+        13,
+        dict(
+            d_model=12,
+            d_kv=4,
+            d_ff=20,
+            num_layers=2,
+            num_heads=3,
+            feed_forward_proj="gated-gelu",
+            relative_attention_num_buckets=8,
+            relative_attention_max_distance=9,
+            **SIZES,
+        ),
+    ),
+    "gated_silu": (
+        40,
+        dict(
+            d_model=20,
+            d_kv=6,
+            d_ff=24,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-silu",
+            relative_attention_num_buckets=10,
+            relative_attention_max_distance=20,
+            layer_norm_epsilon=1e-3,
+            **SIZES,
+        ),
+    ),
+}
 
 
 def torch_t5(name: str, torch_class=transformers.T5EncoderModel) -> torch.nn.Module:
@@ -118,9 +153,14 @@ def test_the_encoder_is_read_from_a_folder_of_the_whole_t5(tmp_path):
     check(model.encoder, load_t5(tmp_path), token_ids(13))
 
 
-@pytest.mark.parametrize("name", [
-    "shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shared.weight",
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+    ],
+)
 def test_the_embedding_is_read_by_each_of_its_names(pairs, tmp_path, name):
     _, source, module = pairs["v1.0"]
     shutil.copytree(source, tmp_path / "t5")

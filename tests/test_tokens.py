@@ -168,7 +168,7 @@ def test_the_length_is_read_with_and_without_a_config(folders, tmp_path):
     (tmp_path / CONFIG).write_text('{"model_max_length": null}')
     assert max_length(tmp_path, 77) == 77
     for wrong in ('"77"', "1", "-5"):
-        (tmp_path / CONFIG).write_text('{"model_max_length": %s}' % wrong)
+        (tmp_path / CONFIG).write_text(f'{{"model_max_length": {wrong}}}')
         with pytest.raises(ValueError, match="model_max_length=.* must be a number of at least 2"):
             max_length(tmp_path, 77)
 
@@ -232,5 +232,5 @@ def test_every_seed_of_64_bits_has_a_key_of_its_own():
     assert len(set(keys)) == len(seeds)
     assert keys[1] == tuple(jax.random.key_data(jax.random.key(1)).tolist())
     for seed in (-1, 2**64):
-        with pytest.raises(ValueError, match=rf"--seed={seed}: must lie in 0..2\^64 - 1"):
+        with pytest.raises(ValueError, match=rf"--seed={seed}: must lie in 0..{2**64 - 1}"):
             make_key(seed, "--seed")

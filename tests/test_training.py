@@ -1,6 +1,7 @@
 """The step, the state, resumption; and that the context does what the method says."""
 
 import dataclasses
+import functools
 import json
 import re
 import time
@@ -108,7 +109,7 @@ def test_a_step_is_the_same_whatever_the_accumulation(tiny_settings):
     states = []
     for parts in (1, 4):
         settings = parse(config_dict(**{"train.accumulation": parts}))
-        state = jax.jit(lambda: init_state(settings))()
+        state = jax.jit(functools.partial(init_state, settings))()
         state = dataclasses.replace(state, params=randomised(state.params))
         states.append(jax.jit(make_train_step(settings))(state, batch, null)[0])
     np.testing.assert_allclose(
@@ -242,63 +243,54 @@ def test_a_gpus_operations_are_counted_before_its_libraries_hide_them():
     assert counted("tpu") == 2 * counted("gpu")
 
 
-def test_a_run_of_another_config_or_model_is_not_resumed(tmp_path):
-    done = tmp_path / "run"
-    first = command(
-        "train",
-        "--config=configs/base.py",
-        f"--workdir={done}",
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(workdir, the command that trained it) of a run of three steps."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    trained = train_command(
+        workdir,
         "--config.train.steps=3",
         "--config.train.sample_every=500",  # and at the end
-        tiny=True,
     )
-    assert first.returncode == 0, first.stderr
-    assert re.search(r"compiled in [\d.]+ s", first.stderr) and re.search(
-        r"first step done [\d.]+ s after", first.stderr
-    )
-    for name in ("config.json", "metrics.jsonl", "checkpoints/3"):
-        assert (done / name).exists()
-    assert list((done / "events").iterdir()) and list((done / "samples").iterdir())
-    again = command(
-        "train",
-        "--config=configs/base.py",
-        f"--workdir={done}",
-        "--config.train.steps=3",
-        tiny=True,
-    )
-    assert (
-        again.returncode == 0
-        and "trained to step 3 already" in again.stderr
-        and "compiled" not in again.stderr
-    )
-    other = command(
-        "train", "--config=configs/base.py", f"--workdir={done}", "--config.seed=4", tiny=True
-    )
-    assert (
-        other.returncode == 2 and "another config's run, seed is 0 there and 4 here" in other.stderr
-    )
-    model = command(
-        "train",
-        "--config=configs/base.py",
-        f"--workdir={done}",
-        "--config.context.width=32",
-        tiny=True,
-    )
-    assert (
-        model.returncode == 2
-        and "of another model: context/" in model.stderr
-        and "(16," in model.stderr
-    )
-    assert (
-        len(model.stderr.strip().splitlines()[-1])
-        and "Traceback" not in model.stderr + other.stderr
-    )
+    assert trained.returncode == 0, trained.stderr
+    return workdir, trained
 
-    # The same run's samples: the grid, each picture with what made it, and a wrong flag.
+
+def train_command(workdir, *flags):
+    return command("train", "--config=configs/base.py", f"--workdir={workdir}", *flags, tiny=True)
+
+
+def test_a_run_writes_its_folder_and_is_not_trained_again(finished):
+    workdir, trained = finished
+    for words in (r"compiled in [\d.]+ s", r"first step done [\d.]+ s after"):
+        assert re.search(words, trained.stderr)
+    for name in ("config.json", "metrics.jsonl", "checkpoints/3"):
+        assert (workdir / name).exists()
+    assert list((workdir / "events").iterdir()) and list((workdir / "samples").iterdir())
+    again = train_command(workdir, "--config.train.steps=3")
+    assert again.returncode == 0
+    assert "trained to step 3 already" in again.stderr and "compiled" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    "flag, messages",
+    [
+        ("--config.seed=4", ("another config's run, seed is 0 there and 4 here",)),
+        ("--config.context.width=32", ("of another model: context/", "(16,")),
+    ],
+)
+def test_a_run_of_another_config_or_model_is_not_resumed(finished, flag, messages):
+    other = train_command(finished[0], flag)
+    assert other.returncode == 2 and "Traceback" not in other.stderr
+    for message in messages:
+        assert message in other.stderr
+
+
+def test_a_run_is_sampled_and_each_picture_knows_what_made_it(finished, tmp_path):
     out, images = tmp_path / "grid.png", tmp_path / "images"
     made = command(
         "sample",
-        f"--workdir={done}",
+        f"--workdir={finished[0]}",
         "--prompt=a large red circle",
         "--prompt=a small blue square",
         "--num=2",
@@ -312,22 +304,20 @@ def test_a_run_of_another_config_or_model_is_not_resumed(tmp_path):
     assert made.returncode == 0, made.stderr
     assert out.exists() and len(list(images.iterdir())) == 4
     metadata = read_png_metadata(images / "0003.png")
-    assert (
-        metadata["prompt"] == "a small blue square"
-        and metadata["seed"] == "7"
-        and metadata["guidance"] == "2.0"
-    )
-    wrong = command("sample", f"--workdir={done}", "--prompt=a", "--sampler=foo")
+    assert metadata["prompt"] == "a small blue square"
+    assert metadata["seed"] == "7" and metadata["guidance"] == "2.0"
+    wrong = command("sample", f"--workdir={finished[0]}", "--prompt=a", "--sampler=foo")
     assert wrong.returncode == 2 and "sampler='foo': unknown; one of ddpm, ddim" in wrong.stderr
+
+
+def test_a_run_is_evaluated(finished):
     scored = command(
-        "evaluate", f"--workdir={done}", "--metrics=composition", "--num=4", "--steps=2"
+        "evaluate", f"--workdir={finished[0]}", "--metrics=composition", "--num=4", "--steps=2"
     )
     assert scored.returncode == 0, scored.stderr
-    assert (
-        "held-out combinations" in scored.stdout
-        and "exact"
-        in json.loads((done / "metrics.json").read_text())["composition"]["seen combinations"]
-    )
+    assert "held-out combinations" in scored.stdout
+    metrics = json.loads((finished[0] / "metrics.json").read_text())
+    assert "exact" in metrics["composition"]["seen combinations"]
 
 
 @pytest.mark.parametrize("every", [0, 5])

@@ -50,26 +50,40 @@ XL = dict(
 )
 CONFIGS = {
     "sd1": dict(
-        block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4, attention_head_dim=4,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        attention_head_dim=4,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=12,
     ),
     "sd2": dict(
-        block_out_channels=(8, 16, 24), layers_per_block=(1, 2, 1), norm_num_groups=4,
+        block_out_channels=(8, 16, 24),
+        layers_per_block=(1, 2, 1),
+        norm_num_groups=4,
         attention_head_dim=(2, 4, 6),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=12, use_linear_projection=True,
+        cross_attention_dim=12,
+        use_linear_projection=True,
     ),
     "xl": XL,
-    "options": TINY | dict(
-        in_channels=3, out_channels=6, flip_sin_to_cos=False, freq_shift=1, act_fn="gelu",
-        norm_eps=1e-3, resnet_time_scale_shift="scale_shift", time_embedding_dim=20,
-        mid_block_type="UNetMidBlock2D", only_cross_attention=True,
+    "options": TINY
+    | dict(
+        in_channels=3,
+        out_channels=6,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        act_fn="gelu",
+        norm_eps=1e-3,
+        resnet_time_scale_shift="scale_shift",
+        time_embedding_dim=20,
+        mid_block_type="UNetMidBlock2D",
+        only_cross_attention=True,
     ),
     "no_mid_block": TINY | dict(mid_block_type=None, layers_per_block=(2, 1)),
-}  # fmt: skip
+}
 
 
 def torch_unet(config: dict) -> UNet2DConditionModel:

@@ -20,20 +20,44 @@ from contextdiff_jax.pretrained import load_vae, save_vae
 
 CASES = {
     # name: (size of the pictures, config)
-    "sd": ((16, 24), dict(
-        block_out_channels=(8, 16), layers_per_block=2, norm_num_groups=4, sample_size=16,
-    )),
-    "no_quant": ((17, 14), dict(
-        block_out_channels=(6, 12, 6), layers_per_block=1, norm_num_groups=3, latent_channels=16,
-        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1159, scaling_factor=0.3611,
-        sample_size=12,
-    )),
-    "gelu": ((8, 6), dict(
-        block_out_channels=(8,), layers_per_block=1, norm_num_groups=8, act_fn="gelu",
-        in_channels=4, out_channels=2, latent_channels=3, mid_block_add_attention=False,
-        sample_size=5,
-    )),
-}  # fmt: skip
+    "sd": (
+        (16, 24),
+        dict(
+            block_out_channels=(8, 16),
+            layers_per_block=2,
+            norm_num_groups=4,
+            sample_size=16,
+        ),
+    ),
+    "no_quant": (
+        (17, 14),
+        dict(
+            block_out_channels=(6, 12, 6),
+            layers_per_block=1,
+            norm_num_groups=3,
+            latent_channels=16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            shift_factor=0.1159,
+            scaling_factor=0.3611,
+            sample_size=12,
+        ),
+    ),
+    "gelu": (
+        (8, 6),
+        dict(
+            block_out_channels=(8,),
+            layers_per_block=1,
+            norm_num_groups=8,
+            act_fn="gelu",
+            in_channels=4,
+            out_channels=2,
+            latent_channels=3,
+            mid_block_add_attention=False,
+            sample_size=5,
+        ),
+    ),
+}
 
 
 def torch_vae(config: dict) -> AutoencoderKL:

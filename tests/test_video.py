@@ -1,4 +1,4 @@
-"""The video networks: an inflated network is the image network frame by frame, until it is trained."""
+"""Video networks: an inflated one is the image network frame by frame, until it is trained."""
 
 from __future__ import annotations
 

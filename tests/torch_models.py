@@ -1,4 +1,4 @@
-"""What the comparisons with torch's models share: random weights that matter, and one tolerance."""
+"""Common parts of comparisons with torch's models: random weights that matter, one tolerance."""
 
 from __future__ import annotations
 
@@ -178,14 +178,25 @@ def stable_diffusion(folder: Path, in_channels: int = 4, **scheduler):
         pad_token_id=55,
     )
     return diffusers.StableDiffusionPipeline(
-        unet=randomised(unet), vae=randomised(vae), text_encoder=randomised(transformers.CLIPTextModel(text)),
+        unet=randomised(unet),
+        vae=randomised(vae),
+        text_encoder=randomised(transformers.CLIPTextModel(text)),
         tokenizer=clip_tokenizer(folder),
         scheduler=diffusers.DDIMScheduler(
-            **dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                   set_alpha_to_one=False, steps_offset=1) | scheduler
+            **dict(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+            )
+            | scheduler
         ),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def stable_diffusion_xl(folder: Path):
@@ -217,7 +228,7 @@ def stable_diffusion_xl(folder: Path):
     encoders = transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection
     first, second = (
         randomised(kind(transformers.CLIPTextConfig(**config)), seed)
-        for seed, (kind, config) in enumerate(zip(encoders, (text, text_2)))
+        for seed, (kind, config) in enumerate(zip(encoders, (text, text_2), strict=True))
     )
     return diffusers.StableDiffusionXLPipeline(
         unet=randomised(unet),

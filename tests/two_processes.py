@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 
-from contextdiff_jax.evaluation import metrics, processes
+from contextdiff_jax.evaluation import metrics, processes, subject
 from contextdiff_jax.evaluation.features import Moments
 from contextdiff_jax.settings import parse
 
@@ -20,8 +20,8 @@ def evaluate_share(workdir: pathlib.Path) -> dict:
     plain statistics.
     """
     settings = parse(json.loads((workdir / "config.json").read_text()))
-    row, source = next(iter(metrics.splits(settings.data).items()))
-    made = metrics.Evaluation(
+    row, source = next(iter(subject.splits(settings.data).items()))
+    made = subject.Evaluation(
         settings=settings,
         tokenizer=None,
         graph=None,

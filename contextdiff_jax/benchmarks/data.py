@@ -1,5 +1,6 @@
-"""How fast the loader is, per source, against what the devices take and against the sources' own
-packages.
+"""Measurement of the loader's speed, per source.
+
+It is compared with what the devices take and with the sources' own packages.
 
 Everything is measured in CPU seconds of this process, so a rate is that of one core, whatever else
 the machine does, and about what each further loader process (`data.num_workers`) adds. Pipelines
@@ -9,8 +10,10 @@ another's time. The first batches are not counted.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import logging
 import pathlib
 import statistics
 import tempfile
@@ -19,7 +22,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
 from contextdiff_jax.benchmarks.layouts import LAYOUTS, make_pictures
@@ -40,7 +42,7 @@ Batches = Iterator[np.ndarray]  # uint8 [_BATCH, H, W, 3]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataBenchmark:
-    """What to measure.
+    """Options of the measurement.
 
     Attributes:
         compare: reference to run in turns with ours: a name in `PEERS`, or empty.
@@ -119,7 +121,8 @@ def _tfds_peer(config: DataConfig) -> Iterator[np.ndarray]:
 def _start_peer(name: str, config: DataConfig) -> Batches:
     if importlib.util.find_spec(PACKAGES[name]) is None:
         raise ValueError(
-            f"--compare={name!r}: the package {PACKAGES[name]} is not installed; see requirements-test.txt"
+            f"--compare={name!r}: the package {PACKAGES[name]} is not installed; see "
+            "requirements-test.txt"
         )
     return _batched(PEERS[name](config))
 
@@ -170,6 +173,17 @@ def _need(options: DataBenchmark) -> float:
         ) from error
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences warnings: the index and tfds say what they do, between the lines of the table."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def run(config: DataConfig, options: DataBenchmark) -> Result:
     """Measures `config`'s source, or, where it names no `path`, each source on pictures made for
     it.
@@ -184,11 +198,11 @@ def run(config: DataConfig, options: DataBenchmark) -> Result:
         )
     if options.compare and config.path and config.source != options.compare:
         raise ValueError(
-            f"--compare={options.compare!r}: data.path holds data.source={config.source!r}; must be the same"
+            f"--compare={options.compare!r}: data.path holds data.source={config.source!r}; must "
+            "be the same"
         )
     need = _need(options)
-    logging.set_verbosity(logging.ERROR)  # the index and tfds say what they do
-    with tempfile.TemporaryDirectory() as folder:
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
         configs = [config]
         if not config.path:
             made = make_pictures(min(options.pictures, 256), *options.shape)
@@ -229,7 +243,7 @@ def _row(
     if need:
         row |= {"need": need, "cores_needed": need / rate}
     if pipeline.peer:
-        pairs = zip(seconds[pipeline.peer], seconds[pipeline.name])
+        pairs = zip(seconds[pipeline.peer], seconds[pipeline.name], strict=True)
         row |= {
             "peer": pipeline.peer,
             "ratio": statistics.median(peer / ours for peer, ours in pairs),

@@ -60,7 +60,10 @@ def instructions(text: str) -> list[Instruction]:
 
 
 def _loop_counts(found: list[Instruction]) -> dict[str, int]:
-    """How often each computation runs. A loop whose trip count XLA doesn't know counts once."""
+    """The number of times that each computation runs.
+
+    A loop whose trip count XLA doesn't know counts once.
+    """
     callers: dict[str, tuple[str, int]] = {}
     for each in found:
         trips = (

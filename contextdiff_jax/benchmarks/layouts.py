@@ -1,4 +1,4 @@
-"""The same captioned pictures in the layout of each source: what benchmarks and tests read."""
+"""Captioned pictures written in each source's layout, for benchmarks and tests to read."""
 
 from __future__ import annotations
 

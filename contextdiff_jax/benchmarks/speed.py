@@ -65,7 +65,8 @@ class SpeedBenchmark:
     def __post_init__(self):
         if self.compare and self.compare not in PEERS:
             raise ValueError(
-                f"--compare={self.compare!r}: unknown for --mode={self.program}; one of {', '.join(PEERS)}"
+                f"--compare={self.compare!r}: unknown for --mode={self.program}; one of "
+                f"{', '.join(PEERS)}"
             )
         lacking = [
             package
@@ -222,7 +223,10 @@ def _sample_unet(settings: Settings, options: SpeedBenchmark) -> tuple[list[Cont
     arguments = devices.parameters(params), devices.batch(inputs)
     with devices.tracing():
         program, compile_seconds, _ = compile_timed(unet_sample(graph, settings), *arguments)
-    call = lambda: jax.block_until_ready(program(*arguments))
+
+    def call() -> jax.Array:
+        return jax.block_until_ready(program(*arguments))
+
     contestants, images = [Contestant("unet", call, compile_seconds)], np.asarray(call())
     for name, peer in peers.items():
         from contextdiff_jax.benchmarks.torch_peer import make_scheduler
@@ -256,7 +260,8 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
     ):
         if value:
             raise ValueError(
-                f"{field}={value!r}: --mode={options.program} measures networks of random weights; must be empty"
+                f"{field}={value!r}: --mode={options.program} measures networks of random "
+                "weights; must be empty"
             )
     if options.compare and settings.train.precision != "float32":
         raise ValueError(
@@ -273,7 +278,9 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
     method = _rows(contestants, times, 0.0, peak)
     if WITH_CONTEXT in times:
         with_context, without = times[WITH_CONTEXT].wall, times[WITHOUT_CONTEXT].wall
-        share = paired.ratio([a - b for a, b in zip(with_context, without)], with_context)
+        share = paired.ratio(
+            [a - b for a, b in zip(with_context, without, strict=True)], with_context
+        )
         method[0] |= {
             "context_share": share.value,
             "context_share_quartiles": [share.low, share.high],
@@ -334,7 +341,8 @@ def _rows(
 def _table(rows: list[dict[str, Any]], program: str) -> str:
     head = f"{program}, {rows[0]['cores']} cores, {rows[0]['devices']} devices"
     lines = [
-        f"{head:<30}{'s':>9}{'CPU s':>9}{'GFLOP/s':>9}{'of peak':>9}{'compile s':>11}{'memory MiB':>12}  ahead"
+        f"{head:<30}{'s':>9}{'CPU s':>9}{'GFLOP/s':>9}{'of peak':>9}{'compile s':>11}"
+        f"{'memory MiB':>12}  ahead"
     ]
     for row in rows:
         rate = f"{row['flops_per_second'] / 1e9:.1f}" if "flops" in row else "-"
@@ -356,9 +364,15 @@ def _table(rows: list[dict[str, Any]], program: str) -> str:
             told += "; " * bool(told)
             told += "the context is {:.1%} [{:.1%}, {:.1%}] of the time".format(*shares)
         lines.append(
-            f"{row['name']:<30}{row['seconds']:>9.3f}{row['cpu_seconds']:>9.3f}{rate:>9}{share:>9}{compiling:>11}{memory:>12}"
-            f"  {told}".rstrip()
+            f"{row['name']:<30}{row['seconds']:>9.3f}{row['cpu_seconds']:>9.3f}{rate:>9}{share:>9}"
+            f"{compiling:>11}{memory:>12}  {told}".rstrip()
         )
-    peak = f"peak: {rows[0]['matmul_peak_flops_per_second'] / 1e9:.0f} GFLOP/s in a float32 matrix product"
-    brackets = f"brackets: quartiles of {rows[0]['rounds']} rounds; memory: what the process grew by in a call"
+    peak = (
+        f"peak: {rows[0]['matmul_peak_flops_per_second'] / 1e9:.0f} GFLOP/s in a float32 matrix "
+        "product"
+    )
+    brackets = (
+        f"brackets: quartiles of {rows[0]['rounds']} rounds; memory: what the process grew by in "
+        "a call"
+    )
     return "\n".join([*lines, f"{peak}; {brackets}"])

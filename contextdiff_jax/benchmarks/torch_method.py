@@ -196,10 +196,13 @@ class TorchMethod:
             for name, value in model.unet.config.to_dict().items()
             if name != "context_head"
         }
-        self._parts = torch.nn.ModuleDict({
-            "unet": diffusers.UNet2DConditionModel(**config), "text": _Text(settings.text),
-            "context": _Context(model.context.config, *settings.shape[:2]),
-        })  # fmt: skip
+        self._parts = torch.nn.ModuleDict(
+            {
+                "unet": diffusers.UNet2DConditionModel(**config),
+                "text": _Text(settings.text),
+                "context": _Context(model.context.config, *settings.shape[:2]),
+            }
+        )
         self._parts.load_state_dict(
             {name: torch.tensor(array) for name, array in method_parameters(model).items()}
         )

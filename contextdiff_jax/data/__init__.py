@@ -193,7 +193,8 @@ def _cache(config: DataConfig, split: str) -> RandomAccessSource:
             )
     if source.cache.source["split"] != split:
         raise ValueError(
-            f"data.path={config.path!r}: a cache of the split {source.cache.source['split']!r}, not of {split!r}"
+            f"data.path={config.path!r}: a cache of the split {source.cache.source['split']!r}, "
+            f"not of {split!r}"
         )
     return source
 
@@ -238,6 +239,7 @@ def bucket_sizes(config: DataConfig) -> tuple[Size, ...]:
         return check_buckets(config.buckets)
     if config.buckets:
         raise ValueError(
-            f"data.bucket_max_ratio={config.bucket_max_ratio}: must be 0 where data.buckets are named"
+            f"data.bucket_max_ratio={config.bucket_max_ratio}: must be 0 where data.buckets are "
+            "named"
         )
     return derive_buckets(config.image_size**2, config.bucket_max_ratio, config.bucket_step)

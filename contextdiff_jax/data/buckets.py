@@ -35,13 +35,14 @@ def derive_buckets(area: int, max_ratio: float, step: int) -> tuple[Size, ...]:
             sizes.append((height, width))
     if not sizes:
         raise ValueError(
-            f"data.bucket_step={step}: no multiple of it fits into image_size squared = {area} pixels"
+            f"data.bucket_step={step}: no multiple of it fits into image_size squared = {area} "
+            "pixels"
         )
     return tuple(sizes)
 
 
 def check_buckets(buckets: Sequence[Sequence[int]]) -> tuple[Size, ...]:
-    """The buckets as pairs of ints; ValueError unless they are different (height, width) above 0."""
+    """The buckets as pairs of ints; ValueError unless they differ and both sides are above 0."""
     for bucket in buckets:
         pair = isinstance(bucket, (tuple, list)) and len(bucket) == 2
         if not pair or not all(isinstance(side, int) and side > 0 for side in bucket):
@@ -55,9 +56,7 @@ def check_buckets(buckets: Sequence[Sequence[int]]) -> tuple[Size, ...]:
 def nearest_bucket(
     sizes: UInt16[np.ndarray, "N 2"], buckets: Sequence[Size]
 ) -> Int32[np.ndarray, " N"]:
-    """For each picture's (height, width) the bucket whose ratio is nearest in logarithm; -1 for a
-    size of 0.
-    """
+    """The bucket of nearest ratio (in logarithm) for each (height, width); -1 for a size of 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.log(sizes[:, 0].astype(np.float64) / sizes[:, 1])  # [N]
     targets = np.log([height / width for height, width in buckets])  # [K]

@@ -40,7 +40,8 @@ def main() -> None:
         dtype=DTYPE.value,
     )
     print(
-        f"{OUT.value}: {cache.num_shards} shards, {new} of them written now, {cache.num_records} records of {cache.shape}"
+        f"{OUT.value}: {cache.num_shards} shards, {new} of them written now, {cache.num_records} "
+        f"records of {cache.shape}"
     )
 
 

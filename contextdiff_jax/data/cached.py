@@ -1,8 +1,8 @@
 """A cache of latents, token ids and captions in ArrayRecord shards; `contextdiff_jax.data.cache`
 writes it.
 
-    path/cache.json                                  what it was made of (`Cache`), written first
-    path/latents-00000-of-00008.array_record         records of `encode_record`; named so only when complete
+    path/cache.json                             what it was made of (`Cache`), written first
+    path/latents-00000-of-00008.array_record    records of `encode_record`; so named when complete
 
 A record holds the mean and the standard deviation of q(z | picture), before the scaling factor, so
 that each epoch draws its own latents.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -21,20 +22,20 @@ import grain
 import numpy as np
 import safetensors
 import safetensors.numpy
-from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float, Int32
 
 from contextdiff_jax.files import replacing, write_json
 from contextdiff_jax.texts import parse_json
 
+LOGGER = logging.getLogger(__name__)
 CACHE_FILE = "cache.json"
 _OPTIONS = "group_size:1"  # records are read one by one, in random order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
-    """What a cache was made of.
+    """A description of what a cache was made of.
 
     Attributes:
         num_records, shard_size: shard k holds records k * shard_size and on.
@@ -80,7 +81,8 @@ def read_cache(path: str | pathlib.Path) -> Cache:
         return Cache(**{**values, "shape": tuple(values["shape"])})
     except OSError:
         raise ValueError(
-            f"data.path={str(path)!r}: holds no cache (no {CACHE_FILE}); make one with contextdiff_jax.data.cache"
+            f"data.path={str(path)!r}: holds no cache (no {CACHE_FILE}); make one with "
+            "contextdiff_jax.data.cache"
         ) from None
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: is not a cache's ({error})") from None
@@ -161,11 +163,12 @@ class CacheSource:
         there = sum(file.is_file() for file in files)
         if there < len(files):
             raise ValueError(
-                f"data.path={path!r}: {there} of {len(files)} shards are there; the same command as before goes on"
+                f"data.path={path!r}: {there} of {len(files)} shards are there; the same command "
+                "as before goes on"
             )
         self._path = path
         if not self.cache.content:
-            logging.warning(
+            LOGGER.warning(
                 "%s: is of a version that did not notice records that change while it is written",
                 path,
             )

@@ -101,7 +101,7 @@ def check_size(image: Image.Image, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What brings the picture upright; None: it is."""
+    """The transposition that brings the picture upright; None: it is."""
     if image.format == "TIFF":  # Pillow turns these itself
         return None
     try:

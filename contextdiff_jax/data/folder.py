@@ -1,6 +1,6 @@
 """Pictures in a folder with a table of captions: Hugging Face's imagefolder convention.
 
-    path/metadata.jsonl     {"file_name": "images/1.png", "text": "a horse", ...}     one record a line
+    path/metadata.jsonl     {"file_name": "images/1.png", "text": "a horse", ...}, one a line
     path/images/1.png
 
 or `metadata.csv` or `metadata.parquet` with columns of these names (see `tables`). `file_name` is
@@ -36,7 +36,7 @@ _MAX_COMPARED = 100_000  # pictures whose sizes processes compare: a `stat` each
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FolderConfig(PictureConfig):
-    """Which pictures to read. `metadata`: name or glob of the metadata files in `path`."""
+    """A choice of pictures to read. `metadata`: name or glob of the metadata files in `path`."""
 
     metadata: str = "metadata*.jsonl"
 

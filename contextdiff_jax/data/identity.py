@@ -28,8 +28,10 @@ _OWN = ("path", "index_folder", "tokenizer", "num_workers", "prefetch")
 
 
 def identity(source: RandomAccessSource, buckets: Sequence[Size] = ()) -> dict[str, str | int]:
-    """What processes compare, by name: number of records, their names and sizes, some contents;
-    with `buckets` also the pictures' sizes.
+    """Facts that processes compare, by name.
+
+    They are the number of records, their names and sizes, some contents; with `buckets` also the
+    pictures' sizes.
     """
     count = len(source)
     facts: dict[str, str | int] = {"number of records": count}

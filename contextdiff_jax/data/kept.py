@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import tempfile
@@ -14,8 +15,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from absl import logging
 
+LOGGER = logging.getLogger(__name__)
 _FORMAT = 2  # part of every key: raise it when what is stored changes its meaning
 
 
@@ -77,7 +78,7 @@ def kept_array(
             reason = "another checksum"
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             reason = str(error)
-        logging.warning("%s is damaged and is made anew: %s", array_file, reason)
+        LOGGER.warning("%s is damaged and is made anew: %s", array_file, reason)
     array, facts = make()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,8 @@ def kept_array(
         _write(facts_file, lambda file: file.write(facts_text.encode()))
     except OSError as error:
         raise ValueError(
-            f"data.index_folder={index_folder!r}: {folder} cannot be written ({error.strerror}); name a folder that can"
+            f"data.index_folder={index_folder!r}: {folder} cannot be written ({error.strerror}); "
+            "name a folder that can"
         ) from error
     return array, facts
 

@@ -1,5 +1,6 @@
-"""From a source to batches: shuffling, sharding by process, workers, prefetch, exact resumption
-(Grain).
+"""Loading, from a source to batches, by Grain.
+
+It shuffles, shards by process, prefetches with workers, and resumes exactly.
 
 Which records batch number b of a run holds is a pure function of (seed, batch size, records, b):
 see `orders`. Process p of P gives out the p-th of P equal blocks of it, or the `rows` that the mesh
@@ -62,7 +63,8 @@ class _LoadBatch:
         size, indices, epochs = self.order(int(number), self.rows)
         if isinstance(self.source, PictureSource):
             records = [
-                self.source.record(index, epoch, size) for index, epoch in zip(indices, epochs)
+                self.source.record(index, epoch, size)
+                for index, epoch in zip(indices, epochs, strict=True)
             ]
         else:
             records = [self.source[index] for index in indices]
@@ -91,8 +93,9 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _follow_parent(*_: int) -> None:
-    """In a worker: only the process that it works for ends it, also by its own end, however
-    sudden. (Linux's PR_SET_PDEATHSIG follows a thread, and Grain's end earlier.)
+    """Lets a worker be ended only by the process it works for, also by that one's own sudden end.
+
+    (Linux's PR_SET_PDEATHSIG follows a thread, and Grain's end earlier.)
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -245,8 +248,7 @@ def make_loader(
         num_workers: loader processes; 0 loads in threads of this process.
         process_index: which block of each global batch to give out (`jax.process_index()`).
         process_count: number of blocks (`jax.process_count()`).
-        rows: instead of a block, the examples of each global batch to give out
-            (`parallel.mesh.Feed.rows`).
+        rows: the examples of each global batch to give out, instead of a block (`mesh.Feed.rows`).
         tokenizer: encodes the captions; None leaves them as text only.
         max_length: tokens a caption.
         prefetch: batches kept ready, by each worker.
@@ -259,32 +261,36 @@ def make_loader(
         ValueError: for a batch that the processes do not divide, an empty source, or numbers out of
             range.
     """
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size={batch_size}: must be a positive multiple of {process_count} processes"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index}: must lie in 0..{process_count - 1}")
+    local = _share_of(batch_size, process_index, process_count)
     if num_workers < 0:
         raise ValueError(f"data.num_workers={num_workers}: must not be negative")
     if prefetch < 1:
         raise ValueError(f"prefetch={prefetch}: must be at least 1")
     if not len(source):
         raise ValueError("data.source: holds no records")
-    local = batch_size // process_count
     identity = {"seed": seed, "batch_size": batch_size, "num_records": len(source)}
     if buckets:
         identity["buckets"] = [list(size) for size in buckets]
     load = _LoadBatch(
         source=source,
         order=_make_order(source, batch_size, seed, buckets),
-        rows=range(process_index * local, (process_index + 1) * local)
-        if rows is None
-        else rows.tolist(),
+        rows=local if rows is None else rows.tolist(),
         tokenizer=tokenizer,
         max_length=max_length,
     )
     return Loader(load, identity, num_workers, prefetch, num_threads)
+
+
+def _share_of(batch_size: int, process_index: int, process_count: int) -> range:
+    """The process's examples of a global batch, a block; ValueError where there is no such one."""
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size={batch_size}: must be a positive multiple of {process_count} processes"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index}: must lie in 0..{process_count - 1}")
+    size = batch_size // process_count
+    return range(process_index * size, (process_index + 1) * size)
 
 
 def _make_order(

@@ -1,18 +1,13 @@
 """Clips of one moving shape, with the true mask and the true edited clip, from the renderer of
-`shapes`.
-
-    python -m contextdiff_jax.data.moving_shapes --out=runs/clip --seed=0 --num_frames=8 --size=16
-
-writes source/, colour/ and shape/ (frames) and clip.json with the prompts.
+`shapes`; `contextdiff_jax.draw_clip` writes them.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -55,7 +50,10 @@ def frames_of(scenes: Sequence[Scene], size: int) -> UInt8[np.ndarray, "F S S 3"
 def mask_of(
     clip: UInt8[np.ndarray, "F S S 3"], other: UInt8[np.ndarray, "F S S 3"]
 ) -> Bool[np.ndarray, "F S S"]:
-    """Where either shows its object; both lie on one background, which fills the corners."""
+    """The pixels where either clip shows its object.
+
+    Both lie on one background, which fills the corners.
+    """
     return ((clip != clip[:, :1, :1]) | (other != other[:, :1, :1])).any(-1)
 
 
@@ -99,34 +97,19 @@ def make_moving_shape(
     return MovingShape(scenes=scenes(shape, colour), edited=edited)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        description="Draws a clip of a moving shape and its true edits."
-    )
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_frames", type=int, default=8)
-    parser.add_argument("--size", type=int, default=16)
-    args = parser.parse_args(argv)
-    for name, least in (("seed", 0), ("num_frames", 1), ("size", 8)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name}={getattr(args, name)}: must be at least {least}")
-    args.out = args.out.expanduser()
-    clip = make_moving_shape(args.seed, args.num_frames, args.size)
+def write_clip(
+    folder: pathlib.Path, seed: int, num_frames: int = 8, size: int = 16
+) -> dict[str, Any]:
+    """Writes source/, colour/ and shape/ (frames) and clip.json, whose facts it returns."""
+    clip = make_moving_shape(seed, num_frames, size)
     for name, scenes in {"source": clip.scenes, **clip.edited}.items():
-        folder = args.out / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("[0-9]" * 5 + ".png"):  # an earlier clip may have been longer
+        frames = folder / name
+        frames.mkdir(parents=True, exist_ok=True)
+        for old in frames.glob("[0-9]" * 5 + ".png"):  # an earlier clip may have been longer
             old.unlink()
-        for i, frame in enumerate(frames_of(scenes, args.size)):
-            Image.fromarray(frame).save(folder / f"{i:05d}.png")
+        for i, frame in enumerate(frames_of(scenes, size)):
+            Image.fromarray(frame).save(frames / f"{i:05d}.png")
     prompts = {name: caption(scenes[0]) for name, scenes in clip.edited.items()}
     facts = {"prompt": clip.prompt, "edit_prompts": prompts}
-    write_json(args.out / "clip.json", facts)
-    print(f"{args.out}: {clip.prompt!r}; edits {prompts}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    write_json(folder / "clip.json", facts)
+    return facts

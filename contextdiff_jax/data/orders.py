@@ -1,5 +1,6 @@
-"""Which records a global batch holds: pure functions of (seed, batch size, record numbers, batch
-number).
+"""Orders of records: what a global batch holds.
+
+They are pure functions of (seed, batch size, record numbers, batch number).
 
 Records are counted through in shuffled epochs, one after the other without a gap, each in another
 order, so that every record is seen exactly once before any is seen again. `BucketOrder` does so
@@ -59,7 +60,9 @@ class PlainOrder:
     batch_size: int
 
     def __call__(self, number: int, rows: Sequence[int]) -> Share:
-        records, epochs = zip(*(self.epochs(number * self.batch_size + row) for row in rows))
+        records, epochs = zip(
+            *(self.epochs(number * self.batch_size + row) for row in rows), strict=True
+        )
         return Share(None, list(records), list(epochs))
 
 
@@ -81,7 +84,7 @@ class BucketOrder:
         members = [np.flatnonzero(bucket_of == k).astype(np.int32) for k in range(len(sizes))]
         self._buckets = [
             (size, records, ShuffledEpochs(len(records), seed))
-            for size, records in zip(sizes, members)
+            for size, records in zip(sizes, members, strict=True)
             if len(records)
         ]
         self._counts = np.array([len(records) for _, records, _ in self._buckets], np.int64)

@@ -1,4 +1,4 @@
-"""What the sources of encoded pictures share: captions, crops, broken records.
+"""The common parts of sources of encoded pictures: captions, crops, broken records.
 
 Broken records never pass silently. What can be told without decoding (not JSON, no caption, no
 picture) is skipped, counted and logged when a source is made; a record that fails when it is read
@@ -12,6 +12,7 @@ import abc
 import collections
 import dataclasses
 import glob
+import logging
 import operator
 import os
 import pathlib
@@ -19,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 from jaxtyping import UInt8, UInt16
 
 from contextdiff_jax.data.decoding import (
@@ -35,6 +35,7 @@ from contextdiff_jax.texts import check_text
 
 CROPS = ("centre", "random")
 CAPTION_CHOICES = ("first", "random")
+LOGGER = logging.getLogger(__name__)
 _MAX_LOGGED = 20
 # Fields that change how a record is given out, not which records there are or what size they have.
 _GIVEN_OUT = ("path", "index_folder", "image_size", "max_broken_fraction", "seed", "crop")
@@ -43,7 +44,7 @@ _GIVEN_OUT += ("caption_choice", "resample")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PictureConfig:
-    """How pictures are read, whatever holds them.
+    """Options of reading pictures, whatever holds them.
 
     Attributes:
         path: the folder.
@@ -92,7 +93,7 @@ class PictureConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A record as it is stored: an encoded picture, its captions (at least one), the other fields."""
+    """A record as it is stored: an encoded picture, at least one caption, the other fields."""
 
     image: bytes
     captions: Sequence[str]
@@ -146,9 +147,9 @@ class BrokenRecords:
         self._replaced: dict[int, str] = {}
         self._new: collections.deque[tuple[int, str]] = collections.deque()
         for reason in reasons[:_MAX_LOGGED]:
-            logging.warning("Skipped a broken record: %s", reason)
+            LOGGER.warning("Skipped a broken record: %s", reason)
         if skipped:
-            logging.warning("Skipped %d of %d records in %s", skipped, total, path)
+            LOGGER.warning("Skipped %d of %d records in %s", skipped, total, path)
             self._check(reasons[0])
 
     def __len__(self) -> int:
@@ -164,7 +165,7 @@ class BrokenRecords:
         self._replaced[index] = reason
         self._new.append((index, reason))
         if len(self._replaced) <= _MAX_LOGGED:
-            logging.warning("Replaced a record that fails to decode: %s", reason)
+            LOGGER.warning("Replaced a record that fails to decode: %s", reason)
         self._check(reason)
 
     def drain(self) -> list[tuple[int, str]]:
@@ -175,7 +176,8 @@ class BrokenRecords:
         if len(self) > self._limit * self._total:
             raise ValueError(
                 f"data.path={self._path!r}: {len(self)} of {self._total} records are broken, "
-                f"max_broken_fraction={self._limit} allows {int(self._limit * self._total)}; for example {latest}"
+                f"max_broken_fraction={self._limit} allows {int(self._limit * self._total)}; for "
+                f"example {latest}"
             )
 
 
@@ -313,8 +315,8 @@ class PictureSource(abc.ABC):
         """
 
         def measure():
-            logging.warning("Measuring %d pictures in %s, once", len(self), self.config.path)
-            sizes = np.zeros((len(self), 2), np.uint16)
+            LOGGER.warning("Measuring %d pictures in %s, once", len(self), self.config.path)
+            sizes, unread = np.zeros((len(self), 2), np.uint16), 0
             for index in range(len(self)):
                 try:
                     sizes[index] = np.minimum(
@@ -322,13 +324,9 @@ class PictureSource(abc.ABC):
                         np.iinfo(np.uint16).max,
                     )
                 except UNDECODABLE as error:
-                    logging.log_first_n(
-                        logging.WARNING,
-                        "No size: %s: %s",
-                        _MAX_LOGGED,
-                        self.where(index),
-                        error,
-                    )
+                    unread += 1
+                    if unread <= _MAX_LOGGED:
+                        LOGGER.warning("No size: %s: %s", self.where(index), error)
             return sizes, {}
 
         sizes, _ = kept_array(

@@ -104,7 +104,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShapesConfig:
-    """Which scenes there are.
+    """A distribution of scenes.
 
     Attributes:
         num_objects: fewest and most objects in a scene, within 1..3; drawn uniformly.
@@ -165,7 +165,7 @@ def heldout_triples(fraction: float) -> tuple[Triple, ...]:
     chosen: list[Triple] = []
 
     def crowding(triple: Triple) -> tuple[int, int]:
-        shared = [sum(a == b for a, b in zip(triple, other)) for other in chosen]
+        shared = [sum(a == b for a, b in zip(triple, other, strict=True)) for other in chosen]
         return sum(n == 2 for n in shared), sum(shared)
 
     for _ in range(round(fraction * len(order))):
@@ -250,13 +250,13 @@ def _draw_triples(rng: np.random.Generator, count: int, config: ShapesConfig) ->
 def _place(
     rng: np.random.Generator, widths: list[int], image_size: int
 ) -> list[tuple[int, int]] | None:
-    """(left, top) of each box, uniform over the places still free; None if one has no place left."""
+    """(left, top) of each box, uniform over the places still free; None if one finds no place."""
     margin, gap = image_size // 32, max(1, image_size // 16)
     boxes: list[tuple[int, int]] = []
     for width in widths:
         places = image_size - 2 * margin - width + 1
         free = np.ones((places, places), bool)
-        for (left, top), other in zip(boxes, widths):
+        for (left, top), other in zip(boxes, widths, strict=False):
             reach = width + gap - 1
             rows = slice(max(top - margin - reach, 0), max(top - margin + other + gap, 0))
             columns = slice(max(left - margin - reach, 0), max(left - margin + other + gap, 0))
@@ -270,27 +270,29 @@ def _place(
 
 
 def sample_scene(rng: np.random.Generator, config: ShapesConfig) -> Scene:
-    """Draws a scene of `config.split` whose objects keep apart by at least image_size / 16 pixels."""
+    """Draws a scene of `config.split`; objects keep apart by at least image_size / 16 pixels."""
     size = config.image_size
     low, high = config.num_objects
     triples = _draw_triples(rng, int(rng.integers(low, high + 1)), config)
     background = config.backgrounds[rng.integers(len(config.backgrounds))]
     widths = [diameter(triple[2], size) for triple in triples]
-    while (
-        True
-    ):  # a bad first place can leave no room for the rest; the corners always do, so this ends
+    # A bad first place can leave no room for the rest; the corners always do, so this ends.
+    while True:
         boxes = _place(rng, widths, size)
         if boxes is None:
             continue
-        centres = [((x + w / 2) / size, (y + w / 2) / size) for (x, y), w in zip(boxes, widths)]
+        centres = [
+            ((x + w / 2) / size, (y + w / 2) / size)
+            for (x, y), w in zip(boxes, widths, strict=True)
+        ]
         if len(centres) != 2:
             break
-        dx, dy = (abs(a - b) for a, b in zip(*centres))
+        dx, dy = (abs(a - b) for a, b in zip(*centres, strict=True))
         if abs(dx - dy) >= 1.5 / 16:  # on the diagonal, the relation's name would be arbitrary
             break
     objects = tuple(
         Object(shape=shape, colour=colour, size=size_name, centre=centre)
-        for (shape, colour, size_name), centre in zip(triples, centres)
+        for (shape, colour, size_name), centre in zip(triples, centres, strict=True)
     )
     relation = relation_of(*centres) if len(objects) == 2 else None
     stated = len(objects) == 1 and rng.random() < config.position_fraction
@@ -337,15 +339,15 @@ def _parse_object(text: str, whole: str) -> Object:
     match = _OBJECT.fullmatch(text)
     if match is None:
         raise ValueError(
-            f"caption={whole!r}: {text!r} is not 'a [size] colour shape' with sizes {', '.join(SIZES)}; "
-            f"colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}"
+            f"caption={whole!r}: {text!r} is not 'a [size] colour shape' with sizes "
+            f"{', '.join(SIZES)}; colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}"
         )
     size, colour, shape = match.groups()
     return Object(shape=shape, colour=colour, size=size)
 
 
 def parse_caption(text: str) -> Scene:
-    """What a caption asks for: a `Scene` without centres, and without sizes where none is named.
+    """The scene that a caption asks for, without centres, and without sizes where none is named.
 
     Case and outer white space do not count.
 

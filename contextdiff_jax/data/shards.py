@@ -1,4 +1,4 @@
-"""What a tar shard holds: records, grouped as the package `webdataset` groups them, and losses.
+"""Contents of tar shards: records, grouped as the package `webdataset` groups them, and losses.
 
 A member's key is its name up to the first dot of its last part, its field the rest, in lower case;
 neighbours of one key are a sample. A sample is one record, of its fields `jpg`, `txt`, `json`, but
@@ -46,7 +46,7 @@ class _Gap(NamedTuple):
 
 @dataclasses.dataclass
 class Shard:
-    """What was found in a shard.
+    """A shard's contents.
 
     Attributes:
         records: the whole ones. num_records: how many they are.
@@ -185,7 +185,7 @@ def _record(part: dict[str, dict[str, Span]]) -> Record:
 
 
 def _span(member: tarfile.TarInfo, end: int, size: int) -> Span | None:
-    """Where the content is that ends before `end`; None where it is cut off, or there is none."""
+    """The place of the content that ends before `end`; None if it is cut off, or there is none."""
     if end - member.offset >= 2**31 or member.size < 0:
         return None
     if member.sparse is not None:
@@ -204,7 +204,7 @@ def _field(name: str) -> tuple[tuple[str, str], str] | None:
 
 
 def read_shard(path: pathlib.Path) -> Shard:
-    """What a shard holds; ValueError for one that can't be read at random places."""
+    """A shard's contents; ValueError for one that can't be read at random places."""
     shard, key, sample = Shard(), None, None
 
     def close():
@@ -272,9 +272,10 @@ def _note(shard: Shard, name: str, gap: _Gap) -> None:
 
 
 def lost_records(shards: Sequence[Shard]) -> list[int]:
-    """Of each shard, how many records are broken or lost: those that are known to be, or as many as
-    would fit into its lost bytes. A shard that is cut off has lost what the whole ones have more;
-    where there is none, as much as it holds.
+    """The number of broken or lost records of each shard.
+
+    They are those that are known to be, or as many as would fit into its lost bytes. A shard that
+    is cut off has lost what the whole ones have more; where there is none, as much as it holds.
     """
     whole = [shard.used for shard in shards if shard.whole and shard.num_records and not shard.lost]
     usual = sum(whole) / len(whole) if whole else 0

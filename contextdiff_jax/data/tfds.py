@@ -1,7 +1,9 @@
 """TensorFlow Datasets' ArrayRecord files, read at random by `tfds.data_source`; TensorFlow is never
 imported.
 
-    path/dataset_info.json, features.json, NAME-SPLIT.array_record-00000-of-00001 ...     as tfds writes them
+    path/dataset_info.json, features.json, NAME-SPLIT.array_record-00000-of-00001 ...
+
+as tfds writes them.
 
 The picture is the feature `image`, else the one of type `tfds.features.Image`; the caption is the
 feature `caption_field` (`a/b`: feature b of the sequence a), else `caption`, else `captions`; one
@@ -28,7 +30,7 @@ from contextdiff_jax.data.records import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TFDSConfig(PictureConfig):
-    """Which data set to read. `split`: as tfds writes it, `train[:90%]` too."""
+    """A choice of the data set to read. `split`: as tfds writes it, `train[:90%]` too."""
 
     split: str = "train"
 
@@ -47,7 +49,8 @@ def _folder(path: str) -> pathlib.Path:
         return found[0]
     names = ", ".join(str(folder.relative_to(root)) for folder in found[:5])
     raise ValueError(
-        f"data.path={path!r}: must hold one tfds data set (dataset_info.json); holds {names or 'none'}"
+        f"data.path={path!r}: must hold one tfds data set (dataset_info.json); holds "
+        f"{names or 'none'}"
     )
 
 
@@ -90,7 +93,8 @@ class TFDSSource(PictureSource):
             ) from None
         if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise ValueError(
-                f"data.path={config.path!r}: is of format {builder.info.file_format.value}; must be array_record"
+                f"data.path={config.path!r}: is of format {builder.info.file_format.value}; must "
+                "be array_record"
             )
         features = builder.info.features
         pictures = [
@@ -105,7 +109,8 @@ class TFDSSource(PictureSource):
         found = [name for name in names if name.split("/")[0] in features]
         if not found:
             raise ValueError(
-                f"data.caption_field={config.caption_field!r}: {config.path} has the features {', '.join(features)}"
+                f"data.caption_field={config.caption_field!r}: {config.path} has the features "
+                f"{', '.join(features)}"
             )
         self._caption = found[0]
         try:

@@ -1,18 +1,13 @@
 """The bundled caption tokenizer: byte-level BPE, lowercased, so any text has tokens, offline.
 
 `tokenizer.json` beside this file (4096 tokens; a Hugging Face `tokenizers` file) was trained on
-captions of the `shapes` and emoji data sets and general English text. Train another one with
-
-    python -m contextdiff_jax.data.tokenizer --corpus FILE [--corpus FILE ...] --out tokenizer.json
-
-where a FILE is plain text, one document a line.
+captions of the `shapes` and emoji data sets and general English text;
+`contextdiff_jax.train_tokenizer` trains another one.
 """
 
 from __future__ import annotations
 
-import argparse
 import pathlib
-import sys
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -21,7 +16,7 @@ from jaxtyping import Bool, Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from contextdiff_jax import tokens
-from contextdiff_jax.texts import check_text, read_lines
+from contextdiff_jax.texts import check_text
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")  # in the order of their ids
@@ -79,7 +74,7 @@ class Tokenizer:
         ids, room = np.full((len(captions), max_length), PAD, np.int32), max_length - 2
         texts = [" ".join(c.split()) for c in captions]
         encodings, lost = self._tokenizer.encode_batch(texts, add_special_tokens=False), []
-        for row, text, encoding in zip(ids, texts, encodings):
+        for row, text, encoding in zip(ids, texts, encodings, strict=True):
             kept = [BOS, *encoding.ids[:room], EOS]
             row[: len(kept)] = kept
             fits = len(encoding.ids) <= room
@@ -129,8 +124,9 @@ class FolderTokens:
     def encode(
         self, captions: Sequence[str], max_length: int
     ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
-        """As `Tokenizer.encode`: the caption's tokens (as many as fit) between the model's special
-        ones, padding.
+        """`Tokenizer.encode` by a model's own tokenizer.
+
+        A caption's tokens (as many as fit) stand between the model's special ones, then padding.
         """
         return self.encode_and_cut(captions, max_length)[:2]
 
@@ -184,34 +180,3 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int = 4096) -> tokenizers.
     )
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
-
-
-def _read_lines(paths: Sequence[pathlib.Path]) -> Iterable[str]:
-    for path in paths:
-        yield from read_lines(path, "--corpus")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Trains the caption tokenizer.")
-    parser.add_argument(
-        "--corpus", type=pathlib.Path, nargs="+", action="extend", required=True, help="text files"
-    )
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="tokenizer file to write")
-    parser.add_argument("--vocab_size", type=int, default=4096)
-    args = parser.parse_args(argv)
-    missing = [str(path) for path in args.corpus if not path.is_file()]
-    if missing:
-        parser.error(f"--corpus={missing[0]}: is not a file")
-    try:
-        lines = list(_read_lines(args.corpus))
-    except ValueError as error:
-        parser.error(str(error))
-    tokenizer = train_tokenizer(lines, args.vocab_size)
-    tokenizer.save(str(args.out))
-    print(f"{args.out}: {tokenizer.get_vocab_size()} tokens")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -245,7 +245,8 @@ def read_clip(
             if frame.shape != first:
                 sizes = ["{} x {}".format(*shape[:2]) for shape in (first, frame.shape)]
                 raise ValueError(
-                    f"video.path={path}: frame {seen - 1} is {sizes[1]}, the first {sizes[0]}; all must agree"
+                    f"video.path={path}: frame {seen - 1} is {sizes[1]}, the first {sizes[0]}; "
+                    "all must agree"
                 )
             frames.append(frame if size is None else resize(frame, size))
     if not seen:

@@ -1,12 +1,12 @@
 """Tar shards in WebDataset's layout, as LAION's are: read at random through an index of the
 members' places.
 
-    path/00000.tar: 000000000.jpg  000000000.txt  000000000.json  000000001.jpg ...      one record a key
+    path/00000.tar: 000000000.jpg  000000000.txt  000000000.json  000000001.jpg ...
 
-Which members make a record, and what counts as lost in a damaged shard: see `shards`. The caption
-is `caption_field` of the `.json` (a string or a list of them), else the `.txt`, else `caption` of
-the `.json`: the first of them that has words. The other fields of the `.json` are kept as
-attributes.
+There is one record a key. Which members make a record, and what counts as lost in a damaged shard:
+see `shards`. The caption is `caption_field` of the `.json` (a string or a list of them), else the
+`.txt`, else `caption` of the `.json`: the first of them that has words. The other fields of the
+`.json` are kept as attributes.
 
 The index is made once from the tar headers, and kept (see `kept`): afterwards a source opens in the
 time that it takes to map one file into memory. No shard is ever extracted; a record is one `pread`
@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import glob
+import logging
 import os
 import pathlib
 import tarfile
@@ -26,7 +27,6 @@ import zlib
 from typing import Any, BinaryIO
 
 import numpy as np
-from absl import logging
 
 from contextdiff_jax.data.kept import digest, fingerprint, kept_array
 from contextdiff_jax.data.records import (
@@ -47,19 +47,20 @@ _ENTRY = np.dtype(
         *((kind, [("offset", "<i8"), ("size", "<i4")]) for kind in ("image", "text", "json")),
     ]
 )
+LOGGER = logging.getLogger(__name__)
 _MAX_OPEN = 256  # shards; a process may have 1024 files open by default
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WebDatasetConfig(PictureConfig):
-    """Which shards to read. `shards`: a glob of their names in `path`."""
+    """A choice of the shards to read. `shards`: a glob of their names in `path`."""
 
     shards: str = "*.tar"
 
 
 def _index(root: pathlib.Path, shards: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
     """The index of all shards, and what is broken in them."""
-    logging.warning("Indexing %d tar shards in %s, once", len(shards), root)
+    LOGGER.warning("Indexing %d tar shards in %s, once", len(shards), root)
     start, parts, found = time.perf_counter(), [], []
     for number, name in enumerate(shards):
         shard = _index_shard(root / name)
@@ -67,7 +68,7 @@ def _index(root: pathlib.Path, shards: list[str]) -> tuple[np.ndarray, dict[str,
         found.append(dataclasses.replace(shard, records=[]))  # millions of them take their room
     index = np.concatenate(parts)
     reasons = [reason for shard in found for reason in (*shard.damage, *shard.broken)]
-    logging.warning("Indexed %d records in %.1f s", len(index), time.perf_counter() - start)
+    LOGGER.warning("Indexed %d records in %.1f s", len(index), time.perf_counter() - start)
     return index, {"num_broken": sum(lost_records(found)), "reasons": reasons[:20]}
 
 

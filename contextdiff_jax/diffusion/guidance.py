@@ -1,4 +1,4 @@
-"""From networks to denoise functions: estimates of the context, guidance, thresholding."""
+"""The way from networks to denoise functions: estimates of the context, guidance, thresholding."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def pair(
     return jnp.stack([first, second], 1).reshape(-1, *first.shape[1:])
 
 
-def unpair(both: Shaped[Array, "rows *D"]) -> tuple[Shaped[Array, "B *D"], Shaped[Array, "B *D"]]:
+def unpair(both: Shaped[Array, "R *D"]) -> tuple[Shaped[Array, "B *D"], Shaped[Array, "B *D"]]:
     """The inverse of `pair`."""
     rows = both.reshape(-1, 2, *both.shape[1:])
     return rows[:, 0], rows[:, 1]

@@ -184,8 +184,8 @@ def ddim_sample(
 
     `timesteps` descend; the last step goes to clean data (s = -1), unless `next_timesteps` says
     where each goes (other implementations' steps don't all end where the next begins). `project`
-    replaces x after each step (inpainting). `key` is needed when eta > 0. Raises ValueError for eta outside [0, 1], eta > 0
-    without a key, or a number of steps that `reuse` doesn't divide.
+    replaces x after each step (inpainting). `key` is needed when eta > 0. Raises ValueError for eta
+    outside [0, 1], eta > 0 without a key, or a number of steps that `reuse` doesn't divide.
     """
     check_eta(eta)
     deterministic = not isinstance(eta, jax.core.Tracer) and eta == 0
@@ -208,8 +208,7 @@ def ddim_invert(
     tolerance: float = 1e-4,
     keep: bool = False,
 ) -> Float[Array, "B *D"] | tuple[Float[Array, "B *D"], Float[Array, "S B *D"]]:
-    """DDIM backwards, from clean data to x at the last of the *ascending* `timesteps` (DESIGN.md,
-    Inversion):
+    """DDIM backwards, from clean data to x at the last of the *ascending* `timesteps`:
 
     x_t = a_t x0_hat + k_t r_t + b_t / b_s (x_s - a_s x0_hat - k_s r_s),                        (6)
     x0_hat and r_hat from (x_s, s).
@@ -240,22 +239,15 @@ def ddim_invert(
             + direction * residual
         )
 
-    def solve(x_s, x_t, s, t):
-        def residual(x_t):
-            out = denoise(x_t, t, s)
-            return (
-                x_s
-                - q_posterior(
-                    schedule, out.x0, x_t, out.context_t, out.context_s, t, s, 0.0, shift
-                ).mean
-            )
-
-        return _least_residual(residual, x_t, iterations, tolerance)
+    def back(x, t, s):
+        out = denoise(x, t, s)
+        return q_posterior(schedule, out.x0, x, out.context_t, out.context_s, t, s, 0.0, shift).mean
 
     def step(x, inputs):
         s, t = (jnp.full(x.shape[:1], index) for index in inputs)
         x_t = explicit(x, s, t)
-        x_t = solve(x, x_t, s, t) if iterations else x_t
+        if iterations:
+            x_t = _least_residual(lambda x_t: x - back(x_t, t, s), x_t, iterations, tolerance)
         return x_t, x_t if keep else None
 
     starts = jnp.concatenate([jnp.zeros_like(timesteps[:1]), timesteps[:-1]])

@@ -20,8 +20,7 @@ CountTokens = Callable[[str], int]
 
 
 class Alignment(NamedTuple):
-    """How the tokens of E edit prompts go with those of the source's, and which of them count for
-    what.
+    """An alignment of E edit prompts' tokens with the source's, and of what each counts for.
 
     Attributes:
       mapper: share of each source token's attention that an edit's token takes. keep: 1 where it
@@ -38,7 +37,7 @@ class Alignment(NamedTuple):
 
 
 def words_of(prompt: str) -> list[str]:
-    """What alignment calls a word."""
+    """The words of a prompt, as alignment counts them."""
     return prompt.lower().split()
 
 
@@ -52,7 +51,8 @@ def token_spans(prompt: str, count_tokens: CountTokens, length: int) -> list[ran
         start, end = end, end + count_tokens(word)
         if end >= length:
             raise ValueError(
-                f"prompt={prompt!r}: {word!r} lies beyond the text encoder's {length} tokens; shorten it"
+                f"prompt={prompt!r}: {word!r} lies beyond the text encoder's {length} tokens; "
+                "shorten it"
             )
         spans.append(range(start, end))
     return spans
@@ -63,16 +63,17 @@ def _matching(source: list[str], target: list[str], control: str) -> list[tuple[
     if control == "replace":
         if len(source) != len(target):
             raise ValueError(
-                f"edit.control='replace': {' '.join(target)!r} has {len(target)} words and the clip's prompt "
-                f"{len(source)}, so they can't be aligned; use edit.control='refine', or as many words"
+                f"edit.control='replace': {' '.join(target)!r} has {len(target)} words and the "
+                f"clip's prompt {len(source)}, so they can't be aligned; use "
+                "edit.control='refine', or as many words"
             )
-        return list(zip(range(len(source)), range(len(target))))
+        return list(zip(range(len(source)), range(len(target)), strict=True))
     blocks = difflib.SequenceMatcher(None, source, target, autojunk=False).get_matching_blocks()
     return [(block.a + i, block.b + i) for block in blocks for i in range(block.size)]
 
 
 def changed_words(prompt: str, other: str) -> list[int]:
-    """Which words of `prompt` are not, in their order, those of `other`."""
+    """The words of `prompt` that are not, in their order, those of `other`."""
     words = words_of(prompt)
     same = {b for _, b in _matching(words_of(other), words, "refine")}
     return [i for i in range(len(words)) if i not in same]
@@ -123,7 +124,8 @@ def _check_words(words: Sequence[str], prompts: Sequence[str]) -> None:
     for word in words:
         if word.lower() not in known:
             raise ValueError(
-                f"edit: the word {word!r} is in none of the prompts, so its attention can't be found"
+                f"edit: the word {word!r} is in none of the prompts, so its attention can't be "
+                "found"
             )
 
 

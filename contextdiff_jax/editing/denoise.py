@@ -25,8 +25,9 @@ class Text(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Process:
-    """What a model was trained on: schedule, prediction type, shift. `bound`: of |x0| (1 for
-    pictures, None: latents).
+    """The process that a model was trained on: schedule, prediction type, shift.
+
+    `bound`: of |x0| (1 for pictures, None: latents).
     """
 
     schedule: diffusion.NoiseSchedule
@@ -62,10 +63,12 @@ def window_weights(frames: int, window: int, overlap: int) -> list[tuple[slice, 
     starts = [*range(0, frames - window, window - overlap), frames - window]
     ramp = np.minimum(np.arange(1, window + 1), overlap + 1) / (overlap + 1)
     weights = np.zeros((len(starts), frames), np.float32)
-    for row, start in zip(weights, starts):
+    for row, start in zip(weights, starts, strict=True):
         row[start : start + window] = np.minimum(ramp, ramp[::-1])
     weights /= weights.sum(0)
-    return [(slice(s, s + window), row[s : s + window]) for s, row in zip(starts, weights)]
+    return [
+        (slice(s, s + window), row[s : s + window]) for s, row in zip(starts, weights, strict=True)
+    ]
 
 
 def windowed(
@@ -79,14 +82,12 @@ def windowed(
     def blended(x, *rest):
         total = None
         for part, weight in parts:
-            out = jax.tree.map(
-                lambda y: (
-                    jnp.zeros((y.shape[0], frames, *y.shape[2:]), y.dtype)
-                    .at[:, part]
-                    .set(y * weight.reshape(1, -1, *[1] * (y.ndim - 2)))
-                ),  # noqa: B023
-                function(x[:, part], *rest),
-            )
+
+            def place(y, part=part, weight=weight):
+                whole = jnp.zeros((y.shape[0], frames, *y.shape[2:]), y.dtype)
+                return whole.at[:, part].set(y * weight.reshape(1, -1, *[1] * (y.ndim - 2)))
+
+            out = jax.tree.map(place, function(x[:, part], *rest))
             total = out if total is None else jax.tree.map(jnp.add, total, out)
         return total
 

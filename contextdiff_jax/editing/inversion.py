@@ -1,4 +1,4 @@
-"""From a clip to the noise that gives it back: inversion with context."""
+"""The way from a clip to the noise that gives it back: inversion with context."""
 
 from __future__ import annotations
 

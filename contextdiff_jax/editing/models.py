@@ -1,6 +1,4 @@
-"""What an edit works with, whatever the model came from: video networks, a process, and ways in and
-out of them.
-"""
+"""An edit's model, wherever from: video networks, a process, and ways in and out of them."""
 
 from __future__ import annotations
 
@@ -69,13 +67,13 @@ class Editor:
                 for side in (height, width)
             )
             raise ValueError(
-                f"video.size: the frames are {height} x {width}; height and width must be multiples of "
-                f"{self.multiple}, as with --config.video.size={nearest}"
+                f"video.size: the frames are {height} x {width}; height and width must be "
+                f"multiples of {self.multiple}, as with --config.video.size={nearest}"
             )
 
 
 def digest(tree: PyTree, *about: Any) -> str:
-    """Of the arrays' values, in order, the same wherever they lie; and of the `repr` of the rest."""
+    """A digest of the arrays' values, in order, wherever they lie, and of `about`'s `repr`."""
     total = hashlib.blake2b(repr(about).encode(), digest_size=16)
     for leaf in map(np.asarray, jax.tree.leaves(tree)):
         total.update(f"{leaf.dtype}{leaf.shape}".encode())
@@ -136,8 +134,9 @@ def _from_model(
     length = trained.data.max_length
     if model.vision is not None and settings.video.transfer_context:
         raise ValueError(
-            f"video.model={settings.video.model}: its context reads CLIP's tokens of pictures (context.tokens='clip'), "
-            "which clips have not; use --config.video.transfer_context=False"
+            f"video.model={settings.video.model}: its context reads CLIP's tokens of pictures "
+            "(context.tokens='clip'), which clips have not; use "
+            "--config.video.transfer_context=False"
         )
     network = _context(
         settings, model.context, trained.model.in_channels, trained.model.cross_attention_dim

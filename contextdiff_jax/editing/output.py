@@ -1,4 +1,4 @@
-"""What an edit shows: films, GIFs, frames, and a strip of all clips side by side."""
+"""Outputs of an edit: films, GIFs, frames, and a strip of all clips side by side."""
 
 from __future__ import annotations
 

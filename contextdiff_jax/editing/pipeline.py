@@ -137,7 +137,7 @@ def edit_clip(
 
 
 def check_finite(values: Float[Array, "..."], message: str) -> None:
-    """RunError for a clip that would be written as black pictures, and measured as if it were one."""
+    """Raises RunError for a clip that would be written, and measured, as black pictures."""
     if not bool(jnp.isfinite(values).all()):
         raise RunError(message)
 
@@ -195,8 +195,9 @@ class Judges(NamedTuple):
 
 
 def open_judges(settings: EditSettings, height: int, width: int) -> Judges:
-    """Those that the config names, for clips of that size. ValueError, one line, for a folder or
-    file that doesn't fit.
+    """The judges that the config names, for clips of that size.
+
+    ValueError, one line, for a folder or file that doesn't fit.
     """
     edit = settings.edit
     folders = ((scores.make_clip_scorer, edit.clip), (scores.make_pick_scorer, edit.pickscore))
@@ -254,12 +255,14 @@ def table(metrics: Mapping[str, Any]) -> str:
     columns = list(dict.fromkeys(key for _, row in rows for key in row if key != "prompt"))
     widths = [max(len(column), 8) for column in columns]
     lines = [
-        f"{'clip':40}" + "".join(f"  {column:>{width}}" for column, width in zip(columns, widths))
+        f"{'clip':40}"
+        + "".join(f"  {column:>{width}}" for column, width in zip(columns, widths, strict=True))
     ]
     for label, row in rows:
         cells = [f"{row[column]:.4g}" if column in row else "" for column in columns]
         lines.append(
-            f"{label[:40]:40}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths))
+            f"{label[:40]:40}"
+            + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         )
     return "\n".join(lines)
 
@@ -271,7 +274,7 @@ def write(
     metrics: Mapping[str, Any],
     workdir: pathlib.Path,
 ) -> None:
-    """DIR/edits/NN.gif, NN.mp4 and NN/ (frames), strip.png, attention/ if asked for, metrics.json."""
+    """Writes the files of an edit: edits/NN.gif, NN.mp4, NN/ (frames), strip.png, attention/."""
     video, folder = settings.video, workdir / "edits"
     remove_old(workdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -282,7 +285,7 @@ def write(
     rows = {f"source: {video.prompt}": clip, "reconstruction": edited.reconstruction}
     rows |= {
         f"{i}: {prompt}": frames
-        for i, (prompt, frames) in enumerate(zip(video.edit_prompts, edited.clips))
+        for i, (prompt, frames) in enumerate(zip(video.edit_prompts, edited.clips, strict=True))
     }
     output.strip(rows).save(workdir / "strip.png")
     if settings.edit.attention_maps:
@@ -295,7 +298,7 @@ def write(
 
 
 def remove_old(workdir: pathlib.Path) -> None:
-    """Removes what an earlier edit wrote: it may have had more prompts, or frames. Other files stay."""
+    """Removes what an earlier edit, of more prompts or frames, wrote. Other files stay."""
     written = [p for p in (workdir / "edits").glob("*") if p.suffix in ("", ".gif", ".mp4")]
     written += (workdir / "attention").glob("*.png")
     for path in written:

@@ -1,4 +1,4 @@
-"""From an inverted clip to its edits, all in one batch: DDIM with the source beside them."""
+"""The way from an inverted clip to its edits, in one batch: DDIM with the source beside them."""
 
 from __future__ import annotations
 

@@ -76,7 +76,8 @@ class VideoConfig:
             isinstance(p, str) and p.strip() for p in self.edit_prompts
         ):
             raise ValueError(
-                f"video.edit_prompts={self.edit_prompts}: must be at least one text, as in ('a red car',)"
+                f"video.edit_prompts={self.edit_prompts}: must be at least one text, as in ('a "
+                "red car',)"
             )
         if self.window and not self.overlap < self.window:
             raise ValueError(
@@ -144,7 +145,8 @@ class EditConfig:
         )
         if not 0 < self.strength <= 1 or int(self.steps * self.strength + 1e-6) < 1:
             raise ValueError(
-                f"edit.strength={self.strength}: must lie in (0, 1] and leave one of {self.steps} steps"
+                f"edit.strength={self.strength}: must lie in (0, 1] and leave one of {self.steps} "
+                "steps"
             )
         for field in ("cross_range", "self_range", "blend_range"):
             value = getattr(self, field)
@@ -183,7 +185,8 @@ def parse_edit(config: Mapping[str, Any]) -> EditSettings:
     for name in ("video", "edit"):
         if name not in config:
             raise ValueError(
-                f"{name}: missing; an editing config has the sections video and edit, see configs/edit_shapes.py"
+                f"{name}: missing; an editing config has the sections video and edit, see "
+                "configs/edit_shapes.py"
             )
     rest = {name: section for name, section in config.items() if name not in ("video", "edit")}
     return EditSettings(

@@ -85,7 +85,8 @@ def run_benchmark(
         raise ValueError(f"--shapes={count}: must be at least 2, for a standard error")
     if settings.base.context.shift == "none":
         raise ValueError(
-            "context.shift='none': is what --shapes compares with; leave context.shift as the model has it"
+            "context.shift='none': is what --shapes compares with; leave context.shift as the "
+            "model has it"
         )
     plain = dataclasses.replace(
         settings,
@@ -139,10 +140,14 @@ def _report(
 def table(report: Mapping[str, Any]) -> str:
     """The paired comparison as text."""
     lines = [
-        f"{'edit':15} {'metric':16} {'context':>8} {'none':>8} {'difference':>11} {'standard error':>15}"
+        f"{'edit':15} {'metric':16} {'context':>8} {'none':>8} {'difference':>11} "
+        f"{'standard error':>15}"
     ]
     for kind, rows in report["results"].items():
         for name, row in rows.items():
-            values = f"{row['first']:8.3f} {row['second']:8.3f} {row['difference']:+11.3f} {row['standard_error']:15.3f}"
+            values = (
+                f"{row['first']:8.3f} {row['second']:8.3f} {row['difference']:+11.3f} "
+                f"{row['standard_error']:15.3f}"
+            )
             lines.append(f"{kind:15} {name:16} {values}")
     return "\n".join(lines)

@@ -154,8 +154,10 @@ def make_tuning_step(
 
 
 def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any], settings: EditSettings) -> None:
-    """Raises ValueError if `workdir` holds a tuning by another config, on another clip, or from another
-    model than config["tuned_on"] has digests of.
+    """Raises ValueError if `workdir` holds another tuning.
+
+    That is one by another config, on another clip, or from another model than config["tuned_on"]
+    has digests of.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -183,8 +185,9 @@ def tune_quickly(
     settings: EditSettings,
     run: Callable[..., Any],
 ) -> VideoDiffusion:
-    """As `tune`, all steps as one program, which `run(name, function, *arguments)` compiles;
-    nothing is written.
+    """Tunes as `tune` does, in one program that `run(name, function, *arguments)` compiles.
+
+    Nothing is written.
     """
     train = settings.base.train
     graph, params, frozen = nnx.split(model, trainable(settings.video.tune), ...)
@@ -232,13 +235,8 @@ def tune(
     log = MetricsLog(workdir, first)
     # Afterwards nothing is left to be saved: what follows may be ended at once.
     with closing(StopSignal()) as stop, closing(log), checkpoints.closing(manager, workdir):
-        bar = tqdm(
-            range(first + 1, train.steps + 1),
-            initial=first,
-            total=train.steps,
-            desc="tuning",
-            disable=None,
-        )
+        steps = range(first + 1, train.steps + 1)
+        bar = tqdm(steps, initial=first, total=train.steps, desc="tuning", disable=None)
         for step in bar:
             state, loss = step_fn(state, frozen, x0, text, null)
             last = step == train.steps or stop(step)
@@ -246,7 +244,8 @@ def tune(
                 value = float(loss)
                 if value != value:
                     raise RunError(
-                        f"step {step}: the loss is not finite; lower train.learning_rate and run again"
+                        f"step {step}: the loss is not finite; lower train.learning_rate and run "
+                        "again"
                     )
                 bar.set_postfix(loss=f"{value:.4g}")
                 gain = nnx.merge(graph, state.params, frozen).context.gain

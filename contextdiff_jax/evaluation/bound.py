@@ -6,7 +6,7 @@ the timesteps.
 The sum costs T - 1 network calls a picture. So 1..T-1 is cut into K strata of n_s neighbours, each
 picture draws one t_s uniformly in each, and
 
-    L_T + sum_s n_s KL_{t_s} + L_0                                                                       (1)
+    L_T + sum_s n_s KL_{t_s} + L_0        (1)
 
 has the same expectation, for every K. Strata grow with the cube of t: measured on `shapes`, KL_t
 falls by 10^3 over the first tenth of the timesteps and is flat after. So the first terms are all
@@ -42,7 +42,7 @@ class Bound(NamedTuple):
 
     @property
     def standard_error(self) -> float:
-        """Of the mean total."""
+        """The standard error of the mean total."""
         return float(self.total.std(ddof=1) / np.sqrt(len(self.total)))
 
 

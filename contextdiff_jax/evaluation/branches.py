@@ -1,4 +1,4 @@
-"""What guidance has to work with: the denoiser with the caption and without, by t.
+"""Differences that guidance works with: the denoiser with the caption and without, by t.
 
 Guidance extrapolates from x0_hat without the caption to x0_hat with it. At x_t of the forward
 process, which its context has shifted towards x0, both are measured against x0 and against each

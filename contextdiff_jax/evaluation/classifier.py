@@ -88,7 +88,8 @@ def choose_attributes(labels: Sequence[Labels]) -> tuple[Attribute, ...]:
         chosen.append(Attribute(name, (*frequent, *rest), multiple))
     if not chosen:
         raise ValueError(
-            f"data.source: no attribute of its records has 2 to {_MAX_VALUES} frequent values to train a classifier on"
+            f"data.source: no attribute of its records has 2 to {_MAX_VALUES} frequent values to "
+            "train a classifier on"
         )
     return tuple(chosen)
 
@@ -127,7 +128,7 @@ class Classifier(nnx.Module):
             for i in range(max(1, round(math.log2(image_size / 4))) + 1)
         ]
         convs = []
-        for i, (a, b) in enumerate(zip([3, *widths], widths)):
+        for i, (a, b) in enumerate(zip([3, *widths], widths, strict=False)):
             convs += [
                 nnx.Conv(a, b, (3, 3), strides=1 if i == 0 else 2, rngs=rngs),
                 nnx.Conv(b, b, (3, 3), rngs=rngs),
@@ -254,14 +255,16 @@ def save_classifier(
 
 
 def load_classifier(folder: str | pathlib.Path) -> Classifier:
-    """What `save_classifier` wrote. ValueError for a folder without one, or whose weights don't fit
-    its report.
+    """The classifier that `save_classifier` wrote.
+
+    ValueError for a folder without one, or whose weights don't fit its report.
     """
     folder = pathlib.Path(folder)
     for name in (WEIGHTS_FILE, REPORT_FILE):
         if not (folder / name).is_file():
             raise ValueError(
-                f"{folder}: holds no classifier (no {name}); train one with contextdiff_jax.train_classifier"
+                f"{folder}: holds no classifier (no {name}); train one with "
+                "contextdiff_jax.train_classifier"
             )
     report = read_json(folder / REPORT_FILE, "a classifier's report")
     try:

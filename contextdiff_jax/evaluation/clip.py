@@ -47,8 +47,9 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], default_size: int) -> Preprocessing:
-        """From the values of a preprocessor_config.json, of any age. ValueError for what is not
-        CLIP's.
+        """The preprocessing of a preprocessor_config.json's values, of any age.
+
+        ValueError for what is not CLIP's.
 
         Args:
           default_size: of what the file leaves out.
@@ -168,8 +169,8 @@ class Clip:
         height, width = self.preprocessing(np.zeros((1, size, size, 3), np.uint8)).shape[1:3]
         if (height, width) != (self.image_size, self.image_size):
             raise ValueError(
-                f"--clip={self.name}: its preprocessing makes pictures of {size} pixels {height} x {width}; the model "
-                f"reads {self.image_size} x {self.image_size}"
+                f"--clip={self.name}: its preprocessing makes pictures of {size} pixels {height} "
+                f"x {width}; the model reads {self.image_size} x {self.image_size}"
             )
 
     def embed_images(
@@ -202,7 +203,8 @@ def load_clip(folder: str | pathlib.Path) -> Clip:
     )
     if architecture != "CLIPModel":
         raise ValueError(
-            f"{folder / 'config.json'}: architectures={architecture!r}: another architecture; must be CLIPModel"
+            f"{folder / 'config.json'}: architectures={architecture!r}: another architecture; "
+            "must be CLIPModel"
         )
     vision, text = load_clip_vision(folder), load_clip_text(folder)
     image_size = vision.config.image_size
@@ -237,8 +239,8 @@ def _load_tokenizer(
     end, ids = tokenizer.eos_token_id, num_ids(tokenizer)
     if ids > config.vocab_size or config.eos_token_id not in (2, end):
         raise ValueError(
-            f"{folder}: the tokenizer has {ids} ids and ends with {end}; the model has {config.vocab_size} "
-            f"and eos_token_id={config.eos_token_id}"
+            f"{folder}: the tokenizer has {ids} ids and ends with {end}; the model has "
+            f"{config.vocab_size} and eos_token_id={config.eos_token_id}"
         )
     length = min(tokenizer.model_max_length, config.max_position_embeddings)
 

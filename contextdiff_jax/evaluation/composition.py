@@ -163,7 +163,7 @@ def _place_matches(wanted: Scene, matched: Sequence[Object | None]) -> list[bool
         )
     if wanted.position is not None:
         answers.append(matched[0] is not None and matched[0].position == wanted.position)
-    for target, obj in zip(wanted.objects, matched):
+    for target, obj in zip(wanted.objects, matched, strict=True):
         if target.centre is not None:
             close = (
                 obj is not None
@@ -179,7 +179,7 @@ def _compare(wanted: Scene, matched: Sequence[Object | None]) -> dict[str, float
     def share(answers: list[bool]) -> float:
         return sum(answers) / len(answers) if answers else float("nan")
 
-    pairs = list(zip(wanted.objects, matched))
+    pairs = list(zip(wanted.objects, matched, strict=True))
     shares = {
         name: share(
             [
@@ -196,7 +196,7 @@ def _compare(wanted: Scene, matched: Sequence[Object | None]) -> dict[str, float
 
 
 def _quality(shares: dict[str, float]) -> tuple[float, float]:
-    """How good a matching is: by what the objects are; by where they are only between equals."""
+    """A matching's rank: by what the objects are; by where they are only between equals."""
     known = {name: 0.0 if np.isnan(value) else value for name, value in shares.items()}
     return known["shape"] + known["colour"] + known["size"], known["relation"]
 
@@ -247,7 +247,8 @@ def judge(
     """
     if not len(images) or len(images) != len(captions):
         raise ValueError(
-            f"images={len(images)}, captions={len(captions)}: must be equally many, and at least one"
+            f"images={len(images)}, captions={len(captions)}: must be equally many, and at least "
+            "one"
         )
     values: dict[str, Float[np.ndarray, N]] = {}
 
@@ -255,7 +256,7 @@ def judge(
         if value == value:  # not nan
             values.setdefault(name, np.full(len(images), np.nan))[index] = value
 
-    for i, (image, text) in enumerate(zip(images, captions)):
+    for i, (image, text) in enumerate(zip(images, captions, strict=True)):
         wanted = parse_caption(text)
         result = check(image, wanted)
         for name, value in result.items():

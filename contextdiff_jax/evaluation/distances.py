@@ -1,12 +1,12 @@
 """Distances between two sets of feature vectors, and scores of pairs; float64 numpy.
 
-FID     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2)                              Heusel et al. 2017, eq. 6       (1)
-MMD^2   mean k(x, x') + mean k(y, y') - 2 mean k(x, y)                        Gretton et al. 2012             (2)
-KID     (2) with k = (x.y / D + 1)^3, no pair of a vector with itself         Binkowski et al. 2018
-CMMD    1000 x (2) with k = exp(-|x - y|^2 / (2 10^2)), pairs with itself too, on normalised CLIP embeddings
-                                                                              Jayasumana et al. 2024
-precision, recall: share of one set inside the other's k-nearest-neighbour balls, Kynkaanniemi et
-al. 2019
+FID     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2)                  (1)  Heusel et al. 2017, eq. 6
+MMD^2   mean k(x, x') + mean k(y, y') - 2 mean k(x, y)             (2)  Gretton et al. 2012
+KID     (2) with k = (x.y / D + 1)^3, no pair of a vector with itself   Binkowski et al. 2018
+CMMD    1000 x (2) with k = exp(-|x - y|^2 / (2 10^2)), pairs of a vector with itself too,
+        on normalised CLIP embeddings                                   Jayasumana et al. 2024
+precision, recall: share of one set inside the other's k-nearest-neighbour balls,
+                                                                        Kynkaanniemi et al. 2019
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def clip_score(image: Features, text: Features) -> Float[np.ndarray, N]:
 
 
 def cosines(image: Features, text: Features) -> Float[np.ndarray, N]:
-    """Of each pair."""
+    """The cosine of each pair."""
     return (_normalised(image, "image") * _normalised(text, "text")).sum(1)
 
 
@@ -192,7 +192,8 @@ def precision_recall(
     generated, real = np.asarray(generated, np.float64), np.asarray(real, np.float64)
     if min(len(generated), len(real)) <= k:
         raise ValueError(
-            f"generated={len(generated)}, real={len(real)} pictures: k={k} neighbours need more of each"
+            f"generated={len(generated)}, real={len(real)} pictures: k={k} neighbours need more "
+            "of each"
         )
     check_finite(generated=generated, real=real)
     return _inside(generated, real, _radii(real, k)), _inside(real, generated, _radii(generated, k))

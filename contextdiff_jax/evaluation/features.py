@@ -36,8 +36,9 @@ class Moments:
 
     @classmethod
     def of(cls, features: Float[np.ndarray, "N D"]) -> Moments:
-        """Those of all rows, block by block: of 50,000 rows of 2048, copies in float64 would take
-        1.6 GB. ValueError if there are none.
+        """The moments of all rows, made block by block.
+
+        Of 50,000 rows of 2048, copies in float64 would take 1.6 GB. ValueError if there are none.
         """
         if not len(features):
             raise ValueError("features: there are none")
@@ -55,7 +56,7 @@ class Moments:
         return cls(len(features), mean, centred.T @ centred)
 
     def merge(self, other: Moments) -> Moments:
-        """Those of both sets together."""
+        """The moments of both sets together."""
         count = self.count + other.count
         delta = other.mean - self.mean
         scatter = (
@@ -82,8 +83,9 @@ def check_finite(**sets: Float[np.ndarray, "N ..."]) -> None:
         finite = np.isfinite(rows).reshape(len(rows), -1).all(1)
         if not finite.all():
             raise ValueError(
-                f"{name}: {np.count_nonzero(~finite)} of {len(rows)} rows hold values that are not finite, the first "
-                f"is row {finite.argmin()}; look at its picture and at the network's weights"
+                f"{name}: {np.count_nonzero(~finite)} of {len(rows)} rows hold values that are "
+                f"not finite, the first is row {finite.argmin()}; look at its picture and at the "
+                "network's weights"
             )
 
 

@@ -13,7 +13,7 @@ from contextdiff_jax.data import DataConfig
 from contextdiff_jax.evaluation import classifier
 from contextdiff_jax.evaluation.features import extract
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
-from contextdiff_jax.evaluation.metrics import classifier_source, feature_fns
+from contextdiff_jax.evaluation.subject import classifier_source, feature_fns
 
 
 def fit_classifier(

@@ -36,7 +36,8 @@ _BN_EPS = 1e-3
 _UNUSED = ("fc.", "AuxLogits.")  # the classifier on top of the features
 TO_SAFETENSORS = (
     'python -c "import sys, torch; from safetensors.torch import save_file; '
-    "save_file(torch.load(sys.argv[1], map_location='cpu', weights_only=True), sys.argv[2])\" FILE.pth FILE.safetensors"
+    "save_file(torch.load(sys.argv[1], map_location='cpu', weights_only=True), sys.argv[2])\" "
+    "FILE.pth FILE.safetensors"
 )
 
 
@@ -206,7 +207,7 @@ class MixedE(_Block):
 
 
 class Inception(nnx.Module):
-    """Pictures in [-1, 1], 299 x 299, to the pooled features; attribute names are the checkpoint's."""
+    """Pictures in [-1, 1], 299 x 299, to pooled features; attribute names are the checkpoint's."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.Conv2d_1a_3x3 = ConvReLU(3, 32, (3, 3), 2, rngs=rngs)
@@ -274,7 +275,8 @@ def inception_state_from_torch(tensors: Mapping[str, np.ndarray], network: Incep
             flat[(*path, leaf)] = params[(*path, leaf)].replace(jnp.asarray(value, jnp.float32))
     if problems:
         raise ValueError(
-            f"Inception weights: {len(problems)} tensors do not fit: {'; '.join(sorted(problems)[:3])}"
+            f"Inception weights: {len(problems)} tensors do not fit: "
+            f"{'; '.join(sorted(problems)[:3])}"
         )
     known = {".".join(path) for path in {path[:-1] for path in params}}
     unknown = [
@@ -282,7 +284,8 @@ def inception_state_from_torch(tensors: Mapping[str, np.ndarray], network: Incep
     ]
     if unknown:
         raise ValueError(
-            f"Inception weights: unknown tensors, so another network's: {', '.join(sorted(unknown)[:3])}"
+            "Inception weights: unknown tensors, so another network's: "
+            f"{', '.join(sorted(unknown)[:3])}"
         )
     return nnx.from_flat_state(flat)
 
@@ -299,7 +302,8 @@ def load_inception(path: str | pathlib.Path) -> Inception:
         start = file.read(2)
     if start in (b"PK", b"\x80\x02"):
         raise ValueError(
-            f"{path}: a torch pickle, which can run code when read; write it as safetensors: {TO_SAFETENSORS}"
+            f"{path}: a torch pickle, which can run code when read; write it as safetensors: "
+            f"{TO_SAFETENSORS}"
         )
     try:
         tensors = safetensors.numpy.load_file(path)

@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
 
 
 def resample_counts(size: int, resamples: int, rng: np.random.Generator) -> Int[np.ndarray, "R N"]:
-    """How often each of `size` pictures is in each resample of that size."""
+    """The number of times that each of `size` pictures is in each resample of that size."""
     return rng.multinomial(size, np.full(size, 1 / size), size=resamples)
 
 

@@ -26,10 +26,12 @@ from contextdiff_jax.evaluation.features import check_finite
 # AlexNet's convolutions by their names in the file: (kernel, input, output, stride, padding,
 # whether a pooling comes before).
 _LAYERS = {
-    "net.slice1.0": (11, 3, 64, 4, 2, False), "net.slice2.3": (5, 64, 192, 1, 2, True),
-    "net.slice3.6": (3, 192, 384, 1, 1, True), "net.slice4.8": (3, 384, 256, 1, 1, False),
+    "net.slice1.0": (11, 3, 64, 4, 2, False),
+    "net.slice2.3": (5, 64, 192, 1, 2, True),
+    "net.slice3.6": (3, 192, 384, 1, 1, True),
+    "net.slice4.8": (3, 384, 256, 1, 1, False),
     "net.slice5.10": (3, 256, 256, 1, 1, False),
-}  # fmt: skip
+}
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pictures in [-1, 1]
 SMALLEST = 31  # pixels a side: below, nothing is left for the second pooling
 Params = dict[str, Float[Array, "..."]]
@@ -53,7 +55,8 @@ def load_lpips(path: str | pathlib.Path, height: int, width: int) -> Distance:
         )
     if not path.is_file():
         raise ValueError(
-            f"edit.lpips={path}: no such file; contextdiff_jax/evaluation/lpips.py says how it is made"
+            f"edit.lpips={path}: no such file; contextdiff_jax/evaluation/lpips.py says how it is "
+            "made"
         )
     try:
         tensors = safetensors.numpy.load_file(path)
@@ -89,7 +92,7 @@ def _params(tensors: Mapping[str, np.ndarray], path: pathlib.Path) -> Params:
 
 
 def _features(params: Params, x: Float[Array, "N H W 3"]) -> list[Float[Array, "N h w C"]]:
-    """Of each layer, every pixel's vector at length 1."""
+    """The features of each layer, every pixel's vector at length 1."""
     found = []
     for name, (*_, stride, padding, pooled) in _LAYERS.items():
         if pooled:

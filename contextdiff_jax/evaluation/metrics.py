@@ -1,43 +1,25 @@
-"""The evaluate command's metrics by name: functions of an `Evaluation`, which makes once what
-several of them share.
-"""
+"""The evaluate command's metrics by name: functions of an `Evaluation` (see `subject`)."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Float, PyTree, UInt8
 
-from contextdiff_jax.data import DataConfig, RandomAccessSource, Tokenizer, make_source
-from contextdiff_jax.data.identity import identity
-from contextdiff_jax.data.shapes import heldout_triples
 from contextdiff_jax.evaluation import bound as bounds
 from contextdiff_jax.evaluation import distances
 from contextdiff_jax.evaluation.branches import make_model_branches
-from contextdiff_jax.evaluation.classifier import Classifier, correct, load_classifier, read_labels
-from contextdiff_jax.evaluation.clip import Clip, load_clip
+from contextdiff_jax.evaluation.classifier import Classifier, correct, read_labels
 from contextdiff_jax.evaluation.composition import is_main, judge
-from contextdiff_jax.evaluation.features import (
-    FeatureFn,
-    batches,
-    check_finite,
-    extract,
-    make_feature_fn,
-)
-from contextdiff_jax.evaluation.inception import Inception, load_inception, resize
+from contextdiff_jax.evaluation.features import batches, check_finite
+from contextdiff_jax.evaluation.inception import Inception
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
-from contextdiff_jax.evaluation.processes import gather_rows, join, share
+from contextdiff_jax.evaluation.processes import gather_rows, join
+from contextdiff_jax.evaluation.subject import Evaluation
 from contextdiff_jax.keys import make_key
-from contextdiff_jax.parallel.processes import agree
-from contextdiff_jax.settings import Settings
 from contextdiff_jax.tokens import warn_of_cut
 
 Scores = dict[str, dict[str, Estimate]]  # {row: {name: estimate}}
@@ -58,185 +40,14 @@ class Result:
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def splits(data: DataConfig) -> dict[str, RandomAccessSource]:
-    """The records to evaluate on, by the name of their row; held-out ones where the source has any."""
-    if data.source == "shapes":  # other scenes than those trained on, of the same combinations
-        data = dataclasses.replace(data, scene_seed=data.scene_seed + 1)
-        names = {"train": "seen combinations", "heldout": "held-out combinations"}
-        has_heldout = bool(heldout_triples(data.heldout_fraction))
-    else:
-        names = {"train": "training records", "heldout": "held-out records"}
-        has_heldout = data.source != "folder" or bool(data.heldout_metadata)
-    return {
-        row: make_source(data, split)
-        for split, row in names.items()
-        if split == "train" or has_heldout
-    }
-
-
-def classifier_source(data: DataConfig) -> RandomAccessSource:
-    """What a classifier learns from: of scenes, all combinations (a judge must know those held out
-    from the model), none of them evaluated on; else the training records.
-    """
-    if data.source == "shapes":
-        return make_source(dataclasses.replace(data, scene_seed=data.scene_seed + 2), "all")
-    return make_source(data, "train")
-
-
-def feature_fns(network: Inception | Classifier) -> dict[str, FeatureFn]:
-    """Compiled functions of uint8 pictures: `features`, and a classifier's `logits`."""
-    if isinstance(network, Inception):
-        methods = {"features": lambda net, images: net(resize(images))}
-    else:
-        methods = {
-            "features": lambda net, images: net.features(images.astype(jnp.float32) / 127.5 - 1),
-            "logits": lambda net, images: net(images.astype(jnp.float32) / 127.5 - 1),
-        }
-    return {name: make_feature_fn(network, method) for name, method in methods.items()}
-
-
-class _Pictures:
-    """The pictures of some of a source's records, read when sliced: all at once may not fit the
-    memory.
-    """
-
-    def __init__(self, source: RandomAccessSource, numbers: range):
-        self._source, self._numbers = source, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, part: slice) -> UInt8[np.ndarray, "N H W 3"]:
-        return np.stack([self._source[i]["image"] for i in self._numbers[part]])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """A trained model, what to ask of it, and (cached) this process's share of its samples and
-    their features.
-
-    `graph`, `params`: the model, split, on this process's devices. `generate`: (captions, number of
-    the first one among all processes') to pictures. `features`: a classifier's folder or
-    Inception's weights. `clip`: a CLIPModel's folder.
-    `num`: samples a split. `reference`: real pictures a split. `bound_timesteps`: strata of the
-        bound's sum, 0: every
-    timestep.
-    """
-
-    settings: Settings
-    tokenizer: Tokenizer
-    graph: nnx.GraphDef
-    params: PyTree
-    generate: Callable[[Sequence[str], int], UInt8[np.ndarray, "N H W 3"]]
-    features: str
-    clip: str = ""
-    num: int = 256
-    seed: int = 0
-    reference: int = 2048
-    bound_timesteps: int = 50
-
-    @functools.cached_property
-    def sources(self) -> dict[str, RandomAccessSource]:
-        def facts(sources: dict[str, RandomAccessSource]) -> dict[str, Any]:
-            rows = ((row, identity(source)) for row, source in sources.items())
-            return {f"{row}: {name}": value for row, found in rows for name, value in found.items()}
-
-        return agree("data", lambda: splits(self.settings.data), facts)
-
-    @functools.cached_property
-    def network(self) -> Inception | Classifier:
-        path = pathlib.Path(self.features)
-        if not path.exists():
-            raise ValueError(
-                f"--features={path}: no such folder or file; name one that contextdiff_jax.train_classifier wrote, or "
-                "Inception's weights as safetensors"
-            )
-        if path.is_file():
-            return load_inception(path)
-        network, size = load_classifier(path), self.settings.data.image_size
-        if network.image_size != size:
-            raise ValueError(
-                f"--features={path}: reads pictures of {network.image_size} pixels, the run's have {size}"
-            )
-        return network
-
-    @functools.cached_property
-    def clip_network(self) -> Clip:
-        if not self.clip:
-            raise ValueError(
-                "--clip: missing; cmmd and clip_score need a folder that transformers' CLIPModel was saved in"
-            )
-        return load_clip(self.clip)
-
-    @functools.cached_property
-    def _cache(self) -> dict:
-        return {}
-
-    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
-        if key not in self._cache:
-            self._cache[key] = make()
-        return self._cache[key]
-
-    @functools.cached_property
-    def feature_fns(self) -> dict[str, Callable]:
-        return feature_fns(self.network)
-
-    def numbers(self, row: str) -> range:
-        """Of the split's first `num` records (or as many as there are), those that this process has
-        to do with.
-        """
-        return share(min(self.num, len(self.sources[row])))
-
-    def records(self, row: str) -> list[dict[str, Any]]:
-        """Those records."""
-        return self._once(
-            ("records", row), lambda: [self.sources[row][i] for i in self.numbers(row)]
-        )
-
-    def captions(self, row: str) -> list[str]:
-        """Those that the samples are made for."""
-        return [record["caption"] for record in self.records(row)]
-
-    def samples(self, row: str) -> UInt8[np.ndarray, "N H W 3"]:
-        """One picture a caption."""
-        return self._once(
-            ("samples", row), lambda: self.generate(self.captions(row), self.numbers(row).start)
-        )
-
-    @property
-    def sampled(self) -> dict[str, UInt8[np.ndarray, "N H W 3"]]:
-        """The samples made so far, by split."""
-        return {row: self.samples(row) for row in self.sources if ("samples", row) in self._cache}
-
-    def _extract(self, kind: str, images: Sequence[np.ndarray]) -> Float[np.ndarray, "N D"]:
-        return (
-            self.clip_network.embed_images(images)
-            if kind == "clip"
-            else extract(self.feature_fns[kind], images)
-        )
-
-    def sample_features(self, row: str, kind: str = "features") -> Float[np.ndarray, "N D"]:
-        """Of the samples; `kind`: features, logits or clip."""
-        return self._once((kind, row), lambda: self._extract(kind, self.samples(row)))
-
-    def real_features(
-        self, row: str, start: int, count: int, kind: str = "features"
-    ) -> Float[np.ndarray, "N D"]:
-        """Of this process's share of `count` of the split's pictures, or as many as there are, from
-        `start` on.
-        """
-        part = share(min(count, len(self.sources[row]) - start))
-        images = _Pictures(self.sources[row], range(start + part.start, start + part.stop))
-        return self._once(("real", kind, row, start, count), lambda: self._extract(kind, images))
-
-
 def check(names: Sequence[str], evaluation: Evaluation) -> None:
     """Raises ValueError for a metric that this run can't have, before anything is sampled."""
     settings = evaluation.settings
     for name in names:
         if name == "composition" and settings.data.source != "shapes":
             raise ValueError(
-                f"--metrics=composition: judges scenes of data.source='shapes'; the run's is {settings.data.source!r}"
+                "--metrics=composition: judges scenes of data.source='shapes'; the run's is "
+                f"{settings.data.source!r}"
             )
         if name in ("bound", "branches") and settings.latent.vae:
             raise ValueError(
@@ -246,7 +57,8 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
             bounds.make_strata(settings.diffusion.num_timesteps, evaluation.bound_timesteps or None)
         if name == "precision_recall" and min(evaluation.num, evaluation.reference) <= _NEIGHBOURS:
             raise ValueError(
-                f"--num={evaluation.num}, --reference={evaluation.reference}: {_NEIGHBOURS} neighbours need more"
+                f"--num={evaluation.num}, --reference={evaluation.reference}: {_NEIGHBOURS} "
+                "neighbours need more"
             )
         if name in ("cmmd", "clip_score"):
             evaluation.clip_network.check(settings.data.image_size)
@@ -254,19 +66,21 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
             network = evaluation.network
             if name == "attributes" and not isinstance(network, Classifier):
                 raise ValueError(
-                    f"--features={evaluation.features}: --metrics=attributes needs a classifier's folder"
+                    f"--features={evaluation.features}: --metrics=attributes needs a classifier's "
+                    "folder"
                 )
     processes = jax.process_count()
     for row, source in evaluation.sources.items():
         fewest = min(evaluation.num, evaluation.reference, len(source))
         if fewest < processes:
             raise ValueError(
-                f"--num, --reference: {fewest} pictures of {row} for {processes} processes; each needs one"
+                f"--num, --reference: {fewest} pictures of {row} for {processes} processes; each "
+                "needs one"
             )
 
 
 def composition(evaluation: Evaluation) -> Result:
-    """What the scenes' pixels show against what their captions say."""
+    """A comparison of what the scenes' pixels show with what their captions say."""
     rows = evaluation.sources
     judged = {
         row: gather_rows(judge(evaluation.samples(row), evaluation.captions(row))) for row in rows
@@ -282,7 +96,10 @@ def composition(evaluation: Evaluation) -> Result:
         row: {n: e for n, e in names.items() if not is_main(n)} for row, names in estimates.items()
     }
     marks = {row: [bool(v) for v in values["exact"]] for row, values in judged.items()}
-    note = "share of captions; exact: every object, its shape, colour, size and place, and nothing else"
+    note = (
+        "share of captions; exact: every object, its shape, colour, size and place, and nothing "
+        "else"
+    )
     return Result(scores, "%", note, {"parts": parts, "exact_by_sample": marks})
 
 
@@ -336,7 +153,10 @@ def bound(evaluation: Evaluation) -> Result:
             result.standard_error,
         )
     count = len(edges) - 1
-    note = f"upper bound, the lower the better; {count} of {schedule.num_timesteps - 1} KL terms a picture, guidance 1"
+    note = (
+        f"upper bound, the lower the better; {count} of {schedule.num_timesteps - 1} KL terms a "
+        "picture, guidance 1"
+    )
     return Result(scores, "bits/dim", note, details)
 
 
@@ -357,7 +177,10 @@ def branches(evaluation: Evaluation) -> Result:
             scores[f"{row}, t = {t}"] = {
                 name: mean_interval(values[i]) for name, values in found.items()
             }
-    note = "root mean squares: errors of x0_hat with the caption and without it, and how far apart the two are"
+    note = (
+        "root mean squares: errors of x0_hat with the caption and without it, and how far apart "
+        "the two are"
+    )
     return Result(scores, "", note)
 
 
@@ -462,8 +285,9 @@ def cmmd(evaluation: Evaluation) -> Result:
 
 
 def clip_score(evaluation: Evaluation) -> Result:
-    """How near CLIP finds the samples to their captions, and the captions' own pictures; the
-    difference a caption.
+    """Cosines by CLIP of captions with samples, and with the captions' own pictures.
+
+    Their difference is paired by caption.
     """
     clip, scores = evaluation.clip_network, {}
     for row in evaluation.sources:
@@ -483,7 +307,10 @@ def clip_score(evaluation: Evaluation) -> Result:
             "minus real": mean_interval(difference),
         }
         scores[f"{row}, {FLOOR}"] = {"clip_score": mean_interval(rows[FLOOR])}
-    note = f"CLIP of {clip.name}, 100 max(cos, 0) of samples and captions, the higher the better; minus real: paired by caption"
+    note = (
+        f"CLIP of {clip.name}, 100 max(cos, 0) of samples and captions, the higher the better; "
+        "minus real: paired by caption"
+    )
     return Result(scores, "", note)
 
 

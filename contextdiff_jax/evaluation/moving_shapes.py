@@ -19,8 +19,8 @@ KEPT = {"colour": ("shape", "size"), "shape": ("colour", "size")}
 
 
 def score_frame(found: Sequence[Object], wanted: Object, attribute: str) -> dict[str, float]:
-    """Of the largest object in a frame: is `attribute` as it was asked for, are the others as they
-    were, is the place?
+    """Answers about a frame's largest object: `attribute` as asked for, the rest and the place
+    kept?
     """
     if not found:
         return {"changed": 0.0, "kept": 0.0, "motion": 0.0, "exact": 0.0}
@@ -38,9 +38,11 @@ def score_frame(found: Sequence[Object], wanted: Object, attribute: str) -> dict
 
 
 def score_edit(clip: Clip, moving: MovingShape, attribute: str) -> dict[str, float]:
-    """Of an edited clip: shares of frames (`score_frame`), `background_psnr` in dB against the
-    source where neither it nor the true edit shows an object, and `psnr` against the true edit.
-    Infinite ones count as 100 dB.
+    """Scores of an edited clip.
+
+    They are shares of frames (`score_frame`), `background_psnr` in dB against the source where
+    neither it nor the true edit shows an object, and `psnr` against the true edit. Infinite ones
+    count as 100 dB.
     """
     scenes = moving.edited[attribute]
     frames = [
@@ -58,7 +60,7 @@ def score_edit(clip: Clip, moving: MovingShape, attribute: str) -> dict[str, flo
 def paired(
     first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]
 ) -> dict[str, dict[str, float]]:
-    """By metric: both means, the mean difference of the pairs, and its standard error."""
+    """Differences by metric: both means, the pairs' mean difference, and its standard error."""
     rows = {}
     for name in first:
         a, b = np.asarray(first[name], np.float64), np.asarray(second[name], np.float64)

@@ -1,6 +1,4 @@
-"""What a person reads of an evaluation: text tables, plots, and one static page that needs no
-network.
-"""
+"""Reports of an evaluation: text tables, plots, and one static page that needs no network."""
 
 from __future__ import annotations
 
@@ -27,14 +25,15 @@ h1, h2, h3 { line-height: 1.2; margin: 1.6em 0 .4em } h1 { margin-top: 0 }
 table { border-collapse: collapse; margin: .5em 0 }
 th, td { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
 th { white-space: nowrap } details { margin: .5em 0 } summary { cursor: pointer }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap } td small, p.note { color: #666 }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
+td small, p.note { color: #666 }
 img { max-width: 100%; border: 1px solid #eee }
 pre { background: #f6f6f6; padding: .8em; white-space: pre-wrap; font-size: 13px }
 """
 
 
 def machine() -> dict[str, Any]:
-    """Where the figures were made."""
+    """The machine that the figures were made on."""
     cpu = platform.processor() or platform.machine()
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
@@ -92,7 +91,7 @@ def table(scores: Scores, unit: str) -> str:
 
 
 def as_json(results: Mapping[str, Result]) -> dict[str, Any]:
-    """metrics.json's part: {metric: {row: {name: value}}}, the same of `intervals`, and `details`."""
+    """metrics.json's part: {metric: {row: {name: value}}}, `intervals` likewise, and `details`."""
     values, intervals, details = {}, {}, {}
     for metric, result in results.items():
         values[metric] = {
@@ -178,28 +177,15 @@ def write_report(
     title = html.escape(f"{workdir.absolute().name}, step {facts['step']}")
     body = [f"<h1>{title}</h1>", _pre(facts["command"])]
     for metric, result in results.items():
-        body += [
-            f"<h2>{metric}</h2>",
-            _paragraph(result.note),
-            _html_table(result.scores, result.unit),
-        ]
-        if "kl_by_t" in result.details:
-            plot_bound(result.details, folder / f"{metric}.png")
-            body.append(_image(f"{metric}.png", "bits per dimension by timestep"))
-        elif result.unit == "%":
-            plot_shares(result.scores, folder / f"{metric}.png")
-            body.append(_image(f"{metric}.png", f"{metric} with 95% intervals"))
-        if "parts" in result.details:
-            parts = _html_table(result.details["parts"], result.unit)
-            summary = "<summary>by number of objects, and exact by what is asked for</summary>"
-            body.append(f"<details>{summary}{parts}</details>")
+        body += _metric(metric, result, folder)
     marks = results["composition"].details["exact_by_sample"] if "composition" in results else {}
     body.append("<h2>samples</h2>" if samples else "")
     for i, (row, (images, captions)) in enumerate(samples.items()):
         captions = list(captions)[:_SHOWN]
         if row in marks:
             captions = [
-                f"{'✓' if right else '✗'} {text}" for right, text in zip(marks[row], captions)
+                f"{'✓' if right else '✗'} {text}"
+                for right, text in zip(marks[row], captions, strict=False)
             ]
         pictures.caption_grid(images[:_SHOWN], captions, columns=6).save(
             folder / f"samples_{i}.png"
@@ -220,13 +206,37 @@ def write_report(
     )
     body += ["<h2>how it was made</h2>", f"<table>{rows}</table>"]
     body.append(
-        f"<details><summary>the run's config</summary>{_pre(json.dumps(config, indent=1))}</details>"
+        "<details><summary>the run's "
+        f"config</summary>{_pre(json.dumps(config, indent=1))}</details>"
     )
     meta = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-    page = f"<!doctype html><html lang='en'>{meta}<title>{title}: evaluation</title><style>{_STYLE}</style>"
+    page = (
+        f"<!doctype html><html lang='en'>{meta}<title>{title}: "
+        f"evaluation</title><style>{_STYLE}</style>"
+    )
     with replacing(folder / "index.html") as file:
         file.write_text(page + "\n".join(body) + "</html>\n", encoding="utf-8")
     return folder / "index.html"
+
+
+def _metric(metric: str, result: Result, folder: pathlib.Path) -> list[str]:
+    """A metric's part of the page: note, table, plot. The plot is written to `folder`."""
+    body = [
+        f"<h2>{metric}</h2>",
+        _paragraph(result.note),
+        _html_table(result.scores, result.unit),
+    ]
+    if "kl_by_t" in result.details:
+        plot_bound(result.details, folder / f"{metric}.png")
+        body.append(_image(f"{metric}.png", "bits per dimension by timestep"))
+    elif result.unit == "%":
+        plot_shares(result.scores, folder / f"{metric}.png")
+        body.append(_image(f"{metric}.png", f"{metric} with 95% intervals"))
+    if "parts" in result.details:
+        parts = _html_table(result.details["parts"], result.unit)
+        summary = "<summary>by number of objects, and exact by what is asked for</summary>"
+        body.append(f"<details>{summary}{parts}</details>")
+    return body
 
 
 def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:

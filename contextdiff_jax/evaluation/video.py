@@ -1,6 +1,4 @@
-"""How good an edited clip is: fidelity, consistency from frame to frame, and agreement with the
-text.
-"""
+"""Scores of an edited clip: fidelity, consistency from frame to frame, agreement with the text."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from contextdiff_jax.data import DataConfig
-from contextdiff_jax.evaluation import distances, metrics
+from contextdiff_jax.evaluation import distances, metrics, subject
 from contextdiff_jax.evaluation.classifier import WEIGHTS_FILE, correct, read_labels
 from contextdiff_jax.evaluation.composition import is_main, judge
 from contextdiff_jax.evaluation.features import extract
@@ -103,9 +103,9 @@ class _Study:
             self.features = str(path)
         self.main = self.evaluation(options["num"])  # one, for its cache of real pictures' features
 
-    def evaluation(self, num: int, data: DataConfig | None = None) -> metrics.Evaluation:
+    def evaluation(self, num: int, data: DataConfig | None = None) -> subject.Evaluation:
         settings = self.settings if data is None else dataclasses.replace(self.settings, data=data)
-        return metrics.Evaluation(
+        return subject.Evaluation(
             settings=settings,
             tokenizer=self.tokenizer,
             graph=model_graph(self.settings),
@@ -162,7 +162,7 @@ class _Study:
 
 
 def _alignment(
-    evaluation: metrics.Evaluation, row: str, images: UInt8[np.ndarray, "N H W 3"]
+    evaluation: subject.Evaluation, row: str, images: UInt8[np.ndarray, "N H W 3"]
 ) -> dict[str, Float[np.ndarray, N]]:
     """Judge which pictures show what their record says, by attribute, and `exact`: in all.
 

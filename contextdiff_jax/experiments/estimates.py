@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import Tokenizer, make_source
-from contextdiff_jax.evaluation import metrics
+from contextdiff_jax.evaluation import subject
 from contextdiff_jax.evaluation.composition import judge
 from contextdiff_jax.experiments.oracle import OracleGenerator, scaled
 from contextdiff_jax.experiments.plan import VALIDATION_SCENES, Cell, load_plan
@@ -84,7 +84,7 @@ def _obeyed(
 ) -> dict[str, dict[str, float]]:
     """Shares of held-out captions obeyed exactly, by guidance and by the factors on r_hat."""
     scores = {}
-    source = next(reversed(metrics.splits(settings.data).values()))  # held-out combinations
+    source = next(reversed(subject.splits(settings.data).values()))  # held-out combinations
     records = [source[i] for i in range(options["num"])]
     for guidance in options["guidances"]:
         arms = {"as it is": np.ones_like(regressed), "regressed": regressed}

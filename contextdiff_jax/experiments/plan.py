@@ -27,7 +27,7 @@ from contextdiff_jax.settings import Settings, check_choice
 
 # The settings that a plan's config is of, by the plan's kind.
 CONFIGS = {"pictures": Settings, "estimates": Settings, "toy": ToyConfig}
-# Added to data.scene_seed, to which `metrics.splits` adds 1: neither trained on, evaluated on, nor
+# Added to data.scene_seed, to which `subject.splits` adds 1: neither trained on, evaluated on, nor
 # a classifier's.
 VALIDATION_SCENES = 2
 # Fields that say how the same step is computed.

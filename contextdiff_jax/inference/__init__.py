@@ -1,4 +1,4 @@
-"""Inference: from prompts to pictures, for a trained run and for a Stable Diffusion folder alike."""
+"""Inference: from prompts to pictures, for trained runs and Stable Diffusion folders alike."""
 
 from contextdiff_jax.inference.pipeline import Pipeline
 

@@ -1,4 +1,4 @@
-"""What a folder holds, opened: a trained run, or a Stable Diffusion pipeline."""
+"""Opening of folders: a trained run, or a Stable Diffusion pipeline."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def of_run(
 
 
 def process_of(settings: Settings) -> Process:
-    """What a run trains on."""
+    """The process that a run trains on."""
     return Process(
         schedule=settings.diffusion.make_schedule(),
         prediction_type=settings.diffusion.prediction_type,

@@ -5,8 +5,8 @@
     pipeline = Pipeline.open("runs/shapes")
     pictures = pipeline.text_to_image(["a large red circle"], num=4, seed=0)  # uint8 [4, H, W, 3]
 
-Both kinds go the same way (`inference.sampling`): a Stable Diffusion folder is a model whose context
-is `none`.
+Both kinds go the same way (`inference.sampling`): a Stable Diffusion folder is a model whose
+context is `none`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from jaxtyping import Bool, Float, Int, PyTree, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.inference.programs import kept
+from contextdiff_jax.inference.request import Request
 from contextdiff_jax.inference.sampling import Method, Picture, Process, Steps, Text, make_sample
-from contextdiff_jax.keys import check_seed, make_key
+from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.pixels import to_uint8
 from contextdiff_jax.parallel.mesh import place, replicated, tracing_for
@@ -37,7 +38,6 @@ from contextdiff_jax.settings import SampleConfig
 from contextdiff_jax.tokens import warn_of_cut
 
 Pictures = UInt8[np.ndarray, "B H W 3"]
-Callback = Callable[[int, Float[np.ndarray, "B H W C"]], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,70 +77,6 @@ class Opened:
     zeros_for_empty: bool = False
     only_inpaints: bool = False
     source: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """What every way to sample reads; ValueError, one line, for what isn't allowed.
-
-    Attributes:
-      prompts: captions, `num` pictures each.
-      negative: what guidance leads away from, one text for all or one a prompt; None: the empty
-        text, or what the model has in its place (`Opened.zeros_for_empty`).
-      seed: 0..2^64 - 1; picture i's noise depends on (seed, i) alone.
-      first: the number of the first picture, of a share of a longer list.
-      noise: given instead of drawn, [B, H, W, C] in the model's space.
-      callback: called as callback(step, x0) with the estimate of x0 after each step.
-      batch_size: pictures at once; one shape, one compilation.
-      tile: large pictures go through the autoencoder in tiles.
-    """
-
-    prompts: Sequence[str]
-    negative: str | Sequence[str] | None = None
-    num: int = 1
-    seed: int = 0
-    first: int = 0
-    noise: Float[np.ndarray, "B H W C"] | None = None
-    callback: Callback | None = None
-    batch_size: int = 64
-    tile: bool = False
-
-    def __post_init__(self):
-        if isinstance(self.prompts, str) or not len(self.prompts):
-            raise ValueError(
-                f"prompts={self.prompts!r}: the list is empty or no list; "
-                "give at least one text, as in ['a large red circle']"
-            )
-        check_seed(self.seed)
-        listed = not isinstance(self.negative, str | None)
-        if listed and len(self.negative) != len(self.prompts):
-            count = len(self.prompts)
-            raise ValueError(
-                f"negative: {len(self.negative)} texts; must be one, or as many as prompts, {count}"
-            )
-        if self.num < 1 or self.batch_size < 1:
-            raise ValueError(f"num={self.num}, batch_size={self.batch_size}: must be at least 1")
-
-    @property
-    def texts(self) -> list[str]:
-        """The caption of each picture."""
-        return [prompt for prompt in self.prompts for _ in range(self.num)]
-
-    def checked_noise(self, shape: tuple[int, int, int]) -> Float[np.ndarray, "B H W C"] | None:
-        """The given noise; ValueError unless it is of this shape, one a picture."""
-        if self.noise is None:
-            return None
-        wanted = (len(self.texts), *shape)
-        if tuple(self.noise.shape) != wanted:
-            raise ValueError(f"noise: shape {tuple(self.noise.shape)}; must be {wanted}")
-        return np.asarray(self.noise, np.float32)
-
-    @property
-    def negatives(self) -> list[str]:
-        """The negative text of each picture, or the one for all."""
-        if isinstance(self.negative, str | None):
-            return [self.negative or ""]
-        return [text for text in self.negative for _ in range(self.num)]
 
 
 class NotFiniteError(ValueError):
@@ -240,7 +176,7 @@ class Pipeline:
         return self._sample(request, chosen, shape, steps, strength == 1, images, holes)
 
     def options(self, **given: Any) -> SampleConfig:
-        """How pictures are made with the options that are given; the model's own where one is None."""
+        """The options of sampling: the given ones; the model's own where one is None."""
         given = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(self.opened.options, prompts=(), **given)
 
@@ -268,7 +204,9 @@ class Pipeline:
 
     def _shape_of(self, images: Pictures, request: Request) -> tuple[int, int, int]:
         if len(images) != len(request.texts):
-            raise ValueError(f"images: {len(images)}; one for each of the {len(request.texts)} pictures")
+            raise ValueError(
+                f"images: {len(images)}; one for each of the {len(request.texts)} pictures"
+            )
         return self.latent_shape(images.shape[1:3])
 
     def _steps(self, options: SampleConfig, strength: float = 1.0) -> Steps:
@@ -339,7 +277,9 @@ class Pipeline:
     ) -> tuple[Int[np.ndarray, "B *E L"], Bool[np.ndarray, "B L"]]:
         """Ids and mask; what is cut off a text is told once, however often it is drawn."""
         ids, mask, lost = self.opened.encode_text(texts)
-        new = {text: words for text, words in zip(texts, lost) if text not in self._told}
+        new = {
+            text: words for text, words in zip(texts, lost, strict=True) if text not in self._told
+        }
         self._told.update(new)
         warn_of_cut(list(new), list(new.values()), ids.shape[-1])
         return ids, mask
@@ -402,7 +342,7 @@ class Pipeline:
 
 
 def method_of(options: SampleConfig, **more: Any) -> Method:
-    """What of the options a compiled program depends on."""
+    """The part of the options that a compiled program depends on."""
     return Method(
         sampler=options.sampler,
         eta=options.eta,
@@ -424,7 +364,7 @@ def _check_finite(finite: Bool[np.ndarray, "B"], texts: Sequence[str], guidance:
 
 
 class _Listener:
-    """What a compiled program shows its estimates of x0 to; whom it tells can change."""
+    """A listener to whom a compiled program shows its estimates of x0; whom it tells can change."""
 
     def __init__(self):
         self._target: Callable | None = None

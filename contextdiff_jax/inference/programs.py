@@ -77,7 +77,7 @@ def kept(
 
 
 def _environment() -> tuple:
-    """What every program depends on: the code, JAX's settings, the devices."""
+    """The facts that every program depends on: the code, JAX's settings, the devices."""
     devices = jax.devices()
     return (
         [module.__version__ for module in (jax, jaxlib, flax)],

@@ -33,7 +33,7 @@ Preview = Callable[[Int[Array, ""], Float[Array, "B H W C"]], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Process:
-    """What a model was trained on."""
+    """The process that a model was trained on."""
 
     schedule: diffusion.NoiseSchedule
     prediction_type: str
@@ -42,7 +42,7 @@ class Process:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """How pictures are made: all that a compiled program depends on beside its arrays.
+    """A way to make pictures: all that a compiled program depends on beside its arrays.
 
     Attributes:
       sampler: a name in `diffusion.samplers.SAMPLERS`. eta: its noise.
@@ -153,7 +153,7 @@ def encode(model: ContextDiffusion, text: Text) -> tuple[Captions, Captions]:
 
 
 class Known(NamedTuple):
-    """What an inpainted picture keeps: x0, the noise that it is noised with, and where (1: new)."""
+    """The part that an inpainted picture keeps: x0, the noise for it, and where (1: new)."""
 
     x0: Float[Array, "B H W C"]
     noise: Float[Array, "B H W C"]
@@ -161,7 +161,7 @@ class Known(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where sampling begins, and what of a picture is known on the way."""
+    """The start of sampling, and what of a picture is known on the way."""
 
     x: Float[Array, "B H W C"]
     known: Known | None = None

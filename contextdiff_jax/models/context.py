@@ -236,7 +236,7 @@ class Linear(Kind):
 
 
 class Affine(Linear):
-    """The same map, divided by the largest size that it can have, so that r is linear in x0."""
+    """`Linear`'s map divided by the largest size that it can have, so that r is linear in x0."""
 
     linear_in_x0 = True
 

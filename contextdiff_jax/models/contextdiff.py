@@ -92,8 +92,9 @@ class FrozenVision(nnx.Module):
         self.clip = clip
 
     def __call__(self, pixels: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B N V"]:
-        """Of pictures in [-1, 1], brought to CLIP's size and scale (bicubic; its own mean and
-        deviation).
+        """The tokens of pictures in [-1, 1].
+
+        They are brought to CLIP's size and scale first (bicubic; its own mean and deviation).
         """
         side = self.clip.config.image_size
         pixels = jax.image.resize(pixels, (pixels.shape[0], side, side, 3), "bicubic")
@@ -135,7 +136,7 @@ class ContextDiffusion(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
     ) -> ContextDiffusion:
-        """The model of those sizes with new parameters; without a text encoder where it is frozen."""
+        """A newly initialised model of these sizes; without a text encoder where it is frozen."""
         policy = dict(rngs=rngs, dtype=dtype)
         encoder = None if text.pretrained else TextEncoder(text, **policy)
         return cls(encoder, UNet(unet, **policy), RelationalNetwork(context, **policy))
@@ -191,7 +192,7 @@ class ContextDiffusion(nnx.Module):
         return x0 if self.vae is None else self.vae.decode(self.vae.from_diffusion(x0), tile=tile)
 
     def from_pixels(self, pixels: Float[ArrayLike, "B H W 3"], tile: bool = False) -> Array:
-        """What is diffused, of pictures in [-1, 1]: these, or their latents' means."""
+        """The x0 of pictures in [-1, 1]: these, or their latents' means."""
         if self.vae is None:
             return pixels
         return self.vae.to_diffusion(self.vae.encode(pixels, tile=tile).mean)
@@ -219,8 +220,10 @@ def empty_like(captions: Captions, null: Captions) -> Captions:
 
 
 class Rows(NamedTuple):
-    """What the rows of a batch read: the denoiser's captions, the relational network's, and the
-    channels beside x. With guidance a batch holds both branches, side by side (`diffusion.pair`).
+    """The inputs of a batch's rows.
+
+    They are the denoiser's captions, the relational network's, and the channels beside x. With
+    guidance a batch holds both branches, side by side (`diffusion.pair`).
     """
 
     text: Captions

@@ -59,9 +59,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 # transformers' names; diffusers' networks know only those above.
 TEXT_ACTIVATIONS = ACTIVATIONS | {
-    "quick_gelu": quick_gelu, "gelu_python": gelu,
-    "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh, "gelu_fast": gelu_tanh,
-}  # fmt: skip
+    "quick_gelu": quick_gelu,
+    "gelu_python": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+}
 
 
 def timestep_embedding(

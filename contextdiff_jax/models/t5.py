@@ -20,9 +20,15 @@ from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, linear
 from contextdiff_jax.models.transformer import Attention
 
 _POSITIVE = (
-    "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads",
-    "relative_attention_num_buckets", "relative_attention_max_distance",
-)  # fmt: skip
+    "vocab_size",
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_layers",
+    "num_heads",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

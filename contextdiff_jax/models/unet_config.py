@@ -21,17 +21,30 @@ _CHOICES = {
 # diffusers' options that we don't have: a config file may hold them at the value that switches them
 # off.
 _OFF: dict[str, tuple] = {
-    "center_input_sample": (False,), "downsample_padding": (1,), "mid_block_scale_factor": (1,),
-    "dropout": (0.0,), "reverse_transformer_layers_per_block": (None,), "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,), "dual_cross_attention": (False,), "class_embed_type": (None,),
-    "num_class_embeds": (None,), "resnet_skip_time_act": (False,),
-    "resnet_out_scale_factor": (1.0,), "time_embedding_type": ("positional",),
-    "time_embedding_act_fn": (None,), "timestep_post_act": (None,), "time_cond_proj_dim": (None,),
-    "conv_in_kernel": (3,), "conv_out_kernel": (3,), "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "dropout": (0.0,),
+    "reverse_transformer_layers_per_block": (None,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "dual_cross_attention": (False,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "resnet_skip_time_act": (False,),
+    "resnet_out_scale_factor": (1.0,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
     "class_embeddings_concat": (False,),
-    "mid_block_only_cross_attention": (None, False), "cross_attention_norm": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "cross_attention_norm": (None,),
     "addition_embed_type_num_heads": (64,),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,7 +166,7 @@ def logical_axes(name: str) -> tuple[str | None, ...]:
 def place(
     mesh: Mesh, shape: Sequence[int], names: Sequence[str | None], rules: Mapping[str, str] = RULES
 ) -> NamedSharding:
-    """Where an array lies whose last dimensions have the logical `names`.
+    """The sharding of an array whose last dimensions have the logical `names`.
 
     A mesh axis splits one dimension of an array, the first that asks for it and that it divides.
     """

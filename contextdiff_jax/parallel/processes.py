@@ -111,8 +111,9 @@ def is_first() -> bool:
 
 
 def agree(what: str, make: Callable[[], T], facts_of: Callable[[T], Mapping[str, Any]]) -> T:
-    """What `make` makes in every process of the run, from what each has on its own disks, after the
-    processes have compared the facts about it. `what` is its name.
+    """The result of `make`, once the run's processes have compared the facts about theirs.
+
+    Each makes its own, from what it has on its own disks. `what` is its name.
 
     Raises:
         ValueError: in all processes, if one of them failed to make it or has other facts than the
@@ -146,7 +147,7 @@ def agree(what: str, make: Callable[[], T], facts_of: Callable[[T], Mapping[str,
 
 
 def disagreement(what: str, entries: Sequence[Mapping[str, Any]]) -> str:
-    """What the first process that failed, or whose facts are not the first's, says; '' if all
+    """The words of the first process that failed or has other facts than the first; '' if all
     agree.
     """
     for entry in entries:

@@ -13,6 +13,14 @@ from contextdiff_jax.pretrained.unet import load_unet, save_unet
 from contextdiff_jax.pretrained.vae import load_vae, save_vae
 
 __all__ = [
-    "load_clip_text", "load_clip_vision", "load_t5", "load_unet", "load_vae",
-    "save_clip_text", "save_clip_vision", "save_t5", "save_unet", "save_vae",
-]  # fmt: skip
+    "load_clip_text",
+    "load_clip_vision",
+    "load_t5",
+    "load_unet",
+    "load_vae",
+    "save_clip_text",
+    "save_clip_vision",
+    "save_t5",
+    "save_unet",
+    "save_vae",
+]

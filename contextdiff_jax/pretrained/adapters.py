@@ -13,15 +13,38 @@ from collections.abc import Mapping
 from typing import Any
 
 _ALPHA = 8  # PEFT's default
-# Settings that say how an adapter was trained or where it lies, or that `alpha` reads. Others change
-# what the weights mean, unless they are off.
+# Settings that say how an adapter was trained or where it lies, or that `alpha` reads. Others
+# change what the weights mean, unless they are off.
 _READ = (
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type", "init_lora_weights", "bias",
-    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "fan_in_fan_out",
-    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
-    "runtime_config", "ensure_weight_tying",
-)  # fmt: skip
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "peft_type",
+    "init_lora_weights",
+    "bias",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "peft_version",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "runtime_config",
+    "ensure_weight_tying",
+)
 # Values that leave the base weights as they are; the others (PiSSA, OLoRA, LoftQ, ...) change them.
 _CHOICES = {
     "peft_type": (None, "LORA"),

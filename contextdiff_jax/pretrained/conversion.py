@@ -79,7 +79,7 @@ def _convert(source: Path, target: Path, read: Callable, write: Callable, report
 
 
 def _copy(source: Path, target: Path) -> None:
-    """What is no model of ours: a tokenizer, a scheduler."""
+    """Copies what is no model of ours: a tokenizer, a scheduler."""
     if exists(source) and not source.is_dir():  # the scheduler of a single file
         target.mkdir()
         values = read_json(source / SCHEDULER_FILE, "a pipeline's scheduler folder")
@@ -99,7 +99,10 @@ def _one(source: Path, target: Path, read: Callable, write: Callable) -> str | N
     model, module, config = found
     write(model, module, target, config)
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))]
-    return f"{model.kind}, {len(sizes)} tensors, {sum(sizes) / 1e6:.1f} M parameters, {time.time() - start:.1f} s"
+    return (
+        f"{model.kind}, {len(sizes)} tensors, {sum(sizes) / 1e6:.1f} M parameters, "
+        f"{time.time() - start:.1f} s"
+    )
 
 
 def _read_foreign(
@@ -131,7 +134,8 @@ def _read_native(
     values = native.description(folder)
     if values["kind"] not in MODELS:
         raise ValueError(
-            f"{folder / native.MODEL_FILE}: kind={values['kind']!r}: unknown; one of {', '.join(MODELS)}"
+            f"{folder / native.MODEL_FILE}: kind={values['kind']!r}: unknown; one of "
+            f"{', '.join(MODELS)}"
         )
     model = MODELS[values["kind"]]
     config = read_json(folder / native.CONFIG_FILE, "the config.json of the Hugging Face folder")

@@ -1,5 +1,7 @@
-"""The files of a folder: JSON, and safetensors, one file or shards. A single-file checkpoint is read
-as the folder that it would be in diffusers' format, so that FILE/unet is a path like another.
+"""The files of a folder: JSON, and safetensors, one file or shards.
+
+A single-file checkpoint is read as the folder that it would be in diffusers' format, so that
+FILE/unet is a path like another.
 """
 
 from __future__ import annotations
@@ -20,9 +22,16 @@ from contextdiff_jax.pretrained.stored import (
 )
 
 __all__ = (
-    "PICKLES", "FolderTensors", "LazyTensor", "exists", "open_tensors", "read_json", "refuse_pointers", "save_tensors",
+    "PICKLES",
+    "FolderTensors",
+    "LazyTensor",
+    "exists",
+    "open_tensors",
+    "read_json",
+    "refuse_pointers",
+    "save_tensors",
     "tokenizer_folder",
-)  # fmt: skip
+)
 
 
 class FolderTensors(Mapping):
@@ -71,7 +80,8 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
             pickle = any(parent.match(pattern) for pattern in PICKLES)
             why = "a pickle can run any code when it is read" if pickle else "not a folder"
             raise ValueError(
-                f"{parent}: refused, {why}; of single files only .safetensors are read, convert it to one"
+                f"{parent}: refused, {why}; of single files only .safetensors are read, convert "
+                "it to one"
             )
     return read_object(path, expected)
 
@@ -93,8 +103,8 @@ def tokenizer_folder(folder: Path) -> Path:
     beside = file.with_name(name)
     if not beside.is_dir():
         raise ValueError(
-            f"{beside}: no such folder; {file.name} is a single file, which holds no tokenizer: put the folder {name} "
-            "of its kind of Stable Diffusion beside it"
+            f"{beside}: no such folder; {file.name} is a single file, which holds no tokenizer: "
+            f"put the folder {name} of its kind of Stable Diffusion beside it"
         )
     return beside
 
@@ -116,8 +126,8 @@ def _shards(folder: Path, file_name: str) -> list[tuple[Path, list[str] | None]]
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ValueError(
-            f"{folder / pickles[0]}: refused, a pickle can run any code when it is read; convert it to "
-            f"{file_name} with the safetensors package"
+            f"{folder / pickles[0]}: refused, a pickle can run any code when it is read; convert "
+            f"it to {file_name} with the safetensors package"
         )
     raise ValueError(f"{folder / file_name}: no such file; expected weights in safetensors format")
 

@@ -1,5 +1,6 @@
-"""A config whose `model.pretrained` names a diffusers pipeline's folder, or a single-file checkpoint:
-what it says takes its place.
+"""Configs whose `model.pretrained` names a diffusers folder, or a single-file checkpoint.
+
+What the folder or file says takes its place in the config.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained.files import read_json, tokenizer_folder
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.pipeline import CLASSES, INDEX_FILE
-from contextdiff_jax.pretrained.scheduler import load_scheduler
+from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import MODEL as UNET
 from contextdiff_jax.tokens import max_length
 
@@ -35,24 +37,61 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
     name = read_json(folder / INDEX_FILE, "a diffusers pipeline folder").get("_class_name")
     if name not in CLASSES:
         raise ValueError(
-            f"{folder / INDEX_FILE}: _class_name={name!r}: another pipeline; one of {', '.join(CLASSES)}"
+            f"{folder / INDEX_FILE}: _class_name={name!r}: another pipeline; one of "
+            f"{', '.join(CLASSES)}"
         )
-    unet, scheduler = (
-        read_config(UNET, folder / "unet"),
-        load_scheduler(folder / "scheduler", pipeline=name),
-    )
+    unet = _read_unet(folder / "unet")
+    diffusion, steps = _process(load_scheduler(folder / "scheduler", pipeline=name), config)
+    text = read_json(folder / "text_encoder" / "config.json", "a text encoder's folder")
+    words = tokenizer_folder(folder / "tokenizer")
+    length = max_length(words, text.get("max_position_embeddings", 77))
+    # Lists, as in a config.json: what is compared on resuming.
+    model = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in unet.to_dict().items()
+    }
+
+    def section(name: str, default: str, value: Path, **fields: Any) -> dict[str, Any]:
+        """The config's section with `fields`, and `value` where its field `default` is empty."""
+        values = config[name]
+        return {**values, **fields, default: values.get(default) or str(value)}
+
+    return {
+        **config,
+        "model": {**model, "pretrained": source},
+        "diffusion": {**config["diffusion"], **diffusion},
+        "sample": {**config["sample"], **steps},
+        "latent": section("latent", "vae", folder / "vae"),
+        "text": section(
+            "text",
+            "pretrained",
+            folder / "text_encoder",
+            max_length=length,
+            width=unet.cross_attention_dim,
+        ),
+        "data": section("data", "tokenizer", words, max_length=length),
+    }
+
+
+def _read_unet(folder: Path) -> UNetConfig:
+    """The UNet's config. ValueError for one that is not fine-tuned."""
+    unet = read_config(UNET, folder)
     if (
         isinstance(unet.cross_attention_dim, tuple)
         or unet.addition_embed_type is not None
         or unet.context_head
     ):
         raise ValueError(
-            f"{folder / 'unet'}: a UNet with added conditions, a context head or several text widths is not fine-tuned"
+            f"{folder}: a UNet with added conditions, a context head or several text "
+            "widths is not fine-tuned"
         )
-    text = read_json(folder / "text_encoder" / "config.json", "a text encoder's folder")
-    words = tokenizer_folder(folder / "tokenizer")
-    length = max_length(words, text.get("max_position_embeddings", 77))
-    text_width = {"max_length": length, "width": unet.cross_attention_dim}
+    return unet
+
+
+def _process(
+    scheduler: Scheduler, config: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The scheduler's fields of the sections `diffusion` and `sample`."""
     diffusion = {
         "schedule": scheduler.schedule_name,
         "num_timesteps": scheduler.num_train_timesteps,
@@ -70,29 +109,4 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
     if diffusion["zero_terminal_snr"] and not scheduler.rescale_betas_zero_snr:
         # The only spacing that starts where the signal is 0.
         steps = {"spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
-    # Lists, as in a config.json: what is compared on resuming.
-    model = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in unet.to_dict().items()
-    }
-
-    def filled(section: str, field: str, value: Any) -> dict[str, Any]:
-        return {field: config[section].get(field) or value}
-
-    return {
-        **config,
-        "model": {**model, "pretrained": source},
-        "diffusion": {**config["diffusion"], **diffusion},
-        "sample": {**config["sample"], **steps},
-        "latent": {**config["latent"], **filled("latent", "vae", str(folder / "vae"))},
-        "text": {
-            **config["text"],
-            **text_width,
-            **filled("text", "pretrained", str(folder / "text_encoder")),
-        },
-        "data": {
-            **config["data"],
-            "max_length": length,
-            **filled("data", "tokenizer", str(words)),
-        },
-    }
+    return diffusion, steps

@@ -61,7 +61,7 @@ _TEXT = r"(text_model\.)?(encoder\.layers|embeddings|final_layer_norm|text_proje
 
 @dataclasses.dataclass(frozen=True)
 class LoraLayer:
-    """One layer's change: down [R, I, ...], up [O, R, ...] and alpha, the numerator of its scale."""
+    """One layer's change: down [R, I, ...], up [O, R, ...] and alpha, its scale's numerator."""
 
     down: np.ndarray
     up: np.ndarray
@@ -284,8 +284,9 @@ def _text_component(
         found = [one for one in found if all(fits(one, layer) for layer in layers)]
         if len(found) != 1:
             raise ValueError(
-                f"{path}: is of a text encoder and fits {' and '.join(found) or 'neither of the two'}; "
-                "give `modules` with the one that it is for"
+                f"{path}: is of a text encoder and fits "
+                f"{' and '.join(found) or 'neither of the two'}; give `modules` with the one that "
+                "it is for"
             )
     return found[0] if found else ""
 

@@ -1,4 +1,4 @@
-"""What is particular about a kind of model, and how one is read.
+"""Kinds of models: what is particular about one, and how it is read.
 
 One `Model` is declared in each of unet.py, vae.py, clip.py and t5.py.
 """
@@ -49,7 +49,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a folder is read.
+    """Options of reading a folder.
 
     Attributes:
       dtype: of the module's products.

@@ -28,11 +28,13 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-    """One model's names: `renames` are (pattern, replacement) on the dotted torch name, `pointwise`
-    a pattern of our dotted paths, `aliases` renames of tensors in files of older writers, `unread`
-    patterns of stored tensors that are no parameters of ours (buffers, the half of a model that
-    isn't loaded), `copies` (name, copy): tensors that are one in the model, of which a file may hold
-    only the copy.
+    """One model's names in its files.
+
+    `renames` are (pattern, replacement) on the dotted torch name, `pointwise` a pattern of our
+    dotted paths, `aliases` renames of tensors in files of older writers, `unread` patterns of
+    stored tensors that are no parameters of ours (buffers, the half of a model that isn't loaded),
+    `copies` (name, copy): tensors that are one in the model, of which a file may hold only the
+    copy.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -44,7 +46,7 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One parameter: where it is here, its shape there, and the layout change in both directions."""
+    """One parameter: where it is here, its shape there, and the layout change both ways."""
 
     path: tuple
     torch_shape: tuple[int, ...]

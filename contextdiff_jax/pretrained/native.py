@@ -120,7 +120,7 @@ def _stored(checkpointer: ocp.StandardCheckpointer, path: Path) -> dict[str, Any
 def _wanted(
     module: nnx.Module, stored: Mapping[str, Any], options: Options, path: Path
 ) -> dict[str, Any]:
-    """What Orbax shall give: the module's shapes, the stored or asked types, the asked shardings."""
+    """Targets for Orbax: the module's shapes, the stored or asked types, the asked shardings."""
     shapes = _flat(nnx.state(module, nnx.Param))
     differing = [
         name

@@ -161,19 +161,21 @@ def _check_fit(folder: Path, unet: UNet, vae: VAE, texts: Sequence[CLIPText]) ->
         or unet.config.out_channels != channels
     ):
         raise ValueError(
-            f"{folder}: the UNet has {unet.config.in_channels} channels in and {unet.config.out_channels} out; must be "
-            f"{channels} (or {2 * channels + 1}, for inpainting) and {channels}, as the autoencoder's latents have"
+            f"{folder}: the UNet has {unet.config.in_channels} channels in and "
+            f"{unet.config.out_channels} out; must be {channels} (or {2 * channels + 1}, for "
+            f"inpainting) and {channels}, as the autoencoder's latents have"
         )
     if any(level.text_features != width for level in unet.config.levels()):
         raise ValueError(
-            f"{folder}: the UNet's cross_attention_dim differs from the text encoders' width, {width}"
+            f"{folder}: the UNet's cross_attention_dim differs from the text encoders' width, "
+            f"{width}"
         )
     if unet.config.context_head or (unet.config.addition_embed_type is not None) != (
         len(texts) == 2
     ):
         raise ValueError(
-            f"{folder}: the UNet's addition_embed_type={unet.config.addition_embed_type!r} doesn't fit {len(texts)} text "
-            "encoders, or it has a context head: not sampled here"
+            f"{folder}: the UNet's addition_embed_type={unet.config.addition_embed_type!r} "
+            f"doesn't fit {len(texts)} text encoders, or it has a context head: not sampled here"
         )
     if len(texts) == 2:
         read = (
@@ -188,8 +190,9 @@ def _check_fit(folder: Path, unet: UNet, vae: VAE, texts: Sequence[CLIPText]) ->
 
 
 def _corrected(config: UNetConfig, folder: Path) -> UNetConfig:
-    """With latents of 64, if diffusers before 0.9 wrote it: it stored its default of 32 whatever the
-    network had been trained on.
+    """The config, with latents of 64 if diffusers before 0.9 wrote it.
+
+    It stored its default of 32 whatever the network had been trained on.
     """
     values = read_json(folder / "config.json", "a UNet's folder")
     numbers = re.findall(r"\d+", str(values.get("_diffusers_version", "")))[:2]

@@ -20,10 +20,19 @@ _SPACINGS = ("leading", "linspace", "trailing")
 # Schedulers of networks trained on a variance-preserving schedule of betas: DDIM samples all of
 # them.
 _CLASSES = (
-    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
-)  # fmt: skip
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "KDPM2DiscreteScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+)
 _CLIPPED = (
     "DDIMScheduler",
     "DDPMScheduler",
@@ -32,8 +41,9 @@ _CLIPPED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheduler:
-    """What a Stable Diffusion network was trained on, and how DDIM walks back; diffusers' names and
-    defaults.
+    """The process that a Stable Diffusion network was trained on, and DDIM's way back.
+
+    Names and defaults are diffusers'.
 
     Raises ValueError with field, value and what is allowed.
     """
@@ -93,8 +103,8 @@ class Scheduler:
             timesteps += self.steps_offset
         if timesteps[0] >= T:
             raise ValueError(
-                f"steps={num_steps}: with steps_offset={self.steps_offset} they start at {timesteps[0]}; must be "
-                f"below {T}"
+                f"steps={num_steps}: with steps_offset={self.steps_offset} they start at "
+                f"{timesteps[0]}; must be below {T}"
             )
         following = timesteps - T // num_steps
         return timesteps, np.where(following >= 0, following, -1 if self.set_alpha_to_one else 0)
@@ -119,8 +129,9 @@ def load_scheduler(folder: str | Path, pipeline: str = "") -> Scheduler:
 
 
 def _corrections(pipeline: str) -> dict[str, Any]:
-    """What diffusers' pipelines of that class change in a scheduler's config: all networks of 1.x
-    and 2.x were trained with an offset of 1 and samples that aren't clipped.
+    """Changes that diffusers' pipelines of that class make to a scheduler's config.
+
+    All networks of 1.x and 2.x were trained with an offset of 1 and samples that aren't clipped.
     """
     if not pipeline or "XL" in pipeline:
         return {}

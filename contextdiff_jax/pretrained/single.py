@@ -58,7 +58,7 @@ class _Checkpoint:
 
     @property
     def parts(self) -> dict[str, Tensors]:
-        """Those that the file holds, by the pipeline's names."""
+        """The parts that the file holds, by the pipeline's names."""
         found = {"unet": self.unet, "vae": self.vae, **self.texts}
         return {part: tensors for part, tensors in found.items() if tensors}
 
@@ -82,7 +82,7 @@ def has(file: Path, inside: str) -> bool:
 
 
 def tensors(file: Path, inside: str) -> Tensors:
-    """The tensors of a model, by diffusers' names. ValueError for one that the file doesn't hold."""
+    """A model's tensors, by diffusers' names. ValueError for one that the file doesn't hold."""
     found = _open(file, file.stat().st_mtime_ns).parts.get(inside)
     if not found:
         raise ValueError(f"{file}: holds no {inside or 'model of that kind'}")
@@ -90,7 +90,7 @@ def tensors(file: Path, inside: str) -> Tensors:
 
 
 def values(file: Path, inside: str) -> dict[str, Any]:
-    """What the JSON file `inside` says. ValueError for a file of another kind, or without it."""
+    """The values of JSON file `inside`. ValueError for a file of another kind, or without it."""
     checkpoint = _open(file, file.stat().st_mtime_ns)
     if not has(file, inside) or not inside.endswith(".json"):
         parts = ", ".join(f"{file.name}/{part}" for part in checkpoint.parts)
@@ -141,7 +141,7 @@ def _open(file: Path, changed: int) -> _Checkpoint:
 
 
 def _check_kind(file: Path, names: list[str]) -> None:
-    """Raises ValueError, which says what the file is where it can tell, unless it is one of ours."""
+    """Raises ValueError unless the file is one of ours, and says what it is where it can."""
     if any("lora" in name for name in names):
         problem = "is a LoRA file"
     elif f"{_UNET}input_blocks.0.0.weight" not in names:
@@ -153,7 +153,8 @@ def _check_kind(file: Path, names: list[str]) -> None:
     else:
         return
     raise ValueError(
-        f"{file}: {problem}; of single files, checkpoints of Stable Diffusion 1.x, 2.x and XL's base are read"
+        f"{file}: {problem}; of single files, checkpoints of Stable Diffusion 1.x, 2.x and XL's "
+        "base are read"
     )
 
 
@@ -318,7 +319,7 @@ def _block(unet: Tensors, name: str) -> LazyTensor | ChangedTensor:
 
 
 def _side(checkpoint: _Checkpoint) -> int:
-    """Of the pictures that its kind was trained on, in pixels."""
+    """The side of the pictures that its kind was trained on, in pixels."""
     return {"v1": 512, "v2": 768 if checkpoint.v_prediction else 512, "xl": 1024}[checkpoint.kind]
 
 

@@ -120,7 +120,7 @@ def refuse_pointers(folder: Path) -> None:
 
 @functools.lru_cache(maxsize=4)
 def _offsets(path: Path, changed: int) -> tuple[int, dict[str, Any]]:
-    """Where the values begin, and the header. `changed`: the file's time, for the cache."""
+    """The values' beginning, and the header. `changed`: the file's time, for the cache."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         return 8 + length, json.loads(file.read(length))
@@ -134,7 +134,7 @@ def _raw(path: Path, name: str, dtype: np.dtype) -> np.ndarray:
 
 
 def _damage(path: Path) -> str | None:
-    """What a truncated file lacks first, or None if it is no such file."""
+    """The first thing that a truncated file lacks, or None if it is no such file."""
     size = path.stat().st_size
     with path.open("rb") as data:
         head = data.read(8)
@@ -159,4 +159,7 @@ def _damage(path: Path) -> str | None:
     if not lacking:
         return None
     end = 8 + length + max(ends.values())
-    return f"truncated: {size} bytes of {end}, {len(lacking)} tensors are incomplete, the first is {lacking[0][1]}"
+    return (
+        f"truncated: {size} bytes of {end}, {len(lacking)} tensors are incomplete, the first is "
+        f"{lacking[0][1]}"
+    )

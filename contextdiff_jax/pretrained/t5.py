@@ -60,10 +60,10 @@ MODEL = Model(
 
 
 def load_t5(folder: str | Path, **options) -> T5Encoder:
-    """T5's encoder from a local folder; `options`: see `contextdiff_jax.pretrained.model.Options`."""
+    """T5's encoder from a local folder; for `options` see `pretrained.model.Options`."""
     return folders.load(MODEL, folder, Options(**options))
 
 
 def save_t5(module: T5Encoder, folder: str | Path) -> None:
-    """Writes a transformers folder, which `load_t5` reads back exactly (and so does transformers)."""
+    """Writes a transformers folder, which `load_t5` and transformers read back exactly."""
     folders.save(MODEL, module, folder)

@@ -1,6 +1,7 @@
 """Training of an AutoencoderKL (Rombach et al., 2022, section 3.1) without its adversarial part.
 
-    loss = l1 |x - x_hat| + l2 (x - x_hat)^2 + kl KL(q(z | x) || N(0, I)),   x_hat = decode(z), z ~ q(z | x)         (1)
+    loss = l1 |x - x_hat| + l2 (x - x_hat)^2 + kl KL(q(z | x) || N(0, I)),        (1)
+    x_hat = decode(z), z ~ q(z | x)
 
 Each term is a mean over its own dimensions (pixels; latents). The KL only keeps latents near a unit
 Gaussian, so its weight is small; what is left of their scale is measured afterwards and becomes the
@@ -33,7 +34,7 @@ from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
 from contextdiff_jax.parallel.processes import StopSignal, agree
 from contextdiff_jax.pretrained import save_vae
-from contextdiff_jax.settings import AutoencoderLoss, AutoencoderSettings
+from contextdiff_jax.settings.autoencoder import AutoencoderLoss, AutoencoderSettings
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog
 from contextdiff_jax.training.loop import to_devices
@@ -151,7 +152,8 @@ def train_autoencoder(
                 }
                 if not np.isfinite([*values.values()]).all():
                     raise RunError(
-                        f"step {step}: the loss is not finite; lower train.learning_rate and run again"
+                        f"step {step}: the loss is not finite; lower train.learning_rate and run "
+                        "again"
                     )
                 log.write(step, values)
                 zeros = jax.device_put(jax.tree.map(np.zeros_like, sums), shardings.metric_sums)

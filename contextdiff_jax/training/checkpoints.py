@@ -93,8 +93,9 @@ def _seal(folder: pathlib.Path) -> None:
 
 
 def damage(folder: pathlib.Path, contents: bool = True) -> str:
-    """What is wrong with the checkpoint in `folder` ('' if nothing is); without `contents` only
-    whether files are missing, which reads none of them.
+    """The damage of the checkpoint in `folder`, '' if there is none.
+
+    Without `contents` only missing files are found, which reads none of them.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())

@@ -1,11 +1,13 @@
 """A fine-tuned run as a diffusers folder: the pipeline that it started from, with what was trained.
 
     TARGET/unet/                 the trained UNet (EMA, float32), without our context head
-    TARGET/lora.safetensors      a LoRA run's, in diffusers' names; unet/ is then the one that it started from
+    TARGET/lora.safetensors      a LoRA run's, in diffusers' names; unet/ is then the one that it
+                                 started from
     TARGET/context.safetensors   ours: the relational network and the context head, by dotted path
     TARGET/context.json          the config of the relational network and its use
 
-Everything else is copied (of a single-file checkpoint: written out). `model.pretrained=TARGET` starts from the context too.
+Everything else is copied (of a single-file checkpoint: written out). `model.pretrained=TARGET`
+starts from the context too.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def export_run(source: Path, target: Path, report: Callable[[str], None] = print
     run = load_run(str(source), merged=False)
     if not run.settings.pretrained:
         raise ValueError(
-            f"--source={source}: has no model.pretrained; only what began as a diffusers folder goes back to one"
+            f"--source={source}: has no model.pretrained; only what began as a diffusers folder "
+            "goes back to one"
         )
     origin = Path(run.settings.pretrained)
     with complete_or_absent(target) as partial:

@@ -1,4 +1,4 @@
-"""A cache of a frozen autoencoder's latents: from a run's settings to the shards of `data.cached`."""
+"""A cache of a frozen autoencoder's latents: from a run's settings to `data.cached`'s shards."""
 
 from __future__ import annotations
 

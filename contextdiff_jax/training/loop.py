@@ -162,7 +162,8 @@ def _open_data(settings: Settings, feed: Feed) -> tuple[Tokenizer, RandomAccessS
         json.dumps(settings.latent.config.to_dict())
     ):
         raise ValueError(
-            f"latent.vae={settings.latent.vae!r}: the cache in data.path={data.path!r} is another autoencoder's"
+            f"latent.vae={settings.latent.vae!r}: the cache in data.path={data.path!r} is another "
+            "autoencoder's"
         )
     loader = make_loader(
         source,

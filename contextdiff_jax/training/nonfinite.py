@@ -42,7 +42,7 @@ class FiniteGuard:
     def watch(
         self, step: int, state: TrainState, batch: Mapping[str, jax.Array], nonfinite: jax.Array
     ) -> None:
-        """Checks the step before, then remembers this one; `nonfinite`: the run's count after it."""
+        """Checks the step before, then remembers this one; `nonfinite`: the count after it."""
         self.check(state)
         self._watched = step, batch, nonfinite
 
@@ -67,9 +67,10 @@ class FiniteGuard:
         folder = self._workdir / f"nonfinite_{step}"
         self._dump(folder, batch, state)
         raise RunError(
-            f"step {step}: the loss or the gradient is not finite ({self._count} steps so far, train.max_nonfinite="
-            f"{self._limit}); run the step again with --replay={folder}; the last good checkpoint is kept; lower "
-            "train.learning_rate or train.clip_norm and run again"
+            f"step {step}: the loss or the gradient is not finite ({self._count} steps so far, "
+            f"train.max_nonfinite={self._limit}); run the step again with --replay={folder}; the "
+            "last good checkpoint is kept; lower train.learning_rate or train.clip_norm and run "
+            "again"
         )
 
     def _dump(

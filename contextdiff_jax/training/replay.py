@@ -67,6 +67,6 @@ def replay(dump: pathlib.Path) -> str:
     (loss, metrics), gradient = run(state.params, load_frozen(settings))
     bad = first_nonfinite(batch=batch, parameter=state.params, metric=metrics, gradient=gradient)
     return (
-        f"step {step}: loss {float(loss):.6g}, gradient norm {float(optax.global_norm(gradient)):.6g}\n"
-        f"first that is not finite: {bad}"
+        f"step {step}: loss {float(loss):.6g}, gradient norm "
+        f"{float(optax.global_norm(gradient)):.6g}\nfirst that is not finite: {bad}"
     )

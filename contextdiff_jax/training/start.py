@@ -1,5 +1,6 @@
-"""Where a new run's parameters come from: the seed, a pretrained UNet (`model.pretrained`), another
-run (`train.init_from`).
+"""Sources of a new run's parameters.
+
+They are the seed, a pretrained UNet (`model.pretrained`) and another run (`train.init_from`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Which of a model's parameters a run trains, and LoRA's (Hu et al., 2021) as parameters beside the
-model's.
+"""The parameters that a run trains. LoRA's (Hu et al., 2021) are parameters beside the model's.
 
 LoRA's lie in `params["lora"]`, under the path of the UNet's layer: W + down @ up, with down [I, R]
 and up [R, O], up 0 at the start. So the model starts unchanged, and nothing but `merge_lora` knows

@@ -82,8 +82,9 @@ def claim_workdir(
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name) and not name.startswith(free):
                 raise ValueError(
-                    f"--workdir={workdir}: holds another config's run, {name} is {old.get(name)!r} there and "
-                    f"{new.get(name)!r} here; choose another workdir or that config"
+                    f"--workdir={workdir}: holds another config's run, {name} is "
+                    f"{old.get(name)!r} there and {new.get(name)!r} here; choose another workdir "
+                    "or that config"
                 )
     if not write:
         return

@@ -24,8 +24,6 @@ from contextdiff_jax.diffusion.schedule import SPACINGS
 from contextdiff_jax.fields import check_at_least, check_choice, check_types, strict, typed
 from contextdiff_jax.keys import check_seed
 from contextdiff_jax.models.context import ContextConfig
-from contextdiff_jax.models.flash import CHOICES
-from contextdiff_jax.models.remat import POLICIES
 from contextdiff_jax.models.text import TextConfig
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAEConfig
@@ -33,105 +31,10 @@ from contextdiff_jax.parallel.mesh import MeshConfig
 from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
+from contextdiff_jax.settings.train import TrainConfig
 
 ESTIMATES = ("plugin", "posterior_mean")
-DECAYS = ("constant", "linear", "cosine")
-PRECISIONS = ("float32", "bfloat16")
-PARTS = ("full", "lora", "context")
-# What every line of metrics.jsonl has but the quartiles of t, which a small batch may lack.
-LOGGED = (
-    "loss",
-    "denoise_loss",
-    "context_loss",
-    "prior_kl",
-    "context_gain",
-    "grad_norm",
-    "learning_rate",
-    "nonfinite",
-    "broken_records",
-    "images_per_second",
-    "seconds_per_step",
-    *(f"loss_q{i}" for i in range(1, 5)),
-)
 SHIFTS_OF_TEXT_ALONE = ("prior", "data_normalization")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Optimisation and its housekeeping. Sizes and counts are global; `*_every` are in steps (0:
-    never).
-    """
-
-    steps: int = 1000
-    batch_size: int = 64
-    accumulation: int = 1  # equal parts of a batch, one after another
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    decay: str = "cosine"  # after the warm-up, to 0 at `steps`
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.99
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
-    caption_dropout: float = 0.1
-    trainable: str = (
-        "full"  # lora: LoRA and the context; context: the relational network and the context head
-    )
-    lora_rank: int = 8
-    init_from: str = ""  # a run whose EMA weights a new run starts from
-    precision: str = (
-        "float32"  # of products and activations; parameters, statistics, process, loss: float32
-    )
-    # what a block keeps for the backward pass: everything, products, kernels, or nothing (blocks)
-    remat: str = "none"
-    # self-attention: xla, splash (TPU), heads (in turns), or what suits the platform and the length
-    attention: str = "auto"
-    log_every: int = 50
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2  # the newest
-    keep_best: int = 0  # and those with the lowest `best_metric` at the log line before
-    best_metric: str = "loss"
-    sample_every: int = 500
-    max_nonfinite: int = (
-        3  # steps without a finite loss and gradient that are skipped; the next ends the run
-    )
-    peer_timeout: int = (
-        600  # seconds after which a process that is lost or stands still ends the others
-    )
-
-    def __post_init__(self):
-        check_choice("train.decay", self.decay, DECAYS)
-        check_choice("train.precision", self.precision, PRECISIONS)
-        check_choice("train.trainable", self.trainable, PARTS)
-        check_choice("train.remat", self.remat, POLICIES)
-        check_choice("train.attention", self.attention, CHOICES)
-        check_at_least(
-            self,
-            "train",
-            steps=1,
-            batch_size=1,
-            accumulation=1,
-            lora_rank=1,
-            log_every=1,
-            checkpoint_every=1,
-            sample_every=0,
-            keep_checkpoints=1,
-            keep_best=0,
-            max_nonfinite=0,
-            peer_timeout=1,
-            warmup_steps=0,
-            learning_rate=0,
-            clip_norm=0,
-            weight_decay=0,
-        )
-        check_choice("train.best_metric", self.best_metric, LOGGED)
-        if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"train.accumulation={self.accumulation}: must divide train.batch_size={self.batch_size}"
-            )
-        for field in ("ema_decay", "caption_dropout", "b1", "b2"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"train.{field}={getattr(self, field)}: must lie in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,8 +90,8 @@ class ShiftConfig(ContextConfig):
         check_at_least(self, "context", head_loss=0)
         if self.shift in SHIFTS_OF_TEXT_ALONE and self.kind not in ("text", "none"):
             raise ValueError(
-                f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = T, so r may not "
-                "read x0; one of text, none"
+                f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = "
+                "T, so r may not read x0; one of text, none"
             )
         if self.estimate == "posterior_mean" and self.time_dependent:
             raise ValueError(
@@ -203,7 +106,7 @@ class LatentConfig:
     vae: str = ""  # a diffusers AutoencoderKL folder, such as train_vae's; empty: pixels
 
     def __post_init__(self):
-        self.config  # refuses a folder that can't be read before anything else is done
+        _ = self.config  # refuses a folder that can't be read before anything else is done
 
     @functools.cached_property
     def config(self) -> VAEConfig | None:
@@ -213,7 +116,7 @@ class LatentConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How the pictures in DIR/samples are made, and the `sample` command's defaults."""
+    """Options of the pictures in DIR/samples, and the `sample` command's defaults."""
 
     prompts: tuple[str, ...] = ()  # empty: captions of held-out (else training) records
     sampler: str = "ddim"
@@ -262,7 +165,8 @@ class Settings:
     mesh: MeshConfig
     sample: SampleConfig
     latent: LatentConfig
-    pretrained: str = ""  # model.pretrained: the pipeline, a folder or single file, whose UNet a new run starts from
+    # model.pretrained: the pipeline, a folder or single file, whose UNet a new run starts from
+    pretrained: str = ""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -275,7 +179,7 @@ class Settings:
         )
 
 
-def _check_sections(config: Mapping[str, Any], sections: typing.Sequence[str]) -> None:
+def check_sections(config: Mapping[str, Any], sections: typing.Sequence[str]) -> None:
     """Raises ValueError for a section of the config that is unknown, or one that is missing, and
     for a seed that is none.
     """
@@ -289,7 +193,7 @@ def _check_sections(config: Mapping[str, Any], sections: typing.Sequence[str]) -
     check_seed(config["seed"])
 
 
-def _data(values: Mapping[str, Any]) -> DataConfig:
+def read_data(values: Mapping[str, Any]) -> DataConfig:
     """The section `data`, and its seeds and counts checked."""
     data = strict(DataConfig, "data", values)
     check_seed(data.seed, "data.seed")
@@ -317,7 +221,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
     Raises ValueError, in one line, for an unknown section or field, or a value that is not allowed.
     """
     config = {"latent": {}} | dict(config)  # a run of before latents has no such section
-    _check_sections(
+    check_sections(
         config, [field.name for field in dataclasses.fields(Settings) if field.name != "pretrained"]
     )
     context = strict(ShiftConfig, "context", config["context"])
@@ -329,7 +233,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
     settings = Settings(
         seed=config["seed"],
         train=strict(TrainConfig, "train", config["train"]),
-        data=_data(config["data"]),
+        data=read_data(config["data"]),
         diffusion=strict(DiffusionConfig, "diffusion", config["diffusion"]),
         context=dataclasses.replace(
             context,
@@ -368,14 +272,16 @@ def _check_text(settings: Settings) -> None:
             raise ValueError("data.tokenizer='': text.pretrained needs the folder of its tokenizer")
     elif model.cross_attention_dim != text.width:
         raise ValueError(
-            f"model.cross_attention_dim={model.cross_attention_dim}: must be text.width={text.width}"
+            f"model.cross_attention_dim={model.cross_attention_dim}: must be "
+            f"text.width={text.width}"
         )
     if model.addition_embed_type == "text_time":
         wanted = model.cross_attention_dim + 6 * model.addition_time_embed_dim
-        if model.projection_class_embeddings_input_dim != wanted:
+        given = model.projection_class_embeddings_input_dim
+        if given != wanted:
             raise ValueError(
-                f"model.projection_class_embeddings_input_dim={model.projection_class_embeddings_input_dim}: must be "
-                f"text.width + 6 model.addition_time_embed_dim = {wanted}"
+                f"model.projection_class_embeddings_input_dim={given}: must be text.width + 6 "
+                f"model.addition_time_embed_dim = {wanted}"
             )
 
 
@@ -383,72 +289,33 @@ def _check_latents(settings: Settings) -> None:
     vae, train = settings.latent.config, settings.train
     if settings.context.tokens == "clip" and settings.data.source == "cache":
         raise ValueError(
-            "context.tokens='clip': reads pictures, and data.source='cache' has none; take the pictures' source"
+            "context.tokens='clip': reads pictures, and data.source='cache' has none; take the "
+            "pictures' source"
         )
     if train.trainable == "context" and not (settings.pretrained or train.init_from):
         raise ValueError(
-            "train.trainable='context': needs a trained UNet, by model.pretrained or train.init_from"
+            "train.trainable='context': needs a trained UNet, by model.pretrained or "
+            "train.init_from"
         )
     if train.trainable == "context" and settings.context.kind == "none":
         raise ValueError("train.trainable='context': context.kind='none' has nothing to train")
     if vae is None:
         if settings.data.source == "cache":
             raise ValueError(
-                "data.source='cache': holds latents; latent.vae (or model.pretrained) must name their autoencoder"
+                "data.source='cache': holds latents; latent.vae (or model.pretrained) must name "
+                "their autoencoder"
             )
         return
     for field in ("in_channels", "out_channels"):
         if getattr(settings.model, field) != vae.latent_channels:
             raise ValueError(
-                f"model.{field}={getattr(settings.model, field)}: must be {vae.latent_channels}, the channels of "
-                f"latent.vae={settings.latent.vae!r}"
+                f"model.{field}={getattr(settings.model, field)}: must be {vae.latent_channels}, "
+                f"the channels of latent.vae={settings.latent.vae!r}"
             )
     if settings.data.image_size % vae.downscale:
         raise ValueError(
-            f"data.image_size={settings.data.image_size}: must be a multiple of {vae.downscale}, latent.vae's factor"
+            f"data.image_size={settings.data.image_size}: must be a multiple of {vae.downscale}, "
+            "latent.vae's factor"
         )
     if settings.sample.dynamic_threshold:
         raise ValueError("sample.dynamic_threshold: is for pixels; with latent.vae only 0")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoencoderLoss:
-    """Weights of the terms of an autoencoder's loss (training.autoencoder)."""
-
-    l1: float = 1.0
-    l2: float = 0.0
-    kl: float = 1e-3
-
-    def __post_init__(self):
-        check_at_least(self, "loss", l1=0, l2=0, kl=0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoencoderSettings:
-    """All of an autoencoder's training."""
-
-    seed: int
-    train: TrainConfig
-    data: DataConfig
-    loss: AutoencoderLoss
-    vae: VAEConfig
-    mesh: MeshConfig
-
-
-def parse_autoencoder(config: Mapping[str, Any]) -> AutoencoderSettings:
-    """As `parse`, for the config of contextdiff_jax.train_vae."""
-    _check_sections(config, [field.name for field in dataclasses.fields(AutoencoderSettings)])
-    check_types(VAEConfig, "vae", config["vae"])
-    data, vae = _data(config["data"]), VAEConfig.from_dict(config["vae"])
-    if data.image_size % vae.downscale:
-        raise ValueError(
-            f"data.image_size={data.image_size}: must be a multiple of {vae.downscale}, vae's levels"
-        )
-    return AutoencoderSettings(
-        seed=config["seed"],
-        train=strict(TrainConfig, "train", config["train"]),
-        data=data,
-        loss=strict(AutoencoderLoss, "loss", config["loss"]),
-        vae=vae,
-        mesh=strict(MeshConfig, "mesh", config["mesh"]),
-    )

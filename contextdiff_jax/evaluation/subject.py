@@ -1,0 +1,197 @@
+"""The subject of the metrics, a run: records, samples, and their features, each made once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, PyTree, UInt8
+
+from contextdiff_jax.data import DataConfig, RandomAccessSource, Tokenizer, make_source
+from contextdiff_jax.data.identity import identity
+from contextdiff_jax.data.shapes import heldout_triples
+from contextdiff_jax.evaluation.classifier import Classifier, load_classifier
+from contextdiff_jax.evaluation.clip import Clip, load_clip
+from contextdiff_jax.evaluation.features import FeatureFn, extract, make_feature_fn
+from contextdiff_jax.evaluation.inception import Inception, load_inception, resize
+from contextdiff_jax.evaluation.processes import share
+from contextdiff_jax.parallel.processes import agree
+from contextdiff_jax.settings import Settings
+
+
+def splits(data: DataConfig) -> dict[str, RandomAccessSource]:
+    """The records to evaluate on, by their row's name; held-out ones where the source has any."""
+    if data.source == "shapes":  # other scenes than those trained on, of the same combinations
+        data = dataclasses.replace(data, scene_seed=data.scene_seed + 1)
+        names = {"train": "seen combinations", "heldout": "held-out combinations"}
+        has_heldout = bool(heldout_triples(data.heldout_fraction))
+    else:
+        names = {"train": "training records", "heldout": "held-out records"}
+        has_heldout = data.source != "folder" or bool(data.heldout_metadata)
+    return {
+        row: make_source(data, split)
+        for split, row in names.items()
+        if split == "train" or has_heldout
+    }
+
+
+def classifier_source(data: DataConfig) -> RandomAccessSource:
+    """The records that a classifier learns from.
+
+    For scenes these are all combinations (a judge must know those held out from the model), none of
+    them evaluated on; else the training records.
+    """
+    if data.source == "shapes":
+        return make_source(dataclasses.replace(data, scene_seed=data.scene_seed + 2), "all")
+    return make_source(data, "train")
+
+
+def feature_fns(network: Inception | Classifier) -> dict[str, FeatureFn]:
+    """Compiled functions of uint8 pictures: `features`, and a classifier's `logits`."""
+    if isinstance(network, Inception):
+        methods = {"features": lambda net, images: net(resize(images))}
+    else:
+        methods = {
+            "features": lambda net, images: net.features(images.astype(jnp.float32) / 127.5 - 1),
+            "logits": lambda net, images: net(images.astype(jnp.float32) / 127.5 - 1),
+        }
+    return {name: make_feature_fn(network, method) for name, method in methods.items()}
+
+
+class _Pictures:
+    """The pictures of some of a source's records, read when sliced: all at once may not fit the
+    memory.
+    """
+
+    def __init__(self, source: RandomAccessSource, numbers: range):
+        self._source, self._numbers = source, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, part: slice) -> UInt8[np.ndarray, "N H W 3"]:
+        return np.stack([self._source[i]["image"] for i in self._numbers[part]])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A trained model, what to ask of it, and (cached) this process's share of its samples and
+    their features.
+
+    `graph`, `params`: the model, split, on this process's devices. `generate`: (captions, number of
+    the first one among all processes') to pictures. `features`: a classifier's folder or
+    Inception's weights. `clip`: a CLIPModel's folder.
+    `num`: samples a split. `reference`: real pictures a split. `bound_timesteps`: strata of the
+        bound's sum, 0: every
+    timestep.
+    """
+
+    settings: Settings
+    tokenizer: Tokenizer
+    graph: nnx.GraphDef
+    params: PyTree
+    generate: Callable[[Sequence[str], int], UInt8[np.ndarray, "N H W 3"]]
+    features: str
+    clip: str = ""
+    num: int = 256
+    seed: int = 0
+    reference: int = 2048
+    bound_timesteps: int = 50
+
+    @functools.cached_property
+    def sources(self) -> dict[str, RandomAccessSource]:
+        def facts(sources: dict[str, RandomAccessSource]) -> dict[str, Any]:
+            rows = ((row, identity(source)) for row, source in sources.items())
+            return {f"{row}: {name}": value for row, found in rows for name, value in found.items()}
+
+        return agree("data", lambda: splits(self.settings.data), facts)
+
+    @functools.cached_property
+    def network(self) -> Inception | Classifier:
+        path = pathlib.Path(self.features)
+        if not path.exists():
+            raise ValueError(
+                f"--features={path}: no such folder or file; name one that "
+                "contextdiff_jax.train_classifier wrote, or Inception's weights as safetensors"
+            )
+        if path.is_file():
+            return load_inception(path)
+        network, size = load_classifier(path), self.settings.data.image_size
+        if network.image_size != size:
+            raise ValueError(
+                f"--features={path}: reads pictures of {network.image_size} pixels, the run's "
+                f"have {size}"
+            )
+        return network
+
+    @functools.cached_property
+    def clip_network(self) -> Clip:
+        if not self.clip:
+            raise ValueError(
+                "--clip: missing; cmmd and clip_score need a folder that transformers' CLIPModel "
+                "was saved in"
+            )
+        return load_clip(self.clip)
+
+    @functools.cached_property
+    def _cache(self) -> dict:
+        return {}
+
+    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    @functools.cached_property
+    def feature_fns(self) -> dict[str, Callable]:
+        return feature_fns(self.network)
+
+    def numbers(self, row: str) -> range:
+        """This process's share of the split's first `num` records, or of as many as there are."""
+        return share(min(self.num, len(self.sources[row])))
+
+    def records(self, row: str) -> list[dict[str, Any]]:
+        """The records of `numbers`."""
+        return self._once(
+            ("records", row), lambda: [self.sources[row][i] for i in self.numbers(row)]
+        )
+
+    def captions(self, row: str) -> list[str]:
+        """The captions that the samples are made for."""
+        return [record["caption"] for record in self.records(row)]
+
+    def samples(self, row: str) -> UInt8[np.ndarray, "N H W 3"]:
+        """One picture a caption."""
+        return self._once(
+            ("samples", row), lambda: self.generate(self.captions(row), self.numbers(row).start)
+        )
+
+    @property
+    def sampled(self) -> dict[str, UInt8[np.ndarray, "N H W 3"]]:
+        """The samples made so far, by split."""
+        return {row: self.samples(row) for row in self.sources if ("samples", row) in self._cache}
+
+    def _extract(self, kind: str, images: Sequence[np.ndarray]) -> Float[np.ndarray, "N D"]:
+        return (
+            self.clip_network.embed_images(images)
+            if kind == "clip"
+            else extract(self.feature_fns[kind], images)
+        )
+
+    def sample_features(self, row: str, kind: str = "features") -> Float[np.ndarray, "N D"]:
+        """The samples' features; `kind`: features, logits or clip."""
+        return self._once((kind, row), lambda: self._extract(kind, self.samples(row)))
+
+    def real_features(
+        self, row: str, start: int, count: int, kind: str = "features"
+    ) -> Float[np.ndarray, "N D"]:
+        """Features of this process's share of `count` real pictures (or all) from `start` on."""
+        part = share(min(count, len(self.sources[row]) - start))
+        images = _Pictures(self.sources[row], range(start + part.start, start + part.stop))
+        return self._once(("real", kind, row, start, count), lambda: self._extract(kind, images))

@@ -1,0 +1,77 @@
+"""A request to a `Pipeline`, checked: prompts, how many pictures, which noise."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from contextdiff_jax.keys import check_seed
+
+Callback = Callable[[int, Float[np.ndarray, "B H W C"]], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options that every way to sample reads; ValueError, one line, for what isn't allowed.
+
+    Attributes:
+      prompts: captions, `num` pictures each.
+      negative: what guidance leads away from, one text for all or one a prompt; None: the empty
+        text, or what the model has in its place (`Opened.zeros_for_empty`).
+      seed: 0..2^64 - 1; picture i's noise depends on (seed, i) alone.
+      first: the number of the first picture, of a share of a longer list.
+      noise: given instead of drawn, [B, H, W, C] in the model's space.
+      callback: called as callback(step, x0) with the estimate of x0 after each step.
+      batch_size: pictures at once; one shape, one compilation.
+      tile: large pictures go through the autoencoder in tiles.
+    """
+
+    prompts: Sequence[str]
+    negative: str | Sequence[str] | None = None
+    num: int = 1
+    seed: int = 0
+    first: int = 0
+    noise: Float[np.ndarray, "B H W C"] | None = None
+    callback: Callback | None = None
+    batch_size: int = 64
+    tile: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.prompts, str) or not len(self.prompts):
+            raise ValueError(
+                f"prompts={self.prompts!r}: the list is empty or no list; "
+                "give at least one text, as in ['a large red circle']"
+            )
+        check_seed(self.seed)
+        listed = not isinstance(self.negative, str | None)
+        if listed and len(self.negative) != len(self.prompts):
+            count = len(self.prompts)
+            raise ValueError(
+                f"negative: {len(self.negative)} texts; must be one, or as many as prompts, {count}"
+            )
+        if self.num < 1 or self.batch_size < 1:
+            raise ValueError(f"num={self.num}, batch_size={self.batch_size}: must be at least 1")
+
+    @property
+    def texts(self) -> list[str]:
+        """The caption of each picture."""
+        return [prompt for prompt in self.prompts for _ in range(self.num)]
+
+    def checked_noise(self, shape: tuple[int, int, int]) -> Float[np.ndarray, "B H W C"] | None:
+        """The given noise; ValueError unless it is of this shape, one a picture."""
+        if self.noise is None:
+            return None
+        wanted = (len(self.texts), *shape)
+        if tuple(self.noise.shape) != wanted:
+            raise ValueError(f"noise: shape {tuple(self.noise.shape)}; must be {wanted}")
+        return np.asarray(self.noise, np.float32)
+
+    @property
+    def negatives(self) -> list[str]:
+        """The negative text of each picture, or the one for all."""
+        if isinstance(self.negative, str | None):
+            return [self.negative or ""]
+        return [text for text in self.negative for _ in range(self.num)]

@@ -1,0 +1,106 @@
+"""The section `train` of a config."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from contextdiff_jax.fields import check_at_least, check_choice
+from contextdiff_jax.models.flash import CHOICES
+from contextdiff_jax.models.remat import POLICIES
+
+DECAYS = ("constant", "linear", "cosine")
+PRECISIONS = ("float32", "bfloat16")
+PARTS = ("full", "lora", "context")
+# What every line of metrics.jsonl has but the quartiles of t, which a small batch may lack.
+LOGGED = (
+    "loss",
+    "denoise_loss",
+    "context_loss",
+    "prior_kl",
+    "context_gain",
+    "grad_norm",
+    "learning_rate",
+    "nonfinite",
+    "broken_records",
+    "images_per_second",
+    "seconds_per_step",
+    *(f"loss_q{i}" for i in range(1, 5)),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimisation and its housekeeping. Sizes and counts are global; `*_every` are in steps (0:
+    never).
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    accumulation: int = 1  # equal parts of a batch, one after another
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    decay: str = "cosine"  # after the warm-up, to 0 at `steps`
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.99
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    caption_dropout: float = 0.1
+    # lora: LoRA and the context; context: the relational network and the context head
+    trainable: str = "full"
+    lora_rank: int = 8
+    init_from: str = ""  # a run whose EMA weights a new run starts from
+    precision: str = (
+        "float32"  # of products and activations; parameters, statistics, process, loss: float32
+    )
+    # what a block keeps for the backward pass: everything, products, kernels, or nothing (blocks)
+    remat: str = "none"
+    # self-attention: xla, splash (TPU), heads (in turns), or what suits the platform and the length
+    attention: str = "auto"
+    log_every: int = 50
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2  # the newest
+    keep_best: int = 0  # and those with the lowest `best_metric` at the log line before
+    best_metric: str = "loss"
+    sample_every: int = 500
+    max_nonfinite: int = (
+        3  # steps without a finite loss and gradient that are skipped; the next ends the run
+    )
+    peer_timeout: int = (
+        600  # seconds after which a process that is lost or stands still ends the others
+    )
+
+    def __post_init__(self):
+        check_choice("train.decay", self.decay, DECAYS)
+        check_choice("train.precision", self.precision, PRECISIONS)
+        check_choice("train.trainable", self.trainable, PARTS)
+        check_choice("train.remat", self.remat, POLICIES)
+        check_choice("train.attention", self.attention, CHOICES)
+        check_at_least(
+            self,
+            "train",
+            steps=1,
+            batch_size=1,
+            accumulation=1,
+            lora_rank=1,
+            log_every=1,
+            checkpoint_every=1,
+            sample_every=0,
+            keep_checkpoints=1,
+            keep_best=0,
+            max_nonfinite=0,
+            peer_timeout=1,
+            warmup_steps=0,
+            learning_rate=0,
+            clip_norm=0,
+            weight_decay=0,
+        )
+        check_choice("train.best_metric", self.best_metric, LOGGED)
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"train.accumulation={self.accumulation}: must divide "
+                f"train.batch_size={self.batch_size}"
+            )
+        for field in ("ema_decay", "caption_dropout", "b1", "b2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"train.{field}={getattr(self, field)}: must lie in [0, 1)")
