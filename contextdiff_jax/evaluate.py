@@ -16,7 +16,8 @@ from typing import Any
 from absl import flags
 
 from contextdiff_jax import cli
-from contextdiff_jax.files import write_json
+from contextdiff_jax.runtime import host
+from contextdiff_jax.runtime.files import write_json
 
 WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
 METRICS = flags.DEFINE_list(
@@ -82,7 +83,7 @@ def main() -> None:
     run = load_run(WORKDIR.value, WEIGHTS.value)
     options = dataclasses.replace(run.settings.sample, **given)
     workdir = pathlib.Path(WORKDIR.value)
-    cli.set_compilation_cache(workdir)
+    host.set_compilation_cache(workdir)
     params, frozen = replicate(run.params), replicate(load_frozen(run.settings))
     mesh = local_mesh()  # each process samples its own share
     pipeline = of_run(

@@ -17,7 +17,6 @@ from torch_models import stable_diffusion
 from transformers import CLIPConfig, CLIPModel
 
 from configs.edit_shapes import video_sections
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import moving_shapes
 from contextdiff_jax.data.moving_shapes import frames_of, make_moving_shape
 from contextdiff_jax.data.video import read_clip
@@ -26,7 +25,8 @@ from contextdiff_jax.editing.models import digest
 from contextdiff_jax.editing.output import save_frames
 from contextdiff_jax.editing.pipeline import remove_old, run_edit, table
 from contextdiff_jax.editing.settings import parse_edit
-from contextdiff_jax.files import write_json
+from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.runtime.files import write_json
 from contextdiff_jax.training import checkpoints
 
 

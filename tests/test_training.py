@@ -13,10 +13,10 @@ import pytest
 from conftest import command, config_dict, randomised
 from flax import nnx
 
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
 from contextdiff_jax.inference.opening import of_run
-from contextdiff_jax.pictures import read_png_metadata
+from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.runtime.pictures import read_png_metadata
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training import checkpoints, loop
 from contextdiff_jax.training.loop import count_flops, null_caption, train

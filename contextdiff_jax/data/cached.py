@@ -25,8 +25,8 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float, Int32
 
-from contextdiff_jax.files import replacing, write_json
-from contextdiff_jax.texts import parse_json
+from contextdiff_jax.runtime.files import replacing, write_json
+from contextdiff_jax.runtime.texts import parse_json
 
 CACHE_FILE = "cache.json"
 _OPTIONS = "group_size:1"  # records are read one by one, in random order

@@ -19,13 +19,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
-from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.processes import StopSignal
 from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import TrainConfig
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog

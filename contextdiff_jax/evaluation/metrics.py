@@ -35,8 +35,8 @@ from contextdiff_jax.evaluation.features import (
 from contextdiff_jax.evaluation.inception import Inception, load_inception, resize
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
 from contextdiff_jax.evaluation.processes import gather_rows, join, share
-from contextdiff_jax.keys import make_key
 from contextdiff_jax.parallel.processes import agree
+from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.tokens import warn_of_cut
 

@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from contextdiff_jax.inference.programs import kept
 from contextdiff_jax.inference.sampling import Method, Picture, Process, Steps, Text, make_sample
-from contextdiff_jax.keys import check_seed, make_key
 from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.pixels import to_uint8
 from contextdiff_jax.parallel.mesh import place, replicated, tracing_for
+from contextdiff_jax.runtime.keys import check_seed, make_key
 from contextdiff_jax.settings import SampleConfig
 from contextdiff_jax.tokens import warn_of_cut
 

@@ -23,16 +23,16 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
 from tqdm import tqdm
 
-from contextdiff_jax import pictures
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import DataConfig, Loader, RandomAccessSource, make_loader, make_source
 from contextdiff_jax.data.identity import identity, shared_settings
-from contextdiff_jax.files import write_json
-from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
 from contextdiff_jax.parallel.processes import StopSignal, agree
 from contextdiff_jax.pretrained import save_vae
+from contextdiff_jax.runtime import pictures
+from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.runtime.files import write_json
+from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import AutoencoderLoss, AutoencoderSettings
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog

@@ -20,7 +20,6 @@ from jax.stages import Compiled, Lowered
 from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
 
-from contextdiff_jax import cli, pictures
 from contextdiff_jax.data import (
     CacheSource,
     DataConfig,
@@ -32,12 +31,13 @@ from contextdiff_jax.data import (
     make_source,
 )
 from contextdiff_jax.data.identity import identity, shared_settings
-from contextdiff_jax.files import replacing
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.inference.pipeline import NotFiniteError
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
 from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, agree, is_first
+from contextdiff_jax.runtime import host, pictures
+from contextdiff_jax.runtime.files import replacing
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.frozen import load_frozen
@@ -104,7 +104,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
                 jax.block_until_ready(nonfinite)
                 LOGGER.info(
                     "first step done %.1f s after the command's start",
-                    time.perf_counter() - cli.STARTED,
+                    time.perf_counter() - host.STARTED,
                 )
             window_steps += 1
             end = step == every.steps

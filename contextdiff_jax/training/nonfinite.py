@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.parallel.processes import is_first
+from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.state import TrainState

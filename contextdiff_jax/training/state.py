@@ -12,10 +12,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.models.remat import configure
 from contextdiff_jax.parallel.mesh import gathered
+from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings, TrainConfig
 from contextdiff_jax.training.trainable import add_lora, merge_lora, split_trainable
 
