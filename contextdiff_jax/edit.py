@@ -37,7 +37,7 @@ def main() -> None:
     from contextdiff_jax.editing import shapes_benchmark
     from contextdiff_jax.editing.pipeline import run_edit, table
     from contextdiff_jax.editing.settings import parse_edit
-    from contextdiff_jax.training.workdir import held
+    from contextdiff_jax.runs.workdir import held
 
     settings = parse_edit(config)
     host.set_compilation_cache(workdir)

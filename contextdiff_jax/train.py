@@ -45,9 +45,9 @@ def main() -> None:
 
     from contextdiff_jax.parallel import processes
     from contextdiff_jax.pretrained.finetuning import adopt
+    from contextdiff_jax.runs.workdir import held
     from contextdiff_jax.settings import parse
     from contextdiff_jax.training.loop import train
-    from contextdiff_jax.training.workdir import held
 
     config = adopt(config)
     workdir = epath.Path(WORKDIR.value)

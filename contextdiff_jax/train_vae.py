@@ -20,9 +20,9 @@ def main() -> None:
     """Parses, then trains."""
     config = cli.read_config()
     workdir = cli.output_folder("workdir", WORKDIR.value)
+    from contextdiff_jax.runs.workdir import held
     from contextdiff_jax.settings import parse_autoencoder
     from contextdiff_jax.training.autoencoder import train_autoencoder
-    from contextdiff_jax.training.workdir import held
 
     settings = parse_autoencoder(config)
     host.set_compilation_cache(workdir)

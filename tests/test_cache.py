@@ -21,8 +21,8 @@ from contextdiff_jax.data.identity import content_key
 from contextdiff_jax.models.vae import VAE, VAEConfig
 from contextdiff_jax.parallel.mesh import Feed, make_mesh
 from contextdiff_jax.pretrained import save_vae
+from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.settings import parse
-from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.latents import write_cache
 from contextdiff_jax.training.loop import null_caption, open_data
 from contextdiff_jax.training.state import build_model, init_state, model_graph

@@ -21,9 +21,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs import workdir as workdir_room
 from contextdiff_jax.runtime.errors import RunError
-from contextdiff_jax.training import checkpoints, log
-from contextdiff_jax.training import workdir as workdir_room
+from contextdiff_jax.training import log
 from contextdiff_jax.training.state import TrainState, zero_metrics
 
 TRIALS = 200

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from contextdiff_jax import cli
-from contextdiff_jax.run import load_run
+from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.runtime import host
 
 TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")

@@ -25,9 +25,9 @@ from contextdiff_jax.editing.models import digest
 from contextdiff_jax.editing.output import save_frames
 from contextdiff_jax.editing.pipeline import remove_old, run_edit, table
 from contextdiff_jax.editing.settings import parse_edit
+from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.files import write_json
-from contextdiff_jax.training import checkpoints
 
 
 def config_of(folder, **changes):

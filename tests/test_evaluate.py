@@ -22,9 +22,9 @@ from contextdiff_jax.evaluation.composition import composition, judge
 from contextdiff_jax.evaluation.intervals import Estimate
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.models.contextdiff import make_denoise
-from contextdiff_jax.run import load_run
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.settings import parse
-from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.state import init_state, model_graph
 
 ALL = "composition,bound,fid,kid,precision_recall,attributes,cmmd,clip_score"

@@ -44,9 +44,9 @@ from contextdiff_jax.parallel.mesh import (
     replicated,
     state_shardings,
 )
+from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runtime.tables import aligned
 from contextdiff_jax.settings import Settings, check_choice
-from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.loop import jit_step
 from contextdiff_jax.training.state import init_state
 

@@ -20,7 +20,7 @@ import tokenizers
 from jaxtyping import Bool, Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from contextdiff_jax import tokens
+from contextdiff_jax.data import tokens
 from contextdiff_jax.runtime.texts import check_text, read_lines
 
 PAD, BOS, EOS = 0, 1, 2

@@ -31,9 +31,9 @@ from contextdiff_jax.evaluation import video as scores
 from contextdiff_jax.evaluation.lpips import Distance, load_lpips
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.mesh import make_mesh
+from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.files import write_json
-from contextdiff_jax.training import checkpoints
 
 LOGGER = logging.getLogger(__name__)
 Clip = UInt8[np.ndarray, "F H W 3"]

@@ -24,10 +24,10 @@ from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.processes import StopSignal
 from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import TrainConfig
-from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog
 from contextdiff_jax.training.state import make_optimizer, moving_average
 

@@ -19,6 +19,7 @@ from jaxtyping import Float, PyTree, UInt8
 from contextdiff_jax.data import DataConfig, RandomAccessSource, Tokenizer, make_source
 from contextdiff_jax.data.identity import identity
 from contextdiff_jax.data.shapes import heldout_triples
+from contextdiff_jax.data.tokens import warn_of_cut
 from contextdiff_jax.evaluation import bound as bounds
 from contextdiff_jax.evaluation import distances
 from contextdiff_jax.evaluation.branches import make_model_branches
@@ -38,7 +39,6 @@ from contextdiff_jax.evaluation.processes import gather_rows, join, share
 from contextdiff_jax.parallel.processes import agree
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings
-from contextdiff_jax.tokens import warn_of_cut
 
 Scores = dict[str, dict[str, Estimate]]  # {row: {name: estimate}}
 FLOOR = "real pictures instead"

@@ -29,12 +29,12 @@ from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
 from contextdiff_jax.parallel.processes import StopSignal, agree
 from contextdiff_jax.pretrained import save_vae
+from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runtime import pictures
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.files import write_json
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import AutoencoderLoss, AutoencoderSettings
-from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog
 from contextdiff_jax.training.loop import to_devices
 from contextdiff_jax.training.state import TrainState, make_optimizer, moving_average

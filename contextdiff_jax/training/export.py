@@ -27,7 +27,7 @@ from contextdiff_jax.pretrained.lora import LoraLayer, save_lora
 from contextdiff_jax.pretrained.names import name_map
 from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE
 from contextdiff_jax.pretrained.unet import MODEL as UNET
-from contextdiff_jax.run import Run, load_run
+from contextdiff_jax.runs.reading import Run, load_run
 from contextdiff_jax.runtime.files import write_json
 from contextdiff_jax.training.trainable import lora_layers, of_context
 

@@ -18,9 +18,9 @@ from tensorboardX.summary import scalar
 
 from contextdiff_jax.parallel.chips import CHIPS
 from contextdiff_jax.parallel.processes import is_first
+from contextdiff_jax.runs.checkpoints import writing
 from contextdiff_jax.runtime.files import read_lines, replacing
 from contextdiff_jax.runtime.host import is_remote
-from contextdiff_jax.training.checkpoints import writing
 from contextdiff_jax.training.state import METRICS
 
 LOGGER = logging.getLogger(__name__)

@@ -36,11 +36,12 @@ from contextdiff_jax.inference.pipeline import NotFiniteError
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
 from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, agree, is_first
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs.frozen import load_frozen
+from contextdiff_jax.runs.tokenizer import open_tokenizer
 from contextdiff_jax.runtime import host, pictures
 from contextdiff_jax.runtime.files import replacing
 from contextdiff_jax.settings import Settings
-from contextdiff_jax.training import checkpoints
-from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.log import MetricsLog, averages, speed
 from contextdiff_jax.training.nonfinite import FiniteGuard
 from contextdiff_jax.training.start import first_state
@@ -51,7 +52,6 @@ from contextdiff_jax.training.state import (
     zero_metrics,
 )
 from contextdiff_jax.training.step import make_train_step
-from contextdiff_jax.training.texts import open_tokenizer
 
 LOGGER = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from contextdiff_jax.parallel.processes import is_first
+from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.settings import Settings
-from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.state import TrainState
 
 LOGGER = logging.getLogger(__name__)

@@ -30,12 +30,12 @@ from orbax.checkpoint import checkpoint_managers
 from safetensors import SafetensorError
 
 from contextdiff_jax.parallel.processes import is_first
+from contextdiff_jax.runs.workdir import FREE_FIELDS as FREE_FIELDS
+from contextdiff_jax.runs.workdir import claim_workdir as claim_workdir
+from contextdiff_jax.runs.workdir import flatten as flatten
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.host import is_remote
 from contextdiff_jax.training.state import TrainState
-from contextdiff_jax.training.workdir import FREE_FIELDS as FREE_FIELDS
-from contextdiff_jax.training.workdir import claim_workdir as claim_workdir
-from contextdiff_jax.training.workdir import flatten as flatten
 
 LOGGER = logging.getLogger(__name__)
 MANIFEST, METADATA = "manifest.json", "_CHECKPOINT_METADATA"

@@ -13,10 +13,10 @@ from jaxtyping import PyTree
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
 from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs.tokenizer import open_tokenizer
 from contextdiff_jax.settings import Settings, parse
-from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.state import init_state
-from contextdiff_jax.training.texts import open_tokenizer
 from contextdiff_jax.training.trainable import merge_lora
 
 
