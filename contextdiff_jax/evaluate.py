@@ -77,8 +77,8 @@ def main() -> None:
     from contextdiff_jax.inference.opening import of_run
     from contextdiff_jax.parallel.mesh import local_mesh
     from contextdiff_jax.runs.frozen import load_frozen
+    from contextdiff_jax.runs.model import model_graph
     from contextdiff_jax.runs.reading import load_run
-    from contextdiff_jax.training.state import model_graph
 
     run = load_run(WORKDIR.value, WEIGHTS.value)
     options = dataclasses.replace(run.settings.sample, **given)

@@ -22,10 +22,11 @@ from contextdiff_jax.models.vae import VAE, VAEConfig
 from contextdiff_jax.parallel.mesh import Feed, make_mesh
 from contextdiff_jax.pretrained import save_vae
 from contextdiff_jax.runs.frozen import load_frozen
+from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.latents import write_cache
 from contextdiff_jax.training.loop import null_caption, open_data
-from contextdiff_jax.training.state import build_model, init_state, model_graph
+from contextdiff_jax.training.state import init_state
 from contextdiff_jax.training.step import draw, loss_fn
 
 COUNT = 10

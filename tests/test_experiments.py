@@ -24,9 +24,9 @@ from contextdiff_jax.experiments.plan import Plan, load_plan
 from contextdiff_jax.inference.opening import process_of, run_steps
 from contextdiff_jax.inference.pipeline import method_of
 from contextdiff_jax.inference.sampling import Text, make_sample
+from contextdiff_jax.runs.model import make_model
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.settings import parse
-from contextdiff_jax.training.state import make_model
 
 PLAN = Plan(
     title="t",

@@ -28,11 +28,11 @@ from contextdiff_jax.models.video import VideoDiffusion, inflate
 from contextdiff_jax.pretrained.files import exists
 from contextdiff_jax.pretrained.pipeline import INDEX_FILE, read_pipeline
 from contextdiff_jax.runs.frozen import load_frozen
+from contextdiff_jax.runs.model import build_model, make_model, model_graph
 from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.runs.tokenizer import open_tokenizer
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings, ShiftConfig
-from contextdiff_jax.training.state import build_model, make_model, model_graph
 
 Clip = UInt8[np.ndarray, "F H W 3"]
 

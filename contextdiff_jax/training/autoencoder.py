@@ -30,6 +30,7 @@ from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
 from contextdiff_jax.parallel.processes import StopSignal, agree
 from contextdiff_jax.pretrained import save_vae
 from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs.workdir import claim_workdir
 from contextdiff_jax.runtime import pictures
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.files import write_json
@@ -269,7 +270,7 @@ def _open_state(
     checkpoints.set_damaged_aside(workdir)
     manager = checkpoints.open_manager(workdir, settings.train.keep_checkpoints)
     checkpoints.check_shapes(manager, workdir, abstract)
-    checkpoints.claim_workdir(workdir, config)
+    claim_workdir(workdir, config)
     if manager.latest_step() is None:
         return manager, jax.jit(lambda: init_state(settings), out_shardings=shardings)(), shardings
     state, data_state = checkpoints.restore(manager, checkpoints.placed(abstract, shardings))

@@ -39,6 +39,7 @@ from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, agree, is_
 from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.tokenizer import open_tokenizer
+from contextdiff_jax.runs.workdir import claim_workdir
 from contextdiff_jax.runtime import host, pictures
 from contextdiff_jax.runtime.files import replacing
 from contextdiff_jax.settings import Settings
@@ -192,7 +193,7 @@ def open_state(
         workdir, keep.keep_checkpoints, best=keep.keep_best, metric=keep.best_metric
     )
     checkpoints.check_shapes(manager, workdir, abstract)
-    checkpoints.claim_workdir(workdir, config, write=is_first())
+    claim_workdir(workdir, config, write=is_first())
     if manager.latest_step() is None:
         return manager, first_state(settings, shardings), shardings
     state, data_state = checkpoints.restore(manager, checkpoints.placed(abstract, shardings))
