@@ -226,7 +226,7 @@ def test_a_cache_of_an_older_version_or_a_damaged_one_is_not_trusted(cached, tmp
 
 
 def test_the_command_refuses_a_config_of_pixels_in_one_line(tmp_path):
-    run = command("data.cache", "--config=configs/base.py", f"--out={tmp_path}")
+    run = command("cache_latents", "--config=configs/base.py", f"--out={tmp_path}")
     assert (
         run.returncode == 2
         and "error: latent.vae='': a cache needs the autoencoder's folder" in run.stderr

@@ -1,4 +1,4 @@
-"""A cache of latents, token ids and captions in ArrayRecord shards; `contextdiff_jax.data.cache`
+"""A cache of latents, token ids and captions in ArrayRecord shards; `contextdiff_jax.cache_latents`
 writes it.
 
     path/cache.json                                  what it was made of (`Cache`), written first
@@ -80,7 +80,7 @@ def read_cache(path: str | pathlib.Path) -> Cache:
         return Cache(**{**values, "shape": tuple(values["shape"])})
     except OSError:
         raise ValueError(
-            f"data.path={str(path)!r}: holds no cache (no {CACHE_FILE}); make one with contextdiff_jax.data.cache"
+            f"data.path={str(path)!r}: holds no cache (no {CACHE_FILE}); make one with contextdiff_jax.cache_latents"
         ) from None
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: is not a cache's ({error})") from None
@@ -189,5 +189,5 @@ class CacheSource:
             shard = self.cache.shard(index // self.cache.shard_size)
             raise ValueError(
                 f"data.path={self._path!r}: record {index}, in {shard}, is damaged ({error}); "
-                "remove the shard and make it again with contextdiff_jax.data.cache"
+                "remove the shard and make it again with contextdiff_jax.cache_latents"
             ) from None
