@@ -5,7 +5,7 @@ scheduler), captioned pictures or a cache of their latents, and an accelerator: 
 and Adam's moments are 13.8 GB in float32. Not run here at this size: the tests run the same program
 on a tiny pipeline. `model.*`, `diffusion.*` and the steps of sampling are the folder's.
 
-    python -m contextdiff_jax.data.cache --config=configs/sd15_latent.py
+    python -m contextdiff_jax.cache_latents --config=configs/sd15_latent.py
     --config.model.pretrained=FOLDER \\
         --config.data.path=PICTURES --out=CACHE
     python -m contextdiff_jax.train --config=configs/sd15_latent.py --config.model.pretrained=FOLDER

@@ -23,7 +23,8 @@ import sys
 from absl import flags
 
 from contextdiff_jax import cli
-from contextdiff_jax.files import write_json
+from contextdiff_jax.runtime import host
+from contextdiff_jax.runtime.files import write_json
 
 MODE = flags.DEFINE_string("mode", "data", "What to measure: see the list above.")
 COMPARE = flags.DEFINE_string(
@@ -136,7 +137,7 @@ def main() -> None:
         cli.output_file("plot", PLOT.value, (".png",))
     config = None if MODE.value in WITHOUT_CONFIG else cli.read_config()
     if MODES[MODE.value] is _speed:
-        cli.one_device_a_core(config["train"]["batch_size"])
+        host.one_device_a_core(config["train"]["batch_size"])
     from contextdiff_jax.evaluation.report import machine
     from contextdiff_jax.settings import parse
 

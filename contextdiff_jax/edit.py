@@ -15,6 +15,7 @@ from __future__ import annotations
 from absl import flags
 
 from contextdiff_jax import cli
+from contextdiff_jax.runtime import host
 
 WORKDIR = cli.define_path(
     "workdir", None, "Folder of the edit: everything it writes, and what it resumes from."
@@ -36,10 +37,10 @@ def main() -> None:
     from contextdiff_jax.editing import shapes_benchmark
     from contextdiff_jax.editing.pipeline import run_edit, table
     from contextdiff_jax.editing.settings import parse_edit
-    from contextdiff_jax.training.workdir import held
+    from contextdiff_jax.runs.workdir import held
 
     settings = parse_edit(config)
-    cli.set_compilation_cache(workdir)
+    host.set_compilation_cache(workdir)
     if SHAPES.value:
         with held(workdir):
             report = shapes_benchmark.run_benchmark(settings, workdir, SHAPES.value, BASELINE.value)

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from contextdiff_jax import cli
-from contextdiff_jax.files import write_json
+from contextdiff_jax.runtime import host
+from contextdiff_jax.runtime.files import write_json
 
 if TYPE_CHECKING:  # JAX starts after the flags are read
     from contextdiff_jax.evaluation.subject import Evaluation
-    from contextdiff_jax.run import Run
+    from contextdiff_jax.runs.reading import Run
     from contextdiff_jax.settings import SampleConfig
 
 WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
@@ -75,8 +76,8 @@ def _open(run: Run, options: SampleConfig) -> Evaluation:
     from contextdiff_jax.evaluation.subject import Evaluation
     from contextdiff_jax.inference.opening import of_run
     from contextdiff_jax.parallel.mesh import local_mesh
-    from contextdiff_jax.training.frozen import load_frozen
-    from contextdiff_jax.training.state import model_graph
+    from contextdiff_jax.runs.frozen import load_frozen
+    from contextdiff_jax.runs.model import model_graph
 
     params, frozen = replicate(run.params), replicate(load_frozen(run.settings))
     mesh = local_mesh()  # each process samples its own share
@@ -108,12 +109,12 @@ def main() -> None:
 
     given = checked_flags()
 
-    from contextdiff_jax.run import load_run
+    from contextdiff_jax.runs.reading import load_run
 
     run = load_run(WORKDIR.value, WEIGHTS.value)
     options = dataclasses.replace(run.settings.sample, **given)
     workdir = pathlib.Path(WORKDIR.value)
-    cli.set_compilation_cache(workdir)
+    host.set_compilation_cache(workdir)
     evaluation = _open(run, options)
     metrics.check(METRICS.value, evaluation)
     results, writes = {}, jax.process_index() == 0

@@ -14,7 +14,8 @@ import pathlib
 from absl import flags
 
 from contextdiff_jax import cli
-from contextdiff_jax.keys import LARGEST
+from contextdiff_jax.runtime import host
+from contextdiff_jax.runtime.keys import LARGEST
 
 PLAN = cli.define_path(
     "plan", None, "Python file with get_plan(): see contextdiff_jax/experiments/plan.py."
@@ -53,7 +54,7 @@ def main() -> None:
         names = {plan.cell(variant, 0).variant for variant in VARIANTS.value}  # unknown: an error
         cells = [cell for cell in plan.cells() if not names or cell.variant in names]
     out.mkdir(parents=True, exist_ok=True)
-    cli.set_compilation_cache(workdir)
+    host.set_compilation_cache(workdir)
     for cell in cells:
         folder = workdir / cell.folder
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,8 @@ import numpy as np
 from absl import flags
 
 from contextdiff_jax import cli
-from contextdiff_jax.texts import read_lines
+from contextdiff_jax.runtime import host
+from contextdiff_jax.runtime.texts import read_lines
 
 WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
 MODEL = cli.define_path(
@@ -86,7 +87,7 @@ def read_size() -> tuple[int, int] | None:
 
 def check_flags() -> dict[str, Any]:
     """The sampling options that are given. ValueError for flags that don't fit together."""
-    from contextdiff_jax.keys import check_seed
+    from contextdiff_jax.runtime.keys import check_seed
     from contextdiff_jax.settings import SampleConfig
 
     if MODEL.value and WORKDIR.value:
@@ -127,11 +128,11 @@ def main() -> None:
 
     from etils import epath
 
-    from contextdiff_jax import pictures
     from contextdiff_jax.inference import Pipeline
+    from contextdiff_jax.runtime import pictures
 
-    kept = cli.user_cache() if MODEL.value else epath.Path(WORKDIR.value)
-    programs = cli.set_compilation_cache(kept)
+    kept = host.user_cache() if MODEL.value else epath.Path(WORKDIR.value)
+    programs = host.set_compilation_cache(kept)
     pipeline = Pipeline.open(MODEL.value or WORKDIR.value, WEIGHTS.value, programs=programs)
     options |= {"negative": NEGATIVE.value, "num": NUM.value, "seed": SEED.value}
     if "masks" in given:

@@ -13,6 +13,7 @@ import os
 from absl import flags
 
 from contextdiff_jax import cli
+from contextdiff_jax.runtime import host
 
 WORKDIR = cli.define_path(
     "workdir", None, "Folder of the run (local or gs://): all it writes and resumes from."
@@ -37,20 +38,20 @@ def main() -> None:
         print(replay(epath.Path(REPLAY.value)))
         return
     config = cli.read_config()
-    if not cli.is_remote(WORKDIR.value or ""):
+    if not host.is_remote(WORKDIR.value or ""):
         cli.output_folder("workdir", WORKDIR.value)
     # Imported when the flags are known to be right: JAX takes seconds to start.
     from etils import epath
 
     from contextdiff_jax.parallel import processes
     from contextdiff_jax.pretrained.finetuning import adopt
+    from contextdiff_jax.runs.workdir import held
     from contextdiff_jax.settings import parse
     from contextdiff_jax.training.loop import train
-    from contextdiff_jax.training.workdir import held
 
     config = adopt(config)
     workdir = epath.Path(WORKDIR.value)
-    cli.set_compilation_cache(workdir)
+    host.set_compilation_cache(workdir)
     # Before all else: checking the settings computes, and then it is too late to join.
     timeout = int(config["train"].get("peer_timeout", 600))
     processes.start(ADDRESS.value, COUNT.value, INDEX.value, os.environ, timeout)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from absl import flags
 
 from contextdiff_jax import cli
+from contextdiff_jax.runtime import host
 
 WORKDIR = cli.define_path("workdir", None, "Folder to write the classifier to.")
 STEPS = flags.DEFINE_integer("steps", 1000, "Training steps.", lower_bound=1)
@@ -32,7 +33,7 @@ def main() -> None:
     from contextdiff_jax.settings import parse
 
     settings = parse(config)
-    cli.set_compilation_cache(workdir)
+    host.set_compilation_cache(workdir)
     accuracy, aside = fit_classifier(
         settings.data,
         workdir,

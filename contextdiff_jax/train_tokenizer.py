@@ -26,7 +26,7 @@ def main() -> None:
         if not Path(path).is_file():
             raise ValueError(f"--corpus={path}: is not a file")
     from contextdiff_jax.data.tokenizer import train_tokenizer
-    from contextdiff_jax.texts import read_lines
+    from contextdiff_jax.runtime.texts import read_lines
 
     lines = [line for path in CORPUS.value for line in read_lines(path, "--corpus")]
     tokenizer = train_tokenizer(lines, VOCAB_SIZE.value)

@@ -9,6 +9,7 @@ pictures that it has not seen beside what it makes of them.
 from __future__ import annotations
 
 from contextdiff_jax import cli
+from contextdiff_jax.runtime import host
 
 WORKDIR = cli.define_path(
     "workdir", None, "Folder of the run: everything it writes, and what it resumes from."
@@ -19,12 +20,12 @@ def main() -> None:
     """Parses, then trains."""
     config = cli.read_config()
     workdir = cli.output_folder("workdir", WORKDIR.value)
+    from contextdiff_jax.runs.workdir import held
     from contextdiff_jax.settings.autoencoder import parse_autoencoder
     from contextdiff_jax.training.autoencoder import train_autoencoder
-    from contextdiff_jax.training.workdir import held
 
     settings = parse_autoencoder(config)
-    cli.set_compilation_cache(workdir)
+    host.set_compilation_cache(workdir)
     with held(workdir):
         report = train_autoencoder(settings, config, workdir)
     print(

@@ -23,8 +23,8 @@ from conftest import config_dict
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.parallel.mesh import Feed, MeshConfig, make_mesh, replicated, state_shardings
+from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.settings import parse
-from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.loop import null_caption, to_devices
 from contextdiff_jax.training.state import init_state
 from contextdiff_jax.training.step import make_train_step

@@ -21,11 +21,12 @@ from contextdiff_jax.data.identity import content_key
 from contextdiff_jax.models.vae import VAE, VAEConfig
 from contextdiff_jax.parallel.mesh import Feed, make_mesh
 from contextdiff_jax.pretrained import save_vae
+from contextdiff_jax.runs.frozen import load_frozen
+from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.settings import parse
-from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.latents import write_cache
 from contextdiff_jax.training.loop import null_caption, open_data
-from contextdiff_jax.training.state import build_model, init_state, model_graph
+from contextdiff_jax.training.state import init_state
 from contextdiff_jax.training.step import draw, loss_fn
 
 COUNT = 10
@@ -225,7 +226,7 @@ def test_a_cache_of_an_older_version_or_a_damaged_one_is_not_trusted(cached, tmp
 
 
 def test_the_command_refuses_a_config_of_pixels_in_one_line(tmp_path):
-    run = command("data.cache", "--config=configs/base.py", f"--out={tmp_path}")
+    run = command("cache_latents", "--config=configs/base.py", f"--out={tmp_path}")
     assert (
         run.returncode == 2
         and "error: latent.vae='': a cache needs the autoencoder's folder" in run.stderr

@@ -21,9 +21,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from contextdiff_jax.cli import RunError
-from contextdiff_jax.training import checkpoints, log
-from contextdiff_jax.training import workdir as workdir_room
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs import workdir as workdir_room
+from contextdiff_jax.runs.workdir import claim_workdir
+from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.training import log
 from contextdiff_jax.training.state import TrainState, zero_metrics
 
 TRIALS = 200
@@ -179,7 +181,7 @@ def test_where_no_checkpoint_is_whole_readers_say_so_and_a_run_begins_anew(workd
 def test_a_damaged_config_of_a_run_is_named(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config.json: not .*JSON.*; delete it to go on"):
-        checkpoints.claim_workdir(tmp_path, {"seed": 0})
+        claim_workdir(tmp_path, {"seed": 0})
 
 
 def test_an_unfinished_save_is_not_there(workdir):

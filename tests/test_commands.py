@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from contextdiff_jax import cli
-from contextdiff_jax.run import load_run
+from contextdiff_jax.runs.reading import load_run
+from contextdiff_jax.runtime import host
 
 TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")
 
@@ -85,11 +86,13 @@ def test_freed_memory_is_not_paid_for_again(kept):
     time costs no page fault.
     """
     code = (
-        "import glob, resource, threading; from contextdiff_jax import cli; glob.glob = lambda "
-        f"pattern: []\ncli.keep_freed_memory() if {kept} else None\ndef use(): bytearray(2**26)\n"
-        "def run(): thread = threading.Thread(target=use); thread.start(); thread.join()\nfaults "
-        "= lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\nrun(); before = faults(); "
-        "run(); print(faults() - before)\n"
+        "import glob, resource, threading; from contextdiff_jax.runtime import host\n"
+        "glob.glob = lambda pattern: []\n"
+        f"host.keep_freed_memory() if {kept} else None\n"
+        "def use(): bytearray(2**26)\n"
+        "def run(): thread = threading.Thread(target=use); thread.start(); thread.join()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "run(); before = faults(); run(); print(faults() - before)\n"
     )
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("GLIBC")
@@ -105,7 +108,7 @@ def test_compiled_programs_are_kept_by_the_number_of_cores(monkeypatch, tmp_path
     set_to = {}
     monkeypatch.setattr(jax.config, "update", lambda name, value: set_to.update({name: value}))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 7}, raising=False)
-    cli.set_compilation_cache(tmp_path)
+    host.set_compilation_cache(tmp_path)
     assert set_to == {"jax_compilation_cache_dir": str(tmp_path / "compiled" / "3-cores")}
 
 

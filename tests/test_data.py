@@ -33,7 +33,7 @@ from contextdiff_jax.data.shapes import (
     SHAPES,
     SIZES,
 )
-from contextdiff_jax.texts import read_lines
+from contextdiff_jax.runtime.texts import read_lines
 
 TRIPLES = set(itertools.product(SHAPES, COLOURS, SIZES))
 

@@ -17,7 +17,6 @@ from torch_models import stable_diffusion
 from transformers import CLIPConfig, CLIPModel
 
 from configs.edit_shapes import video_sections
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.data.moving_shapes import frames_of, make_moving_shape
 from contextdiff_jax.data.video import read_clip
 from contextdiff_jax.editing import tuning
@@ -25,8 +24,9 @@ from contextdiff_jax.editing.models import digest
 from contextdiff_jax.editing.output import save_frames
 from contextdiff_jax.editing.pipeline import remove_old, run_edit, table
 from contextdiff_jax.editing.settings import parse_edit
-from contextdiff_jax.files import write_json
-from contextdiff_jax.training import checkpoints
+from contextdiff_jax.runs.workdir import claim_workdir
+from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.runtime.files import write_json
 
 
 def config_of(folder, **changes):
@@ -186,7 +186,7 @@ def test_frames_over_eight_devices_give_what_one_device_gives():
 
 def test_a_tuning_is_known_by_the_clip_and_the_model_not_by_their_names(tmp_path):
     config = config_of(tmp_path) | {"tuned_on": {"clip": "c", "model": "m"}}
-    checkpoints.claim_workdir(tmp_path, config, tuning.FREE_FIELDS)
+    claim_workdir(tmp_path, config, tuning.FREE_FIELDS)
 
     def check(config, **then):
         tuning.check_workdir(

@@ -22,10 +22,12 @@ from contextdiff_jax.evaluation.composition import composition, judge
 from contextdiff_jax.evaluation.intervals import Estimate
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.models.contextdiff import make_denoise
-from contextdiff_jax.run import load_run
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs.model import model_graph
+from contextdiff_jax.runs.reading import load_run
+from contextdiff_jax.runs.workdir import claim_workdir
 from contextdiff_jax.settings import parse
-from contextdiff_jax.training import checkpoints
-from contextdiff_jax.training.state import init_state, model_graph
+from contextdiff_jax.training.state import init_state
 
 ALL = "composition,bound,fid,kid,precision_recall,attributes,cmmd,clip_score"
 
@@ -38,7 +40,7 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate") / "run"
     config = config_dict(**{"data.num_objects": "(1,2)"})
     settings = parse(config)
-    checkpoints.claim_workdir(folder, config)
+    claim_workdir(folder, config)
     rng = np.random.default_rng(0)
 
     def fill(leaf):

@@ -15,7 +15,6 @@ from flax import nnx
 from scipy import stats
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import load_tokenizer, make_source
 from contextdiff_jax.experiments import results, toy, training
 from contextdiff_jax.experiments.estimates import estimate_cell, measure
@@ -25,8 +24,9 @@ from contextdiff_jax.experiments.plan import Plan, load_plan
 from contextdiff_jax.inference.opening import process_of, run_steps
 from contextdiff_jax.inference.pipeline import method_of
 from contextdiff_jax.inference.sampling import Text, make_sample
+from contextdiff_jax.runs.model import make_model
+from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.settings import parse
-from contextdiff_jax.training.state import make_model
 
 PLAN = Plan(
     title="t",

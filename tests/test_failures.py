@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT, TINY, config_dict
 from mesh_program import SMALL
 
+from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.settings import parse
-from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.state import init_state
 
 KILLS = 20

@@ -2,7 +2,7 @@
 
 import pytest
 
-from contextdiff_jax.files import read_lines, replacing
+from contextdiff_jax.runtime.files import read_lines, replacing
 
 WHOLE = b'{"step": 1}\n{"step": 2}\n'
 

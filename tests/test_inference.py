@@ -14,7 +14,8 @@ from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.diffusion import samplers
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.models.pixels import to_unit
-from contextdiff_jax.training.state import build_model, init_state, model_graph
+from contextdiff_jax.runs.model import build_model, model_graph
+from contextdiff_jax.training.state import init_state
 
 PROMPTS = ["a large red circle", "a small blue square"]
 SEED = 3

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from contextdiff_jax.keys import check_seed, make_key
+from contextdiff_jax.runtime.keys import check_seed, make_key
 
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**63, 2**64 - 1)
 

@@ -26,16 +26,17 @@ from contextdiff_jax.pretrained import load_unet
 from contextdiff_jax.pretrained.finetuning import adopt
 from contextdiff_jax.pretrained.lora import load_lora, merge_lora
 from contextdiff_jax.pretrained.pipeline import load_pipeline
-from contextdiff_jax.run import load_run
+from contextdiff_jax.runs.frozen import load_frozen
+from contextdiff_jax.runs.model import build_model, model_graph
+from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.settings import parse
 from contextdiff_jax.settings.autoencoder import parse_autoencoder
 from contextdiff_jax.training import loop
 from contextdiff_jax.training.autoencoder import train_autoencoder
 from contextdiff_jax.training.export import export_run
-from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.loop import train
 from contextdiff_jax.training.start import first_state
-from contextdiff_jax.training.state import build_model, init_state, model_graph
+from contextdiff_jax.training.state import init_state
 from contextdiff_jax.training.step import clean, draw, loss_fn
 
 PROMPTS = ["a red circle", "the blue square is left of a rather long description"]

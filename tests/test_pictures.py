@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from contextdiff_jax.pictures import caption_grid, plot_curves, read_png_metadata, save_png
+from contextdiff_jax.runtime.pictures import caption_grid, plot_curves, read_png_metadata, save_png
 
 RED = np.tile(np.uint8([200, 10, 10]), (16, 16, 1))
 

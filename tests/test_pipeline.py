@@ -30,11 +30,11 @@ from torch_models import nchw, nhwc, normal, stable_diffusion, stable_diffusion_
 from transformers import CLIPTokenizer
 
 from contextdiff_jax.models.unet_config import UNetConfig
-from contextdiff_jax.pictures import read_png_metadata
 from contextdiff_jax.pretrained import conversion
 from contextdiff_jax.pretrained.model import Options
 from contextdiff_jax.pretrained.pipeline import _corrected, load_pipeline
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
+from contextdiff_jax.runtime.pictures import read_png_metadata
 
 PROMPTS = ["a red circle", "the blue square is left of a rather long description"]
 

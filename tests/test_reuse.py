@@ -20,8 +20,9 @@ from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.inference.opening import of_run, process_of
 from contextdiff_jax.inference.sampling import Method, Steps, Text, make_sample
 from contextdiff_jax.models.contextdiff import Captions
+from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.settings import parse
-from contextdiff_jax.training.state import build_model, init_state, model_graph
+from contextdiff_jax.training.state import init_state
 from contextdiff_jax.training.step import make_train_step
 
 B = 2

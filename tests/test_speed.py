@@ -17,7 +17,8 @@ from flax import nnx
 from contextdiff_jax.benchmarks import method, paired, speed, torch_method, torch_peer
 from contextdiff_jax.benchmarks.paired import Contestant, Times
 from contextdiff_jax.benchmarks.speed import SpeedBenchmark
-from contextdiff_jax.cli import RunError, num_cores
+from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import parse
 
 SMALL = {**ONE_LEVEL, "train.batch_size": 2, "data.image_size": 8, "sample.steps": 5}

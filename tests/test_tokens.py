@@ -14,9 +14,9 @@ from torch_models import clip_tokenizer, edit_config, t5_encoder
 
 from contextdiff_jax.data import load_tokenizer, make_loader
 from contextdiff_jax.data.shapes import ShapesConfig, ShapesSource
-from contextdiff_jax.keys import make_key
-from contextdiff_jax.tokens import max_length, read_folder
-from contextdiff_jax.training.texts import open_tokenizer
+from contextdiff_jax.data.tokens import max_length, read_folder
+from contextdiff_jax.runs.tokenizer import open_tokenizer
+from contextdiff_jax.runtime.keys import make_key
 
 TEXTS = ["a red circle", "RED  reds", "", "é☕ red", "(red:1.3) circle"]
 MARK = b"\xef\xbb\xbf"  # the byte order mark

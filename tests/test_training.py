@@ -14,15 +14,17 @@ import pytest
 from conftest import command, config_dict, randomised
 from flax import nnx
 
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
 from contextdiff_jax.inference.opening import of_run
-from contextdiff_jax.pictures import read_png_metadata
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs.model import model_graph
+from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.runtime.pictures import read_png_metadata
 from contextdiff_jax.settings import parse
-from contextdiff_jax.training import checkpoints, loop
+from contextdiff_jax.training import loop
 from contextdiff_jax.training.loop import count_flops, null_caption, train
 from contextdiff_jax.training.replay import replay
-from contextdiff_jax.training.state import init_state, model_graph
+from contextdiff_jax.training.state import init_state
 from contextdiff_jax.training.step import draw, loss_fn, make_train_step
 
 

@@ -10,8 +10,8 @@ from conftest import ONE_LEVEL, config_dict
 from flax import nnx
 
 from contextdiff_jax.models.video import inflate
+from contextdiff_jax.runs.model import make_model
 from contextdiff_jax.settings import parse
-from contextdiff_jax.training.state import make_model
 
 B, F, L = 2, 3, 5
 predict = nnx.jit(lambda model, *arguments: model.predict(*arguments))

@@ -30,7 +30,6 @@ from jax.sharding import Mesh
 
 from contextdiff_jax.benchmarks import hlo
 from contextdiff_jax.benchmarks.data import Result
-from contextdiff_jax.benchmarks.tables import aligned
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.inference.pipeline import method_of
 from contextdiff_jax.inference.sampling import Text
@@ -45,8 +44,9 @@ from contextdiff_jax.parallel.mesh import (
     replicated,
     state_shardings,
 )
+from contextdiff_jax.runs.frozen import load_frozen
+from contextdiff_jax.runtime.tables import aligned
 from contextdiff_jax.settings import Settings, check_choice
-from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.loop import jit_step
 from contextdiff_jax.training.state import init_state
 

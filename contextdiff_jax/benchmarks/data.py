@@ -34,7 +34,7 @@ from contextdiff_jax.data import (
 )
 from contextdiff_jax.data.decoding import FILTERS
 from contextdiff_jax.data.records import find_files
-from contextdiff_jax.files import read_lines
+from contextdiff_jax.runtime.files import read_lines
 
 _BATCH = 16
 Batches = Iterator[np.ndarray]  # uint8 [_BATCH, H, W, 3]

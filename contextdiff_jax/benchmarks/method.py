@@ -27,9 +27,10 @@ from contextdiff_jax.benchmarks.steps import (
 from contextdiff_jax.inference.opening import process_of, run_steps
 from contextdiff_jax.inference.pipeline import method_of
 from contextdiff_jax.inference.sampling import Text, make_sample
-from contextdiff_jax.keys import make_key
+from contextdiff_jax.runs.model import build_model, model_graph
+from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings
-from contextdiff_jax.training.state import TrainState, build_model, init_state, model_graph
+from contextdiff_jax.training.state import TrainState, init_state
 from contextdiff_jax.training.step import draw, make_train_step
 
 LOGGER = logging.getLogger(__name__)

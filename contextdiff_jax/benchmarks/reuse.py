@@ -13,8 +13,8 @@ import numpy as np
 from contextdiff_jax.benchmarks import paired
 from contextdiff_jax.benchmarks.data import Result
 from contextdiff_jax.benchmarks.paired import Contestant
-from contextdiff_jax.benchmarks.tables import aligned
 from contextdiff_jax.inference import Pipeline
+from contextdiff_jax.runtime.tables import aligned
 from contextdiff_jax.training.loop import default_prompts
 
 # (steps, reuse); the first is the one that the others are compared with.

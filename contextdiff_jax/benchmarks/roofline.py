@@ -29,11 +29,12 @@ from matplotlib.figure import Figure
 from contextdiff_jax.benchmarks import aot, hlo, paired
 from contextdiff_jax.benchmarks.data import Result
 from contextdiff_jax.benchmarks.paired import Contestant
-from contextdiff_jax.benchmarks.tables import aligned
 from contextdiff_jax.parallel.chips import CHIPS
 from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh, replicated, tracing_for
+from contextdiff_jax.runs.model import make_model
+from contextdiff_jax.runtime.tables import aligned
 from contextdiff_jax.settings import Settings
-from contextdiff_jax.training.state import make_model, make_optimizer, moving_average
+from contextdiff_jax.training.state import make_optimizer, moving_average
 
 LOGGER = logging.getLogger(__name__)
 

@@ -40,11 +40,11 @@ from contextdiff_jax.benchmarks.steps import (
     compile_timed,
     randomised,
 )
-from contextdiff_jax.cli import num_cores
 from contextdiff_jax.diffusion.samplers import Denoised
-from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained.unet import unet_state_to_torch
+from contextdiff_jax.runtime.host import num_cores
+from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings
 
 PEERS = ("torch",)

@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings, tracing_for
+from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.settings import Settings
 
 # Largest differences, of the largest value: of an output as in the parity tests. Of a tensor's

@@ -19,12 +19,12 @@ from flax import nnx
 from torch.nn import functional as F
 
 from contextdiff_jax.benchmarks.torch_peer import LAYOUTS
-from contextdiff_jax.cli import num_cores
 from contextdiff_jax.diffusion import shift_coefficient
 from contextdiff_jax.models.context import ContextConfig, position_embedding
 from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.text import TextConfig
 from contextdiff_jax.pretrained.unet import unet_state_to_torch
+from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import Settings
 
 

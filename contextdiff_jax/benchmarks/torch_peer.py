@@ -10,9 +10,9 @@ import diffusers
 import numpy as np
 import torch
 
-from contextdiff_jax.cli import num_cores
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained.unet import unet_state_to_torch
+from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import Settings
 
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}

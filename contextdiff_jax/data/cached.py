@@ -1,4 +1,4 @@
-"""A cache of latents, token ids and captions in ArrayRecord shards; `contextdiff_jax.data.cache`
+"""A cache of latents, token ids and captions in ArrayRecord shards; `contextdiff_jax.cache_latents`
 writes it.
 
     path/cache.json                             what it was made of (`Cache`), written first
@@ -25,8 +25,8 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float, Int32
 
-from contextdiff_jax.files import replacing, write_json
-from contextdiff_jax.texts import parse_json
+from contextdiff_jax.runtime.files import replacing, write_json
+from contextdiff_jax.runtime.texts import parse_json
 
 LOGGER = logging.getLogger(__name__)
 CACHE_FILE = "cache.json"
@@ -82,7 +82,7 @@ def read_cache(path: str | pathlib.Path) -> Cache:
     except OSError:
         raise ValueError(
             f"data.path={str(path)!r}: holds no cache (no {CACHE_FILE}); make one with "
-            "contextdiff_jax.data.cache"
+            "contextdiff_jax.cache_latents"
         ) from None
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: is not a cache's ({error})") from None
@@ -192,5 +192,5 @@ class CacheSource:
             shard = self.cache.shard(index // self.cache.shard_size)
             raise ValueError(
                 f"data.path={self._path!r}: record {index}, in {shard}, is damaged ({error}); "
-                "remove the shard and make it again with contextdiff_jax.data.cache"
+                "remove the shard and make it again with contextdiff_jax.cache_latents"
             ) from None

@@ -29,7 +29,7 @@ from contextdiff_jax.data.buckets import check_buckets, nearest_bucket
 from contextdiff_jax.data.orders import BucketOrder, Order, PlainOrder, ShuffledEpochs, Size
 from contextdiff_jax.data.records import PictureSource
 from contextdiff_jax.data.tokenizer import Tokenizer
-from contextdiff_jax.tokens import CutCaptions
+from contextdiff_jax.data.tokens import CutCaptions
 
 Batch = dict[str, Any]
 # (record number, reason) of the records that turned out to be broken: from workers to the loader

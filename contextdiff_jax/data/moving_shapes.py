@@ -24,7 +24,7 @@ from contextdiff_jax.data.shapes import (
     heldout_triples,
     render,
 )
-from contextdiff_jax.files import write_json
+from contextdiff_jax.runtime.files import write_json
 
 EDITS = ("colour", "shape")
 

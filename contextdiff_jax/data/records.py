@@ -31,7 +31,7 @@ from contextdiff_jax.data.decoding import (
     picture_size,
 )
 from contextdiff_jax.data.kept import digest, kept_array
-from contextdiff_jax.texts import check_text
+from contextdiff_jax.runtime.texts import check_text
 
 CROPS = ("centre", "random")
 CAPTION_CHOICES = ("first", "random")

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from contextdiff_jax.texts import check_text, numbered_lines, open_text, parse_json
+from contextdiff_jax.runtime.texts import check_text, numbered_lines, open_text, parse_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ import tokenizers
 from jaxtyping import Bool, Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from contextdiff_jax import tokens
-from contextdiff_jax.texts import check_text
+from contextdiff_jax.data import tokens
+from contextdiff_jax.runtime.texts import check_text
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")  # in the order of their ids

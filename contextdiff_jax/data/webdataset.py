@@ -39,7 +39,7 @@ from contextdiff_jax.data.records import (
 )
 from contextdiff_jax.data.shards import lost_records, read_sparse
 from contextdiff_jax.data.shards import read_shard as _index_shard
-from contextdiff_jax.texts import decode_text, parse_json
+from contextdiff_jax.runtime.texts import decode_text, parse_json
 
 _ENTRY = np.dtype(
     [

@@ -15,9 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from contextdiff_jax.data import Tokenizer
+from contextdiff_jax.data.tokens import warn_of_cut
 from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
-from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.contextdiff import ContextDiffusion, FrozenText
 from contextdiff_jax.models.pixels import to_uint8, to_unit
@@ -25,12 +25,12 @@ from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.models.video import VideoDiffusion, inflate
 from contextdiff_jax.pretrained.files import exists
 from contextdiff_jax.pretrained.pipeline import INDEX_FILE, read_pipeline
-from contextdiff_jax.run import load_run
+from contextdiff_jax.runs.frozen import load_frozen
+from contextdiff_jax.runs.model import build_model, make_model, model_graph
+from contextdiff_jax.runs.reading import load_run
+from contextdiff_jax.runs.tokenizer import open_tokenizer
+from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings, ShiftConfig
-from contextdiff_jax.tokens import warn_of_cut
-from contextdiff_jax.training.frozen import load_frozen
-from contextdiff_jax.training.state import build_model, make_model, model_graph
-from contextdiff_jax.training.texts import open_tokenizer
 
 Clip = UInt8[np.ndarray, "F H W 3"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import GifImagePlugin, Image, ImageDraw
 
-from contextdiff_jax.pictures import caption_font
+from contextdiff_jax.runtime.pictures import caption_font
 
 Clip = UInt8[np.ndarray, "F H W 3"]
 _LABEL, _GAP, _LINE, _MIN_CELL = 190, 4, 15, 64

@@ -18,7 +18,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.data.video import read_clip
 from contextdiff_jax.editing import output
 from contextdiff_jax.editing.attention import align, blend_mask
@@ -30,10 +29,11 @@ from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.editing.tuning import TUNED_ON, check_workdir, tune
 from contextdiff_jax.evaluation import video as scores
 from contextdiff_jax.evaluation.lpips import Distance, load_lpips
-from contextdiff_jax.files import write_json
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.mesh import make_mesh
-from contextdiff_jax.training import checkpoints
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.runtime.files import write_json
 
 LOGGER = logging.getLogger(__name__)
 Clip = UInt8[np.ndarray, "F H W 3"]

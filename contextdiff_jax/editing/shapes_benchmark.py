@@ -24,7 +24,7 @@ from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.editing.tuning import tune_quickly
 from contextdiff_jax.evaluation.moving_shapes import columns, paired, score_edit
 from contextdiff_jax.evaluation.video import psnr
-from contextdiff_jax.files import write_json
+from contextdiff_jax.runtime.files import write_json
 
 LOGGER = logging.getLogger(__name__)
 Clip = UInt8[np.ndarray, "F H W 3"]

@@ -19,15 +19,17 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
-from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.processes import StopSignal
 from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs.workdir import FREE_FIELDS as RUNS_FREE_FIELDS
+from contextdiff_jax.runs.workdir import claim_workdir
+from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import TrainConfig
-from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog
 from contextdiff_jax.training.state import make_optimizer, moving_average
 
@@ -36,7 +38,7 @@ LOGGER = logging.getLogger(__name__)
 # The clip and the model are told by what they hold (`TUNED_ON`), not by their names.
 TUNED_ON = "tuned_on"
 FREE_FIELDS = (
-    *checkpoints.FREE_FIELDS,
+    *RUNS_FREE_FIELDS,
     "edit.",
     "video.edit_prompts",
     "video.fps",
@@ -162,7 +164,7 @@ def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any], settings: Ed
     path = workdir / "config.json"
     if not path.exists():
         return
-    checkpoints.claim_workdir(workdir, config, FREE_FIELDS, write=False)
+    claim_workdir(workdir, config, FREE_FIELDS, write=False)
     then, video = read_json(path, "an edit's config").get(TUNED_ON), settings.video
     reasons = {
         "clip": f"was tuned on another clip than video.path={video.path} is now",
@@ -221,7 +223,7 @@ def tune(
     checkpoints.set_damaged_aside(workdir)
     manager = checkpoints.open_manager(workdir, train.keep_checkpoints)
     checkpoints.check_shapes(manager, workdir, state)
-    checkpoints.claim_workdir(workdir, config, FREE_FIELDS)
+    claim_workdir(workdir, config, FREE_FIELDS)
     if manager.latest_step() is not None:
         state, _ = checkpoints.restore(
             manager, checkpoints.placed(state, jax.tree.map(lambda a: a.sharding, state))

@@ -26,9 +26,9 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
-from contextdiff_jax.files import replacing, write_json
-from contextdiff_jax.keys import make_key
 from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.runtime.files import replacing, write_json
+from contextdiff_jax.runtime.keys import make_key
 
 Labels = dict[
     str, tuple[str, ...]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from contextdiff_jax.data.tokens import warn_of_cut
 from contextdiff_jax.evaluation import bound as bounds
 from contextdiff_jax.evaluation import distances
 from contextdiff_jax.evaluation.branches import make_model_branches
@@ -19,8 +20,7 @@ from contextdiff_jax.evaluation.inception import Inception
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
 from contextdiff_jax.evaluation.processes import gather_rows, join
 from contextdiff_jax.evaluation.subject import Evaluation
-from contextdiff_jax.keys import make_key
-from contextdiff_jax.tokens import warn_of_cut
+from contextdiff_jax.runtime.keys import make_key
 
 Scores = dict[str, dict[str, Estimate]]  # {row: {name: estimate}}
 FLOOR = "real pictures instead"

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from contextdiff_jax import pictures
 from contextdiff_jax.evaluation.intervals import Estimate
 from contextdiff_jax.evaluation.metrics import Result, Scores
-from contextdiff_jax.files import replacing
+from contextdiff_jax.runtime import pictures
+from contextdiff_jax.runtime.files import replacing
 
 _SHOWN = 24  # samples a split
 _STYLE = """

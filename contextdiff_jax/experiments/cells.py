@@ -27,11 +27,11 @@ from contextdiff_jax.experiments.oracle import OracleGenerator
 from contextdiff_jax.experiments.plan import VALIDATION_SCENES, Cell
 from contextdiff_jax.experiments.toy import toy_cell
 from contextdiff_jax.experiments.training import trained_params
-from contextdiff_jax.files import read_lines
 from contextdiff_jax.inference.opening import of_run
+from contextdiff_jax.runs.model import model_graph
+from contextdiff_jax.runs.tokenizer import open_tokenizer
+from contextdiff_jax.runtime.files import read_lines
 from contextdiff_jax.settings import SampleConfig, Settings, parse
-from contextdiff_jax.training.state import model_graph
-from contextdiff_jax.training.texts import open_tokenizer
 
 LOGGER = logging.getLogger(__name__)
 Generate = Callable[[Sequence[dict[str, Any]]], UInt8[np.ndarray, "N H W 3"]]

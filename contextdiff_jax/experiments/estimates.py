@@ -24,12 +24,12 @@ from contextdiff_jax.evaluation.composition import judge
 from contextdiff_jax.experiments.oracle import OracleGenerator, scaled
 from contextdiff_jax.experiments.plan import VALIDATION_SCENES, Cell, load_plan
 from contextdiff_jax.experiments.training import trained_params
-from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.contextdiff import make_denoise
 from contextdiff_jax.models.pixels import to_unit
+from contextdiff_jax.runs.model import model_graph
+from contextdiff_jax.runs.tokenizer import open_tokenizer
+from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings, parse
-from contextdiff_jax.training.state import model_graph
-from contextdiff_jax.training.texts import open_tokenizer
 
 _BATCH = 64
 

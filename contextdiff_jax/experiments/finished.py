@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from contextdiff_jax.files import replacing
+from contextdiff_jax.runtime.files import replacing
 
 
 def read_finished(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import Tokenizer
-from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.contextdiff import (
     Captions,
     ContextDiffusion,
@@ -23,8 +22,9 @@ from contextdiff_jax.models.contextdiff import (
     make_denoise,
 )
 from contextdiff_jax.models.pixels import to_uint8, to_unit
+from contextdiff_jax.runs.model import model_graph
+from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import SampleConfig, Settings
-from contextdiff_jax.training.state import model_graph
 
 Change = Callable[[diffusion.Denoised, Int[Array, "B"]], diffusion.Denoised]
 

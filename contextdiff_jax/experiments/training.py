@@ -6,12 +6,12 @@ import pathlib
 
 from jaxtyping import PyTree
 
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.experiments.plan import Cell
-from contextdiff_jax.run import load_run
+from contextdiff_jax.runs.reading import load_run
+from contextdiff_jax.runs.workdir import held
+from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.loop import train
-from contextdiff_jax.training.workdir import held
 
 
 def trained_params(cell: Cell, folder: pathlib.Path) -> PyTree:

@@ -28,10 +28,10 @@ from contextdiff_jax.models.contextdiff import (
 from contextdiff_jax.parallel.mesh import local_mesh, replicated
 from contextdiff_jax.pretrained.files import exists
 from contextdiff_jax.pretrained.pipeline import INDEX_FILE, StableDiffusion, read_pipeline
-from contextdiff_jax.run import load_run
+from contextdiff_jax.runs.frozen import load_frozen
+from contextdiff_jax.runs.model import build_model, model_graph
+from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.settings import SampleConfig, Settings
-from contextdiff_jax.training.frozen import load_frozen
-from contextdiff_jax.training.state import build_model, model_graph
 
 
 def open_folder(

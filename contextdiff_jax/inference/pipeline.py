@@ -27,15 +27,15 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, PyTree, UInt8
 from tqdm import tqdm
 
+from contextdiff_jax.data.tokens import warn_of_cut
 from contextdiff_jax.inference.programs import kept
 from contextdiff_jax.inference.request import Request
 from contextdiff_jax.inference.sampling import Method, Picture, Process, Steps, Text, make_sample
-from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.pixels import to_uint8
 from contextdiff_jax.parallel.mesh import place, replicated, tracing_for
+from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import SampleConfig
-from contextdiff_jax.tokens import warn_of_cut
 
 Pictures = UInt8[np.ndarray, "B H W 3"]
 

@@ -20,8 +20,8 @@ import jaxlib
 from etils import epath
 from jax import export
 
-from contextdiff_jax.files import replacing
 from contextdiff_jax.parallel.mesh import path_name
+from contextdiff_jax.runtime.files import replacing
 
 LOGGER = logging.getLogger(__name__)
 # Of JAX's settings, those that change what is traced.

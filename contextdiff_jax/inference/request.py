@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from contextdiff_jax.keys import check_seed
+from contextdiff_jax.runtime.keys import check_seed
 
 Callback = Callable[[int, Float[np.ndarray, "B H W C"]], None]
 

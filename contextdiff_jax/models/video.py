@@ -26,12 +26,12 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.context import RelationalNetwork, pool
 from contextdiff_jax.models.layers import GroupNorm, ResnetBlock, linear, timestep_embedding
 from contextdiff_jax.models.remat import recomputed
 from contextdiff_jax.models.transformer import Attention, SpatialTransformer
 from contextdiff_jax.models.unet import UNet
+from contextdiff_jax.runtime.keys import make_key
 
 RANK_DIVISOR = 4  # a temporal convolution works on a quarter of the channels
 

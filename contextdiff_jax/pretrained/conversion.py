@@ -16,7 +16,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from contextdiff_jax.files import write_json
 from contextdiff_jax.pretrained import clip, native, t5, unet, vae
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.files import (
@@ -28,6 +27,7 @@ from contextdiff_jax.pretrained.files import (
 )
 from contextdiff_jax.pretrained.model import Model, Options, identity_problem
 from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE
+from contextdiff_jax.runtime.files import write_json
 
 MODELS = {model.kind: model for model in (unet.MODEL, vae.MODEL, clip.TEXT, clip.VISION, t5.MODEL)}
 INDEX_FILE = "model_index.json"

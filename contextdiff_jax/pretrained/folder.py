@@ -10,7 +10,6 @@ from typing import Any
 
 from flax import nnx
 
-from contextdiff_jax.files import write_json
 from contextdiff_jax.pretrained import native
 from contextdiff_jax.pretrained.files import FolderTensors, read_json, save_tensors
 from contextdiff_jax.pretrained.model import (
@@ -21,6 +20,7 @@ from contextdiff_jax.pretrained.model import (
     shardings_of,
 )
 from contextdiff_jax.pretrained.names import state_from_torch, state_to_torch
+from contextdiff_jax.runtime.files import write_json
 
 CONFIG_FILE = "config.json"
 

@@ -15,9 +15,9 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from contextdiff_jax.files import write_json
 from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.pretrained.model import Model, Options, abstract, shardings_of
+from contextdiff_jax.runtime.files import write_json
 
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.json"

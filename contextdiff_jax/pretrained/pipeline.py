@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
+from contextdiff_jax.data.tokens import check_ids, cut_text, read_folder
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.unet_config import UNetConfig
@@ -26,7 +27,6 @@ from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import load_unet
 from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
 from contextdiff_jax.pretrained.vae import load_vae
-from contextdiff_jax.tokens import check_ids, cut_text, read_folder
 
 if TYPE_CHECKING:
     from contextdiff_jax.inference.opening import FolderPipeline

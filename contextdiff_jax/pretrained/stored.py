@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from contextdiff_jax.files import replacing
+from contextdiff_jax.runtime.files import replacing
 
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 _POINTER = b"version https://git-lfs"

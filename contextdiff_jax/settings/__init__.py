@@ -21,8 +21,6 @@ from contextdiff_jax.diffusion.losses import TIMESTEP_SAMPLINGS, WEIGHTINGS
 from contextdiff_jax.diffusion.process import PREDICTION_TYPES, SHIFTS
 from contextdiff_jax.diffusion.samplers import check_eta
 from contextdiff_jax.diffusion.schedule import SPACINGS
-from contextdiff_jax.fields import check_at_least, check_choice, check_types, strict, typed
-from contextdiff_jax.keys import check_seed
 from contextdiff_jax.models.context import ContextConfig
 from contextdiff_jax.models.text import TextConfig
 from contextdiff_jax.models.unet_config import UNetConfig
@@ -31,6 +29,8 @@ from contextdiff_jax.parallel.mesh import MeshConfig
 from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
+from contextdiff_jax.runtime.fields import check_at_least, check_choice, check_types, strict, typed
+from contextdiff_jax.runtime.keys import check_seed
 from contextdiff_jax.settings.train import TrainConfig
 
 ESTIMATES = ("plugin", "posterior_mean")

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from contextdiff_jax.data import DataConfig
-from contextdiff_jax.fields import check_at_least, check_types, strict
 from contextdiff_jax.models.vae import VAEConfig
 from contextdiff_jax.parallel.mesh import MeshConfig
+from contextdiff_jax.runtime.fields import check_at_least, check_types, strict
 from contextdiff_jax.settings import TrainConfig, check_sections, read_data
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from contextdiff_jax.fields import check_at_least, check_choice
 from contextdiff_jax.models.flash import CHOICES
 from contextdiff_jax.models.remat import POLICIES
+from contextdiff_jax.runtime.fields import check_at_least, check_choice
 
 DECAYS = ("constant", "linear", "cosine")
 PRECISIONS = ("float32", "bfloat16")

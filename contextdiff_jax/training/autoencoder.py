@@ -24,18 +24,19 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
 from tqdm import tqdm
 
-from contextdiff_jax import pictures
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.data import DataConfig, Loader, RandomAccessSource, make_loader, make_source
 from contextdiff_jax.data.identity import identity, shared_settings
-from contextdiff_jax.files import write_json
-from contextdiff_jax.keys import make_key
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
 from contextdiff_jax.parallel.processes import StopSignal, agree
 from contextdiff_jax.pretrained import save_vae
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs.workdir import claim_workdir
+from contextdiff_jax.runtime import pictures
+from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.runtime.files import write_json
+from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings.autoencoder import AutoencoderLoss, AutoencoderSettings
-from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.log import MetricsLog
 from contextdiff_jax.training.loop import to_devices
 from contextdiff_jax.training.state import TrainState, make_optimizer, moving_average
@@ -271,7 +272,7 @@ def _open_state(
     checkpoints.set_damaged_aside(workdir)
     manager = checkpoints.open_manager(workdir, settings.train.keep_checkpoints)
     checkpoints.check_shapes(manager, workdir, abstract)
-    checkpoints.claim_workdir(workdir, config)
+    claim_workdir(workdir, config)
     if manager.latest_step() is None:
         return manager, jax.jit(lambda: init_state(settings), out_shardings=shardings)(), shardings
     state, data_state = checkpoints.restore(manager, checkpoints.placed(abstract, shardings))

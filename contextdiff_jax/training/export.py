@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from contextdiff_jax.files import write_json
+from contextdiff_jax.models.lora import lora_layers
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.conversion import complete_or_absent, copy_folder
@@ -30,8 +30,9 @@ from contextdiff_jax.pretrained.lora import LoraLayer, save_lora
 from contextdiff_jax.pretrained.names import name_map
 from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE
 from contextdiff_jax.pretrained.unet import MODEL as UNET
-from contextdiff_jax.run import Run, load_run
-from contextdiff_jax.training.trainable import lora_layers, of_context
+from contextdiff_jax.runs.reading import Run, load_run
+from contextdiff_jax.runtime.files import write_json
+from contextdiff_jax.training.trainable import of_context
 
 CONTEXT_FILE, LORA_FILE, CONTEXT_CONFIG = "context.safetensors", "lora.safetensors", "context.json"
 

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from contextdiff_jax.data import RandomAccessSource, Tokenizer, make_source
 from contextdiff_jax.data.cached import Cache, claim_cache, encode_record, write_shard
 from contextdiff_jax.data.identity import content_key, identity
+from contextdiff_jax.data.tokens import CutCaptions
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.processes import agree
 from contextdiff_jax.pretrained import load_vae
+from contextdiff_jax.runs.tokenizer import open_tokenizer
 from contextdiff_jax.settings import Settings
-from contextdiff_jax.tokens import CutCaptions
-from contextdiff_jax.training.texts import open_tokenizer
 
 LOGGER = logging.getLogger(__name__)
 

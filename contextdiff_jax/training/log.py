@@ -16,11 +16,11 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter, directory_check
 from tensorboardX.summary import scalar
 
-from contextdiff_jax.cli import is_remote
-from contextdiff_jax.files import read_lines, replacing
 from contextdiff_jax.parallel.chips import CHIPS
 from contextdiff_jax.parallel.processes import is_first
-from contextdiff_jax.training.checkpoints import writing
+from contextdiff_jax.runs.checkpoints import writing
+from contextdiff_jax.runtime.files import read_lines, replacing
+from contextdiff_jax.runtime.host import is_remote
 from contextdiff_jax.training.state import METRICS
 
 LOGGER = logging.getLogger(__name__)

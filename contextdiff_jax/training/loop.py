@@ -20,7 +20,6 @@ from jax.stages import Compiled, Lowered
 from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
 
-from contextdiff_jax import cli, pictures
 from contextdiff_jax.data import (
     CacheSource,
     DataConfig,
@@ -32,15 +31,18 @@ from contextdiff_jax.data import (
     make_source,
 )
 from contextdiff_jax.data.identity import identity, shared_settings
-from contextdiff_jax.files import replacing
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.inference.pipeline import NotFiniteError
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
 from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, agree, is_first
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs.frozen import load_frozen
+from contextdiff_jax.runs.tokenizer import open_tokenizer
+from contextdiff_jax.runs.workdir import claim_workdir
+from contextdiff_jax.runtime import host, pictures
+from contextdiff_jax.runtime.files import replacing
 from contextdiff_jax.settings import Settings
-from contextdiff_jax.training import checkpoints
-from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.log import MetricsLog, averages, speed
 from contextdiff_jax.training.nonfinite import FiniteGuard
 from contextdiff_jax.training.start import first_state
@@ -51,7 +53,6 @@ from contextdiff_jax.training.state import (
     zero_metrics,
 )
 from contextdiff_jax.training.step import make_train_step
-from contextdiff_jax.training.texts import open_tokenizer
 
 LOGGER = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
                 jax.block_until_ready(nonfinite)
                 LOGGER.info(
                     "first step done %.1f s after the command's start",
-                    time.perf_counter() - cli.STARTED,
+                    time.perf_counter() - host.STARTED,
                 )
             window_steps += 1
             end = step == every.steps
@@ -193,7 +194,7 @@ def open_state(
         workdir, keep.keep_checkpoints, best=keep.keep_best, metric=keep.best_metric
     )
     checkpoints.check_shapes(manager, workdir, abstract)
-    checkpoints.claim_workdir(workdir, config, write=is_first())
+    claim_workdir(workdir, config, write=is_first())
     if manager.latest_step() is None:
         return manager, first_state(settings, shardings), shardings
     state, data_state = checkpoints.restore(manager, checkpoints.placed(abstract, shardings))

@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from contextdiff_jax.cli import RunError
 from contextdiff_jax.parallel.processes import is_first
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs.workdir import claim_workdir
+from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.settings import Settings
-from contextdiff_jax.training import checkpoints
 from contextdiff_jax.training.state import TrainState
 
 LOGGER = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class FiniteGuard:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "batch.npz").open("wb") as file:
                 np.savez(file, **arrays)
-        checkpoints.claim_workdir(folder, self._config, write=is_first())
+        claim_workdir(folder, self._config, write=is_first())
         manager = checkpoints.open_manager(folder)
         with checkpoints.closing(manager, folder):
             checkpoints.save(manager, state, {})

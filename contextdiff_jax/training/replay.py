@@ -14,13 +14,14 @@ from jaxtyping import PyTree
 
 from contextdiff_jax.parallel.mesh import make_mesh, path_name, state_shardings
 from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs.frozen import load_frozen
+from contextdiff_jax.runs.model import build_model, model_graph
+from contextdiff_jax.runs.tokenizer import open_tokenizer
 from contextdiff_jax.settings import parse
-from contextdiff_jax.training import checkpoints
-from contextdiff_jax.training.frozen import load_frozen
 from contextdiff_jax.training.loop import null_caption
-from contextdiff_jax.training.state import build_model, init_state, model_graph
+from contextdiff_jax.training.state import init_state
 from contextdiff_jax.training.step import draw, loss_fn
-from contextdiff_jax.training.texts import open_tokenizer
 
 
 def first_nonfinite(**trees: PyTree) -> str:

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from contextdiff_jax.models.lora import LORA
 from contextdiff_jax.pretrained import load_unet
-from contextdiff_jax.run import load_run
+from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.export import context_state
 from contextdiff_jax.training.state import TrainState, init_state
-from contextdiff_jax.training.trainable import LORA
 
 LOGGER = logging.getLogger(__name__)
 

@@ -9,15 +9,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from contextdiff_jax.keys import make_key
-from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
-from contextdiff_jax.models.remat import configure
-from contextdiff_jax.parallel.mesh import gathered
+from contextdiff_jax.runs.model import init_params
+from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings, TrainConfig
-from contextdiff_jax.training.trainable import add_lora, merge_lora, split_trainable
+from contextdiff_jax.training.trainable import split_trainable
 
 
 @jax.tree_util.register_dataclass
@@ -82,43 +79,9 @@ def moving_average(params: PyTree, ema: PyTree, step: Int[Array, ""], decay: flo
     return optax.incremental_update(params, ema, 1 - jnp.minimum(decay, (1 + step) / (10 + step)))
 
 
-def make_model(settings: Settings) -> ContextDiffusion:
-    """The model with parameters drawn from `settings.seed`."""
-    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[settings.train.precision]
-    model = ContextDiffusion.create(
-        settings.text,
-        settings.model,
-        settings.context,
-        rngs=nnx.Rngs(make_key(settings.seed)),
-        dtype=dtype,
-    )
-    configure(model, remat=settings.train.remat, attention=settings.train.attention)
-    return model
-
-
-def model_graph(settings: Settings) -> nnx.GraphDef:
-    """The model's structure, without its parameters: `nnx.merge(model_graph(s), params)` is the
-    model.
-    """
-    return nnx.split(nnx.eval_shape(lambda: make_model(settings)))[0]
-
-
-def build_model(graph: nnx.GraphDef, params: PyTree, frozen: Frozen = Frozen()) -> ContextDiffusion:
-    """The model of a state's parameters, LoRA's products in the layers that they change, with the
-    frozen networks; on a mesh (`tracing_for`) its parameters are gathered.
-    """
-    params = merge_lora(params)
-    dtype = nnx.merge(
-        graph, params
-    ).unet.dtype  # merged twice: updating in place would change the caller's variables
-    return nnx.merge(graph, gathered(params, dtype)).attach(frozen)
-
-
 def init_state(settings: Settings) -> TrainState:
     """Step 0. Pure: jit it with output shardings, or `jax.eval_shape` it."""
-    params = nnx.state(make_model(settings), nnx.Param)
-    if settings.train.trainable == "lora":
-        params = add_lora(params, settings.train.lora_rank, make_key(settings.seed))
+    params = init_params(settings)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

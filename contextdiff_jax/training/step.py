@@ -19,14 +19,9 @@ from jaxtyping import Array, Float, Num, PyTree
 from contextdiff_jax import diffusion
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.parallel.mesh import tracing_for
+from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.settings import Settings
-from contextdiff_jax.training.state import (
-    TrainState,
-    build_model,
-    make_optimizer,
-    model_graph,
-    moving_average,
-)
+from contextdiff_jax.training.state import TrainState, make_optimizer, moving_average
 from contextdiff_jax.training.trainable import split_trainable
 
 Batch = dict[str, Num[Array, "B ..."]]

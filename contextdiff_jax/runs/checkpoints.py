@@ -19,22 +19,19 @@ import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 from orbax.checkpoint import checkpoint_managers
 from safetensors import SafetensorError
 
-from contextdiff_jax.cli import RunError, is_remote
 from contextdiff_jax.parallel.processes import is_first
-from contextdiff_jax.training.state import TrainState
-from contextdiff_jax.training.workdir import FREE_FIELDS as FREE_FIELDS
-from contextdiff_jax.training.workdir import claim_workdir as claim_workdir
-from contextdiff_jax.training.workdir import flatten as flatten
+from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.runtime.host import is_remote
 
 LOGGER = logging.getLogger(__name__)
 MANIFEST, METADATA = "manifest.json", "_CHECKPOINT_METADATA"
@@ -42,6 +39,16 @@ MANIFEST, METADATA = "manifest.json", "_CHECKPOINT_METADATA"
 # its text.
 _SAVING = OSError, ValueError, jax.errors.JaxRuntimeError
 _REASONS = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)]
+
+
+class RunState(Protocol):
+    """What every kind of run's state has: a training's, an autoencoder's, a clip's."""
+
+    step: Int[Array, ""]
+    params: PyTree
+
+
+State = TypeVar("State", bound=RunState)
 
 
 def _digest(path: pathlib.Path) -> list:
@@ -245,7 +252,7 @@ def writing(
 
 def save(
     manager: ocp.CheckpointManager,
-    state: TrainState,
+    state: RunState,
     data_state: Mapping[str, Any],
     metrics: Mapping[str, float] | None = None,
 ) -> None:
@@ -276,7 +283,7 @@ def shape_differences(saved: PyTree, wanted: PyTree, limit: int = 3) -> str:
     )
 
 
-def check_shapes(manager: ocp.CheckpointManager, workdir: pathlib.Path, wanted: TrainState) -> None:
+def check_shapes(manager: ocp.CheckpointManager, workdir: pathlib.Path, wanted: RunState) -> None:
     """Raises ValueError, with the first names and shapes, if the newest checkpoint is of another
     model.
     """
@@ -300,8 +307,8 @@ def placed(abstract: PyTree, shardings: PyTree) -> PyTree:
 
 
 def restore(
-    manager: ocp.CheckpointManager, abstract: TrainState, step: int | None = None
-) -> tuple[TrainState, dict[str, Any]]:
+    manager: ocp.CheckpointManager, abstract: State, step: int | None = None
+) -> tuple[State, dict[str, Any]]:
     """The checkpoint of `step` (the newest), laid out as `abstract` says (shapes, dtypes and
     shardings), whatever mesh and number of processes wrote it.
     """
@@ -316,9 +323,7 @@ def restore(
     return restored["state"], restored["data"]
 
 
-def restore_newest(
-    workdir: pathlib.Path, abstract: TrainState
-) -> tuple[TrainState, dict[str, Any], int]:
+def restore_newest(workdir: pathlib.Path, abstract: State) -> tuple[State, dict[str, Any], int]:
     """(state, place in the data, step) of the newest whole checkpoint, for readers.
 
     Raises ValueError if there is none.

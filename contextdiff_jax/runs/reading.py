@@ -11,13 +11,13 @@ from etils import epath
 from jaxtyping import PyTree
 
 from contextdiff_jax.data import Tokenizer
+from contextdiff_jax.models.lora import merge_lora
 from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
 from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs.model import init_params
+from contextdiff_jax.runs.tokenizer import open_tokenizer
 from contextdiff_jax.settings import Settings, parse
-from contextdiff_jax.training import checkpoints
-from contextdiff_jax.training.state import init_state
-from contextdiff_jax.training.texts import open_tokenizer
-from contextdiff_jax.training.trainable import merge_lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
     # A run trained on many devices is read on those that are here.
     settings = parse(config | {"mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1}})
     tokenizer = open_tokenizer(settings)
-    abstract = jax.eval_shape(lambda: init_state(settings)).params
+    abstract = jax.eval_shape(lambda: init_params(settings))
     shardings = state_shardings(make_mesh(settings.mesh), abstract)
     params, step = checkpoints.restore_weights(
         folder, checkpoints.placed(abstract, shardings), weights

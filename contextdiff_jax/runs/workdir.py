@@ -24,10 +24,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from contextdiff_jax.cli import is_remote
-from contextdiff_jax.files import write_json
 from contextdiff_jax.parallel.processes import is_first
 from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.runtime.files import write_json
+from contextdiff_jax.runtime.host import is_remote
 
 LOGGER = logging.getLogger(__name__)
 LOCK, BEAT_SECONDS = "run.lock", 10.0

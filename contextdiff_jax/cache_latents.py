@@ -1,4 +1,4 @@
-"""python -m contextdiff_jax.data.cache --config=FILE --out=DIR [--split=train --shard_size=1024
+"""python -m contextdiff_jax.cache_latents --config=FILE --out=DIR [--split=train --shard_size=1024
 --batch_size=16 --dtype=float16]
 
 Latents (mean and standard deviation), token ids and captions of a config's data, for training with

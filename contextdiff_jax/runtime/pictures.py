@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from contextdiff_jax.files import read_lines, replacing
+from contextdiff_jax.runtime.files import read_lines, replacing
 
 _CELL, _GAP, _FONT_SIZE = 128, 12, 12
 

@@ -1,0 +1,54 @@
+"""The model that a run's settings describe: drawn, in structure alone, and of given parameters."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import PyTree
+
+from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
+from contextdiff_jax.models.lora import add_lora, merge_lora
+from contextdiff_jax.models.remat import configure
+from contextdiff_jax.parallel.mesh import gathered
+from contextdiff_jax.runtime.keys import make_key
+from contextdiff_jax.settings import Settings
+
+
+def make_model(settings: Settings) -> ContextDiffusion:
+    """The model with parameters drawn from `settings.seed`."""
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[settings.train.precision]
+    model = ContextDiffusion.create(
+        settings.text,
+        settings.model,
+        settings.context,
+        rngs=nnx.Rngs(make_key(settings.seed)),
+        dtype=dtype,
+    )
+    configure(model, remat=settings.train.remat, attention=settings.train.attention)
+    return model
+
+
+def model_graph(settings: Settings) -> nnx.GraphDef:
+    """The model's structure, without its parameters: `nnx.merge(model_graph(s), params)` is the
+    model.
+    """
+    return nnx.split(nnx.eval_shape(lambda: make_model(settings)))[0]
+
+
+def build_model(graph: nnx.GraphDef, params: PyTree, frozen: Frozen = Frozen()) -> ContextDiffusion:
+    """The model of a state's parameters, LoRA's products in the layers that they change, with the
+    frozen networks; on a mesh (`tracing_for`) its parameters are gathered.
+    """
+    params = merge_lora(params)
+    dtype = nnx.merge(
+        graph, params
+    ).unet.dtype  # merged twice: updating in place would change the caller's variables
+    return nnx.merge(graph, gathered(params, dtype)).attach(frozen)
+
+
+def init_params(settings: Settings) -> nnx.State:
+    """The parameters at step 0, LoRA's among them where a run trains those."""
+    params = nnx.state(make_model(settings), nnx.Param)
+    if settings.train.trainable == "lora":
+        params = add_lora(params, settings.train.lora_rank, make_key(settings.seed))
+    return params

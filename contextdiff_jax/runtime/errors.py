@@ -1,0 +1,7 @@
+"""What ends a command with one line for the person at the terminal."""
+
+from __future__ import annotations
+
+
+class RunError(RuntimeError):
+    """A run that can't go on; its text is the one line for the person at the terminal."""

@@ -1,0 +1,87 @@
+"""The machine that a process runs on, and how JAX is set up for it: cores, memory, caches."""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import os
+import pathlib
+import sys
+import time
+
+STARTED = time.perf_counter()  # every command's first import of the package is this module's
+
+
+def is_remote(path: pathlib.Path) -> bool:
+    """Whether it is a bucket's, such as gs://BUCKET/run (an `epath.Path`), which has no working
+    directory.
+    """
+    return "://" in str(path)
+
+
+def num_cores() -> int:
+    """The cores that this process may use: XLA's threads are as many."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def one_device_a_core(batch_size: int) -> None:
+    """On a CPU JAX shall have a device a core, the fastest (docs/performance.md), where they can
+    share a batch evenly. To be called before JAX looks for devices. JAX_NUM_CPU_DEVICES and
+    XLA_FLAGS have the last word.
+    """
+    import jax
+
+    told = (
+        "JAX_NUM_CPU_DEVICES" in os.environ
+        or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    )
+    if not told and batch_size % num_cores() == 0:
+        jax.config.update("jax_num_cpu_devices", num_cores())
+
+
+def set_compilation_cache(workdir: pathlib.Path) -> str:
+    """Compiled programs are kept in DIR/compiled/N-cores, unless JAX_COMPILATION_CACHE_DIR says
+    where.
+
+    By cores, because a CPU program is split for the threads of the process that compiled it, which
+    JAX's key leaves out: what was compiled on one core runs its element-wise parts on one core
+    everywhere.
+    """
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = (
+            (workdir if is_remote(workdir) else workdir.absolute())
+            / "compiled"
+            / f"{num_cores()}-cores"
+        )
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    return jax.config.jax_compilation_cache_dir
+
+
+def user_cache() -> pathlib.Path:
+    """The user's folder of what is computed once and isn't part of a run: compiled programs."""
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(home) / "contextdiff_jax"
+
+
+def keep_freed_memory() -> None:
+    """On a host without an accelerator: memory that was freed stays the process's, in one heap.
+
+    XLA's CPU backend takes a program's temporaries anew at each call, hundreds of MiB that glibc
+    otherwise gives back to the kernel after it: their page faults were a sixth of a training step
+    (docs/performance.md). To be called before threads start.
+    """
+    if sys.platform != "linux" or any(
+        map(glob.glob, ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*"))
+    ):
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # musl
+        return
+    for option, value in (
+        (-4, 0),
+        (-1, -1),
+        (-8, 1),
+    ):  # malloc.h: M_MMAP_MAX none, M_TRIM_THRESHOLD never, M_ARENA_MAX one
+        libc.mallopt(option, value)
