@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import glob
+import importlib
 import json
 import logging
 import math
@@ -46,6 +48,19 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 STARTED = time.perf_counter()  # every command's first import is this module's
 
 
+# Where the names are that a flag, or a field of a config, takes: MODULE:TABLE.
+SAMPLERS = "contextdiff_jax.diffusion.samplers:SAMPLERS"
+METRICS = "contextdiff_jax.evaluation.metrics:METRICS"
+FIELDS = {
+    "data.source": "contextdiff_jax.data:SOURCES",
+    "diffusion.schedule": "contextdiff_jax.diffusion.schedule:SCHEDULES",
+    "context.kind": "contextdiff_jax.models.context:KINDS",
+    "context.shift": "contextdiff_jax.diffusion.process:SHIFTS",
+    "mesh.rules": "contextdiff_jax.parallel.mesh:RULES",
+    "sample.sampler": SAMPLERS,
+}
+
+
 class RunError(RuntimeError):
     """A run that can't go on; its text is the one line for the person at the terminal."""
 
@@ -58,6 +73,32 @@ def define_config() -> None:
     CONFIG = config_flags.DEFINE_config_file(
         "config", None, "Config file; a field is set by --config.a.b=c."
     )
+    list_names("config", FIELDS)
+    flags.FLAGS["config"].help += f" There are {_configs()}."
+
+
+def _configs() -> str:
+    return ", ".join(sorted(glob.glob("configs/*.py"))) or "none in configs/"
+
+
+class _Names:
+    """The names in tables, read when `--help` prints them: the modules import JAX."""
+
+    def __init__(self, tables: dict[str, str]):
+        self._tables = tables
+
+    def __str__(self) -> str:
+        return "; ".join(f"{what}: {self._read(table)}" for what, table in self._tables.items())
+
+    def _read(self, table: str) -> str:
+        module, name = table.split(":")
+        return ", ".join(getattr(importlib.import_module(module), name))
+
+
+def list_names(flag: str, tables: dict[str, str]) -> None:
+    """Has `--help` list under the flag the names in tables: {what they are: MODULE:TABLE}."""
+    parser = flags.FLAGS[flag].parser = copy.copy(flags.FLAGS[flag].parser)
+    parser.syntactic_help = _Names(tables)
 
 
 def read_config() -> dict[str, Any]:
@@ -250,6 +291,9 @@ def run(main: Callable[[], None]) -> None:
             f"--config={expand(a.partition('=')[2], '--config')}" if a.startswith(home) else a
             for a in argv
         ]
+        for file in (a.partition("=")[2].partition(":")[0] for a in argv if a[:9] == "--config="):
+            if not os.path.isfile(file):
+                raise flags.Error(f"--config={file}: no such file; there are {_configs()}")
         try:
             left = flags.FLAGS(argv)
         except (
