@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from command_flags import flags_of, parse
@@ -76,11 +77,18 @@ assert batch["image"].shape == (4, 16, 16, 3) and len(records) == 224
 assert len(make_source(made.data, "heldout")) == 32
 
 # The context kind and the axis rule.
-params = init_state(made).params
-params["context"]["gamma"][...] = jnp.asarray(1.0)
-model = build_model(model_graph(made), params)
-captions = model.encode(*load_tokenizer().encode(["stripes", "a circle"], made.data.max_length))
-r = np.asarray(model.relate(jnp.ones((2, 16, 16, 3)), captions, jnp.zeros(2, int)))
+abstract = jax.eval_shape(lambda: init_state(made).params)
+rng = np.random.default_rng(0)
+params = jax.tree.map(lambda a: rng.normal(scale=0.1, size=a.shape).astype(a.dtype), abstract)
+
+
+@jax.jit
+def relate(params, ids, mask):
+    model = build_model(model_graph(made), params)
+    return model.relate(jnp.ones((2, 16, 16, 3)), model.encode(ids, mask), jnp.zeros(2, int))
+
+
+r = np.asarray(relate(params, *load_tokenizer().encode(["stripes", "a circle"], length)))
 assert 0 < np.abs(r[0] - r[1]).max() and np.isfinite(r).all()
 devices = mesh.make_mesh(mesh.MeshConfig(data=1, tensor=2))
 places = mesh.state_shardings(devices, params, made.mesh.rules)

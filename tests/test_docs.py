@@ -27,6 +27,7 @@ PACKAGE = ROOT / "contextdiff_jax"
 # A fenced block, with the comment before it that says why it is only compiled.
 BLOCK = re.compile(r"(<!-- compiled: \S.*? -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
 INDENTED = re.compile(r"(?:^ {4,}\S.*\n)+", re.M)
+FIELD = re.compile(r"(?:^|--config\.|\s)([a-z]+)\.([a-z_0-9]+)\b(?!\()")
 INLINE = re.compile(r"`([^`\n]+)`")
 
 
@@ -45,13 +46,13 @@ def prose(page: pathlib.Path) -> str:
 
 
 def commands(page: pathlib.Path) -> list[list[str]]:
-    """The words of every command in the page, continued lines joined, variables of the block set."""
+    """The words of every command in the page: lines joined, variables of the block set."""
     places = [block for name in ("bash", "sh", "") for _, block in blocks(page, name)]
     places += INDENTED.findall(prose(page)) + INLINE.findall(prose(page))
     found = []
     for place in places:
-        variables = dict(re.findall(r'^(\w+)="(.*)"$', place, re.M))
-        place = re.sub(r"\$(\w+)", lambda m: variables.get(m[1], m[0]), place)
+        for name, value in re.findall(r'^(\w+)="(.*)"$', place, re.M):
+            place = place.replace(f"${name}", value)
         for line in place.replace("\\\n", " ").splitlines():
             if "python -m contextdiff_jax" in line or "bash launch/" in line:
                 found.append(shlex.split(line, comments=True))
@@ -115,7 +116,7 @@ def test_every_field_that_a_page_names_is_one_of_a_config(page):
     sections = {section for section, _ in fields}
     files = ("py", "md", "json", "jsonl", "safetensors")
     for text in INLINE.findall(prose(page)):
-        for section, field in re.findall(r"(?:^|--config\.|\s)([a-z]+)\.([a-z_0-9]+)\b(?!\()", text):
+        for section, field in FIELD.findall(text):
             if section in sections and field not in files and not hasattr(diffusion, field):
                 assert (section, field) in fields, f"{page.name}: {text}"
 
@@ -150,7 +151,7 @@ def slug(heading: str) -> str:
 
 
 def test_the_recipes_of_the_docs_work_as_they_stand(tmp_path):
-    """Each block goes to the end of the file that its first line names, in a copy of the package."""
+    """Each block goes to the end of the file that its first line names, in a copy."""
     for folder in ("contextdiff_jax", "configs"):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
@@ -170,7 +171,8 @@ def test_the_recipes_of_the_docs_work_as_they_stand(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "tests/recipes_program.py", tmp_path, json.dumps(tiny)],
         cwd=tmp_path,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tmp_path), "JAX_NUM_CPU_DEVICES": "2"},
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=300,
