@@ -186,10 +186,10 @@ class ShiftConfig(ContextConfig):
         check_choice("context.estimate", self.estimate, ESTIMATES)
         check_at_least(self, "context", head_loss=0)
         if self.shift in SHIFTS_OF_TEXT_ALONE and self.network.reads_x0:
-            allowed = ", ".join(name for name, kind in KINDS.items() if not kind.reads_x0)
+            kinds = ", ".join(name for name, kind in KINDS.items() if not kind.reads_x0)
             raise ValueError(
-                f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = T, so r may not "
-                f"read x0; one of {allowed}"
+                f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = T, "
+                f"so r may not read x0; one of {kinds}"
             )
         if self.estimate == "posterior_mean" and self.time_dependent:
             raise ValueError(
