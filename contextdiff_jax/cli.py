@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import glob
-import importlib
 import json
 import logging
 import math
 import os
 import pathlib
+import pkgutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 from absl import app, flags
@@ -48,19 +48,6 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 STARTED = time.perf_counter()  # every command's first import is this module's
 
 
-# Where the names are that a flag, or a field of a config, takes: MODULE:TABLE.
-SAMPLERS = "contextdiff_jax.diffusion.samplers:SAMPLERS"
-METRICS = "contextdiff_jax.evaluation.metrics:METRICS"
-FIELDS = {
-    "data.source": "contextdiff_jax.data:SOURCES",
-    "diffusion.schedule": "contextdiff_jax.diffusion.schedule:SCHEDULES",
-    "context.kind": "contextdiff_jax.models.context:KINDS",
-    "context.shift": "contextdiff_jax.diffusion.process:SHIFTS",
-    "mesh.rules": "contextdiff_jax.parallel.mesh:RULES",
-    "sample.sampler": SAMPLERS,
-}
-
-
 class RunError(RuntimeError):
     """A run that can't go on; its text is the one line for the person at the terminal."""
 
@@ -78,7 +65,20 @@ def define_config() -> None:
 
 
 def _configs() -> str:
-    return ", ".join(sorted(glob.glob("configs/*.py"))) or "none in configs/"
+    return ", ".join(map(str, sorted(pathlib.Path("configs").glob("*.py")))) or "none in configs/"
+
+
+# Where the names are that a flag, or a field of a config, takes: MODULE:TABLE.
+SAMPLERS = "contextdiff_jax.diffusion.samplers:SAMPLERS"
+METRICS = "contextdiff_jax.evaluation.metrics:METRICS"
+FIELDS = {
+    "data.source": "contextdiff_jax.data:SOURCES",
+    "diffusion.schedule": "contextdiff_jax.diffusion.schedule:SCHEDULES",
+    "context.kind": "contextdiff_jax.models.context:KINDS",
+    "context.shift": "contextdiff_jax.diffusion.process:SHIFTS",
+    "mesh.rules": "contextdiff_jax.parallel.mesh:RULES",
+    "sample.sampler": SAMPLERS,
+}
 
 
 class _Names:
@@ -88,16 +88,13 @@ class _Names:
         self._tables = tables
 
     def __str__(self) -> str:
-        return "; ".join(f"{what}: {self._read(table)}" for what, table in self._tables.items())
-
-    def _read(self, table: str) -> str:
-        module, name = table.split(":")
-        return ", ".join(getattr(importlib.import_module(module), name))
+        names = {what: pkgutil.resolve_name(table) for what, table in self._tables.items()}
+        return "; ".join(f"{what}: {', '.join(table)}" for what, table in names.items())
 
 
 def list_names(flag: str, tables: dict[str, str]) -> None:
     """Has `--help` list under the flag the names in tables: {what they are: MODULE:TABLE}."""
-    parser = flags.FLAGS[flag].parser = copy.copy(flags.FLAGS[flag].parser)
+    parser = flags.FLAGS[flag].parser = copy(flags.FLAGS[flag].parser)
     parser.syntactic_help = _Names(tables)
 
 

@@ -113,4 +113,4 @@ evaluation = metrics.Evaluation(
 )
 metrics.check(["brightness"], evaluation)
 scores = metrics.METRICS["brightness"](evaluation).scores
-assert len(scores) == 2 and all(0 < row["brightness"].value < 1 for row in scores.values()), scores
+assert scores and all(0 < row["brightness"].value < 1 for row in scores.values()), scores

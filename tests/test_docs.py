@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,6 +18,8 @@ from command_flags import flags_of, parse
 from conftest import ONE_LEVEL, ROOT, TINY
 
 from contextdiff_jax import diffusion
+from contextdiff_jax.inference.pipeline import Request
+from contextdiff_jax.settings import SampleConfig
 
 PAGES = [
     *sorted(ROOT.glob("*.md")),
@@ -124,9 +127,21 @@ def test_every_field_that_a_page_names_is_one_of_a_config(page):
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_every_flag_that_a_page_names_is_one_of_a_command(page, all_flags):
     for text in INLINE.findall(prose(page)):
+        first = text.split()[0]
+        if not (first.startswith("--") or (PACKAGE / f"{first}.py").is_file()):
+            continue  # another program's
         for name in re.findall(r"(?<![\w-])--([a-z_]+)(?![\w.-])", text):
             known = name in all_flags | {"help"} or name.startswith("xla_")
             assert known, f"{page.name}: --{name}"
+
+
+def test_the_page_of_sampling_names_every_flag_and_every_option():
+    page = (ROOT / "docs/sampling.md").read_text()
+    with flags_of(PACKAGE / "sample.py") as flags:
+        missing = [name for name in flags if f"`--{name}`" not in page]
+    options = [field.name for cls in (Request, SampleConfig) for field in dataclasses.fields(cls)]
+    missing += [name for name in options if name != "prompts" and f"`{name}`" not in page]
+    assert not missing
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
