@@ -4,6 +4,8 @@ differs.
 
 from ml_collections import ConfigDict
 
+from contextdiff_jax.parallel.mesh import RULES
+
 
 def get_config() -> ConfigDict:
     """The defaults."""
@@ -112,15 +114,7 @@ def get_config() -> ConfigDict:
                 sequence=1,
                 # What each kind of dimension is split over (parallel/mesh.py); '' is nothing,
                 # 'data,fsdp' is both.
-                rules=dict(
-                    batch="data,fsdp",
-                    rows="sequence",
-                    width="fsdp",
-                    heads="tensor",
-                    hidden="tensor",
-                    channels="tensor",
-                    vocab="",
-                ),
+                rules=dict(RULES),
             ),
             sample=dict(
                 prompts=(),

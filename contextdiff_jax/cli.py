@@ -7,9 +7,11 @@ import logging
 import math
 import os
 import pathlib
+import pkgutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 from absl import app, flags
@@ -52,6 +54,42 @@ def define_config() -> None:
     CONFIG = config_flags.DEFINE_config_file(
         "config", None, "Config file; a field is set by --config.a.b=c."
     )
+    list_names("config", FIELDS)
+    flags.FLAGS["config"].help += f" There are {_configs()}."
+
+
+def _configs() -> str:
+    return ", ".join(map(str, sorted(pathlib.Path("configs").glob("*.py")))) or "none in configs/"
+
+
+# Where the names are that a flag, or a field of a config, takes: MODULE:TABLE.
+SAMPLERS = "contextdiff_jax.diffusion.samplers:SAMPLERS"
+METRICS = "contextdiff_jax.evaluation.metrics:METRICS"
+FIELDS = {
+    "data.source": "contextdiff_jax.data:SOURCES",
+    "diffusion.schedule": "contextdiff_jax.diffusion.schedule:SCHEDULES",
+    "context.kind": "contextdiff_jax.models.context:KINDS",
+    "context.shift": "contextdiff_jax.diffusion.process:SHIFTS",
+    "mesh.rules": "contextdiff_jax.parallel.mesh:RULES",
+    "sample.sampler": SAMPLERS,
+}
+
+
+class _Names:
+    """The names in tables, read when `--help` prints them: the modules import JAX."""
+
+    def __init__(self, tables: dict[str, str]):
+        self._tables = tables
+
+    def __str__(self) -> str:
+        names = {what: pkgutil.resolve_name(table) for what, table in self._tables.items()}
+        return "; ".join(f"{what}: {', '.join(table)}" for what, table in names.items())
+
+
+def list_names(flag: str, tables: dict[str, str]) -> None:
+    """Has `--help` list under the flag the names in tables: {what they are: MODULE:TABLE}."""
+    parser = flags.FLAGS[flag].parser = copy(flags.FLAGS[flag].parser)
+    parser.syntactic_help = _Names(tables)
 
 
 def read_config() -> dict[str, Any]:
@@ -176,6 +214,9 @@ def run(main: Callable[[], None]) -> None:
             f"--config={expand(a.partition('=')[2], '--config')}" if a.startswith(home) else a
             for a in argv
         ]
+        for file in (a.partition("=")[2].partition(":")[0] for a in argv if a[:9] == "--config="):
+            if not os.path.isfile(file):
+                raise flags.Error(f"--config={file}: no such file; there are {_configs()}")
         try:
             left = flags.FLAGS(argv)
         except (

@@ -25,11 +25,8 @@ if TYPE_CHECKING:  # JAX starts after the flags are read
     from contextdiff_jax.settings import SampleConfig
 
 WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
-METRICS = flags.DEFINE_list(
-    "metrics",
-    ["composition"],
-    "Of composition, bound, branches, fid, kid, precision_recall, attributes, cmmd, clip_score.",
-)
+METRICS = flags.DEFINE_list("metrics", ["composition"], "What each needs: docs/evaluation.md.")
+cli.list_names("metrics", {"some of": cli.METRICS})
 NUM = flags.DEFINE_integer(
     "num", 256, "Samples, and pictures of the bound, a split.", lower_bound=2
 )
@@ -44,7 +41,8 @@ BOUND_TIMESTEPS = flags.DEFINE_integer(
     "bound_timesteps", 50, "KL terms a picture; 0: all.", lower_bound=0
 )
 GUIDANCE = cli.define_float("guidance", None, "Guidance scale; default: the run's config.")
-SAMPLER = flags.DEFINE_string("sampler", None, "ddim or ddpm; default: the run's config.")
+SAMPLER = flags.DEFINE_string("sampler", None, "Default: the run's config.")
+cli.list_names("sampler", {"one of": cli.SAMPLERS})
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's config.")
 SEED = cli.define_seed("Of the samples' noise, the bound's, and the bootstrap.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or params.")

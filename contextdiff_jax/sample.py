@@ -31,7 +31,8 @@ NUM = flags.DEFINE_integer("num", 1, "Pictures a prompt.", lower_bound=1)
 NEGATIVE = flags.DEFINE_string(
     "negative", None, "The text that guidance leads away from; default: none."
 )
-SAMPLER = flags.DEFINE_string("sampler", None, "ddim or ddpm.")
+SAMPLER = flags.DEFINE_string("sampler", None, "Default: the run's or the folder's own.")
+cli.list_names("sampler", {"one of": cli.SAMPLERS})
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; of a folder by default 50.")
 ETA = cli.define_float("eta", None, "DDIM's noise, 0 to 1.")
 GUIDANCE = cli.define_float(

@@ -45,6 +45,10 @@ TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")
             (*TRAIN, "--config.train.batch_size=12"),
             "train.batch_size=12: must be a multiple of .* 8",
         ),
+        (
+            ("train", "--config=configs/nope.py", "--workdir=unused"),
+            "--config=configs/nope.py: no such file; there are configs/base.py, ",
+        ),
         (("sample", "--workdir=unused"), "--prompt: the list is empty"),
         (("sample", "--workdir=nowhere", "--prompt=a"), "nowhere: holds neither a trained run"),
         (("sample", "--workdir=nowhere", "--prompt=a", "--eta=2"), "eta=2.0: must lie in"),

@@ -161,6 +161,21 @@ def test_a_run_makes_pictures_of_another_size(pipeline):
     assert pipeline.text_to_image(PROMPTS, size=(24, 8), steps=1).shape == (2, 24, 8, 3)
 
 
+def test_a_sampler_of_the_documented_signature_makes_pictures_and_refuses_the_rest(
+    pipeline, pictures, masks, monkeypatch
+):
+    def sample(denoise, x_T, schedule, timesteps, eta=0.0, key=None, shift="quadratic"):
+        return samplers.ddim_sample(denoise, x_T, schedule, timesteps, eta, key, shift)
+
+    monkeypatch.setitem(samplers.SAMPLERS, "mine", sample)
+    mine, ddim = (pipeline.text_to_image(PROMPTS, sampler=name) for name in ("mine", "ddim"))
+    np.testing.assert_array_equal(mine, ddim)
+    with pytest.raises(ValueError, match="'mine': doesn't take project, for inpainting; one of"):
+        pipeline.inpaint(PROMPTS, pictures, masks, sampler="mine")
+    with pytest.raises(ValueError, match="doesn't take reuse, for reuse=2; one of ddpm, ddim$"):
+        pipeline.text_to_image(PROMPTS, sampler="mine", reuse=2)
+
+
 @pytest.mark.parametrize(
     "call, error",
     [

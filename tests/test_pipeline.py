@@ -29,6 +29,7 @@ from safetensors.numpy import load_file, save_file
 from torch_models import nchw, nhwc, normal, stable_diffusion, stable_diffusion_xl
 from transformers import CLIPTokenizer
 
+from contextdiff_jax.diffusion.samplers import SAMPLERS, ddim_sample
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained import conversion
 from contextdiff_jax.pretrained.model import Options
@@ -127,6 +128,24 @@ def test_reuse_is_the_loop_with_the_deep_features_of_every_second_step(pair):
     assert np.abs(images - np.round(255 * expected)).max() <= 1
     with pytest.raises(ValueError, match="reuse=3: must be a positive divisor of steps=4"):
         pipeline.text_to_image(PROMPTS[:2], noise=noise, size=(16, 16), steps=4, reuse=3)
+
+
+def test_a_sampler_of_the_documented_signature_works_for_a_folder(pair, monkeypatch):
+    """Its last step ends at clean data, where the folder's own may end at index 0."""
+
+    def sample(denoise, x_T, schedule, timesteps, eta=0.0, key=None, shift="quadratic"):
+        return ddim_sample(denoise, x_T, schedule, timesteps, eta, key, shift)
+
+    monkeypatch.setitem(SAMPLERS, "mine", sample)
+    options = {"noise": normal(2, 8, 8, 4), "size": (16, 16), "steps": 2, "guidance": 1.0}
+    pipeline = load_pipeline(pair[1])
+    mine, ddim = (
+        pipeline.text_to_image(PROMPTS, sampler=name, set_alpha_to_one=True, **options)
+        for name in ("mine", "ddim")
+    )
+    np.testing.assert_array_equal(mine, ddim)
+    without = pipeline.text_to_image(PROMPTS, sampler="mine", set_alpha_to_one=False, **options)
+    np.testing.assert_array_equal(mine, without)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ its equation.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -67,7 +68,9 @@ class ProjectFn(Protocol):
 class Sampler(Protocol):
     """`ddim_sample` and its likes: noise x_T to clean data x0, over descending `timesteps`.
 
-    A sampler takes every argument and may ignore what it has no use for.
+    A sampler takes every argument and may ignore what it has no use for. It may also take, by name,
+    the options `next_timesteps`, `project` and `reuse` of `ddim_sample`. One that doesn't works all
+    the same: its steps end where the next begins, and inpainting and reuse are refused.
     """
 
     def __call__(
@@ -300,3 +303,16 @@ def get_sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"sampler={name!r}: unknown; one of {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether that sampler has the option (`next_timesteps`, `project`, `reuse`)."""
+    parameters = inspect.signature(get_sampler(name)).parameters
+    return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def check_takes(name: str, option: str, purpose: str) -> None:
+    """Raises ValueError, saying for what `purpose` it is needed, unless that sampler has it."""
+    if not takes(name, option):
+        able = ", ".join(each for each in SAMPLERS if takes(each, option))
+        raise ValueError(f"sampler={name!r}: doesn't take {option}, for {purpose}; one of {able}")

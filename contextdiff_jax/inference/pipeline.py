@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float, Int, PyTree, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.data.tokens import warn_of_cut
+from contextdiff_jax.diffusion.samplers import check_takes
 from contextdiff_jax.inference.programs import kept
 from contextdiff_jax.inference.request import Request
 from contextdiff_jax.inference.sampling import Method, Picture, Process, Steps, Text, make_sample
@@ -165,6 +166,8 @@ class Pipeline:
         rest is put back, noised, after each step.
         """
         request, chosen = self._read(prompts, options)
+        if not self.opened.only_inpaints:
+            check_takes(chosen.sampler, "project", "inpainting")
         shape = self._shape_of(images, request)
         if tuple(masks.shape) != tuple(images.shape[:3]):
             raise ValueError(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.diffusion.samplers import DenoiseFn, ProjectFn
+from contextdiff_jax.diffusion.samplers import DenoiseFn, ProjectFn, takes
 from contextdiff_jax.models.contextdiff import (
     Captions,
     ContextDiffusion,
@@ -126,7 +126,7 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
             beside=start.beside,
         )
         options = {}  # a sampler needs to know those alone that are used
-        if steps.ends is not None:
+        if steps.ends is not None and takes(method.sampler, "next_timesteps"):
             options["next_timesteps"] = steps.ends
         if method.reuse > 1:
             keep = make_keep(model, captions, null, scale, start.beside)

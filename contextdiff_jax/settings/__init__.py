@@ -19,9 +19,9 @@ from contextdiff_jax.data import DataConfig
 from contextdiff_jax.diffusion import NoiseSchedule, get_sampler, make_schedule
 from contextdiff_jax.diffusion.losses import TIMESTEP_SAMPLINGS, WEIGHTINGS
 from contextdiff_jax.diffusion.process import PREDICTION_TYPES, SHIFTS
-from contextdiff_jax.diffusion.samplers import check_eta
+from contextdiff_jax.diffusion.samplers import check_eta, check_takes
 from contextdiff_jax.diffusion.schedule import SPACINGS
-from contextdiff_jax.models.context import ContextConfig
+from contextdiff_jax.models.context import KINDS, ContextConfig
 from contextdiff_jax.models.text import TextConfig
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAEConfig
@@ -88,10 +88,11 @@ class ShiftConfig(ContextConfig):
         check_choice("context.shift", self.shift, SHIFTS)
         check_choice("context.estimate", self.estimate, ESTIMATES)
         check_at_least(self, "context", head_loss=0)
-        if self.shift in SHIFTS_OF_TEXT_ALONE and self.kind not in ("text", "none"):
+        if self.shift in SHIFTS_OF_TEXT_ALONE and self.network.reads_x0:
+            kinds = ", ".join(name for name, kind in KINDS.items() if not kind.reads_x0)
             raise ValueError(
-                f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = "
-                "T, so r may not read x0; one of text, none"
+                f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = T, "
+                f"so r may not read x0; one of {kinds}"
             )
         if self.estimate == "posterior_mean" and self.time_dependent:
             raise ValueError(
@@ -149,6 +150,8 @@ class SampleConfig:
             raise ValueError(
                 f"reuse={self.reuse}: must be a positive divisor of steps={self.steps}"
             )
+        if self.reuse > 1:
+            check_takes(self.sampler, "reuse", f"reuse={self.reuse}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
