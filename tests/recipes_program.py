@@ -20,7 +20,8 @@ from contextdiff_jax.data import load_tokenizer, make_loader, make_source
 from contextdiff_jax.evaluation import metrics
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.parallel import mesh
-from contextdiff_jax.training.state import build_model, init_state, model_graph
+from contextdiff_jax.runs.model import build_model, model_graph
+from contextdiff_jax.training.state import init_state
 
 COPY, TINY = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
 assert pathlib.Path(contextdiff_jax.__file__).is_relative_to(COPY), contextdiff_jax.__file__

@@ -35,7 +35,16 @@ EXCEPTIONS = {
 }
 # The standard library's modules that neither read nor write anything.
 PURE = {
-    *("__future__", "collections", "contextlib", "dataclasses", "difflib", "enum", "functools"),
+    *(
+        "__future__",
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "difflib",
+        "inspect",
+        "enum",
+        "functools",
+    ),
     *("itertools", "math", "operator", "types", "typing"),
 }
 NETWORKS = {"flax", "optax", "orbax", "torch"}

@@ -91,8 +91,8 @@ class ShiftConfig(ContextConfig):
         if self.shift in SHIFTS_OF_TEXT_ALONE and self.network.reads_x0:
             kinds = ", ".join(name for name, kind in KINDS.items() if not kind.reads_x0)
             raise ValueError(
-                f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = T, "
-                f"so r may not read x0; one of {kinds}"
+                f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = "
+                f"T, so r may not read x0; one of {kinds}"
             )
         if self.estimate == "posterior_mean" and self.time_dependent:
             raise ValueError(
