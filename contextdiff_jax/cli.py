@@ -238,11 +238,8 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):  # musl
         return
-    for option, value in (
-        (-4, 0),
-        (-1, -1),
-        (-8, 1),
-    ):  # malloc.h: M_MMAP_MAX none, M_TRIM_THRESHOLD never, M_ARENA_MAX one
+    # malloc.h: M_MMAP_MAX none, M_TRIM_THRESHOLD never, M_ARENA_MAX one.
+    for option, value in ((-4, 0), (-1, -1), (-8, 1)):
         libc.mallopt(option, value)
 
 
@@ -260,11 +257,11 @@ def run(main: Callable[[], None]) -> None:
         ]
         try:
             left = flags.FLAGS(argv)
-        except (
-            AttributeError
-        ) as error:  # what ml_collections raises for an override of an unknown field
+        # ml_collections' error for an override of an unknown field
+        except AttributeError as error:
             raise flags.Error(f"--config: unknown field: {_innermost(error)}") from error
-        except KeyError as error:  # the same, for an unknown section
+        # the same, for an unknown section
+        except KeyError as error:
             raise flags.Error(f"--config: unknown section: {_innermost(error)}") from error
         if left[1:]:
             raise flags.Error(f"{left[1]!r}: unexpected argument; options start with --")

@@ -45,9 +45,8 @@ _REASONS = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, er
 
 
 def _digest(path: pathlib.Path) -> list:
-    if (
-        path.name == METADATA
-    ):  # Orbax adds the time of the commit after the manifest is written; nobody reads it
+    # Orbax adds the time of the commit after the manifest is written; nobody reads it.
+    if path.name == METADATA:
         known = {
             k: v for k, v in json.loads(path.read_text()).items() if k != "commit_timestamp_nsecs"
         }
