@@ -219,11 +219,11 @@ def run(main: Callable[[], None]) -> None:
                 raise flags.Error(f"--config={file}: no such file; there are {_configs()}")
         try:
             left = flags.FLAGS(argv)
-        except (
-            AttributeError
-        ) as error:  # what ml_collections raises for an override of an unknown field
+        # ml_collections' error for an override of an unknown field
+        except AttributeError as error:
             raise flags.Error(f"--config: unknown field: {_innermost(error)}") from error
-        except KeyError as error:  # the same, for an unknown section
+        # the same, for an unknown section
+        except KeyError as error:
             raise flags.Error(f"--config: unknown section: {_innermost(error)}") from error
         if left[1:]:
             raise flags.Error(f"{left[1]!r}: unexpected argument; options start with --")

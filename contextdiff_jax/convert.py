@@ -39,12 +39,10 @@ def main() -> None:
     from contextdiff_jax.pretrained.model import Options
     from contextdiff_jax.training import export
 
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # nothing is computed: an accelerator's memory isn't needed
-    progress = functools.partial(
-        tqdm.tqdm, unit="tensor", leave=False, disable=None
-    )  # None: only on a terminal
+    # Nothing is computed: an accelerator's memory isn't needed.
+    jax.config.update("jax_platforms", "cpu")
+    # None: only on a terminal.
+    progress = functools.partial(tqdm.tqdm, unit="tensor", leave=False, disable=None)
     if REVERSE.value and export.is_run(pathlib.Path(SOURCE.value)):
         export.export_run(pathlib.Path(SOURCE.value), pathlib.Path(TARGET.value))
         print(f"written: {TARGET.value}")

@@ -51,9 +51,8 @@ def reference_coefficients(kwargs: dict, index: np.ndarray, shift: str) -> tuple
     """(abar, a, b, k) at integer indices, with -1 the clean picture (abar = 1, k = 0 by
     definition).
     """
-    abar = np.append(reference_alphas_cumprod(**kwargs), 1.0)[
-        index
-    ]  # numpy's index -1 is the appended 1
+    # numpy's index -1 is the appended 1.
+    abar = np.append(reference_alphas_cumprod(**kwargs), 1.0)[index]
     a, b = np.sqrt(abar), np.sqrt(1 - abar)
     k = {"quadratic": a * (1 - a), "prior": 1 - a, "data_normalization": -a, "none": 0 * a}[shift]
     return abar, a, b, np.where(np.asarray(index) < 0, 0.0, k)

@@ -322,10 +322,8 @@ def test_a_sweep_tries_meshes_rematerialisations_and_batches_and_the_fastest_tha
 @pytest.mark.slow
 def test_a_train_step_compiles_for_chips_that_are_not_here_with_its_state_in_place(devices):
     """Half a minute of compilation: bash launch/test.sh -m slow tests/test_aot.py"""
-    smallest = {
-        "model.mid_block_type": None,
-        "context.kind": "none",
-    }  # what a test costs is the compilation
+    # What a test costs is the compilation.
+    smallest = {"model.mid_block_type": None, "context.kind": "none"}
     settings = parse(config_dict(**ONE_LEVEL, **smallest))
     result = aot.run(settings, aot.AotBenchmark(topology="v5e:2x2", batch_per_chip=2))
     (row,) = result.rows

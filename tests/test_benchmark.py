@@ -33,9 +33,8 @@ def test_every_source_is_measured_on_the_same_pictures_where_the_config_names_no
 
 def test_ratios_are_of_pairs_and_rows_of_medians(monkeypatch):
     """Ours takes 1, 2, 4 s and the peer 3, 2, 8: medians 2 and 3, paired ratios 3, 1, 2."""
-    clock = iter(
-        [0, 3, 0, 1, 0, 2, 0, 2, 0, 8, 0, 4]
-    )  # peer and ours take turns at the first place
+    # Peer and ours take turns at the first place.
+    clock = iter([0, 3, 0, 1, 0, 2, 0, 2, 0, 8, 0, 4])
     monkeypatch.setattr(data_benchmark.time, "process_time", lambda: next(clock))
     endless = iter(lambda: 0, 1)
     pipelines = [Pipeline("ours", endless, 0.0, "peer"), Pipeline("peer", endless, 0.0)]

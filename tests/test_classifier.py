@@ -155,6 +155,7 @@ def test_the_command_writes_a_classifier_and_says_how_good_it_is(tmp_path):
         "--num=120",
         "--batch_size=16",
         tiny=True,
+        env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / c.REPORT_FILE).read_text())

@@ -79,9 +79,8 @@ def test_embeddings_are_transformers_for_pictures_that_are_enlarged_reduced_and_
     image, text = torch_embeddings(torch_clip, images, CAPTIONS)
     np.testing.assert_allclose(unit(clip.embed_images(images)), image, atol=1e-5)
     np.testing.assert_allclose(unit(clip.embed_captions(CAPTIONS)), text, atol=1e-5)
-    assert (
-        min(np.ptp(image, axis=0).min(), np.ptp(text, axis=0).min()) > 0.02
-    )  # they tell pictures and texts apart
+    # They tell pictures and texts apart.
+    assert min(np.ptp(image, axis=0).min(), np.ptp(text, axis=0).min()) > 0.02
 
 
 def test_clip_score_is_transformers_and_torchmetrics(clip, torch_clip):
@@ -109,9 +108,8 @@ def test_clip_score_is_transformers_and_torchmetrics(clip, torch_clip):
         def get_text_features(self, ids, mask):
             return model.get_text_features(ids, mask).pooler_output
 
-    short = [
-        i for i in positive if len(captions[i]) < 10
-    ]  # torchmetrics cuts the end token off longer ones
+    # torchmetrics cuts the end token off longer ones.
+    short = [i for i in positive if len(captions[i]) < 10]
     with torch.no_grad():
         theirs = torchmetrics_clip_score(
             [torch.tensor(images[i]).permute(2, 0, 1) for i in short],

@@ -82,9 +82,8 @@ def test_an_object_of_another_colour_shape_or_size_is_not_exact(image_size):
         shape = _change(scene, last, shape=_other(scene.objects[last].shape, SHAPES))
         result = check(render(shape, image_size), text)
         assert not result["exact"] and result["shape"] < 1 and result["count"]
-        if (
-            scene.objects[last].size == "large"
-        ):  # a grown object could touch others or leave the picture
+        # A grown object could touch others or leave the picture.
+        if scene.objects[last].size == "large":
             shrunk = render(_change(scene, last, size="small"), image_size)
             assert not check(shrunk, text)["exact"] and check(shrunk, text)["size"] < 1
 

@@ -386,9 +386,8 @@ def test_a_restored_loader_goes_on_with_the_very_next_batch(num_workers):
     loader = make_loader(source, num_workers=num_workers, **options)
     _take(loader, 3)
     state = json.loads(json.dumps(loader.get_state()))
-    expected = _take(
-        loader, 12
-    )  # past the end of the first epoch: the states of both shuffles count
+    # Past the end of the first epoch: the states of both shuffles count.
+    expected = _take(loader, 12)
     loader.set_state(state)  # in place, also after more was read
     _assert_equal(_take(loader, 2), expected[:2])
     loader.close()

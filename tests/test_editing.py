@@ -132,17 +132,15 @@ def test_the_control_replaces_rows_of_the_batch_and_nothing_of_the_source():
         5,
         EditConfig(control="refine", reweight=(("c", 3.0),), blend="c"),
     )
-    weights = jnp.asarray(
-        rng.random((6, 2, 3, 4, 5)), jnp.float32
-    )  # source, two edits, and the other branch
+    # Source, two edits, and the other branch.
+    weights = jnp.asarray(rng.random((6, 2, 3, 4, 5)), jnp.float32)
     control = Control(found, jnp.float32(1), jnp.float32(1), 4)
     out = control.cross(weights, (2, 2))
     np.testing.assert_array_equal(out[0], weights[0])
     np.testing.assert_array_equal(out[3:], weights[3:])
     np.testing.assert_allclose(out[1][..., :2], weights[0][..., :2], rtol=1e-6)  # the start and "a"
-    np.testing.assert_allclose(
-        out[1][..., 2], 3 * weights[1][..., 2], rtol=1e-6
-    )  # "c": new, and weighed
+    # "c": new, and weighed.
+    np.testing.assert_allclose(out[1][..., 2], 3 * weights[1][..., 2], rtol=1e-6)
     np.testing.assert_allclose(out[2][..., 2], weights[0][..., 2], rtol=1e-6)  # "b"
     np.testing.assert_allclose(
         control.mean_map((2, 2))[1].reshape(3, 4), 3 * weights[1][..., 2].mean(0), rtol=1e-5

@@ -167,11 +167,8 @@ def test_clip_judges_pictures_by_their_own_captions_and_beside_real_ones(evaluat
         == value(result, f"{row}, {metrics.FLOOR}", "clip_score")
         == pairs.mean()
     )
-    assert result.scores[row]["minus real"] == (
-        0,
-        0,
-        0,
-    )  # paired: the captions' own spread is not in it
+    # Paired: the captions' own spread is not in it.
+    assert result.scores[row]["minus real"] == (0, 0, 0)
     worse = metrics.clip_score(shuffled)
     expected = distances.clip_score(images[::-1], captions)
     assert value(worse, row, "clip_score") == pytest.approx(expected.mean(), rel=1e-6)

@@ -69,9 +69,8 @@ def test_two_processes_with_a_share_each_have_the_figures_of_one(workdir):
     assert (first.pop("pictures"), second.pop("pictures"), one.pop("pictures")) == (12, 13, 25)
     assert first == second and first["rows are the same"]
     np.testing.assert_allclose(first["mean"], one["mean"], rtol=1e-15)
-    np.testing.assert_allclose(
-        first["covariance"], one["covariance"], rtol=1e-9, atol=1e-9
-    )  # at 1e6, of squares 1e12
+    # At 1e6, of squares 1e12.
+    np.testing.assert_allclose(first["covariance"], one["covariance"], rtol=1e-9, atol=1e-9)
     for name, rows in one["scores"].items():
         for row, scores in rows.items():
             for key, estimate in scores.items():

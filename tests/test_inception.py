@@ -190,9 +190,8 @@ def test_the_network_has_as_many_weights_as_the_published_one(reference):
         for path, p in nnx.to_flat_state(nnx.state(network, nnx.Param))
         if path[-1] == "kernel"
     )
-    assert (
-        weights == 21_751_136
-    )  # of the 94 convolutions, without classifier and batch normalisation
+    # Of the 94 convolutions, without classifier and batch normalisation.
+    assert weights == 21_751_136
 
 
 def write(tmp_path, reference, change):

@@ -264,9 +264,8 @@ def test_only_what_is_named_is_trained_and_has_moments(runs, trainable):
         assert moved == wanted
     moments = jax.eval_shape(lambda: init_state(parse(config))).opt_state
     trained = sum(leaf.size for path, leaf in start.items() if kind(path) in wanted)
-    assert (
-        sum(leaf.size for leaf in jax.tree.leaves(moments) if leaf.ndim) == 2 * trained - 2
-    )  # gamma has no axis
+    # Gamma has no axis.
+    assert sum(leaf.size for leaf in jax.tree.leaves(moments) if leaf.ndim) == 2 * trained - 2
 
 
 def test_a_full_fine_tune_goes_back_to_a_folder_that_diffusers_reads(pipe, runs, tmp_path):

@@ -268,10 +268,8 @@ def test_a_peft_adapter_has_the_strength_that_its_settings_say(models, ours, tmp
     made = adapter(unet, tmp_path, **dict(r=2, target_modules=["to_q", "to_v"]) | config)
     expected = changes(made)
     made.unload()
-    for path in (
-        tmp_path,
-        tmp_path / "adapter_model.safetensors",
-    ):  # the folder, and the file in it
+    # The folder, and the file in it.
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
         layers = load_lora(path, {"unet": ours})["unet"]
         assert layers.keys() == expected.keys()
         for name, change in expected.items():

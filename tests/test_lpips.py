@@ -18,13 +18,14 @@ from contextdiff_jax.evaluation.clip import load_clip
 from contextdiff_jax.evaluation.lpips import load_lpips
 from contextdiff_jax.evaluation.video import make_pick_scorer
 
+# torchvision's AlexNet
 CONVOLUTIONS = [
     (0, 3, 64, 11),
     (3, 64, 192, 5),
     (6, 192, 384, 3),
     (8, 384, 256, 3),
     (10, 256, 256, 3),
-]  # torchvision's AlexNet
+]
 
 
 @pytest.fixture(scope="module")

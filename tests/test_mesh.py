@@ -63,9 +63,8 @@ def test_each_parameter_lies_as_the_table_says_and_its_moments_and_average_with_
     assert unet["mid_block"]["resnets"][0]["conv2"]["kernel"].get_value() == P(
         None, None, "tensor", "fsdp"
     )
-    assert unet["conv_in"]["kernel"].get_value() == P(
-        None, None, None, "fsdp"
-    )  # 3 channels don't divide by 2
+    # 3 channels don't divide by 2.
+    assert unet["conv_in"]["kernel"].get_value() == P(None, None, None, "fsdp")
     adam = spec.opt_state[1][0]
     assert spec.ema == spec.params == adam.mu == adam.nu
     assert spec.step == P() and spec.key == P(None)
@@ -158,9 +157,8 @@ def assert_same(result: dict, one: dict) -> None:
     assert (
         len(result["losses"]) == 20 and abs(result["losses"][0] / result["losses"][-1] - 1) > 0.01
     )
-    assert (
-        np.abs(np.array(result["image"]) - np.array(one["image"])).max() <= 1
-    )  # of 255: a rounding may tip over
+    # Of 255: a rounding may tip over.
+    assert np.abs(np.array(result["image"]) - np.array(one["image"])).max() <= 1
 
 
 @pytest.mark.parametrize(

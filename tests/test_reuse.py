@@ -29,9 +29,8 @@ B = 2
 
 
 def made(**changes):
-    settings = parse(
-        config_dict(**{"data.image_size": 9, "context.patch_size": 3} | changes)
-    )  # odd: levels of 9 and 5
+    # Odd: levels of 9 and 5.
+    settings = parse(config_dict(**{"data.image_size": 9, "context.patch_size": 3} | changes))
     return settings, build_model(model_graph(settings), randomised(init_state(settings).params))
 
 

@@ -40,9 +40,8 @@ def test_operations_are_those_of_the_products_forward_and_twice_backward(setting
         part for part in roofline.parts(settings, 2) if part.name.startswith("feed-forward")
     )
     flops = jax.jit(part.call).lower(*part.arguments).cost_analysis()["flops"]
-    products = (
-        3 * 2 * 2 * 64 * (16 * 128 + 64 * 16)
-    )  # 2 x 64 tokens of 16 to 2 x 64 and from 64 to 16
+    # 2 x 64 tokens of 16 to 2 x 64 and from 64 to 16.
+    products = 3 * 2 * 2 * 64 * (16 * 128 + 64 * 16)
     assert products < flops < 1.5 * products
 
 

@@ -83,9 +83,8 @@ def test_objects_keep_apart_within_the_picture(image_size):
         assert len({o.triple for o in scene.objects}) == 3
         image = render(scene, image_size)
         areas = [template(o.shape, diameter(o.size, image_size)).sum() for o in scene.objects]
-        assert (image != BACKGROUNDS["dark"]).any(-1).sum() == sum(
-            areas
-        )  # nothing hidden, nothing cut off
+        # Nothing hidden, nothing cut off.
+        assert (image != BACKGROUNDS["dark"]).any(-1).sum() == sum(areas)
         for a, b in itertools.combinations(scene.objects, 2):
             gap = np.abs(np.subtract(a.centre, b.centre)).max() * image_size
             assert (

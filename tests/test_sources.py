@@ -176,10 +176,8 @@ def test_members_of_all_kinds_make_records_and_other_files_are_passed_over(tmp_p
             ("./a.jpg", _encoded(grey, "JPEG")),
             ("./a.txt", b" a text \n"),
             ("./a.cls", b"3"),
-            (
-                "sub/b.with.dots.png",
-                _encoded(grey),
-            ),  # the extension begins at the first dot: no picture
+            # The extension begins at the first dot: no picture.
+            ("sub/b.with.dots.png", _encoded(grey)),
             ("sub/b.PNG", _encoded(grey)),
             ("sub/b.txt", b"b"),
             ("c.webp", _encoded(grey, "WEBP")),

@@ -31,10 +31,8 @@ def settings():
 
 def test_rounds_take_turns_and_ratios_are_of_pairs(monkeypatch):
     """Ours takes 1, 2, 4 s and the peer 3, 2, 8; the ratios of the rounds are 3, 1, 2."""
-    wall, order = (
-        iter([0, 9] * 6 + [0, 1, 0, 3, 0, 2, 0, 2, 0, 4, 0, 8]),
-        [],
-    )  # the first three rounds, of 9 s, don't count
+    # The first three rounds, of 9 s, don't count.
+    wall, order = (iter([0, 9] * 6 + [0, 1, 0, 3, 0, 2, 0, 2, 0, 4, 0, 8]), [])
     monkeypatch.setattr(paired.time, "perf_counter", lambda: next(wall))
     monkeypatch.setattr(paired.time, "process_time", lambda: 0.0)
     contestants = [
@@ -90,9 +88,8 @@ def test_the_methods_step_in_torch_gives_our_loss_and_parameters(changes):
 def test_a_method_that_differs_gives_no_ratio_and_one_that_torch_lacks_is_left_out(
     settings, monkeypatch
 ):
-    monkeypatch.setattr(
-        torch_method, "shift_coefficient", lambda schedule, t, shift: 0 * t
-    )  # no context in the forward process
+    # No context in the forward process.
+    monkeypatch.setattr(torch_method, "shift_coefficient", lambda schedule, t, shift: 0 * t)
     with pytest.raises(RunError, match="torch method channels_last, loss: .*no ratio"):
         method._torch_method(settings)
     linear = dataclasses.replace(
@@ -214,6 +211,5 @@ def test_what_does_not_change_in_the_loop_is_computed_before_it():
         )
         for text in re.split(r"\n(?=%|ENTRY )", program)
     }
-    assert (
-        not rows[body] and len(rows["ENTRY"]) >= 2 * 3
-    )  # both guidance branches; down, middle and up
+    # Both guidance branches; down, middle and up.
+    assert not rows[body] and len(rows["ENTRY"]) >= 2 * 3

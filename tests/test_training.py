@@ -100,9 +100,8 @@ def test_the_shift_sees_the_true_caption_where_the_denoiser_does_not(tiny_settin
         model = nnx.merge(model_graph(tiny_settings), with_gamma(params, gamma))
         return float(loss_fn(model, batch, null, schedule, tiny_settings)[0])
 
-    assert loss(batch, 0.0) == loss(
-        other, 0.0
-    )  # no text reaches a denoiser whose captions are all dropped
+    # No text reaches a denoiser whose captions are all dropped.
+    assert loss(batch, 0.0) == loss(other, 0.0)
     assert loss(batch, 1.0) != loss(other, 1.0)  # but the context still reads it
 
 

@@ -82,9 +82,8 @@ def parts(settings: Settings, batch: int) -> Iterator[Part]:
             (height >> i, width >> i),
             settings.model.block_out_channels[i],
         )
-        x = shape(
-            (batch, H, W, resnet.norm1.scale.shape[0]), dtype
-        )  # as wide as the level above, if it is the only one
+        # As wide as the level above, if it is the only one.
+        x = shape((batch, H, W, resnet.norm1.scale.shape[0]), dtype)
         yield _layer(f"resnet {H}x{W}, {channels}", resnet, (x, temb))
         if block.attentions:
             tokens, inner = (

@@ -65,9 +65,8 @@ def check_change(
         name: np.linalg.norm(ours[name] - theirs[name]) / np.linalg.norm(theirs[name] - value)
         for name, value in before.items()
     }
-    off = {
-        name: error for name, error in errors.items() if not error <= TOLERANCES["parameters"]
-    }  # NaN is off too
+    # NaN is off too.
+    off = {name: error for name, error in errors.items() if not error <= TOLERANCES["parameters"]}
     if off:
         name = max(off, key=off.get)
         allowed = f"allowed {TOLERANCES['parameters']}"

@@ -61,9 +61,8 @@ def nearest_bucket(
         ratios = np.log(sizes[:, 0].astype(np.float64) / sizes[:, 1])  # [N]
     targets = np.log([height / width for height, width in buckets])  # [K]
     best, distance = np.full(len(sizes), -1, np.int32), np.full(len(sizes), np.inf)
-    for k, target in enumerate(
-        targets
-    ):  # one pass a bucket: [N, K] of a million records would be large
+    # One pass a bucket: [N, K] of a million records would be large.
+    for k, target in enumerate(targets):
         nearer = np.abs(ratios - target) < distance
         best[nearer], distance[nearer] = k, np.abs(ratios - target)[nearer]
     return best

@@ -143,9 +143,8 @@ class Loader(Iterator[Batch]):
                 f"memory: {error}"
             ) from error
         self._next_batch += 1
-        for index, reason in batch.pop(
-            _BROKEN, ()
-        ):  # each worker knows only of its own: count them together
+        # Each worker knows only of its own: count them together.
+        for index, reason in batch.pop(_BROKEN, ()):
             self._load.source.broken.replaced(index, reason)
         self._cut.add(batch["caption"], batch.pop(_CUT, ()))
         if self._num_workers:  # workers hand over views of shared memory, which ends with them
@@ -168,9 +167,8 @@ class Loader(Iterator[Batch]):
         numbers = grain.MapDataset.range(self._next_batch, sys.maxsize)
         batches = numbers.map(self._load).to_iter_dataset(options)
         if self._num_workers:
-            if (
-                not flags.FLAGS.is_parsed()
-            ):  # Grain asks absl flags, which only an absl app has parsed
+            # Grain asks absl flags, which only an absl app has parsed.
+            if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import runpy
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,3 +114,7 @@ def write_clip(
     facts = {"prompt": clip.prompt, "edit_prompts": prompts}
     write_json(folder / "clip.json", facts)
     return facts
+
+
+if __name__ == "__main__":  # the first edition's name of the command
+    runpy.run_module("contextdiff_jax.draw_clip", run_name="__main__", alter_sys=True)

@@ -239,9 +239,8 @@ def _draw_triples(rng: np.random.Generator, count: int, config: ShapesConfig) ->
         triple = pool[rng.integers(len(pool))]
         if triple not in triples:
             triples.append(triple)
-    if (
-        config.split == "heldout"
-    ):  # the held-out object must not always be the one that is named first
+    # The held-out object must not always be the one that is named first.
+    if config.split == "heldout":
         slot = rng.integers(count)
         triples[0], triples[slot] = triples[slot], triples[0]
     return triples

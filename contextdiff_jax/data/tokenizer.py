@@ -8,6 +8,7 @@ captions of the `shapes` and emoji data sets and general English text;
 from __future__ import annotations
 
 import pathlib
+import runpy
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -180,3 +181,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int = 4096) -> tokenizers.
     )
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
+
+
+if __name__ == "__main__":  # the first edition's name of the command
+    runpy.run_module("contextdiff_jax.train_tokenizer", run_name="__main__", alter_sys=True)

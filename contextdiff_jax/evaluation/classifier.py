@@ -30,9 +30,8 @@ from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.runtime.files import replacing, write_json
 from contextdiff_jax.runtime.keys import make_key
 
-Labels = dict[
-    str, tuple[str, ...]
-]  # of one record: an attribute's values; several where objects are
+# Of one record: an attribute's values; several where objects are.
+Labels = dict[str, tuple[str, ...]]
 WEIGHTS_FILE, REPORT_FILE = "classifier.safetensors", "classifier.json"
 OTHER, NONE = "other", "none"
 _OBJECT_FIELDS = ("shape", "colour", "size")

@@ -222,9 +222,8 @@ def check(image: UInt8[np.ndarray, "S S 3"], wanted: str | Scene) -> dict[str, f
     wanted = parse_caption(wanted) if isinstance(wanted, str) else wanted
     found = find_objects(image)
     candidates: list[Object | None] = [*found[:_MAX_MATCHED], *[None] * len(wanted.objects)]
-    matchings = dict.fromkeys(
-        itertools.permutations(candidates, len(wanted.objects))
-    )  # distinct, in order
+    # Distinct, in order.
+    matchings = dict.fromkeys(itertools.permutations(candidates, len(wanted.objects)))
     results = [_compare(wanted, matched) for matched in matchings]
     best = max(results, key=_quality)
     count = len(found) == len(wanted.objects)

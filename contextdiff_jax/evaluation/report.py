@@ -115,9 +115,8 @@ def plot_bound(details: Mapping[str, Any], path: pathlib.Path) -> None:
     axis.set(
         xlabel="t (1: nearly clean)", ylabel="bits/dim a timestep", title="KL terms of the bound"
     )
-    axis.set(
-        xscale="log", yscale="log"
-    )  # the terms fall by orders of magnitude over the first timesteps
+    # The terms fall by orders of magnitude over the first timesteps.
+    axis.set(xscale="log", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend()
     _save(plt, figure, path)
@@ -198,9 +197,8 @@ def write_report(
         pictures.plot_curves(workdir / "metrics.jsonl", folder / "curves.png")
         if (folder / "curves.png").exists():  # a log without any known curve has none
             body += ["<h2>training</h2>", _image("curves.png", "training curves")]
-    flat = {
-        name: value for name, value in _flat(facts).items() if name != "command"
-    }  # it is at the top
+    # It is at the top.
+    flat = {name: value for name, value in _flat(facts).items() if name != "command"}
     rows = "".join(
         f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in flat.items()
     )

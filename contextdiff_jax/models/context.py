@@ -102,7 +102,7 @@ def position_embedding(height: int, width: int, features: int) -> Float[Array, "
     return jnp.asarray(np.concatenate([rows, columns], axis=-1), jnp.float32)
 
 
-def patches(x: Float[ArrayLike, "B H W C"], p: int) -> Float[Array, "B N P"]:
+def patches(x: Float[ArrayLike, "B H W C"], p: int) -> Float[ArrayLike, "B N P"]:
     """Non-overlapping p x p patches, row-major; ValueError if p doesn't divide height and width."""
     H, W = x.shape[1:3]
     if H % p or W % p:

@@ -199,7 +199,7 @@ class ContextDiffusion(nnx.Module):
 
     def _conditions(
         self, x: ArrayLike, captions: Captions
-    ) -> tuple[Array, Array | None, dict[str, Array] | None]:
+    ) -> tuple[ArrayLike, ArrayLike | None, dict[str, ArrayLike] | None]:
         """Tokens, which of them count, and what a UNet of the XL kind also reads: the pooled text
         and the picture's size (SDXL, 2.2).
         """

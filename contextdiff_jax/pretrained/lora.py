@@ -78,9 +78,8 @@ class LoraLayer:
         return (self.alpha / self.rank) * (up.reshape(len(up), -1) @ down.reshape(len(down), -1))
 
 
-Lora = dict[
-    str, dict[str, LoraLayer]
-]  # component -> torch name of the layer (without `text_model.`) -> change
+# Component -> torch name of the layer (without `text_model.`) -> change.
+Lora = dict[str, dict[str, LoraLayer]]
 
 
 @dataclasses.dataclass(frozen=True)

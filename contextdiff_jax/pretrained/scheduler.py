@@ -33,10 +33,8 @@ _CLASSES = (
     "UniPCMultistepScheduler",
     "DEISMultistepScheduler",
 )
-_CLIPPED = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-)  # whose `clip_sample` is on unless the file says otherwise
+# Whose `clip_sample` is on unless the file says otherwise.
+_CLIPPED = ("DDIMScheduler", "DDPMScheduler")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

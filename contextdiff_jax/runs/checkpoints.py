@@ -52,9 +52,8 @@ State = TypeVar("State", bound=RunState)
 
 
 def _digest(path: pathlib.Path) -> list:
-    if (
-        path.name == METADATA
-    ):  # Orbax adds the time of the commit after the manifest is written; nobody reads it
+    # Orbax adds the time of the commit after the manifest is written; nobody reads it.
+    if path.name == METADATA:
         known = {
             k: v for k, v in json.loads(path.read_text()).items() if k != "commit_timestamp_nsecs"
         }

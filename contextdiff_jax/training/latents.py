@@ -93,12 +93,8 @@ def make_records(
     for start in range(0, len(rows), batch_size):
         part = [source[i] for i in rows[start : start + batch_size]]
         images = np.stack([record["image"] for record in part])
-        padding = [
-            (0, batch_size - len(part)),
-            (0, 0),
-            (0, 0),
-            (0, 0),
-        ]  # one shape, one compilation
+        # One shape, one compilation.
+        padding = [(0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)]
         mean, std = (np.asarray(m).astype(dtype) for m in moments(vae, np.pad(images, padding)))
         captions = [record["caption"] for record in part]
         ids, mask, lost = tokenizer.encode_and_cut(captions, max_length)

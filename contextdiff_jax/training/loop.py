@@ -341,10 +341,11 @@ class Reporter:
                 with replacing(self._workdir / "samples" / f"{step:08d}.png") as path:
                     with path.open("wb") as file:
                         grid.save(file, format="PNG")
+        # Drawn from and to local files, wherever the workdir is.
         with (
             checkpoints.writing(self._workdir, "curves.png"),
             tempfile.TemporaryDirectory() as scratch,
-        ):  # drawn from and to local files, wherever the workdir is
+        ):
             local = pathlib.Path(scratch)
             (local / "metrics.jsonl").write_text((self._workdir / "metrics.jsonl").read_text())
             pictures.plot_curves(local / "metrics.jsonl", local / "curves.png")

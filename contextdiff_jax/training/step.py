@@ -25,12 +25,8 @@ from contextdiff_jax.training.state import TrainState, make_optimizer, moving_av
 from contextdiff_jax.training.trainable import split_trainable
 
 Batch = dict[str, Num[Array, "B ..."]]
-RANDOM_USES = (
-    "timestep",
-    "noise",
-    "dropout",
-    "latent",
-)  # appending a name leaves the draws of the others as they are
+# Appending a name leaves the draws of the others as they are.
+RANDOM_USES = ("timestep", "noise", "dropout", "latent")
 
 
 def _keys(key: Array) -> dict[str, Array]:
