@@ -1,5 +1,5 @@
-"""python -m contextdiff_jax.data.cache: the first edition's name of the command that caches latents,
-`contextdiff_jax.cache_latents`.
+"""python -m contextdiff_jax.data.cache: the first edition's name of the command that caches
+latents, `contextdiff_jax.cache_latents`.
 """
 
 import runpy
