@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import math
 import types
@@ -41,6 +42,21 @@ def strict(cls: type, section: str, values: Mapping[str, Any], **filled: Any) ->
             )
         found[name] = typed(f"{section}.{name}", value, hints[name])
     return cls(**found, **filled)
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Return {field: default} of a dataclass, and the same of each dataclass in it. Fields without
+    a default are left out.
+    """
+    hints, found = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found[field.name] = defaults(hints[field.name])
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return found
 
 
 def check_types(cls: type, section: str, values: Mapping[str, Any]) -> None:

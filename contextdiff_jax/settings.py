@@ -21,7 +21,14 @@ from contextdiff_jax.diffusion.losses import TIMESTEP_SAMPLINGS, WEIGHTINGS
 from contextdiff_jax.diffusion.process import PREDICTION_TYPES, SHIFTS
 from contextdiff_jax.diffusion.samplers import check_eta
 from contextdiff_jax.diffusion.schedule import SPACINGS
-from contextdiff_jax.fields import check_at_least, check_choice, check_types, strict, typed
+from contextdiff_jax.fields import (
+    check_at_least,
+    check_choice,
+    check_types,
+    defaults,
+    strict,
+    typed,
+)
 from contextdiff_jax.keys import check_seed
 from contextdiff_jax.models.context import ContextConfig
 from contextdiff_jax.models.flash import CHOICES
@@ -53,6 +60,8 @@ LOGGED = (
     "seconds_per_step",
     *(f"loss_q{i}" for i in range(1, 5)),
 )
+# Fields that `parse` fills in from others.
+DERIVED = {"context": ("in_channels", "text_width", "visual_width"), "model": ("context_head",)}
 SHIFTS_OF_TEXT_ALONE = ("prior", "data_normalization")
 
 
@@ -273,6 +282,16 @@ class Settings:
             self.data.image_size // factor,
             self.model.in_channels,
         )
+
+
+def default_config() -> dict[str, Any]:
+    """Return every field that a config may have, with its default, by section (configs/base.py)."""
+    config = defaults(Settings)
+    config["model"]["pretrained"] = config.pop("pretrained")
+    for section, fields in DERIVED.items():
+        for field in fields:
+            del config[section][field]
+    return config
 
 
 def _check_sections(config: Mapping[str, Any], sections: typing.Sequence[str]) -> None:

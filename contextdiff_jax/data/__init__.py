@@ -106,7 +106,7 @@ class DataConfig:
     buckets: tuple[Size, ...] = ()
     bucket_max_ratio: float = 0.0
     bucket_step: int = 64
-    num_objects: tuple[int, int] = (1, 3)
+    num_objects: tuple[int, int] = (1, 1)
     num_scenes: int = 100_000
     heldout_fraction: float = 0.125
     backgrounds: tuple[str, ...] = ("dark",)

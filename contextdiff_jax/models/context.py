@@ -41,7 +41,7 @@ class ContextConfig:
     """
 
     kind: str = "cross_attention"
-    max_gain: float = 1.0
+    max_gain: float = 0.2
     time_dependent: bool = False
     patch_size: int = 4
     width: int = 64
