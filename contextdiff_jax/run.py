@@ -11,6 +11,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from contextdiff_jax.data import Tokenizer
+from contextdiff_jax.fields import check_choice
 from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
 from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.settings import Settings, parse
@@ -37,8 +38,7 @@ def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
 
     Raises ValueError for a folder without a run or without a finished checkpoint.
     """
-    if weights not in ("ema", "params"):
-        raise ValueError(f"--weights={weights!r}: unknown; one of ema, params")
+    check_choice("--weights", weights, ("ema", "params"))
     if not workdir:
         raise ValueError("--workdir: missing; name the folder of a trained run")
     folder = epath.Path(workdir)

@@ -7,7 +7,6 @@ and what is allowed.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import typing
@@ -24,6 +23,7 @@ from contextdiff_jax.diffusion.schedule import SPACINGS
 from contextdiff_jax.fields import (
     check_at_least,
     check_choice,
+    check_known,
     check_types,
     defaults,
     strict,
@@ -299,9 +299,7 @@ def _check_sections(config: Mapping[str, Any], sections: typing.Sequence[str]) -
     for a seed that is none.
     """
     for name in config:
-        if name not in sections:
-            near = difflib.get_close_matches(name, sections, n=3, cutoff=0.4)
-            raise ValueError(f"{name}: unknown field; nearest: {', '.join(near) or 'none'}")
+        check_known(name, name, sections)
     for name in sections:
         if name not in config:
             raise ValueError(f"{name}: missing; a config has the sections {', '.join(sections)}")

@@ -25,6 +25,7 @@ from contextdiff_jax.data.shapes import ShapesConfig, ShapesSource
 from contextdiff_jax.data.tfds import TFDSConfig, TFDSSource
 from contextdiff_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from contextdiff_jax.data.webdataset import WebDatasetConfig, WebDatasetSource
+from contextdiff_jax.fields import check_choice
 
 __all__ = [
     "SOURCES",
@@ -223,8 +224,7 @@ def make_source(config: DataConfig, split: str = "train") -> RandomAccessSource:
         ValueError: for an unknown source, a split that it does not have, or what the source itself
             refuses.
     """
-    if config.source not in SOURCES:
-        raise ValueError(f"data.source={config.source!r}: unknown; one of {', '.join(SOURCES)}")
+    check_choice("data.source", config.source, SOURCES)
     return SOURCES[config.source](config, split)
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from contextdiff_jax.diffusion.process import Samples, bcast, marginal_mean, q_posterior
 from contextdiff_jax.diffusion.schedule import NoiseSchedule
+from contextdiff_jax.fields import check_choice
 
 
 class Denoised(NamedTuple):
@@ -305,6 +306,5 @@ def get_sampler(name: str) -> Sampler:
 
     Raises ValueError for an unknown name.
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler={name!r}: unknown; one of {', '.join(SAMPLERS)}")
+    check_choice("sampler", name, SAMPLERS)
     return SAMPLERS[name]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float, PyTree, UInt8
@@ -36,6 +35,7 @@ from contextdiff_jax.evaluation.inception import Inception, load_inception, resi
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
 from contextdiff_jax.evaluation.processes import gather_rows, join, share
 from contextdiff_jax.keys import make_key
+from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.parallel.processes import agree
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.tokens import warn_of_cut
@@ -89,8 +89,8 @@ def feature_fns(network: Inception | Classifier) -> dict[str, FeatureFn]:
         methods = {"features": lambda net, images: net(resize(images))}
     else:
         methods = {
-            "features": lambda net, images: net.features(images.astype(jnp.float32) / 127.5 - 1),
-            "logits": lambda net, images: net(images.astype(jnp.float32) / 127.5 - 1),
+            "features": lambda net, images: net.features(to_unit(images)),
+            "logits": lambda net, images: net(to_unit(images)),
         }
     return {name: make_feature_fn(network, method) for name, method in methods.items()}
 

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from contextdiff_jax.fields import check_choice
 from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, convolve, linear
 from contextdiff_jax.models.transformer import Attention
 
@@ -45,10 +46,7 @@ class _CLIPConfig:
     prefixed_names: bool = False
 
     def __post_init__(self):
-        if self.hidden_act not in TEXT_ACTIVATIONS:
-            raise ValueError(
-                f"hidden_act={self.hidden_act!r}: unknown; one of {', '.join(TEXT_ACTIVATIONS)}"
-            )
+        check_choice("hidden_act", self.hidden_act, TEXT_ACTIVATIONS)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (not isinstance(value, int) or value < 0):

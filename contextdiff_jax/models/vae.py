@@ -18,6 +18,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from contextdiff_jax.fields import check_choice
 from contextdiff_jax.models.config import known_fields
 from contextdiff_jax.models.layers import (
     ACTIVATIONS,
@@ -66,10 +67,7 @@ class VAEConfig:
     mid_block_add_attention: bool = True
 
     def __post_init__(self):
-        if self.act_fn not in ACTIVATIONS:
-            raise ValueError(
-                f"vae.act_fn={self.act_fn!r}: unknown; one of {', '.join(ACTIVATIONS)}"
-            )
+        check_choice("vae.act_fn", self.act_fn, ACTIVATIONS)
         for field, only in (
             ("down_block_types", "DownEncoderBlock2D"),
             ("up_block_types", "UpDecoderBlock2D"),

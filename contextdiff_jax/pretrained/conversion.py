@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from contextdiff_jax.fields import check_choice
 from contextdiff_jax.files import write_json
 from contextdiff_jax.pretrained import clip, native, t5, unet, vae
 from contextdiff_jax.pretrained import folder as folders
@@ -129,10 +130,7 @@ def _read_native(
     if not native.is_native(folder):
         return None
     values = native.description(folder)
-    if values["kind"] not in MODELS:
-        raise ValueError(
-            f"{folder / native.MODEL_FILE}: kind={values['kind']!r}: unknown; one of {', '.join(MODELS)}"
-        )
+    check_choice(f"{folder / native.MODEL_FILE}: kind", values["kind"], MODELS)
     model = MODELS[values["kind"]]
     config = read_json(folder / native.CONFIG_FILE, "the config.json of the Hugging Face folder")
     return model, native.load(model, folder, options), config

@@ -19,6 +19,7 @@ import numpy as np
 import safetensors
 from flax import nnx
 
+from contextdiff_jax.fields import check_choice
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained import clip, unet
@@ -177,8 +178,7 @@ def merge_lora(
 
 def save_lora(lora: Lora, path: str | Path, style: str = "diffusers") -> None:
     """Writes one file. `style`: "diffusers" (PEFT's names; alpha is folded into up) or "kohya"."""
-    if style not in STYLES:
-        raise ValueError(f"style={style!r}: unknown; one of {', '.join(STYLES)}")
+    check_choice("style", style, STYLES)
     tensors = {}
     for component, layers in lora.items():
         for name, layer in layers.items():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from contextdiff_jax.diffusion import NoiseSchedule, make_schedule, spaced_timesteps
+from contextdiff_jax.fields import check_choice
 from contextdiff_jax.pretrained.files import read_json
 
 CONFIG_FILE = "scheduler_config.json"
@@ -55,10 +56,7 @@ class Scheduler:
             "timestep_spacing": _SPACINGS,
         }
         for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"{field}={getattr(self, field)!r}: unknown; one of {', '.join(allowed)}"
-                )
+            check_choice(field, getattr(self, field), allowed)
 
     @property
     def prediction(self) -> str:
