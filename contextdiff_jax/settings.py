@@ -30,7 +30,7 @@ from contextdiff_jax.fields import (
     typed,
 )
 from contextdiff_jax.keys import check_seed
-from contextdiff_jax.models.context import ContextConfig
+from contextdiff_jax.models.context import KINDS, ContextConfig
 from contextdiff_jax.models.flash import CHOICES
 from contextdiff_jax.models.remat import POLICIES
 from contextdiff_jax.models.text import TextConfig
@@ -194,10 +194,11 @@ class ShiftConfig(ContextConfig):
         check_choice("context.shift", self.shift, SHIFTS)
         check_choice("context.estimate", self.estimate, ESTIMATES)
         check_at_least(self, "context", head_loss=0)
-        if self.shift in SHIFTS_OF_TEXT_ALONE and self.kind not in ("text", "none"):
+        if self.shift in SHIFTS_OF_TEXT_ALONE and self.network.reads_x0:
+            kinds = ", ".join(name for name, kind in KINDS.items() if not kind.reads_x0)
             raise ValueError(
-                f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = T, so r may not "
-                "read x0; one of text, none"
+                f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = T, "
+                f"so r may not read x0; one of {kinds}"
             )
         if self.estimate == "posterior_mean" and self.time_dependent:
             raise ValueError(
@@ -398,20 +399,25 @@ def _check_text(settings: Settings) -> None:
 
 def _check_latents(settings: Settings) -> None:
     vae, train = settings.latent.config, settings.train
-    if settings.context.tokens == "clip" and settings.data.source == "cache":
+    data = settings.data
+    if settings.context.tokens == "clip" and data.kind.holds_latents:
         raise ValueError(
-            "context.tokens='clip': reads pictures, and data.source='cache' has none; take the pictures' source"
+            f"context.tokens='clip': reads pictures, and data.source={data.source!r} has none; "
+            "take the pictures' source"
         )
     if train.trainable == "context" and not (settings.pretrained or train.init_from):
         raise ValueError(
             "train.trainable='context': needs a trained UNet, by model.pretrained or train.init_from"
         )
-    if train.trainable == "context" and settings.context.kind == "none":
-        raise ValueError("train.trainable='context': context.kind='none' has nothing to train")
+    if train.trainable == "context" and settings.context.network.is_zero:
+        raise ValueError(
+            f"train.trainable='context': context.kind={settings.context.kind!r} has nothing to train"
+        )
     if vae is None:
-        if settings.data.source == "cache":
+        if data.kind.holds_latents:
             raise ValueError(
-                "data.source='cache': holds latents; latent.vae (or model.pretrained) must name their autoencoder"
+                f"data.source={data.source!r}: holds latents; latent.vae (or model.pretrained) "
+                "must name their autoencoder"
             )
         return
     for field in ("in_channels", "out_channels"):

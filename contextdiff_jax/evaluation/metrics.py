@@ -17,7 +17,6 @@ from jaxtyping import Float, PyTree, UInt8
 
 from contextdiff_jax.data import DataConfig, RandomAccessSource, Tokenizer, make_source
 from contextdiff_jax.data.identity import identity
-from contextdiff_jax.data.shapes import heldout_triples
 from contextdiff_jax.evaluation import bound as bounds
 from contextdiff_jax.evaluation import distances
 from contextdiff_jax.evaluation.branches import make_model_branches
@@ -59,27 +58,23 @@ class Result:
 
 
 def splits(data: DataConfig) -> dict[str, RandomAccessSource]:
-    """The records to evaluate on, by the name of their row; held-out ones where the source has any."""
-    if data.source == "shapes":  # other scenes than those trained on, of the same combinations
-        data = dataclasses.replace(data, scene_seed=data.scene_seed + 1)
-        names = {"train": "seen combinations", "heldout": "held-out combinations"}
-        has_heldout = bool(heldout_triples(data.heldout_fraction))
-    else:
-        names = {"train": "training records", "heldout": "held-out records"}
-        has_heldout = data.source != "folder" or bool(data.heldout_metadata)
-    return {
-        row: make_source(data, split)
-        for split, row in names.items()
-        if split == "train" or has_heldout
-    }
+    """The records to evaluate on, by the name of their row; held-out ones where the source has any.
+
+    Drawn records are others than those trained on, of the same kind; a cache's are the pictures
+    that it was made of.
+    """
+    data = data.kind.pictures(data)
+    data = data.kind.others(data, 1)
+    return {data.kind.rows[split]: make_source(data, split) for split in data.kind.splits(data)}
 
 
 def classifier_source(data: DataConfig) -> RandomAccessSource:
-    """What a classifier learns from: of scenes, all combinations (a judge must know those held out
-    from the model), none of them evaluated on; else the training records.
+    """What a classifier learns from: of drawn records, those of both splits (a judge must know what
+    is held out from the model), none of them evaluated on; else the training records.
     """
-    if data.source == "shapes":
-        return make_source(dataclasses.replace(data, scene_seed=data.scene_seed + 2), "all")
+    data = data.kind.pictures(data)
+    if data.kind.is_drawn:
+        return make_source(data.kind.others(data, 2), "all")
     return make_source(data, "train")
 
 
@@ -234,7 +229,7 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
     """Raises ValueError for a metric that this run can't have, before anything is sampled."""
     settings = evaluation.settings
     for name in names:
-        if name == "composition" and settings.data.source != "shapes":
+        if name == "composition" and not settings.data.kind.has_scenes:
             raise ValueError(
                 f"--metrics=composition: judges scenes of data.source='shapes'; the run's is {settings.data.source!r}"
             )

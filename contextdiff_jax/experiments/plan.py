@@ -27,8 +27,8 @@ from contextdiff_jax.settings import Settings
 
 # The settings that a plan's config is of, by the plan's kind.
 CONFIGS = {"pictures": Settings, "estimates": Settings, "toy": ToyConfig}
-# Added to data.scene_seed, to which `metrics.splits` adds 1: neither trained on, evaluated on, nor
-# a classifier's.
+# What `data.Source.others` is told, to which `metrics.splits` adds 1: scenes neither trained on,
+# evaluated on, nor a classifier's.
 VALIDATION_SCENES = 2
 # Defaults that have changed since the first cells were made. A cell's name and a line that lacks the
 # field still mean these.
