@@ -11,50 +11,13 @@ Where `video.path` does not exist yet, make the clip and its true edits:
 from ml_collections import ConfigDict
 
 from configs import shapes
+from contextdiff_jax.editing.settings import EditConfig, VideoConfig
+from contextdiff_jax.runtime.fields import defaults
 
 
 def video_sections() -> dict:
-    """`video` and `edit` with every field."""
-    return dict(
-        video=dict(
-            path="",
-            prompt="",
-            edit_prompts=(),
-            num_frames=8,
-            size=(0, 0),
-            start=0,
-            stride=1,
-            model="",
-            weights="ema",
-            tune="temporal",
-            transfer_context=True,
-            window=0,
-            overlap=2,
-            remat=False,
-            fps=8.0,
-        ),
-        edit=dict(
-            steps=50,
-            strength=1.0,
-            guidance=3.0,
-            negative="source",
-            inversion="ddim",
-            iterations=30,
-            tolerance=1e-4,
-            control="none",
-            cross_range=(0.0, 0.8),
-            self_range=(0.0, 0.5),
-            self_tokens=1024,
-            reweight=(),
-            blend="",
-            blend_threshold=0.3,
-            blend_range=(0.2, 1.0),
-            attention_maps=False,
-            clip="",
-            pickscore="",
-            lpips="",
-        ),
-    )
+    """`video` and `edit` with every field, at its default."""
+    return {"video": defaults(VideoConfig), "edit": defaults(EditConfig)}
 
 
 def get_config() -> ConfigDict:

@@ -24,6 +24,7 @@ from absl import flags
 
 from contextdiff_jax import cli
 from contextdiff_jax.runtime import host
+from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.files import write_json
 
 MODE = flags.DEFINE_string("mode", "data", "What to measure: see the list above.")
@@ -130,8 +131,7 @@ WITHOUT_CONFIG = ("reuse",)  # its run has one
 
 def main() -> None:
     """Parses, measures, prints, writes."""
-    if MODE.value not in MODES:
-        raise ValueError(f"--mode={MODE.value!r}: unknown; one of {', '.join(MODES)}")
+    check_choice("--mode", MODE.value, MODES)
     file = cli.output_file("json", JSON.value) if JSON.value else None
     if PLOT.value:
         cli.output_file("plot", PLOT.value, (".png",))

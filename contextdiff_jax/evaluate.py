@@ -17,6 +17,7 @@ from absl import flags
 
 from contextdiff_jax import cli
 from contextdiff_jax.runtime import host
+from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.files import write_json
 
 if TYPE_CHECKING:  # JAX starts after the flags are read
@@ -58,8 +59,7 @@ def checked_flags() -> dict[str, Any]:
     if not METRICS.value:
         raise ValueError(f"--metrics: the list is empty; of {', '.join(KNOWN)}")
     for name in METRICS.value:
-        if name not in KNOWN:
-            raise ValueError(f"--metrics={name!r}: unknown; one of {', '.join(KNOWN)}")
+        check_choice("--metrics", name, KNOWN)
     given = {"sampler": SAMPLER.value, "steps": STEPS.value, "guidance": GUIDANCE.value}
     given = {name: value for name, value in given.items() if value is not None}
     SampleConfig(**given)

@@ -15,9 +15,10 @@ from conftest import command, config_dict
 from flax import nnx
 from PIL import Image
 
-from contextdiff_jax.data import load_tokenizer, make_loader, make_source
+from contextdiff_jax.data import DataConfig, load_tokenizer, make_loader, make_source
 from contextdiff_jax.data.cached import CacheSource, claim_cache, read_cache
 from contextdiff_jax.data.identity import content_key
+from contextdiff_jax.evaluation.subject import splits
 from contextdiff_jax.models.vae import VAE, VAEConfig
 from contextdiff_jax.parallel.mesh import Feed, make_mesh
 from contextdiff_jax.pretrained import save_vae
@@ -113,6 +114,16 @@ def test_a_killed_run_goes_on_with_what_is_missing_and_half_a_shard_is_never_rea
     for i in range(COUNT):
         for a, b in zip(whole[i].values(), resumed[i].values(), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_on_a_cache_is_evaluated_on_the_pictures_that_it_was_made_of(folder, cached):
+    data = DataConfig(source="cache", path=str(cached), image_size=16, max_length=12)
+    pictures = splits(data)["training records"]
+    assert len(pictures) == COUNT and pictures[5]["image"].shape == (16, 16, 3)
+    np.testing.assert_array_equal(
+        pictures[5]["image"], make_source(settings_of(folder).data)[5]["image"]
+    )
+    assert data.kind.splits(data) == ("train",)
 
 
 def open_loader(settings):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import config_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -180,8 +181,21 @@ def test_where_no_checkpoint_is_whole_readers_say_so_and_a_run_begins_anew(workd
 @pytest.mark.parametrize("text", ["", "{", "null", "\0\0"])
 def test_a_damaged_config_of_a_run_is_named(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config.json: not .*JSON.*; delete it to go on"):
+    with pytest.raises(
+        ValueError, match=r"config.json: (not .*JSON|is empty).*; delete it to go on"
+    ):
         claim_workdir(tmp_path, {"seed": 0})
+
+
+def test_a_run_of_before_a_field_goes_on_and_means_its_default(tmp_path):
+    config = config_dict()
+    old = json.loads(json.dumps(config))
+    del old["data"]["num_scenes"], old["model"]["act_fn"], old["latent"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    checkpoints.claim_workdir(tmp_path, config, write=False)
+    config["data"]["num_scenes"] = 7
+    with pytest.raises(ValueError, match=r"data.num_scenes is 100000 there and 7 here"):
+        checkpoints.claim_workdir(tmp_path, config)
 
 
 def test_an_unfinished_save_is_not_there(workdir):

@@ -5,12 +5,16 @@ is not there.
 import importlib
 
 import pytest
+from absl import flags
 from conftest import ROOT, config_dict
+from flax.traverse_util import flatten_dict
+from ml_collections import config_flags
 
+from configs.base import get_config
 from configs.edit_shapes import video_sections
 from contextdiff_jax.editing.settings import parse_edit
 from contextdiff_jax.pretrained.finetuning import adopt
-from contextdiff_jax.settings import parse
+from contextdiff_jax.settings import default_config, parse
 from contextdiff_jax.settings.autoencoder import parse_autoencoder
 from contextdiff_jax.settings.train import LOGGED
 from contextdiff_jax.training.log import averages, speed
@@ -34,6 +38,54 @@ def test_every_config_is_accepted(name):
         parse_autoencoder(config)
     else:
         parse(config)
+
+
+def test_base_has_the_dataclasses_defaults_but_for_a_few():
+    """A run is reproduced by its command only as long as these stay as they are."""
+    base, defaults = (
+        flatten_dict(config, sep=".") for config in (get_config().to_dict(), default_config())
+    )
+    assert {name: v for name, v in base.items() if (name, v) not in defaults.items()} == {
+        "seed": 0,
+        "model.in_channels": 3,
+        "model.out_channels": 3,
+        "model.block_out_channels": (32, 64, 128),
+        "model.layers_per_block": 1,
+        "model.down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+        "model.up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+        "model.attention_head_dim": 4,
+        "model.cross_attention_dim": 128,
+        "model.norm_num_groups": 16,
+        "mesh.rules.batch": "data,fsdp",
+        "mesh.rules.rows": "sequence",
+        "mesh.rules.width": "fsdp",
+        "mesh.rules.heads": "tensor",
+        "mesh.rules.hidden": "tensor",
+        "mesh.rules.channels": "tensor",
+        "mesh.rules.vocab": "",
+    }
+    assert defaults.keys() <= base.keys()
+    assert (base["context.max_gain"], base["data.num_objects"]) == (0.2, (1, 1))
+    assert not {"context.in_channels", "model.context_head"} & base.keys()  # parse fills them in
+
+
+def test_every_field_that_the_docs_name_is_set_by_a_flag():
+    argv = [
+        "train",
+        f"--config={ROOT}/configs/base.py",
+        "--config.data.num_scenes=7",
+        "--config.data.scene_seed=3",
+        "--config.data.backgrounds=('dark','light')",
+        "--config.model.addition_embed_type=text_time",
+        "--config.model.transformer_layers_per_block=2",
+    ]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    data, model = config.value.data, config.value.model
+    assert (data.num_scenes, data.scene_seed) == (7, 3)
+    assert data.backgrounds == ("dark", "light")
+    assert (model.addition_embed_type, model.transformer_layers_per_block) == ("text_time", 2)
 
 
 NAN = float("nan")

@@ -15,7 +15,8 @@ from PIL import Image
 from torch_models import clip_model
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.data import make_source
+from contextdiff_jax.benchmarks.layouts import LAYOUTS, make_pictures
+from contextdiff_jax.data import SOURCES, DataConfig, make_source
 from contextdiff_jax.evaluation import classifier, distances, metrics, report, subject
 from contextdiff_jax.evaluation.clip import load_clip
 from contextdiff_jax.evaluation.composition import composition, judge
@@ -336,6 +337,54 @@ def test_splits_have_held_out_rows_only_where_there_are_held_out_records(evaluat
     rows = subject.splits(dataclasses.replace(folder, heldout_metadata="heldout.jsonl"))
     captions = {row: source[0]["caption"] for row, source in rows.items()}
     assert captions == {"training records": "metadata.jsonl", "held-out records": "heldout.jsonl"}
+
+
+BOTH = ["training records", "held-out records"]
+
+
+@pytest.mark.parametrize(
+    "source, fields, rows",
+    [
+        ("folder", {}, BOTH),  # its test/ is found
+        ("webdataset", {}, BOTH[:1]),
+        ("webdataset", {"metadata": "00000.tar", "heldout_metadata": "00001.tar"}, BOTH),
+        ("tfds", {}, BOTH[:1]),
+        ("tfds", {"metadata": "train[:50%]", "heldout_metadata": "train[50%:]"}, BOTH),
+    ],
+)
+def test_runs_on_every_source_of_pictures_are_evaluated_on_the_splits_it_has(
+    source, fields, rows, evaluation, tmp_path
+):
+    pictures = make_pictures(16, 16, 16)
+    if source == "folder":
+        for split, part in {"train": pictures[:8], "test": pictures[8:]}.items():
+            LAYOUTS[source](tmp_path / split, part)
+    else:
+        LAYOUTS[source](tmp_path, pictures, **({"per_shard": 8} if source == "webdataset" else {}))
+    data = dataclasses.replace(
+        evaluation.settings.data, source=source, path=str(tmp_path), **fields
+    )
+    changed = dataclasses.replace(
+        evaluation, settings=dataclasses.replace(evaluation.settings, data=data), num=8, reference=8
+    )
+    metrics.check(["fid", "precision_recall"], changed)
+    assert list(changed.sources) == rows and len(changed.sources[rows[0]]) in (8, 16)
+    perfect = {row: np.stack([r["image"] for r in changed.records(row)]) for row in rows}
+    shown = iter(perfect.values())
+    object.__setattr__(changed, "generate", lambda captions, first: next(shown))
+    scores = metrics.precision_recall(changed).scores
+    assert {row: scores[row]["precision"].value for row in rows} == dict.fromkeys(rows, 1.0)
+    with pytest.raises(ValueError, match="judges scenes of data.source='shapes'"):
+        metrics.check(["composition"], changed)
+
+
+def test_a_function_alone_is_a_source_with_training_records(monkeypatch):
+    monkeypatch.setitem(SOURCES, "mine", lambda config, split: [{"caption": split}])
+    data = DataConfig(source="mine")
+    assert subject.splits(data) == {"training records": [{"caption": "train"}]}
+    assert subject.classifier_source(data) == [{"caption": "train"}]
+    with pytest.raises(ValueError, match="data.source='yours': unknown; one of shapes.*, mine"):
+        subject.splits(DataConfig(source="yours"))
 
 
 def test_tables_show_values_with_intervals_and_dashes():

@@ -153,7 +153,7 @@ def test_the_loss_falls_for_every_kind_of_run(changes):
         state, _ = step(state, batch, null)
         losses.append(float(state.metric_sums["denoise_loss"]) - before)
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4])
-    if settings.context.kind != "none":
+    if not settings.context.network.is_zero:
         assert float(jnp.abs(state.params["context"]["gamma"][...])) > 1e-3
 
 

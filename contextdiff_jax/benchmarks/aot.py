@@ -125,7 +125,7 @@ def _text(
 def abstract_batch(settings: Settings, feed: Feed) -> dict[str, jax.ShapeDtypeStruct]:
     """A training batch's shapes on the mesh, as the loader of `data.source` gives them."""
     (H, W, C), B, size = settings.shape, settings.train.batch_size, settings.data.image_size
-    if settings.data.source == "cache":
+    if settings.data.kind.holds_latents:
         arrays = {name: ((B, H, W, C), jnp.float16) for name in ("latent_mean", "latent_std")}
     else:
         arrays = {"image": ((B, size, size, 3 if settings.latent.vae else C), jnp.uint8)}

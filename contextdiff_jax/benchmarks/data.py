@@ -34,6 +34,7 @@ from contextdiff_jax.data import (
 )
 from contextdiff_jax.data.decoding import FILTERS
 from contextdiff_jax.data.records import find_files
+from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.files import read_lines
 
 _BATCH = 16
@@ -192,10 +193,8 @@ def run(config: DataConfig, options: DataBenchmark) -> Result:
         ValueError: for a comparison that is unknown or is not of the config's source, or no need in
             `workdir`.
     """
-    if options.compare and options.compare not in PEERS:
-        raise ValueError(
-            f"--compare={options.compare!r}: unknown for --mode=data; one of {', '.join(PEERS)}"
-        )
+    if options.compare:
+        check_choice("--compare", options.compare, PEERS, "--mode=data")
     if options.compare and config.path and config.source != options.compare:
         raise ValueError(
             f"--compare={options.compare!r}: data.path holds data.source={config.source!r}; must "

@@ -44,7 +44,7 @@ def _variants(settings: Settings) -> dict[str, Settings]:
         context=dataclasses.replace(settings.context, kind="none", estimate="plugin"),
         model=dataclasses.replace(settings.model, context_head=False),
     )
-    return ({} if settings.context.kind == "none" else {WITH_CONTEXT: settings}) | {
+    return ({} if settings.context.network.is_zero else {WITH_CONTEXT: settings}) | {
         WITHOUT_CONTEXT: plain
     }
 

@@ -93,7 +93,7 @@ def parts(settings: Settings, batch: int) -> Iterator[Part]:
             yield _layer(f"self-attention {H}x{W}, {channels}", inner.attn1, (tokens,))
             yield _layer(f"cross-attention {H}x{W}, {channels}", inner.attn2, (tokens, text))
             yield _layer(f"feed-forward {H}x{W}, {channels}", inner.ff, (tokens,))
-    if settings.context.kind != "none":
+    if not settings.context.network.is_zero:
         x0, mask, t = (
             shape((batch, height, width, C), jnp.float32),
             shape((batch, L), jnp.bool_),

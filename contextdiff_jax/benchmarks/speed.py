@@ -43,6 +43,7 @@ from contextdiff_jax.benchmarks.steps import (
 from contextdiff_jax.diffusion.samplers import Denoised
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained.unet import unet_state_to_torch
+from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings
@@ -63,11 +64,8 @@ class SpeedBenchmark:
     rounds: int = 5
 
     def __post_init__(self):
-        if self.compare and self.compare not in PEERS:
-            raise ValueError(
-                f"--compare={self.compare!r}: unknown for --mode={self.program}; one of "
-                f"{', '.join(PEERS)}"
-            )
+        if self.compare:
+            check_choice("--compare", self.compare, PEERS, f"--mode={self.program}")
         lacking = [
             package
             for package in PACKAGES

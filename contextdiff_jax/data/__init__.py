@@ -4,27 +4,28 @@
     loader = make_loader(source, batch_size=64, seed=0, tokenizer=load_tokenizer(), max_length=32)
     batch = next(loader)  # image uint8 [64, 32, 32, 3], token_ids and token_mask [64, 32], caption
 
-To add a source, add a function to `SOURCES`.
+To add a source, add a function to `SOURCES`, or a `Source` where it has more than training records.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from contextdiff_jax.data.buckets import check_buckets, derive_buckets
-from contextdiff_jax.data.cached import CacheSource
+from contextdiff_jax.data.cached import CacheSource, read_cache
 from contextdiff_jax.data.decoding import MAX_PIXELS
 from contextdiff_jax.data.folder import FolderConfig, FolderSource
 from contextdiff_jax.data.loader import Batch, Loader, RandomAccessSource, make_loader
 from contextdiff_jax.data.orders import Size
 from contextdiff_jax.data.records import PictureConfig, PictureSource, first_found
-from contextdiff_jax.data.shapes import ShapesConfig, ShapesSource
-from contextdiff_jax.data.tfds import TFDSConfig, TFDSSource
+from contextdiff_jax.data.shapes import ShapesConfig, ShapesSource, heldout_triples
+from contextdiff_jax.data.tfds import TFDSConfig, TFDSSource, has_split
 from contextdiff_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from contextdiff_jax.data.webdataset import WebDatasetConfig, WebDatasetSource
+from contextdiff_jax.runtime.fields import check_choice, strict
 
 __all__ = [
     "SOURCES",
@@ -38,6 +39,7 @@ __all__ = [
     "RandomAccessSource",
     "ShapesConfig",
     "ShapesSource",
+    "Source",
     "TFDSConfig",
     "TFDSSource",
     "Tokenizer",
@@ -106,7 +108,7 @@ class DataConfig:
     buckets: tuple[Size, ...] = ()
     bucket_max_ratio: float = 0.0
     bucket_step: int = 64
-    num_objects: tuple[int, int] = (1, 3)
+    num_objects: tuple[int, int] = (1, 1)
     num_scenes: int = 100_000
     heldout_fraction: float = 0.125
     backgrounds: tuple[str, ...] = ("dark",)
@@ -117,6 +119,58 @@ class DataConfig:
     tokenizer: str = ""
     num_workers: int = 0
     prefetch: int = 2
+
+    @property
+    def kind(self) -> Source:
+        """What its source is, and has. ValueError for an unknown one."""
+        check_choice("data.source", self.source, SOURCES)
+        kind = SOURCES[self.source]
+        return kind if isinstance(kind, Source) else Source(make=kind)
+
+
+MakeSource = Callable[[DataConfig, str], RandomAccessSource]
+
+
+def _training_alone(config: DataConfig) -> tuple[str, ...]:
+    return ("train",)
+
+
+def _same(config: DataConfig, number: int = 0) -> DataConfig:
+    return config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A kind of data, and what the rest may rely on. A function alone in `SOURCES` is its `make`.
+
+    Attributes:
+        make: opens the records of a split: `train`, `heldout`, or `all` where there is that.
+        splits: of `train` and `heldout` those that a config's data has.
+        rows: what a person calls their records.
+        others: the config of records that are drawn like a config's and are none of them, for each
+            number above 0; where none are drawn, the config as it is.
+        pictures: the config of the pictures that the records were made of, where they hold none.
+        is_drawn: whether `others` gives other records.
+        holds_latents: whether the records are latents, and `pictures` gives another config.
+        has_scenes: whether captions and pictures are scenes (data.shapes), which pixels can judge.
+    """
+
+    make: MakeSource
+    splits: Callable[[DataConfig], tuple[str, ...]] = _training_alone
+    rows: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {"train": "training records", "heldout": "held-out records"}
+    )
+    others: Callable[[DataConfig, int], DataConfig] = _same
+    pictures: Callable[[DataConfig], DataConfig] = _same
+    has_scenes: bool = False
+
+    @property
+    def is_drawn(self) -> bool:
+        return self.others is not _same
+
+    @property
+    def holds_latents(self) -> bool:
+        return self.pictures is not _same
 
 
 def _shapes(config: DataConfig, split: str) -> RandomAccessSource:
@@ -134,12 +188,26 @@ def _shapes(config: DataConfig, split: str) -> RandomAccessSource:
     )
 
 
+def _shapes_splits(config: DataConfig) -> tuple[str, ...]:
+    return ("train", "heldout") if heldout_triples(config.heldout_fraction) else ("train",)
+
+
+def _other_scenes(config: DataConfig, number: int) -> DataConfig:
+    return dataclasses.replace(config, scene_seed=config.scene_seed + number)
+
+
+def _has_file(path: str, pattern: str) -> bool:
+    return first_found(path, (pattern,), required=False) is not None
+
+
 def _pictures_with(
     make: Callable[[dict[str, Any], str], RandomAccessSource],
     defaults: dict[str, str | tuple[str, ...]],
-) -> Callable[[DataConfig, str], RandomAccessSource]:
+    has: Callable[[str, str], bool] = _has_file,
+) -> Source:
     """A source of encoded pictures: `make(fields of PictureConfig, what the split is)`, by default
-    `defaults[split]`: of several globs the first that finds a file.
+    `defaults[split]`: of several globs the first that finds a file. `has(path, default)`: whether
+    the data in `path` has it.
     """
     shared = [field.name for field in dataclasses.fields(PictureConfig)]
 
@@ -159,7 +227,13 @@ def _pictures_with(
             )
         return make({field: getattr(config, field) for field in shared}, name)
 
-    return source
+    def splits(config: DataConfig) -> tuple[str, ...]:
+        names = defaults.get("heldout", ())
+        names = names if isinstance(names, tuple) else (names,)
+        found = config.heldout_metadata or any(has(config.path, name) for name in names)
+        return ("train", "heldout") if found else ("train",)
+
+    return Source(make=source, splits=splits)
 
 
 def _tables(*folders: str) -> tuple[str, ...]:
@@ -199,8 +273,24 @@ def _cache(config: DataConfig, split: str) -> RandomAccessSource:
     return source
 
 
-SOURCES: dict[str, Callable[[DataConfig, str], RandomAccessSource]] = {
-    "shapes": _shapes,
+def _cached_split(config: DataConfig) -> tuple[str, ...]:
+    return (read_cache(os.path.expanduser(config.path)).source["split"],)
+
+
+def _cached_pictures(config: DataConfig) -> DataConfig:
+    made_of = dict(read_cache(os.path.expanduser(config.path)).source)
+    del made_of["split"]
+    return strict(DataConfig, f"{config.path}: source", made_of)
+
+
+SOURCES: dict[str, Source | MakeSource] = {
+    "shapes": Source(
+        make=_shapes,
+        splits=_shapes_splits,
+        rows={"train": "seen combinations", "heldout": "held-out combinations"},
+        others=_other_scenes,
+        has_scenes=True,
+    ),
     "folder": _pictures_with(_folder, {"train": _tables("", "train"), "heldout": _tables(*_TESTS)}),
     "emoji": _pictures_with(
         _folder,
@@ -211,8 +301,8 @@ SOURCES: dict[str, Callable[[DataConfig, str], RandomAccessSource]] = {
         },
     ),
     "webdataset": _pictures_with(_webdataset, {"train": "*.tar"}),
-    "tfds": _pictures_with(_tfds, {"train": "train", "heldout": "test", "all": "all"}),
-    "cache": _cache,
+    "tfds": _pictures_with(_tfds, {"train": "train", "heldout": "test", "all": "all"}, has_split),
+    "cache": Source(make=_cache, splits=_cached_split, pictures=_cached_pictures),
 }
 
 
@@ -224,9 +314,7 @@ def make_source(config: DataConfig, split: str = "train") -> RandomAccessSource:
         ValueError: for an unknown source, a split that it does not have, or what the source itself
             refuses.
     """
-    if config.source not in SOURCES:
-        raise ValueError(f"data.source={config.source!r}: unknown; one of {', '.join(SOURCES)}")
-    return SOURCES[config.source](config, split)
+    return config.kind.make(config, split)
 
 
 def bucket_sizes(config: DataConfig) -> tuple[Size, ...]:

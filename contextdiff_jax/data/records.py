@@ -31,6 +31,7 @@ from contextdiff_jax.data.decoding import (
     picture_size,
 )
 from contextdiff_jax.data.kept import digest, kept_array
+from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.texts import check_text
 
 CROPS = ("centre", "random")
@@ -85,10 +86,7 @@ class PictureConfig:
             ("caption_choice", CAPTION_CHOICES),
             ("resample", FILTERS),
         ):
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"data.{field}={getattr(self, field)!r}: unknown; one of {', '.join(allowed)}"
-                )
+            check_choice(f"data.{field}", getattr(self, field), allowed)
 
 
 @dataclasses.dataclass(frozen=True)

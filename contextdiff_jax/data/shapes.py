@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from contextdiff_jax.runtime.fields import check_choice
+
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
     "red": (229, 57, 53),
@@ -137,8 +139,7 @@ class ShapesConfig:
             raise ValueError(f"length={self.length}: must be at least 1")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must not be negative")
-        if self.split not in SPLITS:
-            raise ValueError(f"split={self.split!r}: unknown; one of {', '.join(SPLITS)}")
+        check_choice("split", self.split, SPLITS)
         if not 0 <= self.heldout_fraction <= 0.5:
             raise ValueError(f"heldout_fraction={self.heldout_fraction}: must lie in [0, 0.5]")
         if self.split == "heldout" and not heldout_triples(self.heldout_fraction):
@@ -204,6 +205,7 @@ def diameter(size: str, image_size: int) -> int:
 @functools.lru_cache
 def template(shape: str, width: int) -> Bool[np.ndarray, "d d"]:
     """The pixels of a shape of an odd `width`; read-only, cached."""
+    check_choice("shape", shape, SHAPES)
     radius = width // 2
     y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     if shape == "circle":
@@ -212,11 +214,9 @@ def template(shape: str, width: int) -> Bool[np.ndarray, "d d"]:
         mask = np.ones((width, width), bool)
     elif shape == "triangle":
         mask = np.abs(x) <= (y + radius) // 2
-    elif shape == "cross":
+    else:  # a cross
         half_arm = round((width / 3 - 1) / 2)  # the odd arm width nearest to a third
         mask = (np.abs(x) <= half_arm) | (np.abs(y) <= half_arm)
-    else:
-        raise ValueError(f"shape={shape!r}: unknown; one of {', '.join(SHAPES)}")
     mask.setflags(write=False)
     return mask
 

@@ -67,6 +67,28 @@ def _decoded(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _builder(path: str) -> tuple[Any, pathlib.Path]:
+    """The data set that `path` holds, and its folder. ValueError if there is none."""
+    # here: it takes a second that other sources need not spend
+    import tensorflow_datasets as tfds
+    from google.protobuf.json_format import ParseError
+
+    folder = _folder(path)
+    try:
+        return tfds.builder_from_directory(folder), folder
+    except (ParseError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"data.path={path!r}: dataset_info.json or features.json in {folder} cannot be read "
+            f"({reason})"
+        ) from None
+
+
+def has_split(path: str, split: str) -> bool:
+    """Whether the data set in `path` has a split of that name. ValueError if there is no set."""
+    return split in _builder(path)[0].info.splits
+
+
 class TFDSSource(PictureSource):
     """Random access to one split of a data set that tfds wrote as ArrayRecord."""
 
@@ -77,20 +99,10 @@ class TFDSSource(PictureSource):
             ValueError: if there is none, or none of that split, without a picture or caption, or
                 not ArrayRecord.
         """
-        # here: it takes a second that other sources need not spend
         import tensorflow_datasets as tfds
-        from google.protobuf.json_format import ParseError
 
         self.config = config
-        folder = _folder(config.path)
-        try:
-            builder = tfds.builder_from_directory(folder)
-        except (ParseError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"data.path={config.path!r}: dataset_info.json or features.json in {folder} cannot "
-                f"be read ({reason})"
-            ) from None
+        builder, folder = _builder(config.path)
         if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
             raise ValueError(
                 f"data.path={config.path!r}: is of format {builder.info.file_format.value}; must "

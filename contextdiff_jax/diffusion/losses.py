@@ -25,6 +25,7 @@ from contextdiff_jax.diffusion.process import (
 )
 from contextdiff_jax.diffusion.samplers import ContextFn, DenoiseFn
 from contextdiff_jax.diffusion.schedule import Index, NoiseSchedule
+from contextdiff_jax.runtime.fields import check_choice
 
 
 def snr(schedule: NoiseSchedule, t: Index) -> Float[Array, "*B"]:
@@ -66,10 +67,7 @@ def loss_weight(
     unknown weighting or prediction type.
     """
     check_prediction_type(prediction_type)
-    if weighting not in WEIGHTINGS:
-        raise ValueError(
-            f"diffusion.weighting={weighting!r}: unknown; one of {', '.join(WEIGHTINGS)}"
-        )
+    check_choice("diffusion.weighting", weighting, WEIGHTINGS)
     return WEIGHTINGS[weighting](snr(schedule, t), prediction_type, gamma)
 
 
@@ -104,11 +102,7 @@ def sample_timesteps(
 
     Raises ValueError for an unknown sampling.
     """
-    if sampling not in TIMESTEP_SAMPLINGS:
-        raise ValueError(
-            f"diffusion.timestep_sampling={sampling!r}: unknown; "
-            f"one of {', '.join(TIMESTEP_SAMPLINGS)}"
-        )
+    check_choice("diffusion.timestep_sampling", sampling, TIMESTEP_SAMPLINGS)
     return TIMESTEP_SAMPLINGS[sampling](key, batch_size, num_timesteps)
 
 

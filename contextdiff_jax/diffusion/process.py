@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from contextdiff_jax.diffusion.schedule import Index, NoiseSchedule
+from contextdiff_jax.runtime.fields import check_choice
 
 Samples = Float[ArrayLike, "B *D"]  # pictures or latents of a batch, jax's or numpy's
 
@@ -75,8 +76,7 @@ def shift_coefficient(
 
     Raises ValueError for an unknown shift.
     """
-    if shift not in SHIFTS:
-        raise ValueError(f"context.shift={shift!r}: unknown; one of {', '.join(SHIFTS)}")
+    check_choice("context.shift", shift, SHIFTS)
     return SHIFTS[shift](jnp.sqrt(schedule.alpha_bar(t)), schedule.variance(t))
 
 
@@ -174,11 +174,7 @@ PREDICTION_TYPES = {
 
 def check_prediction_type(prediction_type: str) -> None:
     """Raises ValueError unless `prediction_type` is a name in `PREDICTION_TYPES`."""
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"diffusion.prediction_type={prediction_type!r}: unknown; "
-            f"one of {', '.join(PREDICTION_TYPES)}"
-        )
+    check_choice("diffusion.prediction_type", prediction_type, PREDICTION_TYPES)
 
 
 def training_target(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from contextdiff_jax.diffusion.process import Samples, bcast, marginal_mean, q_posterior
 from contextdiff_jax.diffusion.schedule import NoiseSchedule
+from contextdiff_jax.runtime.fields import check_choice
 
 
 class Denoised(NamedTuple):
@@ -300,8 +301,7 @@ def get_sampler(name: str) -> Sampler:
 
     Raises ValueError for an unknown name.
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler={name!r}: unknown; one of {', '.join(SAMPLERS)}")
+    check_choice("sampler", name, SAMPLERS)
     return SAMPLERS[name]
 
 

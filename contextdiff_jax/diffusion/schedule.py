@@ -18,6 +18,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from contextdiff_jax.runtime.fields import check_choice
+
 # A noise level, 0..T-1, or -1 for clean data: one a sample, or one for all.
 Index = Int[ArrayLike, "*B"]
 
@@ -78,8 +80,7 @@ def make_schedule(
 
     Raises ValueError for an unknown name, T < 2, or betas outside 0 < beta_start <= beta_end < 1.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"diffusion.schedule={name!r}: unknown; one of {', '.join(SCHEDULES)}")
+    check_choice("diffusion.schedule", name, SCHEDULES)
     if num_timesteps < 2:
         raise ValueError(f"diffusion.num_timesteps={num_timesteps}: must be at least 2")
     if not 0 < beta_start <= beta_end < 1:
@@ -120,8 +121,7 @@ def spaced_timesteps(
 
     Raises ValueError for an unknown spacing or num_steps outside 1..T.
     """
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing={spacing!r}: unknown; one of {', '.join(SPACINGS)}")
+    check_choice("spacing", spacing, SPACINGS)
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(
             f"steps={num_steps}: must lie in 1..{num_timesteps}, the schedule's number of timesteps"

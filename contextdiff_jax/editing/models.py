@@ -120,7 +120,7 @@ def _context(
 
 
 def _multiple(config: ContextConfig) -> int:
-    return 1 if config.kind == "none" else config.patch_size
+    return 1 if config.network.is_zero else config.patch_size
 
 
 def _from_model(

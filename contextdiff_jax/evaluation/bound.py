@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.samplers import DenoiseFn
 from contextdiff_jax.models.contextdiff import ContextDiffusion, make_denoise
+from contextdiff_jax.models.pixels import to_unit
 
 
 class Bound(NamedTuple):
@@ -121,7 +122,7 @@ def make_model_bound(
         edges: Int[Array, K1],
     ) -> dict[str, Array]:
         model: ContextDiffusion = nnx.merge(graph, params)
-        x0 = images.astype(jnp.float32) / 127.5 - 1
+        x0 = to_unit(images)
         captions = model.encode(ids, mask)
         denoise = make_denoise(model, schedule, captions, prediction_type=prediction_type)
         return bound_terms(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.models.contextdiff import ContextDiffusion, empty_like
+from contextdiff_jax.models.pixels import to_unit
 
 
 def make_model_branches(
@@ -38,7 +39,7 @@ def make_model_branches(
         timesteps: Int[Array, K],
     ) -> dict[str, Array]:
         model: ContextDiffusion = nnx.merge(graph, params)
-        x0 = images.astype(jnp.float32) / 127.5 - 1
+        x0 = to_unit(images)
         captions = model.encode(ids, mask)
         empty = empty_like(captions, model.encode(null_ids, null_mask))
 

@@ -26,6 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
+from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.runtime.files import replacing, write_json
 from contextdiff_jax.runtime.keys import make_key
@@ -218,7 +219,7 @@ def train_classifier(
     @nnx.jit
     def step(model, optimizer, images, targets, key):
         strength, noise = jax.random.split(key)
-        x = images.astype(jnp.float32) / 127.5 - 1
+        x = to_unit(images)
         x += (
             _MAX_NOISE
             * jax.random.uniform(strength, (len(x), 1, 1, 1))

@@ -30,6 +30,8 @@ import safetensors.numpy
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from contextdiff_jax.models.pixels import to_unit
+
 SIZE = 299
 WIDTH = 2048
 _BN_EPS = 1e-3
@@ -238,7 +240,7 @@ class Inception(nnx.Module):
 
 def resize(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B 299 299 3"]:
     """uint8 pictures as the network's input (the module's docstring says which resize)."""
-    x = images.astype(jnp.float32) / 127.5 - 1
+    x = to_unit(images)
     return jax.image.resize(x, (x.shape[0], SIZE, SIZE, x.shape[3]), "linear", antialias=False)
 
 

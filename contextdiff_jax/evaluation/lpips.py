@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 from contextdiff_jax.evaluation.features import check_finite
+from contextdiff_jax.models.pixels import to_unit
 
 # AlexNet's convolutions by their names in the file: (kernel, input, output, stride, padding,
 # whether a pooling comes before).
@@ -116,10 +117,7 @@ def lpips(
     """Sum over the layers of the weighted squared differences: their means, and enlarged
     (bilinearly) to the pictures' size.
     """
-    scaled = (
-        ((x.astype(jnp.float32) / 127.5 - 1) - jnp.array(_SHIFT)) / jnp.array(_SCALE)
-        for x in (pictures, others)
-    )
+    scaled = ((to_unit(x) - jnp.array(_SHIFT)) / jnp.array(_SCALE) for x in (pictures, others))
     value, total = jnp.zeros(len(pictures)), jnp.zeros(pictures.shape[:3])
     for i, (a, b) in enumerate(zip(*(_features(params, x) for x in scaled), strict=True)):
         layer = ((a - b) ** 2) @ params[f"lin{i}.model.1.weight"][0, :, 0, 0]  # [N, h, w]

@@ -44,7 +44,7 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
     """Raises ValueError for a metric that this run can't have, before anything is sampled."""
     settings = evaluation.settings
     for name in names:
-        if name == "composition" and settings.data.source != "shapes":
+        if name == "composition" and not settings.data.kind.has_scenes:
             raise ValueError(
                 "--metrics=composition: judges scenes of data.source='shapes'; the run's is "
                 f"{settings.data.source!r}"

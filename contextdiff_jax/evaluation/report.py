@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 from contextdiff_jax.evaluation.intervals import Estimate
 from contextdiff_jax.evaluation.metrics import Result, Scores
 from contextdiff_jax.runtime import pictures
 from contextdiff_jax.runtime.files import replacing
 
+_DPI = 110  # of plots
 _SHOWN = 24  # samples a split
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff }
@@ -108,8 +110,8 @@ def as_json(results: Mapping[str, Result]) -> dict[str, Any]:
 
 def plot_bound(details: Mapping[str, Any], path: pathlib.Path) -> None:
     """Bits/dim of each timestep's KL term, a line a split."""
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axis = figure.subplots()
     for row, values in details["kl_by_t"].items():
         axis.stairs(values, details["edges"], baseline=None, label=row, linewidth=1.5)
     axis.set(
@@ -119,14 +121,14 @@ def plot_bound(details: Mapping[str, Any], path: pathlib.Path) -> None:
     axis.set(xscale="log", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend()
-    _save(plt, figure, path)
+    figure.savefig(path, dpi=_DPI)
 
 
 def plot_shares(scores: Scores, path: pathlib.Path) -> None:
     """Bars with intervals, a colour a row."""
-    plt = _pyplot()
     names, width = _names(scores), 0.8 / len(scores)
-    figure, axis = plt.subplots(figsize=(max(7, 1.1 * len(names)), 3.5), layout="constrained")
+    figure = Figure(figsize=(max(7, 1.1 * len(names)), 3.5), layout="constrained")
+    axis = figure.subplots()
     for i, (row, estimates) in enumerate(scores.items()):
         found = [(x, estimates[name]) for x, name in enumerate(names) if name in estimates]
         middle = np.array([e.value for _, e in found])
@@ -143,21 +145,7 @@ def plot_shares(scores: Scores, path: pathlib.Path) -> None:
     axis.set(ylim=(0, 1.05), ylabel="share")
     axis.grid(alpha=0.3, axis="y")
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8)
-    _save(plt, figure, path)
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(plt, figure, path: pathlib.Path) -> None:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.savefig(path, dpi=_DPI)
 
 
 def write_report(

@@ -8,47 +8,42 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float, PyTree, UInt8
 
 from contextdiff_jax.data import DataConfig, RandomAccessSource, Tokenizer, make_source
 from contextdiff_jax.data.identity import identity
-from contextdiff_jax.data.shapes import heldout_triples
 from contextdiff_jax.evaluation.classifier import Classifier, load_classifier
 from contextdiff_jax.evaluation.clip import Clip, load_clip
 from contextdiff_jax.evaluation.features import FeatureFn, extract, make_feature_fn
 from contextdiff_jax.evaluation.inception import Inception, load_inception, resize
 from contextdiff_jax.evaluation.processes import share
+from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.parallel.processes import agree
 from contextdiff_jax.settings import Settings
 
 
 def splits(data: DataConfig) -> dict[str, RandomAccessSource]:
-    """The records to evaluate on, by their row's name; held-out ones where the source has any."""
-    if data.source == "shapes":  # other scenes than those trained on, of the same combinations
-        data = dataclasses.replace(data, scene_seed=data.scene_seed + 1)
-        names = {"train": "seen combinations", "heldout": "held-out combinations"}
-        has_heldout = bool(heldout_triples(data.heldout_fraction))
-    else:
-        names = {"train": "training records", "heldout": "held-out records"}
-        has_heldout = data.source != "folder" or bool(data.heldout_metadata)
-    return {
-        row: make_source(data, split)
-        for split, row in names.items()
-        if split == "train" or has_heldout
-    }
+    """The records to evaluate on, by the name of their row; held-out ones where the source has any.
+
+    Drawn records are others than those trained on, of the same kind; a cache's are the pictures
+    that it was made of.
+    """
+    data = data.kind.pictures(data)
+    data = data.kind.others(data, 1)
+    return {data.kind.rows[split]: make_source(data, split) for split in data.kind.splits(data)}
 
 
 def classifier_source(data: DataConfig) -> RandomAccessSource:
     """The records that a classifier learns from.
 
-    For scenes these are all combinations (a judge must know those held out from the model), none of
-    them evaluated on; else the training records.
+    Of drawn records these are both splits' (a judge must know what is held out from the model),
+    none of them evaluated on; else the training records.
     """
-    if data.source == "shapes":
-        return make_source(dataclasses.replace(data, scene_seed=data.scene_seed + 2), "all")
+    data = data.kind.pictures(data)
+    if data.kind.is_drawn:
+        return make_source(data.kind.others(data, 2), "all")
     return make_source(data, "train")
 
 
@@ -58,8 +53,8 @@ def feature_fns(network: Inception | Classifier) -> dict[str, FeatureFn]:
         methods = {"features": lambda net, images: net(resize(images))}
     else:
         methods = {
-            "features": lambda net, images: net.features(images.astype(jnp.float32) / 127.5 - 1),
-            "logits": lambda net, images: net(images.astype(jnp.float32) / 127.5 - 1),
+            "features": lambda net, images: net.features(to_unit(images)),
+            "logits": lambda net, images: net(to_unit(images)),
         }
     return {name: make_feature_fn(network, method) for name, method in methods.items()}
 

@@ -66,7 +66,7 @@ def picture_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
             for row, (values, exact) in found[scale].items():
                 scores[f"{row}, {sampler}, guidance {label}"] = values
                 marks[f"{row}, {sampler}, guidance {label}"] = exact
-    if settings.context.kind not in ("none", "text"):  # r(c) is known: its estimate is the true one
+    if settings.context.network.reads_x0:  # r(c) is known: its estimate is the true one
         options = study.first_sampler(best)
         oracle = OracleGenerator(settings, study.tokenizer, options)
         found = study.score(
@@ -134,9 +134,7 @@ class _Study:
 
         The scenes of `shapes` are others than those trained and evaluated on.
         """
-        data = dataclasses.replace(
-            self.settings.data, scene_seed=self.settings.data.scene_seed + VALIDATION_SCENES
-        )
+        data = self.settings.data.kind.others(self.settings.data, VALIDATION_SCENES)
         evaluation = self.evaluation(self.options["validation"], data)
         row = next(iter(evaluation.sources))
         shares = {}
@@ -169,7 +167,7 @@ def _alignment(
     By the pixels where that is possible, else by the classifier.
     """
     records = evaluation.records(row)
-    if evaluation.settings.data.source == "shapes":
+    if evaluation.settings.data.kind.has_scenes:
         judged = judge(images, [record["caption"] for record in records])
         return {name: values for name, values in judged.items() if is_main(name)}
     labels = [read_labels(record["attributes"]) for record in records]

@@ -52,9 +52,7 @@ def estimate_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
         settings.diffusion.num_timesteps, options["steps"], settings.sample.spacing
     )
 
-    data = dataclasses.replace(
-        settings.data, scene_seed=settings.data.scene_seed + VALIDATION_SCENES
-    )
+    data = settings.data.kind.others(settings.data, VALIDATION_SCENES)
     source = make_source(data, "train")
     found = measure(
         settings,

@@ -15,7 +15,6 @@ import importlib.util
 import json
 import pathlib
 import re
-import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,13 +22,17 @@ from flax.traverse_util import flatten_dict
 
 from contextdiff_jax.experiments.finished import read_finished
 from contextdiff_jax.experiments.toy_config import ToyConfig
-from contextdiff_jax.settings import Settings, check_choice
+from contextdiff_jax.runtime.fields import check_choice, defaults
+from contextdiff_jax.settings import Settings
 
 # The settings that a plan's config is of, by the plan's kind.
 CONFIGS = {"pictures": Settings, "estimates": Settings, "toy": ToyConfig}
-# Added to data.scene_seed, to which `subject.splits` adds 1: neither trained on, evaluated on, nor
-# a classifier's.
+# What `data.Source.others` is told, to which `subject.splits` adds 1: scenes neither trained on,
+# evaluated on, nor a classifier's.
 VALIDATION_SCENES = 2
+# Defaults that have changed since the first cells were made. A cell's name and a line that lacks
+# the field still mean these.
+FIRST_DEFAULTS = {"context.max_gain": 1.0, "data.num_objects": [1, 3]}
 # Fields that say how the same step is computed.
 _SAME_RESULTS = ("train.remat", "train.attention")
 
@@ -146,11 +149,11 @@ class Cell:
     def _settings(self, config: Mapping[str, Any], options: Mapping[str, Any]) -> list[Any]:
         """The fields that differ from their defaults, but for `_SAME_RESULTS`, and the options."""
         config, options = json.loads(json.dumps([config, options]))  # tuples are lists in a line
-        defaults, nothing = _defaults(CONFIGS[self.kind]), object()
+        known, nothing = _defaults(CONFIGS[self.kind]), object()
         fields = {
             field: value
             for field, value in flatten_dict(config, sep=".").items()
-            if field not in _SAME_RESULTS and value != defaults.get(field, nothing)
+            if field not in _SAME_RESULTS and value != known.get(field, nothing)
         }
         return [fields, options]
 
@@ -158,14 +161,8 @@ class Cell:
 @functools.cache
 def _defaults(settings: type) -> dict[str, Any]:
     """{dotted field: default} of a dataclass and those in it, as JSON holds them."""
-    found = {}
-    for name, kind in typing.get_type_hints(settings).items():
-        default = settings.__dataclass_fields__[name].default
-        if dataclasses.is_dataclass(kind):
-            found |= {f"{name}.{field}": value for field, value in _defaults(kind).items()}
-        elif default is not dataclasses.MISSING:
-            found[name] = json.loads(json.dumps(default))
-    return found
+    found = json.loads(json.dumps(defaults(settings)))
+    return flatten_dict(found, sep=".") | (FIRST_DEFAULTS if settings is Settings else {})
 
 
 def load_plan(path: str) -> Plan:

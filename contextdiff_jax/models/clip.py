@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, convolve, linear
 from contextdiff_jax.models.transformer import Attention
+from contextdiff_jax.runtime.fields import check_choice
 
 # The channels' mean and deviation over the pictures that CLIP was trained on, in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -45,10 +46,7 @@ class _CLIPConfig:
     prefixed_names: bool = False
 
     def __post_init__(self):
-        if self.hidden_act not in TEXT_ACTIVATIONS:
-            raise ValueError(
-                f"hidden_act={self.hidden_act!r}: unknown; one of {', '.join(TEXT_ACTIVATIONS)}"
-            )
+        check_choice("hidden_act", self.hidden_act, TEXT_ACTIVATIONS)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (not isinstance(value, int) or value < 0):

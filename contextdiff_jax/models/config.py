@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
+
+from contextdiff_jax.runtime.fields import check_known
 
 
 def known_fields(
@@ -32,8 +33,5 @@ def known_fields(
                     f"only {', '.join(map(str, off[key]))}"
                 )
         elif not key.startswith("_"):
-            names = (
-                ", ".join(difflib.get_close_matches(key, sorted(fields), n=3, cutoff=0.4)) or "none"
-            )
-            raise ValueError(f"{section}.{key}={value!r}: unknown field; nearest: {names}")
+            check_known(f"{section}.{key}={value!r}", key, fields)
     return known

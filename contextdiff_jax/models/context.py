@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from contextdiff_jax.models.layers import TimestepEmbedding, linear, timestep_embedding
 from contextdiff_jax.models.transformer import Attention, FeedForward
+from contextdiff_jax.runtime.fields import check_choice
 
 TOKENS = ("patches", "clip")
 
@@ -41,7 +42,7 @@ class ContextConfig:
     """
 
     kind: str = "cross_attention"
-    max_gain: float = 1.0
+    max_gain: float = 0.2
     time_dependent: bool = False
     patch_size: int = 4
     width: int = 64
@@ -54,10 +55,8 @@ class ContextConfig:
     visual_width: int = 0  # of CLIP's tokens
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"context.kind={self.kind!r}: unknown; one of {', '.join(KINDS)}")
-        if self.tokens not in TOKENS:
-            raise ValueError(f"context.tokens={self.tokens!r}: unknown; one of {', '.join(TOKENS)}")
+        check_choice("context.kind", self.kind, KINDS)
+        check_choice("context.tokens", self.tokens, TOKENS)
         if self.tokens == "clip" and not (self.clip and self.network.reads_x0):
             raise ValueError(
                 "context.tokens='clip': needs context.clip, the folder of a CLIP image encoder, "

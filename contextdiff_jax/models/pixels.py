@@ -12,6 +12,6 @@ def to_unit(images: UInt8[ArrayLike, "*B H W C"]) -> Float[ArrayLike, "*B H W C"
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def to_uint8(x: Float[Array, "*B H W C"]) -> UInt8[Array, "*B H W C"]:
+def to_uint8(x: Float[ArrayLike, "*B H W C"]) -> UInt8[Array, "*B H W C"]:
     """Pictures in [-1, 1], clipped, as they are stored."""
     return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)

@@ -8,6 +8,7 @@ from typing import Any
 
 from contextdiff_jax.models.config import known_fields
 from contextdiff_jax.models.layers import ACTIVATIONS
+from contextdiff_jax.runtime.fields import check_choice
 
 _CHOICES = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -100,9 +101,7 @@ class UNetConfig:
         for field, allowed in _CHOICES.items():
             value = getattr(self, field)
             for choice in value if isinstance(value, tuple) else (value,):
-                if choice not in allowed:
-                    names = ", ".join(map(str, allowed))
-                    raise ValueError(f"model.{field}={choice!r}: unknown; one of {names}")
+                check_choice(f"model.{field}", choice, allowed)
         for field in ("down_block_types", "up_block_types"):
             if len(getattr(self, field)) != len(self.block_out_channels):
                 raise ValueError(

@@ -30,6 +30,7 @@ from contextdiff_jax.models.layers import (
 )
 from contextdiff_jax.models.tiling import sliced, tiled
 from contextdiff_jax.models.transformer import Attention
+from contextdiff_jax.runtime.fields import check_choice
 
 _OVERLAP = 0.25  # of neighbouring tiles, as in diffusers
 
@@ -66,10 +67,7 @@ class VAEConfig:
     mid_block_add_attention: bool = True
 
     def __post_init__(self):
-        if self.act_fn not in ACTIVATIONS:
-            raise ValueError(
-                f"vae.act_fn={self.act_fn!r}: unknown; one of {', '.join(ACTIVATIONS)}"
-            )
+        check_choice("vae.act_fn", self.act_fn, ACTIVATIONS)
         for field, only in (
             ("down_block_types", "DownEncoderBlock2D"),
             ("up_block_types", "UpDecoderBlock2D"),

@@ -27,6 +27,7 @@ from contextdiff_jax.pretrained.files import (
 )
 from contextdiff_jax.pretrained.model import Model, Options, identity_problem
 from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE
+from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.files import write_json
 
 MODELS = {model.kind: model for model in (unet.MODEL, vae.MODEL, clip.TEXT, clip.VISION, t5.MODEL)}
@@ -132,11 +133,7 @@ def _read_native(
     if not native.is_native(folder):
         return None
     values = native.description(folder)
-    if values["kind"] not in MODELS:
-        raise ValueError(
-            f"{folder / native.MODEL_FILE}: kind={values['kind']!r}: unknown; one of "
-            f"{', '.join(MODELS)}"
-        )
+    check_choice(f"{folder / native.MODEL_FILE}: kind", values["kind"], MODELS)
     model = MODELS[values["kind"]]
     config = read_json(folder / native.CONFIG_FILE, "the config.json of the Hugging Face folder")
     return model, native.load(model, folder, options), config

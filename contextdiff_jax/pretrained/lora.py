@@ -32,6 +32,7 @@ from contextdiff_jax.pretrained.files import (
 )
 from contextdiff_jax.pretrained.ldm import ldm_name
 from contextdiff_jax.pretrained.names import Entry, name_map
+from contextdiff_jax.runtime.fields import check_choice
 
 # Component of a pipeline -> how kohya begins its names. The first text encoder has another name
 # beside a second.
@@ -176,8 +177,7 @@ def merge_lora(
 
 def save_lora(lora: Lora, path: str | Path, style: str = "diffusers") -> None:
     """Writes one file. `style`: "diffusers" (PEFT's names; alpha is folded into up) or "kohya"."""
-    if style not in STYLES:
-        raise ValueError(f"style={style!r}: unknown; one of {', '.join(STYLES)}")
+    check_choice("style", style, STYLES)
     tensors = {}
     for component, layers in lora.items():
         for name, layer in layers.items():

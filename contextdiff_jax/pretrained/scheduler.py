@@ -12,6 +12,7 @@ import numpy as np
 
 from contextdiff_jax.diffusion import NoiseSchedule, make_schedule, spaced_timesteps
 from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.runtime.fields import check_choice
 
 CONFIG_FILE = "scheduler_config.json"
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
@@ -63,10 +64,7 @@ class Scheduler:
             "timestep_spacing": _SPACINGS,
         }
         for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"{field}={getattr(self, field)!r}: unknown; one of {', '.join(allowed)}"
-                )
+            check_choice(field, getattr(self, field), allowed)
 
     @property
     def prediction(self) -> str:

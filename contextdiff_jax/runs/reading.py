@@ -17,6 +17,7 @@ from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runs.model import init_params
 from contextdiff_jax.runs.tokenizer import open_tokenizer
+from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.settings import Settings, parse
 
 
@@ -37,8 +38,7 @@ def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
 
     Raises ValueError for a folder without a run or without a finished checkpoint.
     """
-    if weights not in ("ema", "params"):
-        raise ValueError(f"--weights={weights!r}: unknown; one of ema, params")
+    check_choice("--weights", weights, ("ema", "params"))
     if not workdir:
         raise ValueError("--workdir: missing; name the folder of a trained run")
     folder = epath.Path(workdir)

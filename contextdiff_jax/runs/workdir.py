@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -22,12 +23,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from contextdiff_jax.parallel.processes import is_first
 from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.runtime.fields import defaults
 from contextdiff_jax.runtime.files import write_json
 from contextdiff_jax.runtime.host import is_remote
+from contextdiff_jax.settings import default_config
+from contextdiff_jax.settings.autoencoder import AutoencoderSettings
 
 LOGGER = logging.getLogger(__name__)
 LOCK, BEAT_SECONDS = "run.lock", 10.0
@@ -51,15 +56,14 @@ FREE_FIELDS = (
 )
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'train.steps': 1000, ...}"""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {'train.steps': 1000, ...}, as JSON holds it."""
+    return flatten_dict(json.loads(json.dumps(config)), sep=".")
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return flatten(defaults(AutoencoderSettings) | default_config())
 
 
 def claim_workdir(
@@ -69,6 +73,7 @@ def claim_workdir(
     write: bool = True,
 ) -> None:
     """Writes config.json, or checks that the one there is of the same run (but for `free` fields).
+    A field that one of them lacks has its default there, as in runs of before there was that field.
 
     Raises ValueError naming the first field that differs.
     """
@@ -80,11 +85,11 @@ def claim_workdir(
         except ValueError as error:
             raise ValueError(f"{error}; delete it to go on with the config given here") from None
         for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name) and not name.startswith(free):
+            there, here = (fields.get(name, _defaults().get(name)) for fields in (old, new))
+            if there != here and not name.startswith(free):
                 raise ValueError(
-                    f"--workdir={workdir}: holds another config's run, {name} is "
-                    f"{old.get(name)!r} there and {new.get(name)!r} here; choose another workdir "
-                    "or that config"
+                    f"--workdir={workdir}: holds another config's run, {name} is {there!r} there "
+                    f"and {here!r} here; choose another workdir or that config"
                 )
     if not write:
         return

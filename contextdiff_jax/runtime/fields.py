@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import math
 import types
@@ -11,10 +12,25 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def check_choice(field: str, value: Any, allowed: typing.Iterable[str]) -> None:
-    """Raises ValueError, naming `field` and what is allowed, unless value is one of `allowed`."""
+def check_choice(
+    field: str, value: Any, allowed: typing.Collection[str | None], scope: str = ""
+) -> None:
+    """Raises ValueError, naming `field` and what is allowed, unless value is one of `allowed`;
+    `scope`: what they are allowed for, if other values are for something else.
+    """
     if value not in allowed:
-        raise ValueError(f"{field}={value!r}: unknown; one of {', '.join(allowed)}")
+        unknown = f"unknown for {scope}" if scope else "unknown"
+        raise ValueError(f"{field}={value!r}: {unknown}; one of {', '.join(map(str, allowed))}")
+
+
+def check_known(field: str, name: str, known: typing.Iterable[str]) -> None:
+    """Raises ValueError, with the nearest names, unless `name` is one of the `known` fields;
+    `field`: how the error names it.
+    """
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        raise ValueError(f"{field}: unknown field; nearest: {', '.join(near) or 'none'}")
 
 
 def check_at_least(section: Any, name: str, **minima: float) -> None:
@@ -34,13 +50,24 @@ def strict(cls: type, section: str, values: Mapping[str, Any], **filled: Any) ->
             f"{section}={values!r}: must be a section with the fields {', '.join(hints)}"
         )
     for name, value in values.items():
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=3, cutoff=0.4)
-            raise ValueError(
-                f"{section}.{name}={value!r}: unknown field; nearest: {', '.join(near) or 'none'}"
-            )
+        check_known(f"{section}.{name}={value!r}", name, hints)
         found[name] = typed(f"{section}.{name}", value, hints[name])
     return cls(**found, **filled)
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Return {field: default} of a dataclass, and the same of each dataclass in it. Fields without
+    a default are left out.
+    """
+    hints, found = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found[field.name] = defaults(hints[field.name])
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return found
 
 
 def check_types(cls: type, section: str, values: Mapping[str, Any]) -> None:

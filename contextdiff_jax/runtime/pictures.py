@@ -101,10 +101,7 @@ def plot_curves(metrics: str | pathlib.Path, out: str | pathlib.Path) -> None:
     """Draws the curves of a metrics.jsonl into a PNG; a panel whose metrics are absent or all 0 is
     left out.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # seconds to import
 
     rows = read_lines(pathlib.Path(metrics))
     panels = {
@@ -115,12 +112,9 @@ def plot_curves(metrics: str | pathlib.Path, out: str | pathlib.Path) -> None:
     if not panels:
         return
     columns = min(3, len(panels))
-    figure, axes = plt.subplots(
-        -(-len(panels) // columns),
-        columns,
-        figsize=(4.5 * columns, 3 * -(-len(panels) // columns)),
-        squeeze=False,
-    )
+    rows_of_panels = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3 * rows_of_panels))
+    axes = figure.subplots(rows_of_panels, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (title, keys) in zip(axes.flat, panels.items(), strict=False):
@@ -139,7 +133,6 @@ def plot_curves(metrics: str | pathlib.Path, out: str | pathlib.Path) -> None:
     figure.tight_layout()
     with replacing(pathlib.Path(out)) as file:
         figure.savefig(file, dpi=100, format="png")
-    plt.close(figure)
 
 
 def _smoothed(values: np.ndarray, window: int = 5) -> np.ndarray:

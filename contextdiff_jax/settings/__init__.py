@@ -7,7 +7,6 @@ and what is allowed.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import typing
@@ -29,11 +28,21 @@ from contextdiff_jax.parallel.mesh import MeshConfig
 from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
-from contextdiff_jax.runtime.fields import check_at_least, check_choice, check_types, strict, typed
+from contextdiff_jax.runtime.fields import (
+    check_at_least,
+    check_choice,
+    check_known,
+    check_types,
+    defaults,
+    strict,
+    typed,
+)
 from contextdiff_jax.runtime.keys import check_seed
 from contextdiff_jax.settings.train import TrainConfig
 
 ESTIMATES = ("plugin", "posterior_mean")
+# Fields that `parse` fills in from others.
+DERIVED = {"context": ("in_channels", "text_width", "visual_width"), "model": ("context_head",)}
 SHIFTS_OF_TEXT_ALONE = ("prior", "data_normalization")
 
 
@@ -182,14 +191,22 @@ class Settings:
         )
 
 
+def default_config() -> dict[str, Any]:
+    """Return every field that a config may have, with its default, by section (configs/base.py)."""
+    config = defaults(Settings)
+    config["model"]["pretrained"] = config.pop("pretrained")
+    for section, fields in DERIVED.items():
+        for field in fields:
+            del config[section][field]
+    return config
+
+
 def check_sections(config: Mapping[str, Any], sections: typing.Sequence[str]) -> None:
     """Raises ValueError for a section of the config that is unknown, or one that is missing, and
     for a seed that is none.
     """
     for name in config:
-        if name not in sections:
-            near = difflib.get_close_matches(name, sections, n=3, cutoff=0.4)
-            raise ValueError(f"{name}: unknown field; nearest: {', '.join(near) or 'none'}")
+        check_known(name, name, sections)
     for name in sections:
         if name not in config:
             raise ValueError(f"{name}: missing; a config has the sections {', '.join(sections)}")
@@ -290,23 +307,27 @@ def _check_text(settings: Settings) -> None:
 
 def _check_latents(settings: Settings) -> None:
     vae, train = settings.latent.config, settings.train
-    if settings.context.tokens == "clip" and settings.data.source == "cache":
+    data = settings.data
+    if settings.context.tokens == "clip" and data.kind.holds_latents:
         raise ValueError(
-            "context.tokens='clip': reads pictures, and data.source='cache' has none; take the "
-            "pictures' source"
+            f"context.tokens='clip': reads pictures, and data.source={data.source!r} has none; "
+            "take the pictures' source"
         )
     if train.trainable == "context" and not (settings.pretrained or train.init_from):
         raise ValueError(
             "train.trainable='context': needs a trained UNet, by model.pretrained or "
             "train.init_from"
         )
-    if train.trainable == "context" and settings.context.kind == "none":
-        raise ValueError("train.trainable='context': context.kind='none' has nothing to train")
+    if train.trainable == "context" and settings.context.network.is_zero:
+        raise ValueError(
+            f"train.trainable='context': context.kind={settings.context.kind!r} has nothing to "
+            "train"
+        )
     if vae is None:
-        if settings.data.source == "cache":
+        if data.kind.holds_latents:
             raise ValueError(
-                "data.source='cache': holds latents; latent.vae (or model.pretrained) must name "
-                "their autoencoder"
+                f"data.source={data.source!r}: holds latents; latent.vae (or model.pretrained) "
+                "must name their autoencoder"
             )
         return
     for field in ("in_channels", "out_channels"):

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from contextdiff_jax.data import DataConfig, Loader, RandomAccessSource, make_loader, make_source
 from contextdiff_jax.data.identity import identity, shared_settings
+from contextdiff_jax.models.pixels import to_uint8, to_unit
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
 from contextdiff_jax.parallel.processes import StopSignal, agree
@@ -52,7 +53,7 @@ def loss_fn(
     vae: VAE, images: UInt8[Array, "B H W C"], key: PRNGKeyArray, weights: AutoencoderLoss
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """(1), and its terms without their weights."""
-    x = images.astype(jnp.float32) / 127.5 - 1
+    x = to_unit(images)
     q = vae.encode(x)
     error = vae.decode(q.sample(key)) - x
     terms = {
@@ -191,9 +192,9 @@ def finish(vae: VAE, data: DataConfig, workdir: pathlib.Path, seed: int = 0) -> 
     records = heldout_records(data)
     images = np.stack([record["image"] for record in records])
     decoded = np.concatenate([np.asarray(_reconstruct(vae, image[None])) for image in images])
-    x = images.astype(np.float32) / 127.5 - 1
+    x = to_unit(images)
     mse = ((decoded - x) ** 2).mean(axis=(1, 2, 3)) / 4  # of pictures in [0, 1]
-    shown = np.stack([images, np.round((decoded + 1) * 127.5).astype(np.uint8)], axis=1)
+    shown = np.stack([images, np.asarray(to_uint8(decoded))], axis=1)
     every = max(1, len(images) // _SHOWN)
     captions = [text for record in records[::every] for text in (record["caption"], "decoded")]
     grid = pictures.caption_grid(shown[::every].reshape(-1, *images.shape[1:]), captions, columns=8)
@@ -226,7 +227,7 @@ def heldout_records(data: DataConfig) -> list[dict[str, Any]]:
 
 @nnx.jit
 def _encode(vae: VAE, images: UInt8[Array, "B H W C"]) -> tuple[Array, Array]:
-    q = vae.encode(images.astype(jnp.float32) / 127.5 - 1)
+    q = vae.encode(to_unit(images))
     return q.mean, jnp.exp(q.logvar)
 
 

@@ -18,6 +18,7 @@ from contextdiff_jax.data import RandomAccessSource, Tokenizer, make_source
 from contextdiff_jax.data.cached import Cache, claim_cache, encode_record, write_shard
 from contextdiff_jax.data.identity import content_key, identity
 from contextdiff_jax.data.tokens import CutCaptions
+from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.processes import agree
 from contextdiff_jax.pretrained import load_vae
@@ -108,5 +109,5 @@ def moments(
     vae: VAE, images: UInt8[Array, "B H W C"]
 ) -> tuple[Float[Array, "B H W Z"], Float[Array, "B H W Z"]]:
     """Mean and standard deviation of q(z | picture)."""
-    q = vae.encode(images.astype(jnp.float32) / 127.5 - 1)
+    q = vae.encode(to_unit(images))
     return q.mean, jnp.exp(0.5 * q.logvar)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Num, PyTree
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
+from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.parallel.mesh import tracing_for
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.settings import Settings
@@ -78,7 +79,7 @@ def clean(
     """x0 and its picture in [-1, 1], None from a cache. x0 is the picture, or latents drawn from
     q(z | picture), whose moments the autoencoder or the cache gives.
     """
-    pixels = batch["image"].astype(jnp.float32) / 127.5 - 1 if "image" in batch else None
+    pixels = to_unit(batch["image"]) if "image" in batch else None
     if model.vae is None:
         return pixels, pixels
     if pixels is None:
