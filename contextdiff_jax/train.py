@@ -51,11 +51,11 @@ def main() -> None:
 
     config = adopt(config)
     workdir = epath.Path(WORKDIR.value)
-    host.set_compilation_cache(workdir)
     # Before all else: checking the settings computes, and then it is too late to join.
     timeout = int(config["train"].get("peer_timeout", 600))
     processes.start(ADDRESS.value, COUNT.value, INDEX.value, os.environ, timeout)
     settings = parse(config)
+    host.set_compilation_cache(workdir)  # now: what is refused above leaves no folder behind
     with held(workdir):
         train(settings, config, workdir)
 

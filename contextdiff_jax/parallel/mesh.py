@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from contextdiff_jax.runtime.fields import check_known
+from contextdiff_jax.runtime.fields import check_choice
 
 # Outermost first: the innermost axes get the nearest devices, for they talk most.
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -88,7 +88,7 @@ class MeshConfig:
         if list(sizes.values()).count(-1) > 1:
             raise ValueError(f"mesh={sizes}: only one axis may be -1")
         for name, axes in self.rules.items():
-            check_known(f"mesh.rules.{name}={axes!r}", name, RULES)
+            check_choice("mesh.rules", name, RULES)
             for axis in _split(axes):
                 if axis not in AXES:
                     raise ValueError(
