@@ -88,6 +88,13 @@ def test_the_finished_cells_are_of_the_plan_as_it_is_now(name, count):
     assert sum(map(len, found.values())) == count == len(read_finished(path))
 
 
+def test_a_cells_name_stays_when_a_default_changes():
+    """Its run's folder: another name would train what is trained already."""
+    plan = load_plan("configs/experiments/shapes_one.py")
+    assert plan.cell("none", 0).folder == "none-0-c13f8051e1c0"
+    assert plan.cell("linear-gain0.4", 3).folder == "linear-gain0.4-3-319daefa3d5d"
+
+
 def toy_plan(**config):
     return dataclasses.replace(PLAN, config=config, variants={"none": {}}, more_seeds={})
 

@@ -72,7 +72,11 @@ class Roofs(NamedTuple):
 def parts(settings: Settings, batch: int) -> Iterator[Part]:
     """Yield each level's last layers of its down block, the context, and the update."""
     model = nnx.eval_shape(lambda: make_model(settings))
-    dtype, (height, width, C), L = model.unet.dtype, settings.shape, settings.data.max_length
+    dtype, (height, width, C), L = (
+        model.unet.precision.compute,
+        settings.shape,
+        settings.data.max_length,
+    )
     shape = jax.ShapeDtypeStruct
     temb = shape((batch, settings.model.time_features), dtype)
     text = shape((batch, L, settings.model.cross_attention_dim), dtype)

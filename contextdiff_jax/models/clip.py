@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, convolve, linear
+from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.transformer import Attention
 from contextdiff_jax.runtime.fields import check_choice
 
@@ -153,8 +154,7 @@ class CLIPText(nnx.Module):
 
     Args:
       config: sizes.
-      dtype: of the products; statistics and softmax stay float32. param_dtype: of the stored
-          parameters.
+      precision: of the parameters, the products and what is returned.
     """
 
     def __init__(
@@ -162,10 +162,9 @@ class CLIPText(nnx.Module):
         config: CLIPTextConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
+        precision: Precision = Precision(),
     ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        policy = precision.policy(rngs)
         self.config = config
         width = config.hidden_size
         self.token_embedding = nnx.Embed(config.vocab_size, width, **policy)
@@ -218,18 +217,21 @@ class CLIPVision(nnx.Module):
         config: CLIPVisionConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
+        precision: Precision = Precision(),
     ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        policy = precision.policy(rngs)
         self.config = config
         width, patch = config.hidden_size, config.patch_size
-        self.class_embedding = nnx.Param(jnp.zeros((width,), param_dtype))
+        self.class_embedding = nnx.Param(jnp.zeros((width,), precision.params))
         patches = dict(
             kernel_size=(patch, patch), strides=(patch, patch), padding=0, use_bias=False
         )
         self.patch_embedding = nnx.Conv(
-            config.num_channels, width, **patches, conv_general_dilated=convolve, **policy
+            config.num_channels,
+            width,
+            **patches,
+            conv_general_dilated=convolve,
+            **policy,
         )
         self.position_embedding = nnx.Embed((config.image_size // patch) ** 2 + 1, width, **policy)
         norm = dict(epsilon=config.layer_norm_eps, **policy)

@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from contextdiff_jax.models.layers import TimestepEmbedding, linear, timestep_embedding
+from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.transformer import Attention, FeedForward
 from contextdiff_jax.runtime.fields import check_choice
 
@@ -302,14 +303,13 @@ class RelationalNetwork(nnx.Module):
         config: ContextConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
+        precision: Precision = Precision(),
     ):
         self.config = config
         if config.network.is_zero:
             return
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.gamma = nnx.Param(jnp.zeros((), param_dtype))
+        policy = precision.policy(rngs)
+        self.gamma = nnx.Param(jnp.zeros((), precision.params))
         self.raw = config.network(config, **policy)
         self.unembed = linear(config.width, config.patch_size**2 * config.in_channels, **policy)
         self.time = (

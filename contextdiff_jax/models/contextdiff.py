@@ -9,13 +9,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.samplers import DenoiseFn, KeepFn
 from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPText, CLIPVision
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork, pool
+from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.t5 import T5Encoder
 from contextdiff_jax.models.text import TextConfig, TextEncoder
 from contextdiff_jax.models.unet import UNet
@@ -134,10 +135,10 @@ class ContextDiffusion(nnx.Module):
         context: ContextConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: DTypeLike = jnp.float32,
+        precision: Precision = Precision(),
     ) -> ContextDiffusion:
         """A newly initialised model of these sizes; without a text encoder where it is frozen."""
-        policy = dict(rngs=rngs, dtype=dtype)
+        policy = dict(rngs=rngs, precision=precision)
         encoder = None if text.pretrained else TextEncoder(text, **policy)
         return cls(encoder, UNet(unet, **policy), RelationalNetwork(context, **policy))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -242,6 +243,7 @@ class GroupNorm(nnx.Module):
         eps: float = 1e-5,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs | None = None,  # with the rest of a policy: nothing is drawn
     ):
         self.num_groups = num_groups
         self.eps = eps
@@ -297,12 +299,9 @@ class ResnetBlock(nnx.Module):
         eps: float,
         act_fn: str = "silu",
         time_scale_shift: str = "default",
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **policy: Any,
     ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        norm = dict(eps=eps, dtype=dtype, param_dtype=param_dtype)
+        norm = dict(eps=eps, **policy)
         self.act = ACTIVATIONS[act_fn]
         self.time_scale_shift = time_scale_shift
         self.norm1 = GroupNorm(in_channels, num_groups, **norm)

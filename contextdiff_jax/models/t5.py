@@ -13,10 +13,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, linear
+from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.transformer import Attention
 
 _POSITIVE = (
@@ -135,8 +136,7 @@ class T5Block(nnx.Module):
     """Pre-norm (RMS) self-attention with unscaled logits and the relative bias, feed-forward."""
 
     def __init__(self, config: T5Config, **policy):
-        norm = dict(epsilon=config.layer_norm_epsilon, **policy)
-        self.norm1 = nnx.RMSNorm(config.d_model, **norm)
+        self.norm1 = nnx.RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, **policy)
         self.attention = Attention(
             config.d_model,
             config.num_heads,
@@ -145,7 +145,7 @@ class T5Block(nnx.Module):
             scale=1.0,
             **policy,
         )
-        self.norm2 = nnx.RMSNorm(config.d_model, **norm)
+        self.norm2 = nnx.RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, **policy)
         self.ff = T5FeedForward(config, **policy)
 
     def __call__(
@@ -163,8 +163,8 @@ class T5Encoder(nnx.Module):
 
     Args:
       config: sizes.
-      dtype: of the products (bfloat16 or float32: in float16 T5's states overflow); statistics and
-          softmax stay float32. param_dtype: of the stored parameters.
+      precision: of the parameters and the products (bfloat16 or float32: in float16 T5's states
+          overflow).
     """
 
     def __init__(
@@ -172,10 +172,9 @@ class T5Encoder(nnx.Module):
         config: T5Config,
         *,
         rngs: nnx.Rngs,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
+        precision: Precision = Precision(),
     ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        policy = precision.policy(rngs)
         self.config = config
         self.shared = nnx.Embed(config.vocab_size, config.d_model, **policy)
         # The first block's in torch, where the others are handed it.

@@ -7,11 +7,11 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.transformer import Attention, FeedForward
 
 
@@ -63,17 +63,16 @@ class TextEncoder(nnx.Module):
         config: TextConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
+        precision: Precision = Precision(),
     ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        policy = precision.policy(rngs)
         # With blocks that start as nothing and embeddings of unit size the encoder starts as a
         # lookup of its words. With 0.02 and random blocks, trained runs mapped "top left" and
         # "bottom right" to nearly one state.
         normal = jax.nn.initializers.normal(1.0)
         self.tokens = nnx.Embed(config.vocab_size, config.width, embedding_init=normal, **policy)
         self.positions = nnx.Param(
-            0.1 * normal(rngs.params(), (config.max_length, config.width), param_dtype)
+            0.1 * normal(rngs.params(), (config.max_length, config.width), precision.params)
         )
         self.blocks = nnx.List([TextBlock(config, **policy) for _ in range(config.num_layers)])
         self.norm = nnx.LayerNorm(config.width, **policy)

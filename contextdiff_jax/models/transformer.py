@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from contextdiff_jax.models.attention import attention, self_attention
@@ -37,11 +37,8 @@ class Attention(nnx.Module):
         out_bias: bool = True,
         scale: float | None = None,
         zero_init: bool = False,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **policy: Any,
     ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         source = features if context_features is None else context_features
         inner = features if head_features is None else num_heads * head_features
         self.num_heads = num_heads
@@ -94,11 +91,8 @@ class TransformerBlock(nnx.Module):
         text_features: int,
         *,
         only_cross_attention: bool = False,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **policy: Any,
     ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.only_cross_attention = only_cross_attention
         self.norm1 = nnx.LayerNorm(features, epsilon=1e-5, **policy)
         first = text_features if only_cross_attention else None
@@ -140,13 +134,10 @@ class SpatialTransformer(nnx.Module):
         depth: int = 1,
         num_groups: int,
         only_cross_attention: bool = False,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **policy: Any,
     ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         block = dict(only_cross_attention=only_cross_attention, **policy)
-        self.norm = GroupNorm(channels, num_groups, eps=1e-6, dtype=dtype, param_dtype=param_dtype)
+        self.norm = GroupNorm(channels, num_groups, eps=1e-6, **policy)
         self.proj_in = linear(channels, channels, **policy)
         self.transformer_blocks = nnx.List(
             TransformerBlock(channels, num_heads, text_features, **block) for _ in range(depth)

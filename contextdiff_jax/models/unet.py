@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Shaped
 
 from contextdiff_jax.models.layers import (
@@ -31,6 +31,7 @@ from contextdiff_jax.models.layers import (
     conv3x3,
     timestep_embedding,
 )
+from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.transformer import SpatialTransformer
 from contextdiff_jax.models.unet_config import Level, UNetConfig
 
@@ -186,15 +187,11 @@ class ContextHead(nnx.Module):
     (docs/results/README.md). So its resnet is its own.
     """
 
-    def __init__(
-        self, config: UNetConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: UNetConfig, **policy: Any):
         width = config.block_out_channels[0]
         self.act = ACTIVATIONS[config.act_fn]
         self.resnet = _resnet(config, width, width, policy)
-        norm = dict(eps=config.norm_eps, dtype=dtype, param_dtype=param_dtype)
-        self.norm = GroupNorm(width, config.norm_num_groups, **norm)
+        self.norm = GroupNorm(width, config.norm_num_groups, eps=config.norm_eps, **policy)
         self.conv = conv3x3(width, config.in_channels, zero_init=True, **policy)
 
     def __call__(
@@ -210,8 +207,7 @@ class UNet(nnx.Module):
       config: topology and widths.
       rngs: initialisation; residual branches and both outputs start at zero (Dhariwal & Nichol,
           2021).
-      dtype: of the products; statistics and softmax stay float32. param_dtype: of the stored
-          parameters.
+      precision: of the parameters, the products and what is returned.
     """
 
     def __init__(
@@ -219,12 +215,11 @@ class UNet(nnx.Module):
         config: UNetConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
+        precision: Precision = Precision(),
     ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        policy = precision.policy(rngs)
         self.config = config
-        self.dtype = dtype
+        self.precision = precision
         widths = config.block_out_channels
         self.conv_in = conv3x3(config.in_channels, widths[0], **policy)
         time_features, act_fn = config.time_features, config.act_fn
@@ -239,7 +234,7 @@ class UNet(nnx.Module):
         self.mid_block = MidBlock(config, **policy) if config.mid_block_type is not None else None
         self.up_blocks = _up_blocks(config, skips, policy)
         norm = dict(num_groups=config.norm_num_groups, eps=config.norm_eps)
-        self.conv_norm_out = GroupNorm(widths[0], **norm, dtype=dtype, param_dtype=param_dtype)
+        self.conv_norm_out = GroupNorm(widths[0], **norm, **policy)
         self.conv_out = conv3x3(widths[0], config.out_channels, zero_init=True, **policy)
         self.context_head = ContextHead(config, **policy) if config.context_head else None
 
@@ -297,11 +292,13 @@ class UNet(nnx.Module):
         deep = self._coarse(skips[-1], temb, text_tokens, text_mask) if deep is None else deep
         h = self.up_blocks[-1](deep, skips, temb, text_tokens, text_mask, None)
         out = self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(h))).astype(
-            jnp.float32
+            self.precision.output
         )
         if self.context_head is None:
             return out
-        return out, self.context_head(*jax.lax.stop_gradient((h, temb))).astype(jnp.float32)
+        return out, self.context_head(*jax.lax.stop_gradient((h, temb))).astype(
+            self.precision.output
+        )
 
     def _fine(
         self, x: ArrayLike, temb: ArrayLike, text: Text, mask: ArrayLike | None

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from contextdiff_jax.models.config import known_fields
@@ -28,6 +28,7 @@ from contextdiff_jax.models.layers import (
     conv3x3,
     linear,
 )
+from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.tiling import sliced, tiled
 from contextdiff_jax.models.transformer import Attention
 from contextdiff_jax.runtime.fields import check_choice
@@ -125,8 +126,7 @@ class _Parts:
         self.config, self.policy = config, policy
 
     def norm(self, channels: int) -> GroupNorm:
-        precision = {name: self.policy[name] for name in ("dtype", "param_dtype")}
-        return GroupNorm(channels, self.config.norm_num_groups, eps=1e-6, **precision)
+        return GroupNorm(channels, self.config.norm_num_groups, eps=1e-6, **self.policy)
 
     def resnets(self, widths: list[int]) -> nnx.List:
         options = dict(
@@ -214,8 +214,7 @@ class VAE(nnx.Module):
 
     Args:
       config: topology and widths.
-      dtype: of the products; statistics and softmax stay float32. param_dtype: of the stored
-          parameters.
+      precision: of the parameters, the products and what is returned.
     """
 
     def __init__(
@@ -223,13 +222,12 @@ class VAE(nnx.Module):
         config: VAEConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
+        precision: Precision = Precision(),
     ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        policy = precision.policy(rngs)
         parts = _Parts(config, policy)
         z = config.latent_channels
-        self.config = config
+        self.config, self.precision = config, precision
         self.encoder = Coder(parts, config.in_channels, 2 * z, decoder=False)
         self.decoder = Coder(parts, z, config.out_channels, decoder=True)
         self.quant_conv = linear(2 * z, 2 * z, **policy) if config.use_quant_conv else None
@@ -247,7 +245,7 @@ class VAE(nnx.Module):
             tiled, self._encode, tile_in=side, tile_out=latent_side, overlap=_OVERLAP
         )
         fn = fn if tile else self._encode
-        moments = (sliced(fn, images) if slices else fn(images)).astype(jnp.float32)
+        moments = (sliced(fn, images) if slices else fn(images)).astype(self.precision.output)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return LatentGaussian(mean, jnp.clip(logvar, -30.0, 20.0))
 
@@ -260,7 +258,7 @@ class VAE(nnx.Module):
             tiled, self._decode, tile_in=latent_side, tile_out=side, overlap=_OVERLAP
         )
         fn = fn if tile else self._decode
-        return (sliced(fn, z) if slices else fn(z)).astype(jnp.float32)
+        return (sliced(fn, z) if slices else fn(z)).astype(self.precision.output)
 
     def to_diffusion(self, z: Float[ArrayLike, "*S"]) -> Float[ArrayLike, "*S"]:
         """z as the diffusion model sees it: about unit variance, by the config's shift and scaling

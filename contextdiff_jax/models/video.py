@@ -17,17 +17,23 @@ arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from contextdiff_jax.models.context import RelationalNetwork, pool
-from contextdiff_jax.models.layers import GroupNorm, ResnetBlock, linear, timestep_embedding
+from contextdiff_jax.models.layers import (
+    GroupNorm,
+    ResnetBlock,
+    linear,
+    timestep_embedding,
+)
+from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.remat import recomputed
 from contextdiff_jax.models.transformer import Attention, SpatialTransformer
 from contextdiff_jax.models.unet import UNet
@@ -110,14 +116,10 @@ class TemporalConv(nnx.Module):
         self,
         channels: int,
         num_groups: int,
-        *,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **policy: Any,
     ):
-        policy = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         rank = max(1, channels // RANK_DIVISOR)
-        self.norm = GroupNorm(channels, num_groups, dtype=dtype, param_dtype=param_dtype)
+        self.norm = GroupNorm(channels, num_groups, **policy)
         self.conv = linear(3 * channels, rank, **policy)
         self.out = linear(rank, channels, zero_init=True, **policy)
 
@@ -229,7 +231,8 @@ class VideoUNet(nnx.Module):
     """
 
     def __init__(self, unet: UNet, *, rngs: nnx.Rngs, remat: bool = False):
-        policy = dict(dtype=unet.dtype, param_dtype=jnp.float32, rngs=rngs)
+        precision = Precision(compute=unet.precision.compute)
+        policy = precision.policy(rngs)
         self.image = unet
         blocks = [
             *unet.down_blocks,
@@ -284,7 +287,7 @@ class VideoContext(nnx.Module):
     def __init__(self, network: RelationalNetwork, *, rngs: nnx.Rngs):
         self.image = network
         config = network.config
-        policy = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
+        policy = Precision().policy(rngs)
         mixes = not (config.network.is_zero or config.network.linear_in_x0)
         self.temporal = (
             TemporalAttention(config.width, config.num_heads, **policy) if mixes else None

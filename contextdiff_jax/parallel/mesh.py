@@ -153,8 +153,7 @@ def _arrange(devices: list, sizes: dict[str, int]) -> np.ndarray:
 
 def path_name(path: Sequence[Any]) -> str:
     """'unet/conv_in/kernel' of a pytree's path; the `.value` of an NNX variable has no name."""
-    names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    return "/".join(names[:-1] if len(names) > 1 and names[-1] == "value" else names)
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 def logical_axes(name: str) -> tuple[str | None, ...]:

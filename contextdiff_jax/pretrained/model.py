@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PyTree
 
+from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.pretrained.names import Rules
 
 # The fields by which a config.json says what the folder holds.
@@ -32,7 +33,7 @@ class Model:
       make_config: (config.json's values, the stored tensors' names) -> config.
       restore_config: the fields of a config -> config.
       to_json: module -> config.json's values.
-      build: (config, rngs=, dtype=, param_dtype=) -> module.
+      build: (config, rngs=, precision=) -> module.
       rules: config -> the name map's rules.
     """
 
@@ -65,6 +66,11 @@ class Options:
     shardings: Callable[[PyTree], PyTree] | None = None
     progress: Callable[[Collection], Iterable] = iter
 
+    @property
+    def precision(self) -> Precision:
+        """The module's, before its parameters are read."""
+        return Precision(params=self.param_dtype or jnp.float32, compute=self.dtype)
+
 
 def identity_problem(model: Model, values: Mapping[str, Any]) -> str | None:
     """Why config.json's `values` are not of `model`, or None."""
@@ -86,8 +92,8 @@ def abstract(model: Model, config: Any, options: Options) -> nnx.Module:
     """The module without arrays: the random initialisation of a large one would cost more than
     reading the file.
     """
-    policy = dict(dtype=options.dtype, param_dtype=options.param_dtype or jnp.float32)
-    return nnx.eval_shape(lambda: model.build(config, rngs=nnx.Rngs(0), **policy))
+    precision = options.precision
+    return nnx.eval_shape(lambda: model.build(config, rngs=nnx.Rngs(0), precision=precision))
 
 
 def shardings_of(module: nnx.Module, options: Options) -> PyTree | None:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -81,9 +80,10 @@ def load_unet(folder: str | Path, *, new_context_head: nnx.Rngs | None = None, *
             raise ValueError(
                 f"{folder}: has a context head already; new_context_head is for one without"
             )
-        policy = dict(dtype=options.dtype, param_dtype=options.param_dtype or jnp.float32)
         unet.config = dataclasses.replace(unet.config, context_head=True)
-        unet.context_head = nnx.data(ContextHead(unet.config, rngs=new_context_head, **policy))
+        unet.context_head = nnx.data(
+            ContextHead(unet.config, **options.precision.policy(new_context_head))
+        )
     return unet
 
 

@@ -268,9 +268,7 @@ def shape_differences(saved: PyTree, wanted: PyTree, limit: int = 3) -> str:
 
     def table(tree):
         return {
-            "/".join(
-                str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path
-            ): tuple(leaf.shape)
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
 

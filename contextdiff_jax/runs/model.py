@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.models.lora import add_lora, merge_lora
+from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.remat import configure
 from contextdiff_jax.parallel.mesh import gathered
 from contextdiff_jax.runtime.keys import make_key
@@ -16,13 +17,13 @@ from contextdiff_jax.settings import Settings
 
 def make_model(settings: Settings) -> ContextDiffusion:
     """The model with parameters drawn from `settings.seed`."""
-    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[settings.train.precision]
+    compute = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[settings.train.precision]
     model = ContextDiffusion.create(
         settings.text,
         settings.model,
         settings.context,
         rngs=nnx.Rngs(make_key(settings.seed)),
-        dtype=dtype,
+        precision=Precision(compute=compute),
     )
     configure(model, remat=settings.train.remat, attention=settings.train.attention)
     return model
@@ -40,9 +41,8 @@ def build_model(graph: nnx.GraphDef, params: PyTree, frozen: Frozen = Frozen()) 
     frozen networks; on a mesh (`tracing_for`) its parameters are gathered.
     """
     params = merge_lora(params)
-    dtype = nnx.merge(
-        graph, params
-    ).unet.dtype  # merged twice: updating in place would change the caller's variables
+    # Merged twice: updating in place would change the caller's variables.
+    dtype = nnx.merge(graph, params).unet.precision.compute
     return nnx.merge(graph, gathered(params, dtype)).attach(frozen)
 
 
