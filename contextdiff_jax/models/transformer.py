@@ -5,6 +5,8 @@ Names and precision as in `layers`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
