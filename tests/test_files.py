@@ -1,7 +1,11 @@
 """Files that are complete or absent."""
 
+import resource
+
+import numpy as np
 import pytest
 
+from contextdiff_jax.pretrained.stored import save_tensors
 from contextdiff_jax.runtime.files import read_lines, replacing
 
 WHOLE = b'{"step": 1}\n{"step": 2}\n'
@@ -47,3 +51,16 @@ def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match="No space left on device.*a.json"):
         with replacing(tmp_path / "a.json"), open("/dev/full", "w", buffering=1) as file:
             file.write("new\n")
+
+
+def test_weights_that_find_no_room_are_one_line_and_leave_the_old_ones(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_tensors({"x": np.ones(3)}, path)
+    old, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, limits[1]))  # bytes a file; as a full disk
+    try:
+        with pytest.raises(OSError, match="a.safetensors: can't be written .*File too large"):
+            save_tensors({"x": np.zeros(2**16)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == old

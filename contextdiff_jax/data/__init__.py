@@ -122,7 +122,7 @@ class DataConfig:
 
     @property
     def kind(self) -> Source:
-        """What its source is, and has. ValueError for an unknown one."""
+        """The kind of its source, which says what that has. ValueError for an unknown one."""
         check_choice("data.source", self.source, SOURCES)
         kind = SOURCES[self.source]
         return kind if isinstance(kind, Source) else Source(make=kind)

@@ -27,8 +27,8 @@ from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.models.pixels import to_unit
-from contextdiff_jax.pretrained.files import read_json
-from contextdiff_jax.runtime.files import replacing, write_json
+from contextdiff_jax.pretrained.files import read_json, save_tensors
+from contextdiff_jax.runtime.files import write_json
 from contextdiff_jax.runtime.keys import make_key
 
 # Of one record: an attribute's values; several where objects are.
@@ -246,8 +246,7 @@ def save_classifier(
         ".".join(map(str, path)): np.asarray(p[...])
         for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
-    with replacing(folder / WEIGHTS_FILE) as file:
-        safetensors.numpy.save_file(flat, file)
+    save_tensors(flat, folder / WEIGHTS_FILE)
     attributes = [dataclasses.asdict(a) for a in model.attributes]
     write_json(
         folder / REPORT_FILE, {"image_size": model.image_size, "attributes": attributes, **report}

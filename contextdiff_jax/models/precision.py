@@ -33,5 +33,5 @@ class Precision:
     output: DTypeLike = jnp.float32
 
     def policy(self, rngs: nnx.Rngs) -> Policy:
-        """What a layer is built with, under Flax's names."""
+        """The keywords that a layer is built with, under Flax's names."""
         return {"dtype": self.compute, "param_dtype": self.params, "rngs": rngs}

@@ -77,11 +77,17 @@ def open_tensors(path: Path) -> safetensors.safe_open:
 def save_tensors(
     tensors: Mapping[str, np.ndarray], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes one file; a file that is there is replaced only when the new one is complete."""
-    with replacing(path) as file:
-        safetensors.numpy.save_file(
-            dict(tensors), file, metadata={"format": "pt", **(metadata or {})}
-        )
+    """Writes one file; a file that is there is replaced only when the new one is complete.
+
+    Raises OSError, one line with the file, where it can't be written, as on a full disk.
+    """
+    try:
+        with replacing(path) as file:
+            safetensors.numpy.save_file(
+                dict(tensors), file, metadata={"format": "pt", **(metadata or {})}
+            )
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path}: can't be written ({error})") from None
 
 
 def read_object(path: Path, expected: str) -> dict[str, Any]:

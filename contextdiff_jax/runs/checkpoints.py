@@ -42,7 +42,7 @@ _REASONS = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, er
 
 
 class RunState(Protocol):
-    """What every kind of run's state has: a training's, an autoencoder's, a clip's."""
+    """The state of any kind of run: a training's, an autoencoder's, a clip's."""
 
     step: Int[Array, ""]
     params: PyTree

@@ -1,4 +1,4 @@
-"""What ends a command with one line for the person at the terminal."""
+"""The error that ends a command with one line for the person at the terminal."""
 
 from __future__ import annotations
 
