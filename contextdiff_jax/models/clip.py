@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from contextdiff_jax.models.config import no_type_check
 from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, convolve, linear
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.transformer import Attention
@@ -27,6 +28,7 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+@no_type_check
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _CLIPConfig:
     """The fields of both encoders. Raises ValueError, one line with field, value and what is
@@ -73,6 +75,7 @@ class _CLIPConfig:
         return {k: v for k, v in values.items() if v or k != "use_attention_mask"}
 
 
+@no_type_check
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig(_CLIPConfig):
     """transformers' `CLIPTextConfig`; the first and the padding token's ids are carried for
@@ -87,6 +90,7 @@ class CLIPTextConfig(_CLIPConfig):
     use_attention_mask: bool = False
 
 
+@no_type_check
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPVisionConfig(_CLIPConfig):
     """transformers' `CLIPVisionConfig`: square images and patches."""

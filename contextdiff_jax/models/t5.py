@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from contextdiff_jax.models.config import no_type_check
 from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, linear
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.transformer import Attention
@@ -32,6 +33,7 @@ _POSITIVE = (
 )
 
 
+@no_type_check
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config:
     """transformers' `T5Config`, the encoder's part. Raises ValueError with field, value and what is

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from contextdiff_jax.models.config import known_fields
+from contextdiff_jax.models.config import known_fields, no_type_check
 from contextdiff_jax.models.layers import ACTIVATIONS
 from contextdiff_jax.runtime.fields import check_choice
 
@@ -48,6 +48,7 @@ _OFF: dict[str, tuple] = {
 }
 
 
+@no_type_check
 @dataclasses.dataclass(frozen=True)
 class Level:
     """One resolution of the UNet, with every per-level option resolved."""
@@ -60,6 +61,7 @@ class Level:
     only_cross_attention: bool
 
 
+@no_type_check
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig:
     """diffusers' `UNet2DConditionModel` config (names and defaults) and `context_head`.

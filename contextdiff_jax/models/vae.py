@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from contextdiff_jax.models.config import known_fields
+from contextdiff_jax.models.config import known_fields, no_type_check
 from contextdiff_jax.models.layers import (
     ACTIVATIONS,
     Downsample,
@@ -40,6 +40,7 @@ _OVERLAP = 0.25  # of neighbouring tiles, as in diffusers
 _OFF: dict[str, tuple] = {"latents_mean": (None,), "latents_std": (None,)}
 
 
+@no_type_check
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAEConfig:
     """diffusers' `AutoencoderKL` config (names and defaults).
