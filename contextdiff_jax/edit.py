@@ -33,7 +33,7 @@ def main() -> None:
     """Parses, edits, prints the table."""
     config = cli.read_config()
     workdir = cli.output_folder("workdir", WORKDIR.value)
-    # Imported when the flags are known to be right: JAX takes seconds to start.
+    # Imported when the flags are known to be right: it takes seconds.
     from contextdiff_jax.editing import shapes_benchmark
     from contextdiff_jax.editing.pipeline import run_edit, table
     from contextdiff_jax.editing.settings import parse_edit

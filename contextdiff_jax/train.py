@@ -40,7 +40,7 @@ def main() -> None:
     config = cli.read_config()
     if not host.is_remote(WORKDIR.value or ""):
         cli.output_folder("workdir", WORKDIR.value)
-    # Imported when the flags are known to be right: JAX takes seconds to start.
+    # Imported when the flags are known to be right: it takes seconds.
     from etils import epath
 
     from contextdiff_jax.parallel import processes
