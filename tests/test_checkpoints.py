@@ -192,10 +192,10 @@ def test_a_run_of_before_a_field_goes_on_and_means_its_default(tmp_path):
     old = json.loads(json.dumps(config))
     del old["data"]["num_scenes"], old["model"]["act_fn"], old["latent"]
     (tmp_path / "config.json").write_text(json.dumps(old))
-    checkpoints.claim_workdir(tmp_path, config, write=False)
+    claim_workdir(tmp_path, config, write=False)
     config["data"]["num_scenes"] = 7
     with pytest.raises(ValueError, match=r"data.num_scenes is 100000 there and 7 here"):
-        checkpoints.claim_workdir(tmp_path, config)
+        claim_workdir(tmp_path, config)
 
 
 def test_an_unfinished_save_is_not_there(workdir):
