@@ -324,7 +324,10 @@ def test_the_folder_of_a_run_is_held_until_it_ends(tmp_path):
         with pytest.raises(ValueError, match=rf"process {os.getpid()} on \S+ is writing to it"):
             with workdir_room.held(tmp_path / "run"):
                 pass
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()  # nothing was written: as it was before
+    with workdir_room.held(tmp_path / "run"):
+        (tmp_path / "run" / "config.json").write_text("{}")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize(

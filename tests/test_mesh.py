@@ -95,7 +95,7 @@ def test_slices_lie_along_data_and_a_mesh_that_would_cut_them_is_refused():
     [
         (
             {"mesh.rules": {"headz": "tensor"}},
-            "mesh.rules.headz='tensor': unknown field; nearest: heads",
+            "mesh.rules='headz': unknown; one of batch, rows, width, heads",
         ),
         (
             {"mesh.rules": {"heads": "model"}},

@@ -324,7 +324,9 @@ def test_a_run_is_evaluated(finished):
 @pytest.mark.parametrize("every", [0, 5])
 def test_no_samples_are_made_where_none_are_asked_for(tmp_path, monkeypatch, every):
     made = []
-    monkeypatch.setattr(loop, "Generator", lambda *_, **__: lambda *_, **__: made.append(1))
+    pipeline = SimpleNamespace(text_to_image=lambda *_, **__: made.append(1))
+    pipeline.with_params = lambda params: pipeline
+    monkeypatch.setattr(loop, "of_run", lambda *_, **__: pipeline)
     settings = parse(config_dict(**{"train.sample_every": every}))
     reporter = loop.Reporter(settings, tmp_path, None, None, None)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')

@@ -9,6 +9,7 @@ import pytest
 from conftest import ONE_LEVEL, config_dict
 from flax import nnx
 
+from contextdiff_jax.models.contextdiff import Captions
 from contextdiff_jax.models.video import inflate
 from contextdiff_jax.runs.model import make_model
 from contextdiff_jax.settings import parse
@@ -49,7 +50,8 @@ def inputs(frames: int = F, size: tuple[int, int] = (8, 12)):
 def test_a_video_of_one_frame_is_the_picture_to_the_bit(estimate):
     image, video = networks(**{"context.estimate": estimate})
     x, t, text, mask = inputs(frames=1)
-    expected, actual = predict(image, x[:, 0], t, text, mask), predict(video, x, t, text, mask)
+    expected = predict(image, x[:, 0], t, Captions(text, mask))
+    actual = predict(video, x, t, text, mask)
     for theirs, ours in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
         assert np.std(theirs) > 0.1
         np.testing.assert_array_equal(ours[:, 0], theirs)
@@ -63,7 +65,8 @@ def test_equal_frames_are_denoised_as_the_picture_is():
     image, video = networks()
     x, t, text, mask = inputs(frames=1)
     actual = predict(video, jnp.repeat(x, F, axis=1), t, text, mask)
-    expected = np.repeat(np.asarray(predict(image, x[:, 0], t, text, mask))[:, None], F, axis=1)
+    picture = predict(image, x[:, 0], t, Captions(text, mask))
+    expected = np.repeat(np.asarray(picture)[:, None], F, axis=1)
     np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
 
 

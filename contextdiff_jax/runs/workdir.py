@@ -133,7 +133,7 @@ class _Lock:
     def __init__(self, workdir: pathlib.Path):
         self._workdir, self._path, self._file = workdir, workdir / LOCK, None
         self._mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
-        self._released = threading.Event()
+        self._released, self._is_new = threading.Event(), not workdir.exists()
 
     def __enter__(self) -> _Lock:
         try:
@@ -159,6 +159,9 @@ class _Lock:
             self._path.unlink()
         if self._file:
             self._file.close()
+        if self._is_new and not is_remote(self._workdir):
+            with contextlib.suppress(OSError):  # not empty: the run began
+                self._workdir.rmdir()
 
     def _flock(self) -> bool:
         """Takes the system's lock; False where the file system has none."""
