@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import pathlib
 import random
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import config_dict
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -319,7 +321,9 @@ def test_events_on_a_bad_disk_neither_hold_up_nor_end_a_run(
     assert caplog.text.count("no more events are written") == warned
 
 
-def test_the_folder_of_a_run_is_held_until_it_ends(tmp_path):
+@pytest.mark.parametrize("kind", [pathlib.Path, epath.Path])
+def test_the_folder_of_a_run_is_held_until_it_ends(kind, tmp_path):
+    tmp_path = kind(tmp_path)
     with workdir_room.held(tmp_path / "run"):
         with pytest.raises(ValueError, match=rf"process {os.getpid()} on \S+ is writing to it"):
             with workdir_room.held(tmp_path / "run"):

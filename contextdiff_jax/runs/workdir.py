@@ -161,7 +161,7 @@ class _Lock:
             self._file.close()
         if self._is_new and not is_remote(self._workdir):
             with contextlib.suppress(OSError):  # not empty: the run began
-                self._workdir.rmdir()
+                os.rmdir(self._workdir)
 
     def _flock(self) -> bool:
         """Takes the system's lock; False where the file system has none."""
