@@ -8,7 +8,7 @@ from ml_collections.config_dict import placeholder
 from contextdiff_jax.parallel.mesh import RULES
 from contextdiff_jax.settings import default_config
 
-# What differs from the defaults of the dataclasses in contextdiff_jax/settings.py. Those of `model`
+# What differs from the defaults of the dataclasses in contextdiff_jax/settings/. Those of `model`
 # are diffusers', so that a folder's config.json means the same here: a Stable Diffusion, where this
 # is a UNet of 2.5 M parameters on pixels.
 DIFFERENCES = {

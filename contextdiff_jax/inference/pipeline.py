@@ -238,7 +238,7 @@ class Pipeline:
         scale = max(options.guidance, self.opened.least_guidance)
         options = dataclasses.replace(options, guidance=scale)
         method = method_of(options, tile=request.tile, from_noise=from_noise)
-        texts, made = request.texts, []
+        texts, noise, made = request.texts, request.checked_noise(shape), []
         noise_key, sampler_key = jax.random.split(make_key(request.seed))
         width = min(request.batch_size, len(texts))
         starts = range(0, len(texts), width)
@@ -253,7 +253,7 @@ class Pipeline:
                 self.opened.weights,
                 np.asarray(jax.random.key_data(noise_key)),
                 np.arange(number, number + width),
-                _rows(request.checked_noise(shape), rows),
+                _rows(noise, rows),
                 self._text(request, rows),
                 steps,
                 np.float32(scale),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -55,7 +56,7 @@ class Request:
         if self.num < 1 or self.batch_size < 1:
             raise ValueError(f"num={self.num}, batch_size={self.batch_size}: must be at least 1")
 
-    @property
+    @functools.cached_property
     def texts(self) -> list[str]:
         """The caption of each picture."""
         return [prompt for prompt in self.prompts for _ in range(self.num)]
@@ -69,7 +70,7 @@ class Request:
             raise ValueError(f"noise: shape {tuple(self.noise.shape)}; must be {wanted}")
         return np.asarray(self.noise, np.float32)
 
-    @property
+    @functools.cached_property
     def negatives(self) -> list[str]:
         """The negative text of each picture, or the one for all."""
         if isinstance(self.negative, str | None):
