@@ -59,7 +59,7 @@ PLOT = cli.define_path("plot", "", "roofline: file for the plot, a PNG.")
 
 
 def _data(settings):
-    from contextdiff_jax.benchmarks.data import DataBenchmark, run
+    from contextdiff_jax.benchmarks.loading import DataBenchmark, run
 
     if len(SHAPE.value) != 2 or not all(side.isdecimal() and int(side) for side in SHAPE.value):
         raise ValueError(f"--shape={','.join(SHAPE.value)}: must be HEIGHT,WIDTH, as in 384,512")
@@ -77,7 +77,7 @@ def _data(settings):
 
 
 def _aot(settings):
-    from contextdiff_jax.benchmarks.aot import AotBenchmark, run
+    from contextdiff_jax.benchmarks.tpu.aot import AotBenchmark, run
 
     return run(
         settings,
@@ -99,7 +99,7 @@ def _speed(settings):
 
 
 def _roofline(settings):
-    from contextdiff_jax.benchmarks.roofline import RooflineBenchmark, run
+    from contextdiff_jax.benchmarks.tpu.roofline import RooflineBenchmark, run
 
     return run(
         settings,

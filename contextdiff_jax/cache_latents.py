@@ -29,7 +29,7 @@ def main() -> None:
 
     from contextdiff_jax.pretrained.finetuning import adopt
     from contextdiff_jax.settings import parse
-    from contextdiff_jax.training.latents import write_cache
+    from contextdiff_jax.training.latent_cache import write_cache
 
     cache, new = write_cache(
         parse(adopt(config)),

@@ -36,7 +36,7 @@ def main() -> None:
     import tqdm
 
     from contextdiff_jax.pretrained import conversion
-    from contextdiff_jax.pretrained.model import Options
+    from contextdiff_jax.pretrained.kinds import Options
     from contextdiff_jax.training import export
 
     # Nothing is computed: an accelerator's memory isn't needed.

@@ -35,7 +35,7 @@ def main() -> None:
     workdir = cli.output_folder("workdir", WORKDIR.value)
     # Imported when the flags are known to be right: it takes seconds.
     from contextdiff_jax.editing import shapes_benchmark
-    from contextdiff_jax.editing.pipeline import run_edit, table
+    from contextdiff_jax.editing.end_to_end import run_edit, table
     from contextdiff_jax.editing.settings import parse_edit
     from contextdiff_jax.runs.workdir import held
 

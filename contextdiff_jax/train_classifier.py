@@ -28,8 +28,8 @@ def main() -> None:
     config = cli.read_config()
     workdir = cli.output_folder("workdir", WORKDIR.value)
 
-    from contextdiff_jax.evaluation.classifier import WEIGHTS_FILE
-    from contextdiff_jax.evaluation.fit import fit_classifier
+    from contextdiff_jax.evaluation.fit_classifier import fit_classifier
+    from contextdiff_jax.evaluation.networks.classifier import WEIGHTS_FILE
     from contextdiff_jax.settings import parse
 
     settings = parse(config)

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from test_editing import edit_settings
 
 from contextdiff_jax.editing.inversion import invert
-from contextdiff_jax.editing.models import open_editor
 from contextdiff_jax.editing.tuning import trainable, tuning_loss
+from contextdiff_jax.editing.video_model import open_editor
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from contextdiff_jax.benchmarks import aot, hlo
+from contextdiff_jax.benchmarks.tpu import aot, hlo
 from contextdiff_jax.models import flash
 from contextdiff_jax.models.attention import attention
 from contextdiff_jax.models.contextdiff import Frozen

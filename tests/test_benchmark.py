@@ -7,9 +7,9 @@ import json
 import pytest
 from conftest import command
 
-from contextdiff_jax.benchmarks import data as data_benchmark
-from contextdiff_jax.benchmarks.data import DataBenchmark, Pipeline, run
-from contextdiff_jax.benchmarks.layouts import make_pictures, write_webdataset
+from contextdiff_jax.benchmarks import loading
+from contextdiff_jax.benchmarks.loading import DataBenchmark, Pipeline, run
+from contextdiff_jax.benchmarks.source_layouts import make_pictures, write_webdataset
 from contextdiff_jax.data import DataConfig
 
 SMALL = {"repeats": 1, "pictures": 16, "shape": (24, 32)}
@@ -35,12 +35,12 @@ def test_ratios_are_of_pairs_and_rows_of_medians(monkeypatch):
     """Ours takes 1, 2, 4 s and the peer 3, 2, 8: medians 2 and 3, paired ratios 3, 1, 2."""
     # Peer and ours take turns at the first place.
     clock = iter([0, 3, 0, 1, 0, 2, 0, 2, 0, 8, 0, 4])
-    monkeypatch.setattr(data_benchmark.time, "process_time", lambda: next(clock))
+    monkeypatch.setattr(loading.time, "process_time", lambda: next(clock))
     endless = iter(lambda: 0, 1)
     pipelines = [Pipeline("ours", endless, 0.0, "peer"), Pipeline("peer", endless, 0.0)]
-    seconds = data_benchmark._measure(pipelines, repeats=3, batches=1)
+    seconds = loading._measure(pipelines, repeats=3, batches=1)
     assert seconds == {"ours": [1, 2, 4], "peer": [3, 2, 8]}
-    row = data_benchmark._row(pipelines[0], seconds, 30, 8, 0)
+    row = loading._row(pipelines[0], seconds, 30, 8, 0)
     assert (
         row["seconds"] == 2
         and row["ratio"] == 2

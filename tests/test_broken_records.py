@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from contextdiff_jax.benchmarks.layouts import LAYOUTS, make_pictures
+from contextdiff_jax.benchmarks.source_layouts import LAYOUTS, make_pictures
 from contextdiff_jax.data import DataConfig, make_loader, make_source
 
 PICTURES = make_pictures(12, 24, 32)

@@ -13,7 +13,7 @@ import os
 import numpy as np
 import pytest
 
-from contextdiff_jax.benchmarks.layouts import make_pictures, write_folder, write_webdataset
+from contextdiff_jax.benchmarks.source_layouts import make_pictures, write_folder, write_webdataset
 from contextdiff_jax.data import (
     DataConfig,
     ShapesConfig,

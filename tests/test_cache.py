@@ -16,8 +16,8 @@ from flax import nnx
 from PIL import Image
 
 from contextdiff_jax.data import DataConfig, load_tokenizer, make_loader, make_source
-from contextdiff_jax.data.cached import CacheSource, claim_cache, read_cache
 from contextdiff_jax.data.identity import content_key
+from contextdiff_jax.data.latent_shards import CacheSource, claim_cache, read_cache
 from contextdiff_jax.evaluation.subject import splits
 from contextdiff_jax.models.vae import VAE, VAEConfig
 from contextdiff_jax.parallel.mesh import Feed, make_mesh
@@ -25,7 +25,7 @@ from contextdiff_jax.pretrained import save_vae
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.settings import parse
-from contextdiff_jax.training.latents import write_cache
+from contextdiff_jax.training.latent_cache import write_cache
 from contextdiff_jax.training.loop import null_caption, open_data
 from contextdiff_jax.training.state import init_state
 from contextdiff_jax.training.step import draw, loss_fn

@@ -7,8 +7,8 @@ import pytest
 from conftest import command
 
 from contextdiff_jax.data import DataConfig
-from contextdiff_jax.evaluation import classifier as c
 from contextdiff_jax.evaluation.features import extract
+from contextdiff_jax.evaluation.networks import classifier as c
 from contextdiff_jax.evaluation.subject import classifier_source, feature_fns, splits
 
 # Without LLVM's optimisations XLA:CPU (jaxlib 0.10.2) gives NaN for some gradients of this network;

@@ -15,7 +15,7 @@ from torch_models import clip_model, edit_config, randomised
 from torchmetrics.functional.multimodal.clip_score import clip_score as torchmetrics_clip_score
 
 from contextdiff_jax.evaluation import distances
-from contextdiff_jax.evaluation.clip import Preprocessing, load_clip
+from contextdiff_jax.evaluation.networks.clip import Preprocessing, load_clip
 
 CAPTIONS = [
     "a red d",

@@ -22,9 +22,9 @@ from contextdiff_jax.data.moving_shapes import (
 from contextdiff_jax.data.shapes import caption
 from contextdiff_jax.data.video import _step, read_clip, resize
 from contextdiff_jax.editing.output import save_frames, save_gif, save_mp4, strip
-from contextdiff_jax.evaluation import video as scores
+from contextdiff_jax.evaluation import edit_scores as scores
 from contextdiff_jax.evaluation.composition import check
-from contextdiff_jax.evaluation.moving_shapes import paired, score_edit
+from contextdiff_jax.evaluation.true_edits import paired, score_edit
 
 
 def film(frames: int = 6, height: int = 32, width: int = 48) -> np.ndarray:

@@ -25,7 +25,7 @@ from contextdiff_jax.pretrained import (
     load_vae,
     native,
 )
-from contextdiff_jax.pretrained.model import Options
+from contextdiff_jax.pretrained.kinds import Options
 
 CONFIG = dict(
     vocab_size=56, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2

@@ -14,7 +14,7 @@ from references import gaussian_kernel, mmd2
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from contextdiff_jax.evaluation import distances, intervals, video
+from contextdiff_jax.evaluation import distances, edit_scores, intervals
 from contextdiff_jax.evaluation.features import Moments, extract
 
 RTOL = 1e-9
@@ -306,6 +306,6 @@ def test_networks_and_means_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="infinite"):
         intervals.mean_interval([1.0, np.inf, np.nan])
     clip = np.zeros((1, 16, 16, 3), np.uint8)
-    for metric in (video.psnr, video.ssim):
+    for metric in (edit_scores.psnr, edit_scores.ssim):
         with pytest.raises(ValueError, match="not finite"):
             metric(np.where(clip == 0, np.nan, clip), clip)

@@ -20,10 +20,10 @@ from configs.edit_shapes import video_sections
 from contextdiff_jax.data.moving_shapes import frames_of, make_moving_shape
 from contextdiff_jax.data.video import read_clip
 from contextdiff_jax.editing import tuning
-from contextdiff_jax.editing.models import digest
+from contextdiff_jax.editing.end_to_end import remove_old, run_edit, table
 from contextdiff_jax.editing.output import save_frames
-from contextdiff_jax.editing.pipeline import remove_old, run_edit, table
 from contextdiff_jax.editing.settings import parse_edit
+from contextdiff_jax.editing.video_model import digest
 from contextdiff_jax.runs.workdir import claim_workdir
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.files import write_json

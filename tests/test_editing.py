@@ -18,11 +18,11 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion import Denoised
 from contextdiff_jax.editing.attention import Control, align, blend_mask, changed_words
 from contextdiff_jax.editing.denoise import window_weights, windowed
+from contextdiff_jax.editing.edits import sample_edits
 from contextdiff_jax.editing.inversion import edit_timesteps, invert, reconstruct
-from contextdiff_jax.editing.models import open_editor
-from contextdiff_jax.editing.sampling import sample_edits
 from contextdiff_jax.editing.settings import EditConfig, parse_edit
 from contextdiff_jax.editing.tuning import init_tuning, make_tuning_step, trainable
+from contextdiff_jax.editing.video_model import open_editor
 
 SCHEDULE = diffusion.make_schedule("cosine", 100)
 

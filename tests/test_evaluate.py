@@ -15,12 +15,13 @@ from PIL import Image
 from torch_models import clip_model
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.benchmarks.layouts import LAYOUTS, make_pictures
+from contextdiff_jax.benchmarks.source_layouts import LAYOUTS, make_pictures
 from contextdiff_jax.data import SOURCES, DataConfig, make_source
-from contextdiff_jax.evaluation import classifier, distances, metrics, report, subject
-from contextdiff_jax.evaluation.clip import load_clip
+from contextdiff_jax.evaluation import distances, metrics, report, subject
 from contextdiff_jax.evaluation.composition import composition, judge
 from contextdiff_jax.evaluation.intervals import Estimate
+from contextdiff_jax.evaluation.networks import classifier
+from contextdiff_jax.evaluation.networks.clip import load_clip
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.models.contextdiff import make_denoise
 from contextdiff_jax.runs import checkpoints

@@ -16,7 +16,7 @@ from scipy import stats
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import load_tokenizer, make_source
-from contextdiff_jax.experiments import results, toy, training
+from contextdiff_jax.experiments import results, toy, trained
 from contextdiff_jax.experiments.estimates import estimate_cell, measure
 from contextdiff_jax.experiments.finished import add_finished, read_finished
 from contextdiff_jax.experiments.oracle import OracleGenerator, scaled
@@ -353,9 +353,9 @@ def test_a_cell_whose_training_was_stopped_is_not_scored(monkeypatch, tmp_path):
     plan = Plan(
         title="t", about="a", kind="pictures", config=config, variants={"none": {}}, headline={}
     )
-    monkeypatch.setattr(training, "train", lambda *_: types.SimpleNamespace(step=1))
+    monkeypatch.setattr(trained, "train", lambda *_: types.SimpleNamespace(step=1))
     with pytest.raises(RunError, match="none-0: stopped while training"):
-        training.trained_params(plan.cell("none", 0), tmp_path)
+        trained.trained_params(plan.cell("none", 0), tmp_path)
 
 
 TINY_PLAN = """

@@ -5,7 +5,7 @@ import resource
 import numpy as np
 import pytest
 
-from contextdiff_jax.pretrained.stored import save_tensors
+from contextdiff_jax.pretrained.one_file import save_tensors
 from contextdiff_jax.runtime.files import read_lines, replacing
 
 WHOLE = b'{"step": 1}\n{"step": 2}\n'

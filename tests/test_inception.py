@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from flax import nnx
 from safetensors.torch import save_file
 
-from contextdiff_jax.evaluation.inception import WIDTH, load_inception, resize
+from contextdiff_jax.evaluation.networks.inception import WIDTH, load_inception, resize
 from contextdiff_jax.evaluation.subject import feature_fns
 
 

@@ -34,8 +34,8 @@ from contextdiff_jax.settings.autoencoder import parse_autoencoder
 from contextdiff_jax.training import loop
 from contextdiff_jax.training.autoencoder import train_autoencoder
 from contextdiff_jax.training.export import export_run
+from contextdiff_jax.training.first_state import first_state
 from contextdiff_jax.training.loop import train
-from contextdiff_jax.training.start import first_state
 from contextdiff_jax.training.state import init_state
 from contextdiff_jax.training.step import clean, draw, loss_fn
 

@@ -13,10 +13,10 @@ import torch
 from torch.nn import functional as F
 from torch_models import clip_model
 
-from contextdiff_jax.editing.pipeline import Edited, Judges, measure
-from contextdiff_jax.evaluation.clip import load_clip
-from contextdiff_jax.evaluation.lpips import load_lpips
-from contextdiff_jax.evaluation.video import make_pick_scorer
+from contextdiff_jax.editing.end_to_end import Edited, Judges, measure
+from contextdiff_jax.evaluation.edit_scores import make_pick_scorer
+from contextdiff_jax.evaluation.networks.clip import load_clip
+from contextdiff_jax.evaluation.networks.lpips import load_lpips
 
 # torchvision's AlexNet
 CONVOLUTIONS = [

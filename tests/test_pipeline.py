@@ -32,7 +32,7 @@ from transformers import CLIPTokenizer
 from contextdiff_jax.diffusion.samplers import SAMPLERS, ddim_sample
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained import conversion
-from contextdiff_jax.pretrained.model import Options
+from contextdiff_jax.pretrained.kinds import Options
 from contextdiff_jax.pretrained.pipeline import _corrected, load_pipeline
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.runtime.pictures import read_png_metadata

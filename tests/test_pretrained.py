@@ -278,7 +278,7 @@ import jax, numpy as np
 from flax import nnx
 from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh, state_shardings
 from contextdiff_jax.pretrained import conversion, load_clip_text
-from contextdiff_jax.pretrained.model import Options
+from contextdiff_jax.pretrained.kinds import Options
 source, target = map(pathlib.Path, sys.argv[1:])
 rule = functools.partial(state_shardings, make_mesh(MeshConfig(data=2, fsdp=4)))
 conversion.to_native(source, target, Options())

@@ -10,8 +10,9 @@ import pytest
 from conftest import config_dict
 from PIL import Image
 
-from contextdiff_jax.benchmarks import paired, roofline
-from contextdiff_jax.benchmarks.roofline import Part, RooflineBenchmark
+from contextdiff_jax.benchmarks import paired
+from contextdiff_jax.benchmarks.tpu import roofline
+from contextdiff_jax.benchmarks.tpu.roofline import Part, RooflineBenchmark
 from contextdiff_jax.settings import parse
 
 

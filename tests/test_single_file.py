@@ -21,9 +21,9 @@ from torch_models import clip_tokenizer, nchw, normal, randomised
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAEConfig
 from contextdiff_jax.pretrained import conversion, load_unet
-from contextdiff_jax.pretrained.files import FolderTensors, read_json
 from contextdiff_jax.pretrained.finetuning import adopt
-from contextdiff_jax.pretrained.model import Options
+from contextdiff_jax.pretrained.folder_files import FolderTensors, read_json
+from contextdiff_jax.pretrained.kinds import Options
 from contextdiff_jax.pretrained.pipeline import load_pipeline
 from contextdiff_jax.pretrained.scheduler import load_scheduler
 

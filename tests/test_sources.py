@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from contextdiff_jax.benchmarks.layouts import LAYOUTS, make_pictures
+from contextdiff_jax.benchmarks.source_layouts import LAYOUTS, make_pictures
 from contextdiff_jax.data import (
     DataConfig,
     WebDatasetConfig,
@@ -29,7 +29,7 @@ from contextdiff_jax.data import (
 )
 from contextdiff_jax.data import webdataset as webdataset_module
 from contextdiff_jax.data.decoding import UNDECODABLE, decode, open_picture, picture_size, shown
-from contextdiff_jax.data.kept import kept_array
+from contextdiff_jax.data.kept_arrays import kept_array
 from contextdiff_jax.data.records import captions_of
 
 PICTURES = make_pictures(30, 48, 64)

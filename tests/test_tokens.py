@@ -13,8 +13,8 @@ import pytest
 from torch_models import clip_tokenizer, edit_config, t5_encoder
 
 from contextdiff_jax.data import load_tokenizer, make_loader
+from contextdiff_jax.data.folder_tokenizer import max_length, read_folder
 from contextdiff_jax.data.shapes import ShapesConfig, ShapesSource
-from contextdiff_jax.data.tokens import max_length, read_folder
 from contextdiff_jax.runs.tokenizer import open_tokenizer
 from contextdiff_jax.runtime.keys import make_key
 

@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 
-from contextdiff_jax.evaluation import metrics, processes, subject
+from contextdiff_jax.evaluation import metrics, shares, subject
 from contextdiff_jax.evaluation.features import Moments
 from contextdiff_jax.settings import parse
 
@@ -39,17 +39,16 @@ def evaluate_share(workdir: pathlib.Path) -> dict:
     result = {name: metrics.METRICS[name](made).scores for name in names}
 
     rows = 1e6 + np.random.default_rng(0).normal(size=(101, 5))
-    own = processes.share(len(rows))
+    own = shares.share(len(rows))
     part = Moments.of(rows[own.start : own.stop])
-    parts = processes.gather(
+    parts = shares.gather(
         {"count": np.array(part.count), "mean": part.mean, "scatter": part.scatter}
     )
     whole = functools.reduce(
         Moments.merge, (Moments(int(p["count"]), p["mean"], p["scatter"]) for p in parts)
     )
     same = (
-        processes.gather_rows({"rows": rows[own.start : own.stop]})["rows"].tobytes()
-        == rows.tobytes()
+        shares.gather_rows({"rows": rows[own.start : own.stop]})["rows"].tobytes() == rows.tobytes()
     )
     return {
         "scores": result,

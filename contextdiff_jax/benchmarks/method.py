@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from contextdiff_jax.benchmarks.paired import Contestant
-from contextdiff_jax.benchmarks.steps import (
+from contextdiff_jax.benchmarks.measured import (
     TOLERANCES,
     Devices,
     Inputs,
@@ -24,6 +23,7 @@ from contextdiff_jax.benchmarks.steps import (
     compile_timed,
     randomised,
 )
+from contextdiff_jax.benchmarks.paired import Contestant
 from contextdiff_jax.inference.opening import process_of, run_steps
 from contextdiff_jax.inference.pipeline import method_of
 from contextdiff_jax.inference.sampling import Text, make_sample

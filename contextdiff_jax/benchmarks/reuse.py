@@ -11,7 +11,7 @@ import statistics
 import numpy as np
 
 from contextdiff_jax.benchmarks import paired
-from contextdiff_jax.benchmarks.data import Result
+from contextdiff_jax.benchmarks.loading import Result
 from contextdiff_jax.benchmarks.paired import Contestant
 from contextdiff_jax.inference import Pipeline
 from contextdiff_jax.runtime.tables import aligned

@@ -27,10 +27,8 @@ from jaxtyping import Array
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.benchmarks import paired
-from contextdiff_jax.benchmarks.data import Result
-from contextdiff_jax.benchmarks.method import WITH_CONTEXT, WITHOUT_CONTEXT, contestants_of_method
-from contextdiff_jax.benchmarks.paired import Contestant, Times
-from contextdiff_jax.benchmarks.steps import (
+from contextdiff_jax.benchmarks.loading import Result
+from contextdiff_jax.benchmarks.measured import (
     TOLERANCES,
     Devices,
     Inputs,
@@ -40,6 +38,8 @@ from contextdiff_jax.benchmarks.steps import (
     compile_timed,
     randomised,
 )
+from contextdiff_jax.benchmarks.method import WITH_CONTEXT, WITHOUT_CONTEXT, contestants_of_method
+from contextdiff_jax.benchmarks.paired import Contestant, Times
 from contextdiff_jax.diffusion.samplers import Denoised
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained.unet import unet_state_to_torch

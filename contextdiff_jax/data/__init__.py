@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from contextdiff_jax.data.buckets import check_buckets, derive_buckets
-from contextdiff_jax.data.cached import CacheSource, read_cache
 from contextdiff_jax.data.decoding import MAX_PIXELS
 from contextdiff_jax.data.folder import FolderConfig, FolderSource
+from contextdiff_jax.data.latent_shards import CacheSource, read_cache
 from contextdiff_jax.data.loader import Batch, Loader, RandomAccessSource, make_loader
 from contextdiff_jax.data.orders import Size
 from contextdiff_jax.data.records import PictureConfig, PictureSource, first_found

@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from contextdiff_jax.data.decoding import decode
-from contextdiff_jax.data.kept import digest, fingerprint
+from contextdiff_jax.data.kept_arrays import digest, fingerprint
+from contextdiff_jax.data.metadata import Fields, rows_of
 from contextdiff_jax.data.records import (
     BrokenRecords,
     Encoded,
@@ -29,7 +30,6 @@ from contextdiff_jax.data.records import (
     captions_of,
     find_files,
 )
-from contextdiff_jax.data.tables import Fields, rows_of
 
 _MAX_COMPARED = 100_000  # pictures whose sizes processes compare: a `stat` each takes its time
 

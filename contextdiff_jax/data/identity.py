@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from contextdiff_jax.data import DataConfig
-from contextdiff_jax.data.cached import CacheSource
 from contextdiff_jax.data.decoding import UNDECODABLE
+from contextdiff_jax.data.latent_shards import CacheSource
 from contextdiff_jax.data.loader import RandomAccessSource
 from contextdiff_jax.data.orders import Size
 from contextdiff_jax.data.records import PictureSource

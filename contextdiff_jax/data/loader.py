@@ -26,10 +26,10 @@ import numpy as np
 from absl import flags
 
 from contextdiff_jax.data.buckets import check_buckets, nearest_bucket
+from contextdiff_jax.data.folder_tokenizer import CutCaptions
 from contextdiff_jax.data.orders import BucketOrder, Order, PlainOrder, ShuffledEpochs, Size
 from contextdiff_jax.data.records import PictureSource
 from contextdiff_jax.data.tokenizer import Tokenizer
-from contextdiff_jax.data.tokens import CutCaptions
 
 Batch = dict[str, Any]
 # (record number, reason) of the records that turned out to be broken: from workers to the loader

@@ -30,7 +30,7 @@ from contextdiff_jax.data.decoding import (
     decode,
     picture_size,
 )
-from contextdiff_jax.data.kept import digest, kept_array
+from contextdiff_jax.data.kept_arrays import digest, kept_array
 from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.texts import check_text
 

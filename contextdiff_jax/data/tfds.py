@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from contextdiff_jax.data.kept import digest, fingerprint
+from contextdiff_jax.data.kept_arrays import digest, fingerprint
 from contextdiff_jax.data.records import (
     BrokenRecords,
     Encoded,

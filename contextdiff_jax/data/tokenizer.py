@@ -16,7 +16,7 @@ import tokenizers
 from jaxtyping import Bool, Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from contextdiff_jax.data import tokens
+from contextdiff_jax.data import folder_tokenizer
 from contextdiff_jax.runtime.texts import check_text
 
 PAD, BOS, EOS = 0, 1, 2
@@ -79,7 +79,7 @@ class Tokenizer:
             kept = [BOS, *encoding.ids[:room], EOS]
             row[: len(kept)] = kept
             fits = len(encoding.ids) <= room
-            lost.append("" if fits else tokens.from_word(text, encoding.offsets[room][0]))
+            lost.append("" if fits else folder_tokenizer.from_word(text, encoding.offsets[room][0]))
         return ids, ids != PAD, lost
 
     def decode(self, ids: Int32[np.ndarray, "B L"]) -> list[str]:
@@ -109,7 +109,7 @@ class FolderTokens:
         """ValueError if the folder holds none."""
         self._folder = str(folder)
         try:
-            self._tokenizer = tokens.read_folder(folder)
+            self._tokenizer = folder_tokenizer.read_folder(folder)
         except ValueError as error:
             raise ValueError(f"tokenizer={error}") from None
         self.kind = "t5" if type(self._tokenizer).__name__.startswith("T5") else "clip"
@@ -120,7 +120,7 @@ class FolderTokens:
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included."""
-        return tokens.num_ids(self._tokenizer)
+        return folder_tokenizer.num_ids(self._tokenizer)
 
     def encode(
         self, captions: Sequence[str], max_length: int
@@ -140,7 +140,7 @@ class FolderTokens:
         rows = self._tokenizer(
             captions, padding="max_length", max_length=max_length, truncation=True
         )
-        lost = list(map(tokens.cut_text, captions, rows.encodings))
+        lost = list(map(folder_tokenizer.cut_text, captions, rows.encodings))
         return np.array(rows.input_ids, np.int32), np.array(rows.attention_mask, bool), lost
 
 

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from contextdiff_jax.data.kept import digest, fingerprint, kept_array
+from contextdiff_jax.data.kept_arrays import digest, fingerprint, kept_array
 from contextdiff_jax.data.records import (
     BrokenRecords,
     Encoded,

@@ -106,7 +106,7 @@ class EditConfig:
       blend_threshold: share of the map's largest value. blend_range: when.
       attention_maps: write those of every word. clip, pickscore: CLIP's and PickScore's folders,
           for their metrics; lpips:
-        the file of its weights (evaluation/lpips.py).
+        the file of its weights (evaluation/networks/lpips.py).
     """
 
     steps: int = 50

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from contextdiff_jax.data.moving_shapes import EDITS, MovingShape, frames_of, make_moving_shape
 from contextdiff_jax.data.shapes import caption
 from contextdiff_jax.editing import output
+from contextdiff_jax.editing.end_to_end import Programs, edit_clip
 from contextdiff_jax.editing.inversion import edit_timesteps
-from contextdiff_jax.editing.models import open_editor
-from contextdiff_jax.editing.pipeline import Programs, edit_clip
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.editing.tuning import tune_quickly
-from contextdiff_jax.evaluation.moving_shapes import columns, paired, score_edit
-from contextdiff_jax.evaluation.video import psnr
+from contextdiff_jax.editing.video_model import open_editor
+from contextdiff_jax.evaluation.edit_scores import psnr
+from contextdiff_jax.evaluation.true_edits import columns, paired, score_edit
 from contextdiff_jax.runtime.files import write_json
 
 LOGGER = logging.getLogger(__name__)

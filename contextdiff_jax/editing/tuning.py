@@ -23,7 +23,7 @@ from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.processes import StopSignal
-from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runs.workdir import FREE_FIELDS as RUNS_FREE_FIELDS
 from contextdiff_jax.runs.workdir import claim_workdir

@@ -9,16 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from contextdiff_jax.data.tokens import warn_of_cut
+from contextdiff_jax.data.folder_tokenizer import warn_of_cut
 from contextdiff_jax.evaluation import bound as bounds
 from contextdiff_jax.evaluation import distances
 from contextdiff_jax.evaluation.branches import make_model_branches
-from contextdiff_jax.evaluation.classifier import Classifier, correct, read_labels
 from contextdiff_jax.evaluation.composition import is_main, judge
 from contextdiff_jax.evaluation.features import batches, check_finite
-from contextdiff_jax.evaluation.inception import Inception
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
-from contextdiff_jax.evaluation.processes import gather_rows, join
+from contextdiff_jax.evaluation.networks.classifier import Classifier, correct, read_labels
+from contextdiff_jax.evaluation.networks.inception import Inception
+from contextdiff_jax.evaluation.shares import gather_rows, join
 from contextdiff_jax.evaluation.subject import Evaluation
 from contextdiff_jax.runtime.keys import make_key
 

@@ -14,11 +14,11 @@ from jaxtyping import Float, PyTree, UInt8
 
 from contextdiff_jax.data import DataConfig, RandomAccessSource, Tokenizer, make_source
 from contextdiff_jax.data.identity import identity
-from contextdiff_jax.evaluation.classifier import Classifier, load_classifier
-from contextdiff_jax.evaluation.clip import Clip, load_clip
 from contextdiff_jax.evaluation.features import FeatureFn, extract, make_feature_fn
-from contextdiff_jax.evaluation.inception import Inception, load_inception, resize
-from contextdiff_jax.evaluation.processes import share
+from contextdiff_jax.evaluation.networks.classifier import Classifier, load_classifier
+from contextdiff_jax.evaluation.networks.clip import Clip, load_clip
+from contextdiff_jax.evaluation.networks.inception import Inception, load_inception, resize
+from contextdiff_jax.evaluation.shares import share
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.parallel.processes import agree
 from contextdiff_jax.settings import Settings

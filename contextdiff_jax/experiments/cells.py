@@ -16,17 +16,17 @@ from jaxtyping import Float, UInt8
 
 from contextdiff_jax.data import DataConfig
 from contextdiff_jax.evaluation import distances, metrics, subject
-from contextdiff_jax.evaluation.classifier import WEIGHTS_FILE, correct, read_labels
 from contextdiff_jax.evaluation.composition import is_main, judge
 from contextdiff_jax.evaluation.features import extract
-from contextdiff_jax.evaluation.fit import fit_classifier
+from contextdiff_jax.evaluation.fit_classifier import fit_classifier
+from contextdiff_jax.evaluation.networks.classifier import WEIGHTS_FILE, correct, read_labels
 from contextdiff_jax.evaluation.report import machine
 from contextdiff_jax.experiments.estimates import estimate_cell
 from contextdiff_jax.experiments.finished import add_finished
 from contextdiff_jax.experiments.oracle import OracleGenerator
 from contextdiff_jax.experiments.plan import VALIDATION_SCENES, Cell
 from contextdiff_jax.experiments.toy import toy_cell
-from contextdiff_jax.experiments.training import trained_params
+from contextdiff_jax.experiments.trained import trained_params
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.runs.model import model_graph
 from contextdiff_jax.runs.tokenizer import open_tokenizer

@@ -23,7 +23,7 @@ from contextdiff_jax.evaluation import subject
 from contextdiff_jax.evaluation.composition import judge
 from contextdiff_jax.experiments.oracle import OracleGenerator, scaled
 from contextdiff_jax.experiments.plan import VALIDATION_SCENES, Cell, load_plan
-from contextdiff_jax.experiments.training import trained_params
+from contextdiff_jax.experiments.trained import trained_params
 from contextdiff_jax.models.contextdiff import make_denoise
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.runs.model import model_graph

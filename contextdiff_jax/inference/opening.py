@@ -26,7 +26,7 @@ from contextdiff_jax.models.contextdiff import (
     FrozenTextPair,
 )
 from contextdiff_jax.parallel.mesh import local_mesh, replicated
-from contextdiff_jax.pretrained.files import exists
+from contextdiff_jax.pretrained.folder_files import exists
 from contextdiff_jax.pretrained.pipeline import INDEX_FILE, StableDiffusion, read_pipeline
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import build_model, model_graph

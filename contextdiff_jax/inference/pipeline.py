@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, PyTree, UInt8
 from tqdm import tqdm
 
-from contextdiff_jax.data.tokens import warn_of_cut
+from contextdiff_jax.data.folder_tokenizer import warn_of_cut
 from contextdiff_jax.diffusion.samplers import check_takes
 from contextdiff_jax.inference.programs import kept
 from contextdiff_jax.inference.request import Request

@@ -10,7 +10,7 @@ from typing import Any
 
 from contextdiff_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from contextdiff_jax.pretrained import folder as folders
-from contextdiff_jax.pretrained.model import Model, Options, common_dtype
+from contextdiff_jax.pretrained.kinds import Model, Options, common_dtype
 from contextdiff_jax.pretrained.names import Rules
 
 _WEIGHTS_FILE = "model.safetensors"
@@ -114,7 +114,7 @@ VISION = Model(
 def load_clip_text(folder: str | Path, **options) -> CLIPText:
     """CLIP's text encoder from a local folder (a pipeline's `text_encoder/`, or a whole CLIP's).
 
-    `options`: see `contextdiff_jax.pretrained.model.Options`.
+    `options`: see `contextdiff_jax.pretrained.kinds.Options`.
     """
     return folders.load(TEXT, folder, Options(**options))
 
@@ -129,7 +129,7 @@ def save_clip_text(module: CLIPText, folder: str | Path) -> None:
 def load_clip_vision(folder: str | Path, **options) -> CLIPVision:
     """CLIP's vision encoder from a local folder (a pipeline's `image_encoder/`, or a whole CLIP's).
 
-    `options`: see `contextdiff_jax.pretrained.model.Options`.
+    `options`: see `contextdiff_jax.pretrained.kinds.Options`.
     """
     return folders.load(VISION, folder, Options(**options))
 

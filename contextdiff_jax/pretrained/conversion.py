@@ -18,14 +18,14 @@ from flax import nnx
 
 from contextdiff_jax.pretrained import clip, native, t5, unet, vae
 from contextdiff_jax.pretrained import folder as folders
-from contextdiff_jax.pretrained.files import (
+from contextdiff_jax.pretrained.folder_files import (
     PICKLES,
     exists,
     read_json,
     refuse_pointers,
     tokenizer_folder,
 )
-from contextdiff_jax.pretrained.model import Model, Options, identity_problem
+from contextdiff_jax.pretrained.kinds import Model, Options, identity_problem
 from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE
 from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.files import write_json

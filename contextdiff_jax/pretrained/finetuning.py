@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from contextdiff_jax.data.tokens import max_length
+from contextdiff_jax.data.folder_tokenizer import max_length
 from contextdiff_jax.models.unet_config import UNetConfig
-from contextdiff_jax.pretrained.files import read_json, tokenizer_folder
 from contextdiff_jax.pretrained.folder import read_config
+from contextdiff_jax.pretrained.folder_files import read_json, tokenizer_folder
 from contextdiff_jax.pretrained.pipeline import CLASSES, INDEX_FILE
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import MODEL as UNET

@@ -11,8 +11,8 @@ from typing import Any
 from flax import nnx
 
 from contextdiff_jax.pretrained import native
-from contextdiff_jax.pretrained.files import FolderTensors, read_json, save_tensors
-from contextdiff_jax.pretrained.model import (
+from contextdiff_jax.pretrained.folder_files import FolderTensors, read_json, save_tensors
+from contextdiff_jax.pretrained.kinds import (
     Model,
     Options,
     abstract,

@@ -23,7 +23,7 @@ from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained import clip, unet
 from contextdiff_jax.pretrained.adapters import AdapterSettings
-from contextdiff_jax.pretrained.files import (
+from contextdiff_jax.pretrained.folder_files import (
     PICKLES,
     LazyTensor,
     open_tensors,

@@ -15,8 +15,8 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from contextdiff_jax.pretrained.files import read_json
-from contextdiff_jax.pretrained.model import Model, Options, abstract, shardings_of
+from contextdiff_jax.pretrained.folder_files import read_json
+from contextdiff_jax.pretrained.kinds import Model, Options, abstract, shardings_of
 from contextdiff_jax.runtime.files import write_json
 
 CONFIG_FILE = "config.json"

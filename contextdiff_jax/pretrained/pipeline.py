@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from contextdiff_jax.data.tokens import check_ids, cut_text, read_folder
+from contextdiff_jax.data.folder_tokenizer import check_ids, cut_text, read_folder
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.pretrained.clip import load_clip_text
-from contextdiff_jax.pretrained.files import exists, read_json, tokenizer_folder
 from contextdiff_jax.pretrained.folder import read_config
+from contextdiff_jax.pretrained.folder_files import exists, read_json, tokenizer_folder
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import load_unet
 from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
@@ -112,7 +112,7 @@ def read_pipeline(folder: str | Path, **options) -> StableDiffusion:
     `steps_offset` and `clip_sample`, the UNet's `sample_size`, the autoencoder's type
     (`force_upcast`).
 
-    `options` of all three networks: see `contextdiff_jax.pretrained.model.Options`.
+    `options` of all three networks: see `contextdiff_jax.pretrained.kinds.Options`.
 
     Raises ValueError, one line, for a folder of another pipeline, a part that is missing, damaged
     or doesn't fit.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from contextdiff_jax.diffusion import NoiseSchedule, make_schedule, spaced_timesteps
-from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.runtime.fields import check_choice
 
 CONFIG_FILE = "scheduler_config.json"

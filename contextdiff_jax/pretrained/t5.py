@@ -9,7 +9,7 @@ from typing import Any
 
 from contextdiff_jax.models.t5 import T5Config, T5Encoder
 from contextdiff_jax.pretrained import folder as folders
-from contextdiff_jax.pretrained.model import Model, Options, common_dtype
+from contextdiff_jax.pretrained.kinds import Model, Options, common_dtype
 from contextdiff_jax.pretrained.names import Rules
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from contextdiff_jax.models.unet import ContextHead, UNet
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained import folder as folders
-from contextdiff_jax.pretrained.model import Model, Options
+from contextdiff_jax.pretrained.kinds import Model, Options
 from contextdiff_jax.pretrained.names import Rules, state_from_torch, state_to_torch
 
 CLASS = "UNet2DConditionModel"
@@ -70,7 +70,7 @@ def load_unet(folder: str | Path, *, new_context_head: nnx.Rngs | None = None, *
       folder: config.json and safetensors, or ours.
       new_context_head: adds a context head, freshly initialised (it outputs 0), to a network
           without one.
-      options: see `contextdiff_jax.pretrained.model.Options`: dtype, param_dtype, shardings,
+      options: see `contextdiff_jax.pretrained.kinds.Options`: dtype, param_dtype, shardings,
           progress.
     """
     options = Options(**options)

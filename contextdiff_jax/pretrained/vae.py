@@ -6,7 +6,7 @@ from pathlib import Path
 
 from contextdiff_jax.models.vae import VAE, VAEConfig
 from contextdiff_jax.pretrained import folder as folders
-from contextdiff_jax.pretrained.model import Model, Options
+from contextdiff_jax.pretrained.kinds import Model, Options
 from contextdiff_jax.pretrained.names import Rules
 
 CLASS = "AutoencoderKL"
@@ -40,7 +40,7 @@ MODEL = Model(
 
 def load_vae(folder: str | Path, **options) -> VAE:
     """A VAE from a local folder (a pipeline's `vae/`); `options`: see
-    `contextdiff_jax.pretrained.model.Options`.
+    `contextdiff_jax.pretrained.kinds.Options`.
     """
     return folders.load(MODEL, folder, Options(**options))
 

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from contextdiff_jax.models.contextdiff import Frozen, FrozenT5, FrozenText, FrozenVision
 from contextdiff_jax.pretrained import load_clip_text, load_clip_vision, load_t5, load_vae
-from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.settings import Settings
 
 

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.models.lora import merge_lora
 from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
-from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runs.model import init_params
 from contextdiff_jax.runs.tokenizer import open_tokenizer

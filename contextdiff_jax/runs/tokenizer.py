@@ -8,7 +8,7 @@ from contextdiff_jax.data import Tokenizer, load_tokenizer
 from contextdiff_jax.data.tokenizer import FolderTokens
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.clip import TEXT
-from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.pretrained.t5 import MODEL as T5
 from contextdiff_jax.settings import Settings
 

@@ -27,7 +27,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from contextdiff_jax.parallel.processes import is_first
-from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.runtime.fields import defaults
 from contextdiff_jax.runtime.files import write_json
 from contextdiff_jax.runtime.host import is_remote

@@ -25,8 +25,8 @@ from contextdiff_jax.models.text import TextConfig
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAEConfig
 from contextdiff_jax.parallel.mesh import MeshConfig
-from contextdiff_jax.pretrained.files import read_json
 from contextdiff_jax.pretrained.folder import read_config
+from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
 from contextdiff_jax.runtime.fields import (
     check_at_least,

@@ -25,7 +25,7 @@ from contextdiff_jax.models.lora import lora_layers
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.conversion import complete_or_absent, copy_folder
-from contextdiff_jax.pretrained.files import FolderTensors, read_json, save_tensors
+from contextdiff_jax.pretrained.folder_files import FolderTensors, read_json, save_tensors
 from contextdiff_jax.pretrained.lora import LoraLayer, save_lora
 from contextdiff_jax.pretrained.names import name_map
 from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE

@@ -43,9 +43,9 @@ from contextdiff_jax.runs.workdir import claim_workdir
 from contextdiff_jax.runtime import host, pictures
 from contextdiff_jax.runtime.files import replacing
 from contextdiff_jax.settings import Settings
+from contextdiff_jax.training.first_state import first_state
 from contextdiff_jax.training.log import MetricsLog, averages, speed
 from contextdiff_jax.training.nonfinite import FiniteGuard
-from contextdiff_jax.training.start import first_state
 from contextdiff_jax.training.state import (
     TrainState,
     init_state,

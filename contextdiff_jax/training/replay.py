@@ -13,7 +13,7 @@ import optax
 from jaxtyping import PyTree
 
 from contextdiff_jax.parallel.mesh import make_mesh, path_name, state_shardings
-from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import build_model, model_graph

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from contextdiff_jax.data import Tokenizer
-from contextdiff_jax.data.tokens import warn_of_cut
+from contextdiff_jax.data.folder_tokenizer import warn_of_cut
 from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
@@ -23,7 +23,7 @@ from contextdiff_jax.models.contextdiff import ContextDiffusion, FrozenText
 from contextdiff_jax.models.pixels import to_uint8, to_unit
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.models.video import VideoDiffusion, inflate
-from contextdiff_jax.pretrained.files import exists
+from contextdiff_jax.pretrained.folder_files import exists
 from contextdiff_jax.pretrained.pipeline import INDEX_FILE, read_pipeline
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import build_model, make_model, model_graph

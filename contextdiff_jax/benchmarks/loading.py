@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from contextdiff_jax.benchmarks.layouts import LAYOUTS, make_pictures
+from contextdiff_jax.benchmarks.source_layouts import LAYOUTS, make_pictures
 from contextdiff_jax.data import (
     DataConfig,
     PictureSource,

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from contextdiff_jax.pretrained import single
-from contextdiff_jax.pretrained.stored import (
+from contextdiff_jax.pretrained import single_file
+from contextdiff_jax.pretrained.one_file import (
     PICKLES,
     ChangedTensor,
     LazyTensor,
@@ -44,9 +44,9 @@ class FolderTensors(Mapping):
 
     def __init__(self, folder: Path, file_name: str):
         self._tensors: Mapping[str, LazyTensor | ChangedTensor] = {}
-        found = single.split(folder)
+        found = single_file.split(folder)
         if found is not None:
-            self.source, self._tensors = folder, single.tensors(*found)
+            self.source, self._tensors = folder, single_file.tensors(*found)
             return
         shards = _shards(folder, file_name)
         self.source = shards[0][0] if len(shards) == 1 else folder
@@ -72,9 +72,9 @@ class FolderTensors(Mapping):
 
 def read_json(path: Path, expected: str) -> dict[str, Any]:
     """A JSON object; ValueError, with what was `expected`, if there is none."""
-    found = single.split(path)
+    found = single_file.split(path)
     if found is not None:
-        return single.values(*found)
+        return single_file.values(*found)
     for parent in path.parents:
         if parent.is_file():
             pickle = any(parent.match(pattern) for pattern in PICKLES)
@@ -88,15 +88,15 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
 
 def exists(path: Path) -> bool:
     """Whether there is such a file or folder, also inside a single-file checkpoint."""
-    found = single.split(path)
-    return path.exists() if found is None else single.has(*found)
+    found = single_file.split(path)
+    return path.exists() if found is None else single_file.has(*found)
 
 
 def tokenizer_folder(folder: Path) -> Path:
     """`folder`, or for the tokenizer of a single-file checkpoint, which holds none, the folder of
     that name beside it. ValueError says so if it isn't there.
     """
-    found = single.split(folder)
+    found = single_file.split(folder)
     if found is None:
         return folder
     file, name = found

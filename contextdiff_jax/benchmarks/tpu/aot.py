@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from contextdiff_jax.benchmarks import hlo
-from contextdiff_jax.benchmarks.data import Result
+from contextdiff_jax.benchmarks.loading import Result
+from contextdiff_jax.benchmarks.tpu import hlo
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.inference.pipeline import method_of
 from contextdiff_jax.inference.sampling import Text

@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from contextdiff_jax.data.tokens import cut_text, num_ids, read_folder, warn_of_cut
+from contextdiff_jax.data.folder_tokenizer import cut_text, num_ids, read_folder, warn_of_cut
 from contextdiff_jax.evaluation.features import FeatureFn, extract, make_feature_fn
 from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 from contextdiff_jax.pretrained import load_clip_text, load_clip_vision
-from contextdiff_jax.pretrained.files import read_json
+from contextdiff_jax.pretrained.folder_files import read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.models.pixels import to_unit
-from contextdiff_jax.pretrained.files import read_json, save_tensors
+from contextdiff_jax.pretrained.folder_files import read_json, save_tensors
 from contextdiff_jax.runtime.files import write_json
 from contextdiff_jax.runtime.keys import make_key
 

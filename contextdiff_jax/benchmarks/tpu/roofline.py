@@ -26,9 +26,10 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from matplotlib.figure import Figure
 
-from contextdiff_jax.benchmarks import aot, hlo, paired
-from contextdiff_jax.benchmarks.data import Result
+from contextdiff_jax.benchmarks import paired
+from contextdiff_jax.benchmarks.loading import Result
 from contextdiff_jax.benchmarks.paired import Contestant
+from contextdiff_jax.benchmarks.tpu import aot, hlo
 from contextdiff_jax.parallel.chips import CHIPS
 from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh, replicated, tracing_for
 from contextdiff_jax.runs.model import make_model

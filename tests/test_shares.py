@@ -12,16 +12,17 @@ from conftest import ROOT, config_dict
 from flax import nnx
 from two_processes import evaluate_share
 
-from contextdiff_jax.evaluation import classifier, metrics, processes, subject
+from contextdiff_jax.evaluation import metrics, shares, subject
+from contextdiff_jax.evaluation.networks import classifier
 from contextdiff_jax.settings import parse
 
 
 def test_shares_are_a_partition_in_order_of_almost_equal_sizes():
     for size, count in ((7, 1), (7, 3), (2, 4), (0, 2), (1000, 64)):
-        shares = [processes.share(size, index, count) for index in range(count)]
-        assert [i for part in shares for i in part] == list(range(size))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert processes.share(9) == range(9)  # of one process
+        parts = [shares.share(size, index, count) for index in range(count)]
+        assert [i for part in parts for i in part] == list(range(size))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert shares.share(9) == range(9)  # of one process
 
 
 def test_a_name_that_a_part_lacks_is_nan_there():
@@ -29,7 +30,7 @@ def test_a_name_that_a_part_lacks_is_nan_there():
         {"exact": np.array([1.0, 0.0]), "relation": np.array([1.0, np.nan])},
         {"exact": np.array([1.0])},
     ]
-    joined = processes.join(parts)
+    joined = shares.join(parts)
     np.testing.assert_array_equal(joined["exact"], [1, 0, 1])
     np.testing.assert_array_equal(joined["relation"], [1, np.nan, np.nan])
 

@@ -56,8 +56,8 @@ def load_lpips(path: str | pathlib.Path, height: int, width: int) -> Distance:
         )
     if not path.is_file():
         raise ValueError(
-            f"edit.lpips={path}: no such file; contextdiff_jax/evaluation/lpips.py says how it is "
-            "made"
+            f"edit.lpips={path}: no such file; contextdiff_jax/evaluation/networks/lpips.py says "
+            "how it is made"
         )
     try:
         tensors = safetensors.numpy.load_file(path)

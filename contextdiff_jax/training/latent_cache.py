@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.data import RandomAccessSource, Tokenizer, make_source
-from contextdiff_jax.data.cached import Cache, claim_cache, encode_record, write_shard
+from contextdiff_jax.data.folder_tokenizer import CutCaptions
 from contextdiff_jax.data.identity import content_key, identity
-from contextdiff_jax.data.tokens import CutCaptions
+from contextdiff_jax.data.latent_shards import Cache, claim_cache, encode_record, write_shard
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.processes import agree

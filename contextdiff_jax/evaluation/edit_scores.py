@@ -10,8 +10,8 @@ import safetensors
 from jaxtyping import Bool, Float, UInt8
 from scipy import ndimage
 
-from contextdiff_jax.evaluation.clip import load_clip
 from contextdiff_jax.evaluation.distances import clip_score, cosines
+from contextdiff_jax.evaluation.networks.clip import load_clip
 
 Clip = UInt8[np.ndarray, "F H W 3"]
 Inside = Bool[np.ndarray, "F H W"]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from contextdiff_jax.pretrained.ldm import diffusers_name, open_clip_name, vae_name
-from contextdiff_jax.pretrained.stored import (
+from contextdiff_jax.pretrained.one_file import (
     ChangedTensor,
     LazyTensor,
     open_tensors,

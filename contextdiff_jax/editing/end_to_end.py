@@ -22,13 +22,13 @@ from contextdiff_jax.data.video import read_clip
 from contextdiff_jax.editing import output
 from contextdiff_jax.editing.attention import align, blend_mask
 from contextdiff_jax.editing.denoise import first_row
+from contextdiff_jax.editing.edits import sample_edits
 from contextdiff_jax.editing.inversion import edit_timesteps, invert, reconstruct
-from contextdiff_jax.editing.models import Editor, digest, open_editor
-from contextdiff_jax.editing.sampling import sample_edits
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.editing.tuning import TUNED_ON, check_workdir, tune
-from contextdiff_jax.evaluation import video as scores
-from contextdiff_jax.evaluation.lpips import Distance, load_lpips
+from contextdiff_jax.editing.video_model import Editor, digest, open_editor
+from contextdiff_jax.evaluation import edit_scores as scores
+from contextdiff_jax.evaluation.networks.lpips import Distance, load_lpips
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.mesh import make_mesh
 from contextdiff_jax.runs import checkpoints

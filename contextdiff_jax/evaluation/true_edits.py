@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from contextdiff_jax.data.moving_shapes import MovingShape, frames_of, mask_of
 from contextdiff_jax.data.shapes import Object
 from contextdiff_jax.evaluation.composition import CENTRE_TOLERANCE, find_objects
-from contextdiff_jax.evaluation.video import psnr
+from contextdiff_jax.evaluation.edit_scores import psnr
 
 Clip = UInt8[np.ndarray, "F S S 3"]
 KEPT = {"colour": ("shape", "size"), "shape": ("colour", "size")}

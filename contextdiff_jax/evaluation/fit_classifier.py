@@ -10,9 +10,9 @@ import pathlib
 import numpy as np
 
 from contextdiff_jax.data import DataConfig
-from contextdiff_jax.evaluation import classifier
 from contextdiff_jax.evaluation.features import extract
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
+from contextdiff_jax.evaluation.networks import classifier
 from contextdiff_jax.evaluation.subject import classifier_source, feature_fns
 
 

@@ -1,0 +1,1 @@
+"""Networks that metrics look through: Inception, LPIPS, CLIP, a classifier of the data set."""
