@@ -22,7 +22,8 @@ from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.pictures import read_png_metadata
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training import loop
-from contextdiff_jax.training.loop import count_flops, null_caption, train
+from contextdiff_jax.training.compilation import count_flops
+from contextdiff_jax.training.loop import null_caption, train
 from contextdiff_jax.training.replay import replay
 from contextdiff_jax.training.state import init_state
 from contextdiff_jax.training.step import draw, loss_fn, make_train_step

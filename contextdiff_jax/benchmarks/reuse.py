@@ -15,7 +15,7 @@ from contextdiff_jax.benchmarks.loading import Result
 from contextdiff_jax.benchmarks.paired import Contestant
 from contextdiff_jax.inference import Pipeline
 from contextdiff_jax.runtime.tables import aligned
-from contextdiff_jax.training.loop import default_prompts
+from contextdiff_jax.training.reporter import default_prompts
 
 # (steps, reuse); the first is the one that the others are compared with.
 VARIANTS = ((60, 1), (60, 2), (60, 3), (60, 5), (40, 1), (30, 1), (20, 1))

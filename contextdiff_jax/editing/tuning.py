@@ -8,21 +8,21 @@ import dataclasses
 import logging
 import pathlib
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
-from tqdm import tqdm
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.editing.denoise import Process, Text
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.models.video import VideoDiffusion
-from contextdiff_jax.parallel.processes import StopSignal
+from contextdiff_jax.parallel.processes import PeerWatch
 from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runs.workdir import FREE_FIELDS as RUNS_FREE_FIELDS
@@ -30,8 +30,9 @@ from contextdiff_jax.runs.workdir import claim_workdir
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import TrainConfig
-from contextdiff_jax.training.log import MetricsLog
-from contextdiff_jax.training.state import make_optimizer, moving_average
+from contextdiff_jax.training.objective import drop, errors
+from contextdiff_jax.training.run_steps import Task, run_steps
+from contextdiff_jax.training.state import apply_gradients, make_optimizer
 
 LOGGER = logging.getLogger(__name__)
 # What a workdir's tuning does not depend on: other edits of the same clip go on from it.
@@ -110,18 +111,18 @@ def tuning_loss(
     dropped = jax.random.bernoulli(keys["dropout"], train.caption_dropout, (B,))
     tokens, mask = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape[1:])), text)
     r = model.context(x0, tokens, mask, t)
-    x_t = diffusion.q_sample(process.schedule, x0, r, t, noise, process.shift)
-    read = jax.tree.map(
-        lambda full, empty: jnp.where(dropped.reshape(B, *[1] * (full.ndim - 1)), empty, full),
-        Text(tokens, mask),
-        null,
+    read = drop(dropped, null, Text(tokens, mask))
+    error, context_error = errors(
+        lambda x_t, t: model.predict(x_t, t, *read),
+        process.schedule,
+        x0,
+        r,
+        t,
+        noise,
+        process.prediction_type,
+        process.shift,
     )
-    output, head_loss = model.predict(x_t, t, *read), 0.0
-    if model.unet.context_head is not None:
-        output, r_hat = output
-        head_loss = jnp.mean((r_hat - jax.lax.stop_gradient(r)) ** 2)
-    target = diffusion.training_target(process.schedule, x0, x_t, t, process.prediction_type)
-    return jnp.mean((output - target) ** 2) + head_loss
+    return error.mean() + context_error
 
 
 def make_tuning_step(
@@ -130,7 +131,6 @@ def make_tuning_step(
     """`step(state, frozen, x0, text, null) -> (state, loss)`, to be jitted. Where the loss or the
     gradient is not finite the state comes back as it was.
     """
-    optimizer = make_optimizer(train)
 
     def step(
         state: TuneState, frozen: PyTree, x0: Array, text: Text, null: Text
@@ -143,9 +143,9 @@ def make_tuning_step(
             )
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = moving_average(params, state.ema, state.step, train.ema_decay)
+        params, ema, opt_state = apply_gradients(
+            train, grads, state.params, state.ema, state.opt_state, state.step
+        )
         new = TuneState(state.step + 1, params, ema, opt_state, state.key)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), jnp.where(
@@ -202,6 +202,31 @@ def tune_quickly(
     return nnx.merge(graph, run("tuning", steps, params, frozen, x0, text, null), frozen)
 
 
+class Tuning(Task[TuneState]):
+    """The tuning on one clip, for `run_steps`."""
+
+    batch_size = 1
+
+    def __init__(
+        self,
+        step: Callable[[TuneState], tuple[TuneState, Array]],
+        gain: Callable[[PyTree], Float[ArrayLike, ""]],
+    ):
+        self._step, self._gain, self._loss = step, gain, None
+
+    def advance(self, state: TuneState, step: int, watch: PeerWatch) -> TuneState:
+        state, self._loss = self._step(state)
+        return state
+
+    def check(self, state: TuneState) -> None:
+        if not np.isfinite(self._loss):
+            raise RunError("the loss is not finite; lower train.learning_rate and run again")
+
+    def summary(self, state: TuneState, step: int) -> tuple[dict[str, float], TuneState]:
+        gain = float(self._gain(state.params))
+        return {"loss": float(self._loss), "context_gain": gain}, state
+
+
 def tune(
     model: VideoDiffusion,
     process: Process,
@@ -234,28 +259,11 @@ def tune(
     step_fn = jax.jit(
         make_tuning_step(graph, process, train, settings.video.window), donate_argnums=0
     )
-    log = MetricsLog(workdir, first)
-    # Afterwards nothing is left to be saved: what follows may be ended at once.
-    with closing(StopSignal()) as stop, closing(log), checkpoints.closing(manager, workdir):
-        steps = range(first + 1, train.steps + 1)
-        bar = tqdm(steps, initial=first, total=train.steps, desc="tuning", disable=None)
-        for step in bar:
-            state, loss = step_fn(state, frozen, x0, text, null)
-            last = step == train.steps or stop(step)
-            if step % train.log_every == 0 or last:
-                value = float(loss)
-                if value != value:
-                    raise RunError(
-                        f"step {step}: the loss is not finite; lower train.learning_rate and run "
-                        "again"
-                    )
-                bar.set_postfix(loss=f"{value:.4g}")
-                gain = nnx.merge(graph, state.params, frozen).context.gain
-                log.write(step, {"loss": value, "context_gain": float(gain)})
-            if step % train.checkpoint_every == 0 or last:
-                checkpoints.save(manager, state, {})
-            if last:
-                break
+    task = Tuning(
+        lambda state: step_fn(state, frozen, x0, text, null),
+        lambda params: nnx.merge(graph, params, frozen).context.gain,
+    )
+    state = run_steps(task, state, train, workdir, manager, label="tuning")
     if int(state.step) < train.steps:
         raise RunError(f"stopped at step {int(state.step)} of {train.steps}; run again to go on")
     return nnx.merge(graph, state.ema, frozen)

@@ -10,6 +10,7 @@ scaling factor 1 / std(z).
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pathlib
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ from contextdiff_jax.data.identity import identity, shared_settings
 from contextdiff_jax.models.pixels import to_uint8, to_unit
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
-from contextdiff_jax.parallel.processes import StopSignal, agree
+from contextdiff_jax.parallel.processes import PeerWatch, agree
 from contextdiff_jax.pretrained import save_vae
 from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runs.workdir import claim_workdir
@@ -38,9 +39,14 @@ from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.files import write_json
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings.autoencoder import AutoencoderLoss, AutoencoderSettings
-from contextdiff_jax.training.log import MetricsLog
 from contextdiff_jax.training.loop import to_devices
-from contextdiff_jax.training.state import TrainState, make_optimizer, moving_average
+from contextdiff_jax.training.run_steps import Task, run_steps
+from contextdiff_jax.training.state import (
+    TrainState,
+    apply_gradients,
+    make_optimizer,
+    with_empty_metrics,
+)
 
 LOGGER = logging.getLogger(__name__)
 METRICS = ("count", "loss", "l1", "l2", "kl", "grad_norm")
@@ -83,7 +89,7 @@ def make_vae_step(
     """`step(state, batch) -> state`, pure; metrics are summed in the state. To be jitted, state
     donated.
     """
-    graph, optimizer = _graph(settings), make_optimizer(settings.train)
+    graph = _graph(settings)
 
     def step(state: TrainState, batch: Mapping[str, Array]) -> TrainState:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -91,8 +97,9 @@ def make_vae_step(
             lambda params: loss_fn(nnx.merge(graph, params), batch["image"], key, settings.loss),
             has_aux=True,
         )(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, ema, opt_state = apply_gradients(
+            settings.train, grads, state.params, state.ema, state.opt_state, state.step
+        )
         metrics = {
             "count": jnp.ones(()),
             "loss": loss,
@@ -101,13 +108,46 @@ def make_vae_step(
         return TrainState(
             state.step + 1,
             params,
-            moving_average(params, state.ema, state.step, settings.train.ema_decay),
+            ema,
             opt_state,
             state.key,
             jax.tree.map(jnp.add, state.metric_sums, metrics),
         )
 
     return step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderTraining(Task[TrainState]):
+    """The training of an autoencoder, for `run_steps`."""
+
+    batch_size: int
+    step: Callable[[TrainState, Mapping[str, Array]], TrainState]
+    loader: Loader
+    feed: Feed
+    shardings: TrainState
+
+    def advance(self, state: TrainState, step: int, watch: PeerWatch) -> TrainState:
+        watch(f"reading the batch of step {step}")
+        batch = to_devices({"image": next(self.loader)["image"]}, self.feed)
+        watch(f"in step {step}")
+        return self.step(state, batch)
+
+    def check(self, state: TrainState) -> None:
+        # Sums remember any step since the last summary.
+        if not np.isfinite(list(jax.device_get(state.metric_sums).values())).all():
+            raise RunError(
+                f"step {int(state.step)}: the loss is not finite; lower train.learning_rate and "
+                "run again"
+            )
+
+    def summary(self, state: TrainState, step: int) -> tuple[dict[str, float], TrainState]:
+        sums = jax.device_get(state.metric_sums)
+        values = {name: float(sums[name] / sums["count"]) for name in METRICS if name != "count"}
+        return values, with_empty_metrics(state, self.shardings)
+
+    def data_state(self) -> dict[str, Any]:
+        return self.loader.get_state()
 
 
 def train_autoencoder(
@@ -134,36 +174,11 @@ def train_autoencoder(
         in_shardings=(shardings, place),
         out_shardings=shardings,
     )
-    log = MetricsLog(workdir, int(state.step))
-    with (
-        closing(StopSignal()) as asked_to_stop,
-        closing(loader),
-        closing(log),
-        checkpoints.closing(manager, workdir),
-    ):
-        first = int(state.step)
-        for step in tqdm(
-            range(first + 1, train.steps + 1), initial=first, total=train.steps, disable=None
-        ):
-            state = step_fn(state, to_devices({"image": next(loader)["image"]}, feed))
-            last = step == train.steps or asked_to_stop()
-            if step % train.log_every == 0 or last:
-                sums = jax.device_get(state.metric_sums)
-                values = {
-                    name: float(sums[name] / sums["count"]) for name in METRICS if name != "count"
-                }
-                if not np.isfinite([*values.values()]).all():
-                    raise RunError(
-                        f"step {step}: the loss is not finite; lower train.learning_rate and run "
-                        "again"
-                    )
-                log.write(step, values)
-                zeros = jax.device_put(jax.tree.map(np.zeros_like, sums), shardings.metric_sums)
-                state = TrainState(**{**vars(state), "metric_sums": zeros})
-            if step % train.checkpoint_every == 0 or last:
-                checkpoints.save(manager, state, loader.get_state())
-            if last:
-                break
+    task = AutoencoderTraining(
+        batch_size=train.batch_size, step=step_fn, loader=loader, feed=feed, shardings=shardings
+    )
+    with closing(loader):
+        state = run_steps(task, state, train, workdir, manager)
     if int(state.step) < train.steps:
         raise RunError(
             f"stopped at step {int(state.step)} of {train.steps}; the same command goes on"

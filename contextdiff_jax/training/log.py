@@ -125,8 +125,11 @@ def averages(sums: dict[str, jax.Array]) -> dict[str, float]:
     return means
 
 
-def speed(images: int, seconds: float, steps: int, flops: float | None) -> dict[str, float]:
-    """Examples a second, model FLOP/s, and utilisation where the device's peak is known."""
+def speed(steps: int, batch_size: int, seconds: float, flops: float | None) -> dict[str, float]:
+    """Examples a second, model FLOP/s, and utilisation where the device's peak is known; `flops`:
+    of one step.
+    """
+    images = steps * batch_size
     values = {"images_per_second": images / seconds, "seconds_per_step": seconds / steps}
     if flops:
         values["model_flops_per_second"] = flops * steps / seconds

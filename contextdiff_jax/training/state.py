@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
@@ -77,6 +78,30 @@ def moving_average(params: PyTree, ema: PyTree, step: Int[Array, ""], decay: flo
     are soon forgotten.
     """
     return optax.incremental_update(params, ema, 1 - jnp.minimum(decay, (1 + step) / (10 + step)))
+
+
+def apply_gradients(
+    config: TrainConfig,
+    grads: PyTree,
+    params: PyTree,
+    ema: PyTree,
+    opt_state: optax.OptState,
+    step: Int[Array, ""],
+) -> tuple[PyTree, PyTree, optax.OptState]:
+    """(parameters, their average, the optimizer's state) after step number `step`, from 0 on."""
+    updates, opt_state = make_optimizer(config).update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return params, moving_average(params, ema, step, config.ema_decay), opt_state
+
+
+def with_empty_metrics(state: TrainState, shardings: TrainState) -> TrainState:
+    """The state with its metric sums at 0; the steps that were skipped are counted through the
+    whole run.
+    """
+    sums = state.metric_sums
+    zeros = jax.device_put(jax.tree.map(np.zeros_like, jax.device_get(sums)), shardings.metric_sums)
+    kept = {name: sums[name] for name in sums if name == "nonfinite"}
+    return dataclasses.replace(state, metric_sums=zeros | kept)
 
 
 def init_state(settings: Settings) -> TrainState:

@@ -22,7 +22,8 @@ from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.parallel.mesh import tracing_for
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.settings import Settings
-from contextdiff_jax.training.state import TrainState, make_optimizer, moving_average
+from contextdiff_jax.training.objective import drop, errors
+from contextdiff_jax.training.state import TrainState, apply_gradients
 from contextdiff_jax.training.trainable import split_trainable
 
 Batch = dict[str, Num[Array, "B ..."]]
@@ -105,27 +106,22 @@ def loss_fn(
     t = batch["t"]
     captions = model.encode(batch["token_ids"], batch["token_mask"])
     r = model.relate(x0, captions, t, pixels)
-    x_t = diffusion.q_sample(schedule, x0, r, t, batch["noise"], context.shift)
-    target = diffusion.training_target(schedule, x0, x_t, t, config.prediction_type)
-
-    # The shift above always used the true caption; from here on the denoiser's text may be the
-    # empty one.
+    # The shift always uses the true caption; the denoiser's text may be the empty one.
     empty = model.encode(null["token_ids"], null["token_mask"])
-
-    def drop(empty, caption):
-        dropped = batch["dropped"].reshape(-1, *[1] * (caption.ndim - 1))
-        return jnp.where(dropped, empty, caption)
-
-    output = model.predict(x_t, t, jax.tree.map(drop, empty, captions))
-
-    context_loss = jnp.zeros(())
-    if model.unet.context_head is not None:
-        output, r_hat = output
-        context_loss = jnp.mean((r_hat - jax.lax.stop_gradient(r)) ** 2)
+    read = drop(batch["dropped"], empty, captions)
+    error, context_loss = errors(
+        lambda x_t, t: model.predict(x_t, t, read),
+        schedule,
+        x0,
+        r,
+        t,
+        batch["noise"],
+        config.prediction_type,
+        context.shift,
+    )
     weight = diffusion.loss_weight(
         schedule, t, config.prediction_type, config.weighting, config.gamma
     )
-    error = jnp.mean((output - target) ** 2, axis=(1, 2, 3))  # [B]
     denoise_loss = jnp.mean(weight * error)
     prior = jnp.zeros(())
     if config.prior_kl:
@@ -183,14 +179,14 @@ def make_train_step(
     on: a bad step can't spoil a checkpoint. Past `train.max_nonfinite` nothing does, so that what
     went wrong last is there to be looked at.
     """
-    graph, optimizer = model_graph(settings), make_optimizer(settings.train)
+    graph, config = model_graph(settings), settings.train
     schedule = settings.diffusion.make_schedule()
 
     def step(
         state: TrainState, batch: Batch, null: Batch, frozen: Frozen = Frozen()
     ) -> tuple[TrainState, Array]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        trained, rest = split_trainable(state.params, settings.train.trainable)
+        trained, rest = split_trainable(state.params, config.trainable)
 
         def model(trained):
             return build_model(graph, nnx.merge_state(trained, rest), frozen)
@@ -201,21 +197,19 @@ def make_train_step(
         )
         with tracing_for(mesh, settings.mesh.rules):
             metrics, grads = _accumulated(
-                value_and_grad, trained, draw(key, batch, settings), settings.train.accumulation
+                value_and_grad, trained, draw(key, batch, settings), config.accumulation
             )
         metrics["grad_norm"] = optax.global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        trained = optax.apply_updates(trained, updates)
-        averaged, kept = split_trainable(state.ema, settings.train.trainable)
-        ema = nnx.merge_state(
-            moving_average(trained, averaged, state.step, settings.train.ema_decay), kept
+        averaged, kept = split_trainable(state.ema, config.trainable)
+        trained, averaged, opt_state = apply_gradients(
+            config, grads, trained, averaged, state.opt_state, state.step
         )
+        params, ema = nnx.merge_state(trained, rest), nnx.merge_state(averaged, kept)
         sums = jax.tree.map(jnp.add, state.metric_sums, metrics | {"nonfinite": jnp.zeros(())})
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        params = nnx.merge_state(trained, rest)
         new = TrainState(state.step + 1, params, ema, opt_state, state.key, sums)
         nonfinite = state.metric_sums["nonfinite"]
-        over = nonfinite > settings.train.max_nonfinite
+        over = nonfinite > config.max_nonfinite
         one = jnp.where(over, 0, 1)
         skipped = dataclasses.replace(
             state,

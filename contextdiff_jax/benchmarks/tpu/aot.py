@@ -47,7 +47,7 @@ from contextdiff_jax.parallel.mesh import (
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runtime.tables import aligned
 from contextdiff_jax.settings import Settings, check_choice
-from contextdiff_jax.training.loop import jit_step
+from contextdiff_jax.training.compilation import jit_step
 from contextdiff_jax.training.state import init_state
 
 LOGGER = logging.getLogger(__name__)

@@ -1,0 +1,77 @@
+"""What a run shows of itself while it trains: captioned samples and the curves."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import tempfile
+
+from jax.sharding import Mesh
+
+from contextdiff_jax.data import DataConfig, Tokenizer, make_source
+from contextdiff_jax.inference.opening import of_run
+from contextdiff_jax.inference.pipeline import NotFiniteError
+from contextdiff_jax.models.contextdiff import Frozen
+from contextdiff_jax.parallel.processes import is_first
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runtime import pictures
+from contextdiff_jax.runtime.files import replacing
+from contextdiff_jax.settings import Settings
+from contextdiff_jax.training.state import TrainState
+
+LOGGER = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Every `sample_every` steps, and at the end: a grid of captioned samples of the EMA weights,
+    unless `sample_every` is 0, and the curves.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        workdir: pathlib.Path,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        frozen: Frozen,
+    ):
+        self._settings, self._workdir = settings, workdir
+        self._pipeline = None
+        if settings.train.sample_every:
+            self._pipeline = of_run(settings, tokenizer, None, frozen=frozen, mesh=mesh)
+            self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
+
+    def __call__(self, state: TrainState, step: int) -> None:
+        images = None
+        if self._pipeline is not None:
+            pipeline = self._pipeline.with_params(state.ema)
+            try:
+                images = pipeline.text_to_image(self._prompts, seed=self._settings.seed)
+            except NotFiniteError as error:  # no reason to end the training
+                LOGGER.warning("no samples of step %d: %s", step, error)
+        if not is_first():
+            return
+        if images is not None:
+            grid = pictures.caption_grid(images, self._prompts, columns=4, scale=None)
+            with checkpoints.writing(self._workdir, f"samples/{step:08d}.png"):
+                (self._workdir / "samples").mkdir(exist_ok=True)
+                with replacing(self._workdir / "samples" / f"{step:08d}.png") as path:
+                    with path.open("wb") as file:
+                        grid.save(file, format="PNG")
+        # Drawn from and to local files, wherever the workdir is.
+        with (
+            checkpoints.writing(self._workdir, "curves.png"),
+            tempfile.TemporaryDirectory() as scratch,
+        ):
+            local = pathlib.Path(scratch)
+            (local / "metrics.jsonl").write_text((self._workdir / "metrics.jsonl").read_text())
+            pictures.plot_curves(local / "metrics.jsonl", local / "curves.png")
+            for drawn in local.glob("curves.png"):
+                with replacing(self._workdir / "curves.png") as file:
+                    file.write_bytes(drawn.read_bytes())
+
+
+def default_prompts(data: DataConfig, count: int = 16) -> list[str]:
+    """Captions of the first training records, in the loader's own kind of words."""
+    source = make_source(data, "train")
+    return [source[i]["caption"] for i in range(min(count, len(source)))]

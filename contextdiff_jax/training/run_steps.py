@@ -1,0 +1,113 @@
+"""The loop of every training: of a run, of an autoencoder, and of a model on one clip."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import time
+from contextlib import closing
+from typing import Any, Generic
+
+import jax
+from orbax.checkpoint import CheckpointManager
+from tqdm import tqdm
+
+from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, is_first
+from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs.checkpoints import State
+from contextdiff_jax.runtime import host
+from contextdiff_jax.settings import TrainConfig
+from contextdiff_jax.training.log import MetricsLog, speed
+
+LOGGER = logging.getLogger(__name__)
+
+
+class Task(Generic[State]):
+    """What is particular to one training. `batch_size` and `flops`: examples and floating-point
+    operations of a step, for the log's speed; None: unknown.
+    """
+
+    batch_size: int
+    flops: float | None = None
+
+    def advance(self, state: State, step: int, watch: PeerWatch) -> State:
+        """The state after step number `step`. The host doesn't wait for it; every transfer between
+        host and devices is asked for by name.
+        """
+        raise NotImplementedError
+
+    def check(self, state: State) -> None:
+        """Waits for the newest step. RunError if there is no going on from `state`."""
+
+    def summary(self, state: State, step: int) -> tuple[dict[str, float], State]:
+        """What the log says of the steps since the summary before, and the state that goes on."""
+        raise NotImplementedError
+
+    def data_state(self) -> dict[str, Any]:
+        """The place in the data, which a checkpoint keeps."""
+        return {}
+
+    def report(self, state: State, step: int) -> None:
+        """Shows the state to whoever looks into the run's folder."""
+
+
+def run_steps(
+    task: Task[State],
+    state: State,
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    manager: CheckpointManager,
+    label: str | None = None,
+) -> State:
+    """The state after the step `config.steps`, or after an earlier one, where a signal asked to
+    stop: logged, saved and shown as often as `config` says.
+
+    Whatever happens, the log and the manager are closed, which waits for the save under way.
+    RunError for what the task refuses to go on from, or for a full disk.
+    """
+    first = int(state.step)
+    log = MetricsLog(workdir, first)
+    with (
+        closing(StopSignal()) as asked_to_stop,
+        PeerWatch(config.peer_timeout) as watch,
+        closing(log),
+        checkpoints.closing(manager, workdir),
+    ):
+        since, count = time.perf_counter(), 0
+        bar = tqdm(
+            range(first + 1, config.steps + 1),
+            initial=first,
+            total=config.steps,
+            desc=label,
+            disable=None if is_first() else True,
+        )
+        for step in bar:
+            with jax.transfer_guard("disallow"):
+                state = task.advance(state, step, watch)
+            if step == first + 1:
+                jax.block_until_ready(state.step)
+                seconds = time.perf_counter() - host.STARTED
+                LOGGER.info("first step done %.1f s after the command's start", seconds)
+            count += 1
+            end = step == config.steps
+            last = end or asked_to_stop(step)
+            if step % config.log_every == 0 or end:
+                task.check(state)
+                seconds = time.perf_counter() - since
+                values, state = task.summary(state, step)
+                log.write(step, values | speed(count, task.batch_size, seconds, task.flops))
+                bar.set_postfix(loss=f"{values['loss']:.4g}")
+                since, count = time.perf_counter(), 0
+            if step % config.checkpoint_every == 0 or last:
+                task.check(state)
+                watch(f"saving step {step}")
+                checkpoints.save(manager, state, task.data_state(), log.last)
+            due = config.sample_every and step % config.sample_every == 0
+            if end or (due and not last):  # told to stop, there may be no time for pictures
+                watch(f"sampling after step {step}")
+                task.report(state, step)
+                since, count = time.perf_counter(), 0
+            if last:
+                break
+        watch("finishing the last save")
+    return state
