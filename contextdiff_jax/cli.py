@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from contextdiff_jax.runtime.errors import RunError
-from contextdiff_jax.runtime.host import keep_freed_memory
+from contextdiff_jax.runtime.host import collect_garbage_seldom, keep_freed_memory
 from contextdiff_jax.runtime.keys import LARGEST
 
 flags.disclaim_key_flags()  # --help of a command shows what it defines by the functions below
@@ -207,6 +207,7 @@ def run(main: Callable[[], None]) -> None:
     status 2.
     """
     keep_freed_memory()
+    collect_garbage_seldom()
 
     def parse(argv):
         home = "--config=~"  # an argument that no shell expands, nor the flag's own parser

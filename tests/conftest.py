@@ -12,6 +12,10 @@ from jaxtyping import install_import_hook
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from contextdiff_jax.runtime.host import collect_garbage_seldom  # noqa: E402
+
+collect_garbage_seldom()
 # Most of the suite's time is compilation, for arrays so small that LLVM's optimisations don't pay:
 # here, and in the processes that tests start, they are off (XLA's own passes stay). With them, half
 # as long again: JAX_DISABLE_MOST_OPTIMIZATIONS=0.
@@ -53,6 +57,7 @@ ONE_LEVEL = {
     "model.down_block_types": "('CrossAttnDownBlock2D',)",
     "model.up_block_types": "('CrossAttnUpBlock2D',)",
 }
+SMALLEST = ONE_LEVEL | {"model.mid_block_type": None}  # a quarter less again
 
 
 def config_dict(**changes):

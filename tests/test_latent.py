@@ -15,7 +15,15 @@ from conftest import config_dict
 from flax import nnx
 from PIL import Image
 from test_training import randomised, with_gamma
-from torch_models import assert_close, assert_same_tensors, nchw, nhwc, stable_diffusion, t5_encoder
+from torch_models import (
+    SMALLEST,
+    assert_close,
+    assert_same_tensors,
+    nchw,
+    nhwc,
+    stable_diffusion,
+    t5_encoder,
+)
 from torch_models import randomised as randomised_torch
 
 from contextdiff_jax.data import load_tokenizer
@@ -57,7 +65,7 @@ SMALL = {
 def pipe(tmp_path_factory):
     """diffusers' pipeline and its folder."""
     folder = tmp_path_factory.mktemp("latent")
-    pipe = stable_diffusion(folder / "words")
+    pipe = stable_diffusion(folder / "words", unet_changes=SMALLEST)
     pipe.save_pretrained(folder / "sd")
     return pipe, folder / "sd"
 

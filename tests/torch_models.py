@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import safetensors
@@ -143,21 +145,39 @@ def clip_model(folder: Path, image_size: int = 20, seed: int = 0, **preprocessin
     return model, processor
 
 
-def stable_diffusion(folder: Path, in_channels: int = 4, **scheduler):
-    """A tiny StableDiffusionPipeline with random weights; `folder` is for the tokenizer's files."""
+SMALLEST = dict(
+    block_out_channels=(8,),
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+    mid_block_type=None,
+)
+
+
+def stable_diffusion(
+    folder: Path,
+    in_channels: int = 4,
+    unet_changes: Mapping = MappingProxyType({}),
+    **scheduler,
+):
+    """A tiny StableDiffusionPipeline with random weights; `folder` is for the tokenizer's files.
+    `unet_changes`: of the UNet's config (`SMALLEST`: two thirds of the compilation).
+    """
     import diffusers
     import transformers
 
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=in_channels,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
+        **dict(
+            sample_size=8,
+            in_channels=in_channels,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=2,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16,
+        )
+        | dict(unet_changes)
     )
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 16),
