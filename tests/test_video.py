@@ -15,6 +15,11 @@ from contextdiff_jax.runs.model import make_model
 from contextdiff_jax.settings import parse
 
 B, F, L = 2, 3, 5
+POOLED_TEXT_AND_SIZE = {  # read by the UNet, as XL's
+    "model.addition_embed_type": "text_time",
+    "model.addition_time_embed_dim": 4,
+    "model.projection_class_embeddings_input_dim": 16 + 6 * 4,
+}
 predict = nnx.jit(lambda model, x, t, *text: model.predict(x, t, Captions(*text)))
 context = nnx.jit(lambda model, *arguments: model.context(*arguments))
 
@@ -46,9 +51,13 @@ def inputs(frames: int = F, size: tuple[int, int] = (8, 12)):
     return jnp.asarray(x), jnp.array([3, 40]), jnp.asarray(text), jnp.asarray(mask)
 
 
-@pytest.mark.parametrize("estimate", ["plugin", "posterior_mean"])
-def test_a_video_of_one_frame_is_the_picture_to_the_bit(estimate):
-    image, video = networks(**{"context.estimate": estimate})
+@pytest.mark.parametrize(
+    "changes",
+    [{"context.estimate": "plugin"}, {"context.estimate": "posterior_mean"}, POOLED_TEXT_AND_SIZE],
+    ids=["plugin", "posterior_mean", "pooled text and size"],
+)
+def test_a_video_of_one_frame_is_the_picture_to_the_bit(changes):
+    image, video = networks(**changes)
     x, t, text, mask = inputs(frames=1)
     expected = predict(image, x[:, 0], t, text, mask)
     actual = predict(video, x, t, text, mask)
