@@ -22,6 +22,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int
 
+from contextdiff_jax.runtime.errors import one_line
 from contextdiff_jax.runtime.texts import read_content, read_object
 
 LOGGER = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def read_folder(folder: str | Path, kind: str | None = None) -> Any:
             tokenizer = make.from_pretrained(str(readable), **_t5_options(folder, found))
     except Exception as error:  # of many kinds; `tokenizers` raises bare Exception
         raise ValueError(
-            f"{folder}: {CONFIG_FILE} and the vocabulary can't be read together ({_line(error)})"
+            f"{folder}: {CONFIG_FILE} and the vocabulary can't be read together ({one_line(error)})"
         ) from None
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{folder / CONFIG_FILE}: pad_token=None: must be a token")
@@ -211,7 +212,7 @@ def _fast_kind(path: Path) -> str:
         try:
             tokenizers.Tokenizer.from_file(str(readable / path.name))
         except Exception as error:  # `tokenizers` raises nothing finer
-            raise ValueError(f"{path}: not a tokenizer file ({_line(error)})") from None
+            raise ValueError(f"{path}: not a tokenizer file ({one_line(error)})") from None
     return "t5" if is_t5 else "clip"
 
 
@@ -231,7 +232,7 @@ def _slow_kind(folder: Path) -> str:
         try:
             tokenizers.models.BPE.from_file(str(readable / vocab.name), str(readable / merges.name))
         except Exception as error:  # `tokenizers` raises nothing finer
-            raise ValueError(f"{merges}: doesn't fit {vocab.name} ({_line(error)})") from None
+            raise ValueError(f"{merges}: doesn't fit {vocab.name} ({one_line(error)})") from None
     return "clip"
 
 
@@ -274,7 +275,3 @@ def _without_marks(folder: Path) -> Iterator[Path]:
         for name, content in contents.items():
             (Path(copy) / name).write_bytes(content.removeprefix(codecs.BOM_UTF8))
         yield Path(copy)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
