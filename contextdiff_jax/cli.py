@@ -18,7 +18,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.runtime.errors import RunError, one_line
 from contextdiff_jax.runtime.host import collect_garbage_seldom, keep_freed_memory
 from contextdiff_jax.runtime.keys import LARGEST
 
@@ -257,5 +257,5 @@ def _innermost(error: Exception) -> str:
 def _fail(error: Exception) -> None:
     if os.environ.get("CONTEXTDIFF_TRACEBACK"):
         raise error
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(2)

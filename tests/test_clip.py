@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from torch_models import assert_close, assert_same_tensors, nchw, normal, randomised
+from torch_models import assert_close, assert_same_tensors, nchw, normal, randomised, run
 
 from contextdiff_jax.models.clip import CLIPText, CLIPTextConfig
 from contextdiff_jax.pretrained import (
@@ -129,11 +129,6 @@ def _built(cases, name, load, tmp_path_factory):
         model.save_pretrained(folder)
         built[case] = model, folder, load(folder)
     return built
-
-
-@nnx.jit
-def run(module, *inputs):
-    return module(*inputs)
 
 
 def token_ids(config: dict, length: int) -> np.ndarray:

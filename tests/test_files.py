@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from contextdiff_jax.pretrained.one_file import save_tensors
+from contextdiff_jax.runtime.errors import one_line
 from contextdiff_jax.runtime.files import read_lines, replacing
 
 WHOLE = b'{"step": 1}\n{"step": 2}\n'
@@ -64,3 +65,8 @@ def test_weights_that_find_no_room_are_one_line_and_leave_the_old_ones(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == old
+
+
+def test_an_error_is_one_line_and_its_class_where_it_has_no_text():
+    assert one_line(ValueError(" two\n  lines ")) == "two lines"
+    assert one_line(AssertionError()) == "AssertionError"

@@ -18,7 +18,7 @@ import torch
 import transformers
 from diffusers import UNet2DConditionModel
 from flax import nnx
-from torch_models import assert_close, nchw, nhwc, normal, randomised
+from torch_models import assert_close, nchw, nhwc, normal, randomised, run
 
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained import load_clip_text, load_unet
@@ -107,11 +107,6 @@ def kohya(pairs, start: str) -> dict[str, np.ndarray]:
             f"{stem}.alpha": np.float32(ALPHA),
         }
     return {name: np.asarray(tensor) for name, tensor in tensors.items()}
-
-
-@nnx.jit
-def run(module, *inputs):
-    return module(*inputs)
 
 
 def test_a_merged_unet_equals_torch_with_the_lora_layers_beside_its_own(models, tmp_path):

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 import transformers
 from diffusers.loaders import single_file_utils as theirs
-from torch_models import clip_tokenizer, nchw, normal, randomised
+from torch_models import SCHEDULER, clip_tokenizer, nchw, normal, plain_pipeline, randomised
 
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAEConfig
@@ -295,20 +295,10 @@ def test_the_configs_are_those_of_the_networks(made, kind):
 
 def test_a_files_pictures_are_those_of_the_pipeline(made):
     file, parts, root = (getattr(made["v1"], name) for name in ("file", "parts", "folder"))
-    pipe = diffusers.StableDiffusionPipeline(
+    pipe = plain_pipeline(
         **parts,
         tokenizer=transformers.CLIPTokenizer.from_pretrained(root / "tokenizer"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        scheduler=diffusers.DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=diffusers.DDIMScheduler(**SCHEDULER),
     )
     pipe.set_progress_bar_config(disable=True)
     prompts, latents = ["a red circle", "b"], normal(2, 8, 8, 4)

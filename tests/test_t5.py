@@ -10,8 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from flax import nnx
-from torch_models import assert_close, assert_same_tensors, randomised
+from torch_models import assert_close, assert_same_tensors, randomised, run
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from contextdiff_jax.models.t5 import T5Config, relative_buckets
@@ -83,11 +82,6 @@ def pairs(tmp_path_factory):
         model.save_pretrained(folder)
         built[name] = model, folder, load_t5(folder)
     return built
-
-
-@nnx.jit
-def run(module, *inputs):
-    return module(*inputs)
 
 
 def check(model, module, ids, mask=None):

@@ -15,7 +15,12 @@ from contextdiff_jax.runs.model import make_model
 from contextdiff_jax.settings import parse
 
 B, F, L = 2, 3, 5
-predict = nnx.jit(lambda model, *arguments: model.predict(*arguments))
+POOLED_TEXT_AND_SIZE = {  # read by the UNet, as XL's
+    "model.addition_embed_type": "text_time",
+    "model.addition_time_embed_dim": 4,
+    "model.projection_class_embeddings_input_dim": 16 + 6 * 4,
+}
+predict = nnx.jit(lambda model, x, t, *text: model.predict(x, t, Captions(*text)))
 context = nnx.jit(lambda model, *arguments: model.context(*arguments))
 
 
@@ -46,11 +51,15 @@ def inputs(frames: int = F, size: tuple[int, int] = (8, 12)):
     return jnp.asarray(x), jnp.array([3, 40]), jnp.asarray(text), jnp.asarray(mask)
 
 
-@pytest.mark.parametrize("estimate", ["plugin", "posterior_mean"])
-def test_a_video_of_one_frame_is_the_picture_to_the_bit(estimate):
-    image, video = networks(**{"context.estimate": estimate})
+@pytest.mark.parametrize(
+    "changes",
+    [{"context.estimate": "plugin"}, {"context.estimate": "posterior_mean"}, POOLED_TEXT_AND_SIZE],
+    ids=["plugin", "posterior_mean", "pooled text and size"],
+)
+def test_a_video_of_one_frame_is_the_picture_to_the_bit(changes):
+    image, video = networks(**changes)
     x, t, text, mask = inputs(frames=1)
-    expected = predict(image, x[:, 0], t, Captions(text, mask))
+    expected = predict(image, x[:, 0], t, text, mask)
     actual = predict(video, x, t, text, mask)
     for theirs, ours in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
         assert np.std(theirs) > 0.1
@@ -65,7 +74,7 @@ def test_equal_frames_are_denoised_as_the_picture_is():
     image, video = networks()
     x, t, text, mask = inputs(frames=1)
     actual = predict(video, jnp.repeat(x, F, axis=1), t, text, mask)
-    picture = predict(image, x[:, 0], t, Captions(text, mask))
+    picture = predict(image, x[:, 0], t, text, mask)
     expected = np.repeat(np.asarray(picture)[:, None], F, axis=1)
     np.testing.assert_allclose(actual, expected, atol=2e-5 * np.abs(expected).max())
 
@@ -118,7 +127,7 @@ def test_the_control_sees_the_weights_and_its_answer_is_used():
             seen.append(("self", weights.shape, grid))
             return weights
 
-    watched = nnx.jit(lambda m: m.predict(x, t, text, mask, Record()))(video)
+    watched = nnx.jit(lambda m: m.predict(x, t, Captions(text, mask), Record()))(video)
     np.testing.assert_allclose(watched, plain, atol=2e-5 * np.abs(plain).max())
     assert ("cross", (B, 2, F, 96, L), (8, 12)) in seen and (
         "self",
@@ -130,10 +139,8 @@ def test_the_control_sees_the_weights_and_its_answer_is_used():
         def cross(self, weights, grid):
             return jnp.full_like(weights, 1 / L)
 
-    assert (
-        np.abs(nnx.jit(lambda m: m.predict(x, t, text, mask, Uniform()))(video) - plain).max()
-        > 1e-3
-    )
+    uniform = nnx.jit(lambda m: m.predict(x, t, Captions(text, mask), Uniform()))(video)
+    assert np.abs(uniform - plain).max() > 1e-3
 
 
 def test_rematerialised_gradients_are_the_plain_ones():
@@ -145,7 +152,8 @@ def test_rematerialised_gradients_are_the_plain_ones():
         graph, state = nnx.split(video)
 
         def loss(state):
-            return jnp.mean(nnx.merge(graph, state).predict(x, t, text, mask) ** 2)  # noqa: B023
+            output = nnx.merge(graph, state).predict(x, t, Captions(text, mask))  # noqa: B023
+            return jnp.mean(output**2)
 
         gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(state)))
     for plain, again in zip(*gradients, strict=True):

@@ -11,9 +11,31 @@ import numpy as np
 import safetensors
 import torch
 from diffusers.utils import logging as diffusers_logging
+from flax import nnx
 from transformers.utils import logging as transformers_logging
 
 TOLERANCE = 2e-5  # of the output's largest value
+# Of Stable Diffusion 1.x's DDIM scheduler.
+SCHEDULER = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+# A text encoder of `clip_tokenizer`'s words.
+TEXT = dict(
+    vocab_size=56,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=9,
+    eos_token_id=55,
+    bos_token_id=54,
+    pad_token_id=55,
+)
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -35,6 +57,12 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             else:
                 p.copy_(noise * 1.2 / p[0].numel() ** 0.5)
     return model.eval()
+
+
+@nnx.jit
+def run(module, *inputs):
+    """Calls a module of ours, compiled."""
+    return module(*inputs)
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -114,17 +142,6 @@ def clip_model(folder: Path, image_size: int = 20, seed: int = 0, **preprocessin
     """
     import transformers
 
-    text = dict(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=56,
-        max_position_embeddings=9,
-        eos_token_id=55,
-        bos_token_id=54,
-        pad_token_id=55,
-    )
     vision = dict(
         hidden_size=24,
         intermediate_size=32,
@@ -133,7 +150,7 @@ def clip_model(folder: Path, image_size: int = 20, seed: int = 0, **preprocessin
         image_size=image_size,
         patch_size=5,
     )
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=12)
     model = randomised(transformers.CLIPModel(config), seed)
     side = {"height": image_size, "width": image_size}
     options = {"size": {"shortest_edge": image_size}, "crop_size": side} | preprocessing
@@ -143,6 +160,15 @@ def clip_model(folder: Path, image_size: int = 20, seed: int = 0, **preprocessin
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor
+
+
+def plain_pipeline(**parts):
+    """A StableDiffusionPipeline of networks, tokenizer and scheduler alone."""
+    import diffusers
+
+    return diffusers.StableDiffusionPipeline(
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts
+    )
 
 
 SMALLEST = dict(
@@ -186,36 +212,13 @@ def stable_diffusion(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     )
-    text = transformers.CLIPTextConfig(
-        vocab_size=56,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=9,
-        eos_token_id=55,
-        bos_token_id=54,
-        pad_token_id=55,
-    )
-    return diffusers.StableDiffusionPipeline(
+    text = transformers.CLIPTextConfig(**TEXT)
+    return plain_pipeline(
         unet=randomised(unet),
         vae=randomised(vae),
         text_encoder=randomised(transformers.CLIPTextModel(text)),
         tokenizer=clip_tokenizer(folder),
-        scheduler=diffusers.DDIMScheduler(
-            **dict(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                clip_sample=False,
-                set_alpha_to_one=False,
-                steps_offset=1,
-            )
-            | scheduler
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        scheduler=diffusers.DDIMScheduler(**SCHEDULER | scheduler),
     )
 
 

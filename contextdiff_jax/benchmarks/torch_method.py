@@ -11,14 +11,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
-import diffusers
 import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
 from torch.nn import functional as F
 
-from contextdiff_jax.benchmarks.torch_peer import LAYOUTS
+from contextdiff_jax.benchmarks.torch_peer import LAYOUTS, make_optimizer, make_unet
 from contextdiff_jax.diffusion import shift_coefficient
 from contextdiff_jax.models.context import ContextConfig, position_embedding
 from contextdiff_jax.models.contextdiff import ContextDiffusion
@@ -191,14 +190,9 @@ class TorchMethod:
         context, train, diffusion = settings.context, settings.train, settings.diffusion
         torch.set_num_threads(num_cores())
         self._format, self._train, self._type = LAYOUTS[layout], train, diffusion.prediction_type
-        config = {
-            name: value
-            for name, value in model.unet.config.to_dict().items()
-            if name != "context_head"
-        }
         self._parts = torch.nn.ModuleDict(
             {
-                "unet": diffusers.UNet2DConditionModel(**config),
+                "unet": make_unet(model.unet.config),
                 "text": _Text(settings.text),
                 "context": _Context(model.context.config, *settings.shape[:2]),
             }
@@ -208,13 +202,7 @@ class TorchMethod:
         )
         self._parts["unet"].to(memory_format=self._format)
         self._average, self._steps = copy.deepcopy(self._parts), 0
-        self._optimizer = torch.optim.AdamW(
-            self._parts.parameters(),
-            lr=train.learning_rate,
-            betas=(train.b1, train.b2),
-            eps=1e-8,
-            weight_decay=train.weight_decay,
-        )
+        self._optimizer = make_optimizer(self._parts.parameters(), train)
         schedule, t = diffusion.make_schedule(), jnp.arange(diffusion.num_timesteps)
         k = shift_coefficient(schedule, t, context.shift)
         coefficients = jnp.sqrt(schedule.alpha_bar(t)), jnp.sqrt(schedule.variance(t)), k

@@ -4,19 +4,39 @@ one importer of torch here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import diffusers
 import numpy as np
 import torch
 
 from contextdiff_jax.models.unet import UNet
+from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained.unet import unet_state_to_torch
 from contextdiff_jax.runtime.host import num_cores
-from contextdiff_jax.settings import Settings
+from contextdiff_jax.settings import Settings, TrainConfig
 
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 _PREDICTION_TYPES = {"x0": "sample", "epsilon": "epsilon", "v": "v_prediction"}
+
+
+def make_unet(config: UNetConfig) -> diffusers.UNet2DConditionModel:
+    """diffusers' network of this config, which has no context head."""
+    values = {name: value for name, value in config.to_dict().items() if name != "context_head"}
+    return diffusers.UNet2DConditionModel(**values)
+
+
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter], train: TrainConfig
+) -> torch.optim.AdamW:
+    """AdamW by the numbers of a config."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=train.learning_rate,
+        betas=(train.b1, train.b2),
+        eps=1e-8,
+        weight_decay=train.weight_decay,
+    )
 
 
 class TorchUNet:
@@ -26,23 +46,13 @@ class TorchUNet:
 
     def __init__(self, unet: UNet, settings: Settings, layout: str):
         torch.set_num_threads(num_cores())
-        config = {
-            name: value for name, value in unet.config.to_dict().items() if name != "context_head"
-        }
         self._format = LAYOUTS[layout]
-        self._unet = diffusers.UNet2DConditionModel(**config)
+        self._unet = make_unet(unet.config)
         self._unet.load_state_dict(
             {name: torch.tensor(array) for name, array in unet_state_to_torch(unet).items()}
         )
         self._unet.to(memory_format=self._format)
-        train = settings.train
-        self._optimizer = torch.optim.AdamW(
-            self._unet.parameters(),
-            lr=train.learning_rate,
-            betas=(train.b1, train.b2),
-            eps=1e-8,
-            weight_decay=train.weight_decay,
-        )
+        self._optimizer = make_optimizer(self._unet.parameters(), settings.train)
 
     def tensors(self, inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """NHWC arrays as NCHW tensors in this layout, the others as they are."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
-import json
 import logging
 import tempfile
 import textwrap
@@ -22,6 +21,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 from jaxtyping import Int
+
+from contextdiff_jax.runtime.errors import one_line
+from contextdiff_jax.runtime.texts import read_content, read_object
 
 LOGGER = logging.getLogger(__name__)
 CONFIG_FILE = "tokenizer_config.json"
@@ -35,8 +37,8 @@ _CLASSES = {
 }
 # Classes that say nothing about the model: its files must.
 _ANY_MODEL = (None, "", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
-_LFS_POINTER = b"version https://git-lfs"
-_EXPECTED = "expected tokenizer.json, or vocab.json and merges.txt (CLIP), or spiece.model (T5)"
+_VOCABULARY = "tokenizer.json, or vocab.json and merges.txt (CLIP), or spiece.model (T5)"
+_OBJECT = "a tokenizer's"
 
 
 def read_folder(folder: str | Path, kind: str | None = None) -> Any:
@@ -66,7 +68,7 @@ def read_folder(folder: str | Path, kind: str | None = None) -> Any:
             tokenizer = make.from_pretrained(str(readable), **_t5_options(folder, found))
     except Exception as error:  # of many kinds; `tokenizers` raises bare Exception
         raise ValueError(
-            f"{folder}: {CONFIG_FILE} and the vocabulary can't be read together ({_line(error)})"
+            f"{folder}: {CONFIG_FILE} and the vocabulary can't be read together ({one_line(error)})"
         ) from None
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{folder / CONFIG_FILE}: pad_token=None: must be a token")
@@ -76,7 +78,7 @@ def read_folder(folder: str | Path, kind: str | None = None) -> Any:
 def read_config(folder: Path) -> dict[str, Any]:
     """The values of tokenizer_config.json, {} without the file. ValueError for a damaged one."""
     path = folder / CONFIG_FILE
-    return _read_object(path) if path.is_file() else {}
+    return read_object(path, _OBJECT) if path.is_file() else {}
 
 
 def max_length(folder: Path, longest: int) -> int:
@@ -172,14 +174,14 @@ def _vocabulary_kind(folder: Path) -> str:
         raise ValueError(f"{folder}: no such folder; expected a tokenizer's files")
     for name in (CONFIG_FILE, *_OTHER_FILES):
         if (folder / name).is_file():
-            _read_object(folder / name)
+            read_object(folder / name, _OBJECT)
     if (folder / "tokenizer.json").is_file():
         return _fast_kind(folder / "tokenizer.json")
     if (folder / "vocab.json").is_file() or (folder / "merges.txt").is_file():
         return _slow_kind(folder)
     if (folder / "spiece.model").is_file():
         return _sentencepiece_kind(folder / "spiece.model")
-    raise ValueError(f"{folder}: holds no tokenizer's vocabulary; {_EXPECTED}")
+    raise ValueError(f"{folder}: holds no tokenizer's vocabulary; expected {_VOCABULARY}")
 
 
 def _check_class(folder: Path, kind: str) -> None:
@@ -194,9 +196,9 @@ def _check_class(folder: Path, kind: str) -> None:
 
 def _fast_kind(path: Path) -> str:
     """The kind of the model that a tokenizer.json describes."""
-    model = _read_object(path).get("model")
+    model = read_object(path, _OBJECT).get("model")
     if not isinstance(model, dict) or not model.get("vocab"):
-        raise ValueError(f"{path}: holds no vocabulary; {_EXPECTED}")
+        raise ValueError(f"{path}: holds no vocabulary; expected {_VOCABULARY}")
     # Old files don't name the model: only BPE has merges, only Unigram a list with scores.
     kind = model.get("type") or ("BPE" if "merges" in model else "Unigram")
     is_clip = kind == "BPE" and model.get("end_of_word_suffix") == "</w>"
@@ -210,7 +212,7 @@ def _fast_kind(path: Path) -> str:
         try:
             tokenizers.Tokenizer.from_file(str(readable / path.name))
         except Exception as error:  # `tokenizers` raises nothing finer
-            raise ValueError(f"{path}: not a tokenizer file ({_line(error)})") from None
+            raise ValueError(f"{path}: not a tokenizer file ({one_line(error)})") from None
     return "t5" if is_t5 else "clip"
 
 
@@ -219,23 +221,23 @@ def _slow_kind(folder: Path) -> str:
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     for path in (vocab, merges):
         if not path.is_file():
-            raise ValueError(f"{path}: no such file; {_EXPECTED}")
-    values = _read_object(vocab)
+            raise ValueError(f"{path}: no such file; expected {_VOCABULARY}")
+    values = read_object(vocab, _OBJECT)
     if not values or not all(type(number) is int for number in values.values()):
         raise ValueError(f"{vocab}: must map tokens to ids, whole numbers")
     if not any(token.endswith("</w>") for token in values):
         raise ValueError(f"{vocab}: another model's; no token of it ends with </w>, as CLIP's do")
-    _content(merges)
+    read_content(merges, _VOCABULARY)
     with _without_marks(folder) as readable:
         try:
             tokenizers.models.BPE.from_file(str(readable / vocab.name), str(readable / merges.name))
         except Exception as error:  # `tokenizers` raises nothing finer
-            raise ValueError(f"{merges}: doesn't fit {vocab.name} ({_line(error)})") from None
+            raise ValueError(f"{merges}: doesn't fit {vocab.name} ({one_line(error)})") from None
     return "clip"
 
 
 def _sentencepiece_kind(path: Path) -> str:
-    _content(path)
+    read_content(path, _VOCABULARY)
     try:
         import sentencepiece  # noqa: F401  (transformers reads the file with it)
     except ImportError:
@@ -255,7 +257,7 @@ def _t5_options(folder: Path, kind: str) -> dict[str, int]:
     told = "extra_ids" in config or any(lists)
     if kind != "t5" or told or not path.is_file():
         return {}
-    vocabulary = _read_object(path)["model"]["vocab"]
+    vocabulary = read_object(path, _OBJECT)["model"]["vocab"]
     return {"extra_ids": sum(str(token).startswith("<extra_id_") for token, *_ in vocabulary)}
 
 
@@ -273,27 +275,3 @@ def _without_marks(folder: Path) -> Iterator[Path]:
         for name, content in contents.items():
             (Path(copy) / name).write_bytes(content.removeprefix(codecs.BOM_UTF8))
         yield Path(copy)
-
-
-def _content(path: Path) -> bytes:
-    content = path.read_bytes()
-    if not content.strip():
-        raise ValueError(f"{path}: is empty")
-    if content.startswith(_LFS_POINTER):
-        raise ValueError(f"{path}: is a Git LFS pointer, not the file; fetch it with git lfs pull")
-    return content
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    content = _content(path)
-    try:
-        values = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({_line(error)})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a JSON object; expected a tokenizer's")
-    return values
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

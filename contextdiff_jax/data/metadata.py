@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from contextdiff_jax.runtime.errors import one_line
 from contextdiff_jax.runtime.texts import check_text, numbered_lines, open_text, parse_json
 
 
@@ -90,5 +91,5 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[Fields]:
                     number += 1
                     yield Fields(number, {k: v for k, v in row.items() if v is not None})
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"{path}: no Parquet file that can be read ({reason})") from None

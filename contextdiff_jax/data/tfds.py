@@ -26,6 +26,7 @@ from contextdiff_jax.data.records import (
     PictureSource,
     captions_of,
 )
+from contextdiff_jax.runtime.errors import one_line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def _builder(path: str) -> tuple[Any, pathlib.Path]:
     try:
         return tfds.builder_from_directory(folder), folder
     except (ParseError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(
             f"data.path={path!r}: dataset_info.json or features.json in {folder} cannot be read "
             f"({reason})"

@@ -20,6 +20,7 @@ from contextdiff_jax.diffusion.losses import (
 )
 from contextdiff_jax.diffusion.process import (
     Gaussian,
+    Process,
     marginal_mean,
     predict_x0,
     q_posterior,
@@ -41,6 +42,7 @@ __all__ = [
     "Denoised",
     "Gaussian",
     "NoiseSchedule",
+    "Process",
     "Reuse",
     "classifier_free",
     "ddim_invert",

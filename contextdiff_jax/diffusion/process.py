@@ -15,6 +15,7 @@ diffusion.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -25,6 +26,15 @@ from contextdiff_jax.diffusion.schedule import Index, NoiseSchedule
 from contextdiff_jax.runtime.fields import check_choice
 
 Samples = Float[ArrayLike, "B *D"]  # pictures or latents of a batch, jax's or numpy's
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Process:
+    """The process that a model was trained on."""
+
+    schedule: NoiseSchedule
+    prediction_type: str
+    shift: str
 
 
 class Gaussian(NamedTuple):

@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
 
 from contextdiff_jax import diffusion
+from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.samplers import DenoiseFn
+from contextdiff_jax.models.contextdiff import Captions
 from contextdiff_jax.models.video import AttentionControl, VideoDiffusion
 
 
-class Text(NamedTuple):
-    """Encoded prompts, and which of their tokens are not padding."""
-
-    tokens: Float[Array, "P L D"]
-    mask: Bool[Array, "P L"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Process:
-    """The process that a model was trained on: schedule, prediction type, shift.
-
-    `bound`: of |x0| (1 for pictures, None: latents).
-    """
-
-    schedule: diffusion.NoiseSchedule
-    prediction_type: str
-    shift: str
-    bound: float | None
-
-
-def first_row(text: Text) -> Text:
+def first_row(text: Captions) -> Captions:
     """The first prompt alone, the source's."""
     return jax.tree.map(lambda a: a[:1], text)
 
 
-def join(first: Text, second: Text) -> Text:
+def join(first: Captions, second: Captions) -> Captions:
     """Both prompts' rows."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
-
-
-def repeat(text: Text, count: int) -> Text:
-    """One prompt, `count` times."""
-    return jax.tree.map(lambda a: jnp.broadcast_to(a, (count, *a.shape[1:])), text)
 
 
 def window_weights(frames: int, window: int, overlap: int) -> list[tuple[slice, np.ndarray]]:
@@ -97,33 +72,33 @@ def windowed(
 def make_branches(
     model: VideoDiffusion,
     process: Process,
-    text: Text,
-    r_text: Text,
+    text: Captions,
+    r_text: Captions,
     control: AttentionControl | None = None,
 ) -> DenoiseFn:
     """Denoises rows of clips, each by its own text; r reads `r_text`, the true captions."""
 
     def predict(x, t):
-        return model.predict(x, t, *text, control)
+        return model.predict(x, t, text, control)
 
     if model.unet.context_head is not None:
         return diffusion.posterior_mean_denoise(
-            predict, process.schedule, process.prediction_type, process.bound
+            predict, process.schedule, process.prediction_type, model.bound
         )
 
     def context_fn(x0, t):
-        return model.context(x0, *r_text, t)
+        return model.context(x0, r_text.tokens, r_text.mask, t)
 
     return diffusion.plugin_denoise(
-        predict, context_fn, process.schedule, process.prediction_type, process.bound
+        predict, context_fn, process.schedule, process.prediction_type, model.bound
     )
 
 
 def make_denoise(
     model: VideoDiffusion,
     process: Process,
-    text: Text,
-    null: Text | None = None,
+    text: Captions,
+    null: Captions | None = None,
     *,
     guidance: float = 1.0,
     control: AttentionControl | None = None,
@@ -143,8 +118,8 @@ def make_denoise(
 
     def denoise(x, t, s):
         out = guided(x, t, s)
-        if process.bound is None:
+        if model.bound is None:
             return out
-        return out._replace(x0=jnp.clip(out.x0, -process.bound, process.bound))
+        return out._replace(x0=jnp.clip(out.x0, -model.bound, model.bound))
 
     return denoise

@@ -8,10 +8,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from contextdiff_jax import diffusion
+from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.editing.attention import Alignment, Control, blend_mask
-from contextdiff_jax.editing.denoise import Process, Text, first_row, make_denoise, repeat, windowed
+from contextdiff_jax.editing.denoise import first_row, make_denoise, windowed
 from contextdiff_jax.editing.inversion import edit_timesteps
 from contextdiff_jax.editing.settings import EditConfig, VideoConfig
+from contextdiff_jax.models.contextdiff import Captions, empty_like
 from contextdiff_jax.models.video import VideoDiffusion
 
 
@@ -24,8 +26,8 @@ def sample_edits(
     model: VideoDiffusion,
     process: Process,
     path: Float[Array, "S1 1 F H W C"],
-    text: Text,
-    null: Text,
+    text: Captions,
+    null: Captions,
     alignment: Alignment,
     video: VideoConfig,
     edit: EditConfig,
@@ -52,7 +54,7 @@ def sample_edits(
             copied = edit.control != "none"
             control = Control(alignment, cross_on * copied, self_on * copied, edit.self_tokens)
         out = make_denoise(
-            model, process, text, repeat(null, P), guidance=edit.guidance, control=control
+            model, process, text, empty_like(text, null), guidance=edit.guidance, control=control
         )(x, t, s)
         return out, control.mean_map((H, W)) if controlled else jnp.zeros((P, x.shape[1], H, W))
 

@@ -8,8 +8,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.editing.denoise import Process, Text, make_denoise, windowed
+from contextdiff_jax.diffusion.process import Process
+from contextdiff_jax.editing.denoise import make_denoise, windowed
 from contextdiff_jax.editing.settings import EditConfig, VideoConfig
+from contextdiff_jax.models.contextdiff import Captions
 from contextdiff_jax.models.video import VideoDiffusion
 
 
@@ -30,7 +32,7 @@ def invert(
     model: VideoDiffusion,
     process: Process,
     x0: Float[Array, "1 F H W C"],
-    source: Text,
+    source: Captions,
     video: VideoConfig,
     edit: EditConfig,
 ) -> Float[Array, "S1 1 F H W C"]:
@@ -54,7 +56,7 @@ def reconstruct(
     model: VideoDiffusion,
     process: Process,
     x: Float[Array, "1 F H W C"],
-    source: Text,
+    source: Captions,
     video: VideoConfig,
     edit: EditConfig,
 ) -> Float[Array, "1 F H W C"]:

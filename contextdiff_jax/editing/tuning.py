@@ -19,8 +19,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.editing.denoise import Process, Text
+from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.editing.settings import EditSettings
+from contextdiff_jax.models.contextdiff import Captions
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.processes import PeerWatch
 from contextdiff_jax.pretrained.folder_files import read_json
@@ -87,8 +88,8 @@ def tuning_loss(
     model: VideoDiffusion,
     process: Process,
     x0: Float[Array, "1 F H W C"],
-    text: Text,
-    null: Text,
+    text: Captions,
+    null: Captions,
     key: PRNGKeyArray,
     train: TrainConfig,
     window: int,
@@ -109,11 +110,11 @@ def tuning_loss(
     t = diffusion.sample_timesteps(keys["timestep"], B, T, "stratified")
     noise = jax.random.normal(keys["noise"], x0.shape)
     dropped = jax.random.bernoulli(keys["dropout"], train.caption_dropout, (B,))
-    tokens, mask = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape[1:])), text)
-    r = model.context(x0, tokens, mask, t)
-    read = drop(dropped, null, Text(tokens, mask))
+    captions = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape[1:])), text)
+    r = model.context(x0, captions.tokens, captions.mask, t)
+    read = drop(dropped, null, captions)
     error, context_error = errors(
-        lambda x_t, t: model.predict(x_t, t, *read),
+        lambda x_t, t: model.predict(x_t, t, read),
         process.schedule,
         x0,
         r,
@@ -133,7 +134,7 @@ def make_tuning_step(
     """
 
     def step(
-        state: TuneState, frozen: PyTree, x0: Array, text: Text, null: Text
+        state: TuneState, frozen: PyTree, x0: Array, text: Captions, null: Captions
     ) -> tuple[TuneState, Array]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
@@ -182,8 +183,8 @@ def tune_quickly(
     model: VideoDiffusion,
     process: Process,
     x0: Float[Array, "1 F H W C"],
-    text: Text,
-    null: Text,
+    text: Captions,
+    null: Captions,
     settings: EditSettings,
     run: Callable[..., Any],
 ) -> VideoDiffusion:
@@ -231,8 +232,8 @@ def tune(
     model: VideoDiffusion,
     process: Process,
     x0: Float[Array, "1 F H W C"],
-    text: Text,
-    null: Text,
+    text: Captions,
+    null: Captions,
     settings: EditSettings,
     config: Mapping[str, Any],
     workdir: pathlib.Path,

@@ -16,11 +16,13 @@ from jaxtyping import Array, Float, PyTree, UInt8
 
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.data.folder_tokenizer import warn_of_cut
-from contextdiff_jax.editing.denoise import Process, Text
+from contextdiff_jax.diffusion.process import Process
+from contextdiff_jax.diffusion.schedule import NoiseSchedule
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
-from contextdiff_jax.models.contextdiff import ContextDiffusion, FrozenText
+from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion, FrozenText
 from contextdiff_jax.models.pixels import to_uint8, to_unit
+from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.models.video import VideoDiffusion, inflate
 from contextdiff_jax.pretrained.folder_files import exists
@@ -50,7 +52,7 @@ class Editor:
 
     model: VideoDiffusion
     process: Process
-    encode_text: Callable[[Sequence[str]], Text]
+    encode_text: Callable[[Sequence[str]], Captions]
     count_tokens: Callable[[str], int]
     text_length: int
     encode: Callable[[Clip], Float[Array, "1 F H W C"]]
@@ -141,38 +143,56 @@ def _from_model(
     network = _context(
         settings, model.context, trained.model.in_channels, trained.model.cross_attention_dim
     )
-    process = Process(
-        schedule=trained.diffusion.make_schedule(),
-        prediction_type=trained.diffusion.prediction_type,
-        shift=_shift(settings.base.context, network.config),
-        bound=1.0 if model.vae is None else None,
-    )
     encode_ids = nnx.jit(lambda text, ids, mask: text(ids, mask))
 
-    def encode_text(prompts: Sequence[str]) -> Text:
+    def encode_text(prompts: Sequence[str]) -> Captions:
         ids, mask, lost = tokenizer.encode_and_cut(list(prompts), length)
         warn_of_cut(prompts, lost, length)
-        return Text(encode_ids(model.text, ids, mask), jnp.asarray(mask))
+        return Captions(encode_ids(model.text, ids, mask), jnp.asarray(mask))
 
-    encode, decode, factor = (
-        (_to_pixels, _from_pixels, 1) if model.vae is None else _through_vae(model.vae)
+    return _make_editor(
+        settings,
+        model.unet,
+        network,
+        model.vae,
+        schedule=trained.diffusion.make_schedule(),
+        prediction_type=trained.diffusion.prediction_type,
+        reads_mask=not model.text.reads_padding,
+        encode_text=encode_text,
+        count_tokens=lambda word: int(tokenizer.encode([word], 64)[1].sum()) - 2,
+        text_length=length,
+        source=source,
     )
+
+
+def _make_editor(
+    settings: EditSettings,
+    unet: UNet,
+    network: RelationalNetwork,
+    vae: VAE | None,
+    *,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    reads_mask: bool,
+    **facts: Any,
+) -> Editor:
+    """The editor of these networks, which are used up; `facts`: the other fields of `Editor`."""
+    encode, decode, factor = (_to_pixels, _from_pixels, 1) if vae is None else _through_vae(vae)
+    shift = _shift(settings.base.context, network.config)
     return Editor(
         model=inflate(
-            model.unet,
+            unet,
             network,
             seed=settings.base.seed,
             remat=settings.video.remat,
-            reads_mask=not model.text.reads_padding,
+            reads_mask=reads_mask,
+            bound=1.0 if vae is None else None,
         ),
-        process=process,
-        encode_text=encode_text,
-        text_length=length,
+        process=Process(schedule=schedule, prediction_type=prediction_type, shift=shift),
         encode=encode,
         decode=decode,
-        count_tokens=lambda word: int(tokenizer.encode([word], 64)[1].sum()) - 2,
         multiple=factor * _multiple(network.config),
-        source=source,
+        **facts,
     )
 
 
@@ -221,40 +241,29 @@ def _from_pipeline(settings: EditSettings, folder: str) -> Editor:
             f"video.model={folder}: is for inpainting; a text-to-image folder is wanted"
         )
     network = _context(settings, None, channels, width)
-    process = Process(
-        schedule=stable.scheduler.schedule(),
-        prediction_type=stable.scheduler.prediction,
-        shift=_shift(settings.base.context, network.config),
-        bound=None,
-    )
     tokenizer, text = stable.tokenizers[0], FrozenText(stable.text)
     encode_ids = nnx.jit(lambda text, ids, mask: text(ids, mask))
-    encode, decode, factor = _through_vae(stable.vae)
 
     def count_tokens(word: str) -> int:
         return len(tokenizer(word, add_special_tokens=False).input_ids)
 
-    def encode_text(prompts: Sequence[str]) -> Text:
+    def encode_text(prompts: Sequence[str]) -> Captions:
         ids, mask, lost = stable.encode_text(prompts)
         warn_of_cut(prompts, lost, ids.shape[1])
         lengths = [2 + sum(map(count_tokens, prompt.split())) for prompt in prompts]
         read = jnp.arange(ids.shape[1]) < jnp.array(lengths)[:, None]
-        return Text(encode_ids(text, ids, mask), read)
+        return Captions(encode_ids(text, ids, mask), read)
 
-    return Editor(
-        model=inflate(
-            stable.unet,
-            network,
-            seed=settings.base.seed,
-            remat=settings.video.remat,
-            reads_mask=False,
-        ),
-        process=process,
+    return _make_editor(
+        settings,
+        stable.unet,
+        network,
+        stable.vae,
+        schedule=stable.scheduler.schedule(),
+        prediction_type=stable.scheduler.prediction,
+        reads_mask=False,
         encode_text=encode_text,
         count_tokens=count_tokens,
         text_length=stable.encode_text([""])[0].shape[1],
-        encode=encode,
-        decode=decode,
-        multiple=factor * _multiple(network.config),
         source=source,
     )

@@ -22,13 +22,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from contextdiff_jax import diffusion
+from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.samplers import DenoiseFn
-from contextdiff_jax.models.contextdiff import ContextDiffusion, make_denoise
-from contextdiff_jax.models.pixels import to_unit
+from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion, make_denoise
 
 
 class Bound(NamedTuple):
@@ -103,30 +102,19 @@ def collect(parts: Iterable[dict[str, Array]], edges: Int[np.ndarray, K1]) -> Bo
     return Bound(prior + summed + decoder, prior, summed, decoder, edges, kl.mean(1))
 
 
-def make_model_bound(
-    graph: nnx.GraphDef, schedule: diffusion.NoiseSchedule, prediction_type: str, shift: str
-) -> Callable:
-    """`terms(params, images, ids, mask, null_ids, null_mask, key, edges)`: `bound_terms` of the
-    model as it samples at guidance 1, jitted; images are uint8 [B, H, W, C].
-    """
+def model_bound(
+    model: ContextDiffusion,
+    process: Process,
+    x0: Float[Array, B * D],
+    captions: Captions,
+    key: PRNGKeyArray,
+    edges: Int[Array, K1],
+) -> dict[str, Array]:
+    """`bound_terms` of the model as it samples at guidance 1."""
+    schedule = process.schedule
+    denoise = make_denoise(model, schedule, captions, prediction_type=process.prediction_type)
 
-    @jax.jit
-    def terms(
-        params: PyTree,
-        images: Array,
-        ids: Array,
-        mask: Array,
-        null_ids: Array,
-        null_mask: Array,
-        key: PRNGKeyArray,
-        edges: Int[Array, K1],
-    ) -> dict[str, Array]:
-        model: ContextDiffusion = nnx.merge(graph, params)
-        x0 = to_unit(images)
-        captions = model.encode(ids, mask)
-        denoise = make_denoise(model, schedule, captions, prediction_type=prediction_type)
-        return bound_terms(
-            denoise, x0, lambda x, t: model.relate(x, captions, t), schedule, key, edges, shift
-        )
+    def context_fn(x, t):
+        return model.relate(x, captions, t)
 
-    return terms
+    return bound_terms(denoise, x0, context_fn, schedule, key, edges, process.shift)

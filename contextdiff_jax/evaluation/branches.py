@@ -7,60 +7,45 @@ other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.models.contextdiff import ContextDiffusion, empty_like
-from contextdiff_jax.models.pixels import to_unit
+from contextdiff_jax.diffusion.process import Process
+from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion
 
 
-def make_model_branches(
-    graph: nnx.GraphDef, schedule: diffusion.NoiseSchedule, prediction_type: str, shift: str
-) -> Callable[..., dict[str, Float[Array, "K B"]]]:
-    """`distances(params, images, ids, mask, null_ids, null_mask, key, timesteps)`, jitted: root
-    mean squares over a picture, in units of x0 (in [-1, 1]), of `with` and `without`, x0_hat's
-    errors, and of `apart`, their difference; a row a timestep. Images are uint8 [B, H, W, C].
+def model_branches(
+    model: ContextDiffusion,
+    process: Process,
+    x0: Float[Array, "B H W C"],
+    captions: Captions,
+    empty: Captions,
+    key: PRNGKeyArray,
+    timesteps: Int[Array, K],
+) -> dict[str, Float[Array, "K B"]]:
+    """Root mean squares over a picture, in units of x0 (in [-1, 1]), of `with` and `without`,
+    x0_hat's errors, and of `apart`, their difference; a row a timestep.
     """
+    schedule, shift = process.schedule, process.shift
 
-    @jax.jit
-    def distances(
-        params: PyTree,
-        images: Array,
-        ids: Array,
-        mask: Array,
-        null_ids: Array,
-        null_mask: Array,
-        key: PRNGKeyArray,
-        timesteps: Int[Array, K],
-    ) -> dict[str, Array]:
-        model: ContextDiffusion = nnx.merge(graph, params)
-        x0 = to_unit(images)
-        captions = model.encode(ids, mask)
-        empty = empty_like(captions, model.encode(null_ids, null_mask))
+    def row(_, index):
+        t = jnp.full(x0.shape[:1], index)
+        noise = jax.random.normal(jax.random.fold_in(key, index), x0.shape)
+        x_t = diffusion.q_sample(schedule, x0, model.relate(x0, captions, t), t, noise, shift)
 
-        def row(_, index):
-            t = jnp.full(x0.shape[:1], index)
-            noise = jax.random.normal(jax.random.fold_in(key, index), x0.shape)
-            x_t = diffusion.q_sample(schedule, x0, model.relate(x0, captions, t), t, noise, shift)
+        def estimate(captions):
+            output = model.predict(x_t, t, captions)
+            output = output if model.unet.context_head is None else output[0]
+            return diffusion.predict_x0(schedule, output, x_t, t, process.prediction_type)
 
-            def estimate(captions):
-                output = model.predict(x_t, t, captions)
-                output = output if model.unet.context_head is None else output[0]
-                return diffusion.predict_x0(schedule, output, x_t, t, prediction_type)
+        with_caption, without = estimate(captions), estimate(empty)
+        differences = {
+            "with": with_caption - x0,
+            "without": without - x0,
+            "apart": with_caption - without,
+        }
+        return None, {name: jnp.sqrt((d**2).mean((1, 2, 3))) for name, d in differences.items()}
 
-            with_caption, without = estimate(captions), estimate(empty)
-            differences = {
-                "with": with_caption - x0,
-                "without": without - x0,
-                "apart": with_caption - without,
-            }
-            return None, {name: jnp.sqrt((d**2).mean((1, 2, 3))) for name, d in differences.items()}
-
-        return jax.lax.scan(row, None, timesteps)[1]
-
-    return distances
+    return jax.lax.scan(row, None, timesteps)[1]

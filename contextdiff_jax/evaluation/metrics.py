@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
+from jaxtyping import Array
 
 from contextdiff_jax.data.folder_tokenizer import warn_of_cut
 from contextdiff_jax.evaluation import bound as bounds
 from contextdiff_jax.evaluation import distances
-from contextdiff_jax.evaluation.branches import make_model_branches
+from contextdiff_jax.evaluation.branches import model_branches
 from contextdiff_jax.evaluation.composition import is_main, judge
 from contextdiff_jax.evaluation.features import batches, check_finite
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
@@ -20,6 +22,9 @@ from contextdiff_jax.evaluation.networks.classifier import Classifier, correct, 
 from contextdiff_jax.evaluation.networks.inception import Inception
 from contextdiff_jax.evaluation.shares import gather_rows, join
 from contextdiff_jax.evaluation.subject import Evaluation
+from contextdiff_jax.inference.opening import process_of
+from contextdiff_jax.models.contextdiff import empty_like
+from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.runtime.keys import make_key
 
 Scores = dict[str, dict[str, Estimate]]  # {row: {name: estimate}}
@@ -103,15 +108,29 @@ def composition(evaluation: Evaluation) -> Result:
     return Result(scores, "%", note, {"parts": parts, "exact_by_sample": marks})
 
 
+PictureFn = Callable[..., dict[str, Array]]
+
+
+def _compiled(evaluation: Evaluation, function: PictureFn) -> PictureFn:
+    """`function(model, x0, captions, empty, key, steps)` of the evaluation's model, jitted as a
+    function of `(params, images, ids, mask, null ids, null mask, key, steps)`; images are uint8.
+    """
+
+    @jax.jit
+    def compiled(params, images, ids, mask, null_ids, null_mask, key, steps):
+        model = nnx.merge(evaluation.graph, params)
+        captions = model.encode(ids, mask)
+        empty = empty_like(captions, model.encode(null_ids, null_mask))
+        return function(model, to_unit(images), captions, empty, key, steps)
+
+    return compiled
+
+
 def _on_pictures(
-    evaluation: Evaluation,
-    row: str,
-    function: Callable[..., dict[str, Any]],
-    steps: np.ndarray,
-    name: str,
+    evaluation: Evaluation, row: str, function: PictureFn, steps: np.ndarray, name: str
 ) -> dict[str, np.ndarray]:
-    """`function(params, images, ids, mask, null ids, null mask, key, steps)` of a split's real
-    pictures and captions, a column a picture.
+    """What a `_compiled` function gives for a split's real pictures and captions, a column a
+    picture.
     """
     tokenizer, length = evaluation.tokenizer, evaluation.settings.data.max_length
     records, null = evaluation.records(row), tokenizer.encode([""], length)
@@ -132,12 +151,14 @@ def _on_pictures(
 
 def bound(evaluation: Evaluation) -> Result:
     """The bound on -log2 p(picture | caption) of `num` real pictures a split."""
-    settings = evaluation.settings
-    schedule = settings.diffusion.make_schedule()
-    terms = bounds.make_model_bound(
-        evaluation.graph, schedule, settings.diffusion.prediction_type, settings.context.shift
-    )
-    edges = bounds.make_strata(schedule.num_timesteps, evaluation.bound_timesteps or None)
+    process = process_of(evaluation.settings)
+    num_timesteps = process.schedule.num_timesteps
+
+    def function(model, x0, captions, _, key, edges):
+        return bounds.model_bound(model, process, x0, captions, key, edges)
+
+    terms = _compiled(evaluation, function)
+    edges = bounds.make_strata(num_timesteps, evaluation.bound_timesteps or None)
     scores, details = {}, {"edges": edges.tolist(), "kl_by_t": {}, "standard_error": {}}
     for row in evaluation.sources:
         result = bounds.collect([_on_pictures(evaluation, row, terms, edges, "bound")], edges)
@@ -154,7 +175,7 @@ def bound(evaluation: Evaluation) -> Result:
         )
     count = len(edges) - 1
     note = (
-        f"upper bound, the lower the better; {count} of {schedule.num_timesteps - 1} KL terms a "
+        f"upper bound, the lower the better; {count} of {num_timesteps - 1} KL terms a "
         "picture, guidance 1"
     )
     return Result(scores, "bits/dim", note, details)
@@ -164,12 +185,13 @@ def branches(evaluation: Evaluation) -> Result:
     """The denoiser with the caption and without it on `num` real pictures a split, noised, by
     timestep.
     """
-    settings = evaluation.settings
-    schedule = settings.diffusion.make_schedule()
-    run = make_model_branches(
-        evaluation.graph, schedule, settings.diffusion.prediction_type, settings.context.shift
-    )
-    timesteps = np.arange(1, _BRANCHES + 1) * schedule.num_timesteps // _BRANCHES - 1
+    process = process_of(evaluation.settings)
+
+    def function(model, x0, captions, empty, key, steps):
+        return model_branches(model, process, x0, captions, empty, key, steps)
+
+    run = _compiled(evaluation, function)
+    timesteps = np.arange(1, _BRANCHES + 1) * process.schedule.num_timesteps // _BRANCHES - 1
     scores = {}
     for row in evaluation.sources:
         found = _on_pictures(evaluation, row, run, timesteps, "branches")

@@ -16,8 +16,9 @@ from jaxtyping import PyTree
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import Tokenizer
+from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.inference.pipeline import Opened, Pipeline
-from contextdiff_jax.inference.sampling import Process, Steps
+from contextdiff_jax.inference.sampling import Steps
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.contextdiff import (
     ContextDiffusion,

@@ -28,10 +28,11 @@ from jaxtyping import Bool, Float, Int, PyTree, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.data.folder_tokenizer import warn_of_cut
+from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.samplers import check_takes
 from contextdiff_jax.inference.programs import kept
 from contextdiff_jax.inference.request import Request
-from contextdiff_jax.inference.sampling import Method, Picture, Process, Steps, Text, make_sample
+from contextdiff_jax.inference.sampling import Method, Picture, Steps, Text, make_sample
 from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.pixels import to_uint8
 from contextdiff_jax.parallel.mesh import place, replicated, tracing_for

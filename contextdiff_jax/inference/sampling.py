@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from contextdiff_jax import diffusion
+from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.samplers import DenoiseFn, ProjectFn, takes
 from contextdiff_jax.models.contextdiff import (
     Captions,
@@ -29,15 +30,6 @@ from contextdiff_jax.models.contextdiff import (
 from contextdiff_jax.models.pixels import to_unit
 
 Preview = Callable[[Int[Array, ""], Float[Array, "B H W C"]], None]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Process:
-    """The process that a model was trained on."""
-
-    schedule: diffusion.NoiseSchedule
-    prediction_type: str
-    shift: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -204,15 +204,24 @@ class ContextDiffusion(nnx.Module):
         """Tokens, which of them count, and what a UNet of the XL kind also reads: the pooled text
         and the picture's size (SDXL, 2.2).
         """
-        tokens, mask, pooled = captions
-        seen = None if self.text.reads_padding else mask
+        seen = None if self.text.reads_padding else captions.mask
         if self.unet.config.addition_embed_type != "text_time":
-            return tokens, seen, None
-        factor = 1 if self.vae is None or pooled is None else self.vae.config.downscale
-        B, H, W = x.shape[0], factor * x.shape[1], factor * x.shape[2]
-        time_ids = jnp.broadcast_to(jnp.array([H, W, 0, 0, H, W], jnp.float32), (B, 6))
-        pooled = pool(tokens, mask)[:, 0] if pooled is None else pooled
-        return tokens, seen, {"text_embeds": pooled, "time_ids": time_ids}
+            return captions.tokens, seen, None
+        factor = 1 if self.vae is None or captions.pooled is None else self.vae.config.downscale
+        added = text_and_size(captions, factor * x.shape[1], factor * x.shape[2])
+        return captions.tokens, seen, added
+
+
+def text_and_size(captions: Captions, height: int, width: int) -> dict[str, Array]:
+    """What a UNet of the XL kind reads beside the tokens: the pooled text, and the picture's size
+    without a crop (SDXL, 2.2).
+    """
+    tokens, mask, pooled = captions
+    sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
+    return {
+        "text_embeds": pool(tokens, mask)[:, 0] if pooled is None else pooled,
+        "time_ids": jnp.broadcast_to(sizes, (tokens.shape[0], 6)),
+    }
 
 
 def empty_like(captions: Captions, null: Captions) -> Captions:

@@ -26,7 +26,8 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from contextdiff_jax.models.context import RelationalNetwork, pool
+from contextdiff_jax.models.context import RelationalNetwork
+from contextdiff_jax.models.contextdiff import Captions, text_and_size
 from contextdiff_jax.models.layers import (
     GroupNorm,
     ResnetBlock,
@@ -327,30 +328,31 @@ class VideoDiffusion(nnx.Module):
     """The networks that are tuned on a clip: `unet` and `context`, for text that is encoded.
 
     Without `reads_mask` the UNet attends to padding too, as Stable Diffusion's do; the context
-    never does.
+    never does. `bound`: of |x0|, 1 for pictures; latents have none.
     """
 
-    def __init__(self, unet: VideoUNet, context: VideoContext, reads_mask: bool = True):
-        self.unet = unet
-        self.context = context
-        self.reads_mask = reads_mask
+    def __init__(
+        self,
+        unet: VideoUNet,
+        context: VideoContext,
+        reads_mask: bool = True,
+        bound: float | None = None,
+    ):
+        self.unet, self.context = unet, context
+        self.reads_mask, self.bound = reads_mask, bound
 
     def predict(
         self,
         x: Float[ArrayLike, "B F H W C"],
         t: Int[ArrayLike, "B"],
-        tokens: Float[ArrayLike, "B L D"],
-        mask: Bool[ArrayLike, "B L"],
+        captions: Captions,
         control: AttentionControl | None = None,
     ) -> Array | tuple[Array, Array]:
         """The UNet's output for clips, as `ContextDiffusion.predict` for pictures."""
-        seen = mask if self.reads_mask else None
-        if self.unet.config.addition_embed_type != "text_time":
-            return self.unet(x, t, tokens, seen, control=control)
-        B, _, H, W, _ = x.shape
-        time_ids = jnp.broadcast_to(jnp.array([H, W, 0, 0, H, W], jnp.float32), (B, 6))
-        added = {"text_embeds": pool(tokens, mask)[:, 0], "time_ids": time_ids}
-        return self.unet(x, t, tokens, seen, added, control)
+        seen, added = captions.mask if self.reads_mask else None, None
+        if self.unet.config.addition_embed_type == "text_time":
+            added = text_and_size(captions, *x.shape[2:4])
+        return self.unet(x, t, captions.tokens, seen, added, control)
 
 
 def inflate(
@@ -360,11 +362,11 @@ def inflate(
     seed: int = 0,
     remat: bool = False,
     reads_mask: bool = True,
+    bound: float | None = None,
 ) -> VideoDiffusion:
     """Video networks that start as the image networks do, frame by frame. The modules that are
     given are used up.
     """
     rngs = nnx.Rngs(make_key(seed))
-    return VideoDiffusion(
-        VideoUNet(unet, rngs=rngs, remat=remat), VideoContext(context, rngs=rngs), reads_mask
-    )
+    video_unet = VideoUNet(unet, rngs=rngs, remat=remat)
+    return VideoDiffusion(video_unet, VideoContext(context, rngs=rngs), reads_mask, bound)

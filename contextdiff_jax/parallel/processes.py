@@ -27,6 +27,8 @@ import jax
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from contextdiff_jax.runtime.errors import one_line
+
 LOGGER = logging.getLogger(__name__)
 T = TypeVar("T")
 _AGREED = itertools.count()  # all processes agree on the same things in the same order
@@ -246,7 +248,7 @@ class PeerWatch:
         for its name.
         """
         if self._many and isinstance(error, Exception):
-            text = " ".join(str(error).split())
+            text = one_line(error)
             if STATUS.match(text):
                 self._silence = 4 * self._interval
                 # The thread ends the process when it knows who it was.

@@ -16,10 +16,10 @@ from contextdiff_jax.pretrained.one_file import (
     ChangedTensor,
     LazyTensor,
     open_tensors,
-    read_object,
     refuse_pointers,
     save_tensors,
 )
+from contextdiff_jax.runtime.texts import read_object
 
 __all__ = (
     "PICKLES",

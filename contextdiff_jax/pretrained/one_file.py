@@ -1,4 +1,4 @@
-"""One file: JSON, or safetensors read one tensor at a time; what is damaged or refused is named."""
+"""One file of safetensors, read one tensor at a time; what is damaged or refused is named."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import safetensors
 import safetensors.numpy
 
 from contextdiff_jax.runtime.files import replacing
+from contextdiff_jax.runtime.texts import pointer_problem
 
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
-_POINTER = b"version https://git-lfs"
 # Types that numpy lacks and safetensors can't give it.
 _EIGHT_BITS = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
@@ -70,7 +70,7 @@ def open_tensors(path: Path) -> safetensors.safe_open:
     except OSError as error:
         raise ValueError(f"{path}: can't be read ({error.strerror or error})") from None
     except safetensors.SafetensorError as error:
-        problem = pointer_problem(path) or _damage(path) or f"not a safetensors file ({error})"
+        problem = _damage(path) or f"not a safetensors file ({error})"
         raise ValueError(f"{path}: {problem}") from None
 
 
@@ -90,38 +90,12 @@ def save_tensors(
         raise OSError(f"{path}: can't be written ({error})") from None
 
 
-def read_object(path: Path, expected: str) -> dict[str, Any]:
-    """A JSON object; ValueError, with what was `expected`, if there is none."""
-    try:
-        data = path.read_bytes()
-        values = json.loads(data.decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; expected {expected}") from None
-    except OSError as error:
-        raise ValueError(f"{path}: can't be read ({error.strerror}); expected {expected}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: not valid JSON (nested too deeply)") from None
-    except ValueError as error:
-        problem = pointer_problem(path) or ("is empty (0 bytes)" if not data.strip() else None)
-        raise ValueError(f"{path}: {problem or f'not valid JSON ({error})'}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a JSON object; expected {expected}")
-    return values
-
-
-def pointer_problem(path: Path) -> str | None:
-    """Says that a file is what a clone without Git LFS has in place of a large one; else None."""
-    with path.open("rb") as file:
-        if file.read(len(_POINTER)) != _POINTER:
-            return None
-    return "a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
-
-
 def refuse_pointers(folder: Path) -> None:
     """Raises ValueError for a file in `folder` that Git LFS has not brought."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.stat().st_size < 1024 and (problem := pointer_problem(path)):
-            raise ValueError(f"{path}: {problem}")
+        if path.is_file() and path.stat().st_size < 1024:
+            if problem := pointer_problem(path.read_bytes()):
+                raise ValueError(f"{path}: {problem}")
 
 
 @functools.lru_cache(maxsize=4)
@@ -140,9 +114,12 @@ def _raw(path: Path, name: str, dtype: np.dtype) -> np.ndarray:
 
 
 def _damage(path: Path) -> str | None:
-    """The first thing that a truncated file lacks, or None if it is no such file."""
+    """A Git LFS pointer, or the first thing that a truncated file lacks; None for neither."""
     size = path.stat().st_size
     with path.open("rb") as data:
+        if problem := pointer_problem(data.read(1024)):
+            return problem
+        data.seek(0)
         head = data.read(8)
         if len(head) < 8:
             return f"truncated: {size} bytes, less than a header"

@@ -25,8 +25,8 @@ from contextdiff_jax.pretrained.one_file import (
     ChangedTensor,
     LazyTensor,
     open_tensors,
-    read_object,
 )
+from contextdiff_jax.runtime.texts import read_object
 
 LOGGER = logging.getLogger(__name__)
 INDEX_FILE = "model_index.json"

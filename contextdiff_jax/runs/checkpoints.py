@@ -30,7 +30,7 @@ from orbax.checkpoint import checkpoint_managers
 from safetensors import SafetensorError
 
 from contextdiff_jax.parallel.processes import is_first
-from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.runtime.errors import RunError, one_line
 from contextdiff_jax.runtime.host import is_remote
 
 LOGGER = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ def writing(
         yield
     except errors as error:
         kept = next((f"step {step} is kept" for step in _steps(workdir)), "no checkpoint is there")
-        text = " ".join(str(error).split())
+        text = one_line(error)
         # TensorStore says it after three paths.
         reason = next((reason for reason in _REASONS if reason in text), text[:300])
         raise RunError(f"{workdir}/{what} could not be written: {reason}; {kept}") from error

@@ -1,5 +1,5 @@
 """Text as other programs write it: UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with
-one.
+one; JSON in it.
 
 What is no text is told, with its place; nothing is ever replaced by U+FFFD. A file's lines end at
 \\n, \\r\\n or \\r only: U+2028 and its like are part of a caption.
@@ -20,6 +20,7 @@ _MARKS = {  # the marks of UTF-32 begin with those of UTF-16: they are asked for
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_POINTER = b"version https://git-lfs"
 
 
 def _encoding(start: bytes) -> str:
@@ -105,3 +106,43 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(f"not JSON ({error.msg})") from None
     except RecursionError:
         raise ValueError("not JSON that can be read (nested too deeply)") from None
+
+
+def pointer_problem(content: bytes) -> str | None:
+    """Says that a file which begins so is what a clone without Git LFS has in place of a large
+    one; else None.
+    """
+    if not content.startswith(_POINTER):
+        return None
+    return "a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
+
+
+def read_content(path: pathlib.Path, expected: str) -> bytes:
+    """The bytes of a file; ValueError, with what was `expected`, if it isn't there, can't be read,
+    is blank or a pointer of Git LFS.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; expected {expected}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read ({error.strerror}); expected {expected}") from None
+    if not content.strip():
+        raise ValueError(f"{path}: is empty (0 bytes)")
+    if problem := pointer_problem(content):
+        raise ValueError(f"{path}: is {problem}")
+    return content
+
+
+def read_object(path: pathlib.Path, expected: str) -> dict[str, Any]:
+    """The JSON object in a UTF-8 file; ValueError, with what was `expected`, if there is none."""
+    content = read_content(path, expected)
+    try:
+        values = json.loads(content.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError(f"{path}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a JSON object; expected {expected}")
+    return values
