@@ -20,4 +20,4 @@ JAX_COMPILATION_CACHE_DIR="$(mktemp -d)"
 export JAX_COMPILATION_CACHE_DIR
 trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
 # Compilation takes one core: two files at once, each with what its tests share.
-"$PYTHON" -m pytest --numprocesses=2 --dist=loadfile --durations=15 "$@"
+"$PYTHON" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=20 "$@"

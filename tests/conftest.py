@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
@@ -25,6 +26,16 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # their own, without the checks.
 CHECKED = ["contextdiff_jax.diffusion", "contextdiff_jax.models"]
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+# Files that take minutes: begun first, so that no core waits at the end for the other's last one.
+LONGEST = ["latent", "pipeline", "training", "speed", "mesh", "unet", "experiments", "evaluate"]
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first; the order of all else stays."""
+    names = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else 99)
+
 
 TINY = {
     "train.batch_size": 8,
@@ -96,6 +107,28 @@ def command(
         text=True,
         timeout=600,
         **options,
+    )
+
+
+def random_params(settings):
+    """Weights of a run's model of about unit gain, none at 0, so that an effect anywhere reaches
+    the output. Drawn by numpy: compiling an initialisation takes longer than most tests.
+    """
+    import jax
+
+    from contextdiff_jax.training.state import init_state
+
+    rng = np.random.default_rng(5)
+
+    def drawn(path, leaf):
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        if leaf.ndim > 1:
+            return noise / np.sqrt(np.prod(leaf.shape[:-1]), dtype=np.float32)
+        return np.float32("scale" in jax.tree_util.keystr(path)) + np.float32(0.1) * noise
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.numpy.asarray(drawn(path, leaf)),
+        jax.eval_shape(lambda: init_state(settings)).params,
     )
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, command, config_dict
+from conftest import ROOT, SMALLEST, command, config_dict
 from flax import nnx
 from PIL import Image
 from torch_models import clip_model
@@ -40,7 +40,7 @@ def workdir(tmp_path_factory):
     training them would take most of a minute.
     """
     folder = tmp_path_factory.mktemp("evaluate") / "run"
-    config = config_dict(**{"data.num_objects": "(1,2)"})
+    config = config_dict(**SMALLEST, **{"data.num_objects": "(1,2)"})
     settings = parse(config)
     claim_workdir(folder, config)
     rng = np.random.default_rng(0)
@@ -243,16 +243,16 @@ def test_branches_are_x0_hat_with_and_without_the_caption(evaluation):
 
     def texts(captions):
         ids, mask = evaluation.tokenizer.encode(captions, settings.data.max_length)
-        return model.encode(ids, mask)
+        return jax.jit(model.encode)(ids, mask)
 
     captions = texts(few.captions(row))
-    x_t = diffusion.q_sample(
-        schedule, x0, model.relate(x0, captions, ts), ts, noise, settings.context.shift
-    )
+    r = jax.jit(model.relate)(x0, captions, ts)
+    x_t = diffusion.q_sample(schedule, x0, r, ts, noise, settings.context.shift)
+    predict = jax.jit(model.predict)
     with_caption, without = (
         np.asarray(
             diffusion.predict_x0(
-                schedule, model.predict(x_t, ts, text), x_t, ts, settings.diffusion.prediction_type
+                schedule, predict(x_t, ts, text), x_t, ts, settings.diffusion.prediction_type
             )
         )
         for text in (captions, texts([""] * 3))

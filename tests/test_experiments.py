@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE_LEVEL, ROOT, command, config_dict, randomised
+from conftest import ROOT, SMALLEST, command, config_dict, random_params
 from flax import nnx
 from scipy import stats
 
@@ -24,7 +24,7 @@ from contextdiff_jax.experiments.plan import Plan, load_plan
 from contextdiff_jax.inference.opening import process_of, run_steps
 from contextdiff_jax.inference.pipeline import method_of
 from contextdiff_jax.inference.sampling import Text, make_sample
-from contextdiff_jax.runs.model import make_model
+from contextdiff_jax.runs.model import model_graph
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.settings import parse
 
@@ -252,12 +252,13 @@ def test_with_the_exact_denoiser_plugin_needs_a_linear_context_and_posterior_mea
 
 
 def test_the_oracle_at_gain_0_is_the_sampler_and_otherwise_reads_the_picture():
-    settings = parse(config_dict(**{"sample.guidance": 2.0}))
+    settings = parse(config_dict(**SMALLEST, **{"sample.guidance": 2.0}))
     tokenizer, records = (
         load_tokenizer(None),
         [make_source(settings.data, "train")[i] for i in range(2)],
     )
-    model = make_model(settings)
+    model = nnx.merge(model_graph(settings), random_params(settings))
+    model.context.gamma[...] = jnp.asarray(0.0)
     oracle = OracleGenerator(settings, tokenizer, settings.sample)
     plain = oracle(nnx.state(model, nnx.Param), records, 0)
     other = [record | {"image": 255 - record["image"]} for record in records]
@@ -284,11 +285,9 @@ def test_the_coefficient_is_that_of_the_least_squares_line_and_1_where_the_conte
     timesteps = jnp.array([49, 20])
 
     def measured(kind, num=3):
-        settings = parse(
-            config_dict(**ONE_LEVEL, **{"context.kind": kind, "context.max_gain": 8.0})
-        )
+        settings = parse(config_dict(**SMALLEST, **{"context.kind": kind, "context.max_gain": 8.0}))
         records = [make_source(settings.data, "train")[i] for i in range(num)]
-        params = randomised(nnx.state(make_model(settings), nnx.Param))
+        params = random_params(settings)
         return measure(settings, params, load_tokenizer(None), records, timesteps, 0)
 
     known = measured("text")  # r_hat is r: neither reads a picture
@@ -302,11 +301,9 @@ def test_the_coefficient_is_that_of_the_least_squares_line_and_1_where_the_conte
 
 
 def test_an_estimate_times_0_is_no_context_in_the_steps_and_times_1_the_sampler():
-    settings = parse(
-        config_dict(**ONE_LEVEL, **{"context.kind": "linear", "context.max_gain": 8.0})
-    )
+    settings = parse(config_dict(**SMALLEST, **{"context.kind": "linear", "context.max_gain": 8.0}))
     tokenizer, records = load_tokenizer(None), [make_source(settings.data, "train")[0]]
-    params = randomised(nnx.state(make_model(settings), nnx.Param))
+    params = random_params(settings)
 
     def pictures(change):
         return OracleGenerator(settings, tokenizer, settings.sample, change)(
@@ -327,10 +324,10 @@ def test_a_cell_of_estimates_trains_the_other_plans_run_and_leaves_its_numbers(
 ):
     monkeypatch.syspath_prepend(ROOT)
     (tmp_path / "of.py").write_text(
-        "from conftest import ONE_LEVEL, config_dict\n"
+        "from conftest import SMALLEST, config_dict\n"
         "from contextdiff_jax.experiments.plan import Plan\n"
         "def get_plan():\n"
-        "    config = config_dict(**ONE_LEVEL, **{'context.kind': 'linear', 'train.steps': 2})\n"
+        "    config = config_dict(**SMALLEST, **{'context.kind': 'linear', 'train.steps': 2})\n"
         "    return Plan(title='t', about='a', kind='pictures', config=config, headline={},\n"
         "                variants={'linear': {}}, baselines=())\n"
     )

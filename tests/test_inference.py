@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomised
+from conftest import random_params
 
 from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.diffusion import samplers
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.runs.model import build_model, model_graph
-from contextdiff_jax.training.state import init_state
 
 PROMPTS = ["a large red circle", "a small blue square"]
 SEED = 3
@@ -29,7 +28,7 @@ def settings(tiny_settings):
 
 @pytest.fixture(scope="module")
 def params(settings):
-    params = randomised(init_state(settings).params)
+    params = random_params(settings)
     params["context"]["gamma"][...] = jnp.asarray(1.5)
     return params
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import config_dict
+from conftest import config_dict, random_params
 from flax import nnx
 from PIL import Image
-from test_training import randomised, with_gamma
+from test_training import with_gamma
 from torch_models import (
     SMALLEST,
     assert_close,
@@ -154,7 +154,7 @@ def test_a_fine_tune_at_gain_zero_samples_what_the_folder_samples(pipe):
 def test_latents_are_draws_from_the_autoencoders_gaussian_as_diffusers_has_it(pipe):
     settings = parse(config_of(pipe[1]))
     batch = draw(jax.random.key(0), batch_of(settings), settings)
-    model = build_model(model_graph(settings), init_state(settings).params, load_frozen(settings))
+    model = build_model(model_graph(settings), random_params(settings), load_frozen(settings))
     pixels = np.asarray(batch["image"], np.float32) / 127.5 - 1
     with torch.no_grad():
         q = pipe[0].vae.encode(nchw(pixels)).latent_dist
@@ -180,14 +180,16 @@ def test_a_run_reads_text_through_t5(pipe, tmp_path):
     with torch.no_grad():
         expected = theirs(rows.input_ids, attention_mask=rows.attention_mask).last_hidden_state
     model = build_model(model_graph(settings), start_of(config), load_frozen(settings))
-    captions = model.encode(batch["token_ids"], batch["token_mask"])
+    captions = nnx.jit(lambda model: model.encode(batch["token_ids"], batch["token_mask"]))(model)
     assert_close(captions.tokens, expected.numpy())
     # Padding is read by nobody: neither inside of T5 nor by the UNet.
     x, t, padding = batch["noise"], batch["t"], ~batch["token_mask"][..., None]
-    outputs = [
-        model.predict(x, t, captions._replace(tokens=captions.tokens + change))
-        for change in (0.0, 1.0 * padding, 1.0 * ~padding)
-    ]
+    predict = nnx.jit(
+        lambda model, change: model.predict(
+            x, t, captions._replace(tokens=captions.tokens + change)
+        )
+    )
+    outputs = [predict(model, change) for change in (0.0 * padding, 1.0 * padding, 1.0 * ~padding)]
     np.testing.assert_array_equal(*outputs[:2])
     assert np.abs(outputs[2] - outputs[0]).max() > 1e-3
     t5_encoder(tmp_path / "wide", 24)
@@ -200,23 +202,23 @@ def test_a_run_reads_text_through_t5(pipe, tmp_path):
 
 def test_latents_are_not_clipped_to_the_range_of_pictures(pipe):
     settings = parse(config_of(pipe[1]))
-    model = build_model(model_graph(settings), init_state(settings).params, load_frozen(settings))
+    model = build_model(model_graph(settings), random_params(settings), load_frozen(settings))
     batch, x = batch_of(settings), 5 * jax.random.normal(jax.random.key(0), (2, *settings.shape))
-    captions = model.encode(batch["token_ids"], batch["token_mask"])
-    t = jnp.full(2, 900)
+    t, schedule = jnp.full(2, 900), settings.diffusion.make_schedule()
+
+    @nnx.jit
+    def x0_of(model):
+        captions = model.encode(batch["token_ids"], batch["token_mask"])
+        denoise = make_denoise(
+            model, schedule, captions, captions, prediction_type="epsilon", guidance=2.0
+        )
+        return denoise(x, t, t - 1).x0
+
     bounds = []
     for latent in (True, False):
         if not latent:
             model.vae = None
-        denoise = make_denoise(
-            model,
-            settings.diffusion.make_schedule(),
-            captions,
-            captions,
-            prediction_type="epsilon",
-            guidance=2.0,
-        )
-        bounds.append(float(jnp.abs(denoise(x, t, t - 1).x0).max()))
+        bounds.append(float(jnp.abs(x0_of(model)).max()))
     assert bounds[0] > 3 and bounds[1] == 1
 
 
@@ -230,7 +232,7 @@ def test_the_frozen_networks_are_read_but_are_not_in_the_state(pipe, runs):
         "context",
     }
     settings = parse(config)
-    frozen, params = load_frozen(settings), randomised(start_of(config))
+    frozen, params = load_frozen(settings), random_params(settings)
     batch = draw(jax.random.key(0), batch_of(settings), settings)
     null = {k: v[:1] for k, v in batch_of(settings).items() if k != "image"}
     graph, schedule = model_graph(settings), settings.diffusion.make_schedule()
@@ -448,9 +450,7 @@ def test_the_context_reads_the_tokens_of_a_frozen_clip_as_transformers_has_them(
     clip.save_pretrained(tmp_path / "clip")
     changes = {"context.tokens": "clip", "context.clip": str(tmp_path / "clip")}
     settings = parse(config_of(pipe[1], **changes))
-    model = build_model(
-        model_graph(settings), randomised(init_state(settings).params), load_frozen(settings)
-    )
+    model = build_model(model_graph(settings), random_params(settings), load_frozen(settings))
     batch = draw(jax.random.key(0), batch_of(settings), settings)
     pixels = np.asarray(batch["image"], np.float32) / 127.5 - 1
     with torch.no_grad():
@@ -474,9 +474,7 @@ def test_the_context_reads_the_tokens_of_a_frozen_clip_as_transformers_has_them(
         ValueError, match="context.patch_size=4: gives 4 patches of x0; CLIP has 16 tokens"
     ):
         other = parse(config_of(pipe[1], **changes | {"context.patch_size": 4}))
-        build_model(model_graph(other), init_state(other).params, load_frozen(other)).relate(
-            x0, *args
-        )
+        build_model(model_graph(other), random_params(other), load_frozen(other)).relate(x0, *args)
     with pytest.raises(ValueError, match="reads pictures, and data.source='cache' has none"):
         parse(config_of(pipe[1], **changes | {"data.source": "cache"}))
     with pytest.raises(ValueError, match="context.tokens='clip': needs context.clip"):

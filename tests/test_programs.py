@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_params
 from flax import nnx
 
 from contextdiff_jax.data import load_tokenizer
@@ -17,7 +18,6 @@ from contextdiff_jax.inference.pipeline import NotFiniteError
 from contextdiff_jax.inference.programs import kept
 from contextdiff_jax.models.vae import VAE, VAEConfig
 from contextdiff_jax.parallel.mesh import local_mesh
-from contextdiff_jax.training.state import init_state
 
 
 def never():
@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_the_program_runs(tmp_path, 
 def test_a_second_pipeline_reads_the_program_and_makes_the_same_pictures(
     tiny_settings, tmp_path, monkeypatch
 ):
-    params, tokenizer = init_state(tiny_settings).params, load_tokenizer()
+    params, tokenizer = random_params(tiny_settings), load_tokenizer()
 
     def sample(count, params=params, seed=0, **options):
         pipeline = of_run(tiny_settings, tokenizer, params, mesh=local_mesh(), **options)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE_LEVEL, config_dict, randomised
+from conftest import ONE_LEVEL, config_dict, random_params
 from flax import nnx
 
 from contextdiff_jax import diffusion
@@ -31,7 +31,7 @@ B = 2
 def made(**changes):
     # Odd: levels of 9 and 5.
     settings = parse(config_dict(**{"data.image_size": 9, "context.patch_size": 3} | changes))
-    return settings, build_model(model_graph(settings), randomised(init_state(settings).params))
+    return settings, build_model(model_graph(settings), random_params(settings))
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_the_shared_part_is_computed_once_a_group(tiny):
 
 
 def test_the_benchmark_tells_the_difference_to_all_steps(tiny_settings, monkeypatch):
-    params = randomised(init_state(tiny_settings).params)
+    params = random_params(tiny_settings)
     pipeline = of_run(tiny_settings, load_tokenizer(), params, source="step 7 of a run")
     monkeypatch.setattr(benchmark.Pipeline, "open", lambda workdir: pipeline)
     monkeypatch.setattr(benchmark, "VARIANTS", ((4, 1), (4, 2), (2, 1)))

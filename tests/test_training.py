@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALLEST, command, config_dict, randomised
+from conftest import SMALLEST, command, config_dict, random_params
 from flax import nnx
 
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
@@ -51,7 +51,7 @@ def with_gamma(params, value):
 
 @pytest.fixture(scope="module")
 def params(tiny_settings):
-    return randomised(jax.jit(lambda: init_state(tiny_settings))().params)
+    return random_params(tiny_settings)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,7 @@ def test_gain_zero_is_plain_diffusion_in_loss_and_samples_exactly(tiny_settings,
 def test_a_context_with_gain_changes_the_samples(estimate, sampler):
     changes = {"context.estimate": estimate, "sample.sampler": sampler}
     settings = parse(config_dict(**SMALLEST | changes))
-    params = randomised(jax.jit(lambda: init_state(settings))().params)
-    params, tokenizer = with_gamma(params, 1.5), load_tokenizer()
+    params, tokenizer = with_gamma(random_params(settings), 1.5), load_tokenizer()
     shifted = of_run(settings, tokenizer, params)
     if estimate == "plugin":  # without gain there is no shift: to the bit, as the test above says
         plain = shifted.with_params(with_gamma(params, 0.0))
@@ -118,7 +117,7 @@ def test_a_step_is_the_same_whatever_the_accumulation(tiny_settings):
     for parts in (1, 4):
         settings = parse(config_dict(**SMALLEST, **{"train.accumulation": parts}))
         state = init()
-        state = dataclasses.replace(state, params=randomised(state.params))
+        state = dataclasses.replace(state, params=random_params(settings))
         states.append(jax.jit(make_train_step(settings))(state, batch, null)[0])
     np.testing.assert_allclose(
         states[0].metric_sums["loss"], states[1].metric_sums["loss"], rtol=1e-5
