@@ -185,6 +185,30 @@ def test_a_training_step_and_a_sampling_program_are_traced_once():
         jax.eval_shape(sample, params, x + first, *text, np.array([first, 12]))
 
 
+def test_a_second_trace_gives_the_same_programs():
+    """Tracing leaves nothing behind in Python: no count, key or cache that a program depends on."""
+    settings = parse(config_dict(**ONE_LEVEL))
+    state, length = jax.eval_shape(lambda: init_state(settings)), settings.data.max_length
+    image = jax.ShapeDtypeStruct((8, 16, 16, 3), np.uint8)
+    step, graph, run = make_train_step(settings), model_graph(settings), program(settings, 2.0)
+
+    def sample(params, *inputs):
+        return run(nnx.merge(graph, params), *inputs)
+
+    def captions(batch):
+        ids = jax.ShapeDtypeStruct((batch, length), np.int32)
+        return {"token_ids": ids, "token_mask": jax.ShapeDtypeStruct((batch, length), bool)}
+
+    x, timesteps = jax.ShapeDtypeStruct((B, 16, 16, 3), np.float32), np.array([49, 12])
+    for function, arguments in (
+        (step, (state, {"image": image} | captions(8), captions(1))),
+        (sample, (state.params, x, *captions(B).values(), timesteps)),
+    ):
+        # Wrapped anew each time, or JAX gives out what it has traced.
+        first, again = (str(jax.make_jaxpr(lambda *a, f=function: f(*a))(*arguments)) for _ in "12")
+        assert len(first) > 10_000 and first == again
+
+
 def test_the_shared_part_is_computed_once_a_group(tiny):
     """Convolutions in the compiled program: a whole network, and one finest level more for the
     steps that reuse.

@@ -16,6 +16,7 @@ from flax import nnx
 
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
 from contextdiff_jax.inference.opening import of_run
+from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated
 from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runs.model import model_graph
 from contextdiff_jax.runtime.errors import RunError
@@ -23,9 +24,11 @@ from contextdiff_jax.runtime.pictures import read_png_metadata
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training import loop, reporter
 from contextdiff_jax.training.compilation import count_flops
+from contextdiff_jax.training.log import averages
 from contextdiff_jax.training.loop import null_caption, train
+from contextdiff_jax.training.nonfinite import FiniteGuard
 from contextdiff_jax.training.replay import replay
-from contextdiff_jax.training.state import init_state
+from contextdiff_jax.training.state import init_state, zero_metrics
 from contextdiff_jax.training.step import draw, loss_fn, make_train_step
 
 
@@ -240,6 +243,26 @@ def test_non_finite_steps_are_skipped_up_to_a_limit_and_then_dumped_and_what_is_
         assert manager.latest_step() == bad - 1
         state, _ = checkpoints.restore(manager, jax.eval_shape(lambda: init_state(parse(config))))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_what_surrounds_a_step_moves_between_host_and_devices_only_what_is_meant(
+    tiny_settings, tmp_path
+):
+    """On a CPU JAX's guard sees the ways to a device and between devices, none from a device."""
+    batch, _ = batch_of(tiny_settings)
+    feed = Feed(make_mesh(tiny_settings.mesh, 8), 8)
+    sums = jax.device_put(zero_metrics())
+    state = SimpleNamespace(metric_sums=sums)
+    with jax.transfer_guard("disallow"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device"):
+            jnp.asarray(batch["image"])
+        put = feed.put(batch)
+        watching = FiniteGuard(tiny_settings, {}, tmp_path, state)
+        watching.watch(1, state, put, sums["nonfinite"])
+        watching.check(state)
+        logged = averages(jax.device_put(zero_metrics(), replicated(feed.mesh)))
+    np.testing.assert_array_equal(put["image"], batch["image"])
+    assert logged["loss"] == 0
 
 
 def test_a_gpus_operations_are_counted_before_its_libraries_hide_them():

@@ -25,7 +25,7 @@ from contextdiff_jax.data.shapes import ShapesConfig, ShapesSource, heldout_trip
 from contextdiff_jax.data.tfds import TFDSConfig, TFDSSource, has_split
 from contextdiff_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from contextdiff_jax.data.webdataset import WebDatasetConfig, WebDatasetSource
-from contextdiff_jax.runtime.fields import check_choice, strict
+from contextdiff_jax.runtime.fields import check_choice, no_type_check, strict
 
 __all__ = [
     "SOURCES",
@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 
+@no_type_check
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The data room's configuration. Fields that a source has no use for are ignored by it.

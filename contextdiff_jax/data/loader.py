@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -39,6 +39,7 @@ _CUT = "cut"  # the words that each caption loses, likewise
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
+@runtime_checkable
 class RandomAccessSource(Protocol):
     """Records by number: dicts with `image` uint8 [H, W, 3] and `caption` str. Picklable."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -33,6 +33,7 @@ class Share(NamedTuple):
     epochs: list[int]
 
 
+@runtime_checkable
 class Order(Protocol):
     """Says which records `rows` of global batch `number` are."""
 

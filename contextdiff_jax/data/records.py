@@ -330,6 +330,6 @@ class PictureSource(abc.ABC):
         sizes, _ = kept_array(
             self.config.path, self.config.index_folder, "sizes", self.kept_key(), measure
         )
-        for index in np.flatnonzero(sizes[:, 0] == 0):
-            self.broken.replaced(int(index), f"{self.where(index)}: no readable picture or caption")
+        for index in map(int, np.flatnonzero(sizes[:, 0] == 0)):
+            self.broken.replaced(index, f"{self.where(index)}: no readable picture or caption")
         return sizes

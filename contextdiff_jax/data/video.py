@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageSequence
 
 from contextdiff_jax.data.decoding import UNDECODABLE, check_size, open_picture, shown
@@ -31,7 +31,7 @@ _SHORTEST = 1 / 125  # seconds; time stamps that are closer in a slower clip are
 Frame = UInt8[np.ndarray, "H W 3"]
 
 
-def _step(durations: Sequence[float], tick: float) -> float:
+def _step(durations: Sequence[float] | Float[np.ndarray, "N"], tick: float) -> float:
     """Seconds between frames at the slowest constant rate that fits: each time stamp within an
     eighth of a frame, or a `tick` of the file's clock. The mean duration where none fits (jitter).
     """
@@ -199,7 +199,7 @@ def _from_film(path: pathlib.Path) -> Iterator[Frame]:
         raise ValueError(f"video.path={path}: {error}") from None
 
 
-def resize(frame: Frame, size: tuple[int, int]) -> Frame:
+def resize(frame: Frame, size: tuple[int, int]) -> UInt8[np.ndarray, "H2 W2 3"]:
     """`frame` at (height, width) `size`: scaled until it covers it, then cut about the middle,
     nothing distorted.
     """

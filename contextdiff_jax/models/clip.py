@@ -17,11 +17,10 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from contextdiff_jax.models.config import no_type_check
 from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, convolve, linear
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.transformer import Attention
-from contextdiff_jax.runtime.fields import check_choice
+from contextdiff_jax.runtime.fields import check_choice, no_type_check
 
 # The channels' mean and deviation over the pictures that CLIP was trained on, in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)

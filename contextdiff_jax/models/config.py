@@ -9,14 +9,6 @@ from typing import Any
 from contextdiff_jax.runtime.fields import check_known
 
 
-def no_type_check(cls: type) -> type:
-    """Marks a class of values from files: the tests' check of types leaves its constructor alone,
-    by this name, so that wrong values reach the class's own checks. typing's decorator of this name
-    would hide the fields' types, too.
-    """
-    return cls
-
-
 def known_fields(
     cls: type, section: str, values: Mapping[str, Any], off: Mapping[str, tuple]
 ) -> dict[str, Any]:

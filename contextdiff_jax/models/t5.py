@@ -16,10 +16,10 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from contextdiff_jax.models.config import no_type_check
 from contextdiff_jax.models.layers import TEXT_ACTIVATIONS, linear
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.transformer import Attention
+from contextdiff_jax.runtime.fields import no_type_check
 
 _POSITIVE = (
     "vocab_size",

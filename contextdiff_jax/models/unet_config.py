@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from contextdiff_jax.models.config import known_fields, no_type_check
+from contextdiff_jax.models.config import known_fields
 from contextdiff_jax.models.layers import ACTIVATIONS
-from contextdiff_jax.runtime.fields import check_choice
+from contextdiff_jax.runtime.fields import check_choice, no_type_check
 
 _CHOICES = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),

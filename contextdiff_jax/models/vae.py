@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from contextdiff_jax.models.config import known_fields, no_type_check
+from contextdiff_jax.models.config import known_fields
 from contextdiff_jax.models.layers import (
     ACTIVATIONS,
     Downsample,
@@ -31,7 +31,7 @@ from contextdiff_jax.models.layers import (
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.tiling import sliced, tiled
 from contextdiff_jax.models.transformer import Attention
-from contextdiff_jax.runtime.fields import check_choice
+from contextdiff_jax.runtime.fields import check_choice, no_type_check
 
 _OVERLAP = 0.25  # of neighbouring tiles, as in diffusers
 

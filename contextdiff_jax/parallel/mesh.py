@@ -326,7 +326,9 @@ class Feed:
                 wanted = np.arange(self.batch_size)[index[0]]
                 return array[(np.searchsorted(self.rows, wanted), *index[1:])]
 
-            with jax.transfer_guard_host_to_device("allow"):  # asked for by name: `put`
+            # Meant, though JAX's transfer guard takes it for an implicit transfer. For 8 devices it
+            # takes a fifth of the time of their `device_put`s.
+            with jax.transfer_guard_host_to_device("allow"):
                 return jax.make_array_from_callback(shape, self.sharding(shape), part)
 
         return {name: spread(np.asarray(array)) for name, array in local.items()}

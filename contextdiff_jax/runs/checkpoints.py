@@ -260,7 +260,8 @@ def save(
         state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data_state))
     )
     with writing(manager.directory.parent, "checkpoints: a checkpoint", _SAVING):
-        manager.save(int(state.step), args=arguments, metrics=dict(metrics) if metrics else None)
+        step = int(jax.device_get(state.step))
+        manager.save(step, args=arguments, metrics=dict(metrics) if metrics else None)
 
 
 def shape_differences(saved: PyTree, wanted: PyTree, limit: int = 3) -> str:

@@ -38,7 +38,7 @@ class FiniteGuard:
         state: TrainState,
     ):
         self._limit, self._config, self._workdir = settings.train.max_nonfinite, config, workdir
-        self._count, self._watched = int(state.metric_sums["nonfinite"]), None
+        self._count, self._watched = int(jax.device_get(state.metric_sums["nonfinite"])), None
 
     def watch(
         self, step: int, state: TrainState, batch: Mapping[str, jax.Array], nonfinite: jax.Array
@@ -55,9 +55,10 @@ class FiniteGuard:
         if self._watched is None:
             return
         step, batch, count = self._watched
-        if int(count) == self._count:
+        count = int(jax.device_get(count))
+        if count == self._count:
             return
-        self._count = int(count)
+        self._count = count
         LOGGER.warning(
             "step %d: the loss or the gradient is not finite; skipped (%d so far)",
             step,

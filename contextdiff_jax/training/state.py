@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float32, Int, PRNGKeyArray, PyTree
 
 from contextdiff_jax.runs.model import init_params
 from contextdiff_jax.runtime.keys import make_key
@@ -37,16 +37,14 @@ class TrainState:
 METRICS = ("count", "loss", "denoise_loss", "context_loss", "prior_kl", "context_gain", "grad_norm")
 
 
-def zero_metrics() -> dict[str, Array]:
-    """Empty sums; the quartile entries are sums over samples by t's quartile, the others over
-    (finite) steps. `nonfinite` counts the steps that were skipped.
+def zero_metrics() -> dict[str, Float32[np.ndarray, "..."]]:
+    """Empty sums, on the host: the loop puts them where the state lies. The quartile entries are
+    sums over samples by t's quartile, the others over (finite) steps. `nonfinite` counts the steps
+    that were skipped.
     """
-    sums = {name: jnp.zeros(()) for name in METRICS}
-    return sums | {
-        "quartile_loss": jnp.zeros(4),
-        "quartile_count": jnp.zeros(4),
-        "nonfinite": jnp.zeros(()),
-    }
+    shapes = dict.fromkeys((*METRICS, "nonfinite"), ())
+    shapes |= {"quartile_loss": (4,), "quartile_count": (4,)}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
@@ -115,5 +113,5 @@ def init_state(settings: Settings) -> TrainState:
             split_trainable(params, settings.train.trainable)[0]
         ),
         key=jax.random.key_data(make_key(settings.seed)),
-        metric_sums=zero_metrics(),
+        metric_sums=jax.tree.map(jnp.asarray, zero_metrics()),
     )

@@ -153,7 +153,9 @@ class Classifier(nnx.Module):
         return self.out(jax.nn.relu(self.features(x)))
 
 
-def split_by_attribute(columns: Array, attributes: Sequence[Attribute]) -> list[Array]:
+def split_by_attribute(
+    columns: Array | np.ndarray, attributes: Sequence[Attribute]
+) -> list[Array] | list[np.ndarray]:
     """[B, V] as one [B, values] an attribute."""
     edges = np.cumsum([len(a.values) for a in attributes])[:-1]
     return (
