@@ -24,7 +24,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Every annotated argument and result of these rooms is checked: its type, its shape, and that one
 # name is one size in a call. A whole number is a float too (PEP 484). Commands run in processes of
 # their own, without the checks.
-CHECKED = ["contextdiff_jax.diffusion", "contextdiff_jax.models"]
+CHECKED = [f"contextdiff_jax.{room}" for room in ("diffusion", "models", "data", "evaluation")]
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 # Files that take minutes: begun first, so that no core waits at the end for the other's last one.

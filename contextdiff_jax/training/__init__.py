@@ -1,1 +1,1 @@
-"""Training: state, step, checkpoints, log, and their story in loop.py."""
+"""Training: a run's story in loop.py, the loop in run_steps.py, one step in step.py."""
