@@ -110,9 +110,9 @@ def command(
     )
 
 
-def random_params(settings):
-    """Weights of a run's model of about unit gain, none at 0, so that an effect anywhere reaches
-    the output. Drawn by numpy: compiling an initialisation takes longer than most tests.
+def random_params(settings, gain=1.0):
+    """Weights of a run's model, layers of about that gain, none at 0, so that an effect anywhere
+    reaches the output. Drawn by numpy: compiling an initialisation takes longer than most tests.
     """
     import jax
 
@@ -123,7 +123,7 @@ def random_params(settings):
     def drawn(path, leaf):
         noise = rng.standard_normal(leaf.shape, np.float32)
         if leaf.ndim > 1:
-            return noise / np.sqrt(np.prod(leaf.shape[:-1]), dtype=np.float32)
+            return noise * np.float32(gain / np.sqrt(np.prod(leaf.shape[:-1])))
         return np.float32("scale" in jax.tree_util.keystr(path)) + np.float32(0.1) * noise
 
     return jax.tree_util.tree_map_with_path(
