@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ON_EIGHT, ROOT, command
 from diffusers import (
     DDIMScheduler,
     StableDiffusionImg2ImgPipeline,
@@ -593,7 +593,7 @@ np.save(sys.argv[2], pipeline.text_to_image(prompts, size=(16, 16), steps=3, gui
 def test_a_batch_that_eight_devices_do_not_divide_gives_the_pictures_of_one(pair, tmp_path):
     folder = pair[1]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        **ON_EIGHT,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

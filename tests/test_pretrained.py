@@ -17,7 +17,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ON_EIGHT, ROOT
 from diffusers import UNet2DConditionModel
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -297,7 +297,7 @@ print("8 devices", jax.device_count())
 
 def test_on_eight_devices_each_gets_its_part_from_either_format(folder, tmp_path):
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        **ON_EIGHT,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }
