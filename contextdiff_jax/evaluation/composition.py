@@ -124,8 +124,8 @@ def _fit(mask: Bool[np.ndarray, "H W"]) -> Object:
     return Object(shape=UNKNOWN, colour=UNKNOWN, size=UNKNOWN, centre=centre)
 
 
-def find_objects(image: UInt8[np.ndarray, "S S 3"]) -> list[Object]:
-    """The objects in a square picture, the largest first.
+def find_objects(image: np.ndarray) -> list[Object]:
+    """The objects in a square picture, uint8 [S, S, 3], the largest first.
 
     What has no known shape (or colour) has shape and size (or colour) `unknown`.
 
