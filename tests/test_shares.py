@@ -15,6 +15,7 @@ from two_processes import evaluate_share
 from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.evaluation import metrics, shares, subject
 from contextdiff_jax.evaluation.networks import classifier
+from contextdiff_jax.runs.model import model_graph
 from contextdiff_jax.settings import parse
 
 
@@ -89,7 +90,7 @@ def test_fewer_pictures_than_processes_are_refused(workdir, monkeypatch):
     made = subject.Evaluation(
         settings=settings,
         tokenizer=load_tokenizer(),
-        graph=None,
+        graph=model_graph(settings),
         params=None,
         features="",
         num=2,

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 import safetensors
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Real
 from scipy import ndimage
 
 from contextdiff_jax.evaluation.distances import clip_score, cosines
 from contextdiff_jax.evaluation.networks.clip import load_clip
 
-Clip = UInt8[np.ndarray, "F H W 3"]
+Clip = Real[np.ndarray, "F H W 3"]  # 0..255
 Inside = Bool[np.ndarray, "F H W"]
 
 
@@ -34,7 +34,7 @@ def psnr(clip: Clip, reference: Clip, where: Inside | None = None) -> float:
 
 
 def ssim_map(
-    frame: UInt8[np.ndarray, "H W 3"], other: UInt8[np.ndarray, "H W 3"]
+    frame: Real[np.ndarray, "H W 3"], other: Real[np.ndarray, "H W 3"]
 ) -> Float[np.ndarray, "H W 3"]:
     """Structural similarity (Wang et al., 2004): Gaussian windows of sigma 1.5, 11 pixels wide,
     each channel.

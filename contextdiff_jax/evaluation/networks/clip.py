@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from contextdiff_jax.data.folder_tokenizer import cut_text, num_ids, read_folder, warn_of_cut
-from contextdiff_jax.evaluation.features import FeatureFn, extract, make_feature_fn
+from contextdiff_jax.evaluation.features import FeatureFn, Rows, extract, make_feature_fn
 from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 from contextdiff_jax.pretrained import load_clip_text, load_clip_vision
 from contextdiff_jax.pretrained.folder_files import read_json
@@ -137,7 +137,7 @@ class _Prepared:
     not fit the memory.
     """
 
-    def __init__(self, images: Sequence[np.ndarray] | np.ndarray, preprocessing: Preprocessing):
+    def __init__(self, images: Rows, preprocessing: Preprocessing):
         self._images, self._preprocessing = images, preprocessing
 
     def __len__(self) -> int:
@@ -173,9 +173,7 @@ class Clip:
                 f"x {width}; the model reads {self.image_size} x {self.image_size}"
             )
 
-    def embed_images(
-        self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]] | UInt8[np.ndarray, "N H W 3"]
-    ) -> Float[np.ndarray, "N P"]:
+    def embed_images(self, images: Rows) -> Float[np.ndarray, "N P"]:
         """transformers' `image_embeds` before they are normalised, of pictures of one size."""
         return extract(self.vision, _Prepared(images, self.preprocessing), label="CLIP of pictures")
 
