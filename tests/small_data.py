@@ -1,0 +1,29 @@
+"""Small data that tests write and read: pictures and shards."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+from contextdiff_jax.benchmarks.source_layouts import make_pictures
+
+PICTURES = make_pictures(30, 48, 64)
+
+
+def write_tar(path, members) -> None:
+    """A shard of (name, content)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def encode_picture(pixels, kind="PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(file, kind)
+    return file.getvalue()
