@@ -1,4 +1,4 @@
-"""Small data that tests write and read: pictures and shards."""
+"""Small data that tests write and read: pictures, shards and clips."""
 
 from __future__ import annotations
 
@@ -27,3 +27,15 @@ def encode_picture(pixels, kind="PNG") -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.asarray(pixels, np.uint8)).save(file, kind)
     return file.getvalue()
+
+
+def film(frames: int = 6, height: int = 32, width: int = 48) -> np.ndarray:
+    """A smooth picture that moves two pixels a frame."""
+    y, x = np.mgrid[:height, : width + 2 * frames]
+    wide = np.stack(
+        [127 + 100 * np.sin(x / 5), 127 + 100 * np.cos(y / 4), 127 + 80 * np.sin((x + y) / 7)],
+        axis=-1,
+    )
+    return (
+        np.stack([wide[:, 2 * i : 2 * i + width] for i in range(frames)]).round().astype(np.uint8)
+    )
