@@ -145,6 +145,12 @@ def randomised(params):
     )
 
 
+def one_line(error: pytest.ExceptionInfo) -> str:
+    """An error's message, which must be one line."""
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 @pytest.fixture(scope="module")
 def optimised():
     """LLVM's optimisations on."""

@@ -1,8 +1,9 @@
-"""Small data that tests write and read: pictures, shards and clips."""
+"""Small data that tests write and read: pictures, shards, folders and clips."""
 
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 
 import numpy as np
@@ -39,3 +40,15 @@ def film(frames: int = 6, height: int = 32, width: int = 48) -> np.ndarray:
     return (
         np.stack([wide[:, 2 * i : 2 * i + width] for i in range(frames)]).round().astype(np.uint8)
     )
+
+
+def write_folder(path, count=10, lines=()):
+    """`count` good records, whose pictures are grey of level 10 * i, then `lines`."""
+    (path / "images").mkdir(parents=True)
+    records = []
+    for i in range(count):
+        Image.new("RGB", (12, 8), (10 * i,) * 3).save(path / "images" / f"{i}.png")
+        records.append(
+            json.dumps({"file_name": f"images/{i}.png", "text": f"grey {i}", "level": 10 * i})
+        )
+    (path / "metadata.jsonl").write_text("\n".join([*records, *lines]) + "\n")
