@@ -12,6 +12,7 @@ from conftest import command, one_line
 from small_data import write_folder
 
 from contextdiff_jax.data import (
+    SOURCES,
     DataConfig,
     FolderConfig,
     FolderSource,
@@ -23,6 +24,7 @@ from contextdiff_jax.data import (
     train_tokenizer,
 )
 from contextdiff_jax.data.shapes import COLOURS, SHAPES, SIZES
+from contextdiff_jax.evaluation import subject
 
 TRIPLES = set(itertools.product(SHAPES, COLOURS, SIZES))
 
@@ -276,3 +278,12 @@ def test_unknown_sources_and_splits_are_refused_in_one_line(tmp_path):
         with pytest.raises(ValueError) as error:
             make_source(config, split)
         assert words in one_line(error)
+
+
+def test_a_function_alone_is_a_source_with_training_records(monkeypatch):
+    monkeypatch.setitem(SOURCES, "mine", lambda config, split: [{"caption": split}])
+    data = DataConfig(source="mine")
+    assert subject.splits(data) == {"training records": [{"caption": "train"}]}
+    assert subject.classifier_source(data) == [{"caption": "train"}]
+    with pytest.raises(ValueError, match="data.source='yours': unknown; one of shapes.*, mine"):
+        subject.splits(DataConfig(source="yours"))
