@@ -10,11 +10,7 @@ if [ $# -eq 0 ]; then
   "$PYTHON" -m ruff format --check .
 fi
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-# Most of the time is compilation. XLA's older CPU kernels compile in three quarters of the time.
-if [ "${JAX_DISABLE_MOST_OPTIMIZATIONS:-1}" != 0 ]; then
-  export XLA_FLAGS="--xla_cpu_use_fusion_emitters=false ${XLA_FLAGS:-}"
-fi
-# Programs compiled by one test serve the next, small ones too; the folder is this run's own.
+# Most of the time is compilation (tests/conftest.py says what makes it less). Programs compiled by one test serve the next, small ones too; the folder is this run's own.
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 JAX_COMPILATION_CACHE_DIR="$(mktemp -d)"
 export JAX_COMPILATION_CACHE_DIR

@@ -7,20 +7,31 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
+from contextdiff_jax.runtime.host import collect_garbage_seldom
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from contextdiff_jax.runtime.host import collect_garbage_seldom  # noqa: E402
-
-collect_garbage_seldom()
 # Most of the suite's time is compilation, for arrays so small that LLVM's optimisations don't pay:
 # here, and in the processes that tests start, they are off (XLA's own passes stay). With them, half
 # as long again: JAX_DISABLE_MOST_OPTIMIZATIONS=0.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+FEWER = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] not in ("0", "false")
+jax.config.update("jax_disable_most_optimizations", FEWER)
+# XLA's older CPU kernels compile in three quarters of the time. libtpu, which some tests load,
+# dies of the flag: XLA reads it here, and commands, which don't load libtpu, get it again.
+XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false" if FEWER else ""
+ON_EIGHT = {"XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"}
+_before = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{_before} {XLA_FLAGS}"
+jax.devices("cpu")
+os.environ["XLA_FLAGS"] = _before
+collect_garbage_seldom()
 # Every annotated argument and result of these rooms is checked: its type, its shape, and that one
 # name is one size in a call. A whole number is a float too (PEP 484). Commands run in processes of
 # their own, without the checks.
@@ -90,7 +101,9 @@ def command(
     """Runs `python -m contextdiff_jax.NAME`, with the tiny config's overrides if asked for."""
     overrides = [f"--config.{field}={value}" for field, value in TINY.items()] if tiny else []
     environment = (
-        os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | options.pop("env", {})
+        os.environ
+        | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": XLA_FLAGS}
+        | options.pop("env", {})
     )
     return subprocess.run(
         [
@@ -110,12 +123,10 @@ def command(
     )
 
 
-def random_params(settings):
-    """Weights of a run's model of about unit gain, none at 0, so that an effect anywhere reaches
-    the output. Drawn by numpy: compiling an initialisation takes longer than most tests.
+def random_params(settings, gain=1.0):
+    """Weights of a run's model, layers of about that gain, none at 0, so that an effect anywhere
+    reaches the output. Drawn by numpy: compiling an initialisation takes longer than most tests.
     """
-    import jax
-
     from contextdiff_jax.training.state import init_state
 
     rng = np.random.default_rng(5)
@@ -123,7 +134,7 @@ def random_params(settings):
     def drawn(path, leaf):
         noise = rng.standard_normal(leaf.shape, np.float32)
         if leaf.ndim > 1:
-            return noise / np.sqrt(np.prod(leaf.shape[:-1]), dtype=np.float32)
+            return noise * np.float32(gain / np.sqrt(np.prod(leaf.shape[:-1])))
         return np.float32("scale" in jax.tree_util.keystr(path)) + np.float32(0.1) * noise
 
     return jax.tree_util.tree_map_with_path(
@@ -136,8 +147,6 @@ def randomised(params):
     """Weights away from their zero-initialised branches, so that an effect anywhere reaches the
     output.
     """
-    import jax
-
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(5), len(leaves))
     return jax.tree.unflatten(
@@ -164,14 +173,9 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 @pytest.fixture(scope="module")
 def optimised():
     """LLVM's optimisations on."""
-    import jax
-
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update(
-        "jax_disable_most_optimizations",
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] not in ("0", "false"),
-    )
+    jax.config.update("jax_disable_most_optimizations", FEWER)
 
 
 @pytest.fixture(scope="session")

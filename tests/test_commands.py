@@ -13,7 +13,7 @@ import types
 import jax
 import pytest
 from absl import flags
-from conftest import ROOT, command
+from conftest import ON_EIGHT, ROOT, command
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -63,7 +63,7 @@ TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )
 def test_bad_input_gets_one_line_and_status_2(arguments, message):
-    result = command(*arguments, env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"})
+    result = command(*arguments, env=ON_EIGHT)
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and re.search(message, lines[0]), result.stderr

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import ROOT
+from conftest import ON_EIGHT, ROOT
 from references import gaussian_kernel, mmd2
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -254,7 +254,7 @@ print(json.dumps([features.tolist(), shapes]))
 
 def test_features_in_padded_batches_over_8_devices_are_each_picture_s_own():
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        **ON_EIGHT,
         "JAX_PLATFORMS": "cpu",
     }
     out = subprocess.run(

@@ -12,7 +12,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE_LEVEL, ROOT, command, config_dict
+from conftest import ON_EIGHT, ONE_LEVEL, ROOT, command, config_dict
 from torch_models import stable_diffusion
 from transformers import CLIPConfig, CLIPModel
 
@@ -169,7 +169,7 @@ def test_frames_over_eight_devices_give_what_one_device_gives():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        **ON_EIGHT,
     }
     result = subprocess.run(
         [sys.executable, str(ROOT / "tests/frames_program.py")],

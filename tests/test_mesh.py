@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, command, config_dict
+from conftest import ON_EIGHT, ROOT, TINY, command, config_dict
 from jax.sharding import PartitionSpec as P
 from mesh_program import SMALL
 
@@ -29,7 +29,6 @@ from contextdiff_jax.parallel.mesh import (
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import init_state
 
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 HERE = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 ONE = "1x1x1x1"  # data, fsdp, tensor, sequence
 
@@ -133,7 +132,7 @@ def losses_and_pictures(path, workdir, *meshes: str) -> dict:
     result = subprocess.run(
         [sys.executable, ROOT / "tests" / "mesh_program.py", path, workdir, *meshes],
         cwd=ROOT,
-        env=os.environ | HERE | EIGHT,
+        env=os.environ | HERE | ON_EIGHT,
         capture_output=True,
         text=True,
     )
@@ -235,7 +234,7 @@ def test_a_batch_that_the_devices_cannot_divide_is_refused_in_one_line(tmp_path)
         f"--workdir={tmp_path}",
         "--config.train.batch_size=12",
         tiny=True,
-        env=EIGHT,
+        env=ON_EIGHT,
     )
     assert (
         result.returncode == 2 and "train.batch_size=12" in result.stderr and "= 8" in result.stderr

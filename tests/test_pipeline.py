@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ON_EIGHT, ROOT, command
 from diffusers import (
     DDIMScheduler,
     StableDiffusionImg2ImgPipeline,
@@ -561,6 +561,45 @@ def test_the_sample_command_makes_pictures_from_a_folder_a_picture_and_a_mask(pa
     )
 
 
+def test_a_second_process_on_a_folder_neither_traces_nor_compiles(pair, tmp_path):
+    environment = {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": "",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # programs this small are kept, too
+    }
+
+    def sample(out, *flags):
+        flags = (f"--model={pair[1]}", "--prompt=a red circle", f"--out={tmp_path / out}", *flags)
+        run = command("sample", "--steps=2", *flags, env=environment)
+        assert run.returncode == 0, run.stderr
+        files = list((tmp_path / "cache").rglob("*"))
+        traced = {f.name: f.stat().st_mtime_ns for f in files if f.suffix == ".stablehlo"}
+        return traced, {f.name for f in files if f.name.endswith("-cache")}
+
+    traced, compiled = sample("first.png")
+    assert len(traced) == 1 and any(name.startswith("jit_call") for name in compiled)
+    assert sample("second.png") == (traced, compiled)
+    assert (tmp_path / "second.png").read_bytes() == (tmp_path / "first.png").read_bytes()
+    traced_too, compiled_too = sample("another.png", "--size=16,24")
+    assert len(traced_too) == 2 and compiled < compiled_too  # another program is seen
+
+
+def test_a_folder_in_float16_is_held_in_the_type_of_its_products(pair, tmp_path):
+    folder = shutil.copytree(pair[1], tmp_path / "sd")
+    for file in folder.rglob("*.safetensors"):
+        halves = {name: tensor.astype(np.float16) for name, tensor in load_file(file).items()}
+        save_file(halves, file, {"format": "pt"})
+    options = dict(noise=normal(2, 8, 8, 4), size=(16, 16), steps=3)
+
+    def types(pipeline):
+        return {str(leaf.dtype) for leaf in jax.tree.leaves(pipeline.opened.weights)}
+
+    wide, half = load_pipeline(folder), load_pipeline(folder, param_dtype=jnp.float16)
+    assert types(wide) == {"float32"} and "float16" in types(half)
+    pictures = wide.text_to_image(PROMPTS, **options).astype(int)
+    assert np.abs(pictures - half.text_to_image(PROMPTS, **options)).max() <= 1
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -593,7 +632,7 @@ np.save(sys.argv[2], pipeline.text_to_image(prompts, size=(16, 16), steps=3, gui
 def test_a_batch_that_eight_devices_do_not_divide_gives_the_pictures_of_one(pair, tmp_path):
     folder = pair[1]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        **ON_EIGHT,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

@@ -17,7 +17,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ON_EIGHT, ROOT
 from diffusers import UNet2DConditionModel
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -33,8 +33,11 @@ from torch_models import (
     stored,
 )
 
+from contextdiff_jax.models.clip import CLIPText, CLIPTextConfig
+from contextdiff_jax.models.undrawn import Undrawn
 from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh, state_shardings
 from contextdiff_jax.pretrained import load_clip_text, load_t5, load_unet, load_vae, save_clip_text
+from contextdiff_jax.pretrained.casting import copy_finite
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.unet import MODEL as UNET_MODEL
 
@@ -101,6 +104,76 @@ def test_every_float_type_goes_round_bit_for_bit(model, tmp_path, dtype):
     wide = load_clip_text(source, param_dtype=jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(wide))} == {jnp.dtype("float32")}
     np.testing.assert_array_equal(wide(ids).last, module(ids).last)
+
+
+def test_parameters_are_widened_to_the_products_type_where_it_holds_them(model, tmp_path):
+    def types(stored, **options):
+        typed = transformers.CLIPTextModelWithProjection(model.config).to(stored)
+        typed.load_state_dict(model.state_dict())
+        typed.save_pretrained(tmp_path / str(stored))
+        module = load_clip_text(tmp_path / str(stored), widen=True, **options)
+        return module, {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(module))}
+
+    module, held = types(torch.float16)
+    assert held == {"float32"}
+    plain = load_clip_text(tmp_path / "torch.float16")
+    for wide, half in zip(*(jax.tree.leaves(nnx.state(m)) for m in (module, plain)), strict=True):
+        np.testing.assert_array_equal(wide, half)
+    ids = jnp.array([[1, 2, 3]])
+    np.testing.assert_array_equal(module(ids).last, plain(ids).last)
+    assert types(torch.bfloat16)[1] == {"float32"}
+    # float16 has numbers that bfloat16 hasn't, and the other way round.
+    assert types(torch.float16, dtype=jnp.bfloat16)[1] == {"float16"}
+    assert types(torch.bfloat16, dtype=jnp.float16)[1] == {"bfloat16"}
+    assert types(torch.float32, dtype=jnp.bfloat16)[1] == {"float32"}
+    assert types(torch.float16, param_dtype=jnp.float16)[1] == {"float16"}
+
+
+@pytest.mark.parametrize("turn", [lambda a: a, np.transpose])
+@pytest.mark.parametrize("shape", [(63488,), (62, 1024), (8, 31, 16, 16), (0, 3), ()])
+def test_every_float16_is_copied_as_numpy_converts_it(shape, turn):
+    numbers = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    numbers = numbers[np.isfinite(numbers)]  # 63488: normal and subnormal ones, both zeros
+    values = turn(numbers[: int(np.prod(shape))].reshape(shape))
+    target = np.full(values.shape, np.nan, np.float32)
+    copy_finite(values, target)
+    np.testing.assert_array_equal(target.view(np.uint32), values.astype(np.float32).view(np.uint32))
+
+
+def test_a_module_without_drawn_parameters_has_the_structure_of_a_drawn_one():
+    config = CLIPTextConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, projection_dim=6
+    )
+    ours, drawn = (
+        nnx.eval_shape(lambda rngs=rngs: CLIPText(config, rngs=rngs()))
+        for rngs in (Undrawn, lambda: nnx.Rngs(0))
+    )
+    assert nnx.graphdef(ours) == nnx.graphdef(drawn)
+    assert nnx.state(ours) == nnx.state(drawn)
+
+
+def test_devices_of_a_cpu_share_the_memory_of_parameters_that_are_not_split(folder):
+    """Without it a device a core takes the weights' memory as often."""
+    code = (
+        "import sys, jax\n"
+        "from flax import nnx\n"
+        "from contextdiff_jax.parallel.mesh import local_mesh, replicated\n"
+        "from contextdiff_jax.pretrained import load_clip_text\n"
+        "place = lambda params: jax.tree.map(lambda _: replicated(local_mesh()), params)\n"
+        "text = load_clip_text(sys.argv[1], shardings=place)\n"
+        "for leaf in jax.tree.leaves(nnx.state(text)):\n"
+        "    shards = [shard.data for shard in leaf.addressable_shards]\n"
+        "    assert len(shards) == 3\n"
+        "    assert len({shard.unsafe_buffer_pointer() for shard in shards}) == 1\n"
+    )
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "3", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", code, folder],
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_file_of_mixed_types_keeps_each(folder, tmp_path):
@@ -297,7 +370,7 @@ print("8 devices", jax.device_count())
 
 def test_on_eight_devices_each_gets_its_part_from_either_format(folder, tmp_path):
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        **ON_EIGHT,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

@@ -31,7 +31,7 @@ B = 2
 def made(**changes):
     # Odd: levels of 9 and 5.
     settings = parse(config_dict(**{"data.image_size": 9, "context.patch_size": 3} | changes))
-    return settings, build_model(model_graph(settings), random_params(settings))
+    return settings, build_model(model_graph(settings), random_params(settings, gain=0.5))
 
 
 @pytest.fixture(scope="module")

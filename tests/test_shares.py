@@ -12,6 +12,7 @@ from conftest import ROOT, config_dict
 from flax import nnx
 from two_processes import evaluate_share
 
+from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.evaluation import metrics, shares, subject
 from contextdiff_jax.evaluation.networks import classifier
 from contextdiff_jax.settings import parse
@@ -87,7 +88,7 @@ def test_fewer_pictures_than_processes_are_refused(workdir, monkeypatch):
     settings = parse(json.loads((workdir / "config.json").read_text()))
     made = subject.Evaluation(
         settings=settings,
-        tokenizer=None,
+        tokenizer=load_tokenizer(),
         graph=None,
         params=None,
         features="",

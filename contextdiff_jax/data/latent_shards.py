@@ -115,7 +115,7 @@ def claim_cache(path: pathlib.Path, cache: Cache) -> None:
 def encode_record(
     mean: Float[np.ndarray, "H W Z"],
     std: Float[np.ndarray, "H W Z"],
-    token_ids: Int32[np.ndarray, L],
+    token_ids: Int32[np.ndarray, "L"],
     token_mask: np.ndarray,
     caption: str,
 ) -> bytes:

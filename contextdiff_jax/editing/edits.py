@@ -17,7 +17,9 @@ from contextdiff_jax.models.contextdiff import Captions, empty_like
 from contextdiff_jax.models.video import VideoDiffusion
 
 
-def _during(progress: Float[np.ndarray, S], limits: tuple[float, float]) -> Float[np.ndarray, S]:
+def _during(
+    progress: Float[np.ndarray, "S"], limits: tuple[float, float]
+) -> Float[np.ndarray, "S"]:
     """1 for the steps inside a range."""
     return ((progress >= limits[0]) & (progress < limits[1])).astype(np.float32)
 

@@ -15,7 +15,7 @@ from contextdiff_jax.models.contextdiff import Captions
 from contextdiff_jax.models.video import VideoDiffusion
 
 
-def edit_timesteps(num_timesteps: int, edit: EditConfig) -> Int[np.ndarray, S]:
+def edit_timesteps(num_timesteps: int, edit: EditConfig) -> Int[np.ndarray, "S"]:
     """The indices that an edit visits, ascending from the first above 0; `strength` cuts the
     noisiest off.
 

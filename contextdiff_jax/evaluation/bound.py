@@ -16,12 +16,13 @@ covers both. K = T - 1 is the whole sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from contextdiff_jax import diffusion
@@ -33,12 +34,12 @@ from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion, make_
 class Bound(NamedTuple):
     """Bits/dim by picture, and the KL a timestep by stratum (mean over pictures)."""
 
-    total: Float[np.ndarray, N]
-    prior: Float[np.ndarray, N]
-    kl: Float[np.ndarray, N]
-    decoder: Float[np.ndarray, N]
-    edges: Int[np.ndarray, K1]  # stratum s is edges[s] .. edges[s + 1] - 1
-    kl_by_t: Float[np.ndarray, K]
+    total: Float[np.ndarray, "N"]
+    prior: Float[np.ndarray, "N"]
+    kl: Float[np.ndarray, "N"]
+    decoder: Float[np.ndarray, "N"]
+    edges: Int[np.ndarray, "K1"]  # stratum s is edges[s] .. edges[s + 1] - 1
+    kl_by_t: Float[np.ndarray, "K"]
 
     @property
     def standard_error(self) -> float:
@@ -46,7 +47,7 @@ class Bound(NamedTuple):
         return float(self.total.std(ddof=1) / np.sqrt(len(self.total)))
 
 
-def make_strata(num_timesteps: int, count: int | None = None) -> Int[np.ndarray, K1]:
+def make_strata(num_timesteps: int, count: int | None = None) -> Int[np.ndarray, "K1"]:
     """Edges of `count` strata of 1..T-1, narrow at small t; None: one for each t. ValueError
     outside 1..T-1.
     """
@@ -62,11 +63,11 @@ def make_strata(num_timesteps: int, count: int | None = None) -> Int[np.ndarray,
 
 def bound_terms(
     denoise: DenoiseFn,
-    x0: Float[Array, B * D],
+    x0: Float[Array, "B *D"],
     context_fn: Callable,
     schedule: diffusion.NoiseSchedule,
     key: PRNGKeyArray,
-    edges: Int[Array, K1],
+    edges: Int[ArrayLike, "K1"],
     shift: str = "quadratic",
 ) -> dict[str, Array]:
     """The terms of (1): `prior` [B], `kl` [K, B] (each KL_{t_s}, not yet times n_s), `decoder` [B].
@@ -92,7 +93,7 @@ def bound_terms(
     return {"prior": prior, "kl": kl, "decoder": decoder}
 
 
-def collect(parts: Iterable[dict[str, Array]], edges: Int[np.ndarray, K1]) -> Bound:
+def collect(parts: Iterable[Mapping[str, ArrayLike]], edges: Int[np.ndarray, "K1"]) -> Bound:
     """One Bound from the `bound_terms` of all batches."""
     rows = [{name: np.asarray(value, np.float64) for name, value in part.items()} for part in parts]
     prior, kl, decoder = (
@@ -105,10 +106,10 @@ def collect(parts: Iterable[dict[str, Array]], edges: Int[np.ndarray, K1]) -> Bo
 def model_bound(
     model: ContextDiffusion,
     process: Process,
-    x0: Float[Array, B * D],
+    x0: Float[Array, "B *D"],
     captions: Captions,
     key: PRNGKeyArray,
-    edges: Int[Array, K1],
+    edges: Int[ArrayLike, "K1"],
 ) -> dict[str, Array]:
     """`bound_terms` of the model as it samples at guidance 1."""
     schedule = process.schedule

@@ -23,7 +23,7 @@ def model_branches(
     captions: Captions,
     empty: Captions,
     key: PRNGKeyArray,
-    timesteps: Int[Array, K],
+    timesteps: Int[Array, "K"],
 ) -> dict[str, Float[Array, "K B"]]:
     """Root mean squares over a picture, in units of x0 (in [-1, 1]), of `with` and `without`,
     x0_hat's errors, and of `apart`, their difference; a row a timestep.

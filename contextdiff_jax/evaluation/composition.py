@@ -124,8 +124,8 @@ def _fit(mask: Bool[np.ndarray, "H W"]) -> Object:
     return Object(shape=UNKNOWN, colour=UNKNOWN, size=UNKNOWN, centre=centre)
 
 
-def find_objects(image: UInt8[np.ndarray, "S S 3"]) -> list[Object]:
-    """The objects in a square picture, the largest first.
+def find_objects(image: np.ndarray) -> list[Object]:
+    """The objects in a square picture, uint8 [S, S, 3], the largest first.
 
     What has no known shape (or colour) has shape and size (or colour) `unknown`.
 
@@ -234,7 +234,7 @@ def check(image: UInt8[np.ndarray, "S S 3"], wanted: str | Scene) -> dict[str, f
 def judge(
     images: Sequence[UInt8[np.ndarray, "S S 3"]] | UInt8[np.ndarray, "N S S 3"],
     captions: Sequence[str],
-) -> dict[str, Float[np.ndarray, N]]:
+) -> dict[str, Float[np.ndarray, "N"]]:
     """`check` of every picture and its caption, an array a name; nan where the caption asks for
     nothing of the kind.
 
@@ -249,7 +249,7 @@ def judge(
             f"images={len(images)}, captions={len(captions)}: must be equally many, and at least "
             "one"
         )
-    values: dict[str, Float[np.ndarray, N]] = {}
+    values: dict[str, Float[np.ndarray, "N"]] = {}
 
     def note(name: str, index: int, value: float) -> None:
         if value == value:  # not nan

@@ -20,7 +20,8 @@ from contextdiff_jax.evaluation.features import Moments, check_finite
 from contextdiff_jax.evaluation.intervals import Estimate, resample_counts, spread_interval
 
 Features = Float[np.ndarray, "N D"]
-Kernel = Callable[[Features, Features], Float[np.ndarray, "N M"]]
+Others = Float[np.ndarray, "M D"]
+Kernel = Callable[[Features, Others], Float[np.ndarray, "N M"]]
 _BLOCK = 1024  # rows of a pairwise matrix in memory at once
 
 
@@ -38,7 +39,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     return float(np.sum((first.mean - second.mean) ** 2) + traces - 2 * shared)
 
 
-def fid(generated: Features, real: Features, resamples: int = 0, seed: int = 0) -> Estimate:
+def fid(generated: Features, real: Others, resamples: int = 0, seed: int = 0) -> Estimate:
     """Frechet distance of two sets; `resamples` (at least 2) give the interval, without them it is
     a point.
 
@@ -55,12 +56,12 @@ def fid(generated: Features, real: Features, resamples: int = 0, seed: int = 0) 
     return spread_interval(value, np.array(replicates))
 
 
-def polynomial_kernel(x: Features, y: Features) -> Float[np.ndarray, "N M"]:
+def polynomial_kernel(x: Features, y: Others) -> Float[np.ndarray, "N M"]:
     """KID's: (x.y / D + 1)^3."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def gaussian_kernel(x: Features, y: Features, sigma: float = 10.0) -> Float[np.ndarray, "N M"]:
+def gaussian_kernel(x: Features, y: Others, sigma: float = 10.0) -> Float[np.ndarray, "N M"]:
     """CMMD's: exp(-|x - y|^2 / (2 sigma^2))."""
     return np.exp(-_squared_distances(x, y) / (2 * sigma**2))
 
@@ -89,7 +90,7 @@ def _weighted_mean(kernel, x, y, u, v, own: bool):
 
 def mmd2(
     x: Features,
-    y: Features,
+    y: Others,
     kernel: Kernel,
     unbiased: bool = True,
     resamples: int = 0,
@@ -122,7 +123,7 @@ def mmd2(
 
 
 def kid(
-    generated: Features, real: Features, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    generated: Features, real: Others, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """KID as the packages report it: mean and standard deviation over random subsets, each without
     repeats. The mean estimates what `mmd2` with `polynomial_kernel` computes from all pairs.
@@ -137,7 +138,7 @@ def kid(
     return float(np.mean(values)), float(np.std(values))
 
 
-def cmmd(generated: Features, real: Features, resamples: int = 0, seed: int = 0) -> Estimate:
+def cmmd(generated: Features, real: Others, resamples: int = 0, seed: int = 0) -> Estimate:
     """CMMD of two sets of CLIP image embeddings, which are normalised here. The paper's are of
     ViT-L/14 at 336.
     """
@@ -145,14 +146,14 @@ def cmmd(generated: Features, real: Features, resamples: int = 0, seed: int = 0)
     return Estimate(*(1000 * v for v in mmd2(x, y, gaussian_kernel, False, resamples, seed)))
 
 
-def clip_score(image: Features, text: Features) -> Float[np.ndarray, N]:
+def clip_score(image: Features, text: Features) -> Float[np.ndarray, "N"]:
     """100 max(cos(image, text), 0) of each pair: Hessel et al. 2021, whose factor is 2.5, in
     torchmetrics' scale.
     """
     return 100 * np.maximum(cosines(image, text), 0)
 
 
-def cosines(image: Features, text: Features) -> Float[np.ndarray, N]:
+def cosines(image: Features, text: Features) -> Float[np.ndarray, "N"]:
     """The cosine of each pair."""
     return (_normalised(image, "image") * _normalised(text, "text")).sum(1)
 
@@ -166,7 +167,7 @@ def _normalised(x: Features, name: str) -> Features:
     return x / norms
 
 
-def _radii(x: Features, k: int) -> Float[np.ndarray, N]:
+def _radii(x: Features, k: int) -> Float[np.ndarray, "N"]:
     """Squared distance of each vector to its k-th nearest other."""
     # Index 0 of the sorted row is the vector itself.
     return np.concatenate(
@@ -175,16 +176,16 @@ def _radii(x: Features, k: int) -> Float[np.ndarray, N]:
 
 
 def _inside(
-    points: Features, centres: Features, radii: Float[np.ndarray, M]
-) -> Bool[np.ndarray, N]:
+    points: Features, centres: Others, radii: Float[np.ndarray, "M"]
+) -> Bool[np.ndarray, "N"]:
     return np.concatenate(
         [(_squared_distances(points[b], centres) <= radii).any(1) for b in _blocks(len(points))]
     )
 
 
 def precision_recall(
-    generated: Features, real: Features, k: int = 3
-) -> tuple[Bool[np.ndarray, N], Bool[np.ndarray, M]]:
+    generated: Features, real: Others, k: int = 3
+) -> tuple[Bool[np.ndarray, "N"], Bool[np.ndarray, "M"]]:
     """Whether each generated vector lies inside the real ones' balls (precision is its mean), and
     each real vector inside the generated ones' (recall). ValueError unless both sets have more than
     k vectors.

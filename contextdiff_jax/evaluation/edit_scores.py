@@ -129,7 +129,9 @@ def make_pick_scorer(folder: str | pathlib.Path) -> Callable[[Clip, str], dict[s
         raise ValueError(f"{path}: exp(logit_scale)={scale}: must be finite")
 
     def score(clip: Clip, prompt: str) -> dict[str, float]:
-        agreement = cosines(network.embed_images(clip), network.embed_captions([prompt]))
+        agreement = cosines(
+            network.embed_images(clip), network.embed_captions([prompt] * len(clip))
+        )
         return {"pickscore": float(scale * agreement.mean())}
 
     return score

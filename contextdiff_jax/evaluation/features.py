@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ class Moments:
     """
 
     count: int
-    mean: Float[np.ndarray, D]
+    mean: Float[np.ndarray, "D"]
     scatter: Float[np.ndarray, "D D"]
 
     @classmethod
@@ -74,7 +74,16 @@ class Moments:
         return self.scatter / (self.count - 1)
 
 
-def check_finite(**sets: Float[np.ndarray, "N ..."]) -> None:
+@runtime_checkable
+class Rows(Protocol):
+    """Arrays of one shape, by slices: an array, or what makes it when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice) -> Shaped[np.ndarray, "N ..."]: ...
+
+
+def check_finite(**sets: Float[np.ndarray, "..."]) -> None:
     """Raises ValueError for the first set, by its name, with a row that is not finite: distances
     and means would be numbers that say nothing.
     """
@@ -113,7 +122,7 @@ def make_feature_fn(network: nnx.Module, method: Callable[[Any, Array], Array]) 
 
 
 def batches(
-    arrays: Sequence[np.ndarray], batch_size: int, label: str
+    arrays: Sequence[Rows], batch_size: int, label: str
 ) -> Iterator[tuple[list[jax.Array], int]]:
     """Batches of the arrays' rows, split over this process's devices, each with how many of its
     rows are real: the last is filled up with copies of its first row, so that there is one shape
@@ -134,7 +143,7 @@ def batches(
 
 def extract(
     feature_fn: FeatureFn,
-    rows: Sequence[np.ndarray] | Shaped[np.ndarray, "N ..."],
+    rows: Rows,
     batch_size: int = 64,
     label: str = "features",
 ) -> Float[np.ndarray, "N D"]:

@@ -4,10 +4,11 @@ given.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 LEVEL = 0.95
 _NORMAL_QUANTILE = 1.959964  # of (1 + LEVEL) / 2
@@ -26,7 +27,9 @@ def resample_counts(size: int, resamples: int, rng: np.random.Generator) -> Int[
     return rng.multinomial(size, np.full(size, 1 / size), size=resamples)
 
 
-def mean_interval(values: Float[np.ndarray, N], resamples: int = 2000, seed: int = 0) -> Estimate:
+def mean_interval(
+    values: Shaped[np.ndarray, "N"] | Sequence[float], resamples: int = 2000, seed: int = 0
+) -> Estimate:
     """Mean of the values that are not nan, with the percentile interval. ValueError if there are
     none.
 
@@ -49,7 +52,7 @@ def mean_interval(values: Float[np.ndarray, N], resamples: int = 2000, seed: int
     return Estimate(float(values.mean()), float(low), float(high))
 
 
-def spread_interval(value: float, replicates: Float[np.ndarray, R]) -> Estimate:
+def spread_interval(value: float, replicates: Float[np.ndarray, "R"]) -> Estimate:
     """The replicates' spread around the value: for statistics that resampling biases, such as FID,
     whose replicates all lie above it because a resample has fewer distinct pictures.
     """

@@ -14,7 +14,7 @@ from jaxtyping import Float, PyTree, UInt8
 
 from contextdiff_jax.data import DataConfig, RandomAccessSource, Tokenizer, make_source
 from contextdiff_jax.data.identity import identity
-from contextdiff_jax.evaluation.features import FeatureFn, extract, make_feature_fn
+from contextdiff_jax.evaluation.features import FeatureFn, Rows, extract, make_feature_fn
 from contextdiff_jax.evaluation.networks.classifier import Classifier, load_classifier
 from contextdiff_jax.evaluation.networks.clip import Clip, load_clip
 from contextdiff_jax.evaluation.networks.inception import Inception, load_inception, resize
@@ -172,7 +172,7 @@ class Evaluation:
         """The samples made so far, by split."""
         return {row: self.samples(row) for row in self.sources if ("samples", row) in self._cache}
 
-    def _extract(self, kind: str, images: Sequence[np.ndarray]) -> Float[np.ndarray, "N D"]:
+    def _extract(self, kind: str, images: Rows) -> Float[np.ndarray, "N D"]:
         return (
             self.clip_network.embed_images(images)
             if kind == "clip"

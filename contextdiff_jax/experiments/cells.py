@@ -161,7 +161,7 @@ class _Study:
 
 def _alignment(
     evaluation: subject.Evaluation, row: str, images: UInt8[np.ndarray, "N H W 3"]
-) -> dict[str, Float[np.ndarray, N]]:
+) -> dict[str, Float[np.ndarray, "N"]]:
     """Judge which pictures show what their record says, by attribute, and `exact`: in all.
 
     By the pixels where that is possible, else by the classifier.

@@ -76,7 +76,7 @@ def _obeyed(
     settings: Settings,
     params: PyTree,
     tokenizer: Tokenizer,
-    regressed: Float[np.ndarray, T],
+    regressed: Float[np.ndarray, "T"],
     options: dict[str, Any],
     seed: int,
 ) -> dict[str, dict[str, float]]:
@@ -114,9 +114,9 @@ def measure(
     params: PyTree,
     tokenizer: Tokenizer,
     records: Sequence[dict[str, Any]],
-    timesteps: Int[Array, K],
+    timesteps: Int[Array, "K"],
     seed: int,
-) -> dict[str, Float[np.ndarray, K]]:
+) -> dict[str, Float[np.ndarray, "K"]]:
     """Measure the estimate by timestep, over records noised by the forward process.
 
     Root mean squares of r (`true`), r_hat (`estimate`) and their difference (`error`), and the
@@ -127,7 +127,7 @@ def measure(
     @jax.jit
     def sums(
         params, x0: Float[Array, "B H W C"], ids, mask, key: PRNGKeyArray
-    ) -> dict[str, Float[Array, K]]:
+    ) -> dict[str, Float[Array, "K"]]:
         model = nnx.merge(graph, params)
         captions = model.encode(ids, mask)
         denoise = make_denoise(

@@ -39,10 +39,10 @@ def true_context(
     return lambda out, t: out._replace(context_t=r, context_s=r)
 
 
-def scaled(factors: Float[Array, T]) -> Callable[..., Change]:
+def scaled(factors: Float[Array, "T"]) -> Callable[..., Change]:
     """r_hat of index t becomes factors[t] times as large."""
 
-    def change(out: diffusion.Denoised, t: Int[Array, B]) -> diffusion.Denoised:
+    def change(out: diffusion.Denoised, t: Int[Array, "B"]) -> diffusion.Denoised:
         factor = factors[t][:, None, None, None]
         return out._replace(context_t=factor * out.context_t, context_s=factor * out.context_s)
 

@@ -93,7 +93,7 @@ class Network(nnx.Module):
         self.head_out = nnx.Linear(head_width, 2, rngs=rngs) if head_width else None
 
     def __call__(
-        self, x: Float[Array, "B 2"], t: Int[Array, B], c: Int[Array, B]
+        self, x: Float[Array, "B 2"], t: Int[Array, "B"], c: Int[Array, "B"]
     ) -> Array | tuple[Array, Array]:
         """Estimate x0; with a second head r, too."""
         time = _phases(t)
@@ -116,7 +116,7 @@ class Network(nnx.Module):
         return out[:, :2], r_hat
 
     def context(
-        self, x0: Float[Array, "B 2"], c: Int[Array, B], t: Int[Array, B]
+        self, x0: Float[Array, "B 2"], c: Int[Array, "B"], t: Int[Array, "B"]
     ) -> Float[Array, "B 2"]:
         """Return r(x0, c[, t]), of root mean square `max_gain tanh(gamma)` in each sample.
 
@@ -146,7 +146,7 @@ class Network(nnx.Module):
         return self.max_gain * jnp.tanh(self.gamma[...]) * raw / rms
 
 
-def _phases(t: Int[Array, B]) -> Float[Array, "B 8"]:
+def _phases(t: Int[Array, "B"]) -> Float[Array, "B 8"]:
     return t[:, None] / 1000 * np.pi * 2 ** np.arange(8) / 2
 
 
@@ -323,7 +323,7 @@ def _draws(key: Array, num: int) -> Float[np.ndarray, "N 2"]:
     return np.concatenate(drawn)
 
 
-def total_variation(samples: Float[np.ndarray, "N 2"], c: Int[Array, N]) -> float:
+def total_variation(samples: Float[np.ndarray, "N 2"], c: Int[Array, "N"]) -> float:
     """Distance of the shares of the nearest points from the true weights, mean over classes."""
     positions, weights, classes = points()
     nearest = ((samples[:, None] - positions) ** 2).sum(-1).argmin(-1)

@@ -44,7 +44,7 @@ def open_folder(
 ) -> Pipeline:
     """See `Pipeline.open`. `programs`: a folder where traced programs are kept."""
     if "://" not in str(path) and exists(Path(path) / INDEX_FILE):
-        return of_folder(read_pipeline(path, **options), str(path), programs)
+        return open_stable_diffusion(path, programs, **options)
     if not (epath.Path(path) / "config.json").exists():
         raise ValueError(
             f"{path}: holds neither a trained run (config.json) nor a Stable Diffusion pipeline "
@@ -130,6 +130,21 @@ class FolderPipeline(Pipeline):
     def __init__(self, opened: Opened, model: StableDiffusion, **options: Any):
         super().__init__(opened, **options)
         self.model, self.scheduler, self.token_ids = model, model.scheduler, model.token_ids
+
+
+def open_stable_diffusion(
+    path: str | Path, programs: epath.PathLike | None = None, **options: Any
+) -> FolderPipeline:
+    """The pipeline in a Stable Diffusion folder. Parameters are held once: on all devices of this
+    process, and in the type that products take, so that no program makes a copy in that type.
+    """
+    mesh = local_mesh()
+
+    def everywhere(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda _: replicated(mesh), params)
+
+    defaults = {"widen": True, "shardings": everywhere if mesh.size > 1 else None}
+    return of_folder(read_pipeline(path, **defaults | options), str(path), programs)
 
 
 def of_folder(

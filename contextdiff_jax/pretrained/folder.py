@@ -44,7 +44,7 @@ def load(model: Model, folder: str | Path, options: Options = Options()) -> nnx.
         module,
         model.rules(config),
         what=str(tensors.source),
-        param_dtype=options.param_dtype,
+        held=options.held,
         shardings=shardings_of(module, options),
         progress=options.progress,
     )

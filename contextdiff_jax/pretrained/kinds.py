@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from contextdiff_jax.models.precision import Precision
+from contextdiff_jax.models.undrawn import Undrawn
 from contextdiff_jax.pretrained.names import Rules
 
 # The fields by which a config.json says what the folder holds.
@@ -56,6 +58,8 @@ class Options:
       dtype: of the module's products.
       param_dtype: of the parameters; None: each tensor as it is stored, so that saving gives the
           same bits.
+      widen: parameters that are stored in fewer bits than `dtype`, which holds their values, are
+          of type `dtype`: a program that uses them needn't hold them twice.
       shardings: the module's abstract parameters -> a tree of shardings like them, for example
         `functools.partial(state_shardings, mesh)`: each tensor goes straight to its shards.
       progress: wraps the loop over the tensors (tqdm).
@@ -63,8 +67,16 @@ class Options:
 
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype | None = None
+    widen: bool = False
     shardings: Callable[[PyTree], PyTree] | None = None
     progress: Callable[[Collection], Iterable] = iter
+
+    def held(self, stored: DTypeLike) -> DTypeLike:
+        """The type of a parameter that is stored as `stored`."""
+        if self.param_dtype is not None:
+            return self.param_dtype
+        fits = jnp.promote_types(stored, self.dtype) == self.dtype
+        return self.dtype if self.widen and fits else stored
 
     @property
     def precision(self) -> Precision:
@@ -93,7 +105,7 @@ def abstract(model: Model, config: Any, options: Options) -> nnx.Module:
     reading the file.
     """
     precision = options.precision
-    return nnx.eval_shape(lambda: model.build(config, rngs=nnx.Rngs(0), precision=precision))
+    return nnx.eval_shape(lambda: model.build(config, rngs=Undrawn(), precision=precision))
 
 
 def shardings_of(module: nnx.Module, options: Options) -> PyTree | None:

@@ -12,15 +12,19 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
+
+from contextdiff_jax.pretrained.casting import copy_finite
+from contextdiff_jax.runtime import host
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
@@ -97,7 +101,7 @@ def state_from_torch(
     rules: Rules,
     *,
     what: str,
-    param_dtype: jnp.dtype | None = None,
+    held: Callable[[np.dtype], DTypeLike] = lambda stored: stored,
     shardings: PyTree[Sharding] | None = None,
     progress: Callable[[Collection], Iterable] = iter,
 ) -> nnx.State:
@@ -108,7 +112,7 @@ def state_from_torch(
           `np.asarray`.
       module: gives names and shapes; may be abstract (`nnx.eval_shape`).
       what: begins the error's line.
-      param_dtype: of the parameters; None: each as it is stored.
+      held: a tensor's stored type -> its parameter's.
       shardings: where the parameters go, a tree like `nnx.state(module, nnx.Param)`; None: the
           default device.
       progress: wraps the loop over the tensors (tqdm).
@@ -129,16 +133,21 @@ def state_from_torch(
     state = nnx.state(module, nnx.Param)
     params = dict(nnx.to_flat_state(state))
     places = {} if shardings is None else dict(nnx.to_flat_state(shardings))
-    flat = {}
-    for name, entry in progress(entries.items()):
+
+    def read(name: str, entry: Entry) -> jax.Array:
         tensor = tensors[named[name]]
         array = np.asarray(tensor)
         _check_finite(array, named[name], getattr(tensor, "path", what))
         array = entry.from_torch(array)
-        dtype = array.dtype if param_dtype is None else param_dtype
-        flat[entry.path] = params[entry.path].replace(
-            _placed(array, dtype, _sharding(places.get(entry.path)))
-        )
+        return _placed(array, held(array.dtype), _sharding(places.get(entry.path)))
+
+    # Reading, casting and turning about are numpy's, which leaves Python's lock meanwhile.
+    with ThreadPoolExecutor(host.num_cores()) as pool:
+        arrays = pool.map(read, *zip(*entries.items(), strict=True))
+        flat = {
+            entry.path: params[entry.path].replace(array)
+            for entry, array in zip(progress(entries.values()), arrays, strict=True)
+        }
     return nnx.from_flat_state(flat)
 
 
@@ -191,10 +200,17 @@ def _sharding(place: Any) -> Sharding | None:
     return place.get_value() if isinstance(place, nnx.Variable) else place
 
 
-def _placed(array: np.ndarray, dtype: jnp.dtype, sharding: Sharding | None) -> jax.Array:
-    # Copies that are ours alone: jax may use a numpy array's memory as it is.
-    if sharding is None:
-        return jnp.asarray(np.array(array, dtype, order="C"))
-    return jax.make_array_from_callback(
-        array.shape, sharding, lambda index: np.array(array[index], dtype, order="C")
-    )
+def _placed(array: np.ndarray, dtype: DTypeLike, sharding: Sharding | None) -> jax.Array:
+    """The array in `dtype` on its devices. On a CPU they take the memory of the one copy that is
+    made here, all of them where it isn't split.
+    """
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        values = array[index]
+        target = host.pages(values.shape, dtype)
+        copy_finite(values, target)
+        return target
+
+    if sharding is None or sharding.is_fully_replicated:
+        return jax.device_put(part(()), sharding)
+    return jax.make_array_from_callback(array.shape, sharding, part)

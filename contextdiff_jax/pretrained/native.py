@@ -138,7 +138,7 @@ def _wanted(
     places = dict.fromkeys(shapes, here) if tree is None else _flat(tree)
     return {
         name: jax.ShapeDtypeStruct(
-            leaf.shape, options.param_dtype or stored[name].dtype, sharding=places[name]
+            leaf.shape, options.held(stored[name].dtype), sharding=places[name]
         )
         for name, leaf in shapes.items()
     }

@@ -99,9 +99,9 @@ class StableDiffusion:
 
 def load_pipeline(folder: str | Path, **options) -> FolderPipeline:
     """`contextdiff_jax.Pipeline.open` of such a folder, by its name of the first edition."""
-    from contextdiff_jax.inference.opening import of_folder
+    from contextdiff_jax.inference.opening import open_stable_diffusion
 
-    return of_folder(read_pipeline(folder, **options), str(folder))
+    return open_stable_diffusion(folder, **options)
 
 
 def read_pipeline(folder: str | Path, **options) -> StableDiffusion:

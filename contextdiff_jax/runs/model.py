@@ -10,19 +10,20 @@ from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.models.lora import add_lora, merge_lora
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.remat import configure
+from contextdiff_jax.models.undrawn import Undrawn
 from contextdiff_jax.parallel.mesh import gathered
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings
 
 
-def make_model(settings: Settings) -> ContextDiffusion:
-    """The model with parameters drawn from `settings.seed`."""
+def make_model(settings: Settings, rngs: nnx.Rngs | None = None) -> ContextDiffusion:
+    """The model with parameters drawn from `settings.seed`, or from `rngs`."""
     compute = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[settings.train.precision]
     model = ContextDiffusion.create(
         settings.text,
         settings.model,
         settings.context,
-        rngs=nnx.Rngs(make_key(settings.seed)),
+        rngs=nnx.Rngs(make_key(settings.seed)) if rngs is None else rngs,
         precision=Precision(compute=compute),
     )
     configure(model, remat=settings.train.remat, attention=settings.train.attention)
@@ -33,7 +34,7 @@ def model_graph(settings: Settings) -> nnx.GraphDef:
     """The model's structure, without its parameters: `nnx.merge(model_graph(s), params)` is the
     model.
     """
-    return nnx.split(nnx.eval_shape(lambda: make_model(settings)))[0]
+    return nnx.split(nnx.eval_shape(lambda: make_model(settings, Undrawn())))[0]
 
 
 def build_model(graph: nnx.GraphDef, params: PyTree, frozen: Frozen = Frozen()) -> ContextDiffusion:
@@ -46,9 +47,9 @@ def build_model(graph: nnx.GraphDef, params: PyTree, frozen: Frozen = Frozen()) 
     return nnx.merge(graph, gathered(params, dtype)).attach(frozen)
 
 
-def init_params(settings: Settings) -> nnx.State:
-    """The parameters at step 0, LoRA's among them where a run trains those."""
-    params = nnx.state(make_model(settings), nnx.Param)
+def init_params(settings: Settings, rngs: nnx.Rngs | None = None) -> nnx.State:
+    """The parameters at step 0, LoRA's among them where a run trains those; see `make_model`."""
+    params = nnx.state(make_model(settings, rngs), nnx.Param)
     if settings.train.trainable == "lora":
         params = add_lora(params, settings.train.lora_rank, make_key(settings.seed))
     return params

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from contextdiff_jax.data import Tokenizer
 from contextdiff_jax.models.lora import merge_lora
+from contextdiff_jax.models.undrawn import Undrawn
 from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
 from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.runs import checkpoints
@@ -51,7 +52,7 @@ def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
     # A run trained on many devices is read on those that are here.
     settings = parse(config | {"mesh": {"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1}})
     tokenizer = open_tokenizer(settings)
-    abstract = jax.eval_shape(lambda: init_params(settings))
+    abstract = jax.eval_shape(lambda: init_params(settings, Undrawn()))
     shardings = state_shardings(make_mesh(settings.mesh), abstract)
     params, step = checkpoints.restore_weights(
         folder, checkpoints.placed(abstract, shardings), weights

@@ -5,10 +5,18 @@ from __future__ import annotations
 import ctypes
 import gc
 import glob
+import math
+import mmap
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import DTypeLike
 
 STARTED = time.perf_counter()  # every command's first import of the package is this module's
 
@@ -64,6 +72,18 @@ def user_cache() -> pathlib.Path:
     """The user's folder of what is computed once and isn't part of a run: compiled programs."""
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(home) / "contextdiff_jax"
+
+
+def pages(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
+    """An array of zeros on memory pages of its own.
+
+    JAX's CPU devices take such memory as it is; they copy what doesn't begin at a multiple of 64.
+    """
+    import numpy as np
+
+    dtype, count = np.dtype(dtype), math.prod(shape)
+    memory = mmap.mmap(-1, max(count * dtype.itemsize, 1))
+    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 def keep_freed_memory() -> None:

@@ -185,7 +185,7 @@ def loss_fn(
 
 def correct(
     logits: Float[np.ndarray, "N V"], labels: Sequence[Labels], attributes: Sequence[Attribute]
-) -> dict[str, Float[np.ndarray, N]]:
+) -> dict[str, Float[np.ndarray, "N"]]:
     """1 where the answer to an attribute is right (all of its values, no other), 0 where not, nan
     where the truth is a value that the classifier was never told of.
     """

@@ -137,7 +137,7 @@ class _Prepared:
     not fit the memory.
     """
 
-    def __init__(self, images: Sequence[np.ndarray], preprocessing: Preprocessing):
+    def __init__(self, images: Sequence[np.ndarray] | np.ndarray, preprocessing: Preprocessing):
         self._images, self._preprocessing = images, preprocessing
 
     def __len__(self) -> int:
@@ -174,7 +174,7 @@ class Clip:
             )
 
     def embed_images(
-        self, images: Sequence[UInt8[np.ndarray, "H W 3"]]
+        self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]] | UInt8[np.ndarray, "N H W 3"]
     ) -> Float[np.ndarray, "N P"]:
         """transformers' `image_embeds` before they are normalised, of pictures of one size."""
         return extract(self.vision, _Prepared(images, self.preprocessing), label="CLIP of pictures")

@@ -113,7 +113,7 @@ def _features(params: Params, x: Float[Array, "N H W 3"]) -> list[Float[Array, "
 
 def lpips(
     params: Params, pictures: UInt8[Array, "N H W 3"], others: UInt8[Array, "N H W 3"]
-) -> tuple[Float[Array, N], Float[Array, "N H W"]]:
+) -> tuple[Float[Array, "N"], Float[Array, "N H W"]]:
     """Sum over the layers of the weighted squared differences: their means, and enlarged
     (bilinearly) to the pictures' size.
     """
