@@ -154,6 +154,22 @@ def randomised(params):
     )
 
 
+def with_gamma(params, value):
+    """`params` with another gain of the context."""
+    import jax
+    import jax.numpy as jnp
+
+    params = jax.tree.map(jnp.copy, params)
+    params["context"]["gamma"].set_value(jnp.asarray(value, jnp.float32))
+    return params
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    """An error's message, which must be one line."""
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 @pytest.fixture(scope="module")
 def optimised():
     """LLVM's optimisations on."""

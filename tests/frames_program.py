@@ -7,10 +7,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+from edit_settings import edit_settings
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_editing import edit_settings
 
 from contextdiff_jax.editing.inversion import invert
 from contextdiff_jax.editing.tuning import trainable, tuning_loss

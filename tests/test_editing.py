@@ -1,6 +1,4 @@
-"""Inversion, attention control, windows and tuning of the editor, on closed forms and on a tiny
-model.
-"""
+"""Inversion, windows and tuning of the editor, on closed forms and on a tiny model."""
 
 from __future__ import annotations
 
@@ -10,17 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE_LEVEL, config_dict
+from edit_settings import edit_settings
 from flax import nnx
 
-from configs.edit_shapes import video_sections
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion import Denoised
-from contextdiff_jax.editing.attention import Control, align, blend_mask, changed_words
+from contextdiff_jax.editing.attention import align
 from contextdiff_jax.editing.denoise import window_weights, windowed
 from contextdiff_jax.editing.edits import sample_edits
 from contextdiff_jax.editing.inversion import edit_timesteps, invert, reconstruct
-from contextdiff_jax.editing.settings import EditConfig, parse_edit
+from contextdiff_jax.editing.settings import EditConfig
 from contextdiff_jax.editing.tuning import init_tuning, make_tuning_step, trainable
 from contextdiff_jax.editing.video_model import open_editor
 
@@ -68,103 +65,6 @@ def test_the_shift_acts_on_the_inversion():
     assert np.abs(results[0] - results[1]).max() > 1e-2
 
 
-def count(word: str) -> int:
-    return 2 if word == "retriever" else 1
-
-
-def test_replaced_words_take_the_attention_of_the_word_in_their_place():
-    found = align(
-        "a grey dog sits", ["a golden retriever sits"], count, 10, EditConfig(control="replace")
-    )
-    expected = np.zeros((10, 10))
-    for source, target, share in (
-        (0, 0, 1),
-        (1, 1, 1),
-        (2, 2, 1),
-        (3, 3, 0.5),
-        (3, 4, 0.5),
-        (4, 5, 1),
-    ):
-        expected[source, target] = share
-    np.testing.assert_array_equal(found.mapper[0], expected)
-    assert list(found.keep[0]) == [1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
-
-
-def test_refined_words_keep_their_attention_and_the_others_take_the_source_s():
-    edit = EditConfig(control="refine", reweight=(("snow", 2.5),), blend="changed")
-    found = align(
-        "a jeep on a road", ["a jeep on a road with snow", "a red jeep on a road"], count, 10, edit
-    )
-    assert list(found.keep[0]) == [1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
-    assert list(found.keep[1]) == [1, 1, 0, 1, 1, 1, 1, 0, 0, 0]
-    assert found.mapper[1][2, 3] == found.mapper[1][5, 6] == 1  # jeep, road
-    assert list(found.gain[0]) == [1, 1, 1, 1, 1, 1, 1, 2.5, 1, 1] and (found.gain[1] == 1).all()
-    assert list(np.flatnonzero(found.blended[1])) == [6, 7] and list(
-        np.flatnonzero(found.blended[2])
-    ) == [2]
-    assert changed_words("a porsche car drives", "a silver jeep drives") == [1, 2]
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (dict(control="replace"), "has 3 words and the clip's prompt 2"),
-        (dict(reweight=(("snow", 2.0),)), "'snow' is in none of the prompts"),
-        (dict(blend="dog"), "'dog' is in none of the prompts"),
-    ],
-)
-def test_words_that_cannot_be_aligned_are_one_line(options, words):
-    with pytest.raises(ValueError, match=words):
-        align("a jeep", ["a red jeep"], count, 10, EditConfig(**options))
-
-
-def test_a_prompt_beyond_the_text_encoder_is_one_line():
-    with pytest.raises(ValueError, match="'e' lies beyond the text encoder's 6 tokens"):
-        align("a b c d e", ["a"], count, 6, EditConfig())
-
-
-def test_the_control_replaces_rows_of_the_batch_and_nothing_of_the_source():
-    rng = np.random.default_rng(0)
-    found = align(
-        "a b",
-        ["a c", "d b"],
-        count,
-        5,
-        EditConfig(control="refine", reweight=(("c", 3.0),), blend="c"),
-    )
-    # Source, two edits, and the other branch.
-    weights = jnp.asarray(rng.random((6, 2, 3, 4, 5)), jnp.float32)
-    control = Control(found, jnp.float32(1), jnp.float32(1), 4)
-    out = control.cross(weights, (2, 2))
-    np.testing.assert_array_equal(out[0], weights[0])
-    np.testing.assert_array_equal(out[3:], weights[3:])
-    np.testing.assert_allclose(out[1][..., :2], weights[0][..., :2], rtol=1e-6)  # the start and "a"
-    # "c": new, and weighed.
-    np.testing.assert_allclose(out[1][..., 2], 3 * weights[1][..., 2], rtol=1e-6)
-    np.testing.assert_allclose(out[2][..., 2], weights[0][..., 2], rtol=1e-6)  # "b"
-    np.testing.assert_allclose(
-        control.mean_map((2, 2))[1].reshape(3, 4), 3 * weights[1][..., 2].mean(0), rtol=1e-5
-    )
-    selves = jnp.asarray(rng.random((6, 3, 2, 4, 8)), jnp.float32)
-    out = control.sparse_causal(selves, (2, 2))
-    for row, source in enumerate((0, 0, 0, 3, 4, 5)):
-        np.testing.assert_array_equal(out[row], selves[source])
-    np.testing.assert_array_equal(Control(found, 1.0, 0.0, 4).sparse_causal(selves, (2, 2)), selves)
-    np.testing.assert_array_equal(Control(found, 1.0, 1.0, 3).sparse_causal(selves, (2, 2)), selves)
-    np.testing.assert_allclose(
-        Control(align("a", ["b"], count, 5, EditConfig()), 0.0, 0.0, 0).cross(weights[:2], (2, 2)),
-        weights[:2],
-        rtol=1e-6,
-    )
-
-
-def test_the_mask_is_that_of_the_source_s_and_of_the_edit_s_words():
-    maps = np.zeros((2, 1, 2, 3), np.float32)
-    maps[0, 0, 0], maps[1, 0, 1] = [1, 0.2, 0], [0, 0, 4]
-    assert blend_mask(jnp.asarray(maps), 0.3)[1, 0, ..., 0].tolist() == [[1, 0, 0], [0, 0, 1]]
-    assert blend_mask(jnp.asarray(maps), 0.1)[0, 0, ..., 0].tolist() == [[1, 1, 0], [0, 0, 0]]
-
-
 @pytest.mark.parametrize(
     "frames, window, overlap, starts",
     [
@@ -192,26 +92,6 @@ def test_a_function_that_sees_each_frame_alone_is_the_same_through_windows():
     for name, value in windowed(function, 11, 4, 2)(x, 3.0).items():
         np.testing.assert_allclose(value, function(x, 3.0)[name], rtol=1e-5)
     assert windowed(function, 4, 4, 2) is function
-
-
-def edit_settings(**changes):
-    """A tiny model's editing config with changes as "section.field": value. The second edit asks
-    for the source.
-    """
-    own = {
-        name: value
-        for name, value in changes.items()
-        if name.split(".")[0] not in ("video", "edit")
-    }
-    config = config_dict(**ONE_LEVEL | own)
-    sections = video_sections()
-    sections["video"] |= dict(prompt="a red circle", edit_prompts=("a blue circle", "a red circle"))
-    sections["edit"] |= dict(steps=5)
-    for name, value in changes.items():
-        section, field = name.split(".")
-        if section in sections:
-            sections[section][field] = value
-    return parse_edit(config | sections)
 
 
 FRAMES = 4

@@ -1,95 +1,43 @@
-"""The evaluate command and its metrics on a run of the tiny model; the report."""
+"""The evaluate command and its metrics on a run of the tiny model; the report's page."""
 
 import dataclasses
 import functools
-import html.parser
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, SMALLEST, command, config_dict
+from conftest import ROOT, command
+from evaluated_run import Page, perfect_evaluation, value, write_run
 from flax import nnx
 from PIL import Image
 from torch_models import clip_model
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.benchmarks.source_layouts import LAYOUTS, make_pictures
-from contextdiff_jax.data import SOURCES, DataConfig, make_source
-from contextdiff_jax.evaluation import distances, metrics, report, subject
+from contextdiff_jax.data import make_source
+from contextdiff_jax.evaluation import distances, metrics, subject
 from contextdiff_jax.evaluation.composition import composition, judge
-from contextdiff_jax.evaluation.intervals import Estimate
 from contextdiff_jax.evaluation.networks import classifier
 from contextdiff_jax.evaluation.networks.clip import load_clip
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.models.contextdiff import make_denoise
-from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runs.model import model_graph
-from contextdiff_jax.runs.reading import load_run
-from contextdiff_jax.runs.workdir import claim_workdir
-from contextdiff_jax.settings import parse
-from contextdiff_jax.training.state import init_state
 
 ALL = "composition,bound,fid,kid,precision_recall,attributes,cmmd,clip_score"
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run as it stands in its folder, and a classifier, both of random weights: compiling and
-    training them would take most of a minute.
-    """
-    folder = tmp_path_factory.mktemp("evaluate") / "run"
-    config = config_dict(**SMALLEST, **{"data.num_objects": "(1,2)"})
-    settings = parse(config)
-    claim_workdir(folder, config)
-    rng = np.random.default_rng(0)
-
-    def fill(leaf):
-        drawn = (
-            rng.normal(scale=0.1, size=leaf.shape)
-            if leaf.dtype == np.float32
-            else np.full(leaf.shape, 3)
-        )
-        return jnp.asarray(drawn, leaf.dtype)  # the step is 3
-
-    state = jax.tree.map(fill, jax.eval_shape(lambda: init_state(settings)))
-    with checkpoints.open_manager(folder) as manager:
-        checkpoints.save(manager, state, {"next_batch": 3})
-    (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": i, "loss": 1 / i}) + "\n" for i in (1, 2, 3))
-    )
-    source = subject.classifier_source(settings.data)
-    labels = [classifier.read_labels(source[i]["attributes"]) for i in range(200)]
-    model = classifier.Classifier(
-        classifier.choose_attributes(labels), settings.data.image_size, rngs=nnx.Rngs(0)
-    )
-    classifier.save_classifier(model, folder / "classifier", {})
-    return folder
+    """A run as it stands in its folder, and a classifier."""
+    return write_run(tmp_path_factory.mktemp("evaluate") / "run")
 
 
 @pytest.fixture(scope="module")
 def evaluation(workdir):
     """Samples here are the real pictures of the captions: what a perfect model would make."""
-    run = load_run(str(workdir))
-    made = subject.Evaluation(
-        settings=run.settings,
-        tokenizer=run.tokenizer,
-        graph=model_graph(run.settings),
-        params=run.params,
-        generate=lambda captions, first: None,
-        features=str(workdir / "classifier"),
-        num=24,
-        reference=40,
-        bound_timesteps=7,
-    )
-
-    def generate(captions, first):
-        records = next(made.records(row) for row in made.sources if made.captions(row) == captions)
-        return np.stack([record["image"] for record in records])
-
-    object.__setattr__(made, "generate", generate)
-    return made
+    return perfect_evaluation(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +46,6 @@ def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     clip_model(folder, seed=5)
     return folder
-
-
-def value(result, row, name):
-    return result.scores[row][name].value
 
 
 def test_a_perfect_model_is_exact_in_every_split_and_part(evaluation):
@@ -379,40 +323,6 @@ def test_runs_on_every_source_of_pictures_are_evaluated_on_the_splits_it_has(
         metrics.check(["composition"], changed)
 
 
-def test_a_function_alone_is_a_source_with_training_records(monkeypatch):
-    monkeypatch.setitem(SOURCES, "mine", lambda config, split: [{"caption": split}])
-    data = DataConfig(source="mine")
-    assert subject.splits(data) == {"training records": [{"caption": "train"}]}
-    assert subject.classifier_source(data) == [{"caption": "train"}]
-    with pytest.raises(ValueError, match="data.source='yours': unknown; one of shapes.*, mine"):
-        subject.splits(DataConfig(source="yours"))
-
-
-def test_tables_show_values_with_intervals_and_dashes():
-    second = {"exact": Estimate(1, 1, 1), "more": Estimate(0.25, 0, 1)}
-    scores = {"a": {"exact": Estimate(0.5, 0.4, 0.625)}, "b": second}
-    lines = report.table(scores, "%").splitlines()
-    assert lines[0].split() == ["a", "b"]
-    assert lines[1].split() == ["exact", "50.0%", "[40.0,", "62.5]", "100.0%", "[100.0,", "100.0]"]
-    assert lines[2].split() == ["more", "-", "25.0%", "[0.0,", "100.0]"]
-    assert "0.01235 [-1.5, 2e-06]" in report.table(
-        {"a": {"kid": Estimate(0.012345678, -1.5, 2e-6)}}, ""
-    )
-
-
-def test_distances_are_a_line_a_row_so_that_long_names_fit():
-    scores = {
-        "seen combinations": {"fid": Estimate(1, 0, 2)},
-        "real pictures instead": {"fid": Estimate(3, 2, 4)},
-    }
-    lines = report.table(scores, "").splitlines()
-    assert [line.split() for line in lines] == [
-        ["fid"],
-        ["seen", "combinations", "1", "[0,", "2]"],
-        ["real", "pictures", "instead", "3", "[2,", "4]"],
-    ]
-
-
 def test_a_share_of_the_captions_gives_the_pictures_that_all_of_them_do(evaluation):
     settings = evaluation.settings
     pipeline = of_run(settings, evaluation.tokenizer, evaluation.params)
@@ -421,21 +331,6 @@ def test_a_share_of_the_captions_gives_the_pictures_that_all_of_them_do(evaluati
     whole, part = sample(captions), sample(captions[1:], first=1)
     np.testing.assert_allclose(part.astype(int), whole[1:].astype(int), atol=1)  # rounded to uint8
     assert np.abs(whole[1].astype(int) - whole[2]).max() > 20
-
-
-class Page(html.parser.HTMLParser):
-    """Collects the addresses and the text of a page."""
-
-    def __init__(self):
-        super().__init__()
-        self.addresses, self.text = [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.addresses += [v for k, v in attrs if k in ("src", "href")]
-        assert tag not in ("script", "link", "iframe")
-
-    def handle_data(self, data):
-        self.text.append(data)
 
 
 def test_the_command_writes_table_json_and_a_page_that_needs_no_network(workdir, clip_folder):

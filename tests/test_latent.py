@@ -4,17 +4,14 @@ diffusers folder again.
 
 from __future__ import annotations
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import config_dict, random_params
+from conftest import config_dict, random_params, with_gamma
 from flax import nnx
-from PIL import Image
-from test_training import with_gamma
+from latent_runs import PROMPTS, batch_of, config_of, run_of, start_of
 from torch_models import (
     SMALLEST,
     assert_close,
@@ -29,7 +26,6 @@ from torch_models import randomised as randomised_torch
 from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.models.contextdiff import make_denoise
-from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
 from contextdiff_jax.pretrained import load_unet
 from contextdiff_jax.pretrained.finetuning import adopt
 from contextdiff_jax.pretrained.lora import load_lora, merge_lora
@@ -38,27 +34,9 @@ from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.settings import parse
-from contextdiff_jax.settings.autoencoder import parse_autoencoder
-from contextdiff_jax.training import loop
-from contextdiff_jax.training.autoencoder import train_autoencoder
 from contextdiff_jax.training.export import export_run
-from contextdiff_jax.training.first_state import first_state
-from contextdiff_jax.training.loop import train
 from contextdiff_jax.training.state import init_state
 from contextdiff_jax.training.step import clean, draw, loss_fn
-
-PROMPTS = ["a red circle", "the blue square is left of a rather long description"]
-SMALL = {
-    "train.batch_size": 4,
-    "train.steps": 2,
-    "train.checkpoint_every": 2,
-    "train.learning_rate": 1e-2,
-    "train.warmup_steps": 0,
-    "train.decay": "constant",
-    "context.patch_size": 2,
-    "sample.guidance": 7.5,
-    "sample.prompts": "('a red circle',)",
-}
 
 
 @pytest.fixture(scope="module")
@@ -68,30 +46,6 @@ def pipe(tmp_path_factory):
     pipe = stable_diffusion(folder / "words", unet_changes=SMALLEST)
     pipe.save_pretrained(folder / "sd")
     return pipe, folder / "sd"
-
-
-def config_of(folder, **changes):
-    return adopt(config_dict(**{"model.pretrained": str(folder)} | SMALL | changes))
-
-
-def run_of(folder, workdir, **changes):
-    """Two steps of a fine-tune: its config; without the pictures at its end, whose program takes
-    longer than all else.
-    """
-    config = config_of(folder, **changes)
-    reporter, loop.Reporter = loop.Reporter, lambda *_: lambda *_: None
-    try:
-        train(parse(config), config, workdir)
-    finally:
-        loop.Reporter = reporter
-    return config
-
-
-def start_of(config):
-    """The parameters that a run begins with."""
-    settings = parse(config)
-    abstract = jax.eval_shape(lambda: init_state(settings))
-    return first_state(settings, state_shardings(make_mesh(settings.mesh), abstract)).params
 
 
 @pytest.fixture(scope="module")
@@ -111,19 +65,6 @@ def runs(pipe, tmp_path_factory):
             workdir / kind,
         )
         for kind, more in changes.items()
-    }
-
-
-def batch_of(settings, seed=0):
-    rng = np.random.default_rng(seed)
-    ids, mask = load_tokenizer(settings.data.tokenizer).encode(PROMPTS, settings.data.max_length)
-    images = rng.integers(
-        0, 256, (2, settings.data.image_size, settings.data.image_size, 3)
-    ).astype(np.uint8)
-    return {
-        "image": jnp.asarray(images),
-        "token_ids": jnp.asarray(ids),
-        "token_mask": jnp.asarray(mask),
     }
 
 
@@ -382,55 +323,6 @@ def test_what_does_not_fit_the_latents_is_refused_in_one_line(pipe, changes, mes
         parse(config_dict(**{"latent.vae": str(pipe[1] / "vae")}))
 
 
-def vae_config(folder, **train):
-    from configs.vae_emoji import get_config
-
-    config = get_config()
-    config.train.update(steps=30, batch_size=4, log_every=10, checkpoint_every=10, **train)
-    config.data.update(source="emoji", path=str(folder), image_size=16)
-    config.vae.update(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    return config.to_dict()
-
-
-def test_an_autoencoder_learns_resumes_and_is_a_diffusers_folder_with_unit_latents(tmp_path):
-    import diffusers
-
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(24):
-        colour = rng.integers(0, 256, 3)
-        Image.fromarray(np.broadcast_to(colour.astype(np.uint8), (16, 16, 3)).copy()).save(
-            tmp_path / f"{i}.png"
-        )
-        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) + "\n")
-    (tmp_path / "metadata_train.jsonl").write_text("".join(rows[:20]))
-    (tmp_path / "metadata_test.jsonl").write_text("".join(rows[20:]))
-    config, workdir = vae_config(tmp_path), tmp_path / "vae_run"
-    report = train_autoencoder(parse_autoencoder(config), config, workdir)
-    log = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
-    assert [row["step"] for row in log] == [10, 20, 30] and log[-1]["l1"] < 0.8 * log[0]["l1"]
-    assert (workdir / "reconstructions.png").exists()
-    # Trained already: the same command measures the same, whatever part of a checkpoint was copied.
-    (workdir / "checkpoints" / "99").mkdir()
-    assert train_autoencoder(parse_autoencoder(config), config, workdir) == report
-    assert (workdir / "damaged" / "99").exists()
-    theirs = diffusers.AutoencoderKL.from_pretrained(workdir / "vae")
-    assert theirs.config.scaling_factor == report["scaling_factor"]
-    pixels = np.stack(
-        [np.asarray(Image.open(tmp_path / f"{i}.png"), np.float32) / 127.5 - 1 for i in range(20)]
-    )
-    with torch.no_grad():
-        q = theirs.encode(nchw(pixels)).latent_dist
-    std = float((q.mean.var() + q.var.mean()).sqrt()) * theirs.config.scaling_factor
-    assert abs(std - 1) < 0.02
-
-
 def test_the_context_reads_the_tokens_of_a_frozen_clip_as_transformers_has_them(pipe, tmp_path):
     import transformers
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -479,25 +371,3 @@ def test_the_context_reads_the_tokens_of_a_frozen_clip_as_transformers_has_them(
         parse(config_of(pipe[1], **changes | {"data.source": "cache"}))
     with pytest.raises(ValueError, match="context.tokens='clip': needs context.clip"):
         parse(config_of(pipe[1], **{"context.tokens": "clip"}))
-
-
-@pytest.mark.parametrize(
-    "heldout, message",
-    [
-        (None, "data.heldout_metadata='metadata_test.jsonl'|metadata_test.jsonl"),
-        ("", "holds no records"),
-        ('{"file_name": "none.png", "text": "a"}\n', "1 of 1 records are broken"),
-    ],
-)
-def test_an_autoencoder_without_held_out_pictures_is_refused_before_its_training(
-    tmp_path, heldout, message
-):
-    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
-    row = json.dumps({"file_name": "a.png", "text": "red"}) + "\n"
-    (tmp_path / "metadata_train.jsonl").write_text(30 * row)
-    if heldout is not None:
-        (tmp_path / "metadata_test.jsonl").write_text(heldout)
-    config = vae_config(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        train_autoencoder(parse_autoencoder(config), config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()

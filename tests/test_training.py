@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALLEST, command, config_dict, random_params
+from conftest import SMALLEST, command, config_dict, random_params, with_gamma
 from flax import nnx
 
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
@@ -44,12 +44,6 @@ def batch_of(settings):
     loader.close()
     del batch["caption"]
     return batch, null_caption(tokenizer, settings.data.max_length)
-
-
-def with_gamma(params, value):
-    params = jax.tree.map(jnp.copy, params)
-    params["context"]["gamma"].set_value(jnp.asarray(value, jnp.float32))
-    return params
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ EXIF orientation says, 8 bits, RGB, transparency over white.
 
 A JPEG that is at least twice as large as wanted is decoded at 1/2, 1/4 or 1/8 of its size, by
 libjpeg's scaled inverse DCT, and resampling does the rest. The result differs from resampling the
-full picture by a PSNR above 40 dB (tests/test_sources.py) and costs a fraction of the time
+full picture by a PSNR above 40 dB (tests/test_decoding.py) and costs a fraction of the time
 (docs/data.md).
 """
 
