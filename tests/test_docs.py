@@ -178,7 +178,7 @@ def test_the_recipes_of_the_docs_work_as_they_stand(tmp_path):
             followed.append(name[1])
             with (tmp_path / name[1]).open("a") as file:
                 file.write(text)
-    assert len(followed) == 6, followed
+    assert len(followed) == 7, followed
     tiny = {
         field: ast.literal_eval(value) if isinstance(value, str) else value
         for field, value in (TINY | ONE_LEVEL).items()

@@ -1,5 +1,6 @@
 """The mathematics of contextualized diffusion: pure functions on arrays (jax only)."""
 
+from contextdiff_jax.diffusion.grids import time_grid
 from contextdiff_jax.diffusion.guidance import (
     classifier_free,
     dynamic_threshold,
@@ -8,6 +9,7 @@ from contextdiff_jax.diffusion.guidance import (
     plugin_denoise,
     posterior_mean_denoise,
     unpair,
+    velocity_denoise,
 )
 from contextdiff_jax.diffusion.losses import (
     loss_weight,
@@ -18,15 +20,19 @@ from contextdiff_jax.diffusion.losses import (
     vlb_ends,
     vlb_kl,
 )
+from contextdiff_jax.diffusion.paths import EDM, CosineContinuous, Flow
 from contextdiff_jax.diffusion.process import (
     Gaussian,
     Process,
+    drift_coefficient,
     marginal_mean,
     predict_x0,
     q_posterior,
     q_sample,
     shift_coefficient,
+    shift_rate,
     training_target,
+    velocity_data,
 )
 from contextdiff_jax.diffusion.samplers import (
     Denoised,
@@ -36,18 +42,28 @@ from contextdiff_jax.diffusion.samplers import (
     ddpm_sample,
     get_sampler,
 )
-from contextdiff_jax.diffusion.schedule import NoiseSchedule, make_schedule, spaced_timesteps
+from contextdiff_jax.diffusion.schedule import (
+    NoiseSchedule,
+    Schedule,
+    make_schedule,
+    spaced_timesteps,
+)
 
 __all__ = [
+    "EDM",
+    "CosineContinuous",
     "Denoised",
+    "Flow",
     "Gaussian",
     "NoiseSchedule",
     "Process",
     "Reuse",
+    "Schedule",
     "classifier_free",
     "ddim_invert",
     "ddim_sample",
     "ddpm_sample",
+    "drift_coefficient",
     "dynamic_threshold",
     "get_sampler",
     "guide",
@@ -63,10 +79,14 @@ __all__ = [
     "q_sample",
     "sample_timesteps",
     "shift_coefficient",
+    "shift_rate",
     "snr",
     "spaced_timesteps",
+    "time_grid",
     "training_target",
     "unpair",
+    "velocity_data",
+    "velocity_denoise",
     "vlb",
     "vlb_ends",
     "vlb_kl",

@@ -7,28 +7,28 @@ from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Real, Shaped
 
-from contextdiff_jax.diffusion.process import Samples, bcast, predict_x0
-from contextdiff_jax.diffusion.samplers import ContextFn, Denoised, DenoiseFn
-from contextdiff_jax.diffusion.schedule import NoiseSchedule
+from contextdiff_jax.diffusion.process import Samples, bcast, predict_x0, velocity_data
+from contextdiff_jax.diffusion.protocols import ContextFn, Denoised, DenoiseFn
+from contextdiff_jax.diffusion.schedule import Schedule
 
 
 @runtime_checkable
 class PredictFn(Protocol):
-    """`predict(x_t, t)` is a network with its text bound: x0, epsilon or v; with a context head the
-    pair of that and E[r | x_t, c].
+    """`predict(x_t, t)` is a network with its text bound: x0, epsilon, v, velocity; with a context
+    head the pair of that and E[r | x_t, c].
     """
 
     def __call__(
-        self, x_t: Float[Array, "B *D"], t: Int[Array, "B"]
+        self, x_t: Float[Array, "B *D"], t: Real[Array, "B"]
     ) -> Float[Array, "B *D"] | tuple[Float[Array, "B *D"], Float[Array, "B *D"]]: ...
 
 
 def plugin_denoise(
     predict: PredictFn,
     context_fn: ContextFn,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     prediction_type: str,
     clip: float | None = None,
 ) -> DenoiseFn:
@@ -43,7 +43,7 @@ def plugin_denoise(
 
 
 def posterior_mean_denoise(
-    predict: PredictFn, schedule: NoiseSchedule, prediction_type: str, clip: float | None = None
+    predict: PredictFn, schedule: Schedule, prediction_type: str, clip: float | None = None
 ) -> DenoiseFn:
     """Our estimate: `predict` returns (output, E[r | x_t, c]), the second head's regression; r
     doesn't depend on t.
@@ -53,6 +53,21 @@ def posterior_mean_denoise(
         output, context = predict(x_t, t)
         x0 = _clip(predict_x0(schedule, output, x_t, t, prediction_type), clip)
         return Denoised(x0, context, context)
+
+    return denoise
+
+
+def velocity_denoise(predict: PredictFn, schedule: Schedule) -> DenoiseFn:
+    """The way without an estimate of r: `predict` returns E[u | x_t, c], the `velocity`.
+
+    The x0 of the result is M of (12), which isn't bounded to the pictures' range, and its contexts
+    are 0: M is what moves x along the marginals. So it is for samplers without noise; those with
+    noise need E[a x0 + k r], which u doesn't say.
+    """
+
+    def denoise(x_t, t, s):
+        data = velocity_data(schedule, predict(x_t, t), x_t, t)
+        return Denoised(data, jnp.zeros_like(data), jnp.zeros_like(data))
 
     return denoise
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from contextdiff_jax.diffusion.paths import Time
 from contextdiff_jax.diffusion.process import (
     Samples,
     check_prediction_type,
@@ -23,52 +24,60 @@ from contextdiff_jax.diffusion.process import (
     q_posterior,
     q_sample,
 )
-from contextdiff_jax.diffusion.samplers import ContextFn, DenoiseFn
-from contextdiff_jax.diffusion.schedule import Index, NoiseSchedule
+from contextdiff_jax.diffusion.protocols import ContextFn, DenoiseFn
+from contextdiff_jax.diffusion.schedule import NoiseSchedule, Schedule
 from contextdiff_jax.runtime.fields import check_choice
 
 
-def snr(schedule: NoiseSchedule, t: Index) -> Float[Array, "*B"]:
-    """abar_t / (1 - abar_t), at most 1e8: finite on clean data too (t = -1)."""
+def snr(schedule: Schedule, t: Time) -> Float[Array, "*B"]:
+    """a_t^2 / b_t^2, finite on clean data too: b_t^2 counts as 1e-8 at least."""
     return schedule.alpha_bar(t) / jnp.maximum(schedule.variance(t), 1e-8)
 
 
-def _uniform(ratio, prediction_type, gamma):
+# Each of the SNR, and of |e error|^2 / |error of the network's target|^2: one loss, many scales.
+
+
+def _uniform(ratio, share, gamma):
     return jnp.ones_like(ratio)
 
 
-def _min_snr(ratio, prediction_type, gamma):
-    return _from_epsilon_weight(gamma / jnp.maximum(ratio, gamma), ratio, prediction_type)
+def _min_snr(ratio, share, gamma):
+    return gamma / jnp.maximum(ratio, gamma) * share
 
 
-def _p2(ratio, prediction_type, gamma):
-    return _from_epsilon_weight((1 + ratio) ** -gamma, ratio, prediction_type)
+def _p2(ratio, share, gamma):
+    return (1 + ratio) ** -gamma * share
 
 
-def _from_epsilon_weight(weight, ratio, prediction_type):
-    # |x0 error|^2 = |e error|^2 / snr, |v error|^2 = |e error|^2 (snr + 1) / snr: one loss, three
-    # scales.
-    return weight * {"epsilon": 1.0, "x0": ratio, "v": ratio / (1 + ratio)}[prediction_type]
+def _epsilon_share(schedule, t, ratio, prediction_type):
+    if prediction_type == "velocity":  # |u error| = |a'b - ab'| / b |M error|, (12)
+        (da, db), a, b = schedule.rates(t), schedule.alpha(t), schedule.sigma(t)
+        return (a / (da * b - a * db)) ** 2
+    share = {"epsilon": 1.0, "x0": ratio, "v": ratio / (1 + ratio)}[prediction_type]
+    if prediction_type == "v" and not schedule.variance_preserving:
+        share = share / (schedule.alpha_bar(t) + schedule.variance(t))
+    return share
 
 
 WEIGHTINGS = {"uniform": _uniform, "min_snr": _min_snr, "p2": _p2}
 
 
 def loss_weight(
-    schedule: NoiseSchedule,
-    t: Index,
+    schedule: Schedule,
+    t: Time,
     prediction_type: str,
     weighting: str = "uniform",
     gamma: float = 5.0,
 ) -> Float[Array, "*B"]:
     """The weight of the squared error on the target at t: `uniform` 1; `min_snr` min(snr,
     gamma)/snr on epsilon (Hang et al. 2023); `p2` (1 + snr)^-gamma on epsilon (Choi et al. 2022, k
-    = 1); both carried over to the same loss on x0 and v. Finite at SNR 0. Raises ValueError for an
-    unknown weighting or prediction type.
+    = 1); both carried over to the same loss on x0, v and velocity. Finite at SNR 0. Raises
+    ValueError for an unknown weighting or prediction type.
     """
     check_prediction_type(prediction_type)
     check_choice("diffusion.weighting", weighting, WEIGHTINGS)
-    return WEIGHTINGS[weighting](snr(schedule, t), prediction_type, gamma)
+    ratio = snr(schedule, t)
+    return WEIGHTINGS[weighting](ratio, _epsilon_share(schedule, t, ratio, prediction_type), gamma)
 
 
 def _independent(key, batch_size, num_timesteps):

@@ -1,98 +1,52 @@
 """Samplers: the reverse process as one `lax.scan` over timesteps.
 
-Each is a function of a denoise function, a start, a schedule and timesteps. Guidance, thresholding
-and the way the context is estimated belong to the denoise function (`guidance.py`), so a sampler is
-its equation.
+Each is a function of a denoise function, a start, a schedule and times. Guidance, thresholding and
+the way the context is estimated belong to the denoise function (`guidance.py`), so a sampler is its
+equation. DDPM, DDIM and its inversion are here, the solvers of higher order in `solvers.py`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, Real
 
+from contextdiff_jax.diffusion import solvers
+from contextdiff_jax.diffusion.loop import scan_steps
 from contextdiff_jax.diffusion.process import Samples, bcast, marginal_mean, q_posterior
-from contextdiff_jax.diffusion.schedule import NoiseSchedule
+from contextdiff_jax.diffusion.protocols import (
+    ContextFn,
+    Denoised,
+    DenoiseFn,
+    KeepFn,
+    ProjectFn,
+    Reuse,
+    Sampler,
+)
+from contextdiff_jax.diffusion.schedule import Schedule
 from contextdiff_jax.runtime.fields import check_choice
 
-
-class Denoised(NamedTuple):
-    """An estimate of the clean sample and of its context at the current and at the next index."""
-
-    x0: Float[Array, "B *D"]
-    context_t: Float[Array, "B *D"]
-    context_s: Float[Array, "B *D"]
-
-
-@runtime_checkable
-class DenoiseFn(Protocol):
-    """`denoise(x_t, t, s)` estimates the clean sample, and the context at t (where x_t is) and at s
-    (where it goes); with `Reuse` it has a fourth argument, what was kept.
-    """
-
-    def __call__(
-        self, x_t: Float[Array, "B *D"], t: Int[Array, "B"], s: Int[Array, "B"]
-    ) -> Denoised: ...
-
-
-@runtime_checkable
-class ContextFn(Protocol):
-    """`context_fn(x0, t)` is r_phi with its text bound."""
-
-    def __call__(self, x0: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B *D"]: ...
-
-
-@runtime_checkable
-class KeepFn(Protocol):
-    """`keep(x_t, t)` computes what the next steps use again, a tree of arrays."""
-
-    def __call__(self, x_t: Float[Array, "B *D"], t: Int[Array, "B"]) -> PyTree: ...
-
-
-@runtime_checkable
-class ProjectFn(Protocol):
-    """`project(x, t, context)` replaces x after a step; t is where the next one begins, -1 at the
-    end, and context is the estimate of r there.
-    """
-
-    def __call__(
-        self, x: Float[Array, "B *D"], t: Int[Array, ""], context: Float[Array, "B *D"]
-    ) -> Float[Array, "B *D"]: ...
-
-
-@runtime_checkable
-class Sampler(Protocol):
-    """`ddim_sample` and its likes: noise x_T to clean data x0, over descending `timesteps`.
-
-    A sampler takes every argument and may ignore what it has no use for. It may also take, by name,
-    the options `next_timesteps`, `project` and `reuse` of `ddim_sample`. One that doesn't works all
-    the same: its steps end where the next begins, and inpainting and reuse are refused.
-    """
-
-    def __call__(
-        self,
-        denoise: DenoiseFn,
-        x_T: Samples,
-        schedule: NoiseSchedule,
-        timesteps: Int[ArrayLike, "S"],
-        eta: float = 0.0,
-        key: PRNGKeyArray | None = None,
-        shift: str = "quadratic",
-    ) -> Float[Array, "B *D"]: ...
-
-
-class Reuse(NamedTuple):
-    """A part of a step that serves the next ones too: `keep(x_t, t)` is computed every `interval`
-    steps and handed to the denoise function, `denoise(x_t, t, s, kept)`.
-    """
-
-    interval: int
-    keep: KeepFn
+__all__ = [  # the protocols, too: this is where the other rooms take them from
+    "SAMPLERS",
+    "ContextFn",
+    "DenoiseFn",
+    "Denoised",
+    "KeepFn",
+    "ProjectFn",
+    "Reuse",
+    "Sampler",
+    "check_eta",
+    "check_takes",
+    "ddim_invert",
+    "ddim_sample",
+    "ddpm_sample",
+    "get_sampler",
+    "takes",
+]
 
 
 def check_eta(eta: float) -> None:
@@ -128,42 +82,25 @@ def _reverse(
             x = mean + jnp.sqrt(variance) * jax.random.normal(step_key, x.shape, x.dtype)
         return x if project is None else project(x, start, denoised.context_s), None
 
-    starts = jnp.append(timesteps[1:], -1)
+    starts = jnp.append(timesteps[1:], schedule.clean)
     ends = starts if next_timesteps is None else jnp.asarray(next_timesteps)
-    inputs = timesteps, ends, starts, keys
-    if reuse is None:
-        return jax.lax.scan(step, x_T, inputs)[0]
-    if timesteps.shape[0] % reuse.interval:
-        raise ValueError(
-            f"reuse={reuse.interval}: must divide the number of steps, {timesteps.shape[0]}"
-        )
-
-    def group(x, inputs):
-        first, rest = (
-            jax.tree.map(lambda a, part=part: a[part], inputs) for part in (0, slice(1, None))
-        )
-        kept = reuse.keep(x, jnp.full(x.shape[:1], first[0]))
-        x, _ = step(x, first, kept)  # not in the scan: what it shares with `keep` is computed once
-        return jax.lax.scan(lambda x, each: step(x, each, kept), x, rest)
-
-    groups = jax.tree.map(lambda a: a.reshape(-1, reuse.interval, *a.shape[1:]), inputs)
-    return jax.lax.scan(group, x_T, groups)[0]
+    return scan_steps(step, x_T, (timesteps, ends, starts, keys), reuse)
 
 
 def ddpm_sample(
     denoise: DenoiseFn,
     x_T: Samples,
-    schedule: NoiseSchedule,
-    timesteps: Int[ArrayLike, "S"],
+    schedule: Schedule,
+    timesteps: Real[ArrayLike, "S"],
     key: PRNGKeyArray,
     shift: str = "quadratic",
-    next_timesteps: Int[ArrayLike, "S"] | None = None,
+    next_timesteps: Real[ArrayLike, "S"] | None = None,
     project: ProjectFn | None = None,
     reuse: Reuse | None = None,
 ) -> Float[Array, "B *D"]:
     """Ancestral sampling (Ho et al. 2020, alg. 2) with ContextDiff's posterior, (3) at eta = 1.
 
-    `timesteps` descend; the last step goes to clean data (s = -1) and adds no noise. The options
+    `timesteps` descend; the last step goes to clean data and adds no noise. The options
     are `ddim_sample`'s.
     """
     return _reverse(
@@ -174,19 +111,19 @@ def ddpm_sample(
 def ddim_sample(
     denoise: DenoiseFn,
     x_T: Samples,
-    schedule: NoiseSchedule,
-    timesteps: Int[ArrayLike, "S"],
+    schedule: Schedule,
+    timesteps: Real[ArrayLike, "S"],
     eta: float = 0.0,
     key: PRNGKeyArray | None = None,
     shift: str = "quadratic",
-    next_timesteps: Int[ArrayLike, "S"] | None = None,
+    next_timesteps: Real[ArrayLike, "S"] | None = None,
     project: ProjectFn | None = None,
     reuse: Reuse | None = None,
 ) -> Float[Array, "B *D"]:
     """DDIM (Song et al. 2021, eq. 12) with ContextDiff's shift: (3) at any eta in [0, 1],
     deterministic at 0.
 
-    `timesteps` descend; the last step goes to clean data (s = -1), unless `next_timesteps` says
+    `timesteps` descend; the last step goes to clean data, unless `next_timesteps` says
     where each goes (other implementations' steps don't all end where the next begins). `project`
     replaces x after each step (inpainting). `key` is needed when eta > 0. Raises ValueError for eta
     outside [0, 1], eta > 0 without a key, or a number of steps that `reuse` doesn't divide.
@@ -204,8 +141,8 @@ def ddim_sample(
 def ddim_invert(
     denoise: DenoiseFn,
     x0: Samples,
-    schedule: NoiseSchedule,
-    timesteps: Int[ArrayLike, "S"],
+    schedule: Schedule,
+    timesteps: Real[ArrayLike, "S"],
     shift: str = "quadratic",
     *,
     iterations: int = 0,
@@ -218,7 +155,7 @@ def ddim_invert(
     x0_hat and r_hat from (x_s, s).
 
     The first move starts on clean data, where b_s = 0 and the direction is 0/0: the picture is read
-    as a sample at index 0, the least noisy one that the network knows.
+    as a sample at index 0 (a path's `t_min`), the least noisy one that the network knows.
 
     (6) is exact only for x0_hat and r_hat of (x_t, t), which sampling will use. `iterations` > 0
     solves for that x_t, from (6) on, up to that many steps of
@@ -254,7 +191,7 @@ def ddim_invert(
             x_t = _least_residual(lambda x_t: x - back(x_t, t, s), x_t, iterations, tolerance)
         return x_t, x_t if keep else None
 
-    starts = jnp.concatenate([jnp.zeros_like(timesteps[:1]), timesteps[:-1]])
+    starts = jnp.concatenate([jnp.full_like(timesteps[:1], schedule.t_min), timesteps[:-1]])
     last, path = jax.lax.scan(step, x0, (starts, timesteps))
     return (last, path) if keep else last
 
@@ -287,17 +224,28 @@ def _least_residual(
     return jax.lax.while_loop(unfinished, improve, (0, first, (x, first[2])))[2][0]
 
 
-SAMPLERS = {
-    "ddpm": lambda denoise, x_T, schedule, timesteps, eta, key, shift, **options: ddpm_sample(
-        denoise, x_T, schedule, timesteps, key, shift, **options
-    ),
-    "ddim": ddim_sample,
-}
+def _ddpm(
+    denoise,
+    x_T,
+    schedule,
+    timesteps,
+    eta=1.0,
+    key=None,
+    shift="quadratic",
+    **options,
+):
+    if key is None:
+        raise ValueError("sampler='ddpm': sampling with noise needs a key")
+    return ddpm_sample(denoise, x_T, schedule, timesteps, key, shift, **options)
+
+
+SAMPLERS = {"ddpm": _ddpm, "ddim": ddim_sample, **solvers.SOLVERS}
 
 
 def get_sampler(name: str) -> Sampler:
-    """The sampler by name, with the signature of `ddim_sample` (`ddpm` takes no notice of eta, it
-    is 1).
+    """The sampler by name, with the signature of `ddim_sample`: (denoise, x_T, schedule, times, *,
+    key, eta, shift). Those that are deterministic, or whose noise is that of eta = 1 (`ddpm`,
+    `dpmpp_2m_sde`), take no notice of eta.
 
     Raises ValueError for an unknown name.
     """

@@ -11,6 +11,7 @@ keep only three of its digits.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from contextdiff_jax.diffusion.paths import EDM, PATHS, CosineContinuous, Flow
 from contextdiff_jax.runtime.fields import check_choice
 
 # A noise level, 0..T-1, or -1 for clean data: one a sample, or one for all.
@@ -29,6 +31,9 @@ Index = Int[ArrayLike, "*B"]
 class NoiseSchedule:
     """A discrete variance-preserving schedule (a pytree of two arrays)."""
 
+    clean: ClassVar[int] = -1  # the index of clean data
+    t_min: ClassVar[int] = 0  # the least noisy index
+    variance_preserving: ClassVar[bool] = True  # a^2 + b^2 = 1
     alphas_cumprod: Float[Array, "T"]
     variances: Float[Array, "T"]  # 1 - alphas_cumprod, to full precision
 
@@ -46,6 +51,38 @@ class NoiseSchedule:
         """b_t^2 = 1 - abar_t; 0 at t = -1."""
         t = jnp.asarray(t)
         return jnp.where(t < 0, 0.0, self.variances[jnp.maximum(t, 0)])
+
+    def alpha(self, t: Index) -> Float[Array, "*B"]:
+        """a_t; 1 at t = -1."""
+        return jnp.sqrt(self.alpha_bar(t))
+
+    def sigma(self, t: Index) -> Float[Array, "*B"]:
+        """b_t; 0 at t = -1."""
+        return jnp.sqrt(self.variance(t))
+
+    def rest(self, t: Index) -> Float[Array, "*B"]:
+        """1 - a_t^2 = b_t^2."""
+        return self.variance(t)
+
+    def scale(self, t: Index) -> Float[Array, "*B"]:
+        """c of (14): a_t."""
+        return self.alpha(t)
+
+    def rates(self, t: Index) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+        """The derivatives of a = cos(angle) and b = sin(angle) in the angle: indices have none."""
+        return -self.sigma(t), self.alpha(t)
+
+    def transition_variance(self, t: Index, s: Index) -> Float[Array, "*B"]:
+        """1 - abar_t / abar_s, of x_t given x_s, for s < t, by whichever difference keeps its
+        digits in float32: near clean data or near noise.
+        """
+        abar_t, abar_s = self.alpha_bar(t), self.alpha_bar(s)
+        near_clean = (self.variance(t) - self.variance(s)) / abar_s
+        return jnp.where(abar_s > 0.5, near_clean, 1 - abar_t / abar_s)
+
+
+# Every schedule: discrete, or a path in continuous time.
+Schedule = NoiseSchedule | Flow | CosineContinuous | EDM
 
 
 def _linear(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
@@ -71,16 +108,19 @@ def make_schedule(
     beta_start: float = 1e-4,
     beta_end: float = 2e-2,
     zero_terminal_snr: bool = False,
-) -> NoiseSchedule:
+) -> Schedule:
     """A schedule by name: `linear` (Ho et al. 2020), `scaled_linear` (Stable Diffusion), `cosine`
-    (Nichol & Dhariwal 2021, eq. 17; `beta_start` and `beta_end` have no meaning there).
+    (Nichol & Dhariwal 2021, eq. 17; `beta_start` and `beta_end` have no meaning there); or one of
+    the paths in continuous time, `flow`, `cosine_continuous`, `edm`, which read no other argument.
 
     `zero_terminal_snr` shifts and scales a_t so that a_{T-1} = 0 and a_0 is kept (Lin et al. 2023,
     alg. 1). Computed in float64, stored in JAX's default float type.
 
     Raises ValueError for an unknown name, T < 2, or betas outside 0 < beta_start <= beta_end < 1.
     """
-    check_choice("diffusion.schedule", name, SCHEDULES)
+    check_choice("diffusion.schedule", name, (*SCHEDULES, *PATHS))
+    if name in PATHS:
+        return PATHS[name]()
     if num_timesteps < 2:
         raise ValueError(f"diffusion.num_timesteps={num_timesteps}: must be at least 2")
     if not 0 < beta_start <= beta_end < 1:

@@ -19,7 +19,7 @@ from contextdiff_jax.diffusion import NoiseSchedule, get_sampler, make_schedule
 from contextdiff_jax.diffusion.losses import TIMESTEP_SAMPLINGS, WEIGHTINGS
 from contextdiff_jax.diffusion.process import PREDICTION_TYPES, SHIFTS
 from contextdiff_jax.diffusion.samplers import check_eta, check_takes
-from contextdiff_jax.diffusion.schedule import SPACINGS
+from contextdiff_jax.diffusion.schedule import SCHEDULES, SPACINGS
 from contextdiff_jax.models.context import KINDS, ContextConfig
 from contextdiff_jax.models.text import TextConfig
 from contextdiff_jax.models.unet_config import UNetConfig
@@ -62,6 +62,7 @@ class DiffusionConfig:
     prior_kl: float = 0.0  # weight of L_T
 
     def __post_init__(self):
+        check_choice("diffusion.schedule", self.schedule, SCHEDULES)  # no paths in training yet
         check_choice("diffusion.prediction_type", self.prediction_type, PREDICTION_TYPES)
         check_choice("diffusion.weighting", self.weighting, WEIGHTINGS)
         check_choice("diffusion.timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
