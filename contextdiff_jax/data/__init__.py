@@ -23,11 +23,12 @@ from contextdiff_jax.data.orders import Size
 from contextdiff_jax.data.records import PictureConfig, PictureSource, first_found
 from contextdiff_jax.data.shapes import ShapesConfig, ShapesSource, heldout_triples
 from contextdiff_jax.data.tfds import TFDSConfig, TFDSSource, has_split
-from contextdiff_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from contextdiff_jax.data.tokenizer import AnyTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from contextdiff_jax.data.webdataset import WebDatasetConfig, WebDatasetSource
 from contextdiff_jax.runtime.fields import check_choice, no_type_check, strict
 
 __all__ = [
+    "AnyTokenizer",
     "SOURCES",
     "Batch",
     "CacheSource",

@@ -29,7 +29,7 @@ from contextdiff_jax.data.buckets import check_buckets, nearest_bucket
 from contextdiff_jax.data.folder_tokenizer import CutCaptions
 from contextdiff_jax.data.orders import BucketOrder, Order, PlainOrder, ShuffledEpochs, Size
 from contextdiff_jax.data.records import PictureSource
-from contextdiff_jax.data.tokenizer import Tokenizer
+from contextdiff_jax.data.tokenizer import AnyTokenizer
 
 Batch = dict[str, Any]
 # (record number, reason) of the records that turned out to be broken: from workers to the loader
@@ -57,7 +57,7 @@ class _LoadBatch:
     source: RandomAccessSource
     order: Order
     rows: Sequence[int]  # this process's part of each batch
-    tokenizer: Tokenizer | None
+    tokenizer: AnyTokenizer | None
     max_length: int
 
     def __call__(self, number: int) -> Batch:
@@ -227,7 +227,7 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
     rows: np.ndarray | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: AnyTokenizer | None = None,
     max_length: int = 32,
     prefetch: int = 2,
     num_threads: int = 2,  # pictures decode outside of the GIL, all else does not

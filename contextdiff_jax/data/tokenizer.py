@@ -144,7 +144,10 @@ class FolderTokens:
         return np.array(rows.input_ids, np.int32), np.array(rows.attention_mask, bool), lost
 
 
-def load_tokenizer(path: str | pathlib.Path | None = None) -> Tokenizer | FolderTokens:
+AnyTokenizer = Tokenizer | FolderTokens
+
+
+def load_tokenizer(path: str | pathlib.Path | None = None) -> AnyTokenizer:
     """Loads a tokenizer file written by `train_tokenizer`, or CLIP's or T5's from a folder; the
     bundled one if `path` is None.
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree, UInt8
 
-from contextdiff_jax.data import Tokenizer
+from contextdiff_jax.data import AnyTokenizer
 from contextdiff_jax.data.folder_tokenizer import warn_of_cut
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.schedule import NoiseSchedule
@@ -129,7 +129,7 @@ def _from_model(
     settings: EditSettings,
     trained: Settings,
     model: ContextDiffusion,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     source: str,
 ) -> Editor:
     """The editor of a model of pictures or latents that this package trained, or will."""

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, PyTree, UInt8
 
-from contextdiff_jax.data import DataConfig, RandomAccessSource, Tokenizer, make_source
+from contextdiff_jax.data import AnyTokenizer, DataConfig, RandomAccessSource, make_source
 from contextdiff_jax.data.identity import identity
 from contextdiff_jax.evaluation.features import FeatureFn, Rows, extract, make_feature_fn
 from contextdiff_jax.evaluation.networks.classifier import Classifier, load_classifier
@@ -88,7 +88,7 @@ class Evaluation:
     """
 
     settings: Settings
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     graph: nnx.GraphDef
     params: PyTree
     generate: Callable[[Sequence[str], int], UInt8[np.ndarray, "N H W 3"]]

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.data import Tokenizer, make_source
+from contextdiff_jax.data import AnyTokenizer, make_source
 from contextdiff_jax.evaluation import subject
 from contextdiff_jax.evaluation.composition import judge
 from contextdiff_jax.experiments.oracle import OracleGenerator, scaled
@@ -75,7 +75,7 @@ def estimate_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
 def _obeyed(
     settings: Settings,
     params: PyTree,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     regressed: Float[np.ndarray, "T"],
     options: dict[str, Any],
     seed: int,
@@ -112,7 +112,7 @@ def _obeyed(
 def measure(
     settings: Settings,
     params: PyTree,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     records: Sequence[dict[str, Any]],
     timesteps: Int[Array, "K"],
     seed: int,

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.data import Tokenizer
+from contextdiff_jax.data import AnyTokenizer
 from contextdiff_jax.models.contextdiff import (
     Captions,
     ContextDiffusion,
@@ -59,7 +59,7 @@ class OracleGenerator:
     def __init__(
         self,
         settings: Settings,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         options: SampleConfig,
         change: Callable[..., Change] = true_context,
     ):

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.data import Tokenizer
+from contextdiff_jax.data import AnyTokenizer
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.inference.pipeline import Opened, Pipeline
 from contextdiff_jax.inference.sampling import Steps
@@ -63,7 +63,7 @@ def open_folder(
 
 def of_run(
     settings: Settings,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     params: PyTree,
     *,
     options: SampleConfig | None = None,

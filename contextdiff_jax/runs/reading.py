@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from jaxtyping import PyTree
 
-from contextdiff_jax.data import Tokenizer
+from contextdiff_jax.data import AnyTokenizer
 from contextdiff_jax.models.lora import merge_lora
 from contextdiff_jax.models.undrawn import Undrawn
 from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
@@ -27,7 +27,7 @@ class Run:
     """Settings, tokenizer and parameters of a run's newest checkpoint."""
 
     settings: Settings
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     params: PyTree
     step: int
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # config.json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from contextdiff_jax.data import Tokenizer, load_tokenizer
+from contextdiff_jax.data import AnyTokenizer, load_tokenizer
 from contextdiff_jax.data.tokenizer import FolderTokens
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.clip import TEXT
@@ -13,7 +13,7 @@ from contextdiff_jax.pretrained.t5 import MODEL as T5
 from contextdiff_jax.settings import Settings
 
 
-def open_tokenizer(settings: Settings) -> Tokenizer | FolderTokens:
+def open_tokenizer(settings: Settings) -> AnyTokenizer | FolderTokens:
     """The tokenizer of `data.tokenizer`.
 
     Raises ValueError, one line, if it is of another kind than the text encoder, or gives ids that

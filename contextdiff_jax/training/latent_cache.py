@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
-from contextdiff_jax.data import RandomAccessSource, Tokenizer, make_source
+from contextdiff_jax.data import AnyTokenizer, RandomAccessSource, make_source
 from contextdiff_jax.data.folder_tokenizer import CutCaptions
 from contextdiff_jax.data.identity import content_key, identity
 from contextdiff_jax.data.latent_shards import Cache, claim_cache, encode_record, write_shard
@@ -81,7 +81,7 @@ def write_cache(
 def make_records(
     vae: VAE,
     source: RandomAccessSource,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     rows: Sequence[int],
     max_length: int,
     batch_size: int,

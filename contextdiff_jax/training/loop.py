@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from orbax.checkpoint import CheckpointManager
 
 from contextdiff_jax.data import (
+    AnyTokenizer,
     CacheSource,
     Loader,
     RandomAccessSource,
-    Tokenizer,
     bucket_sizes,
     make_loader,
     make_source,
@@ -127,12 +127,12 @@ class Training(Task[TrainState]):
         self.reporter(state, step)
 
 
-def open_data(settings: Settings, feed: Feed) -> tuple[Tokenizer, Loader]:
+def open_data(settings: Settings, feed: Feed) -> tuple[AnyTokenizer, Loader]:
     """The tokenizer, and this process's share of the training batches, which all processes take
     from the same records.
     """
 
-    def facts(opened: tuple[Tokenizer, RandomAccessSource, Loader]) -> dict[str, Any]:
+    def facts(opened: tuple[AnyTokenizer, RandomAccessSource, Loader]) -> dict[str, Any]:
         tokenizer, source, loader = opened
         ids, _ = tokenizer.encode([source[0]["caption"]], settings.data.max_length)
         records = identity(source, bucket_sizes(settings.data))
@@ -143,7 +143,7 @@ def open_data(settings: Settings, feed: Feed) -> tuple[Tokenizer, Loader]:
     return tokenizer, loader
 
 
-def _open_data(settings: Settings, feed: Feed) -> tuple[Tokenizer, RandomAccessSource, Loader]:
+def _open_data(settings: Settings, feed: Feed) -> tuple[AnyTokenizer, RandomAccessSource, Loader]:
     data = settings.data
     tokenizer = open_tokenizer(settings)
     source = make_source(data, "train")
@@ -197,7 +197,7 @@ def peek(loader: Loader, step: int, feed: Feed) -> dict[str, jax.Array]:
     return batch
 
 
-def null_caption(tokenizer: Tokenizer, max_length: int) -> dict[str, np.ndarray]:
+def null_caption(tokenizer: AnyTokenizer, max_length: int) -> dict[str, np.ndarray]:
     """The empty caption's ids and mask, [1, L]: what the denoiser reads where the caption is
     dropped.
     """

@@ -8,7 +8,7 @@ import tempfile
 
 from jax.sharding import Mesh
 
-from contextdiff_jax.data import DataConfig, Tokenizer, make_source
+from contextdiff_jax.data import AnyTokenizer, DataConfig, make_source
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.inference.pipeline import NotFiniteError
 from contextdiff_jax.models.contextdiff import Frozen
@@ -31,7 +31,7 @@ class Reporter:
         self,
         settings: Settings,
         workdir: pathlib.Path,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         mesh: Mesh,
         frozen: Frozen,
     ):
