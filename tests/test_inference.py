@@ -171,7 +171,8 @@ def test_a_sampler_of_the_documented_signature_makes_pictures_and_refuses_the_re
     np.testing.assert_array_equal(mine, ddim)
     with pytest.raises(ValueError, match="'mine': doesn't take project, for inpainting; one of"):
         pipeline.inpaint(PROMPTS, pictures, masks, sampler="mine")
-    with pytest.raises(ValueError, match="doesn't take reuse, for reuse=2; one of ddpm, ddim$"):
+    able = "ddpm, ddim, euler, dpmpp_2s, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc"
+    with pytest.raises(ValueError, match=f"doesn't take reuse, for reuse=2; one of {able}$"):
         pipeline.text_to_image(PROMPTS, sampler="mine", reuse=2)
 
 
