@@ -38,8 +38,21 @@ collect_garbage_seldom()
 CHECKED = [f"contextdiff_jax.{room}" for room in ("diffusion", "models", "data", "evaluation")]
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+# Modules whose assertions say what was compared, as those of test files do.
+pytest.register_assert_rewrite("evaluated_run", "same_pictures", "text_folders")
+
 # Files that take minutes: begun first, so that no core waits at the end for the other's last one.
-LONGEST = ["latent", "pipeline", "training", "speed", "mesh", "unet", "experiments", "evaluate"]
+LONGEST = [
+    "latent",
+    "pipeline",
+    "pipeline_xl",
+    "training",
+    "speed",
+    "mesh",
+    "unet",
+    "experiments",
+    "evaluate",
+]
 
 
 def pytest_collection_modifyitems(items):
@@ -156,11 +169,8 @@ def randomised(params):
 
 def with_gamma(params, value):
     """`params` with another gain of the context."""
-    import jax
-    import jax.numpy as jnp
-
-    params = jax.tree.map(jnp.copy, params)
-    params["context"]["gamma"].set_value(jnp.asarray(value, jnp.float32))
+    params = jax.tree.map(jax.numpy.copy, params)
+    params["context"]["gamma"].set_value(jax.numpy.asarray(value, np.float32))
     return params
 
 

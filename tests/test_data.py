@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import pickle
 
@@ -23,11 +22,7 @@ from contextdiff_jax.data import (
     make_source,
     train_tokenizer,
 )
-from contextdiff_jax.data.shapes import COLOURS, SHAPES, SIZES
 from contextdiff_jax.evaluation import subject
-
-TRIPLES = set(itertools.product(SHAPES, COLOURS, SIZES))
-
 
 # -------------------- tokenizer
 

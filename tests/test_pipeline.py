@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -13,39 +12,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from conftest import ON_EIGHT, ROOT, command
 from diffusers import (
     DDIMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLInpaintPipeline,
 )
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-from torch_models import nchw, nhwc, normal, stable_diffusion, stable_diffusion_xl
-from transformers import CLIPTokenizer
+from same_pictures import (
+    PROMPTS,
+    assert_same_pictures,
+    check,
+    holes,
+    pictures,
+    saved,
+    share_noise,
+    theirs_from,
+)
+from torch_models import normal, stable_diffusion
 
 from contextdiff_jax.diffusion.samplers import SAMPLERS, ddim_sample
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained import conversion
 from contextdiff_jax.pretrained.kinds import Options
 from contextdiff_jax.pretrained.pipeline import _corrected, load_pipeline
-from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
+from contextdiff_jax.pretrained.scheduler import load_scheduler
 from contextdiff_jax.runtime.pictures import read_png_metadata
-
-PROMPTS = ["a red circle", "the blue square is left of a rather long description"]
-
-
-def saved(make, folder):
-    """The diffusers pipeline that `make` builds, and its folder."""
-    pipe = make(folder / "words")
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(folder / "sd")
-    return pipe, folder / "sd"
 
 
 @pytest.fixture(scope="module")
@@ -54,41 +48,9 @@ def pair(tmp_path_factory):
     return saved(stable_diffusion, tmp_path_factory.mktemp("pipeline"))
 
 
-def check(pipe, folder, *, scheduler=None, size=(8, 8), **options):
-    """The pictures of both pipelines from the same noise are the same."""
-    if scheduler is not None:
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **scheduler)
-        pipe.scheduler.save_pretrained(folder / "scheduler")
-    latents = normal(len(PROMPTS), *size, 4)
-    theirs = {
-        "num_inference_steps": options.get("steps", 50),
-        "guidance_scale": options.get("guidance", 7.5),
-    }
-    negative = options.get("negative")
-    with torch.no_grad():
-        expected = pipe(
-            PROMPTS,
-            latents=nchw(latents),
-            height=2 * size[0],
-            width=2 * size[1],
-            output_type="np",
-            negative_prompt=None if negative is None else [negative] * len(PROMPTS),
-            **theirs,
-        ).images
-    images = load_pipeline(folder).text_to_image(
-        PROMPTS, noise=latents, size=(2 * size[0], 2 * size[1]), **options
-    )
-    assert_same_pictures(images, expected)
-    return expected
-
-
-def assert_same_pictures(images, expected) -> None:
-    """Within 1/255 for 99.9% of the values; and they must not be all black, white or alike."""
-    inside = (expected > 0.02) & (expected < 0.98)
-    assert inside.mean() > 0.3 and np.abs(expected[0] - expected[1]).mean() > 0.02
-    assert images.shape == expected.shape and images.dtype == np.uint8
-    difference = np.abs(images.astype(int) - np.round(255 * expected).astype(int))
-    assert (difference <= 1).mean() >= 0.999, difference.max()
+@pytest.fixture
+def same_noise(monkeypatch):
+    return share_noise(monkeypatch)
 
 
 def test_fifty_steps_with_guidance_give_the_pictures_of_diffusers(pair):
@@ -146,74 +108,6 @@ def test_a_sampler_of_the_documented_signature_works_for_a_folder(pair, monkeypa
     np.testing.assert_array_equal(mine, ddim)
     without = pipeline.text_to_image(PROMPTS, sampler="mine", set_alpha_to_one=False, **options)
     np.testing.assert_array_equal(mine, without)
-
-
-@pytest.fixture(scope="module")
-def pair_xl(tmp_path_factory):
-    """diffusers' XL pipeline and its folder."""
-    return saved(stable_diffusion_xl, tmp_path_factory.mktemp("xl"))
-
-
-def test_xl_gives_the_pictures_of_diffusers(pair_xl):
-    pipe, folder = pair_xl
-    plain = check(pipe, folder, steps=10)  # no negative text: guidance leads away from zeros
-    given = check(pipe, folder, steps=10, negative="")  # an empty one is a text
-    assert np.abs(given - plain).max() > 0.02
-    wider = check(pipe, folder, size=(12, 8), steps=5, negative="blue")
-    assert wider.shape != plain.shape
-    index = json.loads((folder / "model_index.json").read_text())
-    assert index["force_zeros_for_empty_prompt"]
-    (folder / "model_index.json").write_text(
-        json.dumps(index | {"force_zeros_for_empty_prompt": False})
-    )
-    pipe.register_to_config(force_zeros_for_empty_prompt=False)
-    empty = check(pipe, folder, steps=10)
-    assert np.abs(empty - plain).max() > 0.02
-    (folder / "model_index.json").write_text(json.dumps(index))
-    pipe.register_to_config(force_zeros_for_empty_prompt=True)
-
-
-def test_xl_from_a_picture_gives_the_pictures_of_diffusers(pair_xl, same_noise):
-    pipe, folder = pair_xl
-    expected = theirs_from(
-        pipe, StableDiffusionXLImg2ImgPipeline, strength=0.65, guidance_scale=5.0
-    )
-    options = dict(steps=10, guidance=5.0, noise=same_noise)
-    images = load_pipeline(folder).image_to_image(PROMPTS, pictures(), strength=0.65, **options)
-    assert_same_pictures(images, expected)
-
-
-def test_xl_inpainting_gives_the_pictures_of_diffusers(pair_xl, same_noise):
-    pipe, folder = pair_xl
-    masks, mask_image = holes()
-    expected = theirs_from(
-        pipe,
-        StableDiffusionXLInpaintPipeline,
-        strength=0.7,
-        guidance_scale=5.0,
-        height=16,
-        width=24,
-        mask_image=mask_image,
-    )
-    options = dict(steps=10, guidance=5.0, noise=same_noise)
-    images = load_pipeline(folder).inpaint(PROMPTS, pictures(), masks, strength=0.7, **options)
-    assert_same_pictures(images, expected)
-
-
-def test_an_xl_folder_that_does_not_fit_is_refused(pair_xl, tmp_path):
-    _, folder = pair_xl
-    shutil.copytree(folder, tmp_path / "sd")
-    shutil.rmtree(tmp_path / "sd" / "text_encoder")
-    with pytest.raises(ValueError, match="XL's refiner is not supported"):
-        load_pipeline(tmp_path / "sd")
-    shutil.copytree(folder / "text_encoder_2", tmp_path / "sd" / "text_encoder")
-    with pytest.raises(
-        ValueError, match="cross_attention_dim differs from the text encoders' width, 40"
-    ):
-        load_pipeline(tmp_path / "sd")
-    shutil.rmtree(tmp_path / "sd" / "text_encoder_2")
-    with pytest.raises(ValueError, match="text_encoder_2"):
-        load_pipeline(tmp_path / "sd")
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -278,86 +172,12 @@ def test_a_text_encoder_that_reads_its_mask_gives_the_pictures_of_diffusers(pair
     assert np.abs(check(pipe, folder, steps=5) - masked).max() > 0.02
 
 
-def test_xls_autoencoder_does_not_overflow_in_float16(pair_xl, tmp_path):
-    folder = shutil.copytree(pair_xl[1], tmp_path / "sd")
-    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(path)  # the norms take the factor out again
-    tensors["decoder.conv_in.weight"] *= 1e5
-    save_file(tensors, path, {"format": "pt"})
-    options = dict(noise=normal(2, 8, 8, 4), size=(16, 16), steps=2, guidance=1.0)
-    full = load_pipeline(folder).text_to_image(PROMPTS, **options)
-    half = load_pipeline(folder, dtype=jnp.float16).text_to_image(PROMPTS, **options)
-    assert np.abs(half.astype(int) - full).mean() < 5 < full.std()
-
-
-def test_a_token_without_a_row_in_the_embedding_is_refused(pair, pair_xl, tmp_path):
-    for made, part in ((pair, "tokenizer"), (pair_xl, "tokenizer_2")):
-        folder = shutil.copytree(made[1], tmp_path / part)
-        tokenizer = CLIPTokenizer.from_pretrained(folder / part)
-        tokenizer.add_tokens(["<sks>"])
-        tokenizer.save_pretrained(folder / part)
-        pipeline = load_pipeline(folder)
-        message = f"{part}: token '<sks>' of 'a <sks> circle' has the id 56; .* rows for 0..55"
-        for prompts, negative in ((["red", "a <sks> circle"], None), (["red"], "a <sks> circle")):
-            with pytest.raises(ValueError, match=message):
-                pipeline.text_to_image(prompts, steps=2, negative=negative)
-        assert pipeline.token_ids(["red"])[0][0, 1] == 53
-
-
-def test_a_prompt_that_is_cut_says_which_words_are_lost(pair, pair_xl, caplog):
-    for folder in (pair[1], pair_xl[1]):
-        caplog.clear()
-        pipeline = load_pipeline(folder)
-        with caplog.at_level(logging.WARNING, "contextdiff_jax"):
-            pipeline.text_to_image(
-                ["red " * 6, "red red red red red blue square"], size=(16, 16), steps=1
-            )
-        (record,) = caplog.records
-        assert record.getMessage().endswith("is cut at 9 tokens; lost: 'blue square'")
-
-
-@pytest.fixture
-def same_noise(monkeypatch):
-    """diffusers draws the latents around their mean, which we take; its noise is given to us."""
-    monkeypatch.setattr(
-        DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean
-    )
-    return nhwc(torch.randn((2, 4, 8, 12), generator=torch.Generator().manual_seed(3)))
-
-
-def pictures() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3)).astype(np.uint8)
-
-
-def theirs_from(pipe, torch_class, **options) -> np.ndarray:
-    """diffusers' pictures from `pictures()`."""
-    pipe = torch_class.from_pipe(pipe)
-    pipe.set_progress_bar_config(disable=True)
-    with torch.no_grad():
-        return pipe(
-            PROMPTS,
-            image=[Image.fromarray(image) for image in pictures()],
-            num_inference_steps=10,
-            output_type="np",
-            generator=torch.Generator().manual_seed(3),
-            **options,
-        ).images
-
-
 def test_image_to_image_gives_the_pictures_of_diffusers(pair, same_noise):
     pipe, folder = pair
     expected = theirs_from(pipe, StableDiffusionImg2ImgPipeline, strength=0.65, guidance_scale=5.0)
     options = dict(steps=10, guidance=5.0, noise=same_noise)
     images = load_pipeline(folder).image_to_image(PROMPTS, pictures(), strength=0.65, **options)
     assert_same_pictures(images, expected)
-
-
-def holes():
-    """Masks of both pictures, and as diffusers reads them."""
-    masks = np.zeros((2, 16, 24), np.float32)
-    masks[0, 3:11, 5:20] = 1
-    masks[1, :, 12:] = 1
-    return masks, [Image.fromarray((255 * mask).astype(np.uint8)) for mask in masks]
 
 
 @pytest.mark.parametrize("in_channels, strength", [(4, 1.0), (4, 0.6), (9, 1.0)])
@@ -395,82 +215,6 @@ def test_a_converted_pipeline_is_the_same(pair, tmp_path):
     assert ours.scheduler == theirs.scheduler
     np.testing.assert_array_equal(ours.token_ids(PROMPTS), theirs.token_ids(PROMPTS))
     assert len(ours.token_ids(PROMPTS)) == 1
-
-
-@pytest.mark.parametrize("steps", [1, 6, 20, 50, 999])
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize(
-    "more",
-    [
-        dict(),
-        dict(
-            steps_offset=1,
-            set_alpha_to_one=False,
-            beta_schedule="scaled_linear",
-            beta_start=0.00085,
-        ),
-        dict(
-            beta_schedule="squaredcos_cap_v2",
-            num_train_timesteps=1200,
-            prediction_type="v_prediction",
-        ),
-        dict(rescale_betas_zero_snr=True, prediction_type="sample"),
-    ],
-)
-def test_schedule_and_steps_equal_those_of_diffusers(tmp_path, steps, spacing, more):
-    theirs = DDIMScheduler(clip_sample=False, timestep_spacing=spacing, **more)
-    theirs.save_pretrained(tmp_path)
-    theirs.set_timesteps(steps)
-    ours = load_scheduler(tmp_path)
-    timesteps, following = ours.steps(steps)
-    np.testing.assert_array_equal(timesteps, theirs.timesteps.numpy())
-    before = theirs.timesteps - theirs.config.num_train_timesteps // steps
-    alphas = torch.where(
-        before >= 0, theirs.alphas_cumprod[before.clamp(min=0)], theirs.final_alpha_cumprod
-    )
-    np.testing.assert_allclose(ours.schedule().alpha_bar(following), alphas, rtol=2e-4, atol=1e-6)
-    np.testing.assert_allclose(
-        ours.schedule().alphas_cumprod, theirs.alphas_cumprod, rtol=2e-4, atol=1e-6
-    )
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(_class_name="FlowMatchScheduler"), "_class_name='FlowMatchScheduler': not supported"),
-        (
-            dict(beta_schedule="sigmoid"),
-            "beta_schedule='sigmoid': unknown; one of linear, scaled_linear",
-        ),
-        (
-            dict(prediction_type="flow"),
-            "prediction_type='flow': unknown; one of epsilon, sample, v_prediction",
-        ),
-        (
-            dict(timestep_spacing="log"),
-            "timestep_spacing='log': unknown; one of leading, linspace, trailing",
-        ),
-        (dict(clip_sample=True), "clip_sample=True: not supported"),
-        (dict(thresholding=True), "thresholding=True: not supported"),
-        (dict(trained_betas=[0.1]), "trained_betas: not supported"),
-        (
-            dict(timestep_type="continuous", prediction_type="v_prediction"),
-            "timestep_type='continuous' with",
-        ),
-    ],
-)
-def test_a_scheduler_that_is_not_supported_is_refused(tmp_path, change, message):
-    values = dict(_class_name="DDIMScheduler", clip_sample=False) | change
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=f"scheduler_config.json: {message}"):
-        load_scheduler(tmp_path)
-
-
-def test_steps_after_the_schedules_end_are_refused():
-    with pytest.raises(
-        ValueError, match="steps=1000: with steps_offset=1 they start at 1000; must be below 1000"
-    ):
-        Scheduler(steps_offset=1).steps(1000)
 
 
 def test_what_does_not_fit_is_named(pair, tmp_path):
