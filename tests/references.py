@@ -125,3 +125,11 @@ def mmd2(x, y, kernel, unbiased):
 def gaussian_kernel(p, q):
     """CMMD's, of two vectors: sigma is 10."""
     return np.exp(-np.sum((p - q) ** 2) / 200)
+
+
+# a and b of each path, in float64.
+PATHS = {
+    "flow": (lambda t: 1 - t, lambda t: t),
+    "cosine_continuous": (lambda t: np.cos(np.pi * t / 2), lambda t: np.sin(np.pi * t / 2)),
+    "edm": (lambda t: np.ones_like(t), lambda t: t),
+}
