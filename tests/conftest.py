@@ -26,9 +26,9 @@ jax.config.update("jax_disable_most_optimizations", FEWER)
 # XLA's older CPU kernels compile in three quarters of the time. libtpu, which some tests load,
 # dies of the flag: XLA reads it here, and commands, which don't load libtpu, get it again.
 XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false" if FEWER else ""
-ON_EIGHT = {"XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"}
+ON_EIGHT = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {XLA_FLAGS}".strip()}
 _before = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"{_before} {XLA_FLAGS}"
+os.environ["XLA_FLAGS"] = f"{_before} {XLA_FLAGS}".strip()
 jax.devices("cpu")
 os.environ["XLA_FLAGS"] = _before
 collect_garbage_seldom()
@@ -178,6 +178,21 @@ def one_line(error: pytest.ExceptionInfo) -> str:
     """An error's message, which must be one line."""
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def as_users_compile(test: str) -> None:
+    """Runs a test by its node's id again, in a process with all optimisations: where two programs
+    are compared to the bit, kernels that compile sooner may round in another place in one of them.
+    """
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+        cwd=ROOT,
+        env={name: value for name, value in environment.items() if not name.startswith("PYTEST")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,10 @@ import sys
 import jax
 import numpy as np
 
+from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.evaluation import metrics, shares, subject
 from contextdiff_jax.evaluation.features import Moments
+from contextdiff_jax.runs.model import model_graph
 from contextdiff_jax.settings import parse
 
 
@@ -23,8 +25,8 @@ def evaluate_share(workdir: pathlib.Path) -> dict:
     row, source = next(iter(subject.splits(settings.data).items()))
     made = subject.Evaluation(
         settings=settings,
-        tokenizer=None,
-        graph=None,
+        tokenizer=load_tokenizer(),
+        graph=model_graph(settings),
         params=None,
         features=str(workdir / "classifier"),
         num=25,
