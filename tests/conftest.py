@@ -35,7 +35,12 @@ collect_garbage_seldom()
 # Every annotated argument and result of these rooms is checked: its type, its shape, and that one
 # name is one size in a call. A whole number is a float too (PEP 484). Commands run in processes of
 # their own, without the checks.
-CHECKED = [f"contextdiff_jax.{room}" for room in ("diffusion", "models", "data", "evaluation")]
+# Not composition.py, whose many small calls a second would take a minute longer.
+EVALUATION = (ROOT / "contextdiff_jax/evaluation").iterdir()
+CHECKED = [
+    *(f"contextdiff_jax.{room}" for room in ("diffusion", "models", "data")),
+    *(f"contextdiff_jax.evaluation.{p.stem}" for p in EVALUATION if p.stem != "composition"),
+]
 install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 # Modules whose assertions say what was compared, as those of test files do.

@@ -8,22 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FEWER, as_users_compile, random_params
+from conftest import FEWER, SMALLEST, as_users_compile, config_dict, random_params
 
 from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.diffusion import samplers
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.runs.model import build_model, model_graph
+from contextdiff_jax.settings import parse
 
 PROMPTS = ["a large red circle", "a small blue square"]
 SEED = 3
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_settings):
-    sample = dataclasses.replace(tiny_settings.sample, steps=4, guidance=2.0)
-    return dataclasses.replace(tiny_settings, sample=sample)
+def settings():
+    return parse(config_dict(**SMALLEST, **{"sample.steps": 4, "sample.guidance": 2.0}))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ON_EIGHT, ROOT, TINY, command, config_dict
+from conftest import ON_EIGHT, ROOT, TINY, XLA_FLAGS, command, config_dict
 from jax.sharding import PartitionSpec as P
 from mesh_program import SMALL
 
@@ -206,7 +206,7 @@ def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(
             "--config.train.peer_timeout=120",
         ],
         cwd=ROOT,
-        env=os.environ | HERE | {"PYTHON": sys.executable, "XLA_FLAGS": ""},
+        env=os.environ | HERE | {"PYTHON": sys.executable, "XLA_FLAGS": XLA_FLAGS},
         capture_output=True,
         text=True,
     )
