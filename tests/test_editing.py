@@ -18,8 +18,9 @@ from contextdiff_jax.editing.denoise import window_weights, windowed
 from contextdiff_jax.editing.edits import sample_edits
 from contextdiff_jax.editing.inversion import edit_timesteps, invert, reconstruct
 from contextdiff_jax.editing.settings import EditConfig
-from contextdiff_jax.editing.tuning import init_tuning, make_tuning_step, trainable
+from contextdiff_jax.editing.tuning import Tuning, init_tuning, make_tuning_step, trainable
 from contextdiff_jax.editing.video_model import open_editor
+from contextdiff_jax.runtime.errors import RunError
 
 SCHEDULE = diffusion.make_schedule("cosine", 100)
 
@@ -298,3 +299,10 @@ def test_a_model_that_is_none_and_a_size_that_does_not_fit_are_one_line(tmp_path
         match=r"frames are 9 x 12; .* multiples of 4, as with --config.video.size=\(8, 12\)",
     ):
         tiny[0].check_size(np.zeros((1, 9, 12, 3), np.uint8))
+
+
+def test_tuning_ends_at_a_loss_that_is_not_finite_and_names_its_step():
+    task = Tuning(lambda state: (state, jnp.float32(jnp.nan)), lambda params: 0.0)
+    state = task.advance("as it was", 7, lambda doing: None)
+    with pytest.raises(RunError, match="step 7: the loss is not finite"):
+        task.check(state)

@@ -213,15 +213,20 @@ class Tuning(Task[TuneState]):
         step: Callable[[TuneState], tuple[TuneState, Array]],
         gain: Callable[[PyTree], Float[ArrayLike, ""]],
     ):
-        self._step, self._gain, self._loss = step, gain, None
+        self._step, self._gain = step, gain
+        self._loss, self._latest = None, 0
 
     def advance(self, state: TuneState, step: int, watch: PeerWatch) -> TuneState:
         state, self._loss = self._step(state)
+        self._latest = step  # the state of a step without a finite loss is the one before it
         return state
 
     def check(self, state: TuneState) -> None:
         if not np.isfinite(self._loss):
-            raise RunError("the loss is not finite; lower train.learning_rate and run again")
+            raise RunError(
+                f"step {self._latest}: the loss is not finite; lower train.learning_rate and run "
+                "again"
+            )
 
     def summary(self, state: TuneState, step: int) -> tuple[dict[str, float], TuneState]:
         gain = float(self._gain(state.params))
