@@ -36,10 +36,18 @@ def _as_time(t: Time) -> Float[Array, "*B"]:
 
 
 class Path:
-    """The common part of the continuous paths."""
+    """The common part of the continuous paths: b = t, and c = a, where they say nothing else."""
 
     clean: ClassVar[float] = 0.0  # the time of clean data
     variance_preserving: ClassVar[bool] = False  # whether a^2 + b^2 = 1
+
+    def sigma(self, t: Time) -> Float[Array, "*B"]:
+        """b = t."""
+        return _as_time(t)
+
+    def scale(self, t: Time) -> Float[Array, "*B"]:
+        """c of (14): a."""
+        return self.alpha(t)
 
     def alpha_bar(self, t: Time) -> Float[Array, "*B"]:
         """a^2."""
@@ -54,6 +62,17 @@ class Path:
         a_t, a_s = self.alpha(t), self.alpha(s)
         both = a_s * self.sigma(t) + a_t * self.sigma(s)
         return self._cross(t, s) * both / a_s**2
+
+    def _cross(self, t, s):
+        return _as_time(t) - _as_time(s)  # a_s b_t - a_t b_s
+
+    def time_at(self, ratio: np.ndarray) -> np.ndarray:
+        """The time where b / c is `ratio`, in float64."""
+        return ratio
+
+    def ratio_at(self, noise_to_signal: np.ndarray) -> np.ndarray:
+        """The b / c of a b / a."""
+        return noise_to_signal
 
     @property
     def num_timesteps(self) -> int:
@@ -74,10 +93,6 @@ class Flow(Path):
         """a = 1 - t."""
         return 1 - _as_time(t)
 
-    def sigma(self, t: Time) -> Float[Array, "*B"]:
-        """b = t."""
-        return _as_time(t)
-
     def rest(self, t: Time) -> Float[Array, "*B"]:
         """1 - a^2."""
         t = _as_time(t)
@@ -92,16 +107,9 @@ class Flow(Path):
         one = jnp.ones_like(_as_time(t))
         return -one, one
 
-    def _cross(self, t, s):
-        return _as_time(t) - _as_time(s)  # a_s b_t - a_t b_s
-
     def noise_at(self, t: float) -> float:
         """b / a, in float64."""
         return t / (1 - t) if t < 1 else np.inf
-
-    def time_at(self, ratio: np.ndarray) -> np.ndarray:
-        """The time where b / c is `ratio`, in float64."""
-        return ratio
 
     def ratio_at(self, noise_to_signal: np.ndarray) -> np.ndarray:
         """The b / c of a b / a."""
@@ -130,10 +138,6 @@ class CosineContinuous(Path):
         """1 - a^2 = b^2."""
         return self.variance(t)
 
-    def scale(self, t: Time) -> Float[Array, "*B"]:
-        """c of (14): a."""
-        return self.alpha(t)
-
     def rates(self, t: Time) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
         """The derivatives of a and b in t."""
         return -jnp.pi / 2 * self.sigma(t), jnp.pi / 2 * self.alpha(t)
@@ -148,10 +152,6 @@ class CosineContinuous(Path):
     def time_at(self, ratio: np.ndarray) -> np.ndarray:
         """The time where b / c is `ratio`, in float64."""
         return 2 / np.pi * np.arctan(ratio)
-
-    def ratio_at(self, noise_to_signal: np.ndarray) -> np.ndarray:
-        """The b / c of a b / a."""
-        return noise_to_signal
 
 
 @functools.partial(_pytree, meta_fields=["sigma_min", "sigma_max"])
@@ -179,37 +179,18 @@ class EDM(Path):
         """a = 1."""
         return jnp.ones_like(_as_time(t))
 
-    def sigma(self, t: Time) -> Float[Array, "*B"]:
-        """b = t."""
-        return _as_time(t)
-
     def rest(self, t: Time) -> Float[Array, "*B"]:
         """1 - a^2 = 0."""
         return jnp.zeros_like(_as_time(t))
-
-    def scale(self, t: Time) -> Float[Array, "*B"]:
-        """c of (14): a."""
-        return self.alpha(t)
 
     def rates(self, t: Time) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
         """The derivatives of a and b in t."""
         one = jnp.ones_like(_as_time(t))
         return 0 * one, one
 
-    def _cross(self, t, s):
-        return _as_time(t) - _as_time(s)
-
     def noise_at(self, t: float) -> float:
         """b / a, in float64."""
         return t
-
-    def time_at(self, ratio: np.ndarray) -> np.ndarray:
-        """The time where b / c is `ratio`, in float64."""
-        return ratio
-
-    def ratio_at(self, noise_to_signal: np.ndarray) -> np.ndarray:
-        """The b / c of a b / a."""
-        return noise_to_signal
 
 
 PATHS = {path.name: path for path in (Flow, CosineContinuous, EDM)}
