@@ -161,17 +161,6 @@ def random_params(settings, gain=1.0):
     )
 
 
-def randomised(params):
-    """Weights away from their zero-initialised branches, so that an effect anywhere reaches the
-    output.
-    """
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    return jax.tree.unflatten(
-        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
-
-
 def with_gamma(params, value):
     """`params` with another gain of the context."""
     params = jax.tree.map(jax.numpy.copy, params)

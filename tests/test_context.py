@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomised
 from flax import nnx
 
 from contextdiff_jax.models.context import (
@@ -24,6 +23,17 @@ from contextdiff_jax.models.video import VideoContext
 
 WITH_CONTEXT = [name for name, kind in KINDS.items() if not kind.is_zero]
 CONFIG = ContextConfig(width=16, num_blocks=1, num_heads=2, text_width=12, patch_size=4)
+
+
+def randomised(params):
+    """Weights away from their zero-initialised branches, so that an effect anywhere reaches the
+    output.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    return jax.tree.unflatten(
+        tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
 
 
 def network(gamma=0.5, **changes):

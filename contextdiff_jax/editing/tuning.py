@@ -25,7 +25,7 @@ from contextdiff_jax.models.contextdiff import Captions
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.processes import PeerWatch
 from contextdiff_jax.pretrained.folder_files import read_json
-from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs.resuming import resume
 from contextdiff_jax.runs.workdir import FREE_FIELDS as RUNS_FREE_FIELDS
 from contextdiff_jax.runs.workdir import claim_workdir
 from contextdiff_jax.runtime.errors import RunError
@@ -251,14 +251,11 @@ def tune(
     train = settings.base.train
     graph, params, frozen = nnx.split(model, trainable(settings.video.tune), ...)
     state = init_tuning(params, train, settings.base.seed)
-    checkpoints.set_damaged_aside(workdir)
-    manager = checkpoints.open_manager(workdir, train.keep_checkpoints)
-    checkpoints.check_shapes(manager, workdir, state)
-    claim_workdir(workdir, config, FREE_FIELDS)
-    if manager.latest_step() is not None:
-        state, _ = checkpoints.restore(
-            manager, checkpoints.placed(state, jax.tree.map(lambda a: a.sharding, state))
-        )
+    shardings = jax.tree.map(lambda a: a.sharding, state)
+    manager, saved, _ = resume(
+        workdir, config, state, shardings, train.keep_checkpoints, free=FREE_FIELDS
+    )
+    state = state if saved is None else saved
     first = int(state.step)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     LOGGER.info("tuning %d parameters, from step %d to %d", count, first, train.steps)

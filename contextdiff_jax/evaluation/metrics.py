@@ -129,7 +129,7 @@ def _compiled(evaluation: Evaluation, function: PictureFn) -> PictureFn:
 def _on_pictures(
     evaluation: Evaluation, row: str, function: PictureFn, steps: np.ndarray, name: str
 ) -> dict[str, np.ndarray]:
-    """What a `_compiled` function gives for a split's real pictures and captions, a column a
+    """Values of a `_compiled` function for a split's real pictures and captions, a column a
     picture.
     """
     tokenizer, length = evaluation.tokenizer, evaluation.settings.data.max_length

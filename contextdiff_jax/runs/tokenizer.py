@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from contextdiff_jax.data import AnyTokenizer, load_tokenizer
-from contextdiff_jax.data.tokenizer import FolderTokens
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.clip import TEXT
 from contextdiff_jax.pretrained.folder_files import read_json
@@ -13,7 +12,7 @@ from contextdiff_jax.pretrained.t5 import MODEL as T5
 from contextdiff_jax.settings import Settings
 
 
-def open_tokenizer(settings: Settings) -> AnyTokenizer | FolderTokens:
+def open_tokenizer(settings: Settings) -> AnyTokenizer:
     """The tokenizer of `data.tokenizer`.
 
     Raises ValueError, one line, if it is of another kind than the text encoder, or gives ids that

@@ -33,7 +33,7 @@ from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
 from contextdiff_jax.parallel.processes import PeerWatch, agree
 from contextdiff_jax.pretrained import save_vae
 from contextdiff_jax.runs import checkpoints
-from contextdiff_jax.runs.workdir import claim_workdir
+from contextdiff_jax.runs.resuming import resume
 from contextdiff_jax.runtime import pictures
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.files import write_json
@@ -285,12 +285,10 @@ def _open_state(
     """(manager, state, shardings): a new state, or the newest checkpoint of the same run."""
     abstract = jax.eval_shape(lambda: init_state(settings))
     shardings = state_shardings(mesh, abstract, settings.mesh.rules)
-    checkpoints.set_damaged_aside(workdir)
-    manager = checkpoints.open_manager(workdir, settings.train.keep_checkpoints)
-    checkpoints.check_shapes(manager, workdir, abstract)
-    claim_workdir(workdir, config)
-    if manager.latest_step() is None:
+    manager, state, data_state = resume(
+        workdir, config, abstract, shardings, settings.train.keep_checkpoints
+    )
+    if state is None:
         return manager, jax.jit(lambda: init_state(settings), out_shardings=shardings)(), shardings
-    state, data_state = checkpoints.restore(manager, checkpoints.placed(abstract, shardings))
     loader.set_state(data_state)
     return manager, state, shardings

@@ -28,11 +28,10 @@ from contextdiff_jax.data import (
 )
 from contextdiff_jax.data.identity import identity, shared_settings
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
-from contextdiff_jax.parallel.processes import PeerWatch, agree, is_first
-from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.parallel.processes import PeerWatch, agree
 from contextdiff_jax.runs.frozen import load_frozen
+from contextdiff_jax.runs.resuming import resume
 from contextdiff_jax.runs.tokenizer import open_tokenizer
-from contextdiff_jax.runs.workdir import claim_workdir
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.compilation import compile_step
 from contextdiff_jax.training.first_state import first_state
@@ -176,16 +175,18 @@ def open_state(
     """
     abstract = jax.eval_shape(lambda: init_state(settings))
     shardings = state_shardings(mesh, abstract, settings.mesh.rules)
-    checkpoints.set_damaged_aside(workdir)
-    keep = settings.train
-    manager = checkpoints.open_manager(
-        workdir, keep.keep_checkpoints, best=keep.keep_best, metric=keep.best_metric
+    train = settings.train
+    manager, state, data_state = resume(
+        workdir,
+        config,
+        abstract,
+        shardings,
+        train.keep_checkpoints,
+        best=train.keep_best,
+        metric=train.best_metric,
     )
-    checkpoints.check_shapes(manager, workdir, abstract)
-    claim_workdir(workdir, config, write=is_first())
-    if manager.latest_step() is None:
+    if state is None:
         return manager, first_state(settings, shardings), shardings
-    state, data_state = checkpoints.restore(manager, checkpoints.placed(abstract, shardings))
     loader.set_state(data_state)
     return manager, state, shardings
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pathlib
 import time
+from abc import ABC, abstractmethod
 from contextlib import closing
 from typing import Any, Generic
 
@@ -22,7 +23,7 @@ from contextdiff_jax.training.log import MetricsLog, speed
 LOGGER = logging.getLogger(__name__)
 
 
-class Task(Generic[State]):
+class Task(ABC, Generic[State]):
     """What is particular to one training. `batch_size` and `flops`: examples and floating-point
     operations of a step, for the log's speed; None: unknown.
     """
@@ -30,18 +31,18 @@ class Task(Generic[State]):
     batch_size: int
     flops: float | None = None
 
+    @abstractmethod
     def advance(self, state: State, step: int, watch: PeerWatch) -> State:
         """The state after step number `step`. The host doesn't wait for it; every transfer between
         host and devices is asked for by name.
         """
-        raise NotImplementedError
 
     def check(self, state: State) -> None:
         """Waits for the newest step. RunError if there is no going on from `state`."""
 
+    @abstractmethod
     def summary(self, state: State, step: int) -> tuple[dict[str, float], State]:
-        """What the log says of the steps since the summary before, and the state that goes on."""
-        raise NotImplementedError
+        """The log's values for the steps since the summary before, and the state that goes on."""
 
     def data_state(self) -> dict[str, Any]:
         """The place in the data, which a checkpoint keeps."""

@@ -97,7 +97,8 @@ def with_empty_metrics(state: TrainState, shardings: TrainState) -> TrainState:
     whole run.
     """
     sums = state.metric_sums
-    zeros = jax.device_put(jax.tree.map(np.zeros_like, jax.device_get(sums)), shardings.metric_sums)
+    empty = jax.tree.map(lambda sum: np.zeros(sum.shape, sum.dtype), sums)
+    zeros = jax.device_put(empty, shardings.metric_sums)
     kept = {name: sums[name] for name in sums if name == "nonfinite"}
     return dataclasses.replace(state, metric_sums=zeros | kept)
 
