@@ -13,7 +13,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from contextdiff_jax.settings import Settings, check_at_least, check_choice, parse, strict
+from contextdiff_jax.runtime.fields import check_at_least, check_choice, strict
+from contextdiff_jax.settings import Settings, parse
 
 CONTROLS = ("none", "replace", "refine")
 INVERSIONS = ("ddim", "exact")

@@ -27,8 +27,8 @@ from jaxtyping import Array, Float, Int
 from contextdiff_jax import diffusion
 from contextdiff_jax.experiments.plan import Cell
 from contextdiff_jax.experiments.toy_config import ToyConfig
+from contextdiff_jax.runtime.fields import check_choice, strict
 from contextdiff_jax.runtime.keys import make_key
-from contextdiff_jax.settings import check_choice, strict
 
 CLASSES = 5
 

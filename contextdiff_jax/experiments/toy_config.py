@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from contextdiff_jax.settings import ESTIMATES, check_choice
+from contextdiff_jax.runtime.fields import check_choice
+from contextdiff_jax.settings.process import ESTIMATES
 
 DENOISERS = ("exact", "learned")
 

@@ -8,19 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from contextdiff_jax.data import DataConfig
-from contextdiff_jax.diffusion import NoiseSchedule, get_sampler, make_schedule
-from contextdiff_jax.diffusion.losses import TIMESTEP_SAMPLINGS, WEIGHTINGS
-from contextdiff_jax.diffusion.process import PREDICTION_TYPES, SHIFTS
-from contextdiff_jax.diffusion.samplers import check_eta, check_takes
-from contextdiff_jax.diffusion.schedule import SCHEDULES, SPACINGS
-from contextdiff_jax.models.context import KINDS, ContextConfig
 from contextdiff_jax.models.text import TextConfig
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAEConfig
@@ -30,7 +23,6 @@ from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
 from contextdiff_jax.runtime.fields import (
     check_at_least,
-    check_choice,
     check_known,
     check_types,
     defaults,
@@ -38,76 +30,12 @@ from contextdiff_jax.runtime.fields import (
     typed,
 )
 from contextdiff_jax.runtime.keys import check_seed
+from contextdiff_jax.settings.process import DiffusionConfig, ShiftConfig
+from contextdiff_jax.settings.sampling import SampleConfig
 from contextdiff_jax.settings.train import TrainConfig
 
-ESTIMATES = ("plugin", "posterior_mean")
 # Fields that `parse` fills in from others.
 DERIVED = {"context": ("in_channels", "text_width", "visual_width"), "model": ("context_head",)}
-SHIFTS_OF_TEXT_ALONE = ("prior", "data_normalization")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
-    """The process's schedule and the objective's weights."""
-
-    schedule: str = "cosine"
-    num_timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 2e-2
-    zero_terminal_snr: bool = False
-    prediction_type: str = "v"
-    weighting: str = "uniform"
-    gamma: float = 5.0
-    timestep_sampling: str = "stratified"
-    prior_kl: float = 0.0  # weight of L_T
-
-    def __post_init__(self):
-        check_choice("diffusion.schedule", self.schedule, SCHEDULES)  # no paths in training yet
-        check_choice("diffusion.prediction_type", self.prediction_type, PREDICTION_TYPES)
-        check_choice("diffusion.weighting", self.weighting, WEIGHTINGS)
-        check_choice("diffusion.timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
-        if self.zero_terminal_snr and self.prediction_type == "epsilon":
-            raise ValueError(
-                "diffusion.prediction_type='epsilon': says nothing of x0 where the SNR is 0; "
-                "with zero_terminal_snr one of x0, v"
-            )
-        check_at_least(self, "diffusion", gamma=0, prior_kl=0)
-        self.make_schedule()
-
-    def make_schedule(self) -> NoiseSchedule:
-        """The schedule these fields name."""
-        return make_schedule(
-            self.schedule,
-            self.num_timesteps,
-            self.beta_start,
-            self.beta_end,
-            self.zero_terminal_snr,
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShiftConfig(ContextConfig):
-    """The relational network (its own fields) and its use in the process."""
-
-    shift: str = "quadratic"
-    estimate: str = "plugin"
-    head_loss: float = 1.0  # weight of the context head's squared error (`posterior_mean`)
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_choice("context.shift", self.shift, SHIFTS)
-        check_choice("context.estimate", self.estimate, ESTIMATES)
-        check_at_least(self, "context", head_loss=0)
-        if self.shift in SHIFTS_OF_TEXT_ALONE and self.network.reads_x0:
-            kinds = ", ".join(name for name, kind in KINDS.items() if not kind.reads_x0)
-            raise ValueError(
-                f"context.kind={self.kind!r}: context.shift={self.shift!r} doesn't vanish at t = "
-                f"T, so r may not read x0; one of {kinds}"
-            )
-        if self.estimate == "posterior_mean" and self.time_dependent:
-            raise ValueError(
-                "context.time_dependent=True: context.estimate='posterior_mean' needs False"
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,45 +51,6 @@ class LatentConfig:
     def config(self) -> VAEConfig | None:
         """The autoencoder's."""
         return read_config(VAE_MODEL, self.vae) if self.vae else None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Options of the pictures in DIR/samples, and the `sample` command's defaults."""
-
-    prompts: tuple[str, ...] = ()  # empty: captions of held-out (else training) records
-    sampler: str = "ddim"
-    steps: int = 50
-    eta: float = 0.0
-    guidance: float = 3.0
-    guidance_rescale: float = 0.0
-    dynamic_threshold: float = 0.0  # a percentile; 0: x0 is clipped to [-1, 1]
-    spacing: str = "trailing"
-    steps_offset: int = 0  # as in diffusers' schedulers: all timesteps moved up
-    set_alpha_to_one: bool = (
-        True  # as in diffusers' DDIM: False ends at timestep 0, not at clean data
-    )
-    reuse: int = 1  # the UNet's coarser levels are computed in every so many steps (DeepCache)
-
-    def __post_init__(self):
-        get_sampler(self.sampler)
-        check_eta(self.eta)
-        check_choice("spacing", self.spacing, SPACINGS)
-        if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance={self.guidance}: must be finite and not negative")
-        for field, most in (("guidance_rescale", 1), ("dynamic_threshold", 100)):
-            if not 0 <= getattr(self, field) <= most:
-                raise ValueError(f"{field}={getattr(self, field)}: must lie in [0, {most}]")
-        if self.steps < 1 or self.steps_offset < 0:
-            raise ValueError(
-                f"steps={self.steps}, steps_offset={self.steps_offset}: must be at least 1 and 0"
-            )
-        if self.reuse < 1 or self.steps % self.reuse:
-            raise ValueError(
-                f"reuse={self.reuse}: must be a positive divisor of steps={self.steps}"
-            )
-        if self.reuse > 1:
-            check_takes(self.sampler, "reuse", f"reuse={self.reuse}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -45,8 +45,9 @@ from contextdiff_jax.parallel.mesh import (
     state_shardings,
 )
 from contextdiff_jax.runs.frozen import load_frozen
+from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.tables import aligned
-from contextdiff_jax.settings import Settings, check_choice
+from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.compilation import jit_step
 from contextdiff_jax.training.state import init_state
 

@@ -1,0 +1,50 @@
+"""The section `sample` of a config."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from contextdiff_jax.diffusion import get_sampler
+from contextdiff_jax.diffusion.samplers import check_eta, check_takes
+from contextdiff_jax.diffusion.schedule import SPACINGS
+from contextdiff_jax.runtime.fields import check_choice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Options of the pictures in DIR/samples, and the `sample` command's defaults."""
+
+    prompts: tuple[str, ...] = ()  # empty: captions of held-out (else training) records
+    sampler: str = "ddim"
+    steps: int = 50
+    eta: float = 0.0
+    guidance: float = 3.0
+    guidance_rescale: float = 0.0
+    dynamic_threshold: float = 0.0  # a percentile; 0: x0 is clipped to [-1, 1]
+    spacing: str = "trailing"
+    steps_offset: int = 0  # as in diffusers' schedulers: all timesteps moved up
+    set_alpha_to_one: bool = (
+        True  # as in diffusers' DDIM: False ends at timestep 0, not at clean data
+    )
+    reuse: int = 1  # the UNet's coarser levels are computed in every so many steps (DeepCache)
+
+    def __post_init__(self):
+        get_sampler(self.sampler)
+        check_eta(self.eta)
+        check_choice("spacing", self.spacing, SPACINGS)
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance={self.guidance}: must be finite and not negative")
+        for field, most in (("guidance_rescale", 1), ("dynamic_threshold", 100)):
+            if not 0 <= getattr(self, field) <= most:
+                raise ValueError(f"{field}={getattr(self, field)}: must lie in [0, {most}]")
+        if self.steps < 1 or self.steps_offset < 0:
+            raise ValueError(
+                f"steps={self.steps}, steps_offset={self.steps_offset}: must be at least 1 and 0"
+            )
+        if self.reuse < 1 or self.steps % self.reuse:
+            raise ValueError(
+                f"reuse={self.reuse}: must be a positive divisor of steps={self.steps}"
+            )
+        if self.reuse > 1:
+            check_takes(self.sampler, "reuse", f"reuse={self.reuse}")
