@@ -152,11 +152,11 @@ def test_the_loss_from_the_cache_is_the_loss_on_the_pictures(folder, cached):
             draw(jax.random.key(0), batch, settings),
             null_caption(tokenizer, settings.data.max_length),
         )
-        schedule = settings.diffusion.make_schedule()
+        process = settings.process
 
-        def loss(batch, null=null, schedule=schedule, settings=settings):
+        def loss(batch, null=null, process=process, settings=settings):
             model = build_model(graph, params, frozen)
-            return loss_fn(model, batch, null, schedule, settings)[0]
+            return loss_fn(model, batch, null, process, settings)[0]
 
         losses.append(float(jax.jit(loss)(batch)))
     assert losses[0] > 0.1

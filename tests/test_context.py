@@ -10,18 +10,23 @@ import pytest
 from flax import nnx
 
 from contextdiff_jax.models.context import (
-    KINDS,
     ContextConfig,
-    Kind,
     RelationalNetwork,
-    compact_bilinear,
     position_embedding,
     unpatch,
+)
+from contextdiff_jax.models.context_kinds import (
+    KINDS,
+    CrossAttention,
+    Kind,
+    TextOnly,
+    compact_bilinear,
 )
 from contextdiff_jax.models.text import TextConfig, TextEncoder
 from contextdiff_jax.models.video import VideoContext
 
 WITH_CONTEXT = [name for name, kind in KINDS.items() if not kind.is_zero]
+OF_ONE_PART = [name for name in WITH_CONTEXT if KINDS[name].parts == 1]
 CONFIG = ContextConfig(width=16, num_blocks=1, num_heads=2, text_width=12, patch_size=4)
 
 
@@ -39,7 +44,7 @@ def randomised(params):
 def network(gamma=0.5, **changes):
     model = RelationalNetwork(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
     if gamma and not model.config.network.is_zero:
-        model.gamma[...] = jnp.asarray(gamma)
+        model.gamma[...] = jnp.full_like(model.gamma[...], gamma)
     return model
 
 
@@ -54,15 +59,18 @@ def inputs(batch=2, height=8, width=12):
 @pytest.mark.parametrize("kind", WITH_CONTEXT)
 def test_context_is_exactly_zero_at_the_start_yet_its_gain_learns(kind):
     model, (x0, text, mask, t) = network(gamma=0, kind=kind), inputs()
-    assert (model(x0, text, mask, t) == 0).all()
+    noise = jnp.sin(x0)
+    assert (model(x0, text, mask, t, noise=noise) == 0).all()
     graph, state = nnx.split(model)
-    grads = jax.grad(lambda state: jnp.sum((nnx.merge(graph, state)(x0, text, mask, t) - 1) ** 2))(
-        state
-    )
-    assert float(jnp.abs(grads["gamma"][...])) > 1e-4
+
+    def error(state):
+        return jnp.sum((nnx.merge(graph, state)(x0, text, mask, t, noise=noise) - 1) ** 2)
+
+    grads = jax.grad(error)(state)
+    assert float(jnp.abs(grads["gamma"][...]).min()) > 1e-4
 
 
-@pytest.mark.parametrize("kind", WITH_CONTEXT)
+@pytest.mark.parametrize("kind", OF_ONE_PART)
 def test_context_has_the_gain_as_root_mean_square_per_sample(kind):
     model, (x0, text, mask, t) = network(kind=kind, max_gain=0.7), inputs()
     rms = jnp.sqrt(jnp.mean(model(x0, text, mask, t) ** 2, axis=(1, 2, 3)))
@@ -109,35 +117,55 @@ def test_an_affine_context_reaches_its_bound_where_every_pixel_is_as_bad_as_can_
 
 
 @pytest.mark.parametrize("kind", WITH_CONTEXT)
-def test_every_kind_reads_the_text_and_the_picture_if_it_says_so(kind):
+def test_every_kind_reads_what_it_says_and_padding_nowhere(kind):
     model, (x0, text, mask, t) = network(kind=kind), inputs()
-    other_picture = float(
-        jnp.abs(model(x0, text, mask, t) - model(jnp.cos(3 * x0), text, mask, t)).max()
-    )
-    other_text = float(
-        jnp.abs(model(x0, text, mask, t) - model(x0, jnp.cos(3 * text), mask, t)).max()
-    )
-    assert (other_picture > 0) == KINDS[kind].reads_x0
-    assert KINDS[kind].reads_x0 or kind == "text"
-    assert other_text > 1e-3
+    r = model(x0, text, mask, t, noise=x0)
 
+    def change(x0=x0, text=text, noise=x0):
+        return float(jnp.abs(model(x0, text, mask, t, noise=noise) - r).max())
 
-@pytest.mark.parametrize("kind", WITH_CONTEXT)
-def test_padding_tokens_have_no_influence(kind):
-    model, (x0, text, mask, t) = network(kind=kind), inputs()
-    garbage = jnp.where(mask[..., None], text, 1e3)
-    np.testing.assert_allclose(model(x0, text, mask, t), model(x0, garbage, mask, t), atol=1e-5)
+    assert (change(x0=jnp.cos(3 * x0)) > 0) == KINDS[kind].reads_x0
+    assert (change(noise=jnp.cos(3 * x0)) > 0) == KINDS[kind].reads_noise
+    assert KINDS[kind].reads_x0 or isinstance(model.raw, TextOnly)
+    assert change(text=jnp.cos(3 * text)) > 1e-3
+    assert change(text=jnp.where(mask[..., None], text, 1e3)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", WITH_CONTEXT)
 def test_time_enters_only_if_asked_for(kind):
     x0, text, mask, t = inputs()
     fixed, timed = network(kind=kind), network(kind=kind, time_dependent=True)
-    if timed.config.kind in ("cross_attention", "text"):  # adaLN starts at zero: give it weights
+    if isinstance(timed.raw, CrossAttention):  # adaLN starts at zero: give it weights
         block = timed.raw.blocks[0].modulation
         block.kernel[...] = jax.random.normal(jax.random.key(0), block.kernel.shape)
-    assert (fixed(x0, text, mask, t) == fixed(x0, text, mask, t + 5)).all()
-    assert float(jnp.abs(timed(x0, text, mask, t) - timed(x0, text, mask, t + 5)).max()) > 1e-4
+
+    def change(model):
+        both = (model(x0, text, mask, times, noise=x0) for times in (t, t + 5))
+        return float(jnp.abs(next(both) - next(both)).max())
+
+    assert (change(fixed) > 0) == KINDS[kind].moves == fixed.config.moves
+    assert change(timed) > 1e-4 and timed.config.moves
+
+
+def test_two_ends_are_joined_by_a_straight_line_and_a_source_is_a_gaussian():
+    x0, text, mask, _ = inputs()
+    ends = network(kind="two_ends", max_gain=0.7)
+    ends.gamma[...] = jnp.array([0.5, -2.0])
+    at = [ends(x0, text, mask, jnp.full(2, t)) for t in (0.0, 1000.0, 250.0)]
+    for r, gain in zip(at, jnp.abs(ends.gain), strict=False):
+        np.testing.assert_allclose(jnp.sqrt(jnp.mean(r**2, axis=(1, 2, 3))), gain, rtol=1e-5)
+    np.testing.assert_allclose(at[2], 0.75 * at[0] + 0.25 * at[1], atol=1e-6)
+
+    source = network(kind="gaussian_source", max_gain=0.7)
+    noise = jnp.sin(jnp.arange(x0.size)).reshape(x0.shape)
+    mean, one, there = (
+        source(x0, text, mask, noise=e) for e in (jnp.zeros_like(x0), jnp.ones_like(x0), noise)
+    )
+    np.testing.assert_allclose(there, mean + (one - mean) * noise, atol=1e-6)
+    log_sigma = jnp.log1p(one - mean)
+    for part in (mean, log_sigma):
+        rms = jnp.sqrt(jnp.mean(part**2, axis=(1, 2, 3)))
+        np.testing.assert_allclose(rms, 0.7 * np.tanh(0.5), rtol=1e-5)
 
 
 def test_kind_none_is_zero_without_parameters():

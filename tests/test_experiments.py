@@ -21,7 +21,7 @@ from contextdiff_jax.experiments.estimates import estimate_cell, measure
 from contextdiff_jax.experiments.finished import add_finished, read_finished
 from contextdiff_jax.experiments.oracle import OracleGenerator, scaled
 from contextdiff_jax.experiments.plan import Plan, load_plan
-from contextdiff_jax.inference.opening import process_of, run_steps
+from contextdiff_jax.inference.opening import run_steps
 from contextdiff_jax.inference.pipeline import method_of
 from contextdiff_jax.inference.sampling import Text, make_sample
 from contextdiff_jax.runs.model import model_graph
@@ -268,8 +268,8 @@ def test_the_oracle_at_gain_0_is_the_sampler_and_otherwise_reads_the_picture():
     assert (oracle(params, records, 0) != oracle(params, other, 0)).mean() > 0.1
     # At gain 0 it's the plain sampler, with the oracle's own noise.
     model.context.gamma[...] = jnp.asarray(0.0)
-    sample = make_sample(process_of(settings), method_of(settings.sample))
-    steps = run_steps(settings.diffusion.num_timesteps, settings.sample)
+    sample = make_sample(settings.process, method_of(settings.sample))
+    steps = run_steps(settings.process.schedule, settings.sample)
     ids, mask = tokenizer.encode(
         [record["caption"] for record in records], settings.data.max_length
     )

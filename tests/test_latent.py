@@ -176,9 +176,9 @@ def test_the_frozen_networks_are_read_but_are_not_in_the_state(pipe, runs):
     frozen, params = load_frozen(settings), random_params(settings)
     batch = draw(jax.random.key(0), batch_of(settings), settings)
     null = {k: v[:1] for k, v in batch_of(settings).items() if k != "image"}
-    graph, schedule = model_graph(settings), settings.diffusion.make_schedule()
+    graph, process = model_graph(settings), settings.process
     loss = jax.jit(
-        lambda frozen: loss_fn(build_model(graph, params, frozen), batch, null, schedule, settings)[
+        lambda frozen: loss_fn(build_model(graph, params, frozen), batch, null, process, settings)[
             0
         ]
     )
@@ -352,7 +352,7 @@ def test_the_context_reads_the_tokens_of_a_frozen_clip_as_transformers_has_them(
     # In the step the picture is there; in sampling x0 is decoded. Both reach r, and no parameter of
     # CLIP is in the state.
     null = {k: v[:1] for k, v in batch_of(settings).items() if k != "image"}
-    loss, _ = loss_fn(model, batch, null, settings.diffusion.make_schedule(), settings)
+    loss, _ = loss_fn(model, batch, null, settings.process, settings)
     assert np.isfinite(float(loss))
     x0, _ = clean(model, batch)
     args = model.encode(batch["token_ids"], batch["token_mask"]), batch["t"]

@@ -17,7 +17,7 @@ from flax import nnx
 from contextdiff_jax import diffusion
 from contextdiff_jax.benchmarks import reuse as benchmark
 from contextdiff_jax.data import load_tokenizer
-from contextdiff_jax.inference.opening import of_run, process_of
+from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.inference.sampling import Method, Steps, Text, make_sample
 from contextdiff_jax.models.contextdiff import Captions
 from contextdiff_jax.runs.model import build_model, model_graph
@@ -52,7 +52,7 @@ def inputs(settings):
 
 def program(settings, guidance, **method):
     """`run(model, x, ids, mask, timesteps)`, the jitted sampling loop."""
-    run = make_sample(process_of(settings), Method(guided=guidance != 1, **method))
+    run = make_sample(settings.process, Method(guided=guidance != 1, **method))
 
     def sample(model, x, ids, mask, timesteps):
         text, key = Text(ids, mask, ids[:1], mask[:1]), jax.random.key(0)

@@ -59,7 +59,7 @@ def loss_of(params):
     def loss(shift, params, batch, null):
         settings = parse(config_dict(**{"context.shift": shift}))
         model = nnx.merge(model_graph(settings), params)
-        return loss_fn(model, batch, null, settings.diffusion.make_schedule(), settings)[0]
+        return loss_fn(model, batch, null, settings.process, settings)[0]
 
     return lambda batch, null, gamma, shift="quadratic": float(
         loss(shift, with_gamma(params, gamma), batch, null)

@@ -24,7 +24,7 @@ from contextdiff_jax.benchmarks.measured import (
     randomised,
 )
 from contextdiff_jax.benchmarks.paired import Contestant
-from contextdiff_jax.inference.opening import process_of, run_steps
+from contextdiff_jax.inference.opening import run_steps
 from contextdiff_jax.inference.pipeline import method_of
 from contextdiff_jax.inference.sampling import Text, make_sample
 from contextdiff_jax.runs.model import build_model, model_graph
@@ -95,7 +95,7 @@ def _train_method(settings: Settings, name: str) -> Contestant:
 
 def _sample_method(settings: Settings, name: str) -> Contestant:
     devices, (ids, mask) = Devices(settings), _random_texts(settings)
-    sample = make_sample(process_of(settings), method_of(settings.sample))
+    sample = make_sample(settings.process, method_of(settings.sample))
     graph = model_graph(settings)
     x = np.random.default_rng(settings.seed).standard_normal(
         (len(ids), *settings.shape), np.float32
@@ -105,7 +105,7 @@ def _sample_method(settings: Settings, name: str) -> Contestant:
         devices.parameters(_random_state(settings).params),
         placed["x"],
         Text(placed["ids"], placed["mask"], ids[:1], mask[:1]),
-        run_steps(settings.diffusion.num_timesteps, settings.sample),
+        run_steps(settings.process.schedule, settings.sample),
         np.float32(settings.sample.guidance),
         make_key(settings.seed),
     )

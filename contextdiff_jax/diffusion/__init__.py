@@ -5,6 +5,7 @@ from contextdiff_jax.diffusion.guidance import (
     classifier_free,
     dynamic_threshold,
     guide,
+    known_context_denoise,
     pair,
     plugin_denoise,
     posterior_mean_denoise,
@@ -14,6 +15,7 @@ from contextdiff_jax.diffusion.guidance import (
 from contextdiff_jax.diffusion.losses import (
     loss_weight,
     prior_kl,
+    sample_shares,
     sample_timesteps,
     snr,
     vlb,
@@ -26,6 +28,7 @@ from contextdiff_jax.diffusion.process import (
     Process,
     drift_coefficient,
     marginal_mean,
+    motion_data,
     predict_x0,
     q_posterior,
     q_sample,
@@ -33,6 +36,7 @@ from contextdiff_jax.diffusion.process import (
     shift_rate,
     training_target,
     velocity_data,
+    with_rate,
 )
 from contextdiff_jax.diffusion.samplers import (
     Denoised,
@@ -67,9 +71,11 @@ __all__ = [
     "dynamic_threshold",
     "get_sampler",
     "guide",
+    "known_context_denoise",
     "loss_weight",
     "make_schedule",
     "marginal_mean",
+    "motion_data",
     "pair",
     "plugin_denoise",
     "posterior_mean_denoise",
@@ -77,6 +83,7 @@ __all__ = [
     "prior_kl",
     "q_posterior",
     "q_sample",
+    "sample_shares",
     "sample_timesteps",
     "shift_coefficient",
     "shift_rate",
@@ -90,4 +97,5 @@ __all__ = [
     "vlb",
     "vlb_ends",
     "vlb_kl",
+    "with_rate",
 ]

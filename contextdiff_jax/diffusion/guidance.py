@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Real, Shaped
 
-from contextdiff_jax.diffusion.process import Samples, bcast, predict_x0, velocity_data
+from contextdiff_jax.diffusion.process import Samples, bcast, motion_data, predict_x0, with_rate
 from contextdiff_jax.diffusion.protocols import ContextFn, Denoised, DenoiseFn
 from contextdiff_jax.diffusion.schedule import Schedule
 
@@ -36,29 +36,66 @@ def plugin_denoise(
 
     def denoise(x_t, t, s):
         x0 = _clip(predict_x0(schedule, predict(x_t, t), x_t, t, prediction_type), clip)
-        # k = 0 at s = -1, whatever r is: index 0 keeps the network inside the times that it knows.
-        return Denoised(x0, context_fn(x0, t), context_fn(x0, jnp.maximum(s, 0)))
+        # k = 0 on clean data, whatever r is: this keeps the network inside the times it knows.
+        return Denoised(x0, context_fn(x0, t), context_fn(x0, jnp.maximum(s, schedule.t_min)))
 
     return denoise
 
 
 def posterior_mean_denoise(
-    predict: PredictFn, schedule: Schedule, prediction_type: str, clip: float | None = None
+    predict: PredictFn,
+    schedule: Schedule,
+    prediction_type: str,
+    clip: float | None = None,
+    shift: str = "quadratic",
 ) -> DenoiseFn:
     """Our estimate: `predict` returns (output, E[r | x_t, c]), the second head's regression; r
-    doesn't depend on t.
+    doesn't depend on t. With an output of the motion, (12), x0 is what it leaves beside r: an error
+    of that estimate then moves x0 and r against each other, and x hardly.
     """
 
     def denoise(x_t, t, s):
         output, context = predict(x_t, t)
-        x0 = _clip(predict_x0(schedule, output, x_t, t, prediction_type), clip)
-        return Denoised(x0, context, context)
+        x0 = predict_x0(schedule, output, x_t, t, prediction_type, context=context, shift=shift)
+        return Denoised(_clip(x0, clip), context, context)
 
     return denoise
 
 
-def velocity_denoise(predict: PredictFn, schedule: Schedule) -> DenoiseFn:
-    """The way without an estimate of r: `predict` returns E[u | x_t, c], the `velocity`.
+def known_context_denoise(
+    predict: PredictFn,
+    context_fn: Callable[[Array], Array],
+    schedule: Schedule,
+    prediction_type: str,
+    shift: str,
+    clip: float | None = None,
+) -> DenoiseFn:
+    """The way where r needs no estimate: `context_fn(t)` is a context of the text alone, or 0, so
+    that x0 stands in every output by itself.
+    """
+
+    def denoise(x_t, t, s):
+        context, rate = with_rate(context_fn, t) if schedule.continuous else (context_fn(t), None)
+        x0 = predict_x0(
+            schedule,
+            predict(x_t, t),
+            x_t,
+            t,
+            prediction_type,
+            context=context,
+            context_rate=rate,
+            shift=shift,
+        )
+        return Denoised(_clip(x0, clip), context, context_fn(jnp.maximum(s, schedule.t_min)))
+
+    return denoise
+
+
+def velocity_denoise(
+    predict: PredictFn, schedule: Schedule, prediction_type: str = "velocity"
+) -> DenoiseFn:
+    """The way without an estimate of r: `predict` returns E[u | x_t, c], the `velocity`, or the
+    `data` M that it amounts to.
 
     The x0 of the result is M of (12), which isn't bounded to the pictures' range, and its contexts
     are 0: M is what moves x along the marginals. So it is for samplers without noise; those with
@@ -66,7 +103,7 @@ def velocity_denoise(predict: PredictFn, schedule: Schedule) -> DenoiseFn:
     """
 
     def denoise(x_t, t, s):
-        data = velocity_data(schedule, predict(x_t, t), x_t, t)
+        data = motion_data(schedule, predict(x_t, t), x_t, t, prediction_type)
         return Denoised(data, jnp.zeros_like(data), jnp.zeros_like(data))
 
     return denoise

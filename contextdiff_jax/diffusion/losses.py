@@ -50,6 +50,8 @@ def _p2(ratio, share, gamma):
 
 
 def _epsilon_share(schedule, t, ratio, prediction_type):
+    if prediction_type == "data":  # (12): the same motion's error in x0's units
+        return ratio
     if prediction_type == "velocity":  # |u error| = |a'b - ab'| / b |M error|, (12)
         (da, db), a, b = schedule.rates(t), schedule.alpha(t), schedule.sigma(t)
         return (a / (da * b - a * db)) ** 2
@@ -80,53 +82,84 @@ def loss_weight(
     return WEIGHTINGS[weighting](ratio, _epsilon_share(schedule, t, ratio, prediction_type), gamma)
 
 
-def _independent(key, batch_size, num_timesteps):
-    return jax.random.randint(key, (batch_size,), 0, num_timesteps)
+# Each gives shares of the path in [0, 1], 1 the noise.
 
 
-def _stratified(key, batch_size, num_timesteps):
+def _uniform_share(key, batch_size, scale):
+    return jax.random.uniform(key, (batch_size,))
+
+
+def _stratified_share(key, batch_size, scale):
     # One draw in each of B equal strata (VDM, Kingma et al. 2021, app. I.1), in random order.
     u = (jnp.arange(batch_size) + jax.random.uniform(key)) / batch_size
-    t = jnp.minimum((u * num_timesteps).astype(jnp.int32), num_timesteps - 1)
-    return jax.random.permutation(jax.random.fold_in(key, 1), t)
+    return jax.random.permutation(jax.random.fold_in(key, 1), u)
 
 
-def _antithetic(key, batch_size, num_timesteps):
-    t = jax.random.randint(key, ((batch_size + 1) // 2,), 0, num_timesteps)
-    return jnp.concatenate([t, num_timesteps - 1 - t])[:batch_size]
+def _antithetic_share(key, batch_size, scale):
+    u = jax.random.uniform(key, ((batch_size + 1) // 2,))
+    return jnp.concatenate([u, 1 - u])[:batch_size]
+
+
+def _logit_normal_share(key, batch_size, scale):
+    # The uniform strata through the quantile function.
+    u = _stratified_share(key, batch_size, scale)
+    return jax.nn.sigmoid(scale * jax.scipy.stats.norm.ppf(jnp.clip(u, 1e-6, 1 - 1e-6)))
+
+
+def _mode_share(key, batch_size, scale):
+    u = _stratified_share(key, batch_size, scale)
+    return 1 - u - scale * (jnp.cos(jnp.pi / 2 * u) ** 2 - 1 + u)
 
 
 TIMESTEP_SAMPLINGS = {
-    "independent": _independent,
-    "stratified": _stratified,
-    "antithetic": _antithetic,
+    "uniform": _uniform_share,
+    "stratified": _stratified_share,
+    "antithetic": _antithetic_share,
+    "logit_normal": _logit_normal_share,
+    "mode": _mode_share,
+    "independent": _uniform_share,  # the first edition's name of `uniform`
 }
 
 
-def sample_timesteps(
-    key: PRNGKeyArray, batch_size: int, num_timesteps: int, sampling: str = "stratified"
-) -> Int[Array, "B"]:
-    """Indices in 0..T-1, each uniform: `independent`, `stratified` (one a stratum) or `antithetic`
-    (t, T-1-t).
+def sample_shares(
+    key: PRNGKeyArray, batch_size: int, sampling: str = "stratified", scale: float = 1.0
+) -> Float[Array, "B"]:
+    """Shares of a path in [0, 1], 1 its noise. `uniform`; `stratified`, one in each of B equal
+    strata; `antithetic`, u and 1 - u; and from such strata `logit_normal`, the sigmoid of a normal
+    draw times `scale`, and `mode`, which at a `scale` above 0 has the middle more often, under 0
+    the ends (Esser et al. 2024, eq. 19-20).
 
     Raises ValueError for an unknown sampling.
     """
     check_choice("diffusion.timestep_sampling", sampling, TIMESTEP_SAMPLINGS)
-    return TIMESTEP_SAMPLINGS[sampling](key, batch_size, num_timesteps)
+    return TIMESTEP_SAMPLINGS[sampling](key, batch_size, scale)
+
+
+def sample_timesteps(
+    key: PRNGKeyArray,
+    batch_size: int,
+    num_timesteps: int,
+    sampling: str = "stratified",
+    scale: float = 1.0,
+) -> Int[Array, "B"]:
+    """Indices in 0..T-1 at `sample_shares`. ValueError for an unknown sampling."""
+    u = sample_shares(key, batch_size, sampling, scale)
+    return jnp.minimum((u * num_timesteps).astype(jnp.int32), num_timesteps - 1)
 
 
 def prior_kl(
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     x0: Samples,
     context: Samples,
     shift: str = "quadratic",
 ) -> Float[Array, "B"]:
-    """L_T: KL(q(x_{T-1} | x0, c) || N(0, I)) in bits/dim; `context` is r at T-1. Its weight in the
-    loss keeps x_T standard normal where k_T is not 0.
+    """L_T: KL(q(x_T | x0, c) || N(0, I)) in bits/dim at the noisiest time; `context` is r there.
+    Its weight in the loss keeps x_T standard normal where k_T is not 0. (On `edm` both variances
+    are sigma_max^2.)
     """
-    T = jnp.full(x0.shape[:1], schedule.num_timesteps - 1)
-    mean = marginal_mean(schedule, x0, context, T, shift)
-    variance = schedule.variances[-1]
+    T, scale = jnp.full(x0.shape[:1], schedule.t_max), schedule.noise_scale
+    mean = marginal_mean(schedule, x0, context, T, shift) / scale
+    variance = schedule.variance(schedule.t_max) / scale**2
     return _bits_per_dim(0.5 * (variance + mean**2 - 1 - jnp.log(variance)))
 
 
@@ -134,7 +167,9 @@ def _bits_per_dim(nats: Float[Array, "B *D"]) -> Float[Array, "B"]:
     return nats.mean(tuple(range(1, nats.ndim))) / math.log(2)
 
 
-def _discretised_gaussian_nll(x0, mean, variance):
+def discretised_gaussian_nll(
+    x0: Samples, mean: Samples, variance: Float[Array, "..."]
+) -> Float[Array, "B *D"]:
     """-log of N(mean, variance) integrated over x0's bin; the outermost bins reach to infinity,
     (9).
     """
@@ -189,7 +224,7 @@ def vlb_ends(
     t = jnp.zeros(x0.shape[:1], jnp.int32)
     *_, hat = _denoised_at(denoise, x0, context_fn, schedule, key, t, shift)
     decoder_variance = q_posterior(schedule, x0, x0, x0, x0, jnp.int32(1), jnp.int32(0)).variance
-    decoder = _bits_per_dim(_discretised_gaussian_nll(x0, hat.x0, decoder_variance))
+    decoder = _bits_per_dim(discretised_gaussian_nll(x0, hat.x0, decoder_variance))
     prior = prior_kl(
         schedule, x0, context_fn(x0, jnp.full_like(t, schedule.num_timesteps - 1)), shift
     )

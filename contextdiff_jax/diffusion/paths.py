@@ -39,6 +39,8 @@ class Path:
     """The common part of the continuous paths: b = t, and c = a, where they say nothing else."""
 
     clean: ClassVar[float] = 0.0  # the time of clean data
+    continuous: ClassVar[bool] = True
+    noise_scale: ClassVar[float] = 1.0  # the standard deviation of x_T
     variance_preserving: ClassVar[bool] = False  # whether a^2 + b^2 = 1
 
     def sigma(self, t: Time) -> Float[Array, "*B"]:
@@ -73,6 +75,26 @@ class Path:
     def ratio_at(self, noise_to_signal: np.ndarray) -> np.ndarray:
         """The b / c of a b / a."""
         return noise_to_signal
+
+    def time_of_share(self, u: Float[ArrayLike, "*B"]) -> Float[Array, "*B"]:
+        """The time at the share u in [0, 1] of the path, not below `t_min`."""
+        return jnp.maximum(self.t_max * u, self.t_min)
+
+    def share(self, t: Time) -> Float[Array, "*B"]:
+        """The inverse of `time_of_share`."""
+        return _as_time(t) / self.t_max
+
+    def network_input(
+        self, x: Float[Array, "B *D"], t: Time
+    ) -> tuple[Float[Array, "B *D"], Float[Array, "*B"]]:
+        """What a network reads in the place of x and t: the time as a share of 1000, the range of
+        the discrete schedules' indices.
+        """
+        return x, self.network_time(t)
+
+    def network_time(self, t: Time) -> Float[Array, "*B"]:
+        """1000 times the share."""
+        return 1000 * self.share(t)
 
     @property
     def num_timesteps(self) -> int:
@@ -164,6 +186,29 @@ class EDM(Path):
     name: ClassVar[str] = "edm"
     sigma_min: float = 0.002
     sigma_max: float = 80.0
+
+    @property
+    def noise_scale(self) -> float:
+        """The standard deviation of x_T."""
+        return self.sigma_max
+
+    def time_of_share(self, u: Float[ArrayLike, "*B"]) -> Float[Array, "*B"]:
+        """The noise at the share u of the angle whose tangent it is: as `cosine_continuous`."""
+        return jnp.clip(jnp.tan(jnp.pi / 2 * u), self.sigma_min, self.sigma_max)
+
+    def share(self, t: Time) -> Float[Array, "*B"]:
+        """The inverse of `time_of_share`."""
+        return 2 / jnp.pi * jnp.arctan(_as_time(t))
+
+    def network_input(
+        self, x: Float[Array, "B *D"], t: Time
+    ) -> tuple[Float[Array, "B *D"], Float[Array, "*B"]]:
+        """What a network reads: x / sqrt(1 + t^2), of unit variance where x0 is (Karras et al.
+        2022, table 1), and the angle: both as on `cosine_continuous`.
+        """
+        t = _as_time(t)
+        scale = jax.lax.rsqrt(1 + t**2)
+        return scale.reshape(t.shape + (1,) * (x.ndim - t.ndim)) * x, self.network_time(t)
 
     @property
     def t_min(self) -> float:

@@ -23,6 +23,7 @@ M = E[x0 | x_t] + rho E[r | x_t] + (k / b) / (a / b)' E[dr/dt | x_t],  rho = (k 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -39,11 +40,16 @@ Samples = Float[ArrayLike, "B *D"]  # pictures or latents of a batch, jax's or n
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Process:
-    """The process that a model was trained on."""
+    """The process that a model was trained on.
+
+    `estimates_context`: whether its denoise function has an estimate of r. One of the motion alone
+    (`velocity_denoise`) has none: it is for sampling without noise.
+    """
 
     schedule: Schedule
     prediction_type: str
     shift: str
+    estimates_context: bool = True
 
 
 class Gaussian(NamedTuple):
@@ -68,6 +74,10 @@ def _data_normalization(a: Float[Array, "*B"], rest: Float[Array, "*B"]) -> Floa
     return -a
 
 
+def _constant(a: Float[Array, "*B"], rest: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    return jnp.ones_like(rest)
+
+
 def _none(a: Float[Array, "*B"], rest: Float[Array, "*B"]) -> Float[Array, "*B"]:
     return jnp.zeros_like(rest)
 
@@ -76,6 +86,7 @@ SHIFTS = {
     "quadratic": _quadratic,
     "prior": _prior,
     "data_normalization": _data_normalization,
+    "constant": _constant,
     "none": _none,
 }
 
@@ -92,7 +103,8 @@ def bcast(coefficient: Float[ArrayLike, "*B"], x: Samples) -> Float[Array, "..."
 
 def shift_coefficient(schedule: Schedule, t: Time, shift: str = "quadratic") -> Float[Array, "*B"]:
     """k_t: `quadratic` a(1-a) (ContextDiff), `prior` 1-a and `data_normalization` -a (ShiftDDPM,
-    Zhang et al. 2023; only for a context of the text alone), `none` 0. Always 0 on clean data.
+    Zhang et al. 2023; only for a context of the text alone), `constant` 1 (for a context that moves
+    from one end of the path to the other by itself), `none` 0. Always 0 on clean data.
 
     Raises ValueError for an unknown shift.
     """
@@ -212,7 +224,9 @@ PREDICTION_TYPES = {
     "epsilon": (_epsilon_target, _x0_from_epsilon),
     "v": (_v_target, _x0_from_v),
 }
-TARGETS = (*PREDICTION_TYPES, "velocity")
+# Those that r is in: they say how x moves, and x0 only together with r.
+MOTIONS = ("velocity", "data")
+TARGETS = (*PREDICTION_TYPES, *MOTIONS)
 
 
 def check_prediction_type(prediction_type: str) -> None:
@@ -220,11 +234,11 @@ def check_prediction_type(prediction_type: str) -> None:
     check_choice("diffusion.prediction_type", prediction_type, TARGETS)
 
 
-def _needs_context(context, shift: str) -> None:
+def _needs_context(prediction_type: str, context, shift: str) -> None:
     if context is None and shift != "none":
         raise ValueError(
-            f"prediction_type='velocity': needs context= under context.shift={shift!r}; without a "
-            "context shift='none'"
+            f"prediction_type={prediction_type!r}: needs context= under context.shift={shift!r}; "
+            "without a context shift='none'"
         )
 
 
@@ -240,7 +254,8 @@ def training_target(
     shift: str = "quadratic",
 ) -> Samples:
     """The network's target at t: `x0`, the effective noise `epsilon`, or `v`, (5); or `velocity`,
-    (11), which needs `context`, r at t, unless shift is `none`.
+    (11), or the `data` M of (12) that it amounts to, which need `context`, r at t, unless shift is
+    `none`.
 
     `context_rate` is dr/dt (None: r doesn't depend on t). (11)'s derivatives are in the schedule's
     own parameter: t on a path; on a discrete schedule the angle whose cosine is a_t, so that
@@ -250,10 +265,12 @@ def training_target(
     """
     check_prediction_type(prediction_type)
     a, b = bcast(schedule.alpha(t), x0), bcast(schedule.sigma(t), x0)
-    if prediction_type != "velocity":
+    if prediction_type not in MOTIONS:
         target, _ = PREDICTION_TYPES[prediction_type]
         return target(x0, (x_t - a * x0) / b, a, b)
-    _needs_context(context, shift)
+    _needs_context(prediction_type, context, shift)
+    if prediction_type == "data":
+        return x0 if context is None else x0 + _carried(schedule, context, context_rate, t, shift)
     da, db = (bcast(rate, x0) for rate in schedule.rates(t))
     if context is None:
         return da * x0 + db / b * (x_t - a * x0)
@@ -274,28 +291,34 @@ def predict_x0(
     shift: str = "quadratic",
 ) -> Samples:
     """x0 from the network's output at t, the inverse of `training_target`. An `epsilon` output
-    where a = 0 carries no x0: the result is 0 there (use `v` or `x0` with zero terminal SNR). A
-    `velocity` gives x0 with r alone; `velocity_data` gives what solvers need of it without.
+    where a = 0 carries no x0: the result is 0 there (use `v` or `x0` with zero terminal SNR).
+    `velocity` and `data` give x0 with r alone; `motion_data` gives what solvers need of them
+    without.
 
     Raises ValueError for an unknown prediction type, or a velocity without its context.
     """
     check_prediction_type(prediction_type)
     a, b = bcast(schedule.alpha(t), x_t), bcast(schedule.sigma(t), x_t)
-    if prediction_type != "velocity":
+    if prediction_type not in MOTIONS:
         _, inverse = PREDICTION_TYPES[prediction_type]
         x0 = inverse(output, x_t, a, b)
         scaled = prediction_type == "v" and not schedule.variance_preserving
         return x0 / (a**2 + b**2) if scaled else x0
-    _needs_context(context, shift)
-    data = velocity_data(schedule, output, x_t, t)
+    _needs_context(prediction_type, context, shift)
+    data = motion_data(schedule, output, x_t, t, prediction_type)
     if context is None:
         return data
-    data = data - bcast(drift_coefficient(schedule, t, shift), x_t) * context
+    return data - _carried(schedule, context, context_rate, t, shift)
+
+
+def _carried(schedule, context, context_rate, t, shift):
+    """M - x0, the part of r in (12)."""
+    carried = bcast(drift_coefficient(schedule, t, shift), context) * context
     if context_rate is None:
-        return data
-    da, db = (bcast(rate, x_t) for rate in schedule.rates(t))
-    k = bcast(shift_coefficient(schedule, t, shift), x_t)
-    return data - k * b / (da * b - a * db) * context_rate
+        return carried
+    a, b = schedule.alpha(t), schedule.sigma(t)
+    (da, db), k = schedule.rates(t), shift_coefficient(schedule, t, shift)
+    return carried + bcast(k * b / (da * b - a * db), context) * context_rate
 
 
 def velocity_data(
@@ -305,3 +328,23 @@ def velocity_data(
     da, db = (bcast(rate, x_t) for rate in schedule.rates(t))
     a, b = bcast(schedule.alpha(t), x_t), bcast(schedule.sigma(t), x_t)
     return (b * velocity - db * x_t) / (da * b - a * db)
+
+
+def with_rate(
+    context_fn: Callable[[Array], Array], t: Float[Array, "B"]
+) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
+    """(r, dr/dt) of r = context_fn(t), each sample by its own t.
+
+    By the transpose of the derivative that goes backwards: layers with a gradient of their own have
+    no other, and `jax.jvp` refuses them.
+    """
+    r, pull = jax.vjp(context_fn, t)
+    push = jax.linear_transpose(lambda cotangent: pull(cotangent)[0], r)
+    return r, push(jnp.ones_like(t))[0]
+
+
+def motion_data(
+    schedule: Schedule, output: Samples, x_t: Samples, t: Time, prediction_type: str
+) -> Float[Array, "B *D"]:
+    """M of (12) from a `velocity`, or from a `data` output, which is M."""
+    return output if prediction_type == "data" else velocity_data(schedule, output, x_t, t)

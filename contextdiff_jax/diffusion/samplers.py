@@ -39,6 +39,7 @@ __all__ = [  # the protocols, too: this is where the other rooms take them from
     "ProjectFn",
     "Reuse",
     "Sampler",
+    "adds_noise",
     "check_eta",
     "check_takes",
     "ddim_invert",
@@ -239,6 +240,7 @@ def _ddpm(
     return ddpm_sample(denoise, x_T, schedule, timesteps, key, shift, **options)
 
 
+_ddpm.noisy = True
 SAMPLERS = {"ddpm": _ddpm, "ddim": ddim_sample, **solvers.SOLVERS}
 
 
@@ -257,6 +259,11 @@ def takes(name: str, option: str) -> bool:
     """Whether that sampler has the option (`next_timesteps`, `project`, `reuse`)."""
     parameters = inspect.signature(get_sampler(name)).parameters
     return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def adds_noise(name: str, eta: float) -> bool:
+    """Whether that sampler adds noise: by eta, or, if its attribute `noisy` is true, always."""
+    return getattr(get_sampler(name), "noisy", False) or (name == "ddim" and eta > 0)
 
 
 def check_takes(name: str, option: str, purpose: str) -> None:

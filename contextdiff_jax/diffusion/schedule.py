@@ -34,6 +34,8 @@ class NoiseSchedule:
     clean: ClassVar[int] = -1  # the index of clean data
     t_min: ClassVar[int] = 0  # the least noisy index
     variance_preserving: ClassVar[bool] = True  # a^2 + b^2 = 1
+    continuous: ClassVar[bool] = False
+    noise_scale: ClassVar[float] = 1.0  # the standard deviation of x_T
     alphas_cumprod: Float[Array, "T"]
     variances: Float[Array, "T"]  # 1 - alphas_cumprod, to full precision
 
@@ -41,6 +43,29 @@ class NoiseSchedule:
     def num_timesteps(self) -> int:
         """T, the number of noise levels."""
         return self.alphas_cumprod.shape[0]
+
+    @property
+    def t_max(self) -> int:
+        """The noisiest index."""
+        return self.num_timesteps - 1
+
+    def time_of_share(self, u: Float[ArrayLike, "*B"]) -> Int[Array, "*B"]:
+        """The index at the share u in [0, 1] of all."""
+        return jnp.minimum((u * self.num_timesteps).astype(jnp.int32), self.t_max)
+
+    def share(self, t: Index) -> Float[Array, "*B"]:
+        """The share of the indices that are below t."""
+        return jnp.asarray(t) / self.num_timesteps
+
+    def network_input(
+        self, x: Float[Array, "B *D"], t: Index
+    ) -> tuple[Float[Array, "B *D"], Int[Array, "*B"]]:
+        """What a network reads in the place of x and t: these."""
+        return x, t
+
+    def network_time(self, t: Index) -> Int[Array, "*B"]:
+        """What a network reads in the place of t: this."""
+        return t
 
     def alpha_bar(self, t: Index) -> Float[Array, "*B"]:
         """abar_t; 1 at t = -1."""

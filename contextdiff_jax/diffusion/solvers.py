@@ -371,6 +371,7 @@ def unipc(grid: Grid) -> Plan:
     return Plan(grid.t, grid.s, rows, fresh=jnp.asarray(grid.steps == 0), base=corrected)
 
 
+dpmpp_2m_sde.noisy = True
 SOLVERS = {
     "euler": euler,
     "heun": heun,

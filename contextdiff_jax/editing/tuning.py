@@ -115,13 +115,11 @@ def tuning_loss(
     read = drop(dropped, null, captions)
     error, context_error = errors(
         lambda x_t, t: model.predict(x_t, t, read),
-        process.schedule,
+        process,
         x0,
         r,
         t,
         noise,
-        process.prediction_type,
-        process.shift,
     )
     return error.mean() + context_error
 

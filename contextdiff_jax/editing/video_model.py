@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 
 from contextdiff_jax.data import AnyTokenizer
 from contextdiff_jax.data.folder_tokenizer import warn_of_cut
-from contextdiff_jax.diffusion.process import Process
+from contextdiff_jax.diffusion.process import MOTIONS, PREDICTION_TYPES, Process
 from contextdiff_jax.diffusion.schedule import NoiseSchedule
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
@@ -132,7 +132,17 @@ def _from_model(
     tokenizer: AnyTokenizer,
     source: str,
 ) -> Editor:
-    """The editor of a model of pictures or latents that this package trained, or will."""
+    """The editor of a model of pictures or latents that this package trained, or will.
+
+    Raises ValueError for one on a path in continuous time, or of a velocity.
+    """
+    process = trained.process
+    if process.schedule.continuous or process.prediction_type in MOTIONS:
+        raise ValueError(
+            f"{source}: diffusion.schedule={trained.diffusion.schedule!r}, prediction_type="
+            f"{process.prediction_type!r}; clips are edited on discrete schedules, with one of "
+            f"{', '.join(PREDICTION_TYPES)}"
+        )
     length = trained.data.max_length
     if model.vision is not None and settings.video.transfer_context:
         raise ValueError(
@@ -155,8 +165,8 @@ def _from_model(
         model.unet,
         network,
         model.vae,
-        schedule=trained.diffusion.make_schedule(),
-        prediction_type=trained.diffusion.prediction_type,
+        schedule=process.schedule,
+        prediction_type=process.prediction_type,
         reads_mask=not model.text.reads_padding,
         encode_text=encode_text,
         count_tokens=lambda word: int(tokenizer.encode([word], 64)[1].sum()) - 2,

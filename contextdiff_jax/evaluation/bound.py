@@ -113,9 +113,15 @@ def model_bound(
 ) -> dict[str, Array]:
     """`bound_terms` of the model as it samples at guidance 1."""
     schedule = process.schedule
-    denoise = make_denoise(model, schedule, captions, prediction_type=process.prediction_type)
+    denoise = make_denoise(
+        model,
+        schedule,
+        captions,
+        prediction_type=process.prediction_type,
+        shift=process.shift,
+    )
 
     def context_fn(x, t):
-        return model.relate(x, captions, t)
+        return model.relate(x, captions, schedule.network_time(t))
 
     return bound_terms(denoise, x0, context_fn, schedule, key, edges, process.shift)

@@ -12,17 +12,18 @@ from flax import nnx
 from jaxtyping import Array
 
 from contextdiff_jax.data.folder_tokenizer import warn_of_cut
+from contextdiff_jax.diffusion.process import MOTIONS
 from contextdiff_jax.evaluation import bound as bounds
 from contextdiff_jax.evaluation import distances
 from contextdiff_jax.evaluation.branches import model_branches
 from contextdiff_jax.evaluation.composition import is_main, judge
 from contextdiff_jax.evaluation.features import batches, check_finite
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
+from contextdiff_jax.evaluation.likelihood import check_flow, flow_times, model_bits
 from contextdiff_jax.evaluation.networks.classifier import Classifier, correct, read_labels
 from contextdiff_jax.evaluation.networks.inception import Inception
 from contextdiff_jax.evaluation.shares import gather_rows, join
 from contextdiff_jax.evaluation.subject import Evaluation
-from contextdiff_jax.inference.opening import process_of
 from contextdiff_jax.models.contextdiff import empty_like
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.runtime.keys import make_key
@@ -31,6 +32,7 @@ Scores = dict[str, dict[str, Estimate]]  # {row: {name: estimate}}
 FLOOR = "real pictures instead"
 _BOUND_BATCH = 32
 _BRANCHES = 8  # timesteps
+_FLOW_STEPS = 50
 _NEIGHBOURS = 3  # of precision and recall, the paper's
 _MAX_FOR_MANY_RESAMPLES = 256  # features: a Frechet distance of 2048 takes a second or more
 
@@ -54,10 +56,21 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
                 "--metrics=composition: judges scenes of data.source='shapes'; the run's is "
                 f"{settings.data.source!r}"
             )
-        if name in ("bound", "branches") and settings.latent.vae:
+        if name in ("bound", "branches", "likelihood") and settings.latent.vae:
             raise ValueError(
                 f"--metrics={name}: is of pixels; this run's x0 are latents (latent.vae)"
             )
+        process = settings.process
+        if name in ("bound", "branches") and (
+            process.schedule.continuous or process.prediction_type in MOTIONS
+        ):
+            raise ValueError(
+                f"--metrics={name}: is of x0's estimates on a discrete schedule; this run's "
+                f"diffusion.schedule={settings.diffusion.schedule!r}, prediction_type="
+                f"{process.prediction_type!r}"
+            )
+        if name == "likelihood":
+            check_flow(settings)
         if name == "bound":
             bounds.make_strata(settings.diffusion.num_timesteps, evaluation.bound_timesteps or None)
         if name == "precision_recall" and min(evaluation.num, evaluation.reference) <= _NEIGHBOURS:
@@ -151,7 +164,7 @@ def _on_pictures(
 
 def bound(evaluation: Evaluation) -> Result:
     """The bound on -log2 p(picture | caption) of `num` real pictures a split."""
-    process = process_of(evaluation.settings)
+    process = evaluation.settings.process
     num_timesteps = process.schedule.num_timesteps
 
     def function(model, x0, captions, _, key, edges):
@@ -181,11 +194,29 @@ def bound(evaluation: Evaluation) -> Result:
     return Result(scores, "bits/dim", note, details)
 
 
+def likelihood(evaluation: Evaluation) -> Result:
+    """The flow's bound on -log2 p(picture | caption) of `num` real pictures a split, in
+    `bound_timesteps` steps.
+    """
+    process, steps = evaluation.settings.process, evaluation.bound_timesteps or _FLOW_STEPS
+
+    def function(model, x0, captions, _, key, times):
+        return {"total": model_bits(model, process, x0, captions, key, times)[None]}
+
+    run, times = _compiled(evaluation, function), np.asarray(flow_times(process.schedule, steps))
+    scores = {}
+    for row in evaluation.sources:
+        found = _on_pictures(evaluation, row, run, times, "likelihood")
+        scores[row] = {"total": mean_interval(found["total"][0])}
+    note = f"upper bound, the lower the better; Heun's method in {steps} steps, guidance 1"
+    return Result(scores, "bits/dim", note)
+
+
 def branches(evaluation: Evaluation) -> Result:
     """The denoiser with the caption and without it on `num` real pictures a split, noised, by
     timestep.
     """
-    process = process_of(evaluation.settings)
+    process = evaluation.settings.process
 
     def function(model, x0, captions, empty, key, steps):
         return model_branches(model, process, x0, captions, empty, key, steps)
@@ -339,6 +370,7 @@ def clip_score(evaluation: Evaluation) -> Result:
 METRICS: dict[str, Callable[[Evaluation], Result]] = {
     "composition": composition,
     "bound": bound,
+    "likelihood": likelihood,
     "branches": branches,
     "fid": fid,
     "kid": kid,

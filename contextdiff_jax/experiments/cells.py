@@ -41,8 +41,10 @@ def picture_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     """Train, choose the guidance scale on validation captions, score the samples and the bound.
 
     Options: `num` samples a split; `guidances`, the grid; `validation` captions to choose on;
-    `samplers` {name: steps}, the first of which chooses; `bound` pictures a split (0: none) at
-    `bound_timesteps` strata; `classifier` training steps (0: none) of the network whose features
+    `samplers` {name: steps}, or {label: (name, steps)}, the first of which chooses; `true_context`:
+    whether the sampler is also given r of the true pictures; `bound` pictures a split (0: none),
+    scored by the bound at `bound_timesteps` strata or, on a path, by the flow's likelihood in as
+    many steps; `classifier` training steps (0: none) of the network whose features
     give the FID, and which judges what is not `shapes`. It is trained once a plan, next to the
     runs.
     """
@@ -55,18 +57,17 @@ def picture_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
         "guidance": best,
     }
     marks = {}
-    for sampler, steps in cell.options["samplers"].items():
+    for name in cell.options["samplers"]:
         found = {}
         for label, scale in (("1", 1.0), ("best", best)):
             if scale not in found:
-                options = dataclasses.replace(
-                    settings.sample, sampler=sampler, steps=steps, guidance=scale
-                )
+                options = study.sampler(name, scale)
                 found[scale] = study.score(study.generator(options), fidelity=True)
             for row, (values, exact) in found[scale].items():
-                scores[f"{row}, {sampler}, guidance {label}"] = values
-                marks[f"{row}, {sampler}, guidance {label}"] = exact
-    if settings.context.network.reads_x0:  # r(c) is known: its estimate is the true one
+                scores[f"{row}, {name}, guidance {label}"] = values
+                marks[f"{row}, {name}, guidance {label}"] = exact
+    # r(c) is known: its estimate is the true one
+    if settings.context.network.reads_x0 and cell.options.get("true_context", True):
         options = study.first_sampler(best)
         oracle = OracleGenerator(settings, study.tokenizer, options)
         found = study.score(
@@ -77,7 +78,8 @@ def picture_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
             for row, (values, _) in found.items()
         }
     if cell.options["bound"]:
-        bits = metrics.bound(study.evaluation(cell.options["bound"]))
+        score = metrics.likelihood if settings.process.schedule.continuous else metrics.bound
+        bits = score(study.evaluation(cell.options["bound"]))
         scores["bound"] = {row: values["total"].value for row, values in bits.scores.items()}
     return {"scores": scores, "marks": marks, "training": _training(workdir, study.params)}
 
@@ -123,11 +125,15 @@ class _Study:
             [record["caption"] for record in records], seed=self.seed
         )
 
-    def first_sampler(self, guidance: float) -> SampleConfig:
-        sampler, steps = next(iter(self.options["samplers"].items()))
+    def sampler(self, name: str, guidance: float) -> SampleConfig:
+        chosen = self.options["samplers"][name]
+        sampler, steps = (name, chosen) if isinstance(chosen, int) else chosen
         return dataclasses.replace(
             self.settings.sample, sampler=sampler, steps=steps, guidance=guidance
         )
+
+    def first_sampler(self, guidance: float) -> SampleConfig:
+        return self.sampler(next(iter(self.options["samplers"])), guidance)
 
     def validate(self) -> dict[float, float]:
         """Return {guidance scale: share of exact pictures} on captions of the training split.

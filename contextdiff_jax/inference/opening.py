@@ -33,6 +33,7 @@ from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.settings import SampleConfig, Settings
+from contextdiff_jax.settings.sampling import check_sampling
 
 
 def open_folder(
@@ -79,12 +80,17 @@ def of_run(
     """
     graph = functools.cache(functools.partial(model_graph, settings))
     options = options or settings.sample
-    find_steps = functools.partial(run_steps, settings.diffusion.num_timesteps)
+    process = settings.process
+
+    def find_steps(options: SampleConfig) -> Steps:
+        check_sampling(process, options)
+        return run_steps(process.schedule, options)
+
     find_steps(options)
     opened = Opened(
         build=lambda weights: build_model(graph(), *weights),
         weights=(params, load_frozen(settings) if frozen is None else frozen),
-        process=process_of(settings),
+        process=process,
         encode_text=lambda texts: tokenizer.encode_and_cut(list(texts), settings.data.max_length),
         find_steps=find_steps,
         shape=settings.shape,
@@ -97,27 +103,19 @@ def of_run(
     return Pipeline(opened, mesh, programs)
 
 
-def process_of(settings: Settings) -> Process:
-    """The process that a run trains on."""
-    return Process(
-        schedule=settings.diffusion.make_schedule(),
-        prediction_type=settings.diffusion.prediction_type,
-        shift=settings.context.shift,
-    )
-
-
-def run_steps(num_timesteps: int, options: SampleConfig) -> Steps:
-    """The timesteps of a run's options. `steps_offset` and `set_alpha_to_one` are those of
-    diffusers' schedulers: timesteps moved up, and an end at index 0 instead of clean data (DDIM).
+def run_steps(schedule: diffusion.Schedule, options: SampleConfig) -> Steps:
+    """The times of a run's options. `steps_offset` and `set_alpha_to_one` are those of diffusers'
+    schedulers, for indices: timesteps moved up, and an end at index 0 instead of clean data (DDIM).
     """
     with jax.ensure_compile_time_eval():
-        timesteps = options.steps_offset + np.asarray(
-            diffusion.spaced_timesteps(num_timesteps, options.steps, options.spacing)
-        )
-    if timesteps[0] >= num_timesteps:
+        times = np.asarray(diffusion.time_grid(schedule, options.steps, options.spacing))
+    if schedule.continuous:
+        return Steps(times)
+    timesteps = options.steps_offset + times
+    if timesteps[0] > schedule.t_max:
         raise ValueError(
             f"sample.steps_offset={options.steps_offset}: the first of {options.steps} steps is "
-            f"{timesteps[0]}; must be below {num_timesteps}"
+            f"{timesteps[0]}; must be below {schedule.num_timesteps}"
         )
     if options.set_alpha_to_one or options.sampler != "ddim":
         return Steps(timesteps)

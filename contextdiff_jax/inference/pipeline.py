@@ -169,6 +169,11 @@ class Pipeline:
         request, chosen = self._read(prompts, options)
         if not self.opened.only_inpaints:
             check_takes(chosen.sampler, "project", "inpainting")
+            if not self.opened.process.estimates_context:
+                raise ValueError(
+                    "inpainting: what is kept follows the estimate of r, and context.estimate="
+                    "'velocity' has none; a run with 'posterior_mean'"
+                )
         shape = self._shape_of(images, request)
         if tuple(masks.shape) != tuple(images.shape[:3]):
             raise ValueError(
@@ -294,9 +299,9 @@ class Pipeline:
         if request.callback is None:
             made = self._program(method, shape, arguments)(*arguments)
             return tuple(map(np.asarray, made))
-        steps = [int(t) for t in arguments[5].timesteps]
+        steps = arguments[5].timesteps.tolist()
         with self._listener.calling(
-            lambda t, x0: request.callback(1 + steps.index(int(t)), np.asarray(x0))
+            lambda t, x0: request.callback(1 + steps.index(t.item()), np.asarray(x0))
         ):
             made = self.program(method, shape, watched=True)(*arguments)
             made = tuple(map(np.asarray, made))

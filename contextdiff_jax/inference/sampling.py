@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real, UInt8
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
@@ -29,7 +29,7 @@ from contextdiff_jax.models.contextdiff import (
 )
 from contextdiff_jax.models.pixels import to_unit
 
-Preview = Callable[[Int[Array, ""], Float[Array, "B H W C"]], None]
+Preview = Callable[[Real[Array, ""], Float[Array, "B H W C"]], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ class Method:
 class Steps(NamedTuple):
     """Descending timesteps, and where each step goes (None: to the next one, the last to -1)."""
 
-    timesteps: Int[Array, "S"]
-    ends: Int[Array, "S"] | None = None
+    timesteps: Real[Array, "S"]
+    ends: Real[Array, "S"] | None = None
 
 
 class Text(NamedTuple):
@@ -112,6 +112,7 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
             captions,
             null,
             prediction_type=process.prediction_type,
+            shift=shift,
             guidance=scale,
             guidance_rescale=method.guidance_rescale,
             dynamic_threshold=method.dynamic_threshold,
@@ -121,7 +122,7 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
         if steps.ends is not None and takes(method.sampler, "next_timesteps"):
             options["next_timesteps"] = steps.ends
         if method.reuse > 1:
-            keep = make_keep(model, captions, null, scale, start.beside)
+            keep = make_keep(model, schedule, captions, null, scale, start.beside)
             options["reuse"] = diffusion.Reuse(method.reuse, keep)
         if start.known is not None:
             options["project"] = keep_known(start.known, schedule, shift)
@@ -167,7 +168,7 @@ class Start(NamedTuple):
         method: Method,
         captions: Captions,
         noise: Float[Array, "B H W C"],
-        t: Int[Array, ""],
+        t: Real[Array, ""],
         picture: Picture | None,
     ) -> Start:
         """Noise (about k_T r where r is known before x0 is), or the picture noised to timestep t by
@@ -181,7 +182,8 @@ class Start(NamedTuple):
         if method.from_noise:
             x = _from_noise(model, process, captions, noise, ts)
         else:
-            r = model.relate(x0, captions, ts, pixels)
+            time = process.schedule.network_time(ts)
+            r = model.relate(x0, captions, time, pixels, noise)
             x = diffusion.q_sample(process.schedule, x0, r, ts, noise, process.shift)
         if picture.mask is None:
             return cls(x)
@@ -197,15 +199,16 @@ class Start(NamedTuple):
 def _from_noise(
     model: ContextDiffusion, process: Process, captions: Captions, noise: Array, t: Array
 ) -> Array:
+    schedule = process.schedule
+    x = noise if schedule.noise_scale == 1 else noise * schedule.noise_scale
     if model.context.config.network.reads_x0:
-        return noise
+        return x
     # r(c) is known before x0 is, so x_T ~ N(k_T r, I) can be exact (0 for the kind `none`)
-    r = model.context(noise, captions.tokens, captions.mask, t)
-    empty = jnp.zeros_like(noise)
-    return noise + diffusion.marginal_mean(process.schedule, empty, r, t, process.shift)
+    r = model.context(noise, captions.tokens, captions.mask, schedule.network_time(t), noise=noise)
+    return x + diffusion.marginal_mean(schedule, jnp.zeros_like(x), r, t, process.shift)
 
 
-def keep_known(known: Known, schedule: diffusion.NoiseSchedule, shift: str) -> ProjectFn:
+def keep_known(known: Known, schedule: diffusion.Schedule, shift: str) -> ProjectFn:
     """Puts the known part back after a step, at the level of noise where the next one begins: its
     own noise, shifted by the sampler's estimate of r.
     """

@@ -17,17 +17,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Real
 
+from contextdiff_jax.models.context_kinds import KINDS, Kind
 from contextdiff_jax.models.layers import TimestepEmbedding, linear, timestep_embedding
 from contextdiff_jax.models.precision import Precision
-from contextdiff_jax.models.transformer import Attention, FeedForward
 from contextdiff_jax.runtime.fields import check_choice
 
 TOKENS = ("patches", "clip")
@@ -85,6 +84,16 @@ class ContextConfig:
         return KINDS[self.kind]
 
     @property
+    def is_known(self) -> bool:
+        """Whether r is a function of the text (and t) alone."""
+        return not (self.network.reads_x0 or self.network.reads_noise)
+
+    @property
+    def moves(self) -> bool:
+        """Whether r depends on t."""
+        return self.time_dependent or self.network.moves
+
+    @property
     def token_width(self) -> int:
         """Width of the visual tokens."""
         return self.visual_width if self.tokens == "clip" else self.patch_size**2 * self.in_channels
@@ -119,180 +128,16 @@ def unpatch(
     return rearrange(tokens, "B (h w) (p q C) -> B (h p) (w q) C", h=shape[1] // p, p=p, q=p)
 
 
-def pool(tokens: Float[ArrayLike, "B L D"], mask: Bool[ArrayLike, "B L"]) -> Float[Array, "B 1 D"]:
-    """Mean over the tokens that count."""
-    weight = mask[..., None].astype(tokens.dtype)
-    return (tokens * weight).sum(1, keepdims=True) / jnp.maximum(weight.sum(1, keepdims=True), 1)
-
-
-class Block(nnx.Module):
-    """Visual tokens attend to the text, then an MLP; time, if any, enters by adaptive layer norm
-    (DiT).
-    """
-
-    def __init__(self, config: ContextConfig, **policy):
-        width = config.width
-        self.norm1, self.norm2 = (nnx.LayerNorm(width, **policy) for _ in range(2))
-        self.attention = Attention(
-            width, config.num_heads, context_features=config.text_width, **policy
-        )
-        self.ff = FeedForward(width, **policy)
-        self.modulation = (
-            linear(width, 4 * width, zero_init=True, **policy) if config.time_dependent else None
-        )
-
-    def __call__(self, x, text, mask, temb):
-        modulation = (0.0,) * 4
-        if self.modulation is not None:
-            modulation = jnp.split(
-                self.modulation(jax.nn.silu(temb))[:, None], 4, axis=-1
-            )  # 4 x [B, 1, D]
-        shift1, scale1, shift2, scale2 = modulation
-        x = x + self.attention(self.norm1(x) * (1 + scale1) + shift1, text, mask)
-        return x + self.ff(self.norm2(x) * (1 + scale2) + shift2)
-
-
-class Kind(nnx.Module):
-    """A kind of context: from visual tokens and text to raw tokens, and what the rest may rely on.
-
-    A new kind is a subclass, `Kind(config, **policy)` and a call with these arguments, and a line
-    in `KINDS`:
-
-      tokens: of x0; position: their embedding; text, mask: of the caption; temb: of the time, if
-          the context is `time_dependent`.
-
-    Attributes:
-      reads_x0: whether r depends on x0; if not, it is known before x0 is.
-      linear_in_x0: whether r is linear in x0. The only map of the tokens must then be `embed`, from
-          which the size that (1) divides by is read.
-      is_zero: whether r is 0: plain diffusion, without parameters.
-    """
-
-    reads_x0 = True
-    linear_in_x0 = False
-    is_zero = False
-
-    def __call__(
-        self,
-        tokens: Float[ArrayLike, "B N P"],
-        position: Float[ArrayLike, "N D"],
-        text: Float[ArrayLike, "B L E"],
-        mask: Bool[ArrayLike, "B L"],
-        temb: Float[ArrayLike, "B D"] | None,
-    ) -> Float[Array, "B N D"]:
-        raise NotImplementedError
-
-
-class NoContext(Kind):
-    """Plain diffusion: r = 0. It is never built."""
-
-    reads_x0 = False
-    is_zero = True
-
-
-class CrossAttention(Kind):
-    """The paper's kind: patch tokens of x0 query the text tokens in N blocks."""
-
-    def __init__(self, config: ContextConfig, **policy):
-        self.embed = linear(config.token_width, config.width, **policy)
-        self.blocks = nnx.List([Block(config, **policy) for _ in range(config.num_blocks)])
-        self.norm = nnx.LayerNorm(config.width, **policy)
-
-    def __call__(self, tokens, position, text, mask, temb):
-        x = self.embed(tokens) + position
-        for block in self.blocks:
-            x = block(x, text, mask, temb)
-        return self.norm(x)
-
-
-class TextOnly(CrossAttention):
-    """r(c): positions query the text, x0 is never read (ShiftDDPM)."""
-
-    reads_x0 = False
-
-    def __init__(self, config: ContextConfig, **policy):
-        super().__init__(config, **policy)
-        self.embed = None
-
-    def __call__(self, tokens, position, text, mask, temb):
-        x = jnp.broadcast_to(position, (*tokens.shape[:2], position.shape[-1]))
-        for block in self.blocks:
-            x = block(x, text, mask, temb)
-        return self.norm(x)
-
-
-class Linear(Kind):
-    """A linear map of patch token, position, pooled text and time, divided by its size: the
-    ablation without interaction.
-    """
-
-    def __init__(self, config: ContextConfig, **policy):
-        self.embed = linear(config.token_width, config.width, **policy)
-        self.text = linear(config.text_width, config.width, **policy)
-
-    def __call__(self, tokens, position, text, mask, temb):
-        x = self.embed(tokens) + position + self.text(pool(text, mask))
-        return x if temb is None else x + temb[:, None]
-
-
-class Affine(Linear):
-    """`Linear`'s map divided by the largest size that it can have, so that r is linear in x0."""
-
-    linear_in_x0 = True
-
-
-def count_sketch(x: Float[ArrayLike, "*B D"], width: int, seed: int) -> Float[Array, "*B W"]:
-    """Random signed sums of x's entries into `width` bins; E<cs(x), cs(y)> = <x, y> (Charikar et
-    al. 2002).
-    """
-    rng = np.random.default_rng(seed)
-    projection = np.zeros((x.shape[-1], width), np.float32)
-    projection[np.arange(x.shape[-1]), rng.integers(width, size=x.shape[-1])] = rng.choice(
-        [-1, 1], x.shape[-1]
-    )
-    return x @ jnp.asarray(projection, x.dtype)
-
-
-def compact_bilinear(
-    x: Float[ArrayLike, "*#B D"], y: Float[ArrayLike, "*#B E"], width: int
-) -> Float[Array, "*#B W"]:
-    """The count sketch of the outer product of x and y: circular convolution of theirs (Gao et al.
-    2016).
-    """
-    fx, fy = (
-        jnp.fft.rfft(count_sketch(z.astype(jnp.float32), width, i)) for i, z in enumerate((x, y))
-    )
-    return jnp.fft.irfft(fx * fy, width)
-
-
-class Bilinear(Linear):
-    """Compact bilinear pooling of patch token and pooled text, then a linear map."""
-
-    def __init__(self, config: ContextConfig, **policy):
-        super().__init__(config, **policy)
-        self.out = linear(config.width, config.width, **policy)
-
-    def __call__(self, tokens, position, text, mask, temb):
-        x = self.embed(tokens) + position
-        x = self.out(compact_bilinear(x, self.text(pool(text, mask)), x.shape[-1]).astype(x.dtype))
-        return x if temb is None else x + temb[:, None]
-
-
-KINDS: dict[str, type[Kind]] = {
-    "cross_attention": CrossAttention,
-    "linear": Linear,
-    "affine": Affine,
-    "bilinear": Bilinear,
-    "text": TextOnly,
-    "none": NoContext,
-}
-
-
 @runtime_checkable
 class MixFn(Protocol):
     """`mix(tokens)` lets tokens of several pictures see each other."""
 
     def __call__(self, tokens: Float[ArrayLike, "B N D"]) -> Float[Array, "B N D"]: ...
+
+
+def _rms(x: Float[Array, "B H W C"]) -> Float[Array, "B 1 1 1"]:
+    # eps inside the root: finite value and gradient at x = 0.
+    return jnp.sqrt(jnp.mean(x**2, axis=(1, 2, 3), keepdims=True) + 1e-8)
 
 
 class RelationalNetwork(nnx.Module):
@@ -309,9 +154,11 @@ class RelationalNetwork(nnx.Module):
         if config.network.is_zero:
             return
         policy = precision.policy(rngs)
-        self.gamma = nnx.Param(jnp.zeros((), precision.params))
+        parts = config.network.parts
+        self.gamma = nnx.Param(jnp.zeros((parts,) if parts > 1 else (), precision.params))
         self.raw = config.network(config, **policy)
-        self.unembed = linear(config.width, config.patch_size**2 * config.in_channels, **policy)
+        patch = config.patch_size**2 * config.in_channels
+        self.unembed = linear(config.width, parts * patch, **policy)
         self.time = (
             TimestepEmbedding(config.width, config.width, **policy)
             if config.time_dependent
@@ -319,8 +166,10 @@ class RelationalNetwork(nnx.Module):
         )
 
     @property
-    def gain(self) -> Float[Array, ""]:
-        """g, the context's root mean square; its bound if the kind is `linear_in_x0`."""
+    def gain(self) -> Float[Array, "*parts"]:
+        """g, the context's root mean square, of each of its parts if they are several; its bound if
+        the kind is `linear_in_x0`.
+        """
         if self.config.network.is_zero:
             return jnp.zeros(())
         return self.config.max_gain * jnp.tanh(self.gamma[...])
@@ -330,13 +179,15 @@ class RelationalNetwork(nnx.Module):
         x0: Float[ArrayLike, "B H W C"],
         text_tokens: Float[ArrayLike, "B L D"],
         text_mask: Bool[ArrayLike, "B L"],
-        t: Int[ArrayLike, "B"] | None = None,
+        t: Real[ArrayLike, "B"] | None = None,
         visual: Float[ArrayLike, "B N V"] | None = None,
         mix: MixFn = lambda tokens: tokens,
+        noise: Float[ArrayLike, "B H W C"] | None = None,
     ) -> Float[Array, "B H W C"]:
-        """r, float32. `t` is read only if `time_dependent`, `visual` (CLIP's tokens of x0) only if
-        `tokens` is `clip`; `mix` lets the tokens of a clip's frames see each other. ValueError if
-        patches or CLIP's tokens don't fit the picture.
+        """r, float32. `t`, 0..1000 as networks read it, matters only if r `moves`, `visual` (CLIP's
+        tokens of x0) only if `tokens` is `clip`, `noise` only if the kind `reads_noise`; `mix` lets
+        the tokens of a clip's frames see each other. ValueError if patches or CLIP's tokens don't
+        fit the picture.
         """
         config = self.config
         if config.network.is_zero:
@@ -356,13 +207,19 @@ class RelationalNetwork(nnx.Module):
         if self.time is not None:
             temb = self.time(timestep_embedding(t, config.width))  # [B, D]
         conditions = (position, text_tokens, text_mask, temb)
-        raw = self.unembed(mix(self.raw(tokens, *conditions)))  # [B, N, p*p*C]
-        sized = raw = unpatch(raw, p, x0.shape).astype(jnp.float32)
-        if config.network.linear_in_x0:
+        raw = self.unembed(mix(self.raw(tokens, *conditions)))  # [B, N, parts*p*p*C]
+        kind = config.network
+        if kind.linear_in_x0:
             sized = unpatch(self._largest(jnp.zeros_like(tokens), conditions), p, x0.shape)
-        # eps inside the root: finite value and gradient at raw = 0.
-        rms = jnp.sqrt(jnp.mean(sized**2, axis=(1, 2, 3), keepdims=True) + 1e-8)
-        return self.gain * raw / rms
+            raw = unpatch(raw, p, x0.shape).astype(jnp.float32)
+            return self.gain * raw / _rms(sized)
+        parts = [
+            unpatch(part, p, x0.shape).astype(jnp.float32)
+            for part in jnp.split(raw, kind.parts, -1)
+        ]
+        gains = jnp.atleast_1d(self.gain)
+        sized = tuple(g * part / _rms(part) for g, part in zip(gains, parts, strict=True))
+        return kind.combine(sized, None if t is None else jnp.asarray(t) / 1000, noise)
 
     def _largest(
         self, empty: Float[ArrayLike, "B N P"], conditions: tuple

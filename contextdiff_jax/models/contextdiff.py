@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from contextdiff_jax import diffusion
+from contextdiff_jax.diffusion.process import MOTIONS
 from contextdiff_jax.diffusion.samplers import DenoiseFn, KeepFn
 from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPText, CLIPVision
-from contextdiff_jax.models.context import ContextConfig, RelationalNetwork, pool
+from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
+from contextdiff_jax.models.context_kinds import pool
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.t5 import T5Encoder
 from contextdiff_jax.models.text import TextConfig, TextEncoder
@@ -159,31 +161,36 @@ class ContextDiffusion(nnx.Module):
         self,
         x0: Float[ArrayLike, "B H W C"],
         captions: Captions,
-        t: Int[ArrayLike, "B"],
+        t: Real[ArrayLike, "B"],
         pixels: Float[ArrayLike, "B H2 W2 3"] | None = None,
+        noise: Float[ArrayLike, "B H W C"] | None = None,
     ) -> Float[Array, "B H W C"]:
-        """r_phi(x0, c, t). With CLIP's tokens the picture of x0 is needed: `pixels`, or else x0
+        """r_phi(x0, c, t), t as networks read it (`schedule.network_time`); `noise`: of x_t, for a
+        kind that reads it. With CLIP's tokens the picture of x0 is needed: `pixels`, or else x0
         decoded, which in the plugin estimate is a pass of the autoencoder's decoder and of CLIP's
         encoder in every sampling step.
         """
         if self.vision is None:
-            return self.context(x0, captions.tokens, captions.mask, t)
+            return self.context(x0, captions.tokens, captions.mask, t, noise=noise)
         if pixels is None:
             pixels = x0 if self.vae is None else self.vae.decode(self.vae.from_diffusion(x0))
-        return self.context(x0, captions.tokens, captions.mask, t, self.vision(pixels))
+        tokens = self.vision(pixels)
+        return self.context(x0, captions.tokens, captions.mask, t, tokens, noise=noise)
 
     def predict(
         self,
         x: Float[ArrayLike, "B H W C"],
-        t: Int[ArrayLike, "B"],
+        t: Real[ArrayLike, "B"],
         captions: Captions,
         deep: Float[ArrayLike, "B H2 W2 E"] | None = None,
     ) -> Array | tuple[Array, Array]:
-        """The UNet's output (`deep`: its coarser levels' part, from an earlier step)."""
+        """The UNet's output, of x and t as networks read them (`schedule.network_input`); `deep`:
+        its coarser levels' part, from an earlier step.
+        """
         return self.unet(x, t, *self._conditions(x, captions), deep)
 
     def deep_features(
-        self, x: Float[ArrayLike, "B H W C"], t: Int[ArrayLike, "B"], captions: Captions
+        self, x: Float[ArrayLike, "B H W C"], t: Real[ArrayLike, "B"], captions: Captions
     ) -> Float[Array, "B H2 W2 E"]:
         """The UNet's coarser levels' part."""
         return self.unet.deep_features(x, t, *self._conditions(x, captions))
@@ -260,6 +267,13 @@ class Rows(NamedTuple):
         return x if self.beside is None else jnp.concatenate([x, self.beside], axis=-1)
 
 
+def estimates_context(context: ContextConfig, head: bool, prediction_type: str) -> bool:
+    """Whether the denoise function of such a model has an estimate of r: by a context `head`, from
+    x0, or because the text is all that r reads.
+    """
+    return head or context.is_known or prediction_type not in MOTIONS
+
+
 def is_guided(guidance: float | Float[Array, ""]) -> bool:
     """Whether guidance needs both branches: a scale of 1 doesn't; a traced one may be any."""
     return isinstance(guidance, jax.Array) or guidance != 1.0
@@ -267,11 +281,12 @@ def is_guided(guidance: float | Float[Array, ""]) -> bool:
 
 def make_denoise(
     model: ContextDiffusion,
-    schedule: diffusion.NoiseSchedule,
+    schedule: diffusion.Schedule,
     captions: Captions,
     null: Captions | None = None,
     *,
     prediction_type: str,
+    shift: str = "quadratic",
     guidance: float | Float[ArrayLike, ""] = 1.0,
     guidance_rescale: float = 0.0,
     dynamic_threshold: float = 0.0,
@@ -287,22 +302,33 @@ def make_denoise(
     `vae`) have no such range. `beside`: channels that a network made for inpainting reads after
     x's. The function takes as a fourth argument what `make_keep`'s gave in an earlier step.
     """
-    guided, pixels = is_guided(guidance), model.vae is None
+    guided = is_guided(guidance)
     rows = Rows.of(captions, null, guided, beside)
+    head = model.unet.context_head is not None
+    estimated = estimates_context(model.context.config, head, prediction_type)
+    # M of the motion alone isn't x0, and has no range.
+    pixels = model.vae is None and estimated
+    process = schedule, prediction_type
 
     def branches(x, t, s, deep=None):
         def predict(x, t):
-            return model.predict(rows.widen(x), t, rows.text, deep)
+            x, time = schedule.network_input(x, t)
+            return model.predict(rows.widen(x), time, rows.text, deep)
 
-        if model.unet.context_head is not None:
-            return diffusion.posterior_mean_denoise(predict, schedule, prediction_type)(x, t, s)
-        return diffusion.plugin_denoise(
-            predict,
-            lambda x0, t: model.relate(x0, rows.true, t),
-            schedule,
-            prediction_type,
-            clip=1.0 if pixels else None,
-        )(x, t, s)
+        def relate(x0, t):
+            return model.relate(x0, rows.true, schedule.network_time(t))
+
+        if head:
+            way = diffusion.posterior_mean_denoise(predict, *process, shift=shift)
+        elif not estimated:
+            way = diffusion.velocity_denoise(predict, *process)
+        elif prediction_type in MOTIONS:
+            # The text alone is read: x is only where r goes.
+            way = diffusion.known_context_denoise(predict, lambda t: relate(x, t), *process, shift)
+        else:
+            clip = 1.0 if pixels else None
+            way = diffusion.plugin_denoise(predict, relate, *process, clip)
+        return way(x, t, s)
 
     estimate = (
         diffusion.classifier_free(branches, guidance, guidance_rescale) if guided else branches
@@ -324,6 +350,7 @@ def make_denoise(
 
 def make_keep(
     model: ContextDiffusion,
+    schedule: diffusion.Schedule,
     captions: Captions,
     null: Captions,
     guidance: float | Float[ArrayLike, ""],
@@ -337,6 +364,7 @@ def make_keep(
 
     def keep(x, t):
         x, t = (diffusion.pair(a, a) if guided else a for a in (x, t))
-        return model.deep_features(rows.widen(x), t, rows.text)
+        x, time = schedule.network_input(x, t)
+        return model.deep_features(rows.widen(x), time, rows.text)
 
     return keep

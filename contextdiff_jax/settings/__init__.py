@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from contextdiff_jax.data import DataConfig
+from contextdiff_jax.diffusion import Process
+from contextdiff_jax.models.contextdiff import estimates_context
 from contextdiff_jax.models.text import TextConfig
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAEConfig
@@ -30,8 +32,8 @@ from contextdiff_jax.runtime.fields import (
     typed,
 )
 from contextdiff_jax.runtime.keys import check_seed
-from contextdiff_jax.settings.process import DiffusionConfig, ShiftConfig
-from contextdiff_jax.settings.sampling import SampleConfig
+from contextdiff_jax.settings.process import DiffusionConfig, ShiftConfig, check_process
+from contextdiff_jax.settings.sampling import SampleConfig, check_sampling
 from contextdiff_jax.settings.train import TrainConfig
 
 # Fields that `parse` fills in from others.
@@ -69,6 +71,18 @@ class Settings:
     latent: LatentConfig
     # model.pretrained: the pipeline, a folder or single file, whose UNet a new run starts from
     pretrained: str = ""
+
+    @property
+    def process(self) -> Process:
+        """The process that it trains on."""
+        return Process(
+            schedule=self.diffusion.make_schedule(),
+            prediction_type=self.diffusion.prediction_type,
+            shift=self.context.shift,
+            estimates_context=estimates_context(
+                self.context, self.model.context_head, self.diffusion.prediction_type
+            ),
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -158,11 +172,8 @@ def parse(config: Mapping[str, Any]) -> Settings:
         latent=strict(LatentConfig, "latent", config["latent"]),
         pretrained=pretrained,
     )
-    most = settings.diffusion.num_timesteps  # refused now, not when the first pictures are due
-    if settings.sample.steps > most:
-        raise ValueError(
-            f"sample.steps={settings.sample.steps}: must lie in 1..{most}, diffusion.num_timesteps"
-        )
+    check_process(settings.diffusion, settings.context)
+    check_sampling(settings.process, settings.sample)  # now, not when the first pictures are due
     _check_text(settings)
     _check_latents(settings)
     return settings

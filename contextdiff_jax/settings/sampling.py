@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from contextdiff_jax.diffusion import get_sampler
-from contextdiff_jax.diffusion.samplers import check_eta, check_takes
+from contextdiff_jax.diffusion import Process, get_sampler
+from contextdiff_jax.diffusion.samplers import adds_noise, check_eta, check_takes
 from contextdiff_jax.diffusion.schedule import SPACINGS
 from contextdiff_jax.runtime.fields import check_choice
 
@@ -48,3 +48,24 @@ class SampleConfig:
             )
         if self.reuse > 1:
             check_takes(self.sampler, "reuse", f"reuse={self.reuse}")
+
+
+def check_sampling(process: Process, options: SampleConfig) -> None:
+    """Raises ValueError for options of sampling that don't fit the process."""
+    schedule = process.schedule
+    if not schedule.continuous and options.steps > schedule.num_timesteps:
+        raise ValueError(
+            f"sample.steps={options.steps}: must lie in 1..{schedule.num_timesteps}, "
+            "diffusion.num_timesteps"
+        )
+    if not process.estimates_context and adds_noise(options.sampler, options.eta):
+        raise ValueError(
+            f"sampler={options.sampler!r}, eta={options.eta}: noise needs an estimate of r, and "
+            "context.estimate='velocity' has none; a sampler without noise, or a run with "
+            "'posterior_mean'"
+        )
+    if not process.estimates_context and options.dynamic_threshold:
+        raise ValueError(
+            "dynamic_threshold: bounds x0, and context.estimate='velocity' has only x0 and r "
+            "together; 0"
+        )

@@ -52,7 +52,7 @@ def replay(dump: pathlib.Path) -> str:
     with (dump / "batch.npz").open("rb") as file:
         batch = {name: jnp.asarray(value) for name, value in np.load(file).items()}
     null = null_caption(open_tokenizer(settings), settings.data.max_length)
-    graph, schedule = model_graph(settings), settings.diffusion.make_schedule()
+    graph, process = model_graph(settings), settings.process
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step - 1)
     batch = draw(key, batch, settings)
 
@@ -60,7 +60,7 @@ def replay(dump: pathlib.Path) -> str:
     def run(params, frozen):
         return jax.value_and_grad(
             lambda params: loss_fn(
-                build_model(graph, params, frozen), batch, null, schedule, settings
+                build_model(graph, params, frozen), batch, null, process, settings
             ),
             has_aux=True,
         )(params)

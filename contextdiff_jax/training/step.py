@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Num, PyTree
 
 from contextdiff_jax import diffusion
+from contextdiff_jax.diffusion.process import MOTIONS
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.parallel.mesh import tracing_for
 from contextdiff_jax.runs.model import build_model, model_graph
-from contextdiff_jax.settings import Settings
+from contextdiff_jax.settings import Settings, ShiftConfig
 from contextdiff_jax.training.objective import drop, errors
 from contextdiff_jax.training.state import TrainState, apply_gradients
 from contextdiff_jax.training.trainable import split_trainable
@@ -63,8 +64,10 @@ def draw(key: Array, batch: Batch, settings: Settings) -> Batch:
         batch
         | latent
         | {
-            "t": diffusion.sample_timesteps(
-                keys["timestep"], shape[0], config.num_timesteps, config.timestep_sampling
+            "t": config.make_schedule().time_of_share(
+                diffusion.sample_shares(
+                    keys["timestep"], shape[0], config.timestep_sampling, config.timestep_scale
+                )
             ),
             "noise": jax.random.normal(keys["noise"], shape),
             "dropped": jax.random.bernoulli(
@@ -95,29 +98,36 @@ def loss_fn(
     model: ContextDiffusion,
     batch: Batch,
     null: Batch,
-    schedule: diffusion.NoiseSchedule,
+    process: diffusion.Process,
     settings: Settings,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The objective on a batch with its randomness (`draw`); `null`: the empty caption's ids and
     mask, [1, L].
     """
-    config, context = settings.diffusion, settings.context
+    config, context, schedule = settings.diffusion, settings.context, process.schedule
     x0, pixels = clean(model, batch)
-    t = batch["t"]
+    t, noise = batch["t"], batch["noise"]
     captions = model.encode(batch["token_ids"], batch["token_mask"])
-    r = model.relate(x0, captions, t, pixels)
+
+    def relate(t, noise):
+        return model.relate(x0, captions, schedule.network_time(t), pixels, noise)
+
+    if context.moves and config.prediction_type in MOTIONS:
+        r, rate = diffusion.with_rate(lambda t: relate(t, noise), t)
+    else:
+        r, rate = relate(t, noise), None
     # The shift always uses the true caption; the denoiser's text may be the empty one.
     empty = model.encode(null["token_ids"], null["token_mask"])
     read = drop(batch["dropped"], empty, captions)
     error, context_loss = errors(
-        lambda x_t, t: model.predict(x_t, t, read),
-        schedule,
+        lambda x, time: model.predict(x, time, read),
+        process,
         x0,
         r,
         t,
-        batch["noise"],
-        config.prediction_type,
-        context.shift,
+        noise,
+        rate,
+        context.fixed_target,
     )
     weight = diffusion.loss_weight(
         schedule, t, config.prediction_type, config.weighting, config.gamma
@@ -125,22 +135,41 @@ def loss_fn(
     denoise_loss = jnp.mean(weight * error)
     prior = jnp.zeros(())
     if config.prior_kl:
-        T = jnp.full_like(t, config.num_timesteps - 1)
-        r_T = model.relate(x0, captions, T, pixels)
+        r_T = relate(jnp.full_like(t, schedule.t_max), noise)
         prior = diffusion.prior_kl(schedule, x0, r_T, context.shift).mean()
     loss = denoise_loss + context.head_loss * context_loss + config.prior_kl * prior
+    if context.variance_kl or context.alignment:
+        loss = loss + source_penalty(context, lambda noise: relate(t, noise), x0, noise)
 
-    quartile = jax.nn.one_hot(t * 4 // config.num_timesteps, 4)  # [B, 4]
+    quartile = jax.nn.one_hot(jnp.minimum(4 * schedule.share(t), 3).astype(int), 4)  # [B, 4]
     return loss, {
         "count": jnp.ones(()),
         "loss": loss,
         "denoise_loss": denoise_loss,
         "context_loss": context_loss,
         "prior_kl": prior,
-        "context_gain": jnp.asarray(model.context.gain, jnp.float32),
+        "context_gain": jnp.mean(jnp.asarray(model.context.gain, jnp.float32)),
         "quartile_loss": error @ quartile,
         "quartile_count": quartile.sum(0),
     }
+
+
+def source_penalty(
+    context: ShiftConfig,
+    relate: Callable[[Array], Array],
+    x0: Float[Array, "B H W C"],
+    noise: Float[Array, "B H W C"],
+) -> Float[Array, ""]:
+    """What keeps a learned source a Gaussian, and near the data (CSFM, Kim et al. 2026):
+    `variance_kl` times KL(N(0, sigma^2) || N(0, 1)) a value, which leaves the mean free, and
+    `alignment` times 1 - cos(begin of the path, x0).
+    """
+    # r = mu + (sigma - 1) noise, value by value: its derivative in the noise is sigma - 1.
+    r, excess = jax.jvp(relate, (noise,), (jnp.ones_like(noise),))
+    variance = (1 + excess) ** 2
+    kl = 0.5 * jnp.mean(variance - 1 - jnp.log(variance))
+    cosine = jax.vmap(optax.cosine_similarity)(*(a.reshape(len(a), -1) for a in (noise + r, x0)))
+    return context.variance_kl * kl + context.alignment * (1 - cosine.mean())
 
 
 def _accumulated(value_and_grad: Callable, params: PyTree, batch: Batch, parts: int):
@@ -180,7 +209,7 @@ def make_train_step(
     went wrong last is there to be looked at.
     """
     graph, config = model_graph(settings), settings.train
-    schedule = settings.diffusion.make_schedule()
+    process = settings.process
 
     def step(
         state: TrainState, batch: Batch, null: Batch, frozen: Frozen = Frozen()
@@ -192,7 +221,7 @@ def make_train_step(
             return build_model(graph, nnx.merge_state(trained, rest), frozen)
 
         value_and_grad = jax.value_and_grad(
-            lambda trained, part: loss_fn(model(trained), part, null, schedule, settings),
+            lambda trained, part: loss_fn(model(trained), part, null, process, settings),
             has_aux=True,
         )
         with tracing_for(mesh, settings.mesh.rules):
