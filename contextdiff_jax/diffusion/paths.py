@@ -194,7 +194,9 @@ class EDM(Path):
 
     def time_of_share(self, u: Float[ArrayLike, "*B"]) -> Float[Array, "*B"]:
         """The noise at the share u of the angle whose tangent it is: as `cosine_continuous`."""
-        return jnp.clip(jnp.tan(jnp.pi / 2 * u), self.sigma_min, self.sigma_max)
+        # bounded first: the tangent of what float32 has for a right angle is negative
+        u = jnp.clip(u, *(self.share(end) for end in (self.sigma_min, self.sigma_max)))
+        return jnp.tan(jnp.pi / 2 * u)
 
     def share(self, t: Time) -> Float[Array, "*B"]:
         """The inverse of `time_of_share`."""
