@@ -54,7 +54,7 @@ TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")
         (("sample", "--workdir=nowhere", "--prompt=a", "--eta=2"), "eta=2.0: must lie in"),
         (
             ("evaluate", "--workdir=nowhere", "--metrics=foo"),
-            "'foo': unknown; one of composition, bound, branches, fid",
+            "'foo': unknown; one of composition, bound, likelihood, branches, fid",
         ),
         (("evaluate", "--workdir=nowhere", "--metrics=fid"), "--workdir=nowhere: holds no run"),
         (("benchmark", "--mode=reuse", "--workdir=nowhere"), "nowhere: holds neither a trained"),
