@@ -32,6 +32,7 @@ PATHS = (
     "data.index_folder",
     "data.tokenizer",
     "train.init_from",
+    "distill.teacher",
     "context.clip",
     "text.pretrained",
     "model.pretrained",

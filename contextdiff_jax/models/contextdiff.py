@@ -107,6 +107,13 @@ class FrozenVision(nnx.Module):
         return self.clip(pixels).last[:, 1:]
 
 
+class Teacher(nnx.Module):
+    """A trained model that another one learns from, and what its network predicts."""
+
+    def __init__(self, model: ContextDiffusion, prediction_type: str):
+        self.model, self.prediction_type = model, prediction_type
+
+
 class Frozen(NamedTuple):
     """The networks that a run reads and doesn't train: a pytree, handed to the compiled step beside
     its state.
@@ -115,6 +122,7 @@ class Frozen(NamedTuple):
     vae: VAE | None = None
     text: FrozenText | FrozenTextPair | FrozenT5 | None = None
     vision: FrozenVision | None = None
+    teacher: Teacher | None = None
 
 
 class ContextDiffusion(nnx.Module):
@@ -127,7 +135,7 @@ class ContextDiffusion(nnx.Module):
 
     def __init__(self, text: TextEncoder | None, unet: UNet, context: RelationalNetwork):
         self.text, self.unet, self.context = text, unet, context
-        self.vae, self.vision = None, None
+        self.vae, self.vision, self.teacher = None, None, None
 
     @classmethod
     def create(

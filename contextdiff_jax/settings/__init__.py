@@ -32,6 +32,7 @@ from contextdiff_jax.runtime.fields import (
     typed,
 )
 from contextdiff_jax.runtime.keys import check_seed
+from contextdiff_jax.settings.distillation import DistillConfig, check_student
 from contextdiff_jax.settings.process import DiffusionConfig, ShiftConfig, check_process
 from contextdiff_jax.settings.sampling import SampleConfig, check_sampling
 from contextdiff_jax.settings.train import TrainConfig
@@ -69,6 +70,7 @@ class Settings:
     mesh: MeshConfig
     sample: SampleConfig
     latent: LatentConfig
+    distill: DistillConfig
     # model.pretrained: the pipeline, a folder or single file, whose UNet a new run starts from
     pretrained: str = ""
 
@@ -144,7 +146,8 @@ def parse(config: Mapping[str, Any]) -> Settings:
 
     Raises ValueError, in one line, for an unknown section or field, or a value that is not allowed.
     """
-    config = {"latent": {}} | dict(config)  # a run of before latents has no such section
+    # sections that runs of before them lack
+    config = {"latent": {}, "distill": {}} | dict(config)
     check_sections(
         config, [field.name for field in dataclasses.fields(Settings) if field.name != "pretrained"]
     )
@@ -170,10 +173,13 @@ def parse(config: Mapping[str, Any]) -> Settings:
         mesh=strict(MeshConfig, "mesh", config["mesh"]),
         sample=strict(SampleConfig, "sample", config["sample"]),
         latent=strict(LatentConfig, "latent", config["latent"]),
+        distill=strict(DistillConfig, "distill", config["distill"]),
         pretrained=pretrained,
     )
     check_process(settings.diffusion, settings.context)
     check_sampling(settings.process, settings.sample)  # now, not when the first pictures are due
+    if settings.distill.teacher:
+        check_student(settings)
     _check_text(settings)
     _check_latents(settings)
     return settings

@@ -1,6 +1,7 @@
 """Sources of a new run's parameters.
 
-They are the seed, a pretrained UNet (`model.pretrained`) and another run (`train.init_from`).
+They are the seed, a pretrained UNet (`model.pretrained`) and another run (`train.init_from`, or the
+teacher that it is distilled from).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def first_state(settings: Settings, shardings: TrainState) -> TrainState:
     if settings.pretrained:
         params = _with_unet(params, settings, shardings.params["unet"])
     if settings.train.init_from:
-        params = _with_run(params, settings.train.init_from)
+        params = _with_run(params, settings.train.init_from, "train.init_from")
+    elif settings.distill.teacher:
+        params = _with_run(params, settings.distill.teacher, "distill.teacher", head=False)
     if params is state.params:
         return state
     return TrainState(**{**vars(state), "params": params, "ema": jax.tree.map(jnp.copy, params)})
@@ -51,13 +54,15 @@ def _with_unet(params: nnx.State, settings: Settings, shardings: nnx.State) -> n
     return params if context is None else _replaced(params, context, source)
 
 
-def _with_run(params: nnx.State, workdir: str) -> nnx.State:
-    """`params` with the EMA weights of the run's newest checkpoint, its LoRA merged; what it lacks
-    (a context, a context head, LoRA) stays as it is.
+def _with_run(params: nnx.State, workdir: str, field: str, head: bool = True) -> nnx.State:
+    """`params` with the EMA weights of the run's newest checkpoint, its LoRA merged, and with its
+    context head if asked for; what it lacks (a context, a context head, LoRA) stays as it is.
     """
     run = load_run(workdir)
     LOGGER.info("starts from step %d of %s", run.step, workdir)
-    return _replaced(params, run.params, f"train.init_from={workdir!r}")
+    flat = nnx.to_flat_state(run.params)
+    given = nnx.from_flat_state([each for each in flat if head or "context_head" not in each[0]])
+    return _replaced(params, given, f"{field}={workdir!r}")
 
 
 def _replaced(params: nnx.State, given: nnx.State, source: str) -> nnx.State:

@@ -34,6 +34,7 @@ from contextdiff_jax.runs.resuming import resume
 from contextdiff_jax.runs.tokenizer import open_tokenizer
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.compilation import compile_step
+from contextdiff_jax.training.distillation import load_teacher
 from contextdiff_jax.training.first_state import first_state
 from contextdiff_jax.training.log import averages
 from contextdiff_jax.training.nonfinite import FiniteGuard
@@ -62,6 +63,8 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
     frozen = load_frozen(
         settings, functools.partial(state_shardings, mesh, rules=settings.mesh.rules)
     )
+    if settings.distill.teacher:
+        frozen = frozen._replace(teacher=load_teacher(settings, frozen))
     manager, state, shardings = open_state(settings, config, workdir, mesh, loader)
     first = int(state.step)
     if first >= every.steps:

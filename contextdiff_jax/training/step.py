@@ -23,6 +23,7 @@ from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.parallel.mesh import tracing_for
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.settings import Settings, ShiftConfig
+from contextdiff_jax.training.distillation import distilled_errors
 from contextdiff_jax.training.objective import drop, errors
 from contextdiff_jax.training.state import TrainState, apply_gradients
 from contextdiff_jax.training.trainable import split_trainable
@@ -106,6 +107,9 @@ def loss_fn(
     """
     config, context, schedule = settings.diffusion, settings.context, process.schedule
     x0, pixels = clean(model, batch)
+    if settings.distill.teacher:
+        error, t = distilled_errors(model, batch, null, x0, pixels, process, settings)
+        return _loss(model, process, settings, error, t)
     t, noise = batch["t"], batch["noise"]
     captions = model.encode(batch["token_ids"], batch["token_mask"])
 
@@ -129,25 +133,39 @@ def loss_fn(
         rate,
         context.fixed_target,
     )
+    prior = penalty = jnp.zeros(())
+    if config.prior_kl:
+        r_T = relate(jnp.full_like(t, schedule.t_max), noise)
+        prior = diffusion.prior_kl(schedule, x0, r_T, context.shift).mean()
+    if context.variance_kl or context.alignment:
+        penalty = source_penalty(context, lambda noise: relate(t, noise), x0, noise)
+    return _loss(model, process, settings, error, t, context_loss, prior, penalty)
+
+
+def _loss(
+    model: ContextDiffusion,
+    process: diffusion.Process,
+    settings: Settings,
+    error: Float[Array, "B"],
+    t: Num[Array, "B"],
+    context_loss: Float[Array, ""] | float = 0.0,
+    prior: Float[Array, ""] | float = 0.0,
+    penalty: Float[Array, ""] | float = 0.0,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The weighted sum of the parts, and what of it is logged."""
+    config, context, schedule = settings.diffusion, settings.context, process.schedule
     weight = diffusion.loss_weight(
         schedule, t, config.prediction_type, config.weighting, config.gamma
     )
     denoise_loss = jnp.mean(weight * error)
-    prior = jnp.zeros(())
-    if config.prior_kl:
-        r_T = relate(jnp.full_like(t, schedule.t_max), noise)
-        prior = diffusion.prior_kl(schedule, x0, r_T, context.shift).mean()
-    loss = denoise_loss + context.head_loss * context_loss + config.prior_kl * prior
-    if context.variance_kl or context.alignment:
-        loss = loss + source_penalty(context, lambda noise: relate(t, noise), x0, noise)
-
+    loss = denoise_loss + context.head_loss * context_loss + config.prior_kl * prior + penalty
     quartile = jax.nn.one_hot(jnp.minimum(4 * schedule.share(t), 3).astype(int), 4)  # [B, 4]
     return loss, {
         "count": jnp.ones(()),
         "loss": loss,
         "denoise_loss": denoise_loss,
-        "context_loss": context_loss,
-        "prior_kl": prior,
+        "context_loss": jnp.asarray(context_loss, jnp.float32),
+        "prior_kl": jnp.asarray(prior, jnp.float32),
         "context_gain": jnp.mean(jnp.asarray(model.context.gain, jnp.float32)),
         "quartile_loss": error @ quartile,
         "quartile_count": quartile.sum(0),
