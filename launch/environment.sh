@@ -8,7 +8,10 @@ wanted="$(cat requirements.txt "$1" | sha256sum | cut -d' ' -f1)"
 stamp="$venv/.installed-$(basename "$1")"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   [ -x "$PYTHON" ] || python3 -m venv "$venv"
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$1"
+  # Python compiles a module when it is first imported: a third of the modules ever are, and pip
+  # would compile all of them on one core, half a minute long.
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile -r "$1"
   echo "$wanted" > "$stamp"
 fi
+unset PYTHONDONTWRITEBYTECODE  # or each start compiles them again
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

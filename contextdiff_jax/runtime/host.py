@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import glob
@@ -11,7 +12,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +20,21 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
 STARTED = time.perf_counter()  # every command's first import of the package is this module's
+
+
+@contextlib.contextmanager
+def hidden(package: str) -> Iterator[None]:
+    """Inside it `package`, unless it is imported already, is as if it were not installed: for an
+    import of what takes `package` where it can, and does without it where it can't.
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # Python's own sign: an import raises ModuleNotFoundError
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def is_remote(path: pathlib.Path) -> bool:

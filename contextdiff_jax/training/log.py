@@ -12,16 +12,20 @@ import threading
 import time
 
 import jax
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter, directory_check
-from tensorboardX.summary import scalar
 
 from contextdiff_jax.parallel.chips import CHIPS
 from contextdiff_jax.parallel.processes import is_first
 from contextdiff_jax.runs.checkpoints import writing
 from contextdiff_jax.runtime.files import read_lines, replacing
-from contextdiff_jax.runtime.host import is_remote
+from contextdiff_jax.runtime.host import hidden, is_remote
 from contextdiff_jax.training.state import METRICS
+
+# It imports torch wherever that is installed, for two seconds of each start, in case it is given a
+# tensor.
+with hidden("torch"):
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import RecordWriter, directory_check
+    from tensorboardX.summary import scalar
 
 LOGGER = logging.getLogger(__name__)
 
