@@ -155,6 +155,16 @@ def define_float(
     return flags.DEFINE(_Finite(lower_bound=lower), name, default, help)
 
 
+def define_ema_length() -> flags.FlagHolder:
+    """--ema_length, of a run's weights."""
+    return define_float(
+        "ema_length",
+        None,
+        "Instead of ema: the average of this length, a share of training, that the snapshots of "
+        "train.power_ema make.",
+    )
+
+
 def define_seed(help: str) -> flags.FlagHolder:
     """--seed, a whole number of 64 bits."""
     return flags.DEFINE_integer("seed", 0, help, lower_bound=0, upper_bound=LARGEST)

@@ -47,6 +47,7 @@ cli.list_names("sampler", {"one of": cli.SAMPLERS})
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's config.")
 SEED = cli.define_seed("Of the samples' noise, the bound's, and the bootstrap.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or params.")
+EMA_LENGTH = cli.define_ema_length()
 
 
 def checked_flags() -> dict[str, Any]:
@@ -109,7 +110,7 @@ def main() -> None:
 
     from contextdiff_jax.runs.reading import load_run
 
-    run = load_run(WORKDIR.value, WEIGHTS.value)
+    run = load_run(WORKDIR.value, WEIGHTS.value, ema_length=EMA_LENGTH.value)
     options = dataclasses.replace(run.settings.sample, **given)
     workdir = pathlib.Path(WORKDIR.value)
     host.set_compilation_cache(workdir)
@@ -132,6 +133,7 @@ def main() -> None:
         "command": shlex.join(["python", "-m", "contextdiff_jax.evaluate", *sys.argv[1:]]),
         "step": run.step,
         "weights": WEIGHTS.value,
+        "ema_length": EMA_LENGTH.value,
         "num": NUM.value,
         "seed": SEED.value,
         "sample": dataclasses.asdict(options),

@@ -43,6 +43,7 @@ REUSE = flags.DEFINE_integer(
 )
 SEED = cli.define_seed("The same seed gives the same pictures.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "A run's ema or params.")
+EMA_LENGTH = cli.define_ema_length()
 SIZE = flags.DEFINE_list(
     "size", None, "HEIGHT,WIDTH in pixels; default: the model's own, or --image's."
 )
@@ -134,7 +135,12 @@ def main() -> None:
 
     kept = host.user_cache() if MODEL.value else epath.Path(WORKDIR.value)
     programs = host.set_compilation_cache(kept)
-    pipeline = Pipeline.open(MODEL.value or WORKDIR.value, WEIGHTS.value, programs=programs)
+    pipeline = Pipeline.open(
+        MODEL.value or WORKDIR.value,
+        WEIGHTS.value,
+        ema_length=EMA_LENGTH.value,
+        programs=programs,
+    )
     options |= {"negative": NEGATIVE.value, "num": NUM.value, "seed": SEED.value}
     if "masks" in given:
         way, options = pipeline.inpaint, options | {"strength": STRENGTH.value}

@@ -26,6 +26,7 @@ from contextdiff_jax.parallel.mesh import (
     place,
     state_shardings,
 )
+from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import init_state
 
@@ -200,7 +201,9 @@ def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(
             "--config=configs/base.py",
             f"--workdir={tmp_path}",
             *overrides,
-            "--config.train.checkpoint_every=20",
+            "--config.train.checkpoint_every=15",
+            "--config.train.power_ema=(0.05,0.1)",
+            "--config.train.power_ema_every=8",
             "--config.train.sample_every=500",
             "--config.mesh.fsdp=2",
             "--config.train.peer_timeout=120",
@@ -218,6 +221,8 @@ def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(
         len(list((tmp_path / "samples").iterdir())) == 1
         and len(list((tmp_path / "events").iterdir())) == 1
     )
+    averages = {path.name: checkpoints.damage(path) for path in (tmp_path / "averages").iterdir()}
+    assert averages == {"8": "", "16": "", "20": ""}
     sample = command(
         "sample",
         f"--workdir={tmp_path}",

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import SMALLEST, command, config_dict, random_params, with_gamma
 from flax import nnx
@@ -19,6 +20,7 @@ from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated
 from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runs.model import model_graph
+from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.pictures import read_png_metadata
 from contextdiff_jax.settings import parse
@@ -169,16 +171,24 @@ def losses(workdir):
     ]
 
 
-def test_a_killed_run_resumes_to_the_uninterrupted_losses_bit_for_bit(tmp_path):
+def restored_snapshot(workdir, step):
+    with checkpoints.open_archive(workdir, "averages", read_only=True) as manager:
+        return manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
+        ).state
+
+
+def test_a_killed_run_resumes_to_the_uninterrupted_losses_and_averages_bit_for_bit(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    config = config_dict(**SMALLEST, **{"train.log_every": 2})
+    averages = {"train.power_ema": (0.05, 0.1), "train.power_ema_every": 7}
+    config = config_dict(**SMALLEST, **averages, **{"train.log_every": 2})
     train(parse(config), config, whole)
 
     class Killed(BaseException):
         """Stands for the end of the process: nothing catches it."""
 
     # Dies in step 8, after the checkpoint of step 6 and the log line of step 6; the log has lines
-    # past a checkpoint.
+    # past a checkpoint, and there is a snapshot of step 7.
     calls, real = [], loop.to_devices
 
     def dying(*arguments):
@@ -199,6 +209,14 @@ def test_a_killed_run_resumes_to_the_uninterrupted_losses_bit_for_bit(tmp_path):
         time.sleep(0.2)
     train(parse(config), config, parts)
     assert losses(parts) == losses(whole)
+    for step in (7, 9):
+        one, other = (restored_snapshot(workdir, step) for workdir in (whole, parts))
+        assert len(jax.tree.leaves(one)) > 40 and one["params"].keys() == {"profile_0", "profile_1"}
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    for length in (0.05, 0.1):  # of nine steps the first is nearly forgotten
+        run, newest = load_run(str(parts), ema_length=length), load_run(str(parts), "params")
+        for each, last in zip(*(jax.tree.leaves(r.params) for r in (run, newest)), strict=True):
+            np.testing.assert_allclose(each, last, atol=0.05)
     assert [step for step, *_ in losses(whole)] == [2, 4, 6, 8, 9]
 
 
@@ -284,14 +302,16 @@ def finished(tmp_path_factory):
 
 
 def train_command(workdir, *flags):
-    return command("train", "--config=configs/base.py", f"--workdir={workdir}", *flags, tiny=True)
+    averages = "--config.train.power_ema=(0.05,0.1)", "--config.train.power_ema_every=1"
+    flags = "--config=configs/base.py", f"--workdir={workdir}", *averages, *flags
+    return command("train", *flags, tiny=True)
 
 
 def test_a_run_writes_its_folder_and_is_not_trained_again(finished):
     workdir, trained = finished
     for words in (r"compiled in [\d.]+ s", r"first step done [\d.]+ s after"):
         assert re.search(words, trained.stderr)
-    for name in ("config.json", "metrics.jsonl", "checkpoints/3"):
+    for name in ("config.json", "metrics.jsonl", "checkpoints/3", "averages/1", "averages/3"):
         assert (workdir / name).exists()
     assert list((workdir / "events").iterdir()) and list((workdir / "samples").iterdir())
     again = train_command(workdir, "--config.train.steps=3")
@@ -325,6 +345,7 @@ def test_a_run_is_sampled_and_each_picture_knows_what_made_it(finished, tmp_path
         "--steps=3",
         "--guidance=2",
         "--seed=7",
+        "--ema_length=0.07",
         f"--out={out}",
         f"--images={images}",
     )
@@ -333,18 +354,22 @@ def test_a_run_is_sampled_and_each_picture_knows_what_made_it(finished, tmp_path
     metadata = read_png_metadata(images / "0003.png")
     assert metadata["prompt"] == "a small blue square"
     assert metadata["seed"] == "7" and metadata["guidance"] == "2.0"
+    assert metadata["source"] == f"step 3 of {finished[0]}, ema_length 0.07"
+    assert "made ema_length 0.07 of step 3 from" in made.stderr
     wrong = command("sample", f"--workdir={finished[0]}", "--prompt=a", "--sampler=foo")
     assert wrong.returncode == 2 and "sampler='foo': unknown; one of ddpm, ddim" in wrong.stderr
 
 
 def test_a_run_is_evaluated(finished):
     scored = command(
-        "evaluate", f"--workdir={finished[0]}", "--metrics=composition", "--num=4", "--steps=2"
+        *("evaluate", f"--workdir={finished[0]}", "--metrics=composition", "--num=4"),
+        *("--steps=2", "--ema_length=0.05"),
     )
     assert scored.returncode == 0, scored.stderr
     assert "held-out combinations" in scored.stdout
     metrics = json.loads((finished[0] / "metrics.json").read_text())
     assert "exact" in metrics["composition"]["seen combinations"]
+    assert metrics["ema_length"] == 0.05 and metrics["step"] == 3
 
 
 @pytest.mark.parametrize("every", [0, 5])

@@ -190,8 +190,10 @@ def parse_edit(config: Mapping[str, Any]) -> EditSettings:
                 "configs/edit_shapes.py"
             )
     rest = {name: section for name, section in config.items() if name not in ("video", "edit")}
+    base = parse(rest)
+    base.train.refuse_power_ema("the tuning on a clip")
     return EditSettings(
-        base=parse(rest),
+        base=base,
         video=strict(VideoConfig, "video", config["video"]),
         edit=strict(EditConfig, "edit", config["edit"]),
     )

@@ -40,25 +40,29 @@ def open_folder(
     path: str | Path,
     weights: str = "ema",
     *,
+    ema_length: float | None = None,
     programs: epath.PathLike | None = None,
     **options: Any,
 ) -> Pipeline:
     """See `Pipeline.open`. `programs`: a folder where traced programs are kept."""
     if "://" not in str(path) and exists(Path(path) / INDEX_FILE):
+        if ema_length is not None:
+            raise ValueError(f"--ema_length={ema_length}: {path} is no run, which alone has it")
         return open_stable_diffusion(path, programs, **options)
     if not (epath.Path(path) / "config.json").exists():
         raise ValueError(
             f"{path}: holds neither a trained run (config.json) nor a Stable Diffusion pipeline "
             "(model_index.json)"
         )
-    run = load_run(str(path), weights)
+    run = load_run(str(path), weights, ema_length=ema_length)
+    which = "" if ema_length is None else f", ema_length {ema_length:g}"
     return of_run(
         run.settings,
         run.tokenizer,
         run.params,
         mesh=local_mesh(),
         programs=programs,
-        source=f"step {run.step} of {path}",
+        source=f"step {run.step} of {path}{which}",
     )
 
 

@@ -110,8 +110,8 @@ class Pipeline:
 
         Args:
           weights: of a run: `ema`, or `params`, the last step's own.
-          options: `dtype` and the like of a Stable Diffusion folder's networks
-            (`pretrained.model.Options`).
+          options: `ema_length` of a run's average (docs/sampling.md); `dtype` and the like of a
+            Stable Diffusion folder's networks (`pretrained.model.Options`).
 
         Raises ValueError, one line, for a folder that is neither, or a part that is missing,
         damaged or doesn't fit.

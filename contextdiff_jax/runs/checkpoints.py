@@ -134,9 +134,9 @@ def damage(folder: pathlib.Path, contents: bool = True) -> str:
     return ""
 
 
-def _folder(workdir: pathlib.Path) -> epath.Path:
+def _folder(workdir: pathlib.Path, name: str = "checkpoints") -> epath.Path:
     workdir = epath.Path(workdir)
-    return (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
+    return (workdir if is_remote(workdir) else workdir.absolute()) / name
 
 
 def _steps(workdir: pathlib.Path) -> list[int]:
@@ -197,7 +197,6 @@ def open_manager(
     """Orbax's manager of `workdir`/checkpoints: the newest `keep` are kept, and the `best` with the
     lowest `metric`;
     `read_only`: for a run that another process may be training, all are."""
-    folder = _folder(workdir)
     lowest = checkpoint_managers.BestN(
         # a small batch may lack a quartile of t
         get_metric_fn=lambda metrics: -metrics.get(metric, math.inf),
@@ -207,8 +206,22 @@ def open_manager(
     kept = [checkpoint_managers.LatestN(keep)] + [lowest] * (best > 0)
     # A manager that is never asked to save writes and deletes nothing. Orbax's own read_only warns,
     # each time, that it is.
+    policy = None if read_only else checkpoint_managers.AnyPreservationPolicy(kept)
+    return _manager(_folder(workdir), policy, read_only)
+
+
+def open_archive(
+    workdir: pathlib.Path, name: str, read_only: bool = False
+) -> ocp.CheckpointManager:
+    """Orbax's manager of `workdir`/`name`, where all that is saved stays."""
+    return _manager(_folder(workdir, name), None, read_only)
+
+
+def _manager(
+    folder: epath.Path, policy: checkpoint_managers.PreservationPolicy | None, read_only: bool
+) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=None if read_only else checkpoint_managers.AnyPreservationPolicy(kept),
+        preservation_policy=policy,
         create=not read_only,
         cleanup_tmp_directories=not read_only,
         async_options=ocp.AsyncOptions(post_finalization_callback=functools.partial(_seal, folder)),
@@ -226,8 +239,20 @@ def closing(manager: ocp.CheckpointManager, workdir: pathlib.Path) -> Iterator[N
     try:
         yield
     finally:
-        with writing(workdir, "checkpoints: a checkpoint", _SAVING):
+        with _saving(manager, workdir):
             manager.close()
+
+
+def wait(manager: ocp.CheckpointManager, workdir: pathlib.Path) -> None:
+    """Waits for the save that is under way. RunError, one line, for what went wrong in writing."""
+    with _saving(manager, workdir):
+        manager.wait_until_finished()
+
+
+def _saving(
+    manager: ocp.CheckpointManager, workdir: pathlib.Path
+) -> contextlib.AbstractContextManager[None]:
+    return writing(workdir, f"{manager.directory.name}: a checkpoint", _SAVING)
 
 
 @contextlib.contextmanager
@@ -259,7 +284,7 @@ def save(
     arguments = ocp.args.Composite(
         state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data_state))
     )
-    with writing(manager.directory.parent, "checkpoints: a checkpoint", _SAVING):
+    with _saving(manager, manager.directory.parent):
         step = int(jax.device_get(state.step))
         manager.save(step, args=arguments, metrics=dict(metrics) if metrics else None)
 
@@ -340,18 +365,24 @@ def restore_weights(
     Raises ValueError if there is none.
     """
     step = _required(workdir)
-    wanted = {weights: abstract}
+    restored = read_part(_folder(workdir) / str(step), {weights: abstract})
+    LOGGER.info("read %s of step %d", weights, step)
+    return restored[weights], step
+
+
+def read_part(folder: epath.Path, wanted: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """The arrays of a checkpoint's state that are `wanted`, with their shapes, dtypes and places,
+    by the names that they have there. No others are read.
+    """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        restored = reader.restore(
-            _folder(workdir) / str(step) / "state",
+        return reader.restore(
+            folder / "state",
             args=ocp.args.PyTreeRestore(
                 wanted,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
                 partial_restore=True,
             ),
         )
-    LOGGER.info("read %s of step %d", weights, step)
-    return restored[weights], step
 
 
 def _required(workdir: pathlib.Path) -> int:

@@ -15,7 +15,7 @@ from contextdiff_jax.models.lora import merge_lora
 from contextdiff_jax.models.undrawn import Undrawn
 from contextdiff_jax.parallel.mesh import make_mesh, state_shardings
 from contextdiff_jax.pretrained.folder_files import read_json
-from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs import checkpoints, snapshots
 from contextdiff_jax.runs.model import init_params
 from contextdiff_jax.runs.tokenizer import open_tokenizer
 from contextdiff_jax.runtime.fields import check_choice
@@ -24,7 +24,7 @@ from contextdiff_jax.settings import Settings, parse
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Settings, tokenizer and parameters of a run's newest checkpoint."""
+    """Settings, tokenizer and parameters of a run's newest checkpoint (snapshot of averages)."""
 
     settings: Settings
     tokenizer: AnyTokenizer
@@ -33,13 +33,19 @@ class Run:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # config.json
 
 
-def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
+def load_run(
+    workdir: str, weights: str = "ema", merged: bool = True, ema_length: float | None = None
+) -> Run:
     """Reads DIR/config.json and the newest checkpoint; `weights`: `ema` or `params`; `merged`: LoRA
-    into the UNet.
+    into the UNet; `ema_length`: instead of `ema` the average of that length, which the snapshots of
+    `train.power_ema` make.
 
-    Raises ValueError for a folder without a run or without a finished checkpoint.
+    Raises ValueError for a folder without a run or without a finished checkpoint, and a length that
+    its snapshots don't make.
     """
     check_choice("--weights", weights, ("ema", "params"))
+    if ema_length is not None and weights != "ema":
+        raise ValueError(f"--ema_length={ema_length}: can't be given with --weights={weights}")
     if not workdir:
         raise ValueError("--workdir: missing; name the folder of a trained run")
     folder = epath.Path(workdir)
@@ -54,8 +60,11 @@ def load_run(workdir: str, weights: str = "ema", merged: bool = True) -> Run:
     tokenizer = open_tokenizer(settings)
     abstract = jax.eval_shape(lambda: init_params(settings, Undrawn()))
     shardings = state_shardings(make_mesh(settings.mesh), abstract)
-    params, step = checkpoints.restore_weights(
-        folder, checkpoints.placed(abstract, shardings), weights
-    )
+    wanted = checkpoints.placed(abstract, shardings)
+    if ema_length is None:
+        params, step = checkpoints.restore_weights(folder, wanted, weights)
+    else:
+        kept = settings.train.power_ema
+        params, step = snapshots.load_average(folder, wanted, kept, ema_length)
     params = merge_lora(params) if merged else params
     return Run(settings, tokenizer, params, step, config)

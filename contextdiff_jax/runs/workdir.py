@@ -41,6 +41,7 @@ FREE_FIELDS = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.power_ema_every",
     "train.sample_every",
     "train.keep_best",
     "train.best_metric",

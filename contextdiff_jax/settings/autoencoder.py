@@ -47,9 +47,11 @@ def parse_autoencoder(config: Mapping[str, Any]) -> AutoencoderSettings:
             f"data.image_size={data.image_size}: must be a multiple of {vae.downscale}, vae's "
             "levels"
         )
+    train = strict(TrainConfig, "train", config["train"])
+    train.refuse_power_ema("an autoencoder")
     return AutoencoderSettings(
         seed=config["seed"],
-        train=strict(TrainConfig, "train", config["train"]),
+        train=train,
         data=data,
         loss=strict(AutoencoderLoss, "loss", config["loss"]),
         vae=vae,

@@ -11,6 +11,7 @@ from contextdiff_jax.runtime.fields import check_at_least, check_choice
 DECAYS = ("constant", "linear", "cosine")
 PRECISIONS = ("float32", "bfloat16")
 PARTS = ("full", "lora", "context")
+PLAIN_MEAN = 12**-0.5  # the length of the mean of all steps, which is the longest average
 # What every line of metrics.jsonl has but the quartiles of t, which a small batch may lack.
 LOGGED = (
     "loss",
@@ -45,6 +46,10 @@ class TrainConfig:
     b2: float = 0.99
     clip_norm: float = 1.0
     ema_decay: float = 0.999
+    # lengths of averages that are kept beside it, as shares of training; some, as in (0.05, 0.1),
+    # let `sample --ema_length` make any other
+    power_ema: tuple[float, ...] = ()
+    power_ema_every: int = 500  # steps from one snapshot of those to the next
     caption_dropout: float = 0.1
     # lora: LoRA and the context; context: the relational network and the context head
     trainable: str = "full"
@@ -84,6 +89,7 @@ class TrainConfig:
             accumulation=1,
             lora_rank=1,
             log_every=1,
+            power_ema_every=1,
             checkpoint_every=1,
             sample_every=0,
             keep_checkpoints=1,
@@ -104,3 +110,21 @@ class TrainConfig:
         for field in ("ema_decay", "caption_dropout", "b1", "b2"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"train.{field}={getattr(self, field)}: must lie in [0, 1)")
+        for length in self.power_ema:
+            check_length("train.power_ema", length)
+        if len(set(self.power_ema)) < len(self.power_ema):
+            raise ValueError(f"train.power_ema={self.power_ema}: names a length twice")
+
+    def refuse_power_ema(self, what: str) -> None:
+        """Raises ValueError where `power_ema` is set, for the training `what`, which none reads."""
+        if self.power_ema:
+            raise ValueError(f"train.power_ema={self.power_ema}: must be () for {what}")
+
+
+def check_length(field: str, length: float) -> None:
+    """Raises ValueError, naming `field`, for what can't be an average's length."""
+    if not 0 < length < PLAIN_MEAN:
+        raise ValueError(
+            f"{field}={length}: a length, as a share of training, must lie between 0 and "
+            f"{PLAIN_MEAN:.4f}, the plain mean's"
+        )

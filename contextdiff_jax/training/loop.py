@@ -29,6 +29,7 @@ from contextdiff_jax.data import (
 from contextdiff_jax.data.identity import identity, shared_settings
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
 from contextdiff_jax.parallel.processes import PeerWatch, agree
+from contextdiff_jax.runs import snapshots
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.resuming import resume
 from contextdiff_jax.runs.tokenizer import open_tokenizer
@@ -188,6 +189,8 @@ def open_state(
         best=train.keep_best,
         metric=train.best_metric,
     )
+    if train.power_ema:
+        snapshots.drop_after(workdir, 0 if state is None else int(state.step))
     if state is None:
         return manager, first_state(settings, shardings), shardings
     loader.set_state(data_state)

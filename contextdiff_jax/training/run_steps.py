@@ -14,11 +14,12 @@ from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
 
 from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, is_first
-from contextdiff_jax.runs import checkpoints
+from contextdiff_jax.runs import checkpoints, snapshots
 from contextdiff_jax.runs.checkpoints import State
 from contextdiff_jax.runtime import host
 from contextdiff_jax.settings import TrainConfig
 from contextdiff_jax.training.log import MetricsLog, speed
+from contextdiff_jax.training.state import find_power_averages
 
 LOGGER = logging.getLogger(__name__)
 
@@ -67,11 +68,10 @@ def run_steps(
     RunError for what the task refuses to go on from, or for a full disk.
     """
     first = int(state.step)
-    log = MetricsLog(workdir, first)
     with (
         closing(StopSignal()) as asked_to_stop,
         PeerWatch(config.peer_timeout) as watch,
-        closing(log),
+        closing(MetricsLog(workdir, first)) as log,
         checkpoints.closing(manager, workdir),
     ):
         since, count = time.perf_counter(), 0
@@ -99,6 +99,7 @@ def run_steps(
                 log.write(step, values | speed(count, task.batch_size, seconds, task.flops))
                 bar.set_postfix(loss=f"{values['loss']:.4g}")
                 since, count = time.perf_counter(), 0
+            keep_averages(config, workdir, manager, state, step, watch)
             if step % config.checkpoint_every == 0 or last:
                 task.check(state)
                 watch(f"saving step {step}")
@@ -112,3 +113,23 @@ def run_steps(
                 break
         watch("finishing the last save")
     return state
+
+
+def keep_averages(
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    manager: CheckpointManager,
+    state: State,
+    step: int,
+    watch: PeerWatch,
+) -> None:
+    """Writes the snapshot of `train.power_ema` that is due after this step, if one is.
+
+    It is complete before the step's checkpoint is begun: a run that goes on from there has it.
+    """
+    if not config.power_ema or (step % config.power_ema_every and step < config.steps):
+        return
+    watch(f"saving the averages of step {step}")
+    checkpoints.wait(manager, workdir)  # Orbax's processes meet for one save at a time
+    updates, averages = find_power_averages(state.opt_state)
+    snapshots.save(workdir, state.step, int(jax.device_get(updates)), averages)

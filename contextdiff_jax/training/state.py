@@ -5,6 +5,8 @@ data.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float32, Int, PRNGKeyArray, PyTree
 
+from contextdiff_jax.runs.averages import newest_share, power_of_length
 from contextdiff_jax.runs.model import init_params
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings, TrainConfig
@@ -60,15 +63,49 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW on clipped gradients."""
+    """AdamW on clipped gradients, and at its end the averages of `config.power_ema`."""
     adamw = optax.adamw(
         learning_rate_schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
     )
-    return (
-        optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-        if config.clip_norm
-        else adamw
-    )
+    if config.clip_norm:
+        adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    return optax.chain(adamw, power_averages(config.power_ema)) if config.power_ema else adamw
+
+
+class PowerAverages(NamedTuple):
+    """Averages of the trained parameters after `updates` of them, one a length; at first zeros."""
+
+    updates: Int[Array, ""]
+    averages: tuple[PyTree, ...]
+
+
+def power_averages(lengths: Sequence[float]) -> optax.GradientTransformation:
+    """The last link of an optimizer, which leaves the updates as they are and averages what they
+    make of the parameters: (1) of runs/averages.py.
+    """
+    powers = [power_of_length(length) for length in lengths]
+
+    def init(params: PyTree) -> PowerAverages:
+        zeros = tuple(jax.tree.map(jnp.zeros_like, params) for _ in powers)
+        return PowerAverages(jnp.zeros((), jnp.int32), zeros)
+
+    def update(updates: PyTree, state: PowerAverages, params: PyTree):
+        newest, count = optax.apply_updates(params, updates), state.updates + 1
+
+        def averaged(power: float, average: PyTree) -> PyTree:
+            share = newest_share(power, count.astype(jnp.float32), jnp)
+            # The difference: two factors, rounded, don't sum to 1, and thousands of steps add up.
+            return jax.tree.map(lambda old, new: old + share * (new - old), average, newest)
+
+        averages = tuple(map(averaged, powers, state.averages))
+        return updates, PowerAverages(count, averages)
+
+    return optax.GradientTransformation(init, update)
+
+
+def find_power_averages(opt_state: optax.OptState) -> PowerAverages:
+    """The averages in the state of an optimizer that has them."""
+    return opt_state[-1]
 
 
 def moving_average(params: PyTree, ema: PyTree, step: Int[Array, ""], decay: float) -> PyTree:
