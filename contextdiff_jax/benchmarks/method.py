@@ -105,7 +105,7 @@ def _sample_method(settings: Settings, name: str) -> Contestant:
         devices.parameters(_random_state(settings).params),
         placed["x"],
         Text(placed["ids"], placed["mask"], ids[:1], mask[:1]),
-        run_steps(settings.diffusion.num_timesteps, settings.sample),
+        run_steps(settings.diffusion.make_schedule(), settings.sample),
         np.float32(settings.sample.guidance),
         make_key(settings.seed),
     )

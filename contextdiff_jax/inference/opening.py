@@ -79,12 +79,13 @@ def of_run(
     """
     graph = functools.cache(functools.partial(model_graph, settings))
     options = options or settings.sample
-    find_steps = functools.partial(run_steps, settings.diffusion.num_timesteps)
+    process = process_of(settings)
+    find_steps = functools.partial(run_steps, process.schedule)
     find_steps(options)
     opened = Opened(
         build=lambda weights: build_model(graph(), *weights),
         weights=(params, load_frozen(settings) if frozen is None else frozen),
-        process=process_of(settings),
+        process=process,
         encode_text=lambda texts: tokenizer.encode_and_cut(list(texts), settings.data.max_length),
         find_steps=find_steps,
         shape=settings.shape,
@@ -106,18 +107,26 @@ def process_of(settings: Settings) -> Process:
     )
 
 
-def run_steps(num_timesteps: int, options: SampleConfig) -> Steps:
-    """The timesteps of a run's options. `steps_offset` and `set_alpha_to_one` are those of
-    diffusers' schedulers: timesteps moved up, and an end at index 0 instead of clean data (DDIM).
+def run_steps(schedule: diffusion.Schedule, options: SampleConfig) -> Steps:
+    """The times of a run's options. `steps_offset` and `set_alpha_to_one` are those of diffusers'
+    schedulers: timesteps moved up, and an end at index 0 instead of clean data (DDIM).
+
+    Raises ValueError for times outside the schedule, or those two on a path in continuous time.
     """
-    with jax.ensure_compile_time_eval():
-        timesteps = options.steps_offset + np.asarray(
-            diffusion.spaced_timesteps(num_timesteps, options.steps, options.spacing)
-        )
-    if timesteps[0] >= num_timesteps:
+    times = options.times(schedule)
+    if not isinstance(schedule, diffusion.NoiseSchedule):
+        if options.steps_offset or not options.set_alpha_to_one:
+            raise ValueError(
+                f"sample.steps_offset={options.steps_offset}, "
+                f"sample.set_alpha_to_one={options.set_alpha_to_one}: are for discrete schedules; "
+                "only 0 and True"
+            )
+        return Steps(times)
+    timesteps = options.steps_offset + times
+    if timesteps[0] >= schedule.num_timesteps:
         raise ValueError(
             f"sample.steps_offset={options.steps_offset}: the first of {options.steps} steps is "
-            f"{timesteps[0]}; must be below {num_timesteps}"
+            f"{timesteps[0]}; must be below {schedule.num_timesteps}"
         )
     if options.set_alpha_to_one or options.sampler != "ddim":
         return Steps(timesteps)

@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float, Int, PyTree, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.data.folder_tokenizer import warn_of_cut
+from contextdiff_jax.diffusion.grids import read_spacing
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.samplers import check_takes
 from contextdiff_jax.inference.programs import kept
@@ -182,6 +183,9 @@ class Pipeline:
     def options(self, **given: Any) -> SampleConfig:
         """The options of sampling: the given ones; the model's own where one is None."""
         given = {name: value for name, value in given.items() if value is not None}
+        times = read_spacing(given.get("spacing", "trailing"))
+        if not isinstance(times, str):  # a list says how many there are
+            given = {"steps": len(times)} | given | {"spacing": times}
         return dataclasses.replace(self.opened.options, prompts=(), **given)
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
@@ -294,10 +298,12 @@ class Pipeline:
         if request.callback is None:
             made = self._program(method, shape, arguments)(*arguments)
             return tuple(map(np.asarray, made))
-        steps = [int(t) for t in arguments[5].timesteps]
-        with self._listener.calling(
-            lambda t, x0: request.callback(1 + steps.index(int(t)), np.asarray(x0))
-        ):
+        times = np.asarray(arguments[5].timesteps)
+
+        def tell(t, x0):
+            request.callback(1 + int(np.abs(times - t).argmin()), np.asarray(x0))
+
+        with self._listener.calling(tell):
             made = self.program(method, shape, watched=True)(*arguments)
             made = tuple(map(np.asarray, made))
             jax.effects_barrier()

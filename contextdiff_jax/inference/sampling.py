@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real, UInt8
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
@@ -29,7 +29,7 @@ from contextdiff_jax.models.contextdiff import (
 )
 from contextdiff_jax.models.pixels import to_unit
 
-Preview = Callable[[Int[Array, ""], Float[Array, "B H W C"]], None]
+Preview = Callable[[Real[Array, ""], Float[Array, "B H W C"]], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,10 +56,12 @@ class Method:
 
 
 class Steps(NamedTuple):
-    """Descending timesteps, and where each step goes (None: to the next one, the last to -1)."""
+    """Descending times, and where each step goes (None: to the next one, the last to clean data):
+    indices of a discrete schedule, floats of a path.
+    """
 
-    timesteps: Int[Array, "S"]
-    ends: Int[Array, "S"] | None = None
+    timesteps: Real[Array, "S"]
+    ends: Real[Array, "S"] | None = None
 
 
 class Text(NamedTuple):
@@ -167,7 +169,7 @@ class Start(NamedTuple):
         method: Method,
         captions: Captions,
         noise: Float[Array, "B H W C"],
-        t: Int[Array, ""],
+        t: Real[Array, ""],
         picture: Picture | None,
     ) -> Start:
         """Noise (about k_T r where r is known before x0 is), or the picture noised to timestep t by
@@ -205,7 +207,7 @@ def _from_noise(
     return noise + diffusion.marginal_mean(process.schedule, empty, r, t, process.shift)
 
 
-def keep_known(known: Known, schedule: diffusion.NoiseSchedule, shift: str) -> ProjectFn:
+def keep_known(known: Known, schedule: diffusion.Schedule, shift: str) -> ProjectFn:
     """Puts the known part back after a step, at the level of noise where the next one begins: its
     own noise, shifted by the sampler's estimate of r.
     """

@@ -23,7 +23,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Real
 
 from contextdiff_jax.models.layers import TimestepEmbedding, linear, timestep_embedding
 from contextdiff_jax.models.precision import Precision
@@ -330,7 +330,7 @@ class RelationalNetwork(nnx.Module):
         x0: Float[ArrayLike, "B H W C"],
         text_tokens: Float[ArrayLike, "B L D"],
         text_mask: Bool[ArrayLike, "B L"],
-        t: Int[ArrayLike, "B"] | None = None,
+        t: Real[ArrayLike, "B"] | None = None,
         visual: Float[ArrayLike, "B N V"] | None = None,
         mix: MixFn = lambda tokens: tokens,
     ) -> Float[Array, "B H W C"]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.samplers import DenoiseFn, KeepFn
@@ -159,7 +159,7 @@ class ContextDiffusion(nnx.Module):
         self,
         x0: Float[ArrayLike, "B H W C"],
         captions: Captions,
-        t: Int[ArrayLike, "B"],
+        t: Real[ArrayLike, "B"],
         pixels: Float[ArrayLike, "B H2 W2 3"] | None = None,
     ) -> Float[Array, "B H W C"]:
         """r_phi(x0, c, t). With CLIP's tokens the picture of x0 is needed: `pixels`, or else x0
@@ -175,7 +175,7 @@ class ContextDiffusion(nnx.Module):
     def predict(
         self,
         x: Float[ArrayLike, "B H W C"],
-        t: Int[ArrayLike, "B"],
+        t: Real[ArrayLike, "B"],
         captions: Captions,
         deep: Float[ArrayLike, "B H2 W2 E"] | None = None,
     ) -> Array | tuple[Array, Array]:
@@ -183,7 +183,7 @@ class ContextDiffusion(nnx.Module):
         return self.unet(x, t, *self._conditions(x, captions), deep)
 
     def deep_features(
-        self, x: Float[ArrayLike, "B H W C"], t: Int[ArrayLike, "B"], captions: Captions
+        self, x: Float[ArrayLike, "B H W C"], t: Real[ArrayLike, "B"], captions: Captions
     ) -> Float[Array, "B H2 W2 E"]:
         """The UNet's coarser levels' part."""
         return self.unet.deep_features(x, t, *self._conditions(x, captions))
@@ -267,7 +267,7 @@ def is_guided(guidance: float | Float[Array, ""]) -> bool:
 
 def make_denoise(
     model: ContextDiffusion,
-    schedule: diffusion.NoiseSchedule,
+    schedule: diffusion.Schedule,
     captions: Captions,
     null: Captions | None = None,
     *,
