@@ -5,8 +5,8 @@ noise, in the terms of the ratio b / c of (14): b / a on variance-preserving sch
 b / (a + b) = t on `flow`, as in diffusers' schedulers.
 
 A discrete schedule has indices alone: the nearest in log(b / a), and no index twice. (diffusers'
-solvers keep the exact b / a beside the rounded index that the network reads; here both are the
-index's.)
+solvers keep the exact b / a beside the rounded index that the network reads, and so does a Stable
+Diffusion folder here, by `steps.Levels`.)
 """
 
 from __future__ import annotations

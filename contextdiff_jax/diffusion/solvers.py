@@ -51,18 +51,25 @@ Weights = tuple[PerStep, ...]  # of the estimates in this step, the last, the on
 
 
 class Grid(NamedTuple):
-    """The steps of a sampler: from the times `t` to the times `s`, the last to clean data."""
+    """The steps of a sampler, from times `t` to times `s`; `ends_noisy`: not at clean data."""
 
     schedule: Schedule
     shift: str
     t: Real[Array, "S"]
     s: Real[Array, "S"]
+    ends_noisy: bool = False
 
     @classmethod
-    def of(cls, schedule: Schedule, shift: str, times: Real[ArrayLike, "S"]) -> Grid:
-        """The grid of descending times."""
-        times = jnp.asarray(times)
-        return cls(schedule, shift, times, jnp.append(times[1:], schedule.clean))
+    def of(
+        cls,
+        schedule: Schedule,
+        shift: str,
+        times: Real[ArrayLike, "S"],
+        end: Real[ArrayLike, ""] | None = None,
+    ) -> Grid:
+        """The grid of descending times, to `end` (None: clean data)."""
+        times, last = jnp.asarray(times), schedule.clean if end is None else end
+        return cls(schedule, shift, times, jnp.append(times[1:], last), end is not None)
 
     @property
     def steps(self) -> np.ndarray:
@@ -72,6 +79,11 @@ class Grid(NamedTuple):
     def middle(self, *left_out: int) -> Bool[np.ndarray, "S"]:
         """Which steps aren't `left_out`, numbers from the start or (negative) from the end."""
         return ~np.isin(self.steps, np.array(left_out) % max(len(self.steps), 1))
+
+    @property
+    def ends_at_first_order(self) -> bool:
+        """Whether the last step is of first order: to clean data, and, as in diffusers, of few."""
+        return not self.ends_noisy or len(self.steps) < 15
 
     @property
     def log_ratio(self) -> tuple[PerStep, PerStep]:
@@ -213,8 +225,9 @@ def linear(make_plan: Callable[[Grid], Plan]) -> Sampler:
         *,
         project: ProjectFn | None = None,
         reuse: Reuse | None = None,
+        end: Real[ArrayLike, ""] | None = None,
     ) -> Float[Array, "B *D"]:
-        plan = make_plan(Grid.of(schedule, shift, timesteps))
+        plan = make_plan(Grid.of(schedule, shift, timesteps, end))
         return run_plan(plan, denoise, x_T, schedule, key, shift, project, reuse)
 
     sample.__name__, sample.__doc__ = make_plan.__name__, make_plan.__doc__
@@ -227,11 +240,12 @@ def euler(grid: Grid) -> Plan:
     return Plan(grid.t, grid.s, make_rows(grid, (jnp.ones(len(grid.steps)),))[0])
 
 
-def _two_points(grid: Grid) -> tuple[Weights, PerStep]:
+def _two_points(grid: Grid, *, last: bool = False) -> tuple[Weights, PerStep]:
     # <M> = M + (h / 2 h_0) (M - M of the step before), h and h_0 the lengths of both in l: M at the
     # middle of the step. The first step has no other, the last goes to l = infinity.
     l_t, l_s = grid.log_ratio
-    h, inner = l_s - l_t, grid.middle(0, -1)
+    left_out = (0, -1) if last or grid.ends_at_first_order else (0,)
+    h, inner = l_s - l_t, grid.middle(*left_out)
     w = jnp.where(inner, 0.5 * h / jnp.roll(h, 1), 0.0)
     return (1 + w, -w), jnp.where(inner, 0.5, 0.0)
 
@@ -277,7 +291,8 @@ def dpmpp_3m(grid: Grid) -> Plan:
     beta = (first * r0 + 0.5 * second) / (r0 + r1)
     alpha = first + beta
     weights = 1 + alpha / r0, -alpha / r0 - beta / r1, beta / r1
-    third = grid.middle(0, 1, -1, *([-2] if len(grid.steps) < 15 else []))
+    few = [-2] if len(grid.steps) < 15 else []
+    third = grid.middle(0, 1, *([-1] if grid.ends_at_first_order else []), *few)
     lower, place = _two_points(grid)
     weights = _select(third, weights, (*lower, jnp.zeros_like(h)))
     return Plan(grid.t, grid.s, make_rows(grid, weights, jnp.where(third, first, place))[0])
@@ -367,7 +382,7 @@ def unipc(grid: Grid) -> Plan:
         moves=(0.0, 1.0, 0.0),
         own_rho_at=grid.t,
     )
-    rows, _ = make_rows(grid, *_two_points(grid), own_rho_at=grid.t)
+    rows, _ = make_rows(grid, *_two_points(grid, last=True), own_rho_at=grid.t)
     return Plan(grid.t, grid.s, rows, fresh=jnp.asarray(grid.steps == 0), base=corrected)
 
 

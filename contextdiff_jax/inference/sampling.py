@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real, UInt8
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.samplers import DenoiseFn, ProjectFn, takes
+from contextdiff_jax.diffusion.steps import Steps
 from contextdiff_jax.models.contextdiff import (
     Captions,
     ContextDiffusion,
@@ -55,15 +56,6 @@ class Method:
     from_noise: bool = True
 
 
-class Steps(NamedTuple):
-    """Descending times, and where each step goes (None: to the next one, the last to clean data):
-    indices of a discrete schedule, floats of a path.
-    """
-
-    timesteps: Real[Array, "S"]
-    ends: Real[Array, "S"] | None = None
-
-
 class Text(NamedTuple):
     """Token ids and mask of the captions, and of what guidance leads away from: one row for all or
     one a caption. Without `null_ids` it leads away from zeros in the place of the text's states.
@@ -90,11 +82,7 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
     `key` is read by samplers with noise only, `guidance` only where `method.guided`. `preview(t,
     x0)` is called on the host with the estimate of x0 at each step.
     """
-    run, schedule, shift = (
-        diffusion.get_sampler(method.sampler),
-        process.schedule,
-        process.shift,
-    )
+    run, shift = diffusion.get_sampler(method.sampler), process.shift
 
     def sample(
         model: ContextDiffusion,
@@ -106,7 +94,8 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
         picture: Picture | None = None,
     ) -> Float[Array, "B H2 W2 3"]:
         captions, null = encode(model, text)
-        start = Start.of(model, process, method, captions, noise, steps.timesteps[0], picture)
+        schedule = steps.schedule(process.schedule)
+        start = Start.of(model, schedule, shift, method, captions, noise, steps, picture)
         scale = guidance if method.guided else 1.0
         denoise = make_denoise(
             model,
@@ -118,12 +107,15 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
             guidance_rescale=method.guidance_rescale,
             dynamic_threshold=method.dynamic_threshold,
             beside=start.beside,
+            read=steps.read,
         )
         options = {}  # a sampler needs to know those alone that are used
         if steps.ends is not None and takes(method.sampler, "next_timesteps"):
             options["next_timesteps"] = steps.ends
+        elif steps.ends is not None and takes(method.sampler, "end"):
+            options["end"] = steps.ends[-1]
         if method.reuse > 1:
-            keep = make_keep(model, captions, null, scale, start.beside)
+            keep = make_keep(model, captions, null, scale, start.beside, steps.read)
             options["reuse"] = diffusion.Reuse(method.reuse, keep)
         if start.known is not None:
             options["project"] = keep_known(start.known, schedule, shift)
@@ -165,26 +157,32 @@ class Start(NamedTuple):
     def of(
         cls,
         model: ContextDiffusion,
-        process: Process,
+        schedule: diffusion.Schedule,
+        shift: str,
         method: Method,
         captions: Captions,
         noise: Float[Array, "B H W C"],
-        t: Real[Array, ""],
+        steps: Steps,
         picture: Picture | None,
     ) -> Start:
-        """Noise (about k_T r where r is known before x0 is), or the picture noised to timestep t by
-        the forward process of its caption.
+        """Noise (about k_T r where r is known before x0 is), or the picture noised to the first of
+        the steps' times by the forward process of its caption.
         """
-        ts = jnp.full(noise.shape[:1], t)
+        ts = jnp.full(noise.shape[:1], steps.timesteps[0])
+
+        def from_noise():
+            scale = 1.0 if steps.levels is None else steps.levels.start
+            return _from_noise(model, schedule, shift, captions, scale * noise, ts, steps.read(ts))
+
         if picture is None:
-            return cls(_from_noise(model, process, captions, noise, ts))
+            return cls(from_noise())
         pixels = to_unit(picture.pixels)
         x0 = model.from_pixels(pixels, method.tile)
         if method.from_noise:
-            x = _from_noise(model, process, captions, noise, ts)
+            x = from_noise()
         else:
-            r = model.relate(x0, captions, ts, pixels)
-            x = diffusion.q_sample(process.schedule, x0, r, ts, noise, process.shift)
+            r = model.relate(x0, captions, steps.read(ts), pixels)
+            x = diffusion.q_sample(schedule, x0, r, ts, noise, shift)
         if picture.mask is None:
             return cls(x)
         factor = pixels.shape[1] // x0.shape[1]
@@ -197,14 +195,19 @@ class Start(NamedTuple):
 
 
 def _from_noise(
-    model: ContextDiffusion, process: Process, captions: Captions, noise: Array, t: Array
+    model: ContextDiffusion,
+    schedule: diffusion.Schedule,
+    shift: str,
+    captions: Captions,
+    noise: Array,
+    t: Array,
+    read: Array,
 ) -> Array:
     if model.context.config.network.reads_x0:
         return noise
     # r(c) is known before x0 is, so x_T ~ N(k_T r, I) can be exact (0 for the kind `none`)
-    r = model.context(noise, captions.tokens, captions.mask, t)
-    empty = jnp.zeros_like(noise)
-    return noise + diffusion.marginal_mean(process.schedule, empty, r, t, process.shift)
+    r = model.context(noise, captions.tokens, captions.mask, read)
+    return noise + diffusion.marginal_mean(schedule, jnp.zeros_like(noise), r, t, shift)
 
 
 def keep_known(known: Known, schedule: diffusion.Schedule, shift: str) -> ProjectFn:

@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -276,6 +277,7 @@ def make_denoise(
     guidance_rescale: float = 0.0,
     dynamic_threshold: float = 0.0,
     beside: Float[ArrayLike, "B H W E"] | None = None,
+    read: Callable[[Array], Array] = lambda t: t,
 ) -> DenoiseFn:
     """The reverse process's denoise function for captions; `model` carries its estimate (a context
     head or not). `null`: what guidance leads away from, one row for each
@@ -285,20 +287,23 @@ def make_denoise(
     forward process: only the denoiser's text is dropped. x0 is bounded to the pictures' range
     [-1, 1], by clipping, or by dynamic thresholding at that percentile; latents (a model with a
     `vae`) have no such range. `beside`: channels that a network made for inpainting reads after
-    x's. The function takes as a fourth argument what `make_keep`'s gave in an earlier step.
+    x's. `read`: from a time to what the networks read of it. The function takes as a fourth
+    argument what `make_keep`'s gave in an earlier step.
     """
     guided, pixels = is_guided(guidance), model.vae is None
     rows = Rows.of(captions, null, guided, beside)
 
     def branches(x, t, s, deep=None):
         def predict(x, t):
-            return model.predict(rows.widen(x), t, rows.text, deep)
+            return model.predict(rows.widen(x), read(t), rows.text, deep)
 
+        if prediction_type == "velocity":
+            return diffusion.velocity_denoise(predict, schedule)(x, t, s)
         if model.unet.context_head is not None:
             return diffusion.posterior_mean_denoise(predict, schedule, prediction_type)(x, t, s)
         return diffusion.plugin_denoise(
             predict,
-            lambda x0, t: model.relate(x0, rows.true, t),
+            lambda x0, t: model.relate(x0, rows.true, read(t)),
             schedule,
             prediction_type,
             clip=1.0 if pixels else None,
@@ -328,6 +333,7 @@ def make_keep(
     null: Captions,
     guidance: float | Float[ArrayLike, ""],
     beside: Float[ArrayLike, "B H W E"] | None = None,
+    read: Callable[[Array], Array] = lambda t: t,
 ) -> KeepFn:
     """`keep(x, t)`: the coarser levels' part of the UNet, of all branches that `make_denoise` makes
     for this guidance.
@@ -337,6 +343,6 @@ def make_keep(
 
     def keep(x, t):
         x, t = (diffusion.pair(a, a) if guided else a for a in (x, t))
-        return model.deep_features(rows.widen(x), t, rows.text)
+        return model.deep_features(rows.widen(x), read(t), rows.text)
 
     return keep

@@ -25,7 +25,7 @@ class SampleConfig:
     guidance: float = 3.0
     guidance_rescale: float = 0.0
     dynamic_threshold: float = 0.0  # a percentile; 0: x0 is clipped to [-1, 1]
-    spacing: str | tuple[float, ...] = "trailing"  # a name of `time_grid`'s, or times: "900,600,0"
+    spacing: str | tuple[float, ...] = "trailing"  # of `time_grid`, or times; "": a folder's own
     spacing_factor: float = 3.0  # of spacing=sd3
     steps_offset: int = 0  # as in diffusers' schedulers: all timesteps moved up
     set_alpha_to_one: bool = (
@@ -36,7 +36,8 @@ class SampleConfig:
     def __post_init__(self):
         get_sampler(self.sampler)
         check_eta(self.eta)
-        read_spacing(self.spacing)
+        if self.spacing:
+            read_spacing(self.spacing)
         if not 0 < self.spacing_factor < math.inf:
             raise ValueError(f"spacing_factor={self.spacing_factor}: must be finite and above 0")
         if not 0 <= self.guidance < math.inf:
