@@ -34,6 +34,13 @@ NEGATIVE = flags.DEFINE_string(
 SAMPLER = flags.DEFINE_string("sampler", None, "Default: the run's or the folder's own.")
 cli.list_names("sampler", {"one of": cli.SAMPLERS})
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; of a folder by default 50.")
+SPACING = flags.DEFINE_string(
+    "spacing",
+    None,
+    "Where the steps are: a name, or their times, as in 900,600,300,0 (floats on a path).",
+)
+cli.list_names("spacing", {"one of": "contextdiff_jax.diffusion.grids:NAMES"})
+SPACING_FACTOR = cli.define_float("spacing_factor", None, "Of --spacing=sd3; default 3.")
 ETA = cli.define_float("eta", None, "DDIM's noise, 0 to 1.")
 GUIDANCE = cli.define_float(
     "guidance", None, "Guidance scale, 1 is none; of a folder by default 7.5."
@@ -55,7 +62,7 @@ MASK = cli.define_path("mask", None, "With --image: paint anew where this pictur
 OUT = cli.define_path("out", "grid.png", "The grid.")
 IMAGES = cli.define_path("images", None, "A folder for the pictures one by one.")
 COLUMNS = flags.DEFINE_integer("columns", 4, "Pictures a row.", lower_bound=1)
-OPTIONS = (SAMPLER, STEPS, ETA, GUIDANCE, REUSE)
+OPTIONS = (SAMPLER, STEPS, SPACING, SPACING_FACTOR, ETA, GUIDANCE, REUSE)
 
 
 def read_prompts() -> list[str]:

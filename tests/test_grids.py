@@ -7,6 +7,7 @@ import pytest
 from references import PATHS, assert_error_lists
 
 from contextdiff_jax import diffusion
+from contextdiff_jax.diffusion.grids import read_spacing
 
 every_path = pytest.mark.parametrize("name", PATHS)
 
@@ -122,6 +123,23 @@ def test_lists_of_times_are_taken_as_they_are_or_refused():
         with pytest.raises(ValueError) as error:
             diffusion.time_grid(schedule, steps, times)
         assert_error_lists(error, words, ())
+
+
+def test_a_spacing_in_text_is_a_name_or_the_times_themselves():
+    for text, expected in (
+        ("karras", "karras"),
+        ("900,600,0", (900, 600, 0)),
+        ("999", (999,)),
+        ("1,0.5,1e-3", (1.0, 0.5, 0.001)),
+        (np.float32([1, 0.5]), (1.0, 0.5)),
+        ([900, 0], (900, 0)),
+    ):
+        found = read_spacing(text)
+        assert found == expected and [type(a) for a in found] == [type(a) for a in expected]
+    for text, words in (("karas", "one of leading"), ("1,karras", "must be numbers, as in 900,")):
+        with pytest.raises(ValueError) as error:
+            read_spacing(text)
+        assert_error_lists(error, text, (words,))
 
 
 def test_unknown_spacings_and_impossible_numbers_of_steps_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 from conftest import FEWER, SMALLEST, as_users_compile, config_dict, random_params
 
+from contextdiff_jax import Pipeline, diffusion
 from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.diffusion import samplers
-from contextdiff_jax.inference.opening import of_run
+from contextdiff_jax.diffusion.grids import NAMES
+from contextdiff_jax.diffusion.process import Process
+from contextdiff_jax.inference.opening import of_run, run_steps
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.settings import parse
@@ -142,6 +146,58 @@ def test_a_callback_sees_each_steps_estimate_and_at_last_the_picture(pipeline):
     assert all(x0.shape == (2, 16, 16, 3) for _, x0 in seen)
     np.testing.assert_array_equal(np.round((seen[-1][1] + 1) * 127.5), made)
     np.testing.assert_array_equal(made, pipeline.text_to_image(PROMPTS, seed=SEED))
+
+
+@pytest.mark.parametrize("name", ["flow", "cosine_continuous", "edm"])
+def test_every_grid_gives_the_steps_of_a_path_or_of_indices(settings, name):
+    path = diffusion.make_schedule(name)
+    for spacing in NAMES:
+        options = dataclasses.replace(settings.sample, spacing=spacing, spacing_factor=2.0)
+        for schedule in (path, diffusion.make_schedule(num_timesteps=50)):
+            expected = np.asarray(diffusion.time_grid(schedule, 4, spacing, factor=2.0))
+            steps = run_steps(schedule, options)
+            np.testing.assert_array_equal(steps.timesteps, expected)
+            assert steps.timesteps.dtype == expected.dtype and steps.ends is None
+    for change, error in (
+        ({"steps_offset": 1}, "steps_offset=1.* are for discrete schedules"),
+        ({"set_alpha_to_one": False}, "set_alpha_to_one=False: are for discrete"),
+        ({"spacing": "0.5,0.25"}, "must have steps=4"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            run_steps(path, dataclasses.replace(settings.sample, **change))
+
+
+def test_a_list_of_times_says_how_many_steps_there_are(pipeline):
+    times = np.asarray(diffusion.time_grid(pipeline.opened.process.schedule, 4, "karras"))
+    named = pipeline.text_to_image(PROMPTS, seed=SEED, spacing="karras")
+    for given in (times.tolist(), ",".join(map(str, times))):
+        assert pipeline.options(spacing=given).steps == 4
+        made = pipeline.text_to_image(PROMPTS, seed=SEED, spacing=given)
+        np.testing.assert_array_equal(made, named)
+    assert np.abs(named - pipeline.text_to_image(PROMPTS, seed=SEED).astype(int)).max() > 5
+    assert pipeline.options(spacing="40,20").steps == 2
+    with pytest.raises(ValueError, match=r"spacing: a list of shape \(2,\); must have steps=3"):
+        pipeline.text_to_image(PROMPTS, spacing="40,20", steps=3)
+    with pytest.raises(ValueError, match="must descend, in 0..49"):
+        pipeline.text_to_image(PROMPTS, spacing="50,20")
+
+
+def test_a_model_on_a_path_samples_at_floats_and_tells_each_step(pipeline):
+    flow = diffusion.make_schedule("flow")
+    process = Process(schedule=flow, prediction_type="v", shift="quadratic")
+    opened = dataclasses.replace(
+        pipeline.opened, process=process, find_steps=functools.partial(run_steps, flow)
+    )
+    seen = []
+    made = Pipeline(opened).text_to_image(
+        PROMPTS,
+        seed=SEED,
+        sampler="dpmpp_2m",
+        spacing="1.0,0.75,0.25",
+        callback=lambda step, x0: seen.append((step, x0)),
+    )
+    assert [step for step, _ in seen] == [1, 2, 3]
+    np.testing.assert_array_equal(np.round((np.clip(seen[-1][1], -1, 1) + 1) * 127.5), made)
 
 
 def test_a_picture_depends_on_its_number_and_not_on_how_many_there_are(pipeline):

@@ -149,7 +149,7 @@ def unet_sample(graph: nnx.GraphDef, settings: Settings) -> Callable:
     x are 2 B long, those without the caption first.
     """
     schedule, sample = settings.diffusion.make_schedule(), settings.sample
-    timesteps = diffusion.spaced_timesteps(schedule.num_timesteps, sample.steps, sample.spacing)
+    timesteps = sample.times(schedule)
 
     def run(params, inputs):
         unet = nnx.merge(graph, params)

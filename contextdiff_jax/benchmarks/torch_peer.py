@@ -10,9 +10,11 @@ import diffusers
 import numpy as np
 import torch
 
+from contextdiff_jax.diffusion.schedule import SPACINGS
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained.unet import unet_state_to_torch
+from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import Settings, TrainConfig
 
@@ -115,6 +117,7 @@ def make_scheduler(settings: Settings) -> diffusers.DDIMScheduler:
             f"sample.steps={sample.steps}: must divide "
             f"diffusion.num_timesteps={config.num_timesteps} with --compare='torch'"
         )
+    check_choice("sample.spacing", sample.spacing, SPACINGS, "--compare='torch'")
     scheduler = diffusers.DDIMScheduler(
         num_train_timesteps=config.num_timesteps,
         clip_sample=False,

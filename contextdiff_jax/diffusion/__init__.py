@@ -12,6 +12,7 @@ from contextdiff_jax.diffusion.guidance import (
     unpair,
     velocity_denoise,
 )
+from contextdiff_jax.diffusion.inversion import ddim_invert, invert
 from contextdiff_jax.diffusion.losses import (
     loss_weight,
     prior_kl,
@@ -41,7 +42,6 @@ from contextdiff_jax.diffusion.process import (
 from contextdiff_jax.diffusion.samplers import (
     Denoised,
     Reuse,
-    ddim_invert,
     ddim_sample,
     ddpm_sample,
     get_sampler,
@@ -71,6 +71,7 @@ __all__ = [
     "dynamic_threshold",
     "get_sampler",
     "guide",
+    "invert",
     "known_context_denoise",
     "loss_weight",
     "make_schedule",

@@ -5,12 +5,13 @@ noise, in the terms of the ratio b / c of (14): b / a on variance-preserving sch
 b / (a + b) = t on `flow`, as in diffusers' schedulers.
 
 A discrete schedule has indices alone: the nearest in log(b / a), and no index twice. (diffusers'
-solvers keep the exact b / a beside the rounded index that the network reads; here both are the
-index's.)
+solvers keep the exact b / a beside the rounded index that the network reads, and so does a Stable
+Diffusion folder here, by `steps.Levels`.)
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -79,6 +80,26 @@ def time_grid(
     if num_steps < 1:
         raise ValueError(f"steps={num_steps}: must be at least 1")
     return jnp.asarray(_times(schedule, num_steps, spacing, factor), float)
+
+
+def read_spacing(
+    spacing: str | Sequence[float] | Real[Array, "S"] | Real[np.ndarray, "S"],
+) -> str | tuple[float, ...]:
+    """The name of a spacing as it is; of a list in text, "900,600,300,0", the numbers: whole ones,
+    or floats if one of them has a point.
+
+    Raises ValueError for text that is neither.
+    """
+    if not isinstance(spacing, str):
+        return tuple(np.asarray(spacing).tolist())
+    parts = spacing.split(",")
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return tuple(map(kind, parts))
+    if len(parts) > 1:
+        raise ValueError(f"spacing={spacing!r}: must be numbers, as in 900,600,300,0, or one name")
+    check_choice("spacing", spacing, NAMES)
+    return spacing
 
 
 def _times(path: Path, num_steps: int, spacing: str, factor: float) -> Float[np.ndarray, "S"]:

@@ -2,13 +2,13 @@
 
 Each is a function of a denoise function, a start, a schedule and times. Guidance, thresholding and
 the way the context is estimated belong to the denoise function (`guidance.py`), so a sampler is its
-equation. DDPM, DDIM and its inversion are here, the solvers of higher order in `solvers.py`.
+equation. DDPM and DDIM are here, the solvers of higher order in `solvers.py`; the way back to noise
+is `inversion.py`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from contextdiff_jax.diffusion import solvers
 from contextdiff_jax.diffusion.loop import scan_steps
-from contextdiff_jax.diffusion.process import Samples, bcast, marginal_mean, q_posterior
+from contextdiff_jax.diffusion.process import Samples, q_posterior
 from contextdiff_jax.diffusion.protocols import (
     ContextFn,
     Denoised,
@@ -42,7 +42,6 @@ __all__ = [  # the protocols, too: this is where the other rooms take them from
     "adds_noise",
     "check_eta",
     "check_takes",
-    "ddim_invert",
     "ddim_sample",
     "ddpm_sample",
     "get_sampler",
@@ -137,92 +136,6 @@ def ddim_sample(
     return _reverse(
         denoise, x_T, schedule, timesteps, eta, key, shift, next_timesteps, project, reuse
     )
-
-
-def ddim_invert(
-    denoise: DenoiseFn,
-    x0: Samples,
-    schedule: Schedule,
-    timesteps: Real[ArrayLike, "S"],
-    shift: str = "quadratic",
-    *,
-    iterations: int = 0,
-    tolerance: float = 1e-4,
-    keep: bool = False,
-) -> Float[Array, "B *D"] | tuple[Float[Array, "B *D"], Float[Array, "S B *D"]]:
-    """DDIM backwards, from clean data to x at the last of the *ascending* `timesteps`:
-
-    x_t = a_t x0_hat + k_t r_t + b_t / b_s (x_s - a_s x0_hat - k_s r_s),                        (6)
-    x0_hat and r_hat from (x_s, s).
-
-    The first move starts on clean data, where b_s = 0 and the direction is 0/0: the picture is read
-    as a sample at index 0 (a path's `t_min`), the least noisy one that the network knows.
-
-    (6) is exact only for x0_hat and r_hat of (x_t, t), which sampling will use. `iterations` > 0
-    solves for that x_t, from (6) on, up to that many steps of
-
-    x_t <- x_t + (x_s - G(x_t)),   G: one step of DDIM from t to s,                            (6')
-
-    until the mean of |x_s - G(x_t)| is below `tolerance`. Why not (6) with x0_hat(x_t) again and
-    again (Pan et al. 2023): that map's slope is b_t / b_s - 1 times the denoiser's, above 1 in the
-    first moves; that of (6') is 1 - b_s / b_t minus a share of the denoiser's, inside (-1, 1)
-    wherever the denoiser's lies in [0, 1]. Where it doesn't, (6') may run away: the x_t of the
-    smallest error is taken. With `keep` also x at each of the timesteps. The sampler that leads
-    back ends at index 0, not at -1.
-    """
-    timesteps = jnp.asarray(timesteps)
-
-    def explicit(x, s, t):
-        denoised = denoise(x, s, t)
-        direction = bcast(jnp.sqrt(schedule.variance(t) / schedule.variance(s)), x)
-        residual = x - marginal_mean(schedule, denoised.x0, denoised.context_t, s, shift)
-        return (
-            marginal_mean(schedule, denoised.x0, denoised.context_s, t, shift)
-            + direction * residual
-        )
-
-    def back(x, t, s):
-        out = denoise(x, t, s)
-        return q_posterior(schedule, out.x0, x, out.context_t, out.context_s, t, s, 0.0, shift).mean
-
-    def step(x, inputs):
-        s, t = (jnp.full(x.shape[:1], index) for index in inputs)
-        x_t = explicit(x, s, t)
-        if iterations:
-            x_t = _least_residual(lambda x_t: x - back(x_t, t, s), x_t, iterations, tolerance)
-        return x_t, x_t if keep else None
-
-    starts = jnp.concatenate([jnp.full_like(timesteps[:1], schedule.t_min), timesteps[:-1]])
-    last, path = jax.lax.scan(step, x0, (starts, timesteps))
-    return (last, path) if keep else last
-
-
-def _least_residual(
-    residual: Callable[[Array], Array], x: Array, iterations: int, tolerance: float
-) -> Array:
-    """x <- x + residual(x), up to `iterations` times, until the mean of |residual(x)| is below
-    `tolerance`; of all x the one where it is smallest, which isn't the last where this runs away.
-    """
-
-    def tried(x):
-        error = residual(x)
-        return x, error, jnp.mean(jnp.abs(error))
-
-    def unfinished(carry):
-        i, (_, _, size), _ = carry
-        return (i < iterations) & (size > tolerance)  # NaN is not
-
-    def improve(carry):
-        i, (x, error, _), (best, least) = carry
-        x, error, size = tried(x + error)
-        return (
-            i + 1,
-            (x, error, size),
-            (jnp.where(size < least, x, best), jnp.where(size < least, size, least)),
-        )
-
-    first = tried(x)
-    return jax.lax.while_loop(unfinished, improve, (0, first, (x, first[2])))[2][0]
 
 
 def _ddpm(

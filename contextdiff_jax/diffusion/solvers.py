@@ -51,18 +51,28 @@ Weights = tuple[PerStep, ...]  # of the estimates in this step, the last, the on
 
 
 class Grid(NamedTuple):
-    """The steps of a sampler: from the times `t` to the times `s`, the last to clean data."""
+    """The steps of a sampler, from times `t` to times `s`. The last is of first order to clean
+    data, and, as in diffusers, to a noisy end of fewer than 15.
+    """
 
     schedule: Schedule
     shift: str
     t: Real[Array, "S"]
     s: Real[Array, "S"]
+    first_order_end: bool = True
 
     @classmethod
-    def of(cls, schedule: Schedule, shift: str, times: Real[ArrayLike, "S"]) -> Grid:
-        """The grid of descending times."""
-        times = jnp.asarray(times)
-        return cls(schedule, shift, times, jnp.append(times[1:], schedule.clean))
+    def of(
+        cls,
+        schedule: Schedule,
+        shift: str,
+        times: Real[ArrayLike, "S"],
+        end: Real[ArrayLike, ""] | None = None,
+    ) -> Grid:
+        """The grid of descending times, to `end` (None: clean data)."""
+        times, last = jnp.asarray(times), schedule.clean if end is None else end
+        ends = jnp.append(times[1:], last)
+        return cls(schedule, shift, times, ends, end is None or len(times) < 15)
 
     @property
     def steps(self) -> np.ndarray:
@@ -97,6 +107,7 @@ class Plan(NamedTuple):
       rows: from the base point to s.
       noise: the standard deviation of what is added, if any.
       fresh: whether the base point is x; else it is `base` of the base point before.
+      stages: calls that make one step.
     """
 
     t: Real[Array, "S"]
@@ -105,6 +116,7 @@ class Plan(NamedTuple):
     noise: PerStep | None = None
     fresh: Bool[Array, "S"] | None = None
     base: Rows | None = None
+    stages: int = 1
 
 
 def make_rows(
@@ -145,13 +157,15 @@ def make_rows(
     return Rows(keep, jnp.stack(columns, -1)), jnp.sqrt(variance)
 
 
-def _parts(out: Denoised, shift: str) -> tuple[Array, ...]:
+def parts_of(out: Denoised, shift: str) -> tuple[Array, ...]:
+    """The parts of an estimate that rows have factors for."""
     if shift == "none":
         return (out.x0,)
     return out.x0, out.context_t, out.context_s - out.context_t
 
 
-def _combine(rows: Rows, start: Array, estimates: tuple[tuple[Array, ...], ...]) -> Array:
+def combine(rows: Rows, start: Array, estimates: tuple[tuple[Array, ...], ...]) -> Array:
+    """One row's (15) or (16) from `start`, of the latest estimates, the newest first."""
     total = rows.keep * start
     for row, parts in zip(rows.estimates, estimates, strict=True):
         total = total + sum(c * part for c, part in zip(row, parts, strict=True))
@@ -180,12 +194,12 @@ def run_plan(
         (t, s), rows, noise, fresh, base_rows, step_key = inputs
         B = x.shape[:1]
         out = denoise(x, jnp.full(B, t), jnp.full(B, s), *kept)
-        estimates = (_parts(out, shift), *older)
+        estimates = (parts_of(out, shift), *older)
         if fresh is None:
             base = x
         else:
-            base = jnp.where(fresh, x, _combine(base_rows, base, estimates))
-        x = _combine(rows, base, estimates)
+            base = jnp.where(fresh, x, combine(base_rows, base, estimates))
+        x = combine(rows, base, estimates)
         if noise is not None:
             x = x + noise * jax.random.normal(step_key, x.shape, x.dtype)
         x = x if project is None else project(x, s, out.context_s)
@@ -213,11 +227,13 @@ def linear(make_plan: Callable[[Grid], Plan]) -> Sampler:
         *,
         project: ProjectFn | None = None,
         reuse: Reuse | None = None,
+        end: Real[ArrayLike, ""] | None = None,
     ) -> Float[Array, "B *D"]:
-        plan = make_plan(Grid.of(schedule, shift, timesteps))
+        plan = make_plan(Grid.of(schedule, shift, timesteps, end))
         return run_plan(plan, denoise, x_T, schedule, key, shift, project, reuse)
 
     sample.__name__, sample.__doc__ = make_plan.__name__, make_plan.__doc__
+    sample.make_plan = make_plan  # for its inversion
     return sample
 
 
@@ -227,11 +243,12 @@ def euler(grid: Grid) -> Plan:
     return Plan(grid.t, grid.s, make_rows(grid, (jnp.ones(len(grid.steps)),))[0])
 
 
-def _two_points(grid: Grid) -> tuple[Weights, PerStep]:
+def _two_points(grid: Grid, *, last: bool = False) -> tuple[Weights, PerStep]:
     # <M> = M + (h / 2 h_0) (M - M of the step before), h and h_0 the lengths of both in l: M at the
     # middle of the step. The first step has no other, the last goes to l = infinity.
     l_t, l_s = grid.log_ratio
-    h, inner = l_s - l_t, grid.middle(0, -1)
+    left_out = (0, -1) if last or grid.first_order_end else (0,)
+    h, inner = l_s - l_t, grid.middle(*left_out)
     w = jnp.where(inner, 0.5 * h / jnp.roll(h, 1), 0.0)
     return (1 + w, -w), jnp.where(inner, 0.5, 0.0)
 
@@ -277,15 +294,17 @@ def dpmpp_3m(grid: Grid) -> Plan:
     beta = (first * r0 + 0.5 * second) / (r0 + r1)
     alpha = first + beta
     weights = 1 + alpha / r0, -alpha / r0 - beta / r1, beta / r1
-    third = grid.middle(0, 1, -1, *([-2] if len(grid.steps) < 15 else []))
+    few = [-2] if len(grid.steps) < 15 else []
+    third = grid.middle(0, 1, *([-1] if grid.first_order_end else []), *few)
     lower, place = _two_points(grid)
     weights = _select(third, weights, (*lower, jnp.zeros_like(h)))
     return Plan(grid.t, grid.s, make_rows(grid, weights, jnp.where(third, first, place))[0])
 
 
-def _again(steps: Bool[Array, "S"], like: Rows) -> dict[str, Array | Rows]:
+def _again(steps: Bool[Array, "S"], like: Rows) -> dict[str, Array | Rows | int]:
     # These steps begin where the one before them began.
-    return {"fresh": ~steps, "base": Rows(jnp.ones_like(like.keep), jnp.zeros_like(like.estimates))}
+    same = Rows(jnp.ones_like(like.keep), jnp.zeros_like(like.estimates))
+    return {"fresh": ~steps, "base": same, "stages": 2}
 
 
 @linear
@@ -340,9 +359,13 @@ def heun(
     shift: str = "quadratic",
     *,
     project: ProjectFn | None = None,
+    end: Real[ArrayLike, ""] | None = None,
 ) -> Float[Array, "B *D"]:
     """Heun's method in tau (Karras et al. 2022, alg. 1): 2 S - 1 calls of `denoise` in S steps."""
-    return _heun(denoise, x_T, schedule, timesteps, eta, key, shift, project=project)
+    return _heun(denoise, x_T, schedule, timesteps, eta, key, shift, project=project, end=end)
+
+
+heun.make_plan = _heun.make_plan
 
 
 @linear
@@ -367,17 +390,10 @@ def unipc(grid: Grid) -> Plan:
         moves=(0.0, 1.0, 0.0),
         own_rho_at=grid.t,
     )
-    rows, _ = make_rows(grid, *_two_points(grid), own_rho_at=grid.t)
+    rows, _ = make_rows(grid, *_two_points(grid, last=True), own_rho_at=grid.t)
     return Plan(grid.t, grid.s, rows, fresh=jnp.asarray(grid.steps == 0), base=corrected)
 
 
 dpmpp_2m_sde.noisy = True
-SOLVERS = {
-    "euler": euler,
-    "heun": heun,
-    "dpmpp_2s": dpmpp_2s,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_3m": dpmpp_3m,
-    "dpmpp_2m_sde": dpmpp_2m_sde,
-    "unipc": unipc,
-}
+_NAMED = (euler, heun, dpmpp_2s, dpmpp_2m, dpmpp_3m, dpmpp_2m_sde, unipc)
+SOLVERS = {solver.__name__: solver for solver in _NAMED}

@@ -69,9 +69,7 @@ class OracleGenerator:
             )
         self._settings, self._tokenizer = settings, tokenizer
         graph, schedule = model_graph(settings), settings.diffusion.make_schedule()
-        timesteps = diffusion.spaced_timesteps(
-            schedule.num_timesteps, options.steps, options.spacing
-        )
+        timesteps = options.times(schedule)
         run = diffusion.get_sampler(options.sampler)
 
         @jax.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from jaxtyping import PyTree
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import AnyTokenizer
 from contextdiff_jax.diffusion.process import Process
+from contextdiff_jax.diffusion.steps import Steps
 from contextdiff_jax.inference.pipeline import Opened, Pipeline
-from contextdiff_jax.inference.sampling import Steps
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.contextdiff import (
     ContextDiffusion,
@@ -29,11 +30,14 @@ from contextdiff_jax.models.contextdiff import (
 from contextdiff_jax.parallel.mesh import local_mesh, replicated
 from contextdiff_jax.pretrained.folder_files import exists
 from contextdiff_jax.pretrained.pipeline import INDEX_FILE, StableDiffusion, read_pipeline
+from contextdiff_jax.pretrained.scheduler_steps import scheduler_steps
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.settings.sampling import check_sampling
+
+LOGGER = logging.getLogger(__name__)
 
 
 def open_folder(
@@ -109,11 +113,18 @@ def of_run(
 
 def run_steps(schedule: diffusion.Schedule, options: SampleConfig) -> Steps:
     """The times of a run's options. `steps_offset` and `set_alpha_to_one` are those of diffusers'
-    schedulers, for indices: timesteps moved up, and an end at index 0 instead of clean data (DDIM).
+    schedulers: timesteps moved up, and an end at index 0 instead of clean data (DDIM).
+
+    Raises ValueError for times outside the schedule, or those two on a path in continuous time.
     """
-    with jax.ensure_compile_time_eval():
-        times = np.asarray(diffusion.time_grid(schedule, options.steps, options.spacing))
+    times = options.times(schedule)
     if schedule.continuous:
+        if options.steps_offset or not options.set_alpha_to_one:
+            raise ValueError(
+                f"sample.steps_offset={options.steps_offset}, "
+                f"sample.set_alpha_to_one={options.set_alpha_to_one}: are for discrete schedules; "
+                "only 0 and True"
+            )
         return Steps(times)
     timesteps = options.steps_offset + times
     if timesteps[0] > schedule.t_max:
@@ -166,6 +177,8 @@ def of_folder(
     if mesh.size > 1:
         weights = jax.device_put(weights, replicated(mesh))
     scheduler = folder.scheduler
+    if scheduler.solver.note:
+        LOGGER.warning("%s: %s", source or "scheduler", scheduler.solver.note)
     opened = Opened(
         build=lambda weights: nnx.merge(graph, *weights),
         weights=(weights,),
@@ -177,8 +190,9 @@ def of_folder(
         shape=folder.latent_shape,
         factor=folder.vae.config.downscale,
         options=SampleConfig(
+            sampler=scheduler.solver.sampler,
             guidance=7.5,
-            spacing=scheduler.timestep_spacing,
+            spacing="",  # the scheduler's own of each sampler
             steps_offset=scheduler.steps_offset,
             set_alpha_to_one=scheduler.set_alpha_to_one,
         ),
@@ -195,8 +209,9 @@ def of_folder(
 def _folder_steps(folder: StableDiffusion, options: SampleConfig) -> Steps:
     scheduler = dataclasses.replace(
         folder.scheduler,
-        timestep_spacing=options.spacing,
         steps_offset=options.steps_offset,
         set_alpha_to_one=options.set_alpha_to_one,
     )
-    return Steps(*scheduler.steps(options.steps))
+    return scheduler_steps(
+        scheduler, options.sampler, options.steps, options.spacing, options.spacing_factor
+    )

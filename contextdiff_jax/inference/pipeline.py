@@ -28,11 +28,13 @@ from jaxtyping import Bool, Float, Int, PyTree, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.data.folder_tokenizer import warn_of_cut
+from contextdiff_jax.diffusion.grids import read_spacing
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.samplers import check_takes
+from contextdiff_jax.diffusion.steps import Steps
 from contextdiff_jax.inference.programs import kept
 from contextdiff_jax.inference.request import Request
-from contextdiff_jax.inference.sampling import Method, Picture, Steps, Text, make_sample
+from contextdiff_jax.inference.sampling import Method, Picture, Text, make_sample
 from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.pixels import to_uint8
 from contextdiff_jax.parallel.mesh import place, replicated, tracing_for
@@ -187,6 +189,9 @@ class Pipeline:
     def options(self, **given: Any) -> SampleConfig:
         """The options of sampling: the given ones; the model's own where one is None."""
         given = {name: value for name, value in given.items() if value is not None}
+        times = given.get("spacing") and read_spacing(given["spacing"])
+        if isinstance(times, tuple):
+            given = {"steps": len(times)} | given | {"spacing": times}
         return dataclasses.replace(self.opened.options, prompts=(), **given)
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
@@ -226,7 +231,7 @@ class Pipeline:
                 f"strength={strength}: must lie in (0, 1] and leave at least one of "
                 f"{options.steps} steps"
             )
-        return Steps(*(a if a is None else a[-count:] for a in self.opened.find_steps(options)))
+        return self.opened.find_steps(options).last(count)
 
     def _sample(
         self,
@@ -299,9 +304,9 @@ class Pipeline:
         if request.callback is None:
             made = self._program(method, shape, arguments)(*arguments)
             return tuple(map(np.asarray, made))
-        steps = arguments[5].timesteps.tolist()
+        times = np.asarray(arguments[5].timesteps)
         with self._listener.calling(
-            lambda t, x0: request.callback(1 + steps.index(t.item()), np.asarray(x0))
+            lambda t, x0: request.callback(1 + int(np.abs(times - t).argmin()), np.asarray(x0))
         ):
             made = self.program(method, shape, watched=True)(*arguments)
             made = tuple(map(np.asarray, made))

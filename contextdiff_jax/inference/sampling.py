@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real, UInt8
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.samplers import DenoiseFn, ProjectFn, takes
+from contextdiff_jax.diffusion.steps import Steps
 from contextdiff_jax.models.contextdiff import (
     Captions,
     ContextDiffusion,
@@ -55,13 +56,6 @@ class Method:
     from_noise: bool = True
 
 
-class Steps(NamedTuple):
-    """Descending timesteps, and where each step goes (None: to the next one, the last to -1)."""
-
-    timesteps: Real[Array, "S"]
-    ends: Real[Array, "S"] | None = None
-
-
 class Text(NamedTuple):
     """Token ids and mask of the captions, and of what guidance leads away from: one row for all or
     one a caption. Without `null_ids` it leads away from zeros in the place of the text's states.
@@ -88,11 +82,7 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
     `key` is read by samplers with noise only, `guidance` only where `method.guided`. `preview(t,
     x0)` is called on the host with the estimate of x0 at each step.
     """
-    run, schedule, shift = (
-        diffusion.get_sampler(method.sampler),
-        process.schedule,
-        process.shift,
-    )
+    run, shift = diffusion.get_sampler(method.sampler), process.shift
 
     def sample(
         model: ContextDiffusion,
@@ -104,7 +94,9 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
         picture: Picture | None = None,
     ) -> Float[Array, "B H2 W2 3"]:
         captions, null = encode(model, text)
-        start = Start.of(model, process, method, captions, noise, steps.timesteps[0], picture)
+        schedule = steps.schedule(process.schedule)
+        read = steps.reader(schedule)
+        start = Start.of(model, schedule, shift, method, captions, noise, steps, picture)
         scale = guidance if method.guided else 1.0
         denoise = make_denoise(
             model,
@@ -117,12 +109,15 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
             guidance_rescale=method.guidance_rescale,
             dynamic_threshold=method.dynamic_threshold,
             beside=start.beside,
+            read=read,
         )
         options = {}  # a sampler needs to know those alone that are used
         if steps.ends is not None and takes(method.sampler, "next_timesteps"):
             options["next_timesteps"] = steps.ends
+        elif steps.ends is not None and takes(method.sampler, "end"):
+            options["end"] = steps.ends[-1]
         if method.reuse > 1:
-            keep = make_keep(model, schedule, captions, null, scale, start.beside)
+            keep = make_keep(model, schedule, captions, null, scale, start.beside, read)
             options["reuse"] = diffusion.Reuse(method.reuse, keep)
         if start.known is not None:
             options["project"] = keep_known(start.known, schedule, shift)
@@ -164,27 +159,38 @@ class Start(NamedTuple):
     def of(
         cls,
         model: ContextDiffusion,
-        process: Process,
+        schedule: diffusion.Schedule,
+        shift: str,
         method: Method,
         captions: Captions,
         noise: Float[Array, "B H W C"],
-        t: Real[Array, ""],
+        steps: Steps,
         picture: Picture | None,
     ) -> Start:
-        """Noise (about k_T r where r is known before x0 is), or the picture noised to timestep t by
-        the forward process of its caption.
+        """Noise (about k_T r where r is known before x0 is), or the picture noised to the first of
+        the steps' times by the forward process of its caption.
         """
-        ts = jnp.full(noise.shape[:1], t)
+        ts = jnp.full(noise.shape[:1], steps.timesteps[0])
+        time = steps.reader(schedule)(ts)
+
+        def from_noise():
+            scale = schedule.noise_scale if steps.levels is None else steps.levels.start
+            x = scale * noise
+            if model.context.config.network.reads_x0:
+                return x
+            # r(c) is known before x0 is: x_T ~ N(k_T r, I) can be exact (0 for the kind `none`)
+            r = model.relate(noise, captions, time, noise=noise)
+            return x + diffusion.marginal_mean(schedule, jnp.zeros_like(x), r, ts, shift)
+
         if picture is None:
-            return cls(_from_noise(model, process, captions, noise, ts))
+            return cls(from_noise())
         pixels = to_unit(picture.pixels)
         x0 = model.from_pixels(pixels, method.tile)
         if method.from_noise:
-            x = _from_noise(model, process, captions, noise, ts)
+            x = from_noise()
         else:
-            time = process.schedule.network_time(ts)
             r = model.relate(x0, captions, time, pixels, noise)
-            x = diffusion.q_sample(process.schedule, x0, r, ts, noise, process.shift)
+            x = diffusion.q_sample(schedule, x0, r, ts, noise, shift)
         if picture.mask is None:
             return cls(x)
         factor = pixels.shape[1] // x0.shape[1]
@@ -194,18 +200,6 @@ class Start(NamedTuple):
         # A network made for inpainting reads the hole and the rest of the picture, its hole grey.
         rest = model.from_pixels(jnp.where(picture.mask[..., None], 0.0, pixels), method.tile)
         return cls(x, None, jnp.concatenate([hole, rest], axis=-1))
-
-
-def _from_noise(
-    model: ContextDiffusion, process: Process, captions: Captions, noise: Array, t: Array
-) -> Array:
-    schedule = process.schedule
-    x = noise if schedule.noise_scale == 1 else noise * schedule.noise_scale
-    if model.context.config.network.reads_x0:
-        return x
-    # r(c) is known before x0 is, so x_T ~ N(k_T r, I) can be exact (0 for the kind `none`)
-    r = model.context(noise, captions.tokens, captions.mask, schedule.network_time(t), noise=noise)
-    return x + diffusion.marginal_mean(schedule, jnp.zeros_like(x), r, t, process.shift)
 
 
 def keep_known(known: Known, schedule: diffusion.Schedule, shift: str) -> ProjectFn:

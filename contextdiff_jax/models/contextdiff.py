@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -299,36 +300,41 @@ def make_denoise(
     guidance_rescale: float = 0.0,
     dynamic_threshold: float = 0.0,
     beside: Float[ArrayLike, "B H W E"] | None = None,
+    read: Callable[[Array], Array] | None = None,
 ) -> DenoiseFn:
     """The reverse process's denoise function for captions; `model` carries its estimate (a context
-    head or not). `null`: what guidance leads away from, one row for each
-    caption; needed for guidance alone.
+    head or not). `null`: what guidance leads away from, one row for each caption; needed for
+    guidance alone.
 
     With guidance both branches run as one batch of 2 B. r always reads the true caption, as in the
     forward process: only the denoiser's text is dropped. x0 is bounded to the pictures' range
     [-1, 1], by clipping, or by dynamic thresholding at that percentile; latents (a model with a
     `vae`) have no such range. `beside`: channels that a network made for inpainting reads after
-    x's. The function takes as a fourth argument what `make_keep`'s gave in an earlier step.
+    x's. `read`: from a time to what networks read of it, in the place of the schedule's own. The
+    function takes as a fourth argument what `make_keep`'s gave in an earlier step.
     """
-    guided = is_guided(guidance)
+    guided, read = is_guided(guidance), read or schedule.network_time
     rows = Rows.of(captions, null, guided, beside)
     head = model.unet.context_head is not None
     estimated = estimates_context(model.context.config, head, prediction_type)
     # M of the motion alone isn't x0, and has no range.
     pixels = model.vae is None and estimated
+    # Without a context M is x0.
+    zero = model.context.config.network.is_zero
+    motion_alone = not estimated or (zero and prediction_type in MOTIONS)
     process = schedule, prediction_type
 
     def branches(x, t, s, deep=None):
         def predict(x, t):
-            x, time = schedule.network_input(x, t)
-            return model.predict(rows.widen(x), time, rows.text, deep)
+            x, _ = schedule.network_input(x, t)
+            return model.predict(rows.widen(x), read(t), rows.text, deep)
 
         def relate(x0, t):
-            return model.relate(x0, rows.true, schedule.network_time(t))
+            return model.relate(x0, rows.true, read(t))
 
         if head:
             way = diffusion.posterior_mean_denoise(predict, *process, shift=shift)
-        elif not estimated:
+        elif motion_alone:
             way = diffusion.velocity_denoise(predict, *process)
         elif prediction_type in MOTIONS:
             # The text alone is read: x is only where r goes.
@@ -363,16 +369,17 @@ def make_keep(
     null: Captions,
     guidance: float | Float[ArrayLike, ""],
     beside: Float[ArrayLike, "B H W E"] | None = None,
+    read: Callable[[Array], Array] | None = None,
 ) -> KeepFn:
     """`keep(x, t)`: the coarser levels' part of the UNet, of all branches that `make_denoise` makes
     for this guidance.
     """
-    guided = is_guided(guidance)
+    guided, read = is_guided(guidance), read or schedule.network_time
     rows = Rows.of(captions, null, guided, beside)
 
     def keep(x, t):
         x, t = (diffusion.pair(a, a) if guided else a for a in (x, t))
-        x, time = schedule.network_input(x, t)
-        return model.deep_features(rows.widen(x), time, rows.text)
+        x, _ = schedule.network_input(x, t)
+        return model.deep_features(rows.widen(x), read(t), rows.text)
 
     return keep

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from contextdiff_jax.diffusion import Process, get_sampler
+import jax
+import numpy as np
+from jaxtyping import Real
+
+from contextdiff_jax.diffusion import Process, Schedule, get_sampler, time_grid
+from contextdiff_jax.diffusion.grids import read_spacing
 from contextdiff_jax.diffusion.samplers import adds_noise, check_eta, check_takes
-from contextdiff_jax.diffusion.schedule import SPACINGS
-from contextdiff_jax.runtime.fields import check_choice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,8 @@ class SampleConfig:
     guidance: float = 3.0
     guidance_rescale: float = 0.0
     dynamic_threshold: float = 0.0  # a percentile; 0: x0 is clipped to [-1, 1]
-    spacing: str = "trailing"
+    spacing: str | tuple[float, ...] = "trailing"  # of `time_grid`, or times; "": a folder's own
+    spacing_factor: float = 3.0  # of spacing=sd3
     steps_offset: int = 0  # as in diffusers' schedulers: all timesteps moved up
     set_alpha_to_one: bool = (
         True  # as in diffusers' DDIM: False ends at timestep 0, not at clean data
@@ -32,7 +36,10 @@ class SampleConfig:
     def __post_init__(self):
         get_sampler(self.sampler)
         check_eta(self.eta)
-        check_choice("spacing", self.spacing, SPACINGS)
+        if self.spacing:
+            read_spacing(self.spacing)
+        if not 0 < self.spacing_factor < math.inf:
+            raise ValueError(f"spacing_factor={self.spacing_factor}: must be finite and above 0")
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance={self.guidance}: must be finite and not negative")
         for field, most in (("guidance_rescale", 1), ("dynamic_threshold", 100)):
@@ -48,6 +55,15 @@ class SampleConfig:
             )
         if self.reuse > 1:
             check_takes(self.sampler, "reuse", f"reuse={self.reuse}")
+
+    def times(self, schedule: Schedule) -> Real[np.ndarray, "S"]:
+        """The descending times of the steps: indices of a discrete schedule, floats of a path.
+
+        Raises ValueError for times or a number of steps that the schedule doesn't have.
+        """
+        spacing = read_spacing(self.spacing)
+        with jax.ensure_compile_time_eval():
+            return np.asarray(time_grid(schedule, self.steps, spacing, factor=self.spacing_factor))
 
 
 def check_sampling(process: Process, options: SampleConfig) -> None:

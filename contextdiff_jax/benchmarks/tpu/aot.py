@@ -157,7 +157,10 @@ def lower(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) -> jax.s
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=whole)
     guidance = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     pipeline = of_run(settings, None, state.ema, frozen=frozen, mesh=mesh)
-    steps = jax.tree.map(lambda a: integers(a.shape), pipeline.opened.find_steps(settings.sample))
+    steps = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole),
+        pipeline.opened.find_steps(settings.sample),
+    )
     program = pipeline.program(method_of(settings.sample), settings.shape)
     weights = pipeline.opened.weights
     return program.lower(weights, key, integers((B,)), None, text, steps, guidance, key)
