@@ -86,6 +86,7 @@ class OracleGenerator:
                 empty_like(captions, model.encode(null_ids, null_mask)),
                 prediction_type=settings.diffusion.prediction_type,
                 guidance=options.guidance,
+                caption=settings.context.caption,
             )
 
             def denoise(x, t, s):

@@ -103,6 +103,7 @@ def process_of(settings: Settings) -> Process:
         schedule=settings.diffusion.make_schedule(),
         prediction_type=settings.diffusion.prediction_type,
         shift=settings.context.shift,
+        caption=settings.context.caption,
     )
 
 

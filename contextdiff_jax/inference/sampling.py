@@ -116,6 +116,7 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
             guidance_rescale=method.guidance_rescale,
             dynamic_threshold=method.dynamic_threshold,
             beside=start.beside,
+            caption=process.caption,
         )
         options = {}  # a sampler needs to know those alone that are used
         if steps.ends is not None and takes(method.sampler, "next_timesteps"):

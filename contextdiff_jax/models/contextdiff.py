@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -224,6 +225,13 @@ def text_and_size(captions: Captions, height: int, width: int) -> dict[str, Arra
     }
 
 
+def related(caption: str, true: Captions, hide: Callable[[Captions], Captions]) -> Captions:
+    """The captions that r reads: the true ones, or with `dropped` (`diffusion.Process.caption`)
+    those that the denoiser reads, `hide(true)`.
+    """
+    return hide(true) if caption == "dropped" else true
+
+
 def empty_like(captions: Captions, null: Captions) -> Captions:
     """`null`, of one caption, once for each row of `captions`."""
     return jax.tree.map(lambda one, all: jnp.broadcast_to(one, all.shape), null, captions)
@@ -247,13 +255,14 @@ class Rows(NamedTuple):
         null: Captions | None,
         guided: bool,
         beside: Float[ArrayLike, "B H W E"] | None = None,
+        caption: str = "true",
     ) -> Rows:
-        """The rows of one branch, or of both."""
+        """The rows of one branch, or of both; `caption`: what r reads (`related`)."""
         if not guided:
             return cls(captions, captions, beside)
         both = jax.tree.map(diffusion.pair, captions, null)
         true, beside = jax.tree.map(lambda a: diffusion.pair(a, a), (captions, beside))
-        return cls(both, true, beside)
+        return cls(both, related(caption, true, lambda true: both), beside)
 
     def widen(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H W C2"]:
         """The denoiser's input."""
@@ -276,19 +285,21 @@ def make_denoise(
     guidance_rescale: float = 0.0,
     dynamic_threshold: float = 0.0,
     beside: Float[ArrayLike, "B H W E"] | None = None,
+    caption: str = "true",
 ) -> DenoiseFn:
     """The reverse process's denoise function for captions; `model` carries its estimate (a context
     head or not). `null`: what guidance leads away from, one row for each
     caption; needed for guidance alone.
 
-    With guidance both branches run as one batch of 2 B. r always reads the true caption, as in the
-    forward process: only the denoiser's text is dropped. x0 is bounded to the pictures' range
-    [-1, 1], by clipping, or by dynamic thresholding at that percentile; latents (a model with a
-    `vae`) have no such range. `beside`: channels that a network made for inpainting reads after
-    x's. The function takes as a fourth argument what `make_keep`'s gave in an earlier step.
+    With guidance both branches run as one batch of 2 B. r reads the true caption in both, as in the
+    forward process, or with `caption` `dropped` what the denoiser reads. x0 is bounded to the
+    pictures' range [-1, 1], by clipping, or by dynamic thresholding at that percentile; latents (a
+    model with a `vae`) have no such range. `beside`: channels that a network made for inpainting
+    reads after x's. The function takes as a fourth argument what `make_keep`'s gave in an earlier
+    step.
     """
     guided, pixels = is_guided(guidance), model.vae is None
-    rows = Rows.of(captions, null, guided, beside)
+    rows = Rows.of(captions, null, guided, beside, caption)
 
     def branches(x, t, s, deep=None):
         def predict(x, t):

@@ -6,7 +6,7 @@ import dataclasses
 
 from contextdiff_jax.diffusion import NoiseSchedule, make_schedule
 from contextdiff_jax.diffusion.losses import TIMESTEP_SAMPLINGS, WEIGHTINGS
-from contextdiff_jax.diffusion.process import PREDICTION_TYPES, SHIFTS
+from contextdiff_jax.diffusion.process import CAPTIONS, PREDICTION_TYPES, SHIFTS
 from contextdiff_jax.diffusion.schedule import SCHEDULES
 from contextdiff_jax.models.context import KINDS, ContextConfig
 from contextdiff_jax.runtime.fields import check_at_least, check_choice
@@ -60,12 +60,14 @@ class ShiftConfig(ContextConfig):
 
     shift: str = "quadratic"
     estimate: str = "plugin"
+    caption: str = "true"  # what r reads where the denoiser's caption is dropped: true, dropped
     head_loss: float = 1.0  # weight of the context head's squared error (`posterior_mean`)
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("context.shift", self.shift, SHIFTS)
         check_choice("context.estimate", self.estimate, ESTIMATES)
+        check_choice("context.caption", self.caption, CAPTIONS)
         check_at_least(self, "context", head_loss=0)
         if self.shift in SHIFTS_OF_TEXT_ALONE and self.network.reads_x0:
             kinds = ", ".join(name for name, kind in KINDS.items() if not kind.reads_x0)

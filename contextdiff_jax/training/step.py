@@ -7,6 +7,7 @@ error
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Num, PyTree
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
+from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen, related
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.parallel.mesh import tracing_for
 from contextdiff_jax.runs.model import build_model, model_graph
@@ -105,10 +106,11 @@ def loss_fn(
     x0, pixels = clean(model, batch)
     t = batch["t"]
     captions = model.encode(batch["token_ids"], batch["token_mask"])
-    r = model.relate(x0, captions, t, pixels)
-    # The shift always uses the true caption; the denoiser's text may be the empty one.
     empty = model.encode(null["token_ids"], null["token_mask"])
-    read = drop(batch["dropped"], empty, captions)
+    hide = functools.partial(drop, batch["dropped"], empty)
+    shifted_by = related(context.caption, captions, hide)
+    r = model.relate(x0, shifted_by, t, pixels)
+    read = hide(captions)  # after r: the order in which gradients are added is a run's digits
     error, context_loss = errors(
         lambda x_t, t: model.predict(x_t, t, read),
         schedule,
@@ -126,7 +128,7 @@ def loss_fn(
     prior = jnp.zeros(())
     if config.prior_kl:
         T = jnp.full_like(t, config.num_timesteps - 1)
-        r_T = model.relate(x0, captions, T, pixels)
+        r_T = model.relate(x0, shifted_by, T, pixels)
         prior = diffusion.prior_kl(schedule, x0, r_T, context.shift).mean()
     loss = denoise_loss + context.head_loss * context_loss + config.prior_kl * prior
 
