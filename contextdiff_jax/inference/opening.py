@@ -17,7 +17,8 @@ from jaxtyping import PyTree
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import AnyTokenizer
 from contextdiff_jax.diffusion.process import Process
-from contextdiff_jax.inference.pipeline import Opened, Pipeline
+from contextdiff_jax.inference.opened import Opened
+from contextdiff_jax.inference.pipeline import Pipeline
 from contextdiff_jax.inference.sampling import Steps
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.contextdiff import (

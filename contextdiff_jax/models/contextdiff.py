@@ -4,7 +4,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -241,28 +241,29 @@ class Rows(NamedTuple):
     """The inputs of a batch's rows.
 
     They are the denoiser's captions, the relational network's, and the channels beside x. With
-    guidance a batch holds both branches, side by side (`diffusion.pair`).
+    guidance a batch holds all branches, side by side (`diffusion.interleave`).
     """
 
     text: Captions
-    true: Captions
+    related: Captions
     beside: Float[ArrayLike, "B H W E"] | None
 
     @classmethod
     def of(
         cls,
-        captions: Captions,
-        null: Captions | None,
-        guided: bool,
+        texts: Sequence[Captions],
         beside: Float[ArrayLike, "B H W E"] | None = None,
         caption: str = "true",
     ) -> Rows:
-        """The rows of one branch, or of both; `caption`: what r reads (`related`)."""
-        if not guided:
-            return cls(captions, captions, beside)
-        both = jax.tree.map(diffusion.pair, captions, null)
-        true, beside = jax.tree.map(lambda a: diffusion.pair(a, a), (captions, beside))
-        return cls(both, related(caption, true, lambda true: both), beside)
+        """The rows of a branch for each of `texts`, the first of which is the true captions;
+        `caption`: what r reads (`related`).
+        """
+        true, count = texts[0], len(texts)
+        if count == 1:
+            return cls(true, true, beside)
+        text = jax.tree.map(diffusion.interleave, *texts)
+        true, beside = jax.tree.map(lambda a: diffusion.interleave(*[a] * count), (true, beside))
+        return cls(text, related(caption, true, lambda true: text), beside)
 
     def widen(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H W C2"]:
         """The denoiser's input."""
@@ -270,8 +271,46 @@ class Rows(NamedTuple):
 
 
 def is_guided(guidance: float | Float[Array, ""]) -> bool:
-    """Whether guidance needs both branches: a scale of 1 doesn't; a traced one may be any."""
+    """Whether guidance needs other branches: a scale of 1 doesn't; a traced one may be any."""
     return isinstance(guidance, jax.Array) or guidance != 1.0
+
+
+def branch_texts(
+    captions: Captions,
+    null: Captions | None,
+    negative: Captions | None,
+    guidance: float | Float[ArrayLike, ""],
+    by_weaker: bool,
+) -> tuple[Captions, ...]:
+    """The text of each branch that runs in one batch; `by_weaker`: a weaker model has the other."""
+    if by_weaker or not is_guided(guidance):
+        return (captions,)
+    return (captions, null) if negative is None else (captions, null, negative)
+
+
+def make_estimate(
+    model: ContextDiffusion, schedule: diffusion.NoiseSchedule, rows: Rows, prediction_type: str
+) -> DenoiseFn:
+    """The denoise function of rows, without guidance or bounds; `model` carries its estimate of r
+    (a context head or not). It takes as a fourth argument what `make_keep`'s gave earlier.
+    """
+    pixels = model.vae is None
+
+    def estimate(x, t, s, deep=None):
+        def predict(x, t):
+            return model.predict(rows.widen(x), t, rows.text, deep)
+
+        if model.unet.context_head is not None:
+            return diffusion.posterior_mean_denoise(predict, schedule, prediction_type)(x, t, s)
+        return diffusion.plugin_denoise(
+            predict,
+            lambda x0, t: model.relate(x0, rows.related, t),
+            schedule,
+            prediction_type,
+            clip=1.0 if pixels else None,
+        )(x, t, s)
+
+    return estimate
 
 
 def make_denoise(
@@ -283,71 +322,59 @@ def make_denoise(
     prediction_type: str,
     guidance: float | Float[ArrayLike, ""] = 1.0,
     guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] = diffusion.ALWAYS,
+    negative: Captions | None = None,
+    perpendicular: float = 1.0,
+    weaker: DenoiseFn | None = None,
+    context_scale: float = 1.0,
     dynamic_threshold: float = 0.0,
     beside: Float[ArrayLike, "B H W E"] | None = None,
     caption: str = "true",
 ) -> DenoiseFn:
-    """The reverse process's denoise function for captions; `model` carries its estimate (a context
-    head or not). `null`: what guidance leads away from, one row for each
-    caption; needed for guidance alone.
+    """The reverse process's denoise function for captions, with guidance (`diffusion.guidance`).
 
-    With guidance both branches run as one batch of 2 B. r reads the true caption in both, as in the
-    forward process, or with `caption` `dropped` what the denoiser reads. x0 is bounded to the
-    pictures' range [-1, 1], by clipping, or by dynamic thresholding at that percentile; latents (a
-    model with a `vae`) have no such range. `beside`: channels that a network made for inpainting
-    reads after x's. The function takes as a fourth argument what `make_keep`'s gave in an earlier
-    step.
+    Guidance leads away from `null`; with `negative` also, perpendicularly, from that; or from the
+    estimate of a `weaker` model instead. Texts have a row for each caption, and their branches run
+    as one batch. r reads the true caption in all, as in the forward process, or with `caption`
+    `dropped` what the denoiser reads. x0 is bounded to the pictures' range; latents (a model with a
+    `vae`) have none. `beside`: channels that a network made for inpainting reads after x's.
+    The function takes as a fourth argument what `make_keep`'s gave in an earlier step.
     """
-    guided, pixels = is_guided(guidance), model.vae is None
-    rows = Rows.of(captions, null, guided, beside, caption)
+    by_weaker = weaker is not None
+    texts = branch_texts(captions, null, negative, guidance, by_weaker)
 
-    def branches(x, t, s, deep=None):
-        def predict(x, t):
-            return model.predict(rows.widen(x), t, rows.text, deep)
+    def estimate(*texts):
+        return make_estimate(model, schedule, Rows.of(texts, beside, caption), prediction_type)
 
-        if model.unet.context_head is not None:
-            return diffusion.posterior_mean_denoise(predict, schedule, prediction_type)(x, t, s)
-        return diffusion.plugin_denoise(
-            predict,
-            lambda x0, t: model.relate(x0, rows.true, t),
-            schedule,
-            prediction_type,
-            clip=1.0 if pixels else None,
-        )(x, t, s)
+    def alone(x, t, s, *kept):  # the branch of the captions, with its own part of what was kept
+        own = [k[0] if by_weaker else diffusion.separate(k, len(texts))[0] for k in kept]
+        return estimate(captions)(x, t, s, *own)
 
-    estimate = (
-        diffusion.classifier_free(branches, guidance, guidance_rescale) if guided else branches
-    )
-
-    def bound(x0):
-        if not pixels:
-            return x0
-        if dynamic_threshold:
-            return diffusion.dynamic_threshold(x0, dynamic_threshold)
-        return jnp.clip(x0, -1, 1)
-
-    def denoise(x, t, s, deep=None):
-        out = estimate(x, t, s, deep)
-        return out._replace(x0=bound(out.x0))
-
-    return denoise
+    denoise, scale = estimate(*texts), (guidance, guidance_rescale)
+    if is_guided(guidance):
+        if by_weaker:
+            denoise = diffusion.autoguided(denoise, weaker, *scale)
+        elif negative is not None:
+            denoise = diffusion.perpendicular_negative(denoise, *scale, weight=perpendicular)
+        else:
+            denoise = diffusion.classifier_free(denoise, *scale)
+        denoise = diffusion.within(denoise, alone, schedule, guidance_interval)
+    if context_scale != 1:
+        denoise = diffusion.scale_context(denoise, context_scale)
+    return diffusion.bounded(denoise, dynamic_threshold) if model.vae is None else denoise
 
 
 def make_keep(
     model: ContextDiffusion,
-    captions: Captions,
-    null: Captions,
-    guidance: float | Float[ArrayLike, ""],
+    texts: Sequence[Captions],
     beside: Float[ArrayLike, "B H W E"] | None = None,
 ) -> KeepFn:
-    """`keep(x, t)`: the coarser levels' part of the UNet, of all branches that `make_denoise` makes
-    for this guidance.
-    """
-    guided = is_guided(guidance)
-    rows = Rows.of(captions, null, guided, beside)
+    """`keep(x, t)`: the coarser levels' part of the UNet, of a branch for each of `texts`."""
+    rows = Rows.of(texts, beside)
 
     def keep(x, t):
-        x, t = (diffusion.pair(a, a) if guided else a for a in (x, t))
+        if len(texts) > 1:
+            x, t = (diffusion.interleave(*[a] * len(texts)) for a in (x, t))
         return model.deep_features(rows.widen(x), t, rows.text)
 
     return keep

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from contextdiff_jax.diffusion import get_sampler
+from contextdiff_jax.diffusion import ALWAYS, get_sampler
 from contextdiff_jax.diffusion.samplers import check_eta, check_takes
 from contextdiff_jax.diffusion.schedule import SPACINGS
 from contextdiff_jax.runtime.fields import check_choice
@@ -21,6 +21,8 @@ class SampleConfig:
     eta: float = 0.0
     guidance: float = 3.0
     guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = ALWAYS  # where there is guidance: shares of noise
+    context_scale: float = 1.0  # the estimate of r is multiplied by it
     dynamic_threshold: float = 0.0  # a percentile; 0: x0 is clipped to [-1, 1]
     spacing: str = "trailing"
     steps_offset: int = 0  # as in diffusers' schedulers: all timesteps moved up
@@ -33,8 +35,16 @@ class SampleConfig:
         get_sampler(self.sampler)
         check_eta(self.eta)
         check_choice("spacing", self.spacing, SPACINGS)
-        if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance={self.guidance}: must be finite and not negative")
+        for field in ("guidance", "context_scale"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field}={getattr(self, field)}: must be finite and not negative")
+        if len(self.guidance_interval) != 2 or not (
+            0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1
+        ):
+            raise ValueError(
+                f"guidance_interval={self.guidance_interval}: must be two shares of noise "
+                "b / (a + b), ascending, from 0 (clean) to 1 (noise)"
+            )
         for field, most in (("guidance_rescale", 1), ("dynamic_threshold", 100)):
             if not 0 <= getattr(self, field) <= most:
                 raise ValueError(f"{field}={getattr(self, field)}: must lie in [0, {most}]")
