@@ -138,8 +138,8 @@ def test_guidance_leads_away_from_the_negative_text(pipeline):
     np.testing.assert_allclose(sample(negative=PROMPTS), sample(guidance=1.0), atol=1)
 
 
-def test_every_option_of_guidance_reaches_the_denoise_function(pipeline, monkeypatch):
-    found = {}
+def test_every_option_of_guidance_reaches_the_denoise_function(settings, params, monkeypatch):
+    pipeline, found = of_run(settings, load_tokenizer(), params), {}
 
     def make(model, schedule, captions, null, **options):
         found.update(options, null=null, captions=captions)
