@@ -14,9 +14,11 @@ from conftest import config_dict
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
+from contextdiff_jax.editing import denoise as editing_denoise
+from contextdiff_jax.editing.tuning import tuning_loss
 from contextdiff_jax.inference.sampling import Method, Steps, Text, Weaker, make_sample
 from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion, make_denoise
-from contextdiff_jax.settings import parse
+from contextdiff_jax.settings import TrainConfig, parse
 from contextdiff_jax.training.step import loss_fn
 
 B, L, T = 3, 2, 50
@@ -398,6 +400,51 @@ def test_in_sampling_the_branch_without_a_caption_has_the_r_of_its_training(capt
     out = denoise_by(caption=caption)(X32, *TIMES)
     empty = branch(NULL, NULL if caption == "dropped" else TRUE)
     agree(out, clipped(*line(branch(TRUE), empty, 2.0)))
+
+
+class Clips:
+    """As `Formulas`, of clips: x0_hat = 0.7 x + 0.2 c, r = tanh(c x0)."""
+
+    unet, bound = types.SimpleNamespace(context_head=None), None
+
+    def context(self, x0, tokens, mask, t):
+        return jnp.tanh(tokens.mean((1, 2)).reshape(-1, 1, 1, 1, 1) * x0)
+
+    def predict(self, x, t, text, control=None):
+        return 0.7 * x + 0.2 * text.tokens.mean((1, 2)).reshape(-1, 1, 1, 1, 1)
+
+
+def clip_process(caption):
+    schedule = diffusion.make_schedule("cosine", T)
+    return Process(schedule=schedule, prediction_type="x0", shift="quadratic", caption=caption)
+
+
+@pytest.mark.parametrize("caption, same", [("dropped", True), ("true", False)])
+def test_tuning_on_a_clip_with_hidden_captions_is_tuning_on_the_empty_one(caption, same):
+    """All captions hidden; under `true` the shift still reads them."""
+    clip, key = jnp.float32(draw(5, (1, 2, 2, 2, 1))), jax.random.key(0)
+    text, null = captions([0.9]), captions([-0.4])
+
+    def loss(text, caption, dropout):
+        train = TrainConfig(batch_size=4, caption_dropout=dropout)
+        return tuning_loss(Clips(), clip_process(caption), clip, text, null, key, train, 0)
+
+    hidden, empty = loss(text, caption, 0.999999), loss(null, "true", 0.0)
+    assert (abs(hidden - empty) < 1e-6) == same
+
+
+@pytest.mark.parametrize("caption", ["true", "dropped"])
+def test_an_edits_branch_without_a_caption_has_the_r_of_its_tuning(caption):
+    denoise = editing_denoise.make_denoise(
+        Clips(), clip_process(caption), captions(TRUE), captions(NULL), guidance=2.0
+    )
+    out = denoise(X32[:, None], *TIMES)
+    estimates = []
+    for text in (TRUE, NULL):
+        x0 = 0.7 * X + 0.2 * text.reshape(-1, 1, 1, 1)
+        read = (text if caption == "dropped" else TRUE).reshape(-1, 1, 1, 1)
+        estimates.append((x0, np.tanh(read * x0), np.tanh(read * x0)))
+    agree([part[:, 0] for part in out], line(*estimates, 2.0))
 
 
 def test_an_unknown_choice_of_the_caption_is_refused_in_one_line():
