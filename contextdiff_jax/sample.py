@@ -10,6 +10,7 @@ sampler, steps and guidance in the PNG's text.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,24 @@ ETA = cli.define_float("eta", None, "DDIM's noise, 0 to 1.")
 GUIDANCE = cli.define_float(
     "guidance", None, "Guidance scale, 1 is none; of a folder by default 7.5."
 )
+GUIDANCE_RESCALE = cli.define_float(
+    "guidance_rescale", None, "Share of the picture at its deviation without guidance, 0 to 1."
+)
+GUIDANCE_INTERVAL = flags.DEFINE_list(
+    "guidance_interval",
+    None,
+    "LOW,HIGH: guidance only where the share of noise, b / (a + b), lies between; 0,1: always.",
+)
+PERPENDICULAR = cli.define_float(
+    "perpendicular", None, "With --negative: weight of its part that is perpendicular to --prompt."
+)
+AUTOGUIDANCE = cli.define_path(
+    "autoguidance", None, "Folder of a weaker model, which guidance leads away from."
+)
+CONTEXT_SCALE = cli.define_float("context_scale", None, "Factor of the context's estimate.")
+DYNAMIC_THRESHOLD = cli.define_float(
+    "dynamic_threshold", None, "Percentile for dynamic thresholding; 0 clips."
+)
 REUSE = flags.DEFINE_integer(
     "reuse", None, "Steps that share the UNet's coarser levels (DeepCache): faster, not the same."
 )
@@ -62,7 +81,19 @@ MASK = cli.define_path("mask", None, "With --image: paint anew where this pictur
 OUT = cli.define_path("out", "grid.png", "The grid.")
 IMAGES = cli.define_path("images", None, "A folder for the pictures one by one.")
 COLUMNS = flags.DEFINE_integer("columns", 4, "Pictures a row.", lower_bound=1)
-OPTIONS = (SAMPLER, STEPS, SPACING, SPACING_FACTOR, ETA, GUIDANCE, REUSE)
+OPTIONS = (
+    SAMPLER,
+    STEPS,
+    SPACING,
+    SPACING_FACTOR,
+    ETA,
+    GUIDANCE,
+    GUIDANCE_RESCALE,
+    GUIDANCE_INTERVAL,
+    CONTEXT_SCALE,
+    DYNAMIC_THRESHOLD,
+    REUSE,
+)
 
 
 def read_prompts() -> list[str]:
@@ -94,6 +125,16 @@ def read_size() -> tuple[int, int] | None:
     return int(size[0]), int(size[1])
 
 
+def read_interval() -> tuple[float, float]:
+    """The two numbers of --guidance_interval."""
+    try:
+        low, high = map(float, GUIDANCE_INTERVAL.value)
+    except ValueError:
+        given = ",".join(GUIDANCE_INTERVAL.value)
+        raise ValueError(f"--guidance_interval={given}: must be LOW,HIGH, as in 0.2,0.8") from None
+    return low, high
+
+
 def check_flags() -> dict[str, Any]:
     """The sampling options that are given. ValueError for flags that don't fit together."""
     from contextdiff_jax.runtime.keys import check_seed
@@ -107,7 +148,15 @@ def check_flags() -> dict[str, Any]:
         if flag.value is not None and IMAGE.value is None:
             raise ValueError(f"--{flag.name}={flag.value}: needs --image")
     check_seed(SEED.value, "--seed")
+    if PERPENDICULAR.value and NEGATIVE.value is None:
+        raise ValueError(f"--perpendicular={PERPENDICULAR.value}: needs --negative")
+    if AUTOGUIDANCE.value and NEGATIVE.value is not None:
+        raise ValueError(
+            f"--negative={NEGATIVE.value}: isn't read with --autoguidance={AUTOGUIDANCE.value}"
+        )
     options = {flag.name: flag.value for flag in OPTIONS if flag.value is not None}
+    if GUIDANCE_INTERVAL.value is not None:
+        options["guidance_interval"] = read_interval()
     # `reuse` must divide the steps, which only the run may know.
     SampleConfig(**options | {"reuse": min(options.get("reuse", 1), 1)})
     return options
@@ -142,13 +191,13 @@ def main() -> None:
 
     kept = host.user_cache() if MODEL.value else epath.Path(WORKDIR.value)
     programs = host.set_compilation_cache(kept)
-    pipeline = Pipeline.open(
-        MODEL.value or WORKDIR.value,
-        WEIGHTS.value,
-        ema_length=EMA_LENGTH.value,
-        programs=programs,
-    )
+    read = {"weights": WEIGHTS.value, "ema_length": EMA_LENGTH.value}
+    pipeline = Pipeline.open(MODEL.value or WORKDIR.value, **read, programs=programs)
+    if AUTOGUIDANCE.value:
+        pipeline = pipeline.guided_by(Pipeline.open(AUTOGUIDANCE.value, WEIGHTS.value))
+    made = dataclasses.asdict(pipeline.options(**options))  # before what isn't of sampling
     options |= {"negative": NEGATIVE.value, "num": NUM.value, "seed": SEED.value}
+    options |= {"perpendicular": PERPENDICULAR.value}
     if "masks" in given:
         way, options = pipeline.inpaint, options | {"strength": STRENGTH.value}
     elif given:
@@ -164,8 +213,10 @@ def main() -> None:
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    made = pipeline.options(**{flag.name: flag.value for flag in OPTIONS})
-    made = {flag.name: getattr(made, flag.name) for flag in OPTIONS}
+    made = {flag.name: made[flag.name] for flag in OPTIONS}
+    for flag in (NEGATIVE, PERPENDICULAR, AUTOGUIDANCE):
+        if flag.value is not None:
+            made[flag.name] = flag.value
     for i, (image, prompt) in enumerate(zip(images, captions, strict=True)):
         metadata = {"prompt": prompt, "seed": SEED.value, "index": i}
         metadata |= {"source": pipeline.opened.source, **made}

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import pathlib
 import runpy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 from absl import flags
@@ -17,12 +17,26 @@ from contextdiff_jax import cli
 @contextlib.contextmanager
 def flags_of(file: pathlib.Path) -> Iterator[flags.FlagValues]:
     """absl's flags as the command in `file` defines them, and no others."""
+    with _command(file) as (defined, _):
+        yield defined
+
+
+def run(file: pathlib.Path, arguments: list[str]) -> None:
+    """Runs the command in this process. Raises what `cli.run` would print as one line."""
+    with _command(file) as (defined, main):
+        defined([str(file), *arguments])
+        main()
+
+
+@contextlib.contextmanager
+def _command(file: pathlib.Path) -> Iterator[tuple[flags.FlagValues, Callable[[], None]]]:
+    """Its flags, and its `main`."""
     before, config = dict(flags.FLAGS.__dict__), cli.CONFIG
     flags.FLAGS.__dict__.update(flags.FlagValues().__dict__)
     try:
-        with mock.patch.object(cli, "run"):
+        with mock.patch.object(cli, "run") as called:
             runpy.run_path(str(file), run_name="__main__")
-        yield flags.FLAGS
+        yield flags.FLAGS, called.call_args and called.call_args.args[0]
     finally:
         flags.FLAGS.__dict__.update(before)
         cli.CONFIG = config

@@ -11,7 +11,8 @@ from references import draws
 from test_motion import batch_for
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.models.contextdiff import Frozen, Teacher, make_denoise
+from contextdiff_jax.models.contextdiff import Frozen, Teacher
+from contextdiff_jax.models.denoising import make_denoise
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.distillation import step_times, teacher_motion

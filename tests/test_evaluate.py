@@ -22,7 +22,7 @@ from contextdiff_jax.evaluation.composition import composition, judge
 from contextdiff_jax.evaluation.networks import classifier
 from contextdiff_jax.evaluation.networks.clip import load_clip
 from contextdiff_jax.inference.opening import of_run
-from contextdiff_jax.models.contextdiff import make_denoise
+from contextdiff_jax.models.denoising import make_denoise
 from contextdiff_jax.runs.model import model_graph
 
 ALL = "composition,bound,fid,kid,precision_recall,attributes,cmmd,clip_score"

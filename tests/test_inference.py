@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 
+import command_flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FEWER, SMALLEST, as_users_compile, config_dict, random_params
+from conftest import FEWER, ROOT, SMALLEST, as_users_compile, config_dict, random_params
 
 from contextdiff_jax import Pipeline, diffusion
 from contextdiff_jax.data import load_tokenizer
-from contextdiff_jax.diffusion import samplers
+from contextdiff_jax.diffusion import Denoised, samplers
 from contextdiff_jax.diffusion.grids import NAMES
 from contextdiff_jax.diffusion.process import Process
+from contextdiff_jax.inference import sampling
 from contextdiff_jax.inference.opening import of_run, run_steps
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.runs.model import build_model, model_graph
-from contextdiff_jax.settings import parse
+from contextdiff_jax.runtime import host
+from contextdiff_jax.runtime.pictures import read_png_metadata
+from contextdiff_jax.settings import SampleConfig, parse
 
 PROMPTS = ["a large red circle", "a small blue square"]
 SEED = 3
@@ -137,6 +142,61 @@ def test_guidance_leads_away_from_the_negative_text(pipeline):
     np.testing.assert_allclose(sample(negative=PROMPTS), sample(guidance=1.0), atol=1)
 
 
+def test_every_option_of_guidance_reaches_the_denoise_function(settings, params, monkeypatch):
+    pipeline, found = of_run(settings, load_tokenizer(), params), {}
+
+    def make(model, schedule, captions, null, **options):
+        found.update(options, null=null, captions=captions)
+        return lambda x, t, s: Denoised(0 * x, 0 * x, 0 * x)
+
+    monkeypatch.setattr(sampling, "make_denoise", make)
+    given = {
+        "guidance_rescale": 0.3,
+        "guidance_interval": (0.2, 0.8),
+        "context_scale": 0.7,
+        "dynamic_threshold": 90.0,
+        "perpendicular": 0.6,
+    }
+    pipeline.text_to_image(PROMPTS, negative="a large red circle", steps=1, **given)
+    assert {name: found[name] for name in given} == given
+    negative, empty, prompt = (found[name].tokens for name in ("negative", "null", "captions"))
+    assert negative.shape == empty.shape == prompt.shape and found["weaker"] is None
+    pipeline.text_to_image(PROMPTS, negative="blue", steps=1)
+    assert found["negative"] is None and found["perpendicular"] == 0
+
+
+def test_a_model_that_guides_itself_changes_nothing_and_another_does(pipeline, params):
+    def made(pipeline, guidance):
+        return pipeline.text_to_image(PROMPTS, seed=SEED, guidance=guidance).astype(int)
+
+    weights = jax.tree.map(lambda leaf: 0.8 * leaf, params)
+    weaker = pipeline.with_params(weights)
+    guided = pipeline.guided_by(weaker)
+    assert np.abs(made(guided, 3.0) - made(pipeline, 1.0)).mean() > 1
+    itself = guided.with_params(weights)
+    np.testing.assert_allclose(made(itself, 3.0), made(weaker, 1.0), atol=1)
+    with pytest.raises(ValueError, match="negative: isn't read with autoguidance"):
+        guided.text_to_image(PROMPTS, negative="blue")
+
+
+@pytest.mark.parametrize(
+    "changes, error",
+    [
+        ({"diffusion.num_timesteps": 60}, "its schedule is another; must be the model's"),
+        ({"diffusion.schedule": "linear"}, "its schedule is another; must be the model's"),
+        ({"context.shift": "none"}, "its context.shift is none; must be the model's, quadratic"),
+        ({"data.image_size": 8}, r"its shape of x0 is \(8, 8, 3\); must be"),
+    ],
+)
+def test_a_guide_of_another_process_or_size_is_refused_in_one_line(
+    pipeline, params, changes, error
+):
+    other = of_run(parse(config_dict(**SMALLEST | changes)), load_tokenizer(), params)
+    with pytest.raises(ValueError, match=f"^autoguidance: {error}") as raised:
+        pipeline.guided_by(other)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_callback_sees_each_steps_estimate_and_at_last_the_picture(pipeline):
     seen = []
     made = pipeline.text_to_image(
@@ -240,6 +300,14 @@ def test_a_sampler_of_the_documented_signature_makes_pictures_and_refuses_the_re
         (lambda p: p.text_to_image([]), "the list is empty"),
         (lambda p: p.text_to_image("red"), "prompts='red'"),
         (lambda p: p.text_to_image(PROMPTS, negative=["a"]), "negative: 1 texts; must be one"),
+        (lambda p: p.text_to_image(PROMPTS, perpendicular=0.5), "perpendicular=0.5: needs a neg"),
+        (lambda p: p.text_to_image(PROMPTS, negative="", perpendicular=-1.0), "perpendicular=-1.0"),
+        (lambda p: p.text_to_image(PROMPTS, context_scale=-1.0), "context_scale=-1.0: must be fin"),
+        (lambda p: p.text_to_image(PROMPTS, guidance_interval=(0.8, 0.2)), "must be two shares of"),
+        (
+            lambda p: p.text_to_image(PROMPTS, guidance_interval=(0, 0.5, 1)),
+            "must be two shares of",
+        ),
         (lambda p: p.text_to_image(PROMPTS, seed=-1), "seed=-1: must lie in"),
         (lambda p: p.text_to_image(PROMPTS, sampler="magic"), "sampler='magic': unknown; one of"),
         (lambda p: p.text_to_image(PROMPTS, noise=np.zeros((1, 16, 16, 3))), "noise: shape"),
@@ -249,4 +317,79 @@ def test_a_sampler_of_the_documented_signature_makes_pictures_and_refuses_the_re
 def test_what_cannot_be_sampled_is_refused_in_one_line(pipeline, call, error):
     with pytest.raises(ValueError, match=error) as raised:
         call(pipeline)
+    assert "\n" not in str(raised.value)
+
+
+# ---------------------------------------------------------------- the command's flags
+
+SAMPLE = ROOT / "contextdiff_jax" / "sample.py"
+
+
+def test_the_sample_commands_flags_reach_the_request(monkeypatch, tmp_path):
+    """Two runs, the second guides the first; the pictures' texts say all that was asked for."""
+    asked = {}
+
+    class Opened:
+        options = Pipeline.options
+
+        def __init__(self, path, weights, **_):
+            self.path, self.guide = path, None
+            self.opened = types.SimpleNamespace(source=path, options=SampleConfig())
+
+        def guided_by(self, guide):
+            self.guide = guide.path
+            return self
+
+        def text_to_image(self, prompts, **options):
+            asked.update(options, guide=self.guide, path=self.path)
+            return np.zeros((len(prompts), 8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(Pipeline, "open", Opened)
+    monkeypatch.setattr(host, "set_compilation_cache", lambda folder: None)
+    places = [f"--out={tmp_path}/grid.png", f"--images={tmp_path}/each", "--prompt=a"]
+    command_flags.run(
+        SAMPLE,
+        [
+            *places,
+            "--workdir=RUN",
+            "--autoguidance=SMALL",
+            "--guidance=2.5",
+            "--guidance_rescale=0.4",
+            "--guidance_interval=0.2,0.75",
+            "--context_scale=0.8",
+            "--dynamic_threshold=99",
+        ],
+    )
+    expected = {
+        "guidance": 2.5,
+        "guidance_rescale": 0.4,
+        "guidance_interval": (0.2, 0.75),
+        "context_scale": 0.8,
+        "dynamic_threshold": 99.0,
+    }
+    assert {name: asked[name] for name in expected} == expected
+    assert (asked["path"], asked["guide"]) == ("RUN", "SMALL")
+    texts = read_png_metadata(tmp_path / "each" / "0000.png")
+    assert texts["guidance_interval"] == "(0.2, 0.75)" and texts["autoguidance"] == "SMALL"
+    command_flags.run(SAMPLE, [*places, "--workdir=RUN", "--negative=b", "--perpendicular=0.5"])
+    assert (asked["negative"], asked["perpendicular"], asked["guide"]) == ("b", 0.5, None)
+
+
+@pytest.mark.parametrize(
+    "flags, error",
+    [
+        (["--guidance_interval=0.2"], r"--guidance_interval=0.2: must be LOW,HIGH, as in 0.2,0.8"),
+        (["--guidance_interval=a,b"], r"--guidance_interval=a,b: must be LOW,HIGH"),
+        (["--guidance_interval=0.8,0.2"], r"guidance_interval=\(0.8, 0.2\): must be two shares"),
+        (["--perpendicular=1"], "--perpendicular=1.0: needs --negative"),
+        (
+            ["--negative=b", "--autoguidance=DIR"],
+            "--negative=b: isn't read with --autoguidance=DIR",
+        ),
+        (["--context_scale=-1"], "context_scale=-1.0: must be finite and not negative"),
+    ],
+)
+def test_flags_of_guidance_that_do_not_fit_are_refused_in_one_line(flags, error):
+    with pytest.raises(ValueError, match=f"^{error}") as raised:
+        command_flags.run(SAMPLE, ["--workdir=RUN", "--prompt=a", *flags])
     assert "\n" not in str(raised.value)

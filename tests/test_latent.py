@@ -25,7 +25,7 @@ from torch_models import randomised as randomised_torch
 
 from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.inference.opening import of_run
-from contextdiff_jax.models.contextdiff import make_denoise
+from contextdiff_jax.models.denoising import make_denoise
 from contextdiff_jax.pretrained import load_unet
 from contextdiff_jax.pretrained.finetuning import adopt
 from contextdiff_jax.pretrained.lora import load_lora, merge_lora

@@ -284,8 +284,12 @@ def test_the_sample_command_makes_pictures_from_a_folder_a_picture_and_a_mask(pa
         assert run.returncode == 0, run.stderr
         return np.asarray(Image.open(tmp_path / "images" / "0000.png")).astype(int)
 
-    assert sample("--size=16,24", "--negative=blue").shape == (16, 24, 3)
+    # All of guidance's branches, in some of the steps.
+    guidance = "--negative=blue", "--perpendicular=0.5", "--guidance_interval=0.2,0.95"
+    assert sample("--size=16,24", *guidance).shape == (16, 24, 3)
     metadata = read_png_metadata(tmp_path / "images" / "0000.png")
+    assert (metadata["negative"], metadata["perpendicular"]) == ("blue", "0.5")
+    assert metadata["guidance_interval"] == "(0.2, 0.95)"
     assert (
         metadata["prompt"] == "a red circle"
         and metadata["steps"] == "3"

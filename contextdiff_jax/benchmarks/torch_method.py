@@ -172,6 +172,7 @@ def lacking(settings: Settings) -> str | None:
         "context.kind": (context.kind, "cross_attention"),
         "context.tokens": (context.tokens, "patches"),
         "context.estimate": (context.estimate, "plugin"),
+        "context.caption": (context.caption, "true"),
         "context.time_dependent": (context.time_dependent, False),
         "diffusion.weighting": (diffusion.weighting, "uniform"),
         "diffusion.prior_kl": (diffusion.prior_kl, 0.0),

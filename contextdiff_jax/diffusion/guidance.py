@@ -1,10 +1,21 @@
-"""The way from networks to denoise functions: estimates of the context, guidance, thresholding."""
+"""The way from networks to denoise functions: estimates of the context, guidance, thresholding.
+
+A wrapper is a function from denoise functions to one. They compose:
+
+    branches = classifier_free(branches, 4.0)               of 2 B rows to B
+    denoise = within(branches, conditional, schedule, (0.2, 0.8))
+    denoise = bounded(scale_context(denoise, 0.9), percentile=99.5)
+
+Guidance is linear in its branches, with weights that sum to 1, and the same for x0 and for both
+contexts: so a x0 + k r, which is what the score of the shifted process knows, is guided as x0 is.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Real, Shaped
@@ -12,6 +23,8 @@ from jaxtyping import Array, Float, Real, Shaped
 from contextdiff_jax.diffusion.process import Samples, bcast, motion_data, predict_x0, with_rate
 from contextdiff_jax.diffusion.protocols import ContextFn, Denoised, DenoiseFn
 from contextdiff_jax.diffusion.schedule import Schedule
+
+ALWAYS = (0.0, 1.0)  # the interval of `within` that leaves no step out
 
 
 @runtime_checkable
@@ -113,19 +126,29 @@ def _clip(x0: Float[Array, "B *D"], clip: float | None) -> Float[Array, "B *D"]:
     return x0 if clip is None else jnp.clip(x0, -clip, clip)
 
 
+def interleave(*branches: Shaped[ArrayLike, "B *D"]) -> Shaped[Array, "R *D"]:
+    """The rows of guidance's branches as one batch, side by side: an example's rows stay on its
+    device.
+    """
+    return jnp.stack(branches, 1).reshape(-1, *branches[0].shape[1:])
+
+
+def separate(rows: Shaped[Array, "R *D"], count: int) -> tuple[Shaped[Array, "B *D"], ...]:
+    """The inverse of `interleave` of `count` branches."""
+    rows = rows.reshape(-1, count, *rows.shape[1:])
+    return tuple(rows[:, i] for i in range(count))
+
+
 def pair(
     first: Shaped[ArrayLike, "B *D"], second: Shaped[ArrayLike, "B *D"]
 ) -> Shaped[Array, "2*B *D"]:
-    """The rows of guidance's two branches as one batch, side by side: an example's two rows stay on
-    its device.
-    """
-    return jnp.stack([first, second], 1).reshape(-1, *first.shape[1:])
+    """`interleave` of guidance's usual two."""
+    return interleave(first, second)
 
 
 def unpair(both: Shaped[Array, "R *D"]) -> tuple[Shaped[Array, "B *D"], Shaped[Array, "B *D"]]:
     """The inverse of `pair`."""
-    rows = both.reshape(-1, 2, *both.shape[1:])
-    return rows[:, 0], rows[:, 1]
+    return separate(both, 2)
 
 
 def guide(
@@ -142,10 +165,49 @@ def guide(
     guided = Denoised(
         *(u + guidance_scale * (c - u) for c, u in zip(conditional, unconditional, strict=True))
     )
+    return rescale_to(conditional, guided, rescale) if rescale else guided
+
+
+def rescale_to(reference: Denoised, guided: Denoised, rescale: float) -> Denoised:
+    """`guided`, mixed with itself at the standard deviation of the reference's x0 (see `guide`)."""
     axes = tuple(range(1, guided.x0.ndim))
-    std, target = guided.x0.std(axes), conditional.x0.std(axes)
+    std, target = guided.x0.std(axes), reference.x0.std(axes)
     factor = 1 + rescale * (target / jnp.maximum(std, 1e-8) - 1)
-    return guided._replace(x0=bcast(factor, guided.x0) * guided.x0) if rescale else guided
+    return guided._replace(x0=bcast(factor, guided.x0) * guided.x0)
+
+
+def turn_away(
+    conditional: Denoised, unconditional: Denoised, negative: Denoised, weight: float
+) -> Denoised:
+    """The conditional branch, turned away from a negative text (Perp-Neg, Armandpour et al.
+    2023): c - w (d - <d, e> / <e, e> e), with d = n - u and e = c - u.
+
+    What the negative text has in common with the prompt stays. The products are of x0, per sample.
+    """
+    prompt, away = conditional.x0 - unconditional.x0, negative.x0 - unconditional.x0
+    axes = tuple(range(1, prompt.ndim))
+    along = (away * prompt).sum(axes) / jnp.maximum((prompt**2).sum(axes), 1e-12)
+    turned = (
+        c - weight * ((n - u) - bcast(along, c) * (c - u))
+        for c, u, n in zip(conditional, unconditional, negative, strict=True)
+    )
+    return Denoised(*turned)
+
+
+def _combined(
+    branches: DenoiseFn,
+    combine: Callable[..., Denoised],
+    count: int,
+    join: Callable[..., Array],
+    split: Callable[[Array], Sequence[Array]],
+) -> DenoiseFn:
+    """`combine` of the `count` branches of each row: `branches` denoises them as one batch."""
+
+    def denoise(x_t, t, s, *kept):
+        every = branches(*(join(*[a] * count) for a in (x_t, t, s)), *kept)
+        return combine(*(Denoised(*part) for part in zip(*map(split, every), strict=True)))
+
+    return denoise
 
 
 def classifier_free(
@@ -159,14 +221,101 @@ def classifier_free(
     and the unconditional branch of each, as `join` lays them out and `split` takes them apart.
     """
 
-    def denoise(x_t, t, s, *kept):
-        both = branches(*(join(a, a) for a in (x_t, t, s)), *kept)
-        conditional, unconditional = (
-            Denoised(*part) for part in zip(*map(split, both), strict=True)
-        )
+    def combine(conditional, unconditional):
         return guide(conditional, unconditional, guidance_scale, rescale)
 
-    return denoise
+    return _combined(branches, combine, 2, join, split)
+
+
+def perpendicular_negative(
+    branches: DenoiseFn,
+    guidance_scale: float | Float[ArrayLike, ""],
+    rescale: float = 0.0,
+    weight: float = 1.0,
+    join: Callable[..., Array] = interleave,
+    split: Callable[[Array], Sequence[Array]] = lambda rows: separate(rows, 3),
+) -> DenoiseFn:
+    """Guidance towards the prompt and away from a negative text (`turn_away`). `branches` denoises
+    3 B rows: those of the prompt, of the empty and of the negative text.
+    """
+
+    def combine(conditional, unconditional, negative):
+        turned = turn_away(conditional, unconditional, negative, weight)
+        guided = guide(turned, unconditional, guidance_scale)
+        return rescale_to(conditional, guided, rescale) if rescale else guided
+
+    return _combined(branches, combine, 3, join, split)
+
+
+def autoguided(
+    denoise: DenoiseFn,
+    weaker: DenoiseFn,
+    guidance_scale: float | Float[ArrayLike, ""],
+    rescale: float = 0.0,
+) -> DenoiseFn:
+    """Guidance (`guide`) by a weaker model of the same text (autoguidance, Karras et al. 2024): a
+    smaller one, or one of fewer steps, of the same process. What was kept is a pair, one for each.
+    """
+
+    def guided(x_t, t, s, *kept):
+        strong = denoise(x_t, t, s, *(one[0] for one in kept))
+        weak = weaker(x_t, t, s, *(one[1] for one in kept))
+        return guide(strong, weak, guidance_scale, rescale)
+
+    return guided
+
+
+def noise_share(schedule: Schedule, t: Real[ArrayLike, "*B"]) -> Float[Array, "*B"]:
+    """b / (a + b), from 0 for clean data to 1 for noise: t itself on `flow`, sigma / (1 + sigma)
+    where sigma = b / a is the noise on data of scale 1. The same on every schedule.
+    """
+    a, b = schedule.alpha(t), schedule.sigma(t)
+    return b / (a + b)
+
+
+def within(
+    denoise: DenoiseFn, outside: DenoiseFn, schedule: Schedule, interval: tuple[float, float]
+) -> DenoiseFn:
+    """`denoise` where the share of noise (`noise_share`) is in `interval`, above its first and up
+    to its second number; `outside` elsewhere. Guidance in an interval alone (Kynkäänniemi et al.
+    2024) is this of the guided function and of the conditional one.
+
+    Only the one that is needed is computed, so t has to be the same for the whole batch, as it is
+    in every sampler; under `vmap` each of the mapped ones has its own.
+    """
+    if interval == ALWAYS:
+        return denoise
+    low, high = interval
+
+    def chosen(x_t, t, s, *kept):
+        share = noise_share(schedule, t[0])
+        inside = (low < share) & (share <= high)
+        return jax.lax.cond(inside, denoise, outside, x_t, t, s, *kept)
+
+    return chosen
+
+
+def scale_context(denoise: DenoiseFn, factor: float | Float[ArrayLike, ""]) -> DenoiseFn:
+    """`denoise` with an estimate of r `factor` times as large, at t and at s."""
+
+    def scaled(x_t, t, s, *kept):
+        out = denoise(x_t, t, s, *kept)
+        return Denoised(out.x0, factor * out.context_t, factor * out.context_s)
+
+    return scaled
+
+
+def bounded(denoise: DenoiseFn, percentile: float = 0.0) -> DenoiseFn:
+    """`denoise` with x0 bounded to the pictures' range [-1, 1]: by clipping, or by dynamic
+    thresholding (`dynamic_threshold`) at that percentile.
+    """
+
+    def inside(x_t, t, s, *kept):
+        out = denoise(x_t, t, s, *kept)
+        x0 = dynamic_threshold(out.x0, percentile) if percentile else jnp.clip(out.x0, -1, 1)
+        return out._replace(x0=x0)
+
+    return inside
 
 
 def dynamic_threshold(x0: Samples, percentile: float = 99.5) -> Float[Array, "B *D"]:

@@ -38,18 +38,26 @@ from contextdiff_jax.runtime.fields import check_choice
 Samples = Float[ArrayLike, "B *D"]  # pictures or latents of a batch, jax's or numpy's
 
 
+# What r reads where the denoiser's caption is hidden.
+CAPTIONS = ("true", "dropped")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Process:
     """The process that a model was trained on.
 
     `estimates_context`: whether its denoise function has an estimate of r. One of the motion alone
-    (`velocity_denoise`) has none: it is for sampling without noise.
+    (`velocity_denoise`) has none: it is for sampling without noise. `caption`: where the denoiser
+    reads the empty caption, r reads the `true` one, as the forward process of a picture with a
+    caption has it, or with `dropped` the empty one, too: then the denoiser without a caption is
+    that of a process without one.
     """
 
     schedule: Schedule
     prediction_type: str
     shift: str
     estimates_context: bool = True
+    caption: str = "true"
 
 
 class Gaussian(NamedTuple):

@@ -61,11 +61,11 @@ class NoiseSchedule:
         self, x: Float[Array, "B *D"], t: Index
     ) -> tuple[Float[Array, "B *D"], Int[Array, "*B"]]:
         """What a network reads in the place of x and t: these."""
-        return x, t
+        return x, jnp.asarray(t)
 
     def network_time(self, t: Index) -> Int[Array, "*B"]:
         """What a network reads in the place of t: this."""
-        return t
+        return jnp.asarray(t)
 
     def alpha_bar(self, t: Index) -> Float[Array, "*B"]:
         """abar_t; 1 at t = -1."""

@@ -13,6 +13,7 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.samplers import DenoiseFn
 from contextdiff_jax.models.contextdiff import Captions
+from contextdiff_jax.models.denoising import related
 from contextdiff_jax.models.video import AttentionControl, VideoDiffusion
 
 
@@ -76,7 +77,7 @@ def make_branches(
     r_text: Captions,
     control: AttentionControl | None = None,
 ) -> DenoiseFn:
-    """Denoises rows of clips, each by its own text; r reads `r_text`, the true captions."""
+    """Denoises rows of clips, each by its own text; r reads `r_text`."""
 
     def predict(x, t):
         return model.predict(x, t, text, control)
@@ -108,7 +109,9 @@ def make_denoise(
     """
     if guidance == 1.0 or null is None:
         return make_branches(model, process, text, text, control)
-    branches = make_branches(model, process, join(text, null), join(text, text), control)
+    both = join(text, null)
+    r_text = related(process.caption, join(text, text), lambda true: both)
+    branches = make_branches(model, process, both, r_text, control)
     guided = diffusion.classifier_free(
         branches,
         guidance,

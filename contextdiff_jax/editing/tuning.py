@@ -5,6 +5,7 @@ process.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import pathlib
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.models.contextdiff import Captions
+from contextdiff_jax.models.denoising import related
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.processes import PeerWatch
 from contextdiff_jax.pretrained.folder_files import read_json
@@ -96,7 +98,8 @@ def tuning_loss(
 ) -> Float[Array, ""]:
     """The mean squared error of the clip (of random windows of it) at `train.batch_size` indices.
 
-    As `training.step.loss_fn`: r reads the true caption, of the network's text a share is dropped.
+    As `training.step.loss_fn`: of the network's text a share is dropped; r reads the true caption,
+    or as `process.caption` says what the network does.
     """
     B, F, T = train.batch_size, x0.shape[1], process.schedule.num_timesteps
     keys = dict(
@@ -111,8 +114,10 @@ def tuning_loss(
     noise = jax.random.normal(keys["noise"], x0.shape)
     dropped = jax.random.bernoulli(keys["dropout"], train.caption_dropout, (B,))
     captions = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape[1:])), text)
-    r = model.context(x0, captions.tokens, captions.mask, t)
-    read = drop(dropped, null, captions)
+    hide = functools.partial(drop, dropped, null)
+    shifted_by = related(process.caption, captions, hide)
+    r = model.context(x0, shifted_by.tokens, shifted_by.mask, t)
+    read = hide(captions)
     error, context_error = errors(
         lambda x_t, t: model.predict(x_t, t, read),
         process,

@@ -24,7 +24,7 @@ from contextdiff_jax.evaluation.networks.classifier import Classifier, correct, 
 from contextdiff_jax.evaluation.networks.inception import Inception
 from contextdiff_jax.evaluation.shares import gather_rows, join
 from contextdiff_jax.evaluation.subject import Evaluation
-from contextdiff_jax.models.contextdiff import empty_like
+from contextdiff_jax.models.denoising import empty_like
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.runtime.keys import make_key
 

@@ -24,7 +24,7 @@ from contextdiff_jax.evaluation.composition import judge
 from contextdiff_jax.experiments.oracle import OracleGenerator, scaled
 from contextdiff_jax.experiments.plan import VALIDATION_SCENES, Cell, load_plan
 from contextdiff_jax.experiments.trained import trained_params
-from contextdiff_jax.models.contextdiff import make_denoise
+from contextdiff_jax.models.denoising import make_denoise
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.runs.model import model_graph
 from contextdiff_jax.runs.tokenizer import open_tokenizer

@@ -15,12 +15,8 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import AnyTokenizer
-from contextdiff_jax.models.contextdiff import (
-    Captions,
-    ContextDiffusion,
-    empty_like,
-    make_denoise,
-)
+from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion
+from contextdiff_jax.models.denoising import empty_like, make_denoise
 from contextdiff_jax.models.pixels import to_uint8, to_unit
 from contextdiff_jax.runs.model import model_graph
 from contextdiff_jax.runtime.keys import make_key
@@ -84,6 +80,7 @@ class OracleGenerator:
                 empty_like(captions, model.encode(null_ids, null_mask)),
                 prediction_type=settings.diffusion.prediction_type,
                 guidance=options.guidance,
+                caption=settings.context.caption,
             )
 
             def denoise(x, t, s):

@@ -19,14 +19,10 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.data import AnyTokenizer
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.steps import Steps
-from contextdiff_jax.inference.pipeline import Opened, Pipeline
+from contextdiff_jax.inference.opened import Opened
+from contextdiff_jax.inference.pipeline import Pipeline
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
-from contextdiff_jax.models.contextdiff import (
-    ContextDiffusion,
-    Frozen,
-    FrozenText,
-    FrozenTextPair,
-)
+from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen, FrozenText, FrozenTextPair
 from contextdiff_jax.parallel.mesh import local_mesh, replicated
 from contextdiff_jax.pretrained.folder_files import exists
 from contextdiff_jax.pretrained.pipeline import INDEX_FILE, StableDiffusion, read_pipeline

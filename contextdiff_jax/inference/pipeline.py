@@ -14,8 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,58 +28,18 @@ from tqdm import tqdm
 
 from contextdiff_jax.data.folder_tokenizer import warn_of_cut
 from contextdiff_jax.diffusion.grids import read_spacing
-from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.samplers import check_takes
 from contextdiff_jax.diffusion.steps import Steps
+from contextdiff_jax.inference.opened import Opened
 from contextdiff_jax.inference.programs import kept
 from contextdiff_jax.inference.request import Request
 from contextdiff_jax.inference.sampling import Method, Picture, Text, make_sample
-from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.pixels import to_uint8
 from contextdiff_jax.parallel.mesh import place, replicated, tracing_for
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import SampleConfig
 
 Pictures = UInt8[np.ndarray, "B H W 3"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Opened:
-    """A model as its folder describes it, whatever kind that is.
-
-    Attributes:
-      build: weights -> the model; to be called inside of a jitted function.
-      weights: arrays: the parameters, and the frozen networks that lie apart from them.
-      process: what it was trained on.
-      encode_text: texts -> (ids, mask, the words of each that are cut off).
-      find_steps: options -> the timesteps.
-      shape: [H, W, C] of x0 by default. factor: pixels a side for each of H and W.
-      options: how it is sampled where the caller says nothing.
-      identity: what tells its programs from another's, by its `repr`.
-      rules: what its axes are split over on a mesh.
-      least_guidance: a smaller scale is taken as this one.
-      zeros_for_empty: without a negative text guidance leads away from zeros, as XL was trained.
-      only_inpaints: the network reads a hole.
-      source: where it came from, for people.
-    """
-
-    build: Callable[[PyTree], ContextDiffusion]
-    weights: tuple[PyTree, ...]
-    process: Process
-    encode_text: Callable[
-        [Sequence[str]],
-        tuple[Int[np.ndarray, "B *E L"], Bool[np.ndarray, "B L"], Sequence[str]],
-    ]
-    find_steps: Callable[[SampleConfig], Steps]
-    shape: tuple[int, int, int]
-    factor: int
-    options: SampleConfig
-    identity: Any
-    rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    least_guidance: float = -math.inf
-    zeros_for_empty: bool = False
-    only_inpaints: bool = False
-    source: str = ""
 
 
 class NotFiniteError(ValueError):
@@ -129,6 +88,14 @@ class Pipeline:
         other = Pipeline(opened, self._mesh, self._programs)
         other._made, other._listener = self._made, self._listener
         return other
+
+    def guided_by(self, weaker: Pipeline) -> Pipeline:
+        """The same model with autoguidance (Karras et al. 2024): guidance leads away from what a
+        weaker model makes of the same prompt.
+
+        Raises ValueError, one line, for one of another process or other shapes.
+        """
+        return Pipeline(self.opened.guided_by(weaker.opened), self._mesh, self._programs)
 
     def text_to_image(
         self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, **options: Any
@@ -248,7 +215,10 @@ class Pipeline:
             raise ValueError("the model reads a picture with a hole: it is only for inpainting")
         scale = max(options.guidance, self.opened.least_guidance)
         options = dataclasses.replace(options, guidance=scale)
-        method = method_of(options, tile=request.tile, from_noise=from_noise)
+        if self.opened.guide is not None and request.negative is not None:
+            raise ValueError("negative: isn't read with autoguidance, whose guide takes its place")
+        more = {"tile": request.tile, "perpendicular": request.perpendicular}
+        method = method_of(options, from_noise=from_noise, **more)
         texts, noise, made = request.texts, request.checked_noise(shape), []
         noise_key, sampler_key = jax.random.split(make_key(request.seed))
         width = min(request.batch_size, len(texts))
@@ -270,6 +240,7 @@ class Pipeline:
                 np.float32(scale),
                 np.asarray(jax.random.key_data(jax.random.fold_in(sampler_key, number))),
                 picture,
+                self.opened.guide_arrays([texts[i] for i in rows]) if method.guided else None,
             )
             pictures, finite = self._run(request, method, shape, arguments)
             real = len(texts) - start
@@ -278,13 +249,14 @@ class Pipeline:
         return np.concatenate(made)
 
     def _text(self, request: Request, rows: np.ndarray) -> Text:
-        ids = self._encode([request.texts[i] for i in rows])
-        if self.opened.zeros_for_empty and request.negative is None:
-            return Text(*ids, None, None)
-        negatives = request.negatives
-        return Text(
-            *ids, *self._encode(negatives if len(negatives) == 1 else [negatives[i] for i in rows])
-        )
+        ids, negatives = self._encode([request.texts[i] for i in rows]), request.negatives
+        if request.negative is not None:
+            few = len(negatives) == 1
+            negative = self._encode(negatives if few else [negatives[i] for i in rows])
+            if not request.perpendicular:
+                return Text(*ids, *negative)
+        empty = (None, None) if self.opened.zeros_for_empty else self._encode([""])
+        return Text(*ids, *empty, *(negative if request.perpendicular else ()))
 
     def _encode(
         self, texts: Sequence[str]
@@ -319,7 +291,7 @@ class Pipeline:
             return self.program(method, shape)
         key = "kept", method, shape, jax.tree.structure(arguments), _shapes(arguments)
         if key not in self._made:
-            about = (self.opened.identity, self.opened.process, method, shape, self._mesh)
+            about = (*self.opened.about, method, shape, self._mesh)
             make = functools.partial(self.program, method, shape)
             self._made[key] = kept(self._programs, "sample", about, make, *arguments)
         return self._made[key]
@@ -328,8 +300,9 @@ class Pipeline:
         self, method: Method, shape: tuple[int, int, int], watched: bool = False
     ) -> Callable:
         """The jitted `pictures(weights, noise_key, numbers, noise, text, steps, guidance, key,
-        picture)`, keys as data: noise is drawn from (noise_key, number of the picture) where none
-        is given. Gives the pictures, and which of them are of finite values.
+        picture, guide)`, keys as data: noise is drawn from (noise_key, number of the picture) where
+        none is given. `guide`: the weaker model's weights, ids and mask. Gives the pictures, and
+        which of them are of finite values.
         """
         if (method, shape, watched) not in self._made:
             self._made[method, shape, watched] = self._jitted(method, shape, watched)
@@ -339,7 +312,9 @@ class Pipeline:
         mesh, opened = self._mesh, self.opened
         sample = make_sample(opened.process, method, self._listener if watched else None)
 
-        def pictures(weights, noise_key, numbers, noise, text, steps, guidance, key, picture=None):
+        def pictures(
+            weights, noise_key, numbers, noise, text, steps, guidance, key, picture=None, guide=None
+        ):
             if noise is None:
                 draw = functools.partial(jax.random.fold_in, jax.random.wrap_key_data(noise_key))
                 noise = jax.vmap(lambda n: jax.random.normal(draw(n), shape))(numbers)
@@ -349,7 +324,8 @@ class Pipeline:
             with tracing_for(mesh, opened.rules):
                 model = opened.build(weights)
                 key = jax.random.wrap_key_data(key)
-                x = sample(model, noise, text, steps, guidance, key, picture)
+                weaker = opened.build_weaker(guide)
+                x = sample(model, noise, text, steps, guidance, key, picture, weaker)
             return to_uint8(x), jnp.isfinite(x).all((1, 2, 3))
 
         return jax.jit(pictures, out_shardings=None if mesh is None else replicated(mesh))
@@ -362,6 +338,8 @@ def method_of(options: SampleConfig, **more: Any) -> Method:
         eta=options.eta,
         guided=options.guidance != 1,
         guidance_rescale=options.guidance_rescale,
+        guidance_interval=tuple(options.guidance_interval),
+        context_scale=options.context_scale,
         dynamic_threshold=options.dynamic_threshold,
         reuse=options.reuse,
         **more,

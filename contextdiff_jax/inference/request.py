@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,6 +23,9 @@ class Request:
       prompts: captions, `num` pictures each.
       negative: what guidance leads away from, one text for all or one a prompt; None: the empty
         text, or what the model has in its place (`Opened.zeros_for_empty`).
+      perpendicular: weight of the negative text's part that is perpendicular to the prompt's, from
+        which alone guidance then leads away, beside the empty text (Perp-Neg); 0: of all of it, in
+        the empty text's place.
       seed: 0..2^64 - 1; picture i's noise depends on (seed, i) alone.
       first: the number of the first picture, of a share of a longer list.
       noise: given instead of drawn, [B, H, W, C] in the model's space.
@@ -32,6 +36,7 @@ class Request:
 
     prompts: Sequence[str]
     negative: str | Sequence[str] | None = None
+    perpendicular: float = 0.0
     num: int = 1
     seed: int = 0
     first: int = 0
@@ -53,6 +58,10 @@ class Request:
             raise ValueError(
                 f"negative: {len(self.negative)} texts; must be one, or as many as prompts, {count}"
             )
+        if not 0 <= self.perpendicular < math.inf:
+            raise ValueError(f"perpendicular={self.perpendicular}: must be finite and not negative")
+        if self.perpendicular and self.negative is None:
+            raise ValueError(f"perpendicular={self.perpendicular}: needs a negative text")
         if self.num < 1 or self.batch_size < 1:
             raise ValueError(f"num={self.num}, batch_size={self.batch_size}: must be at least 1")
 

@@ -19,13 +19,16 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real, UInt8
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
-from contextdiff_jax.diffusion.samplers import DenoiseFn, ProjectFn, takes
+from contextdiff_jax.diffusion.samplers import DenoiseFn, KeepFn, ProjectFn, takes
 from contextdiff_jax.diffusion.steps import Steps
-from contextdiff_jax.models.contextdiff import (
-    Captions,
-    ContextDiffusion,
+from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion
+from contextdiff_jax.models.denoising import (
+    ReadFn,
+    Rows,
+    branch_texts,
     empty_like,
     make_denoise,
+    make_estimate,
     make_keep,
 )
 from contextdiff_jax.models.pixels import to_unit
@@ -39,8 +42,9 @@ class Method:
 
     Attributes:
       sampler: a name in `diffusion.samplers.SAMPLERS`. eta: its noise.
-      guided: both branches of guidance are computed.
-      guidance_rescale, dynamic_threshold: as `make_denoise`.
+      guided: all branches of guidance are computed.
+      guidance_rescale, guidance_interval, context_scale, dynamic_threshold, perpendicular: as
+        `make_denoise`; the last counts where there is a negative text beside the empty one.
       reuse: the UNet's coarser levels are computed in every so many steps (DeepCache).
       tile: large pictures go through the autoencoder in tiles.
       from_noise: sampling begins at noise, though there is a picture (whose hole it fills).
@@ -50,7 +54,10 @@ class Method:
     eta: float = 0.0
     guided: bool = True
     guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = diffusion.ALWAYS
+    context_scale: float = 1.0
     dynamic_threshold: float = 0.0
+    perpendicular: float = 0.0
     reuse: int = 1
     tile: bool = False
     from_noise: bool = True
@@ -59,12 +66,26 @@ class Method:
 class Text(NamedTuple):
     """Token ids and mask of the captions, and of what guidance leads away from: one row for all or
     one a caption. Without `null_ids` it leads away from zeros in the place of the text's states.
+    `negative_ids` are of the text that it leads away from perpendicularly, if there is one.
     """
 
     ids: Int[Array, "B *E L"]
     mask: Bool[Array, "B L"]
     null_ids: Int[Array, "N *E L"] | None
     null_mask: Bool[Array, "N L"] | None
+    negative_ids: Int[Array, "N *E L"] | None = None
+    negative_mask: Bool[Array, "N L"] | None = None
+
+
+class Weaker(NamedTuple):
+    """Another model that guides this one (autoguidance), of the same schedule and shift, and the
+    captions as it reads them.
+    """
+
+    model: ContextDiffusion
+    prediction_type: str
+    ids: Int[Array, "B *E L"]
+    mask: Bool[Array, "B L"]
 
 
 class Picture(NamedTuple):
@@ -75,12 +96,12 @@ class Picture(NamedTuple):
 
 
 def make_sample(process: Process, method: Method, preview: Preview | None = None) -> Callable:
-    """`sample(model, noise, text, steps, guidance, key, picture) -> pictures [B, H, W, 3]`, about
-    [-1, 1].
+    """`sample(model, noise, text, steps, guidance, key, picture, weaker) -> pictures
+    [B, H, W, 3]`, about [-1, 1].
 
     The text is encoded once, the loop is one scan. `noise` is [B, H, W, C] in the model's space;
-    `key` is read by samplers with noise only, `guidance` only where `method.guided`. `preview(t,
-    x0)` is called on the host with the estimate of x0 at each step.
+    `key` is read by samplers with noise only, `guidance` and `weaker` only where `method.guided`.
+    `preview(t, x0)` is called on the host with the estimate of x0 at each step.
     """
     run, shift = diffusion.get_sampler(method.sampler), process.shift
 
@@ -92,12 +113,14 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
         guidance: Float[Array, ""],
         key: PRNGKeyArray,
         picture: Picture | None = None,
+        weaker: Weaker | None = None,
     ) -> Float[Array, "B H2 W2 3"]:
-        captions, null = encode(model, text)
+        captions, null, negative = encode(model, text)
         schedule = steps.schedule(process.schedule)
         read = steps.reader(schedule)
         start = Start.of(model, schedule, shift, method, captions, noise, steps, picture)
         scale = guidance if method.guided else 1.0
+        guide = Guide.of(weaker if method.guided else None, schedule, shift, start.beside, read)
         denoise = make_denoise(
             model,
             schedule,
@@ -107,9 +130,15 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
             shift=shift,
             guidance=scale,
             guidance_rescale=method.guidance_rescale,
+            guidance_interval=method.guidance_interval,
+            negative=negative,
+            perpendicular=method.perpendicular,
+            weaker=guide.estimate,
+            context_scale=method.context_scale,
             dynamic_threshold=method.dynamic_threshold,
             beside=start.beside,
             read=read,
+            caption=process.caption,
         )
         options = {}  # a sampler needs to know those alone that are used
         if steps.ends is not None and takes(method.sampler, "next_timesteps"):
@@ -117,7 +146,8 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
         elif steps.ends is not None and takes(method.sampler, "end"):
             options["end"] = steps.ends[-1]
         if method.reuse > 1:
-            keep = make_keep(model, schedule, captions, null, scale, start.beside, read)
+            texts = branch_texts(captions, null, negative, scale, guide.estimate is not None)
+            keep = guide.beside(make_keep(model, schedule, texts, start.beside, read))
             options["reuse"] = diffusion.Reuse(method.reuse, keep)
         if start.known is not None:
             options["project"] = keep_known(start.known, schedule, shift)
@@ -129,15 +159,48 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
     return sample
 
 
-def encode(model: ContextDiffusion, text: Text) -> tuple[Captions, Captions]:
-    """The captions, and what guidance leads away from, as many."""
-    captions = model.encode(text.ids, text.mask)
+class Guide(NamedTuple):
+    """The weaker model's part of a step, if there is one: its estimate, and what it keeps."""
+
+    estimate: DenoiseFn | None = None
+    keep: KeepFn | None = None
+
+    @classmethod
+    def of(
+        cls,
+        weaker: Weaker | None,
+        schedule: diffusion.Schedule,
+        shift: str,
+        beside: Float[Array, "B H W E"] | None,
+        read: ReadFn,
+    ) -> Guide:
+        """Both, of the captions alone."""
+        if weaker is None:
+            return cls()
+        model = weaker.model
+        texts = (model.encode(weaker.ids, weaker.mask),)
+        rows, kind = Rows.of(texts, beside), weaker.prediction_type
+        estimate = make_estimate(model, schedule, rows, kind, shift, read)
+        return cls(estimate, make_keep(model, schedule, texts, beside, read))
+
+    def beside(self, keep: KeepFn) -> KeepFn:
+        """`keep` of the stronger model, in a pair with its own (`diffusion.autoguided`)."""
+        return keep if self.keep is None else lambda x, t: (keep(x, t), self.keep(x, t))
+
+
+def encode(model: ContextDiffusion, text: Text) -> tuple[Captions, Captions, Captions | None]:
+    """The captions, what guidance leads away from, and what it does perpendicularly; as many."""
+    captions, negative = model.encode(text.ids, text.mask), None
     if text.null_ids is None:
-        return captions, captions._replace(
+        null = captions._replace(
             tokens=jnp.zeros_like(captions.tokens),
             pooled=None if captions.pooled is None else jnp.zeros_like(captions.pooled),
         )
-    return captions, empty_like(captions, model.encode(text.null_ids, text.null_mask))
+    else:
+        null = empty_like(captions, model.encode(text.null_ids, text.null_mask))
+    if text.negative_ids is not None:
+        negative = empty_like(captions, model.encode(text.negative_ids, text.negative_mask))
+    return captions, null, negative
 
 
 class Known(NamedTuple):

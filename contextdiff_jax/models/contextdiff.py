@@ -1,10 +1,7 @@
-"""The whole model: text encoder, UNet, relational network, and how a denoise function is made of
-them.
-"""
+"""The whole model: text encoder, UNet, relational network. `denoising` makes use of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,9 +10,6 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Real
 
-from contextdiff_jax import diffusion
-from contextdiff_jax.diffusion.process import MOTIONS
-from contextdiff_jax.diffusion.samplers import DenoiseFn, KeepFn
 from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPText, CLIPVision
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.context_kinds import pool
@@ -238,148 +232,3 @@ def text_and_size(captions: Captions, height: int, width: int) -> dict[str, Arra
         "text_embeds": pool(tokens, mask)[:, 0] if pooled is None else pooled,
         "time_ids": jnp.broadcast_to(sizes, (tokens.shape[0], 6)),
     }
-
-
-def empty_like(captions: Captions, null: Captions) -> Captions:
-    """`null`, of one caption, once for each row of `captions`."""
-    return jax.tree.map(lambda one, all: jnp.broadcast_to(one, all.shape), null, captions)
-
-
-class Rows(NamedTuple):
-    """The inputs of a batch's rows.
-
-    They are the denoiser's captions, the relational network's, and the channels beside x. With
-    guidance a batch holds both branches, side by side (`diffusion.pair`).
-    """
-
-    text: Captions
-    true: Captions
-    beside: Float[ArrayLike, "B H W E"] | None
-
-    @classmethod
-    def of(
-        cls,
-        captions: Captions,
-        null: Captions | None,
-        guided: bool,
-        beside: Float[ArrayLike, "B H W E"] | None = None,
-    ) -> Rows:
-        """The rows of one branch, or of both."""
-        if not guided:
-            return cls(captions, captions, beside)
-        both = jax.tree.map(diffusion.pair, captions, null)
-        true, beside = jax.tree.map(lambda a: diffusion.pair(a, a), (captions, beside))
-        return cls(both, true, beside)
-
-    def widen(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H W C2"]:
-        """The denoiser's input."""
-        return x if self.beside is None else jnp.concatenate([x, self.beside], axis=-1)
-
-
-def estimates_context(context: ContextConfig, head: bool, prediction_type: str) -> bool:
-    """Whether the denoise function of such a model has an estimate of r: by a context `head`, from
-    x0, or because the text is all that r reads.
-    """
-    return head or context.is_known or prediction_type not in MOTIONS
-
-
-def is_guided(guidance: float | Float[Array, ""]) -> bool:
-    """Whether guidance needs both branches: a scale of 1 doesn't; a traced one may be any."""
-    return isinstance(guidance, jax.Array) or guidance != 1.0
-
-
-def make_denoise(
-    model: ContextDiffusion,
-    schedule: diffusion.Schedule,
-    captions: Captions,
-    null: Captions | None = None,
-    *,
-    prediction_type: str,
-    shift: str = "quadratic",
-    guidance: float | Float[ArrayLike, ""] = 1.0,
-    guidance_rescale: float = 0.0,
-    dynamic_threshold: float = 0.0,
-    beside: Float[ArrayLike, "B H W E"] | None = None,
-    read: Callable[[Array], Array] | None = None,
-) -> DenoiseFn:
-    """The reverse process's denoise function for captions; `model` carries its estimate (a context
-    head or not). `null`: what guidance leads away from, one row for each caption; needed for
-    guidance alone.
-
-    With guidance both branches run as one batch of 2 B. r always reads the true caption, as in the
-    forward process: only the denoiser's text is dropped. x0 is bounded to the pictures' range
-    [-1, 1], by clipping, or by dynamic thresholding at that percentile; latents (a model with a
-    `vae`) have no such range. `beside`: channels that a network made for inpainting reads after
-    x's. `read`: from a time to what networks read of it, in the place of the schedule's own. The
-    function takes as a fourth argument what `make_keep`'s gave in an earlier step.
-    """
-    guided, read = is_guided(guidance), read or schedule.network_time
-    rows = Rows.of(captions, null, guided, beside)
-    head = model.unet.context_head is not None
-    estimated = estimates_context(model.context.config, head, prediction_type)
-    # M of the motion alone isn't x0, and has no range.
-    pixels = model.vae is None and estimated
-    # Without a context M is x0.
-    zero = model.context.config.network.is_zero
-    motion_alone = not estimated or (zero and prediction_type in MOTIONS)
-    process = schedule, prediction_type
-
-    def branches(x, t, s, deep=None):
-        def predict(x, t):
-            x, _ = schedule.network_input(x, t)
-            return model.predict(rows.widen(x), read(t), rows.text, deep)
-
-        def relate(x0, t):
-            return model.relate(x0, rows.true, read(t))
-
-        if head:
-            way = diffusion.posterior_mean_denoise(predict, *process, shift=shift)
-        elif motion_alone:
-            way = diffusion.velocity_denoise(predict, *process)
-        elif prediction_type in MOTIONS:
-            # The text alone is read: x is only where r goes.
-            way = diffusion.known_context_denoise(predict, lambda t: relate(x, t), *process, shift)
-        else:
-            clip = 1.0 if pixels else None
-            way = diffusion.plugin_denoise(predict, relate, *process, clip)
-        return way(x, t, s)
-
-    estimate = (
-        diffusion.classifier_free(branches, guidance, guidance_rescale) if guided else branches
-    )
-
-    def bound(x0):
-        if not pixels:
-            return x0
-        if dynamic_threshold:
-            return diffusion.dynamic_threshold(x0, dynamic_threshold)
-        return jnp.clip(x0, -1, 1)
-
-    def denoise(x, t, s, deep=None):
-        out = estimate(x, t, s, deep)
-        return out._replace(x0=bound(out.x0))
-
-    return denoise
-
-
-def make_keep(
-    model: ContextDiffusion,
-    schedule: diffusion.Schedule,
-    captions: Captions,
-    null: Captions,
-    guidance: float | Float[ArrayLike, ""],
-    beside: Float[ArrayLike, "B H W E"] | None = None,
-    read: Callable[[Array], Array] | None = None,
-) -> KeepFn:
-    """`keep(x, t)`: the coarser levels' part of the UNet, of all branches that `make_denoise` makes
-    for this guidance.
-    """
-    guided, read = is_guided(guidance), read or schedule.network_time
-    rows = Rows.of(captions, null, guided, beside)
-
-    def keep(x, t):
-        x, t = (diffusion.pair(a, a) if guided else a for a in (x, t))
-        x, _ = schedule.network_input(x, t)
-        return model.deep_features(rows.widen(x), read(t), rows.text)
-
-    return keep

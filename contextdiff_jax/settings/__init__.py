@@ -15,7 +15,7 @@ from typing import Any
 
 from contextdiff_jax.data import DataConfig
 from contextdiff_jax.diffusion import Process
-from contextdiff_jax.models.contextdiff import estimates_context
+from contextdiff_jax.models.denoising import estimates_context
 from contextdiff_jax.models.text import TextConfig
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAEConfig

@@ -7,7 +7,7 @@ import dataclasses
 from contextdiff_jax.diffusion import Schedule, make_schedule
 from contextdiff_jax.diffusion.losses import TIMESTEP_SAMPLINGS, WEIGHTINGS
 from contextdiff_jax.diffusion.paths import PATHS
-from contextdiff_jax.diffusion.process import MOTIONS, SHIFTS, TARGETS
+from contextdiff_jax.diffusion.process import CAPTIONS, MOTIONS, SHIFTS, TARGETS
 from contextdiff_jax.diffusion.schedule import SCHEDULES
 from contextdiff_jax.models.context import ContextConfig
 from contextdiff_jax.models.context_kinds import KINDS
@@ -72,6 +72,7 @@ class ShiftConfig(ContextConfig):
 
     shift: str = "quadratic"
     estimate: str = "plugin"
+    caption: str = "true"  # what r reads where the denoiser's caption is dropped: true, dropped
     head_loss: float = 1.0  # weight of the context head's squared error (`posterior_mean`)
     fixed_target: bool = False  # the target doesn't train r, though r is a part of it
     # of the kind `gaussian_source`: weights of KL(N(0, sigma^2) || N(0, 1)) in nats a value, and of
@@ -83,6 +84,7 @@ class ShiftConfig(ContextConfig):
         super().__post_init__()
         check_choice("context.shift", self.shift, SHIFTS)
         check_choice("context.estimate", self.estimate, ESTIMATES)
+        check_choice("context.caption", self.caption, CAPTIONS)
         check_at_least(self, "context", head_loss=0, variance_kl=0, alignment=0)
         if (self.variance_kl or self.alignment) and not self.network.reads_noise:
             kinds = ", ".join(name for name, kind in KINDS.items() if kind.reads_noise)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Real
 
-from contextdiff_jax.diffusion import Process, Schedule, get_sampler, time_grid
+from contextdiff_jax.diffusion import ALWAYS, Process, Schedule, get_sampler, time_grid
 from contextdiff_jax.diffusion.grids import read_spacing
 from contextdiff_jax.diffusion.samplers import adds_noise, check_eta, check_takes
 
@@ -24,6 +24,8 @@ class SampleConfig:
     eta: float = 0.0
     guidance: float = 3.0
     guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = ALWAYS  # where there is guidance: shares of noise
+    context_scale: float = 1.0  # the estimate of r is multiplied by it
     dynamic_threshold: float = 0.0  # a percentile; 0: x0 is clipped to [-1, 1]
     spacing: str | tuple[float, ...] = "trailing"  # of `time_grid`, or times; "": a folder's own
     spacing_factor: float = 3.0  # of spacing=sd3
@@ -40,8 +42,16 @@ class SampleConfig:
             read_spacing(self.spacing)
         if not 0 < self.spacing_factor < math.inf:
             raise ValueError(f"spacing_factor={self.spacing_factor}: must be finite and above 0")
-        if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance={self.guidance}: must be finite and not negative")
+        for field in ("guidance", "context_scale"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field}={getattr(self, field)}: must be finite and not negative")
+        if len(self.guidance_interval) != 2 or not (
+            0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1
+        ):
+            raise ValueError(
+                f"guidance_interval={self.guidance_interval}: must be two shares of noise "
+                "b / (a + b), ascending, from 0 (clean) to 1 (noise)"
+            )
         for field, most in (("guidance_rescale", 1), ("dynamic_threshold", 100)):
             if not 0 <= getattr(self, field) <= most:
                 raise ValueError(f"{field}={getattr(self, field)}: must lie in [0, {most}]")
@@ -80,8 +90,8 @@ def check_sampling(process: Process, options: SampleConfig) -> None:
             "context.estimate='velocity' has none; a sampler without noise, or a run with "
             "'posterior_mean'"
         )
-    if not process.estimates_context and options.dynamic_threshold:
+    if not process.estimates_context and (options.dynamic_threshold or options.context_scale != 1):
         raise ValueError(
-            "dynamic_threshold: bounds x0, and context.estimate='velocity' has only x0 and r "
-            "together; 0"
+            f"dynamic_threshold={options.dynamic_threshold}, context_scale={options.context_scale}:"
+            " are of x0 and of r, and context.estimate='velocity' has only both together; 0 and 1"
         )

@@ -17,13 +17,8 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.likelihood import flow_velocity
 from contextdiff_jax.diffusion.process import bcast
 from contextdiff_jax.diffusion.samplers import DenoiseFn
-from contextdiff_jax.models.contextdiff import (
-    ContextDiffusion,
-    Frozen,
-    Teacher,
-    empty_like,
-    make_denoise,
-)
+from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen, Teacher
+from contextdiff_jax.models.denoising import empty_like, make_denoise
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.settings import Settings

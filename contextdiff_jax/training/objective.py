@@ -20,7 +20,7 @@ Text = TypeVar("Text", bound=PyTree)
 def drop(dropped: Bool[Array, "B"], empty: Text, captions: Text) -> Text:
     """The captions [B, ...] with the empty one's [1, ...] in the place of those that are dropped.
 
-    They are hidden from the denoiser alone: the shift of x_t has always read the true caption.
+    They are hidden from the denoiser; whether from the shift of x_t, too, `related` says.
     """
 
     def choose(empty: Array, caption: Array) -> Array:

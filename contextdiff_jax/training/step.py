@@ -7,6 +7,7 @@ error
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Num, PyTree
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import MOTIONS
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
+from contextdiff_jax.models.denoising import related
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.parallel.mesh import tracing_for
 from contextdiff_jax.runs.model import build_model, model_graph
@@ -112,17 +114,18 @@ def loss_fn(
         return _loss(model, process, settings, error, t)
     t, noise = batch["t"], batch["noise"]
     captions = model.encode(batch["token_ids"], batch["token_mask"])
+    empty = model.encode(null["token_ids"], null["token_mask"])
+    hide = functools.partial(drop, batch["dropped"], empty)
+    shifted_by = related(context.caption, captions, hide)
 
     def relate(t, noise):
-        return model.relate(x0, captions, schedule.network_time(t), pixels, noise)
+        return model.relate(x0, shifted_by, schedule.network_time(t), pixels, noise)
 
     if context.moves and config.prediction_type in MOTIONS:
         r, rate = diffusion.with_rate(lambda t: relate(t, noise), t)
     else:
         r, rate = relate(t, noise), None
-    # The shift always uses the true caption; the denoiser's text may be the empty one.
-    empty = model.encode(null["token_ids"], null["token_mask"])
-    read = drop(batch["dropped"], empty, captions)
+    read = hide(captions)  # after r: the order in which gradients are added is a run's digits
     error, context_loss = errors(
         lambda x, time: model.predict(x, time, read),
         process,

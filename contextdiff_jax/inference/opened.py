@@ -1,0 +1,104 @@
+"""What a folder says of its model, whatever kind that is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int, PyTree
+
+from contextdiff_jax.diffusion.process import Process
+from contextdiff_jax.diffusion.steps import Steps
+from contextdiff_jax.inference.sampling import Weaker
+from contextdiff_jax.models.contextdiff import ContextDiffusion
+from contextdiff_jax.settings import SampleConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model as its folder describes it, whatever kind that is.
+
+    Attributes:
+      build: weights -> the model; to be called inside of a jitted function.
+      weights: arrays: the parameters, and the frozen networks that lie apart from them.
+      process: what it was trained on.
+      encode_text: texts -> (ids, mask, the words of each that are cut off).
+      find_steps: options -> the timesteps.
+      shape: [H, W, C] of x0 by default. factor: pixels a side for each of H and W.
+      options: how it is sampled where the caller says nothing.
+      identity: what tells its programs from another's, by its `repr`.
+      rules: what its axes are split over on a mesh.
+      least_guidance: a smaller scale is taken as this one.
+      zeros_for_empty: without a negative text guidance leads away from zeros, as XL was trained.
+      only_inpaints: the network reads a hole.
+      guide: a weaker model in the place of guidance's branch without the prompt (autoguidance).
+      source: where it came from, for people.
+    """
+
+    build: Callable[[PyTree], ContextDiffusion]
+    weights: tuple[PyTree, ...]
+    process: Process
+    encode_text: Callable[
+        [Sequence[str]],
+        tuple[Int[np.ndarray, "B *E L"], Bool[np.ndarray, "B L"], Sequence[str]],
+    ]
+    find_steps: Callable[[SampleConfig], Steps]
+    shape: tuple[int, int, int]
+    factor: int
+    options: SampleConfig
+    identity: Any
+    rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    least_guidance: float = -math.inf
+    zeros_for_empty: bool = False
+    only_inpaints: bool = False
+    guide: Opened | None = None
+    source: str = ""
+
+    def guided_by(self, guide: Opened) -> Opened:
+        """This model with a weaker one as its guide: a smaller one, or one of fewer steps, of the
+        same process, in the same pixels or latents.
+
+        Raises ValueError, one line, for one that doesn't fit.
+        """
+        facts = {
+            "context.shift": (self.process.shift, guide.process.shift),
+            "shape of x0": (self.shape, guide.shape),
+            "pixels a side of x0's": (self.factor, guide.factor),
+            "estimate of r": (self.process.estimates_context, guide.process.estimates_context),
+            "network for inpainting": (self.only_inpaints, guide.only_inpaints),
+        }
+        for what, (own, other) in facts.items():
+            if own != other:
+                raise ValueError(f"autoguidance: its {what} is {other}; must be the model's, {own}")
+        leaves, kinds = zip(
+            *(jax.tree.flatten(opened.process.schedule) for opened in (self, guide)), strict=True
+        )
+        if kinds[0] != kinds[1] or not all(map(np.array_equal, *leaves)):
+            raise ValueError(
+                "autoguidance: its schedule is another; must be the model's, of the same section "
+                "diffusion"
+            )
+        return dataclasses.replace(self, guide=guide)
+
+    @property
+    def about(self) -> tuple:
+        """What tells its programs from others, by its `repr`."""
+        guide = self.guide and (self.guide.identity, self.guide.process)
+        return self.identity, self.process, guide
+
+    def guide_arrays(self, texts: Sequence[str]) -> tuple[PyTree, ...] | None:
+        """The weights of the guide, if there is one, and ids and mask of the texts as it reads
+        them.
+        """
+        return self.guide and (self.guide.weights, *self.guide.encode_text(texts)[:2])
+
+    def build_weaker(self, arrays: tuple[PyTree, ...] | None) -> Weaker | None:
+        """The guide of `guide_arrays`; to be called inside of a jitted function."""
+        if arrays is None:
+            return None
+        weights, ids, mask = arrays
+        return Weaker(self.guide.build(weights), self.guide.process.prediction_type, ids, mask)
