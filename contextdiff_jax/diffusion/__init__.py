@@ -21,6 +21,7 @@ from contextdiff_jax.diffusion.losses import (
     vlb_ends,
     vlb_kl,
 )
+from contextdiff_jax.diffusion.optimised import local_errors, optimised_grid
 from contextdiff_jax.diffusion.paths import EDM, CosineContinuous, Flow
 from contextdiff_jax.diffusion.process import (
     Gaussian,
@@ -68,9 +69,11 @@ __all__ = [
     "get_sampler",
     "guide",
     "invert",
+    "local_errors",
     "loss_weight",
     "make_schedule",
     "marginal_mean",
+    "optimised_grid",
     "pair",
     "plugin_denoise",
     "posterior_mean_denoise",
