@@ -5,7 +5,8 @@ Pictures for prompts, from a run's EMA weights or from a Stable Diffusion folder
 the prompts under them. All flags work for both; where one isn't given, the run's or the folder's
 own value counts. From noise; or from a picture, --image=FILE --strength=0.8; or into a hole of it,
 --image=FILE --mask=FILE. --images=FOLDER writes each picture alone too, with its prompt, seed,
-sampler, steps and guidance in the PNG's text.
+sampler, steps and guidance in the PNG's text. --optimise_spacing=8 prints a grid of 8 steps that is
+made for the model.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ SPACING = flags.DEFINE_string(
 )
 cli.list_names("spacing", {"one of": "contextdiff_jax.diffusion.grids:NAMES"})
 SPACING_FACTOR = cli.define_float("spacing_factor", None, "Of --spacing=sd3; default 3.")
+OPTIMISE = flags.DEFINE_integer(
+    "optimise_spacing",
+    None,
+    "Make no pictures: print the times of this many of the steps, for --spacing, whose errors for "
+    "the prompts sum to the least.",
+    lower_bound=1,
+)
 ETA = cli.define_float("eta", None, "DDIM's noise, 0 to 1.")
 GUIDANCE = cli.define_float(
     "guidance", None, "Guidance scale, 1 is none; of a folder by default 7.5."
@@ -193,6 +201,13 @@ def main() -> None:
     programs = host.set_compilation_cache(kept)
     read = {"weights": WEIGHTS.value, "ema_length": EMA_LENGTH.value}
     pipeline = Pipeline.open(MODEL.value or WORKDIR.value, **read, programs=programs)
+    if OPTIMISE.value is not None:
+        from contextdiff_jax.inference.optimised import optimised_spacing
+
+        options |= {"negative": NEGATIVE.value, "seed": SEED.value, "size": size}
+        times = optimised_spacing(pipeline, prompts, OPTIMISE.value, **options)
+        print(f"--spacing={','.join(f'{t:.6g}' for t in times)}")
+        return
     if AUTOGUIDANCE.value:
         pipeline = pipeline.guided_by(Pipeline.open(AUTOGUIDANCE.value, WEIGHTS.value))
     made = dataclasses.asdict(pipeline.options(**options))  # before what isn't of sampling

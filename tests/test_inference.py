@@ -20,6 +20,7 @@ from contextdiff_jax.diffusion.grids import NAMES
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.inference import sampling
 from contextdiff_jax.inference.opening import of_run, run_steps
+from contextdiff_jax.inference.optimised import optimised_spacing
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.runtime import host
@@ -240,6 +241,16 @@ def test_a_list_of_times_says_how_many_steps_there_are(pipeline):
         pipeline.text_to_image(PROMPTS, spacing="40,20", steps=3)
     with pytest.raises(ValueError, match="must descend, in 0..49"):
         pipeline.text_to_image(PROMPTS, spacing="50,20")
+
+
+def test_a_grid_is_optimised_for_the_model_and_sampled_on(pipeline):
+    every = np.asarray(pipeline.opened.find_steps(pipeline.options(steps=6)).timesteps)
+    times = optimised_spacing(pipeline, PROMPTS, 3, seed=SEED, steps=6)
+    assert len(times) == 3 and times[0] == every[0] and set(times) <= set(every.tolist())
+    assert optimised_spacing(pipeline, PROMPTS, 6, steps=6) == tuple(every.tolist())
+    assert pipeline.text_to_image(PROMPTS, spacing=times).shape == (2, 16, 16, 3)
+    with pytest.raises(ValueError, match="optimise_spacing=7: must lie in 1..6"):
+        optimised_spacing(pipeline, PROMPTS, 7, steps=6)
 
 
 def test_a_model_on_a_path_samples_at_floats_and_tells_each_step(pipeline):

@@ -34,6 +34,7 @@ from contextdiff_jax.diffusion.losses import (
     vlb_ends,
     vlb_kl,
 )
+from contextdiff_jax.diffusion.optimised import local_errors, optimised_grid
 from contextdiff_jax.diffusion.paths import EDM, CosineContinuous, Flow
 from contextdiff_jax.diffusion.process import (
     Gaussian,
@@ -66,9 +67,9 @@ from contextdiff_jax.diffusion.schedule import (
 
 __all__ = [
     "ALWAYS",
-    "EDM",
     "CosineContinuous",
     "Denoised",
+    "EDM",
     "Flow",
     "Gaussian",
     "NoiseSchedule",
@@ -88,11 +89,13 @@ __all__ = [
     "interleave",
     "invert",
     "known_context_denoise",
+    "local_errors",
     "loss_weight",
     "make_schedule",
     "marginal_mean",
     "motion_data",
     "noise_share",
+    "optimised_grid",
     "pair",
     "perpendicular_negative",
     "plugin_denoise",

@@ -156,8 +156,7 @@ class Pipeline:
     def options(self, **given: Any) -> SampleConfig:
         """The options of sampling: the given ones; the model's own where one is None."""
         given = {name: value for name, value in given.items() if value is not None}
-        times = given.get("spacing") and read_spacing(given["spacing"])
-        if isinstance(times, tuple):
+        if isinstance(times := read_spacing(given.get("spacing") or "trailing"), tuple):
             given = {"steps": len(times)} | given | {"spacing": times}
         return dataclasses.replace(self.opened.options, prompts=(), **given)
 
@@ -235,7 +234,7 @@ class Pipeline:
                 np.asarray(jax.random.key_data(noise_key)),
                 np.arange(number, number + width),
                 _rows(noise, rows),
-                self._text(request, rows),
+                self.encode(request, rows),
                 steps,
                 np.float32(scale),
                 np.asarray(jax.random.key_data(jax.random.fold_in(sampler_key, number))),
@@ -248,7 +247,8 @@ class Pipeline:
             made.append(pictures[:real])
         return np.concatenate(made)
 
-    def _text(self, request: Request, rows: np.ndarray) -> Text:
+    def encode(self, request: Request, rows: np.ndarray) -> Text:
+        """Ids of these pictures' captions, and of what guidance leads away from."""
         ids, negatives = self._encode([request.texts[i] for i in rows]), request.negatives
         if request.negative is not None:
             few = len(negatives) == 1

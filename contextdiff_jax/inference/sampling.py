@@ -121,32 +121,15 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
         start = Start.of(model, schedule, shift, method, captions, noise, steps, picture)
         scale = guidance if method.guided else 1.0
         guide = Guide.of(weaker if method.guided else None, schedule, shift, start.beside, read)
-        denoise = make_denoise(
-            model,
-            schedule,
-            captions,
-            null,
-            prediction_type=process.prediction_type,
-            shift=shift,
-            guidance=scale,
-            guidance_rescale=method.guidance_rescale,
-            guidance_interval=method.guidance_interval,
-            negative=negative,
-            perpendicular=method.perpendicular,
-            weaker=guide.estimate,
-            context_scale=method.context_scale,
-            dynamic_threshold=method.dynamic_threshold,
-            beside=start.beside,
-            read=read,
-            caption=process.caption,
-        )
+        texts = captions, null, negative
+        denoise = guided(model, process, method, texts, scale, schedule, read, start.beside, guide)
         options = {}  # a sampler needs to know those alone that are used
         if steps.ends is not None and takes(method.sampler, "next_timesteps"):
             options["next_timesteps"] = steps.ends
         elif steps.ends is not None and takes(method.sampler, "end"):
             options["end"] = steps.ends[-1]
         if method.reuse > 1:
-            texts = branch_texts(captions, null, negative, scale, guide.estimate is not None)
+            texts = branch_texts(*texts, scale, guide.estimate is not None)
             keep = guide.beside(make_keep(model, schedule, texts, start.beside, read))
             options["reuse"] = diffusion.Reuse(method.reuse, keep)
         if start.known is not None:
@@ -186,6 +169,40 @@ class Guide(NamedTuple):
     def beside(self, keep: KeepFn) -> KeepFn:
         """`keep` of the stronger model, in a pair with its own (`diffusion.autoguided`)."""
         return keep if self.keep is None else lambda x, t: (keep(x, t), self.keep(x, t))
+
+
+def guided(
+    model: ContextDiffusion,
+    process: Process,
+    method: Method,
+    texts: tuple[Captions, Captions, Captions | None],
+    scale: float | Float[Array, ""],
+    schedule: diffusion.Schedule,
+    read: ReadFn,
+    beside: Float[Array, "B H W E"] | None = None,
+    guide: Guide = Guide(),
+) -> DenoiseFn:
+    """The denoise function of the method for texts (`encode`), on the steps' own schedule."""
+    captions, null, negative = texts
+    return make_denoise(
+        model,
+        schedule,
+        captions,
+        null,
+        prediction_type=process.prediction_type,
+        shift=process.shift,
+        guidance=scale,
+        guidance_rescale=method.guidance_rescale,
+        guidance_interval=method.guidance_interval,
+        negative=negative,
+        perpendicular=method.perpendicular,
+        weaker=guide.estimate,
+        context_scale=method.context_scale,
+        dynamic_threshold=method.dynamic_threshold,
+        beside=beside,
+        read=read,
+        caption=process.caption,
+    )
 
 
 def encode(model: ContextDiffusion, text: Text) -> tuple[Captions, Captions, Captions | None]:
