@@ -6,6 +6,8 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,9 +25,12 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 FEWER = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] not in ("0", "false")
 jax.config.update("jax_disable_most_optimizations", FEWER)
-# XLA's older CPU kernels compile in three quarters of the time. libtpu, which some tests load,
-# dies of the flag: XLA reads it here, and commands, which don't load libtpu, get it again.
-XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false" if FEWER else ""
+# XLA's older CPU kernels compile in three quarters of the time, and a program that isn't split into
+# parts for many cores in five sixths: as many files as cores are tested at once. libtpu, which some
+# tests load, dies of the flags: XLA reads them here; commands, which don't load libtpu, get them
+# again.
+QUICKER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+XLA_FLAGS = QUICKER if FEWER else ""
 ON_EIGHT = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {XLA_FLAGS}".strip()}
 _before = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"{_before} {XLA_FLAGS}".strip()
@@ -97,7 +102,10 @@ ONE_LEVEL = {
     "model.down_block_types": "('CrossAttnDownBlock2D',)",
     "model.up_block_types": "('CrossAttnUpBlock2D',)",
 }
-SMALLEST = ONE_LEVEL | {"model.mid_block_type": None}  # a quarter less again
+# With text attention on the way down alone, and nothing in the middle: half of that again.
+SMALLEST = ONE_LEVEL | {"model.up_block_types": "('UpBlock2D',)", "model.mid_block_type": None}
+# The same for a command: no flag says None.
+SMALLEST_BY_FLAGS = SMALLEST | {"model.mid_block_type": "UNetMidBlock2D"}
 
 
 def config_dict(**changes):
@@ -113,11 +121,15 @@ def config_dict(**changes):
     return config.to_dict()
 
 
+def overrides(fields: Mapping[str, Any]) -> list[str]:
+    """A command's flags for fields of a config."""
+    return [f"--config.{field}={value}" for field, value in fields.items()]
+
+
 def command(
     name: str, *arguments: str, tiny: bool = False, **options
 ) -> subprocess.CompletedProcess:
     """Runs `python -m contextdiff_jax.NAME`, with the tiny config's overrides if asked for."""
-    overrides = [f"--config.{field}={value}" for field, value in TINY.items()] if tiny else []
     environment = (
         os.environ
         | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": XLA_FLAGS}
@@ -129,7 +141,7 @@ def command(
             "-m",
             f"contextdiff_jax.{name}",
             *arguments[:1],
-            *overrides,
+            *(overrides(TINY) if tiny else []),
             *arguments[1:],
         ],
         cwd=ROOT,

@@ -11,7 +11,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import ONE_LEVEL, TINY, command, config_dict
+from conftest import ONE_LEVEL, SMALLEST, SMALLEST_BY_FLAGS, TINY, command, config_dict, overrides
 from flax import nnx
 
 from contextdiff_jax.benchmarks import method, paired, speed, torch_method, torch_peer
@@ -21,12 +21,13 @@ from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import parse
 
-SMALL = {**ONE_LEVEL, "train.batch_size": 2, "data.image_size": 8, "sample.steps": 5}
+FEW = {"train.batch_size": 2, "data.image_size": 8, "sample.steps": 5}
+SMALL = SMALLEST | FEW
 
 
 @pytest.fixture(scope="module")
 def settings():
-    return parse(config_dict(**SMALL))
+    return parse(config_dict(**ONE_LEVEL | FEW))
 
 
 def test_rounds_take_turns_and_ratios_are_of_pairs(monkeypatch):
@@ -149,12 +150,11 @@ def test_what_cannot_be_compared_is_refused_in_one_line(settings, monkeypatch):
 
 
 def test_the_command_prints_ratio_and_share_of_the_context_and_writes_json(tmp_path):
-    changes = [f"--config.{name}={value}" for name, value in {**TINY, **SMALL}.items()]
     done = command(
         "benchmark",
         "--mode=train",
         "--config=configs/base.py",
-        *changes,
+        *overrides(TINY | SMALLEST_BY_FLAGS | FEW),
         "--compare=torch",
         f"--json={tmp_path / 'rows.json'}",
         env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
@@ -194,7 +194,7 @@ def test_what_does_not_change_in_the_loop_is_computed_before_it():
     loop, no cache is needed.
     """
     length, batch = 7, 3  # 2 x 3 x 7 rows are nothing else's
-    settings = parse(config_dict(**SMALL, **{"data.max_length": length}))
+    settings = parse(config_dict(**ONE_LEVEL | FEW, **{"data.max_length": length}))
     unet = speed.random_unet(settings)
     inputs = speed.make_inputs(settings, 2 * batch) | {"x": speed.make_inputs(settings, batch)["x"]}
     graph, params = nnx.split(unet)

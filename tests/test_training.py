@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import SMALLEST, command, config_dict, random_params, with_gamma
+from conftest import (
+    SMALLEST,
+    SMALLEST_BY_FLAGS,
+    command,
+    config_dict,
+    overrides,
+    random_params,
+    with_gamma,
+)
 from flax import nnx
 
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
@@ -49,8 +57,13 @@ def batch_of(settings):
 
 
 @pytest.fixture(scope="module")
-def params(tiny_settings):
-    return random_params(tiny_settings)
+def smallest():
+    return parse(config_dict(**SMALLEST))
+
+
+@pytest.fixture(scope="module")
+def params(smallest):
+    return random_params(smallest)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +72,7 @@ def loss_of(params):
 
     @functools.partial(jax.jit, static_argnums=0)
     def loss(shift, params, batch, null):
-        settings = parse(config_dict(**{"context.shift": shift}))
+        settings = parse(config_dict(**SMALLEST, **{"context.shift": shift}))
         model = nnx.merge(model_graph(settings), params)
         return loss_fn(model, batch, null, settings.process, settings)[0]
 
@@ -68,15 +81,15 @@ def loss_of(params):
     )
 
 
-def test_gain_zero_is_plain_diffusion_in_loss_and_samples_exactly(tiny_settings, params, loss_of):
-    batch, null = batch_of(tiny_settings)
-    batch = draw(jax.random.key(0), {k: jnp.asarray(v) for k, v in batch.items()}, tiny_settings)
+def test_gain_zero_is_plain_diffusion_in_loss_and_samples_exactly(smallest, params, loss_of):
+    batch, null = batch_of(smallest)
+    batch = draw(jax.random.key(0), {k: jnp.asarray(v) for k, v in batch.items()}, smallest)
     assert loss_of(batch, null, 0.0) == loss_of(batch, null, 0.0, "none")
     assert loss_of(batch, null, 1.0) != loss_of(batch, null, 1.0, "none")
     prompts, zero = ["a large red circle", "a small blue square"], with_gamma(params, 0.0)
-    plain = parse(config_dict(**{"context.shift": "none"}))
+    plain = parse(config_dict(**SMALLEST, **{"context.shift": "none"}))
     shifted, unshifted = (
-        of_run(s, load_tokenizer(), zero).text_to_image(prompts) for s in (tiny_settings, plain)
+        of_run(s, load_tokenizer(), zero).text_to_image(prompts) for s in (smallest, plain)
     )
     np.testing.assert_array_equal(shifted, unshifted)
 
@@ -99,9 +112,9 @@ def test_a_context_with_gain_changes_the_samples(estimate, sampler):
     assert np.abs(with_shift.astype(int) - without).mean() > 1
 
 
-def test_the_shift_sees_the_true_caption_where_the_denoiser_does_not(tiny_settings, loss_of):
-    batch, null = batch_of(tiny_settings)
-    batch = draw(jax.random.key(0), {k: jnp.asarray(v) for k, v in batch.items()}, tiny_settings)
+def test_the_shift_sees_the_true_caption_where_the_denoiser_does_not(smallest, loss_of):
+    batch, null = batch_of(smallest)
+    batch = draw(jax.random.key(0), {k: jnp.asarray(v) for k, v in batch.items()}, smallest)
     batch["dropped"] = jnp.ones_like(batch["dropped"])
     other = batch | {"token_ids": jnp.roll(batch["token_ids"], 1, axis=0)}
 
@@ -110,13 +123,14 @@ def test_the_shift_sees_the_true_caption_where_the_denoiser_does_not(tiny_settin
     assert loss_of(batch, null, 1.0) != loss_of(other, null, 1.0)  # but the context still reads it
 
 
-def test_a_step_is_the_same_whatever_the_accumulation(tiny_settings):
-    batch, null = batch_of(tiny_settings)
-    states, init = [], jax.jit(functools.partial(init_state, parse(config_dict(**SMALLEST))))
+def test_a_step_is_the_same_whatever_the_accumulation(smallest, params):
+    batch, null = batch_of(smallest)
+    shapes = jax.eval_shape(functools.partial(init_state, smallest))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    state = dataclasses.replace(zeros, params=params, ema=params)
+    states = []
     for parts in (1, 4):
         settings = parse(config_dict(**SMALLEST, **{"train.accumulation": parts}))
-        state = init()
-        state = dataclasses.replace(state, params=random_params(settings))
         states.append(jax.jit(make_train_step(settings))(state, batch, null)[0])
     np.testing.assert_allclose(
         states[0].metric_sums["loss"], states[1].metric_sums["loss"], rtol=1e-5
@@ -303,8 +317,8 @@ def finished(tmp_path_factory):
 
 def train_command(workdir, *flags):
     averages = "--config.train.power_ema=(0.05,0.1)", "--config.train.power_ema_every=1"
-    flags = "--config=configs/base.py", f"--workdir={workdir}", *averages, *flags
-    return command("train", *flags, tiny=True)
+    config = ("--config=configs/base.py", f"--workdir={workdir}", *overrides(SMALLEST_BY_FLAGS))
+    return command("train", *config, *averages, *flags, tiny=True)
 
 
 def test_a_run_writes_its_folder_and_is_not_trained_again(finished):

@@ -78,10 +78,18 @@ def _training_inputs(settings: Settings) -> tuple[Inputs, Inputs]:
 
 
 def _random_state(settings: Settings) -> TrainState:
-    """Step 0 of `randomised` parameters."""
-    state = jax.jit(functools.partial(init_state, settings))()
+    """Step 0 of `randomised` parameters: all else starts at 0. Nothing is compiled, where drawing
+    the initialisation's parameters first would take as long as half a step's program.
+    """
+    shapes = jax.eval_shape(functools.partial(init_state, settings))
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     params = randomised(state.params, settings.seed)
-    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
+    return dataclasses.replace(
+        state,
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        key=jax.random.key_data(make_key(settings.seed)),
+    )
 
 
 def _train_method(settings: Settings, name: str) -> Contestant:

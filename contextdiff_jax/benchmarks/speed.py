@@ -41,11 +41,11 @@ from contextdiff_jax.benchmarks.measured import (
 from contextdiff_jax.benchmarks.method import WITH_CONTEXT, WITHOUT_CONTEXT, contestants_of_method
 from contextdiff_jax.benchmarks.paired import Contestant, Times
 from contextdiff_jax.diffusion.samplers import Denoised
+from contextdiff_jax.models.undrawn import Undrawn
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.pretrained.unet import unet_state_to_torch
 from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.host import num_cores
-from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings
 
 PEERS = ("torch",)
@@ -85,12 +85,9 @@ def random_unet(settings: Settings) -> UNet:
     """The config's UNet, without a context head, with random weights of about unit gain and none at
     0: a new network's output and most of its gradients are 0, which would compare nothing.
     """
-    unet = UNet(
-        dataclasses.replace(settings.model, context_head=False),
-        rngs=nnx.Rngs(make_key(settings.seed)),
-    )
-    nnx.update(unet, randomised(nnx.state(unet, nnx.Param), settings.seed))
-    return unet
+    config = dataclasses.replace(settings.model, context_head=False)
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=Undrawn())))
+    return nnx.merge(graph, randomised(shapes, settings.seed))
 
 
 def make_inputs(settings: Settings, batch: int) -> Inputs:

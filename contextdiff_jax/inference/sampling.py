@@ -180,10 +180,11 @@ def guided(
     schedule: diffusion.Schedule,
     read: ReadFn,
     beside: Float[Array, "B H W E"] | None = None,
-    guide: Guide = Guide(),
+    guide: Guide | None = None,
 ) -> DenoiseFn:
     """The denoise function of the method for texts (`encode`), on the steps' own schedule."""
     captions, null, negative = texts
+    guide = guide or Guide()
     return make_denoise(
         model,
         schedule,
