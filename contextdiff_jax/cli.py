@@ -68,8 +68,10 @@ SAMPLERS = "contextdiff_jax.diffusion.samplers:SAMPLERS"
 METRICS = "contextdiff_jax.evaluation.metrics:METRICS"
 FIELDS = {
     "data.source": "contextdiff_jax.data:SOURCES",
-    "diffusion.schedule": "contextdiff_jax.diffusion.schedule:SCHEDULES",
-    "context.kind": "contextdiff_jax.models.context:KINDS",
+    "diffusion.schedule": "contextdiff_jax.diffusion.schedule:NAMES",
+    "diffusion.prediction_type": "contextdiff_jax.diffusion.process:TARGETS",
+    "context.kind": "contextdiff_jax.models.context_kinds:KINDS",
+    "context.estimate": "contextdiff_jax.settings.process:ESTIMATES",
     "context.shift": "contextdiff_jax.diffusion.process:SHIFTS",
     "mesh.rules": "contextdiff_jax.parallel.mesh:RULES",
     "sample.sampler": SAMPLERS,

@@ -10,6 +10,7 @@ from conftest import ROOT, config_dict
 from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
+from configs import shapes_flow
 from configs.base import get_config
 from configs.edit_shapes import video_sections
 from contextdiff_jax.editing.settings import parse_edit
@@ -38,6 +39,15 @@ def test_every_config_is_accepted(name):
         parse_autoencoder(config)
     else:
         parse(config)
+
+
+@pytest.mark.parametrize("method", shapes_flow.METHODS)
+def test_every_method_on_the_straight_path_is_accepted(method):
+    settings = parse(shapes_flow.get_config(method).to_dict())
+    assert settings.process.schedule.continuous
+    assert settings.process.estimates_context == (method not in ("velocity", "csfm"))
+    with pytest.raises(ValueError, match="csfm"):
+        shapes_flow.get_config(method + "?")
 
 
 def test_base_has_the_dataclasses_defaults_but_for_a_few():

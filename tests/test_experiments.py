@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, SMALLEST, command, config_dict, random_params
 from flax import nnx
-from scipy import stats
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import load_tokenizer, make_source
@@ -166,48 +165,6 @@ def test_a_cell_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path):
     with pytest.raises(TypeError):
         add_finished(path, line_of(cell, scores=object()))
     assert path.read_bytes() == written
-
-
-def test_the_page_has_paired_differences_by_students_t_and_names_what_is_missing(tmp_path):
-    rng = np.random.default_rng(0)
-    values = {"none": rng.normal(size=3), "more": rng.normal(size=2)}
-    path = tmp_path / "t.jsonl"
-    for cell in PLAN.cells():
-        if cell.name != "none-2":
-            found = {
-                "scores": {"x": {"y": values[cell.variant][cell.seed]}},
-                "training": {"step": [], "context_gain": []},
-            }
-            rest = {
-                "seconds": 1,
-                "commit": "c",
-                "machine": dict(cpu="", devices="", jax=""),
-            }
-            add_finished(path, line_of(cell, **found, **rest))
-    line = results.write_page(PLAN, "t", "configs/t.py", tmp_path)
-    assert "4 cells, 1 to go" in line
-    read = results.read_results(PLAN, path)
-    scores = {name: results.scores_of(read, name, "x/y") for name in values}
-    difference = results.paired(scores["more"], scores["none"])
-    differences = values["more"][:2] - values["none"][:2]
-    reach = stats.t.ppf(0.975, 1) * differences.std(ddof=1) / np.sqrt(2)
-    expected = differences.mean() + np.array([0, -reach, reach])
-    np.testing.assert_allclose(difference[:3], expected, rtol=1e-6)
-    page = (tmp_path / "t.md").read_text()
-    assert (
-        "Not run yet: none-2." in page and f"{difference.mean:+.3f} [{difference.low:+.3f}" in page
-    )
-    assert "taskset" not in page and "same digits" not in page  # "": no CPU's cells
-    stale = read["none"][0] | {"config": {"seed": 0, "a": {"b": 3}}}
-    add_finished(path, stale)
-    assert list(results.read_results(PLAN, path)["none"]) == [1]
-
-
-@pytest.mark.filterwarnings("ignore:Precision loss")
-def test_differences_that_are_all_alike_have_an_interval_without_width():
-    difference = results.paired({0: 1.0, 1: 2.0, 2: 3.0}, {0: 0.5, 1: 1.5, 2: 2.5})
-    assert difference == results.Paired(0.5, 0.5, 0.5, 3)
-    assert results.paired({0: 1.0, 1: 2.0}, {1: 1.0, 2: 5.0}) is None
 
 
 def exact_tv(kind, estimate):

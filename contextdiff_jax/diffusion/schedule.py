@@ -127,6 +127,9 @@ def _cosine(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarra
 SCHEDULES = {"linear": _linear, "scaled_linear": _scaled_linear, "cosine": _cosine}
 
 
+NAMES = (*SCHEDULES, *PATHS)
+
+
 def make_schedule(
     name: str = "linear",
     num_timesteps: int = 1000,
@@ -143,7 +146,7 @@ def make_schedule(
 
     Raises ValueError for an unknown name, T < 2, or betas outside 0 < beta_start <= beta_end < 1.
     """
-    check_choice("diffusion.schedule", name, (*SCHEDULES, *PATHS))
+    check_choice("diffusion.schedule", name, NAMES)
     if name in PATHS:
         return PATHS[name]()
     if num_timesteps < 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -103,8 +104,9 @@ def open_editor(settings: EditSettings) -> Editor:
             f"video.model={name}: neither a Stable Diffusion folder nor a trained run ({error})"
         ) from None
     frozen = load_frozen(run.settings)
-    about = (run.settings.model, run.settings.diffusion, run.settings.context, run.settings.text)
-    source = digest((run.params, frozen), *about)
+    # as its folder has it: a field that this version adds to configs is no other model
+    sections = {name: run.config[name] for name in ("model", "diffusion", "context", "text")}
+    source = digest((run.params, frozen), json.dumps(sections, sort_keys=True))
     model = build_model(model_graph(run.settings), run.params, frozen)
     return _from_model(settings, run.settings, model, run.tokenizer, source)
 

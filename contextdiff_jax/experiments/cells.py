@@ -40,13 +40,13 @@ Generate = Callable[[Sequence[dict[str, Any]]], UInt8[np.ndarray, "N H W 3"]]
 def picture_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     """Train, choose the guidance scale on validation captions, score the samples and the bound.
 
-    Options: `num` samples a split; `guidances`, the grid; `validation` captions to choose on;
-    `samplers` {name: steps}, or {label: (name, steps)}, the first of which chooses; `true_context`:
-    whether the sampler is also given r of the true pictures; `bound` pictures a split (0: none),
-    scored by the bound at `bound_timesteps` strata or, on a path, by the flow's likelihood in as
-    many steps; `classifier` training steps (0: none) of the network whose features
-    give the FID, and which judges what is not `shapes`. It is trained once a plan, next to the
-    runs.
+    Options: `num` samples a split; `guidances`, the grid; `scales`, of guidance "1" and "best";
+    `validation` captions to choose on; `samplers` {name: steps}, or {label: (name, steps)}, the
+    first of which chooses; `true_context`: whether the sampler is also given r of the true
+    pictures; `bound` pictures a split (0: none), scored by the bound at `bound_timesteps` strata
+    or, on a path, by the flow's likelihood in as many steps; `classifier` training steps (0: none)
+    of the network whose features give the FID, and which judges what is not `shapes`. It is trained
+    once a plan, next to the runs.
     """
     settings = parse(cell.config)
     study = _Study(settings, trained_params(cell, workdir), cell.seed, cell.options, workdir.parent)
@@ -60,6 +60,8 @@ def picture_cell(cell: Cell, workdir: pathlib.Path) -> dict[str, Any]:
     for name in cell.options["samplers"]:
         found = {}
         for label, scale in (("1", 1.0), ("best", best)):
+            if label not in cell.options.get("scales", ("1", "best")):
+                continue
             if scale not in found:
                 options = study.sampler(name, scale)
                 found[scale] = study.score(study.generator(options), fidelity=True)

@@ -72,6 +72,8 @@ class Plan:
         options: what the cell's function is told beside the config.
         headline: the scores of the table, {column: path in the cell's scores}, the first one being
             decisive.
+        curves: scores by sampler and number of evaluations, {title: path with {} for the label of
+            `options["samplers"]`, which is then "NAME, NUMBER"}: a plot and a table each.
     """
 
     title: str
@@ -84,6 +86,7 @@ class Plan:
     more_seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)
     baselines: tuple[str, ...] = ("none",)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    curves: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_choice("kind", self.kind, CONFIGS)

@@ -114,6 +114,43 @@ def difference_table(plan: Plan, results: Results, baseline: str) -> str:
     return _markdown(head, rows) if rows else ""
 
 
+def curve(plan: Plan, results: Results, variant: str, path: str) -> dict[str, dict[int, float]]:
+    """Return {sampler: {number of evaluations: the score's mean over seeds}} of a plan's curve."""
+    found: dict[str, dict[int, float]] = {}
+    for label in plan.options["samplers"]:
+        name, number = label.rsplit(", ", 1)
+        values = scores_of(results, variant, path.format(label))
+        if values:
+            found.setdefault(name, {})[int(number)] = summarise(list(values.values())).mean
+    return found
+
+
+def curve_table(plan: Plan, results: Results, variant: str, title: str) -> str:
+    """Make a row a sampler, a column a number of evaluations."""
+    found = curve(plan, results, variant, plan.curves[title])
+    numbers = sorted({number for scores in found.values() for number in scores})
+    rows = [
+        [f"`{name}`", *(f"{scores[n]:.3f}" if n in scores else "-" for n in numbers)]
+        for name, scores in found.items()
+    ]
+    return _markdown([f"`{variant}`: {title}, by evaluations", *map(str, numbers)], rows)
+
+
+def plot_curves(plan: Plan, results: Results, out: pathlib.Path) -> None:
+    """Draw a row a variant, a column a curve: the score against the number of evaluations."""
+    figure = Figure(figsize=(5.5 * len(plan.curves), 3.6 * len(results)))
+    grid = figure.subplots(len(results), len(plan.curves), squeeze=False)
+    for row, variant in zip(grid, results, strict=True):
+        for axes, (title, path) in zip(row, plan.curves.items(), strict=True):
+            for name, scores in curve(plan, results, variant, path).items():
+                axes.plot(list(scores), list(scores.values()), "o-", label=name, markersize=4)
+            axes.set(title=f"{variant}: {title}", xlabel="evaluations of the network", xscale="log")
+            axes.grid(alpha=0.3)
+    grid[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out, dpi=90)
+
+
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return tabulate(rows, head, tablefmt="github", disable_numparse=True)
 
@@ -221,11 +258,23 @@ def write_page(plan: Plan, name: str, path: str, out: pathlib.Path) -> str:
         *(difference_table(plan, results, baseline) for baseline in plan.baselines),
         cost_table(results),
         f"![scores and gains]({name}.png)",
+        *_curves_section(plan, results, name, out),
         *_cells_section(cells, name, path),
     ]
     page = out / f"{name}.md"
     page.write_text("\n\n".join(part for part in parts if part) + "\n")
     return f"{page}: {len(cells)} cells" + (f", {len(missing)} to go" if missing else "")
+
+
+def _curves_section(plan: Plan, results: Results, name: str, out: pathlib.Path) -> list[str]:
+    """The page's part on the plan's curves, if it has any; draws OUT/NAME_curves.png."""
+    if not plan.curves:
+        return []
+    plot_curves(plan, results, out / f"{name}_curves.png")
+    tables = [
+        curve_table(plan, results, variant, title) for variant in results for title in plan.curves
+    ]
+    return ["## By evaluations", *tables, f"![by evaluations]({name}_curves.png)"]
 
 
 def _cells_section(cells: Sequence[dict[str, Any]], name: str, path: str) -> list[str]:

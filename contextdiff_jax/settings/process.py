@@ -8,7 +8,7 @@ from contextdiff_jax.diffusion import Schedule, make_schedule
 from contextdiff_jax.diffusion.losses import TIMESTEP_SAMPLINGS, WEIGHTINGS
 from contextdiff_jax.diffusion.paths import PATHS
 from contextdiff_jax.diffusion.process import CAPTIONS, MOTIONS, SHIFTS, TARGETS
-from contextdiff_jax.diffusion.schedule import SCHEDULES
+from contextdiff_jax.diffusion.schedule import NAMES
 from contextdiff_jax.models.context import ContextConfig
 from contextdiff_jax.models.context_kinds import KINDS
 from contextdiff_jax.runtime.fields import check_at_least, check_choice
@@ -38,7 +38,7 @@ class DiffusionConfig:
     prior_kl: float = 0.0  # weight of L_T
 
     def __post_init__(self):
-        check_choice("diffusion.schedule", self.schedule, (*SCHEDULES, *PATHS))
+        check_choice("diffusion.schedule", self.schedule, NAMES)
         check_choice("diffusion.prediction_type", self.prediction_type, TARGETS)
         check_choice("diffusion.weighting", self.weighting, WEIGHTINGS)
         check_choice("diffusion.timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
