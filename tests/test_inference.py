@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import types
 
-import command_flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FEWER, ROOT, SMALLEST, as_users_compile, config_dict, random_params
+from conftest import FEWER, SMALLEST, as_users_compile, config_dict, random_params
 
 from contextdiff_jax import Pipeline, diffusion
 from contextdiff_jax.data import load_tokenizer
@@ -23,9 +21,7 @@ from contextdiff_jax.inference.opening import of_run, run_steps
 from contextdiff_jax.inference.optimised import optimised_spacing
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.runs.model import build_model, model_graph
-from contextdiff_jax.runtime import host
-from contextdiff_jax.runtime.pictures import read_png_metadata
-from contextdiff_jax.settings import SampleConfig, parse
+from contextdiff_jax.settings import parse
 
 PROMPTS = ["a large red circle", "a small blue square"]
 SEED = 3
@@ -328,79 +324,4 @@ def test_a_sampler_of_the_documented_signature_makes_pictures_and_refuses_the_re
 def test_what_cannot_be_sampled_is_refused_in_one_line(pipeline, call, error):
     with pytest.raises(ValueError, match=error) as raised:
         call(pipeline)
-    assert "\n" not in str(raised.value)
-
-
-# ---------------------------------------------------------------- the command's flags
-
-SAMPLE = ROOT / "contextdiff_jax" / "sample.py"
-
-
-def test_the_sample_commands_flags_reach_the_request(monkeypatch, tmp_path):
-    """Two runs, the second guides the first; the pictures' texts say all that was asked for."""
-    asked = {}
-
-    class Opened:
-        options = Pipeline.options
-
-        def __init__(self, path, weights, **_):
-            self.path, self.guide = path, None
-            self.opened = types.SimpleNamespace(source=path, options=SampleConfig())
-
-        def guided_by(self, guide):
-            self.guide = guide.path
-            return self
-
-        def text_to_image(self, prompts, **options):
-            asked.update(options, guide=self.guide, path=self.path)
-            return np.zeros((len(prompts), 8, 8, 3), np.uint8)
-
-    monkeypatch.setattr(Pipeline, "open", Opened)
-    monkeypatch.setattr(host, "set_compilation_cache", lambda folder: None)
-    places = [f"--out={tmp_path}/grid.png", f"--images={tmp_path}/each", "--prompt=a"]
-    command_flags.run(
-        SAMPLE,
-        [
-            *places,
-            "--workdir=RUN",
-            "--autoguidance=SMALL",
-            "--guidance=2.5",
-            "--guidance_rescale=0.4",
-            "--guidance_interval=0.2,0.75",
-            "--context_scale=0.8",
-            "--dynamic_threshold=99",
-        ],
-    )
-    expected = {
-        "guidance": 2.5,
-        "guidance_rescale": 0.4,
-        "guidance_interval": (0.2, 0.75),
-        "context_scale": 0.8,
-        "dynamic_threshold": 99.0,
-    }
-    assert {name: asked[name] for name in expected} == expected
-    assert (asked["path"], asked["guide"]) == ("RUN", "SMALL")
-    texts = read_png_metadata(tmp_path / "each" / "0000.png")
-    assert texts["guidance_interval"] == "(0.2, 0.75)" and texts["autoguidance"] == "SMALL"
-    command_flags.run(SAMPLE, [*places, "--workdir=RUN", "--negative=b", "--perpendicular=0.5"])
-    assert (asked["negative"], asked["perpendicular"], asked["guide"]) == ("b", 0.5, None)
-
-
-@pytest.mark.parametrize(
-    "flags, error",
-    [
-        (["--guidance_interval=0.2"], r"--guidance_interval=0.2: must be LOW,HIGH, as in 0.2,0.8"),
-        (["--guidance_interval=a,b"], r"--guidance_interval=a,b: must be LOW,HIGH"),
-        (["--guidance_interval=0.8,0.2"], r"guidance_interval=\(0.8, 0.2\): must be two shares"),
-        (["--perpendicular=1"], "--perpendicular=1.0: needs --negative"),
-        (
-            ["--negative=b", "--autoguidance=DIR"],
-            "--negative=b: isn't read with --autoguidance=DIR",
-        ),
-        (["--context_scale=-1"], "context_scale=-1.0: must be finite and not negative"),
-    ],
-)
-def test_flags_of_guidance_that_do_not_fit_are_refused_in_one_line(flags, error):
-    with pytest.raises(ValueError, match=f"^{error}") as raised:
-        command_flags.run(SAMPLE, ["--workdir=RUN", "--prompt=a", *flags])
     assert "\n" not in str(raised.value)
