@@ -65,6 +65,7 @@ def _configs() -> str:
 
 # Where the names are that a flag, or a field of a config, takes: MODULE:TABLE.
 SAMPLERS = "contextdiff_jax.diffusion.samplers:SAMPLERS"
+SPACINGS = "contextdiff_jax.diffusion.grids:NAMES"
 METRICS = "contextdiff_jax.evaluation.metrics:METRICS"
 FIELDS = {
     "data.source": "contextdiff_jax.data:SOURCES",

@@ -45,6 +45,8 @@ GUIDANCE = cli.define_float("guidance", None, "Guidance scale; default: the run'
 SAMPLER = flags.DEFINE_string("sampler", None, "Default: the run's config.")
 cli.list_names("sampler", {"one of": cli.SAMPLERS})
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's config.")
+SPACING = flags.DEFINE_string("spacing", None, "Where they are; default: the run's config.")
+cli.list_names("spacing", {"one of": cli.SPACINGS})
 SEED = cli.define_seed("Of the samples' noise, the bound's, and the bootstrap.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or params.")
 EMA_LENGTH = cli.define_ema_length()
@@ -61,9 +63,9 @@ def checked_flags() -> dict[str, Any]:
         raise ValueError(f"--metrics: the list is empty; of {', '.join(KNOWN)}")
     for name in METRICS.value:
         check_choice("--metrics", name, KNOWN)
-    given = {"sampler": SAMPLER.value, "steps": STEPS.value, "guidance": GUIDANCE.value}
-    given = {name: value for name, value in given.items() if value is not None}
-    SampleConfig(**given)
+    flags_given = {flag.name: flag.value for flag in (SAMPLER, STEPS, SPACING, GUIDANCE)}
+    given = {name: value for name, value in flags_given.items() if value is not None}
+    SampleConfig().changed(**given)
     if WORKDIR.value:  # else `load_run` says what is missing
         cli.output_folder("workdir", WORKDIR.value)
     return given
@@ -111,7 +113,7 @@ def main() -> None:
     from contextdiff_jax.runs.reading import load_run
 
     run = load_run(WORKDIR.value, WEIGHTS.value, ema_length=EMA_LENGTH.value)
-    options = dataclasses.replace(run.settings.sample, **given)
+    options = run.settings.sample.changed(**given)
     workdir = pathlib.Path(WORKDIR.value)
     host.set_compilation_cache(workdir)
     evaluation = _open(run, options)

@@ -41,7 +41,7 @@ SPACING = flags.DEFINE_string(
     None,
     "Where the steps are: a name, or their times, as in 900,600,300,0 (floats on a path).",
 )
-cli.list_names("spacing", {"one of": "contextdiff_jax.diffusion.grids:NAMES"})
+cli.list_names("spacing", {"one of": cli.SPACINGS})
 SPACING_FACTOR = cli.define_float("spacing_factor", None, "Of --spacing=sd3; default 3.")
 OPTIMISE = flags.DEFINE_integer(
     "optimise_spacing",

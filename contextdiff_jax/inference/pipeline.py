@@ -27,7 +27,6 @@ from jaxtyping import Bool, Float, Int, PyTree, UInt8
 from tqdm import tqdm
 
 from contextdiff_jax.data.folder_tokenizer import warn_of_cut
-from contextdiff_jax.diffusion.grids import read_spacing
 from contextdiff_jax.diffusion.samplers import check_takes
 from contextdiff_jax.diffusion.steps import Steps
 from contextdiff_jax.inference.opened import Opened
@@ -156,9 +155,7 @@ class Pipeline:
     def options(self, **given: Any) -> SampleConfig:
         """The options of sampling: the given ones; the model's own where one is None."""
         given = {name: value for name, value in given.items() if value is not None}
-        if isinstance(times := read_spacing(given.get("spacing") or "trailing"), tuple):
-            given = {"steps": len(times)} | given | {"spacing": times}
-        return dataclasses.replace(self.opened.options, prompts=(), **given)
+        return self.opened.options.changed(prompts=(), **given)
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """[H, W, C] of what is diffused for pictures of `size`, by default the model's own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,6 +66,12 @@ class SampleConfig:
             )
         if self.reuse > 1:
             check_takes(self.sampler, "reuse", f"reuse={self.reuse}")
+
+    def changed(self, **given: Any) -> SampleConfig:
+        """These options with the given ones; a list of times says how many steps there are."""
+        if isinstance(times := read_spacing(given.get("spacing") or "trailing"), tuple):
+            given = {"steps": len(times)} | given | {"spacing": times}
+        return dataclasses.replace(self, **given)
 
     def times(self, schedule: Schedule) -> Real[np.ndarray, "S"]:
         """The descending times of the steps: indices of a discrete schedule, floats of a path.
