@@ -54,6 +54,10 @@ def get_plan() -> Plan:
     config["diffusion"] = config["diffusion"] | {"schedule": "flow"}
     return Plan(
         title="One object, on a straight path",
+        verdict=(
+            "**No verdict yet.** Of 56 trainings one is finished, of the plain model, and nothing can "
+            "be compared. The rest of the plan runs as processors are free."
+        ),
         about=(
             "Rectified flow, x_t = (1 - t) x0 + t (1 - t) r + t e. `plain` has no r; `car-flow` "
             "shifts both ends by the text; `csfm` begins at a Gaussian of the text; `plugin` and "

@@ -63,6 +63,7 @@ class Plan:
     Attributes:
         title: one line for the head of the results' page.
         about: what is asked, in a paragraph.
+        verdict: what came out, in three lines that need nothing else; written when it is known.
         kind: one of `CONFIGS`: which settings `config` has, and which function in `cells.CELLS`
             runs a cell.
         config: the base config, as plain values.
@@ -87,6 +88,7 @@ class Plan:
     baselines: tuple[str, ...] = ("none",)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     curves: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    verdict: str = ""
 
     def __post_init__(self):
         check_choice("kind", self.kind, CONFIGS)

@@ -248,6 +248,7 @@ def write_page(plan: Plan, name: str, path: str, out: pathlib.Path) -> str:
     machines = sorted({"{cpu}, {devices}, jax {jax}".format(**cell["machine"]) for cell in cells})
     parts = [
         f"# {plan.title}",
+        plan.verdict,
         plan.about,
         f"    python -m contextdiff_jax.experiment --plan={path}",
         f"{len(cells)} cells, {sum(cell['seconds'] for cell in cells) / 3600:.1f} hours in all, on "
