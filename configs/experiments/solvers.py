@@ -35,6 +35,13 @@ def get_plan() -> Plan:
     before = shapes_one.get_plan()
     return Plan(
         title="Solvers on trained models",
+        verdict=(
+            "**On the plain straight path 8 evaluations of DPM-Solver++(3M), or 12 of UniPC, give "
+            "what 50 steps of DDIM give:** FID 9.5 and 9.6 against 9.4, and 37% and 38% of the "
+            "held-out captions against 33%. DDIM itself has FID 10.6 in 8 and 10.4 in 12. Samplers "
+            "with noise obey more captions and have a higher FID. One training, 128 captions a "
+            "split: a share is known to ±4 points. The trainings with a context are still to run."
+        ),
         about=(
             "One training each; 128 captions a split, guidance 2, times `trailing`. Asked: with "
             "how many evaluations of the network does each solver draw as many held-out captions "

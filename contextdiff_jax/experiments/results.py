@@ -122,7 +122,7 @@ def curve(plan: Plan, results: Results, variant: str, path: str) -> dict[str, di
         values = scores_of(results, variant, path.format(label))
         if values:
             found.setdefault(name, {})[int(number)] = summarise(list(values.values())).mean
-    return found
+    return {name: dict(sorted(scores.items())) for name, scores in found.items()}
 
 
 def curve_table(plan: Plan, results: Results, variant: str, title: str) -> str:
@@ -144,7 +144,10 @@ def plot_curves(plan: Plan, results: Results, out: pathlib.Path) -> None:
         for axes, (title, path) in zip(row, plan.curves.items(), strict=True):
             for name, scores in curve(plan, results, variant, path).items():
                 axes.plot(list(scores), list(scores.values()), "o-", label=name, markersize=4)
+            numbers = (3, 4, 6, 8, 12, 16, 25, 50, 100)
             axes.set(title=f"{variant}: {title}", xlabel="evaluations of the network", xscale="log")
+            axes.set_xticks(numbers, map(str, numbers))
+            axes.minorticks_off()
             axes.grid(alpha=0.3)
     grid[0][0].legend(fontsize=7)
     figure.tight_layout()
