@@ -37,7 +37,7 @@ METHODS = {
 
 def get_config(method: str = "velocity") -> ConfigDict:
     """shapes on `flow`, by one of METHODS."""
-    check_choice("--config=configs/shapes_flow.py:METHOD", method, METHODS)
+    check_choice("configs/shapes_flow.py:METHOD", method, METHODS)
     config = shapes.get_config()
     config.update_from_flattened_dict({"diffusion.schedule": "flow"} | METHODS[method])
     return config

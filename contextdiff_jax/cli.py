@@ -234,6 +234,12 @@ def run(main: Callable[[], None]) -> None:
                 raise flags.Error(f"--config={file}: no such file; there are {_configs()}")
         try:
             left = flags.FLAGS(argv)
+        except flags.IllegalFlagValueError as error:
+            # what a config file raised comes as the text of its whole traceback
+            *before, last = str(error).strip().splitlines()
+            if not any("Traceback" in line for line in before):
+                raise
+            raise flags.Error(f"--config: {last.partition(': ')[2] or last}") from error
         # ml_collections' error for an override of an unknown field
         except AttributeError as error:
             raise flags.Error(f"--config: unknown field: {_innermost(error)}") from error

@@ -49,6 +49,10 @@ TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")
             ("train", "--config=configs/nope.py", "--workdir=unused"),
             "--config=configs/nope.py: no such file; there are configs/base.py, ",
         ),
+        (
+            ("train", "--config=configs/shapes_flow.py:nope", "--workdir=unused"),
+            "--config: configs/shapes_flow.py:METHOD='nope': unknown; one of velocity, ",
+        ),
         (("sample", "--workdir=unused"), "--prompt: the list is empty"),
         (("sample", "--workdir=nowhere", "--prompt=a"), "nowhere: holds neither a trained run"),
         (("sample", "--workdir=nowhere", "--prompt=a", "--eta=2"), "eta=2.0: must lie in"),
