@@ -44,6 +44,7 @@ from contextdiff_jax.training.step import loss_fn
 def test_in_training_r_reads_the_true_caption_or_what_the_denoiser_reads(caption):
     """The loss of pictures whose captions are hidden, shown, hidden, in float64."""
     settings = parse(config_dict(**{"diffusion.prediction_type": "x0", "context.caption": caption}))
+    assert settings.process.caption == caption  # for sampling and edits
     schedule, t = settings.diffusion.make_schedule(), np.array([5, 20, 45])
     image = np.random.default_rng(0).integers(0, 256, SHAPE).astype(np.uint8)
     noise, dropped = draw(1), np.array([True, False, True])

@@ -29,7 +29,7 @@ BEGIN = 0.05  # d of (1), as a share of the path
 
 
 def check_flow(settings: Settings) -> None:
-    """Raises ValueError for a run whose flow `model_likelihood` can't follow."""
+    """Raises ValueError for a run whose flow `model_bits` can't follow."""
     if not settings.process.schedule.continuous:
         raise ValueError(
             f"--metrics=likelihood: diffusion.schedule={settings.diffusion.schedule!r} has no "

@@ -81,6 +81,7 @@ class Settings:
             schedule=self.diffusion.make_schedule(),
             prediction_type=self.diffusion.prediction_type,
             shift=self.context.shift,
+            caption=self.context.caption,
             estimates_context=estimates_context(
                 self.context, self.model.context_head, self.diffusion.prediction_type
             ),

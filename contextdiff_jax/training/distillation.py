@@ -18,7 +18,7 @@ from contextdiff_jax.diffusion.likelihood import flow_velocity
 from contextdiff_jax.diffusion.process import bcast
 from contextdiff_jax.diffusion.samplers import DenoiseFn
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen, Teacher
-from contextdiff_jax.models.denoising import empty_like, make_denoise
+from contextdiff_jax.models.denoising import empty_like, make_denoise, related
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.settings import Settings
@@ -39,6 +39,7 @@ def load_teacher(settings: Settings, frozen: Frozen) -> Teacher:
         "diffusion.beta_end",
         "diffusion.zero_terminal_snr",
         "context.shift",
+        "context.caption",
         "context.clip",
         "data.image_size",
         "data.max_length",
@@ -116,7 +117,8 @@ def distilled_errors(
         return captions, shown, empty
 
     captions, shown, empty = read(teacher)
-    r = teacher.relate(x0, captions, schedule.network_time(t), pixels, noise)
+    shifted_by = related(process.caption, captions, lambda true: shown)
+    r = teacher.relate(x0, shifted_by, schedule.network_time(t), pixels, noise)
     x_t = diffusion.q_sample(schedule, x0, r, t, noise, shift)
     denoise = make_denoise(
         teacher,
@@ -126,6 +128,7 @@ def distilled_errors(
         prediction_type=model.teacher.prediction_type,
         shift=shift,
         guidance=config.guidance,
+        caption=process.caption,
     )
     target = teacher_motion(denoise, schedule, x_t, times, shift)
     if process.prediction_type == "velocity":
