@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import ONE_LEVEL, config_dict
+from conftest import SMALLEST, config_dict
 
 from configs.edit_shapes import video_sections
 from contextdiff_jax.editing.settings import parse_edit
@@ -17,7 +17,7 @@ def edit_settings(**changes):
         for name, value in changes.items()
         if name.split(".")[0] not in ("video", "edit")
     }
-    config = config_dict(**ONE_LEVEL | own)
+    config = config_dict(**SMALLEST | own)
     sections = video_sections()
     sections["video"] |= dict(prompt="a red circle", edit_prompts=("a blue circle", "a red circle"))
     sections["edit"] |= dict(steps=5)

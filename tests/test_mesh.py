@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ON_EIGHT, ROOT, TINY, XLA_FLAGS, command, config_dict
+from conftest import ON_EIGHT, ROOT, TINY, XLA_FLAGS, command, config_dict, overrides
 from jax.sharding import PartitionSpec as P
 from mesh_program import SMALL
 
@@ -32,6 +32,7 @@ from contextdiff_jax.training.state import init_state
 
 HERE = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 ONE = "1x1x1x1"  # data, fsdp, tensor, sequence
+QUICK = ("2x2x2x1", "1x2x2x2/2")
 
 
 class Device:
@@ -148,15 +149,20 @@ def workdir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one_device(workdir):
-    return losses_and_pictures(workdir / "out.json", workdir, ONE)[ONE]
+def results(workdir):
+    """Of one device and of `QUICK`, by one program."""
+    return losses_and_pictures(workdir / "out.json", workdir, ONE, *QUICK)
+
+
+@pytest.fixture(scope="module")
+def one_device(results):
+    return results[ONE]
 
 
 def assert_same(result: dict, one: dict) -> None:
     np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-4)
-    assert (
-        len(result["losses"]) == 20 and abs(result["losses"][0] / result["losses"][-1] - 1) > 0.01
-    )
+    assert len(result["losses"]) == SMALL["train.steps"]
+    assert abs(result["losses"][0] / result["losses"][-1] - 1) > 0.01
     # Of 255: a rounding may tip over.
     assert np.abs(np.array(result["image"]) - np.array(one["image"])).max() <= 1
 
@@ -164,8 +170,7 @@ def assert_same(result: dict, one: dict) -> None:
 @pytest.mark.parametrize(
     "mesh, share",
     [
-        ("2x2x2x1", 1 / 2),
-        ("1x2x2x2/2", 1 / 2),
+        *((mesh, 1 / 2) for mesh in QUICK),
         pytest.param("2x2x1x2", 1 / 2, marks=pytest.mark.slow),
         pytest.param("8x1x1x1", 1, marks=pytest.mark.slow),
         pytest.param("1x8x1x1", 1 / 8, marks=pytest.mark.slow),
@@ -173,15 +178,16 @@ def assert_same(result: dict, one: dict) -> None:
     ],
 )
 def test_every_mesh_gives_the_losses_and_the_picture_of_one_device_and_reads_its_checkpoint(
-    one_device, workdir, mesh, share, tmp_path
+    results, one_device, workdir, mesh, share, tmp_path
 ):
-    """20 steps, and step 11 from what the one device saved.
+    """10 steps, and step 6 from what the one device saved.
 
     The slow ones are a program each: bash launch/test.sh -m slow tests/test_mesh.py
     """
-    result = losses_and_pictures(tmp_path / "out.json", workdir, mesh)[mesh]
+    other = {} if mesh in results else losses_and_pictures(tmp_path / "out.json", workdir, mesh)
+    result = (results | other)[mesh]
     assert_same(result, one_device)
-    np.testing.assert_allclose(result["resumed"], one_device["losses"][10], rtol=1e-5)
+    np.testing.assert_allclose(result["resumed"], one_device["losses"][5], rtol=1e-5)
     assert result["opt_share"] == share  # of the largest moment on each device
 
 
@@ -189,9 +195,6 @@ def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(
     one_device, tmp_path
 ):
     """2 processes of 4 devices, started as a user does; the checkpoint is read here, on one."""
-    overrides = [
-        f"--config.{field}={value}" for field, value in (TINY | SMALL | {"train.steps": 20}).items()
-    ]
     result = subprocess.run(
         [
             "bash",
@@ -200,10 +203,10 @@ def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(
             "4",
             "--config=configs/base.py",
             f"--workdir={tmp_path}",
-            *overrides,
-            "--config.train.checkpoint_every=15",
+            *overrides(TINY | SMALL),
+            "--config.train.checkpoint_every=7",
             "--config.train.power_ema=(0.05,0.1)",
-            "--config.train.power_ema_every=8",
+            "--config.train.power_ema_every=4",
             "--config.train.sample_every=500",
             "--config.mesh.fsdp=2",
             "--config.train.peer_timeout=120",
@@ -215,21 +218,21 @@ def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(
     )
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 21))  # once each
+    assert [row["step"] for row in rows] == list(range(1, 11))  # once each
     np.testing.assert_allclose([row["loss"] for row in rows], one_device["losses"], rtol=1e-4)
     assert (
         len(list((tmp_path / "samples").iterdir())) == 1
         and len(list((tmp_path / "events").iterdir())) == 1
     )
     averages = {path.name: checkpoints.damage(path) for path in (tmp_path / "averages").iterdir()}
-    assert averages == {"8": "", "16": "", "20": ""}
+    assert averages == {"4": "", "8": "", "10": ""}
     sample = command(
         "sample",
         f"--workdir={tmp_path}",
         "--prompt=a large red circle",
         f"--out={tmp_path / 'out.png'}",
     )
-    assert sample.returncode == 0 and "pictures of step 20" in sample.stdout, sample.stderr
+    assert sample.returncode == 0 and "pictures of step 10" in sample.stdout, sample.stderr
 
 
 def test_a_batch_that_the_devices_cannot_divide_is_refused_in_one_line(tmp_path):
@@ -253,5 +256,5 @@ def test_saved_on_data_8_and_read_on_fsdp_4_by_tensor_2_and_on_one_device(tmp_pa
     results = losses_and_pictures(tmp_path / "out.json", tmp_path, "8x1x1x1", "1x4x2x1", ONE)
     for mesh in ("1x4x2x1", ONE):
         np.testing.assert_allclose(
-            results[mesh]["resumed"], results["8x1x1x1"]["losses"][10], rtol=1e-5
+            results[mesh]["resumed"], results["8x1x1x1"]["losses"][5], rtol=1e-5
         )

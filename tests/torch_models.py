@@ -174,7 +174,7 @@ def plain_pipeline(**parts):
 SMALLEST = dict(
     block_out_channels=(8,),
     down_block_types=("CrossAttnDownBlock2D",),
-    up_block_types=("CrossAttnUpBlock2D",),
+    up_block_types=("UpBlock2D",),
     mid_block_type=None,
 )
 
@@ -186,7 +186,7 @@ def stable_diffusion(
     **scheduler,
 ):
     """A tiny StableDiffusionPipeline with random weights; `folder` is for the tokenizer's files.
-    `unet_changes`: of the UNet's config (`SMALLEST`: two thirds of the compilation).
+    `unet_changes`: of the UNet's config (`SMALLEST`: half of the compilation).
     """
     import diffusers
     import transformers
