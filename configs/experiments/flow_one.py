@@ -55,8 +55,8 @@ def get_plan() -> Plan:
     return Plan(
         title="One object, on a straight path",
         verdict=(
-            "**No verdict yet.** Of 56 trainings one is finished, of the plain model, and nothing "
-            "can be compared. The rest of the plan runs as processors are free."
+            "**No verdict yet.** Of 56 trainings the first few are finished, one seed of each, and "
+            "seeds differ by more than methods do. The rest runs as processors are free."
         ),
         about=(
             "Rectified flow, x_t = (1 - t) x0 + t (1 - t) r + t e. `plain` has no r; `car-flow` "
