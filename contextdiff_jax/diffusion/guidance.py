@@ -165,11 +165,13 @@ def guide(
     guided = Denoised(
         *(u + guidance_scale * (c - u) for c, u in zip(conditional, unconditional, strict=True))
     )
-    return rescale_to(conditional, guided, rescale) if rescale else guided
+    return rescale_to(conditional, guided, rescale)
 
 
 def rescale_to(reference: Denoised, guided: Denoised, rescale: float) -> Denoised:
     """`guided`, mixed with itself at the standard deviation of the reference's x0 (see `guide`)."""
+    if not rescale:
+        return guided
     axes = tuple(range(1, guided.x0.ndim))
     std, target = guided.x0.std(axes), reference.x0.std(axes)
     factor = 1 + rescale * (target / jnp.maximum(std, 1e-8) - 1)
@@ -242,7 +244,7 @@ def perpendicular_negative(
     def combine(conditional, unconditional, negative):
         turned = turn_away(conditional, unconditional, negative, weight)
         guided = guide(turned, unconditional, guidance_scale)
-        return rescale_to(conditional, guided, rescale) if rescale else guided
+        return rescale_to(conditional, guided, rescale)
 
     return _combined(branches, combine, 3, join, split)
 

@@ -54,7 +54,7 @@ def invert(
         options = dict(iterations=iterations, tolerance=tolerance)
         return ddim_invert(denoise, x0, schedule, timesteps, shift, **options)
     make_plan = getattr(get_sampler(sampler), "make_plan", None)
-    if not isinstance(sampler, str) or make_plan is None:
+    if make_plan is None:
         able = ", ".join(name for name, run in SAMPLERS.items() if hasattr(run, "make_plan"))
         raise ValueError(f"sampler={sampler!r}: can't be inverted; ddim or one of {able}")
     timesteps = jnp.asarray(timesteps)

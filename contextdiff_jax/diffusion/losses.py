@@ -25,7 +25,7 @@ from contextdiff_jax.diffusion.process import (
     q_sample,
 )
 from contextdiff_jax.diffusion.protocols import ContextFn, DenoiseFn
-from contextdiff_jax.diffusion.schedule import NoiseSchedule, Schedule
+from contextdiff_jax.diffusion.schedule import NoiseSchedule, Schedule, index_of_share
 from contextdiff_jax.runtime.fields import check_choice
 
 
@@ -143,8 +143,7 @@ def sample_timesteps(
     scale: float = 1.0,
 ) -> Int[Array, "B"]:
     """Indices in 0..T-1 at `sample_shares`. ValueError for an unknown sampling."""
-    u = sample_shares(key, batch_size, sampling, scale)
-    return jnp.minimum((u * num_timesteps).astype(jnp.int32), num_timesteps - 1)
+    return index_of_share(sample_shares(key, batch_size, sampling, scale), num_timesteps)
 
 
 def prior_kl(

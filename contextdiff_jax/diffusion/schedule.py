@@ -26,6 +26,11 @@ from contextdiff_jax.runtime.fields import check_choice
 Index = Int[ArrayLike, "*B"]
 
 
+def index_of_share(u: Float[ArrayLike, "*B"], num_timesteps: int) -> Int[Array, "*B"]:
+    """The index of 0..T-1 at the share u in [0, 1] of all."""
+    return jnp.minimum((u * num_timesteps).astype(jnp.int32), num_timesteps - 1)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
@@ -51,7 +56,7 @@ class NoiseSchedule:
 
     def time_of_share(self, u: Float[ArrayLike, "*B"]) -> Int[Array, "*B"]:
         """The index at the share u in [0, 1] of all."""
-        return jnp.minimum((u * self.num_timesteps).astype(jnp.int32), self.t_max)
+        return index_of_share(u, self.num_timesteps)
 
     def share(self, t: Index) -> Float[Array, "*B"]:
         """The share of the indices that are below t."""
