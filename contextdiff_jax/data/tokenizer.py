@@ -144,19 +144,52 @@ class FolderTokens:
         return np.array(rows.input_ids, np.int32), np.array(rows.attention_mask, bool), lost
 
 
-AnyTokenizer = Tokenizer | FolderTokens
+class PipelineTokens:
+    """The tokenizers of a pipeline with several text encoders (its folders `tokenizer`,
+    `tokenizer_2`), with `Tokenizer`'s methods; ids are [B, E, L]. Picklable.
+    """
+
+    def __init__(self, folder: str | pathlib.Path):
+        """ValueError if one of them can't be read."""
+        self._folder = pathlib.Path(folder)
+        self.parts = {name: FolderTokens(self._folder / name) for name in pipeline_parts(folder)}
+
+    def __reduce__(self):
+        return PipelineTokens, (self._folder,)
+
+    def encode(
+        self, captions: Sequence[str], max_length: int
+    ) -> tuple[Int32[np.ndarray, "B E L"], Bool[np.ndarray, "B L"]]:
+        """Each tokenizer's `FolderTokens.encode`, and the first one's mask."""
+        return self.encode_and_cut(captions, max_length)[:2]
+
+    def encode_and_cut(
+        self, captions: Sequence[str], max_length: int
+    ) -> tuple[Int32[np.ndarray, "B E L"], Bool[np.ndarray, "B L"], list[str]]:
+        """`encode`'s arrays, and the words that each caption loses by the first tokenizer."""
+        made = [part.encode_and_cut(captions, max_length) for part in self.parts.values()]
+        return np.stack([ids for ids, _, _ in made], axis=1), *made[0][1:]
+
+
+AnyTokenizer = Tokenizer | FolderTokens | PipelineTokens
+
+
+def pipeline_parts(folder: str | pathlib.Path) -> list[str]:
+    """The tokenizers' folders in a pipeline's, in order; none in another folder."""
+    names = ("tokenizer", "tokenizer_2")
+    return [name for name in names if pathlib.Path(folder, name).is_dir()]
 
 
 def load_tokenizer(path: str | pathlib.Path | None = None) -> AnyTokenizer:
-    """Loads a tokenizer file written by `train_tokenizer`, or CLIP's or T5's from a folder; the
-    bundled one if `path` is None.
+    """Loads a tokenizer file written by `train_tokenizer`, CLIP's or T5's from a folder, or several
+    from a pipeline's folder; the bundled one if `path` is None.
 
     Raises:
         ValueError: if the file is missing or no such tokenizer, in one line.
     """
     path = BUNDLED if path is None else pathlib.Path(path).expanduser()
     if path.is_dir():
-        return FolderTokens(path)
+        return PipelineTokens(path) if pipeline_parts(path) else FolderTokens(path)
     try:
         return _from_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -22,10 +22,10 @@ from contextdiff_jax.diffusion.steps import Steps
 from contextdiff_jax.inference.opened import Opened
 from contextdiff_jax.inference.pipeline import Pipeline
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
-from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen, FrozenText, FrozenTextPair
+from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.parallel.mesh import local_mesh, replicated
-from contextdiff_jax.pretrained.folder_files import exists
-from contextdiff_jax.pretrained.pipeline import INDEX_FILE, StableDiffusion, read_pipeline
+from contextdiff_jax.pretrained.pipeline import StableDiffusion, read_pipeline
+from contextdiff_jax.pretrained.pipeline_folder import is_pipeline
 from contextdiff_jax.pretrained.scheduler_steps import scheduler_steps
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import build_model, model_graph
@@ -45,7 +45,7 @@ def open_folder(
     **options: Any,
 ) -> Pipeline:
     """See `Pipeline.open`. `programs`: a folder where traced programs are kept."""
-    if "://" not in str(path) and exists(Path(path) / INDEX_FILE):
+    if "://" not in str(path) and is_pipeline(path):
         if ema_length is not None:
             raise ValueError(f"--ema_length={ema_length}: {path} is no run, which alone has it")
         return open_stable_diffusion(path, programs, **options)
@@ -91,9 +91,10 @@ def of_run(
         return run_steps(process.schedule, options)
 
     find_steps(options)
+    frozen = load_frozen(settings) if frozen is None else frozen
     opened = Opened(
         build=lambda weights: build_model(graph(), *weights),
-        weights=(params, load_frozen(settings) if frozen is None else frozen),
+        weights=(params, frozen),
         process=process,
         encode_text=lambda texts: tokenizer.encode_and_cut(list(texts), settings.data.max_length),
         find_steps=find_steps,
@@ -102,6 +103,7 @@ def of_run(
         options=options,
         identity=settings,
         rules=settings.mesh.rules,
+        zeros_for_empty=frozen.text is not None and frozen.text.zeros_for_empty,
         source=source,
     )
     return Pipeline(opened, mesh, programs)
@@ -160,14 +162,11 @@ def of_folder(
     folder: StableDiffusion, source: str = "", programs: epath.PathLike | None = None
 ) -> FolderPipeline:
     """The pipeline of a Stable Diffusion folder: a model whose context is `none`."""
-    texts = folder.texts
     context = RelationalNetwork(
         ContextConfig(kind="none", in_channels=folder.vae.config.latent_channels),
         rngs=nnx.Rngs(0),
     )
-    model = ContextDiffusion(None, folder.unet, context).attach(
-        Frozen(folder.vae, FrozenTextPair(*texts) if len(texts) == 2 else FrozenText(*texts))
-    )
+    model = ContextDiffusion(None, folder.unet, context).attach(Frozen(folder.vae, folder.encoder))
     graph, weights = nnx.split(model)
     mesh = local_mesh()
     if mesh.size > 1:

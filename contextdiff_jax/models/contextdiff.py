@@ -10,11 +10,11 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Real
 
-from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPText, CLIPVision
+from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPVision
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.context_kinds import pool
+from contextdiff_jax.models.frozen_text import AnyFrozenText
 from contextdiff_jax.models.precision import Precision
-from contextdiff_jax.models.t5 import T5Encoder
 from contextdiff_jax.models.text import TextConfig, TextEncoder
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.unet_config import UNetConfig
@@ -22,65 +22,20 @@ from contextdiff_jax.models.vae import VAE
 
 
 class Captions(NamedTuple):
-    """Encoded captions: token states, which of them count, and the pooled text of an encoder that
-    gives one (None: the mean of the tokens that count is read where one is wanted).
+    """Encoded captions: token states, which of them count, the pooled text of an encoder that gives
+    one (None: the mean of the tokens that count is read where one is wanted), and the sizes of
+    their pictures (None: what is made is its picture, without a crop), as `data.sizes` has them.
     """
 
     tokens: Float[ArrayLike, "B L D"]
     mask: Bool[ArrayLike, "B L"]
     pooled: Float[Array, "B P"] | None = None
+    sizes: Float[ArrayLike, "B 6"] | None = None
 
-
-class FrozenText(nnx.Module):
-    """A pretrained CLIP text encoder in the place of ours. It reads no mask, unless its config says
-    so: Stable Diffusion's networks were trained on the states of all tokens, padding included.
-    """
-
-    reads_padding = True
-
-    def __init__(self, clip: CLIPText):
-        self.clip = clip
-
-    def __call__(
-        self, token_ids: Int[ArrayLike, "B L"], token_mask: Bool[ArrayLike, "B L"]
-    ) -> Float[Array, "B L D"]:
-        """States of all tokens."""
-        mask = token_mask if self.clip.config.use_attention_mask else None
-        return self.clip(token_ids, mask).last
-
-
-class FrozenTextPair(nnx.Module):
-    """Stable Diffusion XL's two CLIP text encoders: the states of both penultimate layers, and the
-    second's pooled projection (Podell et al., 2023, 2.1).
-    """
-
-    reads_padding = True
-
-    def __init__(self, clip: CLIPText, clip_2: CLIPText):
-        self.clip, self.clip_2 = clip, clip_2
-
-    def __call__(
-        self, token_ids: Int[ArrayLike, "B 2 L"], token_mask: Bool[ArrayLike, "B L"]
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "B P"]]:
-        """States of all tokens, and the pooled text. The ids are those of both tokenizers."""
-        first, second = self.clip(token_ids[:, 0]), self.clip_2(token_ids[:, 1])
-        states = first.hidden_states[-2], second.hidden_states[-2]
-        return jnp.concatenate(states, axis=-1), second.projected
-
-
-class FrozenT5(nnx.Module):
-    """A pretrained T5 encoder in the place of ours, as in Imagen: padding is read by nobody."""
-
-    reads_padding = False
-
-    def __init__(self, t5: T5Encoder):
-        self.t5 = t5
-
-    def __call__(
-        self, token_ids: Int[ArrayLike, "B L"], token_mask: Bool[ArrayLike, "B L"]
-    ) -> Float[Array, "B L D"]:
-        """States of all tokens."""
-        return self.t5(token_ids, token_mask)
+    def hidden(self) -> Captions:
+        """Zeros in the place of the text's states."""
+        pooled = None if self.pooled is None else jnp.zeros_like(self.pooled)
+        return self._replace(tokens=jnp.zeros_like(self.tokens), pooled=pooled)
 
 
 class FrozenVision(nnx.Module):
@@ -115,7 +70,7 @@ class Frozen(NamedTuple):
     """
 
     vae: VAE | None = None
-    text: FrozenText | FrozenTextPair | FrozenT5 | None = None
+    text: AnyFrozenText | None = None
     vision: FrozenVision | None = None
     teacher: Teacher | None = None
 
@@ -159,6 +114,13 @@ class ContextDiffusion(nnx.Module):
         states = self.text(ids, mask)
         tokens, pooled = states if isinstance(states, tuple) else (states, None)
         return Captions(tokens, mask, pooled)
+
+    def encode_empty(self, ids: Int[ArrayLike, "B *E L"], mask: Bool[ArrayLike, "B L"]) -> Captions:
+        """What the denoiser reads in the place of a caption: the empty one, which these ids are of,
+        or zeros where the text encoders say so.
+        """
+        empty = self.encode(ids, mask)
+        return empty.hidden() if self.text.zeros_for_empty else empty
 
     def relate(
         self,
@@ -223,11 +185,12 @@ class ContextDiffusion(nnx.Module):
 
 
 def text_and_size(captions: Captions, height: int, width: int) -> dict[str, Array]:
-    """What a UNet of the XL kind reads beside the tokens: the pooled text, and the picture's size
-    without a crop (SDXL, 2.2).
+    """What a UNet of the XL kind reads beside the tokens: the pooled text, and the captions' sizes,
+    or without any the picture's own without a crop (SDXL, 2.2).
     """
-    tokens, mask, pooled = captions
-    sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
+    tokens, mask, pooled, sizes = captions
+    if sizes is None:
+        sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
     return {
         "text_embeds": pool(tokens, mask)[:, 0] if pooled is None else pooled,
         "time_ids": jnp.broadcast_to(sizes, (tokens.shape[0], 6)),

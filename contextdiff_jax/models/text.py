@@ -17,8 +17,8 @@ from contextdiff_jax.models.transformer import Attention, FeedForward
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Sizes of the text encoder; with `pretrained`, the folder of a frozen CLIP text or T5 encoder,
-    it is read instead.
+    """Sizes of the text encoder; with `pretrained`, the folder of a frozen CLIP text or T5 encoder
+    or of a pipeline with several, that is read instead.
     """
 
     pretrained: str = ""
@@ -56,7 +56,7 @@ class TextBlock(nnx.Module):
 class TextEncoder(nnx.Module):
     """Token ids to token states; padding has no influence on the tokens that count."""
 
-    reads_padding = False
+    reads_padding, zeros_for_empty = False, False
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from flax import nnx
 from contextdiff_jax.pretrained import clip, native, t5, unet, vae
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.folder_files import (
+    INDEX_FILE,
     PICKLES,
     exists,
     read_json,
@@ -31,7 +32,6 @@ from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.files import write_json
 
 MODELS = {model.kind: model for model in (unet.MODEL, vae.MODEL, clip.TEXT, clip.VISION, t5.MODEL)}
-INDEX_FILE = "model_index.json"
 
 Report = Callable[[str], None]
 

@@ -13,15 +13,15 @@ from contextdiff_jax.data.folder_tokenizer import max_length
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.folder_files import read_json, tokenizer_folder
-from contextdiff_jax.pretrained.pipeline import CLASSES, INDEX_FILE
+from contextdiff_jax.pretrained.pipeline_folder import encoder_names, read_index
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import MODEL as UNET
 
 
 def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config` with `model.*` (the UNet's config), `diffusion.*` (schedule and prediction type),
-    the steps of `sample.*`, and, where they are empty, `latent.vae`, `text.pretrained` and
-    `data.tokenizer` as the folder has them.
+    the steps of `sample.*`, for XL `data.sizes`, and, where they are empty, `latent.vae`,
+    `text.pretrained` and `data.tokenizer` as the folder has them.
 
     `diffusion.zero_terminal_snr=True` stays: fine-tuning to a rescaled schedule is a choice of the
     run. Without `model.pretrained` the config as it is. Idempotent, so that config.json says all
@@ -34,22 +34,23 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
     if not source:
         return dict(config)
     folder = Path(source)
-    name = read_json(folder / INDEX_FILE, "a diffusers pipeline folder").get("_class_name")
-    if name not in CLASSES:
-        raise ValueError(
-            f"{folder / INDEX_FILE}: _class_name={name!r}: another pipeline; one of "
-            f"{', '.join(CLASSES)}"
-        )
+    index = read_index(folder)
     unet = _read_unet(folder / "unet")
-    diffusion, steps = _process(load_scheduler(folder / "scheduler", pipeline=name), config)
+    scheduler = load_scheduler(folder / "scheduler", pipeline=index["_class_name"])
+    diffusion, steps = _process(scheduler, config)
     text = read_json(folder / "text_encoder" / "config.json", "a text encoder's folder")
     words = tokenizer_folder(folder / "tokenizer")
     length = max_length(words, text.get("max_position_embeddings", 77))
+    # Of several encoders the pipeline is named, and of their tokenizers the folder of them all.
+    several = len(encoder_names(index)) > 1
+    encoder, words = (folder, words.parent) if several else (folder / "text_encoder", words)
     # Lists, as in a config.json: what is compared on resuming.
     model = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in unet.to_dict().items()
     }
+
+    sizes = {"sizes": True} if unet.pooled_features is not None else {}
 
     def section(name: str, default: str, value: Path, **fields: Any) -> dict[str, Any]:
         """The config's section with `fields`, and `value` where its field `default` is empty."""
@@ -65,25 +66,20 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
         "text": section(
             "text",
             "pretrained",
-            folder / "text_encoder",
+            encoder,
             max_length=length,
             width=unet.cross_attention_dim,
         ),
-        "data": section("data", "tokenizer", words, max_length=length),
+        "data": section("data", "tokenizer", words, max_length=length, **sizes),
     }
 
 
 def _read_unet(folder: Path) -> UNetConfig:
     """The UNet's config. ValueError for one that is not fine-tuned."""
     unet = read_config(UNET, folder)
-    if (
-        isinstance(unet.cross_attention_dim, tuple)
-        or unet.addition_embed_type is not None
-        or unet.context_head
-    ):
+    if isinstance(unet.cross_attention_dim, tuple) or unet.context_head:
         raise ValueError(
-            f"{folder}: a UNet with added conditions, a context head or several text "
-            "widths is not fine-tuned"
+            f"{folder}: a UNet with a context head or several text widths is not fine-tuned"
         )
     return unet
 

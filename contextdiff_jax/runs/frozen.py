@@ -9,9 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from contextdiff_jax.models.contextdiff import Frozen, FrozenT5, FrozenText, FrozenVision
+from contextdiff_jax.models.contextdiff import Frozen, FrozenVision
+from contextdiff_jax.models.frozen_text import AnyFrozenText, FrozenT5, FrozenText
 from contextdiff_jax.pretrained import load_clip_text, load_clip_vision, load_t5, load_vae
 from contextdiff_jax.pretrained.folder_files import read_json
+from contextdiff_jax.pretrained.pipeline_folder import is_pipeline, load_texts
 from contextdiff_jax.settings import Settings
 
 
@@ -34,22 +36,29 @@ def load_frozen(settings: Settings, shardings: Callable[[PyTree], PyTree] | None
     return Frozen(vae, _load_text(settings, options), vision)
 
 
-def _load_text(settings: Settings, options: dict[str, Any]) -> FrozenText | FrozenT5:
-    folder = settings.text.pretrained
-    config = read_json(Path(folder, "config.json"), "a folder of a CLIP text or T5 encoder")
-    if config.get("model_type") == "t5":  # relative positions: any length
-        text = FrozenT5(load_t5(folder, **options))
-        width, longest = text.t5.config.d_model, settings.data.max_length
-    else:
-        text = FrozenText(load_clip_text(folder, **options))
-        width, longest = text.clip.config.hidden_size, text.clip.config.max_position_embeddings
-    if settings.model.cross_attention_dim != width:
-        found = settings.model.cross_attention_dim
+def _load_text(settings: Settings, options: dict[str, Any]) -> AnyFrozenText:
+    folder, model, length = settings.text.pretrained, settings.model, settings.data.max_length
+    text = _read_text(Path(folder), options)
+    if model.cross_attention_dim != text.width:
         raise ValueError(
-            f"model.cross_attention_dim={found}: text.pretrained={folder!r} has {width}"
+            f"model.cross_attention_dim={model.cross_attention_dim}: text.pretrained={folder!r} "
+            f"has {text.width}"
         )
-    if settings.data.max_length > longest:
+    if model.pooled_features not in (None, text.pooled_width):
         raise ValueError(
-            f"data.max_length={settings.data.max_length}: text.pretrained={folder!r} has {longest}"
+            f"model.projection_class_embeddings_input_dim="
+            f"{model.projection_class_embeddings_input_dim}: leaves {model.pooled_features} for "
+            f"the pooled text; text.pretrained={folder!r} gives {text.pooled_width}"
         )
+    if length > text.longest:
+        raise ValueError(f"data.max_length={length}: text.pretrained={folder!r} has {text.longest}")
     return text
+
+
+def _read_text(folder: Path, options: dict[str, Any]) -> AnyFrozenText:
+    if is_pipeline(folder):
+        return load_texts(folder, **options)
+    config = read_json(folder / "config.json", "a folder of a CLIP text or T5 encoder")
+    if config.get("model_type") == "t5":
+        return FrozenT5(load_t5(folder, **options))
+    return FrozenText(load_clip_text(folder, **options))

@@ -203,7 +203,7 @@ def _check_text(settings: Settings) -> None:
             f"model.cross_attention_dim={model.cross_attention_dim}: must be "
             f"text.width={text.width}"
         )
-    if model.addition_embed_type == "text_time":
+    if model.addition_embed_type == "text_time" and not text.pretrained:
         wanted = model.cross_attention_dim + 6 * model.addition_time_embed_dim
         given = model.projection_class_embeddings_input_dim
         if given != wanted:

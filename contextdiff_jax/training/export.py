@@ -28,6 +28,7 @@ from contextdiff_jax.pretrained.conversion import complete_or_absent, copy_folde
 from contextdiff_jax.pretrained.folder_files import FolderTensors, read_json, save_tensors
 from contextdiff_jax.pretrained.lora import LoraLayer, save_lora
 from contextdiff_jax.pretrained.names import name_map
+from contextdiff_jax.pretrained.pipeline_folder import encoder_names, is_pipeline, read_index
 from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE
 from contextdiff_jax.pretrained.unet import MODEL as UNET
 from contextdiff_jax.runs.reading import Run, load_run
@@ -59,13 +60,10 @@ def export_run(source: Path, target: Path, report: Callable[[str], None] = print
         copy_folder(origin, partial)
         for name in (CONTEXT_FILE, CONTEXT_CONFIG, LORA_FILE):
             (partial / name).unlink(missing_ok=True)
-        for name, folder in (
-            ("vae", run.settings.latent.vae),
-            ("text_encoder", run.settings.text.pretrained),
-        ):
-            if Path(folder).resolve() != (origin / name).resolve():
+        for name, folder in _frozen_folders(run).items():
+            if folder.resolve() != (origin / name).resolve():
                 shutil.rmtree(partial / name)
-                copy_folder(Path(folder), partial / name)
+                copy_folder(folder, partial / name)
         unet = _unet(run)
         if run.settings.train.trainable == "full":
             shutil.rmtree(partial / "unet")
@@ -97,6 +95,14 @@ def context_state(folder: Path) -> nnx.State | None:
         )
         for name in tensors
     )
+
+
+def _frozen_folders(run: Run) -> dict[str, Path]:
+    """The folders that the run's frozen networks were read from, by their names in a pipeline."""
+    text = Path(run.settings.text.pretrained)
+    names = encoder_names(read_index(text)) if is_pipeline(text) else ()
+    texts = {name: text / name for name in names} or {"text_encoder": text}
+    return {"vae": Path(run.settings.latent.vae), **texts}
 
 
 def _unet(run: Run) -> UNet:
