@@ -110,10 +110,9 @@ class ContextDiffusion(nnx.Module):
         return self
 
     def encode(self, ids: Int[ArrayLike, "B *E L"], mask: Bool[ArrayLike, "B L"]) -> Captions:
-        """Captions of token ids (of each text encoder, where there are two) and of their mask."""
+        """Captions of token ids (of each text encoder, where there are several) and their mask."""
         states = self.text(ids, mask)
-        tokens, pooled = states if isinstance(states, tuple) else (states, None)
-        return Captions(tokens, mask, pooled)
+        return Captions(*states) if isinstance(states, tuple) else Captions(states, mask)
 
     def encode_empty(self, ids: Int[ArrayLike, "B *E L"], mask: Bool[ArrayLike, "B L"]) -> Captions:
         """What the denoiser reads in the place of a caption: the empty one, which these ids are of,

@@ -27,9 +27,11 @@ class TextConfig:
     width: int = 128
     num_layers: int = 2
     num_heads: int = 4
+    t5_length: int = 256  # of a text in a Stable Diffusion 3 pipeline, the tokens that T5 reads
 
     def __post_init__(self):
-        for field in ("vocab_size", "max_length", "width", "num_layers", "num_heads"):
+        sizes = ("vocab_size", "max_length", "width", "num_layers", "num_heads", "t5_length")
+        for field in sizes:
             if getattr(self, field) < 1:
                 raise ValueError(f"text.{field}={getattr(self, field)}: must be at least 1")
         if self.width % self.num_heads:

@@ -38,7 +38,7 @@ def load_frozen(settings: Settings, shardings: Callable[[PyTree], PyTree] | None
 
 def _load_text(settings: Settings, options: dict[str, Any]) -> AnyFrozenText:
     folder, model, length = settings.text.pretrained, settings.model, settings.data.max_length
-    text = _read_text(Path(folder), options)
+    text = _read_text(Path(folder), length, options)
     if model.cross_attention_dim != text.width:
         raise ValueError(
             f"model.cross_attention_dim={model.cross_attention_dim}: text.pretrained={folder!r} "
@@ -55,9 +55,9 @@ def _load_text(settings: Settings, options: dict[str, Any]) -> AnyFrozenText:
     return text
 
 
-def _read_text(folder: Path, options: dict[str, Any]) -> AnyFrozenText:
+def _read_text(folder: Path, length: int, options: dict[str, Any]) -> AnyFrozenText:
     if is_pipeline(folder):
-        return load_texts(folder, **options)
+        return load_texts(folder, length, **options)
     config = read_json(folder / "config.json", "a folder of a CLIP text or T5 encoder")
     if config.get("model_type") == "t5":
         return FrozenT5(load_t5(folder, **options))

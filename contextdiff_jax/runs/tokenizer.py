@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from contextdiff_jax.data import AnyTokenizer, load_tokenizer
-from contextdiff_jax.data.tokenizer import PipelineTokens
+from contextdiff_jax.data.tokenizer import PipelineTokens, clip_length
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.clip import TEXT
 from contextdiff_jax.pretrained.folder_files import read_json
-from contextdiff_jax.pretrained.pipeline_folder import encoder_names, is_pipeline, read_index
+from contextdiff_jax.pretrained.pipeline_folder import (
+    encoder_names,
+    is_pipeline,
+    is_sd3,
+    read_index,
+)
 from contextdiff_jax.pretrained.t5 import MODEL as T5
 from contextdiff_jax.settings import Settings
 
@@ -37,8 +42,9 @@ def open_tokenizer(settings: Settings) -> AnyTokenizer:
     if not is_pipeline(encoder):
         _check(tokenizer, path, Path(encoder))
         return tokenizer
-    names = encoder_names(read_index(Path(encoder)))
-    if len(names) == 1:
+    index = read_index(Path(encoder))
+    names = encoder_names(index)
+    if len(names) == 1 and not is_sd3(index):
         raise ValueError(
             f"text.pretrained={encoder!r}: a pipeline with one text encoder; name its folder "
             f"{names[0]}"
@@ -49,6 +55,11 @@ def open_tokenizer(settings: Settings) -> AnyTokenizer:
         raise ValueError(
             f"data.tokenizer={path!r}: must be a folder that holds {', '.join(wanted.values())}, "
             f"which text.pretrained={encoder!r} reads"
+        )
+    if tokenizer.clip_length != clip_length(encoder):
+        raise ValueError(
+            f"data.tokenizer={path!r}: CLIP's texts have {tokenizer.clip_length} tokens; "
+            f"text.pretrained={encoder!r} reads {clip_length(encoder)}"
         )
     for name, part in wanted.items():
         _check(found[part], str(Path(path, part)), Path(encoder, name))
