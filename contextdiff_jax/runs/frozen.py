@@ -43,11 +43,9 @@ def _load_text(settings: Settings, options: dict[str, Any]) -> FrozenText | Froz
     else:
         text = FrozenText(load_clip_text(folder, **options))
         width, longest = text.clip.config.hidden_size, text.clip.config.max_position_embeddings
-    if settings.model.cross_attention_dim != width:
-        found = settings.model.cross_attention_dim
-        raise ValueError(
-            f"model.cross_attention_dim={found}: text.pretrained={folder!r} has {width}"
-        )
+    for field, (given, wanted) in settings.model.text_fields(width).items():
+        if given != wanted:
+            raise ValueError(f"model.{field}={given}: text.pretrained={folder!r} has {width}")
     if settings.data.max_length > longest:
         raise ValueError(
             f"data.max_length={settings.data.max_length}: text.pretrained={folder!r} has {longest}"
