@@ -178,7 +178,7 @@ def test_layers_written_out_and_recomputed_are_the_same():
     expected = gradient()
     for attributes in ({"unroll": True}, {"remat": "products"}, {"remat": "blocks"}):
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
             gradient(**attributes),
             expected,
         )

@@ -116,8 +116,8 @@ def _head_backward(residuals, d_out):
         d_k, d_v = dot("nd,nm->dm", q, d_logits), dot("nd,nm->dm", d_out, weights.astype(q.dtype))
         return (sums[0] + d_k, sums[1] + d_v), dot("nm,dm->nd", d_logits, k).astype(q.dtype)
 
-    zeros = jnp.zeros(k.shape, jnp.float32)
-    (d_k, d_v), d_q = jax.lax.scan(tile, (zeros, zeros), (q, d_out, lse, d_total))
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    (d_k, d_v), d_q = jax.lax.scan(tile, zeros, (q, d_out, lse, d_total))
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
