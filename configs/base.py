@@ -2,11 +2,13 @@
 differs.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from contextdiff_jax.parallel.mesh import RULES
-from contextdiff_jax.settings import default_config
+from contextdiff_jax.settings import default_config, default_model
 
 # What differs from the defaults of the dataclasses in contextdiff_jax/settings/. Those of `model`
 # are diffusers', so that a folder's config.json means the same here: a Stable Diffusion, where this
@@ -27,10 +29,23 @@ DIFFERENCES = {
 }
 
 
+def backbone(kind: str, **fields: Any) -> ConfigDict:
+    """The section `model` of another kind of backbone: diffusers' defaults, with `fields`."""
+    section = ConfigDict(default_model(kind))
+    section.update(fields)
+    return with_placeholders(section)
+
+
+def with_placeholders(section: ConfigDict) -> ConfigDict:
+    """The section, whose fields that are None a flag may set."""
+    for field in [field for field, value in section.items() if value is None]:
+        section[field] = placeholder(object)
+    return section
+
+
 def get_config() -> ConfigDict:
     """The defaults, with `DIFFERENCES`."""
     config = ConfigDict(default_config())
     config.update_from_flattened_dict(DIFFERENCES)
-    for field in [field for field, value in config.model.items() if value is None]:
-        config.model[field] = placeholder(object)  # None, and a flag may set it
+    with_placeholders(config.model)
     return config

@@ -121,6 +121,40 @@ def config_dict(**changes):
     return config.to_dict()
 
 
+# The transformer of a TINY config: two layers that are alike, and the last.
+TINY_MMDIT = {
+    "sample_size": 16,
+    "patch_size": 4,
+    "in_channels": 3,
+    "out_channels": 3,
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "caption_projection_dim": 16,
+    "joint_attention_dim": 16,
+    "pooled_projection_dim": 16,
+    "pos_embed_max_size": 8,
+    "qk_norm": "rms_norm",
+}
+# ... on the straight path, with a context of joint blocks.
+MMDIT_PROCESS = {
+    "diffusion.schedule": "flow",
+    "diffusion.prediction_type": "velocity",
+    "context.kind": "joint",
+    "context.estimate": "velocity",
+}
+
+
+def mmdit_dict(**changes):
+    """`config_dict` with the other backbone; `changes` may name its fields, too."""
+    from configs.base import backbone
+
+    model = {k.removeprefix("model."): v for k, v in changes.items() if k.startswith("model.")}
+    rest = {k: v for k, v in changes.items() if not k.startswith("model.")}
+    config = config_dict(**MMDIT_PROCESS | rest)
+    return config | {"model": backbone("mmdit", **TINY_MMDIT | model).to_dict()}
+
+
 def overrides(fields: Mapping[str, Any]) -> list[str]:
     """A command's flags for fields of a config."""
     return [f"--config.{field}={value}" for field, value in fields.items()]

@@ -1,7 +1,7 @@
 """Run by test_mesh.py in a process of 8 simulated devices: the losses of 10 steps, and a picture,
 on each mesh.
 
-    python tests/mesh_program.py OUT.json WORKDIR 1x1x1x1 8x1x1x1 1x2x2x2/2 ...
+    python tests/mesh_program.py OUT.json WORKDIR unet|mmdit 1x1x1x1 8x1x1x1 1x2x2x2/2 ...
 
 A mesh is the sizes of data, fsdp, tensor, sequence, / the parts that a batch is taken in.
 
@@ -16,15 +16,16 @@ import json
 import math
 import pathlib
 import sys
+from typing import Any
 
 import jax
-from conftest import config_dict
+from conftest import config_dict, mmdit_dict
 
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.parallel.mesh import Feed, MeshConfig, make_mesh, replicated, state_shardings
 from contextdiff_jax.runs import checkpoints
-from contextdiff_jax.settings import parse
+from contextdiff_jax.settings import Settings, parse
 from contextdiff_jax.training.loop import null_caption, to_devices
 from contextdiff_jax.training.state import TrainState, init_state
 from contextdiff_jax.training.step import make_train_step
@@ -37,10 +38,13 @@ SMALL = {
     "model.down_block_types": "('DownBlock2D','DownBlock2D')",
     "model.up_block_types": "('UpBlock2D','UpBlock2D')",
 }
-SETTINGS = parse(config_dict(**SMALL))
+STEPS = {"train.steps": 10, "sample.steps": 2}
+CONFIGS = {"unet": config_dict(**SMALL), "mmdit": mmdit_dict(**STEPS)}
 
 
-def run(name: str, workdir: pathlib.Path, starts: list[TrainState]) -> dict:
+def run(
+    settings: Settings, name: str, workdir: pathlib.Path, starts: list[TrainState]
+) -> dict[str, Any]:
     """Trains on the mesh `name` of the first devices, from `starts[0]`, if it is there already:
     to compile an initialisation takes half as long as a step.
     """
@@ -49,18 +53,18 @@ def run(name: str, workdir: pathlib.Path, starts: list[TrainState]) -> dict:
         zip(("data", "fsdp", "tensor", "sequence"), map(int, shape.split("x")), strict=True)
     )
     mesh = make_mesh(MeshConfig(**sizes), 8, devices=jax.devices()[: math.prod(sizes.values())])
-    train = dataclasses.replace(SETTINGS.train, accumulation=int(parts or 1))
-    settings = dataclasses.replace(SETTINGS, train=train)
-    abstract = jax.eval_shape(lambda: init_state(SETTINGS))
+    train = dataclasses.replace(settings.train, accumulation=int(parts or 1))
+    settings = dataclasses.replace(settings, train=train)
+    abstract = jax.eval_shape(lambda: init_state(settings))
     shardings = state_shardings(mesh, abstract)
     feed = Feed(mesh, 8)
     tokenizer = load_tokenizer()
     loader = make_loader(
-        make_source(SETTINGS.data), batch_size=8, tokenizer=tokenizer, max_length=12, rows=feed.rows
+        make_source(settings.data), batch_size=8, tokenizer=tokenizer, max_length=12, rows=feed.rows
     )
     null = jax.device_put(null_caption(tokenizer, 12), replicated(mesh))
     if not starts:
-        state = jax.jit(lambda: init_state(SETTINGS), out_shardings=shardings)()
+        state = jax.jit(lambda: init_state(settings), out_shardings=shardings)()
         starts.append(jax.device_get(state))
     state = jax.device_put(starts[0], shardings)
     step = jax.jit(
@@ -75,7 +79,7 @@ def run(name: str, workdir: pathlib.Path, starts: list[TrainState]) -> dict:
         return state, float(state.metric_sums["loss"]) - before
 
     losses, resumed = [], checkpoints.newest_good(workdir) is not None
-    for number in range(SETTINGS.train.steps):
+    for number in range(settings.train.steps):
         state, loss = next_loss(state)
         losses.append(loss)
         if number == 4 and not resumed:
@@ -89,7 +93,7 @@ def run(name: str, workdir: pathlib.Path, starts: list[TrainState]) -> dict:
         loader.set_state(place)
         resumed = next_loss(other)[1]
     loader.close()
-    pipeline = of_run(SETTINGS, tokenizer, state.ema, mesh=mesh, programs=workdir / "programs")
+    pipeline = of_run(settings, tokenizer, state.ema, mesh=mesh, programs=workdir / "programs")
     image = pipeline.text_to_image(["a large red circle"] * 8, seed=0)
     largest = max(jax.tree.leaves(state.opt_state), key=lambda leaf: leaf.size)
     return {
@@ -102,6 +106,9 @@ def run(name: str, workdir: pathlib.Path, starts: list[TrainState]) -> dict:
 
 if __name__ == "__main__":
     starts: list[TrainState] = []
-    results = {name: run(name, pathlib.Path(sys.argv[2]), starts) for name in sys.argv[3:]}
-    with open(sys.argv[1], "w") as file:
+    out, workdir, kind, *meshes = sys.argv[1:]
+    results = {
+        name: run(parse(CONFIGS[kind]), name, pathlib.Path(workdir), starts) for name in meshes
+    }
+    with open(out, "w") as file:
         json.dump(results, file)

@@ -135,8 +135,13 @@ def test_every_kind_reads_what_it_says_and_padding_nowhere(kind):
 def test_time_enters_only_if_asked_for(kind):
     x0, text, mask, t = inputs()
     fixed, timed = network(kind=kind), network(kind=kind, time_dependent=True)
-    if isinstance(timed.raw, CrossAttention):  # adaLN starts at zero: give it weights
+    if isinstance(timed.raw, CrossAttention):
         block = timed.raw.blocks[0].modulation
+    elif kind == "joint":
+        block = timed.raw.blocks[0].picture.modulation
+    else:
+        block = None
+    if block is not None:  # adaLN starts at zero: give it weights
         block.kernel[...] = jax.random.normal(jax.random.key(0), block.kernel.shape)
 
     def change(model):

@@ -163,7 +163,7 @@ def test_what_cannot_be_converted_is_refused(pipeline, tmp_path):
     with pytest.raises(ValueError, match="--target=.*full: exists already"):
         convert(pipeline / "vae", tmp_path / "full")
     with pytest.raises(
-        ValueError, match="--source=.*full: holds no model of ours .unet, vae, clip_text"
+        ValueError, match="--source=.*full: holds no model of ours .unet, mmdit, vae, clip_text"
     ):
         convert(tmp_path / "full", tmp_path / "new")
     convert(pipeline / "vae", tmp_path / "ours")
@@ -178,7 +178,7 @@ def test_what_cannot_be_converted_is_refused(pipeline, tmp_path):
     ):
         convert(tmp_path / "clip", tmp_path / "new")
     (tmp_path / "ours" / native.MODEL_FILE).write_text('{"kind": "gan", "config": {}}')
-    with pytest.raises(ValueError, match="kind='gan': unknown; one of unet, vae"):
+    with pytest.raises(ValueError, match="kind='gan': unknown; one of unet, mmdit, vae"):
         back(tmp_path / "ours", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

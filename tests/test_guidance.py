@@ -13,8 +13,9 @@ import pytest
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.inference.sampling import Method, Steps, Text, Weaker, make_sample
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.context import ContextConfig
-from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion
+from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.denoising import make_denoise
 
 B, L, T = 3, 2, 50
@@ -26,8 +27,12 @@ class Formulas(ContextDiffusion):
     with a head r_hat = sin(c x).
     """
 
+    backbone = None  # in the place of a network
+
     def __init__(self, head=False):
-        self.unet = types.SimpleNamespace(context_head="head" if head else None)
+        self.backbone = types.SimpleNamespace(
+            context_head="head" if head else None, keeps_coarse=True
+        )
         self.context = types.SimpleNamespace(gain=0.1, config=ContextConfig())
         self.vae = self.vision = None
 
@@ -40,7 +45,9 @@ class Formulas(ContextDiffusion):
     def predict(self, x, t, captions, deep=None):
         x0 = 0.7 * x + 0.2 * caption_mean(captions)
         x0 = x0 if deep is None else x0 + deep
-        return x0 if self.unet.context_head is None else (x0, jnp.sin(caption_mean(captions) * x))
+        return (
+            x0 if self.backbone.context_head is None else (x0, jnp.sin(caption_mean(captions) * x))
+        )
 
     def deep_features(self, x, t, captions):
         return 0.1 * caption_mean(captions) * jnp.cos(x)

@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ON_EIGHT, ROOT, TINY, XLA_FLAGS, command, config_dict, overrides
+from conftest import (
+    ON_EIGHT,
+    ROOT,
+    TINY,
+    XLA_FLAGS,
+    command,
+    config_dict,
+    mmdit_dict,
+    overrides,
+)
 from jax.sharding import PartitionSpec as P
 from mesh_program import SMALL
 
@@ -130,9 +139,9 @@ def test_a_process_reads_the_rows_of_its_devices():
     assert jnp.asarray(batch["token_ids"]).shape == (4, 5)
 
 
-def losses_and_pictures(path, workdir, *meshes: str) -> dict:
+def losses_and_pictures(path, workdir, *meshes: str, kind: str = "unet") -> dict:
     result = subprocess.run(
-        [sys.executable, ROOT / "tests" / "mesh_program.py", path, workdir, *meshes],
+        [sys.executable, ROOT / "tests" / "mesh_program.py", path, workdir, kind, *meshes],
         cwd=ROOT,
         env=os.environ | HERE | ON_EIGHT,
         capture_output=True,
@@ -189,6 +198,45 @@ def test_every_mesh_gives_the_losses_and_the_picture_of_one_device_and_reads_its
     assert_same(result, one_device)
     np.testing.assert_allclose(result["resumed"], one_device["losses"][5], rtol=1e-5)
     assert result["opt_share"] == share  # of the largest moment on each device
+
+
+@pytest.fixture(scope="module")
+def mmdit(tmp_path_factory):
+    """The folder of the transformer's run on one device, and what it and the mesh of all axes
+    gave.
+    """
+    folder = tmp_path_factory.mktemp("mmdit")
+    return folder, losses_and_pictures(folder / "out.json", folder, ONE, QUICK[1], kind="mmdit")
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        QUICK[1],
+        *(
+            pytest.param(mesh, marks=pytest.mark.slow)
+            for mesh in ("2x2x2x1", "2x2x1x2", "8x1x1x1", "1x8x1x1", "1x1x1x4")
+        ),
+    ],
+)
+def test_the_transformer_too(mmdit, mesh, tmp_path):
+    """The slow ones are a program each: bash launch/test.sh -m slow tests/test_mesh.py"""
+    folder, results = mmdit
+    if mesh not in results:
+        path = tmp_path / "out.json"
+        results = results | losses_and_pictures(path, folder, mesh, kind="mmdit")
+    assert_same(results[mesh], results[ONE])
+    np.testing.assert_allclose(results[mesh]["resumed"], results[ONE]["losses"][5], rtol=1e-5)
+
+
+def test_layers_in_one_array_are_split_as_one_layer_is():
+    state = jax.eval_shape(lambda: init_state(parse(mmdit_dict())))
+    spec = jax.tree.map(lambda s: s.spec, state_shardings(abstract_mesh(fsdp=2, tensor=2), state))
+    layers = spec.params["transformer"]["stacks"][0]["layers"]["picture"]
+    assert layers["attn"]["to_q"]["kernel"].get_value() == P(None, ("fsdp",), ("tensor",))
+    assert layers["attn"]["to_out"]["kernel"].get_value() == P(None, ("tensor",), ("fsdp",))
+    assert layers["ff"]["proj_in"]["bias"].get_value() == P(None, ("tensor",))
+    assert layers["attn"]["norm_q"]["scale"].get_value() == P(None, ("fsdp",))
 
 
 def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(

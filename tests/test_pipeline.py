@@ -34,6 +34,7 @@ from same_pictures import (
 from torch_models import normal, stable_diffusion
 
 from contextdiff_jax.diffusion.samplers import SAMPLERS, ddim_sample
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained import conversion
 from contextdiff_jax.pretrained.kinds import Options
@@ -78,7 +79,12 @@ def test_reuse_is_the_loop_with_the_deep_features_of_every_second_step(pair):
     alphas_cumprod, x = np.asarray(pipeline.scheduler.schedule().alphas_cumprod), noise
     for i, (t, s) in enumerate(zip(*pipeline.scheduler.steps(4), strict=True)):
         if i % 2 == 0:
-            deep = [unet.deep_features(x, t, text) for text in (nothing, tokens)]
+            deep = [
+                unet.deep_features(
+                    x, t, Captions(text, np.ones(text.shape[:2], bool)), None, (16, 16)
+                )
+                for text in (nothing, tokens)
+            ]
         without, with_text = (
             unet(x, t, text, deep=kept) for text, kept in zip((nothing, tokens), deep, strict=True)
         )

@@ -19,7 +19,7 @@ from contextdiff_jax.benchmarks import reuse as benchmark
 from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.inference.sampling import Method, Steps, Text, make_sample
-from contextdiff_jax.models.contextdiff import Captions
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import init_state

@@ -13,7 +13,7 @@ from torch_models import assert_close
 from torch_sd3 import PARTS, stable_diffusion_3
 
 from contextdiff_jax.data import load_tokenizer
-from contextdiff_jax.models.contextdiff import Captions
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.pretrained.pipeline_folder import load_texts
 
 TEXTS = ["a red circle", "red red red red red red red red red red red red"]

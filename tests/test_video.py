@@ -9,7 +9,7 @@ import pytest
 from conftest import ONE_LEVEL, config_dict
 from flax import nnx
 
-from contextdiff_jax.models.contextdiff import Captions
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.video import inflate
 from contextdiff_jax.runs.model import make_model
 from contextdiff_jax.settings import parse

@@ -12,7 +12,7 @@ import numpy as np
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.samplers import DenoiseFn
-from contextdiff_jax.models.contextdiff import Captions
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.denoising import related
 from contextdiff_jax.models.video import AttentionControl, VideoDiffusion
 

@@ -13,7 +13,7 @@ from contextdiff_jax.editing.attention import Alignment, Control, blend_mask
 from contextdiff_jax.editing.denoise import first_row, make_denoise, windowed
 from contextdiff_jax.editing.inversion import edit_timesteps
 from contextdiff_jax.editing.settings import EditConfig, VideoConfig
-from contextdiff_jax.models.contextdiff import Captions
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.denoising import empty_like
 from contextdiff_jax.models.video import VideoDiffusion
 

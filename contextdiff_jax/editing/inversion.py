@@ -11,7 +11,7 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.editing.denoise import make_denoise, windowed
 from contextdiff_jax.editing.settings import EditConfig, VideoConfig
-from contextdiff_jax.models.contextdiff import Captions
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.video import VideoDiffusion
 
 

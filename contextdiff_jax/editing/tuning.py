@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.editing.settings import EditSettings
-from contextdiff_jax.models.contextdiff import Captions
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.denoising import related
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.processes import PeerWatch

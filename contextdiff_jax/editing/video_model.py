@@ -20,8 +20,9 @@ from contextdiff_jax.data.folder_tokenizer import warn_of_cut
 from contextdiff_jax.diffusion.process import MOTIONS, PREDICTION_TYPES, Process
 from contextdiff_jax.diffusion.schedule import NoiseSchedule
 from contextdiff_jax.editing.settings import EditSettings
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
-from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion
+from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.frozen_text import FrozenText
 from contextdiff_jax.models.pixels import to_uint8, to_unit
 from contextdiff_jax.models.unet import UNet

@@ -28,7 +28,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.samplers import DenoiseFn
-from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion
+from contextdiff_jax.models.captions import Captions
+from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.denoising import make_denoise
 
 

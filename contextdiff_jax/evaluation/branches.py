@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
-from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion
+from contextdiff_jax.models.captions import Captions
+from contextdiff_jax.models.contextdiff import ContextDiffusion
 
 
 def model_branches(
@@ -37,7 +38,7 @@ def model_branches(
 
         def estimate(captions):
             output = model.predict(x_t, t, captions)
-            output = output if model.unet.context_head is None else output[0]
+            output = output if model.backbone.context_head is None else output[0]
             return diffusion.predict_x0(schedule, output, x_t, t, process.prediction_type)
 
         with_caption, without = estimate(captions), estimate(empty)

@@ -21,7 +21,8 @@ from contextdiff_jax.diffusion.likelihood import flow_velocity, follow_flow
 from contextdiff_jax.diffusion.losses import discretised_gaussian_nll
 from contextdiff_jax.diffusion.paths import PATHS
 from contextdiff_jax.diffusion.process import Process
-from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion
+from contextdiff_jax.models.captions import Captions
+from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.denoising import make_denoise
 from contextdiff_jax.settings import Settings
 

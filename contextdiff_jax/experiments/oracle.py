@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.data import AnyTokenizer
-from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion
+from contextdiff_jax.models.captions import Captions
+from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.denoising import empty_like, make_denoise
 from contextdiff_jax.models.pixels import to_uint8, to_unit
 from contextdiff_jax.runs.model import model_graph

@@ -23,10 +23,14 @@ from flax.traverse_util import flatten_dict
 from contextdiff_jax.experiments.finished import read_finished
 from contextdiff_jax.experiments.toy_config import ToyConfig
 from contextdiff_jax.runtime.fields import check_choice, defaults
-from contextdiff_jax.settings import Settings
+from contextdiff_jax.settings import default_config
 
-# The settings that a plan's config is of, by the plan's kind.
-CONFIGS = {"pictures": Settings, "estimates": Settings, "toy": ToyConfig}
+# The defaults of what a plan's config is of, by the plan's kind.
+CONFIGS = {
+    "pictures": default_config,
+    "estimates": default_config,
+    "toy": functools.partial(defaults, ToyConfig),
+}
 # What `data.Source.others` is told, to which `subject.splits` adds 1: scenes neither trained on,
 # evaluated on, nor a classifier's.
 VALIDATION_SCENES = 2
@@ -154,7 +158,7 @@ class Cell:
     def _settings(self, config: Mapping[str, Any], options: Mapping[str, Any]) -> list[Any]:
         """The fields that differ from their defaults, but for `_SAME_RESULTS`, and the options."""
         config, options = json.loads(json.dumps([config, options]))  # tuples are lists in a line
-        known, nothing = _defaults(CONFIGS[self.kind]), object()
+        known, nothing = _defaults(self.kind), object()
         fields = {
             field: value
             for field, value in flatten_dict(config, sep=".").items()
@@ -164,10 +168,13 @@ class Cell:
 
 
 @functools.cache
-def _defaults(settings: type) -> dict[str, Any]:
-    """{dotted field: default} of a dataclass and those in it, as JSON holds them."""
-    found = json.loads(json.dumps(defaults(settings)))
-    return flatten_dict(found, sep=".") | (FIRST_DEFAULTS if settings is Settings else {})
+def _defaults(kind: str) -> dict[str, Any]:
+    """{dotted field: default} of a kind's configs, as JSON holds them."""
+    found = flatten_dict(json.loads(json.dumps(CONFIGS[kind]())), sep=".")
+    if kind == "toy":
+        return found
+    del found["model.pretrained"]  # is in the names of the first cells, whatever it is
+    return found | FIRST_DEFAULTS
 
 
 def load_plan(path: str) -> Plan:

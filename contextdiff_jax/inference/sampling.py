@@ -21,7 +21,8 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.samplers import DenoiseFn, KeepFn, ProjectFn, takes
 from contextdiff_jax.diffusion.steps import Steps
-from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion
+from contextdiff_jax.models.captions import Captions
+from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.denoising import (
     ReadFn,
     Rows,
@@ -273,7 +274,7 @@ class Start(NamedTuple):
             return cls(x)
         factor = pixels.shape[1] // x0.shape[1]
         hole = picture.mask[:, ::factor, ::factor, None].astype(jnp.float32)
-        if model.unet.config.in_channels == noise.shape[-1]:
+        if model.backbone.config.in_channels == noise.shape[-1]:
             return cls(x, Known(x0, noise, hole))
         # A network made for inpainting reads the hole and the rest of the picture, its hole grey.
         rest = model.from_pixels(jnp.where(picture.mask[..., None], 0.0, pixels), method.tile)

@@ -58,28 +58,28 @@ def attention(
 def tiled_attention(
     q: Float[Array, "B N H D"],
     k: Float[Array, "B M H D"],
-    v: Float[Array, "B M H D"],
+    v: Float[Array, "B M H E"],
     *,
     scale: float | None = None,
-) -> Float[Array, "B N H D"]:
+) -> Float[Array, "B N H E"]:
     """`attention`, a tile of one head's queries after the other, as FlashAttention (Dao et al.,
     2022): the logits in memory are a tile's, and the backward pass computes them once more. For a
     CPU, whose cache they stay in (one core, 2 x 1024 tokens, 8 heads of 16, forward and backward:
     56 ms; `attention` 205, torch 78).
     """
     B, N, H, D = q.shape
-    tile = min(_TILE, N)
+    tile, width = min(_TILE, N), v.shape[-1]
     q = jnp.swapaxes(q * (D**-0.5 if scale is None else scale), 1, 2).reshape(B * H, N, D)
     q = jnp.pad(q, ((0, 0), (0, -N % tile), (0, 0))).reshape(B * H, -1, tile, D)
-    k, v = (jnp.moveaxis(y, 1, 3).reshape(B * H, D, -1) for y in (k, v))
+    k, v = (jnp.moveaxis(y, 1, 3).reshape(B * H, y.shape[-1], -1) for y in (k, v))
     out = jax.lax.map(lambda qkv: _head(*qkv), (q, k, v))  # [B*H, N / tile, tile, D]
-    return jnp.swapaxes(out.reshape(B, H, -1, D)[:, :, :N], 1, 2)
+    return jnp.swapaxes(out.reshape(B, H, -1, width)[:, :, :N], 1, 2)
 
 
 @jax.custom_vjp
 def _head(
-    q: Float[Array, "T N D"], k: Float[Array, "D M"], v: Float[Array, "D M"]
-) -> Float[Array, "T N D"]:
+    q: Float[Array, "T N D"], k: Float[Array, "D M"], v: Float[Array, "E M"]
+) -> Float[Array, "T N E"]:
     """One head's attention, queries scaled and in tiles."""
     return _head_forward(q, k, v)[0]
 
@@ -116,8 +116,8 @@ def _head_backward(residuals, d_out):
         d_k, d_v = dot("nd,nm->dm", q, d_logits), dot("nd,nm->dm", d_out, weights.astype(q.dtype))
         return (sums[0] + d_k, sums[1] + d_v), dot("nm,dm->nd", d_logits, k).astype(q.dtype)
 
-    zeros = jnp.zeros(k.shape, jnp.float32)
-    (d_k, d_v), d_q = jax.lax.scan(tile, (zeros, zeros), (q, d_out, lse, d_total))
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    (d_k, d_v), d_q = jax.lax.scan(tile, zeros, (q, d_out, lse, d_total))
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
@@ -126,23 +126,63 @@ _head.defvjp(_head_forward, _head_backward)
 
 def self_attention(
     q: Float[Array, "B N H D"],
-    k: Float[Array, "B N H D"],
-    v: Float[Array, "B N H D"],
-    scale: float | None,
+    k: Float[Array, "B M H D"],
+    v: Float[Array, "B M H D"],
+    scale: float | None = None,
+    mask: Bool[Array, "B M"] | None = None,
     *,
     choice: str,
 ) -> Float[Array, "B N H D"]:
-    """`attention` of tokens to themselves, all of them, as `choice` of `flash.CHOICES` says or its
-    `auto` finds.
+    """`attention` of tokens to themselves, or of some of them to all, as `choice` of
+    `flash.CHOICES` says or its `auto` finds.
     """
-    target = current_target()
-    how = flash.formulation(choice, q.shape[1], target)
+    target, scale = current_target(), q.shape[-1] ** -0.5 if scale is None else scale
+    how = flash.formulation(choice, k.shape[1], target)
     if how == "splash":
-        return flash.splash_attention(
-            q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, target=target
-        )
+        return flash.splash_attention(q, k, v, scale, mask, target=target)
     if how == "tiles":
+        q, k = (q, k) if mask is None else _hidden(q, k, mask)
         return flash.on_each_device(
             functools.partial(tiled_attention, scale=scale), q, k, v, target
         )
-    return attention(q, k, v, scale=scale)
+    return attention(q, k, v, mask, scale=scale)
+
+
+def _hidden(
+    q: Float[Array, "B N H D"], k: Float[Array, "B M H D"], mask: Bool[Array, "B M"]
+) -> tuple[Float[Array, "B N H D2"], Float[Array, "B M H D2"]]:
+    """q and k with one more column, by which the logits of keys that don't count are far below all
+    others.
+    """
+    far = jnp.where(mask, 0.0, -1e30).astype(k.dtype)
+    far = jnp.broadcast_to(far[..., None, None], (*k.shape[:3], 1))
+    return (
+        jnp.concatenate([q, jnp.ones((*q.shape[:3], 1), q.dtype)], axis=-1),
+        jnp.concatenate([k, far], axis=-1),
+    )
+
+
+def joint_attention(
+    picture: tuple[Array, Array, Array],
+    text: tuple[Array, Array, Array],
+    mask: Bool[ArrayLike, "B L"] | None = None,
+    *,
+    choice: str = "auto",
+    both: bool = True,
+) -> tuple[Float[Array, "B N H D"], Float[Array, "B L H D"] | None]:
+    """What the tokens of both find among all of them; each gives its q, k and v, [B, N, H, D].
+
+    `mask`: which of the text's tokens are found, by anybody. Without `both` the text only is read.
+    """
+    (q, *found), (q_text, *found_text) = picture, text
+    k, v = (jnp.concatenate(pair, axis=1) for pair in zip(found, found_text, strict=True))
+    if mask is not None:
+        mask = jnp.concatenate([jnp.ones(q.shape[:2], bool), mask], axis=1)  # [B, N + L]
+    attend = functools.partial(self_attention, k=k, v=v, mask=mask, choice=choice)
+    if not both:
+        return attend(q), None
+    if current_target().splits_rows:  # the picture's queries are; the text's all devices have
+        return attend(q), attend(q_text)
+    N = q.shape[1]
+    out = attend(jnp.concatenate([q, q_text], axis=1))
+    return out[:, :N], out[:, N:]

@@ -19,13 +19,13 @@ from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real
 
 from contextdiff_jax.models.context_kinds import KINDS, Kind
 from contextdiff_jax.models.layers import TimestepEmbedding, linear, timestep_embedding
+from contextdiff_jax.models.patches import patches, unpatch
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.runtime.fields import check_choice
 
@@ -111,23 +111,6 @@ def position_embedding(height: int, width: int, features: int) -> Float[Array, "
     return jnp.asarray(np.concatenate([rows, columns], axis=-1), jnp.float32)
 
 
-def patches(x: Float[ArrayLike, "B H W C"], p: int) -> Float[ArrayLike, "B N P"]:
-    """Non-overlapping p x p patches, row-major; ValueError if p doesn't divide height and width."""
-    H, W = x.shape[1:3]
-    if H % p or W % p:
-        raise ValueError(
-            f"context.patch_size={p}: must divide the picture's height and width, {H} x {W}"
-        )
-    return rearrange(x, "B (h p) (w q) C -> B (h w) (p q C)", p=p, q=p)
-
-
-def unpatch(
-    tokens: Float[ArrayLike, "B N P"], p: int, shape: tuple[int, ...]
-) -> Float[Array, "B H W C"]:
-    """The inverse of `patches`; `shape` is that of the picture."""
-    return rearrange(tokens, "B (h w) (p q C) -> B (h p) (w q) C", h=shape[1] // p, p=p, q=p)
-
-
 @runtime_checkable
 class MixFn(Protocol):
     """`mix(tokens)` lets tokens of several pictures see each other."""
@@ -193,7 +176,7 @@ class RelationalNetwork(nnx.Module):
         if config.network.is_zero:
             return jnp.zeros(x0.shape, jnp.float32)
         p = config.patch_size
-        tokens = patches(x0, p)  # [B, N, p*p*C]
+        tokens = patches(x0, p, "context.patch_size")  # [B, N, p*p*C]
         if config.tokens == "clip":
             found = None if visual is None else visual.shape[1]
             if found != tokens.shape[1]:

@@ -14,17 +14,13 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from contextdiff_jax.models.captions import pool
+from contextdiff_jax.models.joint import JointBlock
 from contextdiff_jax.models.layers import linear
 from contextdiff_jax.models.transformer import Attention, FeedForward
 
 if TYPE_CHECKING:
     from contextdiff_jax.models.context import ContextConfig
-
-
-def pool(tokens: Float[ArrayLike, "B L D"], mask: Bool[ArrayLike, "B L"]) -> Float[Array, "B 1 D"]:
-    """Mean over the tokens that count."""
-    weight = mask[..., None].astype(tokens.dtype)
-    return (tokens * weight).sum(1, keepdims=True) / jnp.maximum(weight.sum(1, keepdims=True), 1)
 
 
 class Block(nnx.Module):
@@ -119,6 +115,36 @@ class CrossAttention(Kind):
         x = self.embed(tokens) + position
         for block in self.blocks:
             x = block(x, text, mask, temb)
+        return self.norm(x)
+
+
+class JointAttention(Kind):
+    """Patch tokens of x0 and the text's tokens are two streams that see each other, as in the
+    multimodal transformer (models.mmdit).
+    """
+
+    def __init__(self, config: ContextConfig, **policy):
+        self.embed = linear(config.token_width, config.width, **policy)
+        self.text = linear(config.text_width, config.width, **policy)
+        last = config.num_blocks - 1
+        self.blocks = nnx.List(
+            JointBlock(
+                config.width,
+                config.num_heads,
+                qk_norm=True,
+                last=i == last,
+                open_gates=True,
+                **policy,
+            )
+            for i in range(config.num_blocks)
+        )
+        self.norm = nnx.LayerNorm(config.width, **policy)
+
+    def __call__(self, tokens, position, text, mask, temb):
+        x, text = self.embed(tokens) + position, self.text(text)
+        time = jnp.zeros_like(x[:, 0]) if temb is None else jax.nn.silu(temb)
+        for block in self.blocks:
+            x, text = block(x, text, time, mask)
         return self.norm(x)
 
 
@@ -225,6 +251,7 @@ class Bilinear(Linear):
 
 KINDS: dict[str, type[Kind]] = {
     "cross_attention": CrossAttention,
+    "joint": JointAttention,
     "linear": Linear,
     "affine": Affine,
     "bilinear": Bilinear,

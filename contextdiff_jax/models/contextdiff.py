@@ -10,32 +10,14 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Real
 
+from contextdiff_jax.models.backbones import Backbone, BackboneConfig, build_backbone
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPVision
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
-from contextdiff_jax.models.context_kinds import pool
 from contextdiff_jax.models.frozen_text import AnyFrozenText
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.text import TextConfig, TextEncoder
-from contextdiff_jax.models.unet import UNet
-from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAE
-
-
-class Captions(NamedTuple):
-    """Encoded captions: token states, which of them count, the pooled text of an encoder that gives
-    one (None: the mean of the tokens that count is read where one is wanted), and the sizes of
-    their pictures (None: what is made is its picture, without a crop), as `data.sizes` has them.
-    """
-
-    tokens: Float[ArrayLike, "B L D"]
-    mask: Bool[ArrayLike, "B L"]
-    pooled: Float[Array, "B P"] | None = None
-    sizes: Float[ArrayLike, "B 6"] | None = None
-
-    def hidden(self) -> Captions:
-        """Zeros in the place of the text's states."""
-        pooled = None if self.pooled is None else jnp.zeros_like(self.pooled)
-        return self._replace(tokens=jnp.zeros_like(self.tokens), pooled=pooled)
 
 
 class FrozenVision(nnx.Module):
@@ -76,22 +58,30 @@ class Frozen(NamedTuple):
 
 
 class ContextDiffusion(nnx.Module):
-    """A text-to-image model with context: `text`, `unet`, `context`.
+    """A text-to-image model with context: `text`, a backbone under its name (`unet` or
+    `transformer`), `context`.
 
     `attach` adds the frozen networks: `vae`, without which the data are pixels, a pretrained
     `text`, and the `vision` that `relate` needs for context.tokens='clip'. Stable Diffusion is such
     a model whose context is of the kind `none`.
     """
 
-    def __init__(self, text: TextEncoder | None, unet: UNet, context: RelationalNetwork):
-        self.text, self.unet, self.context = text, unet, context
+    def __init__(self, text: TextEncoder | None, backbone: Backbone, context: RelationalNetwork):
+        self.text, self.context = text, context
+        self.backbone_name = backbone.name
+        setattr(self, backbone.name, backbone)
         self.vae, self.vision, self.teacher = None, None, None
+
+    @property
+    def backbone(self) -> Backbone:
+        """The denoising network."""
+        return getattr(self, self.backbone_name)
 
     @classmethod
     def create(
         cls,
         text: TextConfig,
-        unet: UNetConfig,
+        backbone: BackboneConfig,
         context: ContextConfig,
         *,
         rngs: nnx.Rngs,
@@ -100,7 +90,9 @@ class ContextDiffusion(nnx.Module):
         """A newly initialised model of these sizes; without a text encoder where it is frozen."""
         policy = dict(rngs=rngs, precision=precision)
         encoder = None if text.pretrained else TextEncoder(text, **policy)
-        return cls(encoder, UNet(unet, **policy), RelationalNetwork(context, **policy))
+        return cls(
+            encoder, build_backbone(backbone, **policy), RelationalNetwork(context, **policy)
+        )
 
     def attach(self, frozen: Frozen) -> ContextDiffusion:
         """This model, with the frozen networks."""
@@ -148,16 +140,17 @@ class ContextDiffusion(nnx.Module):
         captions: Captions,
         deep: Float[ArrayLike, "B H2 W2 E"] | None = None,
     ) -> Array | tuple[Array, Array]:
-        """The UNet's output, of x and t as networks read them (`schedule.network_input`); `deep`:
-        its coarser levels' part, from an earlier step.
+        """The backbone's output, of x and t as networks read them (`schedule.network_input`);
+        `deep`: its coarser levels' part, from an earlier step.
         """
-        return self.unet(x, t, *self._conditions(x, captions), deep)
+        kept = () if deep is None else (deep,)
+        return self.backbone.predict(x, t, captions, *self._seen(x, captions), *kept)
 
     def deep_features(
         self, x: Float[ArrayLike, "B H W C"], t: Real[ArrayLike, "B"], captions: Captions
     ) -> Float[Array, "B H2 W2 E"]:
-        """The UNet's coarser levels' part."""
-        return self.unet.deep_features(x, t, *self._conditions(x, captions))
+        """The coarser levels' part of a backbone that `keeps_coarse`."""
+        return self.backbone.deep_features(x, t, captions, *self._seen(x, captions))
 
     def to_pixels(self, x0: Float[ArrayLike, "B H W C"], tile: bool = False) -> Array:
         """Pictures, about [-1, 1], of what is diffused."""
@@ -169,28 +162,10 @@ class ContextDiffusion(nnx.Module):
             return pixels
         return self.vae.to_diffusion(self.vae.encode(pixels, tile=tile).mean)
 
-    def _conditions(
+    def _seen(
         self, x: ArrayLike, captions: Captions
-    ) -> tuple[ArrayLike, ArrayLike | None, dict[str, ArrayLike] | None]:
-        """Tokens, which of them count, and what a UNet of the XL kind also reads: the pooled text
-        and the picture's size (SDXL, 2.2).
-        """
+    ) -> tuple[Bool[ArrayLike, "B L"] | None, tuple[int, int]]:
+        """Which tokens the backbone reads (None: all), and the picture's size in pixels."""
         seen = None if self.text.reads_padding else captions.mask
-        if self.unet.config.addition_embed_type != "text_time":
-            return captions.tokens, seen, None
         factor = 1 if self.vae is None or captions.pooled is None else self.vae.config.downscale
-        added = text_and_size(captions, factor * x.shape[1], factor * x.shape[2])
-        return captions.tokens, seen, added
-
-
-def text_and_size(captions: Captions, height: int, width: int) -> dict[str, Array]:
-    """What a UNet of the XL kind reads beside the tokens: the pooled text, and the captions' sizes,
-    or without any the picture's own without a crop (SDXL, 2.2).
-    """
-    tokens, mask, pooled, sizes = captions
-    if sizes is None:
-        sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
-    return {
-        "text_embeds": pool(tokens, mask)[:, 0] if pooled is None else pooled,
-        "time_ids": jnp.broadcast_to(sizes, (tokens.shape[0], 6)),
-    }
+        return seen, (factor * x.shape[1], factor * x.shape[2])

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import MOTIONS
 from contextdiff_jax.diffusion.samplers import DenoiseFn, KeepFn
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.context import ContextConfig
-from contextdiff_jax.models.contextdiff import Captions, ContextDiffusion
+from contextdiff_jax.models.contextdiff import ContextDiffusion
 
 ReadFn = Callable[[Array], Array]  # from a time to what networks read of it
 
@@ -102,7 +103,7 @@ def make_estimate(
     is in the place of `schedule.network_time`.
     """
     read, process = read or schedule.network_time, (schedule, prediction_type)
-    context, head = model.context.config, model.unet.context_head is not None
+    context, head = model.context.config, model.backbone.context_head is not None
     estimated = estimates_context(context, head, prediction_type)
     clip = 1.0 if model.vae is None else None
 
@@ -180,7 +181,7 @@ def make_denoise(
         denoise = diffusion.within(denoise, alone, schedule, guidance_interval)
     if context_scale != 1:
         denoise = diffusion.scale_context(denoise, context_scale)
-    head = model.unet.context_head is not None
+    head = model.backbone.context_head is not None
     estimated = estimates_context(model.context.config, head, prediction_type)
     bound = model.vae is None and estimated
     return diffusion.bounded(denoise, dynamic_threshold) if bound else denoise
@@ -193,7 +194,13 @@ def make_keep(
     beside: Float[ArrayLike, "B H W E"] | None = None,
     read: ReadFn | None = None,
 ) -> KeepFn:
-    """`keep(x, t)`: the coarser levels' part of the UNet, of a branch for each of `texts`."""
+    """`keep(x, t)`: the coarser levels' part of the UNet, of a branch for each of `texts`.
+    ValueError for a backbone without them.
+    """
+    if not model.backbone.keeps_coarse:
+        raise ValueError(
+            f"reuse: a {model.backbone.name} has no coarser levels whose part could be kept; 1"
+        )
     rows, read = Rows.of(texts, beside), read or schedule.network_time
 
     def keep(x, t):

@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as splash_kernel,
 )
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from contextdiff_jax.parallel.mesh import Target, current_target, place
 
@@ -45,24 +45,30 @@ def formulation(choice: str, tokens: int, target: Target) -> str:
 
 
 def on_each_device(
-    kernel: Callable[[Array, Array, Array], Array],
+    kernel: Callable[..., Array],
     q: Float[Array, "B N H D"],
     k: Float[Array, "B M H D"],
-    v: Float[Array, "B M H D"],
+    v: Float[Array, "B M H E"],
     target: Target,
-) -> Float[Array, "B N H D"]:
-    """`kernel(q, k, v)` by each of the target's devices for its own examples, heads and rows: a
-    program of one device, which XLA's partitioner can't split.
+    *masks: Bool[Array, "B M"],
+) -> Float[Array, "B N H E"]:
+    """`kernel(q, k, v, *masks)` by each of the target's devices for its own examples, heads and
+    rows: a program of one device, which XLA's partitioner can't split.
     """
     if target.mesh is None:
-        return kernel(q, k, v)
+        return kernel(q, k, v, *masks)
     queries = place(target.mesh, q.shape, ("batch", "rows", "heads", None), target.rules).spec
     keys = place(
         target.mesh, k.shape, ("batch", None, "heads", None), target.rules
     ).spec  # all rows: every query reads them
+    hidden = [place(target.mesh, mask.shape, ("batch", None), target.rules).spec for mask in masks]
     return jax.shard_map(
-        kernel, mesh=target.mesh, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False
-    )(q, k, v)
+        kernel,
+        mesh=target.mesh,
+        in_specs=(queries, keys, keys, *hidden),
+        out_specs=queries,
+        check_vma=False,
+    )(q, k, v, *masks)
 
 
 def splash_attention(
@@ -70,11 +76,12 @@ def splash_attention(
     k: Float[Array, "B M H D"],
     v: Float[Array, "B M H D"],
     scale: float,
+    mask: Bool[Array, "B M"] | None = None,
     *,
     target: Target | None = None,
 ) -> Float[Array, "B N H D"]:
-    """softmax(scale q k^T) v per head (`target`: the current one). Off a TPU the kernel is
-    interpreted: right, and slow.
+    """softmax(scale q k^T) v per head, over the keys in `mask` (None: all; `target`: the current
+    one). Off a TPU the kernel is interpreted: right, and slow.
     """
     target = current_target() if target is None else target
     return on_each_device(
@@ -83,10 +90,13 @@ def splash_attention(
         k,
         v,
         target,
+        *([] if mask is None else [mask]),
     )
 
 
-def _one_device(q: Array, k: Array, v: Array, *, scale: float, interpret: bool) -> Array:
+def _one_device(
+    q: Array, k: Array, v: Array, mask: Array | None = None, *, scale: float, interpret: bool
+) -> Array:
     """Tokens are padded to whole blocks, which segment ids hide, and the head's width to the lanes,
     which zeros hide.
     """
@@ -112,17 +122,21 @@ def _one_device(q: Array, k: Array, v: Array, *, scale: float, interpret: bool) 
         block_kv_dkv_compute=block_kv,
         use_fused_bwd_kernel=True,
     )
-    mask = splash_mask.MultiHeadMask([splash_mask.FullMask((rows, columns))] * H)
+    full = splash_mask.MultiHeadMask([splash_mask.FullMask((rows, columns))] * H)
     kernel = splash_kernel.make_splash_mha_single_device(
-        mask, block_sizes=sizes, interpret=interpret, residual_checkpoint_name=RESIDUALS
+        full, block_sizes=sizes, interpret=interpret, residual_checkpoint_name=RESIDUALS
     )
     segments = None
-    if rows > N or columns > M:
+    if rows > N or columns > M or mask is not None:
+        # Queries find the keys of their own segment, 0; rows of padding find what nobody reads.
+        found = jnp.ones((len(k), M), bool) if mask is None else mask
+        found = jnp.pad(found, ((0, 0), (0, columns - M)))
         segments = splash_kernel.SegmentIds(
-            *(jnp.arange(a) >= b for a, b in ((rows, N), (columns, M)))
+            jnp.zeros((len(q), rows), jnp.int32), (~found).astype(jnp.int32)
         )
-        segments = jax.tree.map(lambda x: x.astype(jnp.int32), segments)
-    out = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)
+    out = jax.vmap(lambda q, k, v, segments: kernel(q, k, v, segment_ids=segments))(
+        q, k, v, segments
+    )
     return jnp.swapaxes(out[:, :, :N, :D], 1, 2)
 
 

@@ -24,7 +24,7 @@ from contextdiff_jax.models.remat import rematerialised
 from contextdiff_jax.parallel.mesh import current_target
 
 _ZEROS = nnx.initializers.zeros_init()
-_LECUN = nnx.initializers.lecun_normal()
+LECUN = nnx.initializers.lecun_normal()
 
 
 def mish(x: Float[ArrayLike, "*S"]) -> Float[Array, "*S"]:
@@ -156,7 +156,7 @@ def linear(
         in_features,
         out_features,
         use_bias=use_bias,
-        kernel_init=_ZEROS if zero_init else _LECUN,
+        kernel_init=_ZEROS if zero_init else LECUN,
         dot_general=_dot_general,
         dtype=dtype,
         param_dtype=param_dtype,
@@ -218,7 +218,7 @@ def conv3x3(
         (3, 3),
         strides=(stride, stride),
         padding=(padding, padding),
-        kernel_init=_ZEROS if zero_init else _LECUN,
+        kernel_init=_ZEROS if zero_init else LECUN,
         conv_general_dilated=convolve,
         dtype=dtype,
         param_dtype=param_dtype,

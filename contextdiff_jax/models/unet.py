@@ -21,6 +21,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Shaped
 
+from contextdiff_jax.models.captions import Captions, text_and_size
 from contextdiff_jax.models.layers import (
     ACTIVATIONS,
     Downsample,
@@ -210,6 +211,9 @@ class UNet(nnx.Module):
       precision: of the parameters, the products and what is returned.
     """
 
+    name = "unet"  # of its parameters, and of its folder in a pipeline's
+    keeps_coarse = True  # whether a step can reuse another's coarser levels
+
     def __init__(
         self,
         config: UNetConfig,
@@ -261,21 +265,39 @@ class UNet(nnx.Module):
         """
         return self.forward(x, self.time(t, x.shape[0], added), text_tokens, text_mask, deep)
 
+    def predict(
+        self,
+        x: Float[ArrayLike, "B H W C"],
+        t: Shaped[ArrayLike, "*B"],
+        captions: Captions,
+        seen: Bool[ArrayLike, "B L"] | None,
+        size: tuple[int, int],
+        deep: Float[ArrayLike, "B H W K"] | None = None,
+    ) -> Array | tuple[Array, Array]:
+        """The call, of captions, of which the tokens in `seen` count, and of a picture's `size` in
+        pixels.
+        """
+        return self(x, t, captions.tokens, seen, self._added(captions, size), deep)
+
     def deep_features(
         self,
         x: Float[ArrayLike, "B H W C"],
         t: Shaped[ArrayLike, "*B"],
-        text_tokens: Float[ArrayLike, "B L D"],
-        text_mask: Bool[ArrayLike, "B L"] | None = None,
-        added: Mapping[str, ArrayLike] | None = None,
+        captions: Captions,
+        seen: Bool[ArrayLike, "B L"] | None,
+        size: tuple[int, int],
     ) -> Float[Array, "B H W K"]:
         """The part of the finest level's up block's input that comes from the coarser ones. The
-        arguments are a call's.
+        arguments are those of `predict`.
         """
-        temb = self.time(t, x.shape[0], added)
+        temb = self.time(t, x.shape[0], self._added(captions, size))
         return self._coarse(
-            self._fine(x, temb, text_tokens, text_mask)[-1], temb, text_tokens, text_mask
+            self._fine(x, temb, captions.tokens, seen)[-1], temb, captions.tokens, seen
         )
+
+    def _added(self, captions: Captions, size: tuple[int, int]) -> dict[str, Array] | None:
+        """The conditions of a UNet of the XL kind."""
+        return None if self.add_embedding is None else text_and_size(captions, *size)
 
     def forward(
         self,

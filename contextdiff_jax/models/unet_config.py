@@ -148,6 +148,22 @@ class UNetConfig:
         return {k: v for k, v in dataclasses.asdict(self).items() if v or k != "context_head"}
 
     @property
+    def text_width(self) -> int | tuple[int, ...]:
+        """Features of the text's tokens that it reads."""
+        return self.cross_attention_dim
+
+    def text_fields(self, width: int, pooled: int | None = None) -> dict[str, tuple[int, int]]:
+        """{field: (its value, the one that fits a text encoder of this width)}; `pooled`: the width
+        of its pooled text, if that is another.
+        """
+        fields = {"cross_attention_dim": (self.cross_attention_dim, width)}
+        if self.addition_embed_type == "text_time":
+            given = self.projection_class_embeddings_input_dim
+            wanted = (width if pooled is None else pooled) + 6 * self.addition_time_embed_dim
+            fields["projection_class_embeddings_input_dim"] = (given, wanted)
+        return fields
+
+    @property
     def time_features(self) -> int:
         """Width of the time embedding inside the network."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]

@@ -26,8 +26,8 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from contextdiff_jax.models.captions import Captions, text_and_size
 from contextdiff_jax.models.context import RelationalNetwork
-from contextdiff_jax.models.contextdiff import Captions, text_and_size
 from contextdiff_jax.models.layers import (
     GroupNorm,
     ResnetBlock,

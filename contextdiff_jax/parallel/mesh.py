@@ -156,9 +156,18 @@ def path_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
-def logical_axes(name: str) -> tuple[str | None, ...]:
-    """The logical names of a parameter's last dimensions."""
-    return next(axes for pattern, axes in PARAMETER_AXES if re.search(pattern, name))
+def logical_axes(name: str, dimensions: int) -> tuple[str | None, ...]:
+    """The logical names of the parameter's last dimensions. A first one that counts layers has
+    none: all devices run all layers.
+    """
+    axes = next(axes for pattern, axes in PARAMETER_AXES if re.search(pattern, name))
+    own = dimensions - is_stacked(name)
+    return axes[-own:] if own else ()
+
+
+def is_stacked(name: str) -> bool:
+    """Whether the parameter is of several layers, one after the other (models.stacked)."""
+    return re.search(r"\bstacks/\d+/layers/", name) is not None
 
 
 def place(
@@ -186,7 +195,10 @@ def state_shardings(mesh: Mesh, abstract: PyTree, rules: Mapping[str, str] = RUL
     shapes.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: place(mesh, leaf.shape, logical_axes(path_name(path)), rules), abstract
+        lambda path, leaf: place(
+            mesh, leaf.shape, logical_axes(path_name(path), len(leaf.shape)), rules
+        ),
+        abstract,
     )
 
 
@@ -242,7 +254,7 @@ def gathered(params: PyTree, dtype: DTypeLike) -> PyTree:
 
     Left to itself XLA's partitioner also multiplies the rows of a kernel that a device holds with
     everybody's examples, and sends activations. That each parameter is gathered before its use is
-    what FSDP means.
+    what FSDP means. Those of stacked layers stay as they lie: their scan gathers a layer's.
     """
     target = current_target()
     if target.mesh is None:
@@ -256,10 +268,15 @@ def gathered(params: PyTree, dtype: DTypeLike) -> PyTree:
 
     def one(path, leaf: jax.Array) -> jax.Array:
         name = path_name(path)
+        if is_stacked(name):
+            return leaf
         used = leaf.astype(dtype) if name.endswith("/kernel") else leaf
         return _gather(
             used,
-            *(place(target.mesh, leaf.shape, logical_axes(name), each) for each in (rules, kept)),
+            *(
+                place(target.mesh, leaf.shape, logical_axes(name, leaf.ndim), each)
+                for each in (rules, kept)
+            ),
         )
 
     return jax.tree_util.tree_map_with_path(one, params)

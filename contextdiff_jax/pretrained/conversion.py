@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from contextdiff_jax.pretrained import clip, native, t5, unet, vae
+from contextdiff_jax.pretrained import clip, mmdit, native, t5, unet, vae
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.folder_files import (
     INDEX_FILE,
@@ -31,7 +31,10 @@ from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE
 from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.files import write_json
 
-MODELS = {model.kind: model for model in (unet.MODEL, vae.MODEL, clip.TEXT, clip.VISION, t5.MODEL)}
+MODELS = {
+    model.kind: model
+    for model in (unet.MODEL, mmdit.MODEL, vae.MODEL, clip.TEXT, clip.VISION, t5.MODEL)
+}
 
 Report = Callable[[str], None]
 

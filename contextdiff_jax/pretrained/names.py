@@ -38,7 +38,8 @@ class Rules:
     dotted paths, `aliases` renames of tensors in files of older writers, `unread` patterns of
     stored tensors that are no parameters of ours (buffers, the half of a model that isn't loaded),
     `copies` (name, copy): tensors that are one in the model, of which a file may hold only the
-    copy.
+    copy. `stacked` (ours, theirs, first): dotted prefixes of layers that are one array here and
+    there one tensor each, counted from `first`. `constants`: tensors that follow from the config.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -46,13 +47,18 @@ class Rules:
     aliases: tuple[tuple[str, str], ...] = ()
     unread: tuple[str, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
+    stacked: tuple[tuple[str, str, int], ...] = ()
+    constants: Mapping[str, Callable[[], np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One parameter: where it is here, its shape there, and the layout change both ways."""
+    """One tensor: the parameter that it is here (of stacked layers, `layer` of it), its shape
+    there, and the layout change both ways.
+    """
 
     path: tuple
+    layer: int | None = None
     torch_shape: tuple[int, ...]
     from_torch: Callable[[np.ndarray], np.ndarray]
     to_torch: Callable[[np.ndarray], np.ndarray]
@@ -72,8 +78,16 @@ def name_map(module: nnx.Module, rules: Rules) -> dict[str, Entry]:
         ours = ".".join(map(str, path))
         theirs = ".".join(map(str, (*path[:-1], _LEAVES.get(path[-1], path[-1]))))
         pointwise = rules.pointwise is not None and re.search(rules.pointwise, ours) is not None
-        change = _layout(path[-1], tuple(param.shape), pointwise)
-        entries[renamed(theirs, rules.renames)] = Entry(path=path, **change)
+        stack = next((each for each in rules.stacked if ours.startswith(each[0])), None)
+        if stack is None:
+            change = _layout(path[-1], tuple(param.shape), pointwise)
+            entries[renamed(theirs, rules.renames)] = Entry(path=path, **change)
+            continue
+        count, *shape = param.shape
+        change = _layout(path[-1], tuple(shape), pointwise)
+        for layer in range(count):
+            name = f"{stack[1]}{stack[2] + layer}.{theirs.removeprefix(stack[0])}"
+            entries[renamed(name, rules.renames)] = Entry(path=path, layer=layer, **change)
     return entries
 
 
@@ -124,8 +138,11 @@ def state_from_torch(
     """
     entries = name_map(module, rules)
     named = {
-        renamed(name, rules.aliases): name for name in tensors if not _matches(name, rules.unread)
+        renamed(name, rules.aliases): name
+        for name in tensors
+        if name not in rules.constants and not _matches(name, rules.unread)
     }
+    _check_constants(tensors, rules, what)
     for name, copy in rules.copies:
         if copy in tensors:
             named.setdefault(name, copy)
@@ -134,32 +151,44 @@ def state_from_torch(
     params = dict(nnx.to_flat_state(state))
     places = {} if shardings is None else dict(nnx.to_flat_state(shardings))
 
-    def read(name: str, entry: Entry) -> jax.Array:
+    def layer(name: str) -> np.ndarray:
         tensor = tensors[named[name]]
         array = np.asarray(tensor)
         _check_finite(array, named[name], getattr(tensor, "path", what))
-        array = entry.from_torch(array)
-        return _placed(array, held(array.dtype), _sharding(places.get(entry.path)))
+        return entries[name].from_torch(array)
 
+    def read(path: tuple, names: list[str]) -> jax.Array:
+        stacked = entries[names[0]].layer is not None
+        array = np.stack([layer(name) for name in names]) if stacked else layer(names[0])
+        return _placed(array, held(array.dtype), _sharding(places.get(path)))
+
+    names = {}  # of each parameter's tensors, in order
+    for name, entry in entries.items():
+        names.setdefault(entry.path, []).append(name)
     # Reading, casting and turning about are numpy's, which leaves Python's lock meanwhile.
     with ThreadPoolExecutor(host.num_cores()) as pool:
-        arrays = pool.map(read, *zip(*entries.items(), strict=True))
+        arrays = pool.map(read, *zip(*names.items(), strict=True))
         flat = {
-            entry.path: params[entry.path].replace(array)
-            for entry, array in zip(progress(entries.values()), arrays, strict=True)
+            path: params[path].replace(array)
+            for path, array in zip(progress(names), arrays, strict=True)
         }
     return nnx.from_flat_state(flat)
 
 
 def state_to_torch(module: nnx.Module, rules: Rules) -> dict[str, np.ndarray]:
     """The inverse of `state_from_torch`: torch names -> contiguous arrays in torch layout."""
-    params = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
-    return {
-        name: np.ascontiguousarray(
-            entry.to_torch(np.asarray(jax.device_get(params[entry.path][...])))
-        )
-        for name, entry in name_map(module, rules).items()
+    params = {
+        path: np.asarray(jax.device_get(leaf[...]))
+        for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))
     }
+    tensors = {}
+    for name, entry in name_map(module, rules).items():
+        array = params[entry.path]
+        array = array if entry.layer is None else array[entry.layer]
+        tensors[name] = np.ascontiguousarray(entry.to_torch(array))
+    stored = next(iter(tensors.values())).dtype
+    constants = {name: make().astype(stored) for name, make in rules.constants.items()}
+    return tensors | constants
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -176,6 +205,14 @@ def _check(entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], 
             )
     if problems:
         raise ValueError(f"{what}: {len(problems)} tensors do not fit: " + "; ".join(problems))
+
+
+def _check_constants(tensors: Mapping[str, Any], rules: Rules, what: str) -> None:
+    for name in rules.constants.keys() & tensors.keys():
+        stored, own = np.asarray(tensors[name]), rules.constants[name]()
+        near = 1e-5 if stored.dtype.itemsize > 2 else 1e-2  # what the shorter types round
+        if stored.shape != own.shape or np.abs(stored.astype(np.float32) - own).max() > near:
+            raise ValueError(f"{what}: {name}: isn't what its config says; not supported")
 
 
 def _check_finite(array: np.ndarray, name: str, what: str | Path) -> None:

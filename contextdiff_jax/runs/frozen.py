@@ -37,19 +37,15 @@ def load_frozen(settings: Settings, shardings: Callable[[PyTree], PyTree] | None
 
 
 def _load_text(settings: Settings, options: dict[str, Any]) -> AnyFrozenText:
-    folder, model, length = settings.text.pretrained, settings.model, settings.data.max_length
+    folder, length = settings.text.pretrained, settings.data.max_length
     text = _read_text(Path(folder), length, options)
-    if model.cross_attention_dim != text.width:
-        raise ValueError(
-            f"model.cross_attention_dim={model.cross_attention_dim}: text.pretrained={folder!r} "
-            f"has {text.width}"
-        )
-    if model.pooled_features not in (None, text.pooled_width):
-        raise ValueError(
-            f"model.projection_class_embeddings_input_dim="
-            f"{model.projection_class_embeddings_input_dim}: leaves {model.pooled_features} for "
-            f"the pooled text; text.pretrained={folder!r} gives {text.pooled_width}"
-        )
+    widths = text.width, text.pooled_width
+    for field, (given, wanted) in settings.model.text_fields(*widths).items():
+        if given != wanted:
+            raise ValueError(
+                f"model.{field}={given}: text.pretrained={folder!r} has {widths[0]}, and a pooled "
+                f"text of {widths[1]}; must be {wanted}"
+            )
     if length > text.longest:
         raise ValueError(f"data.max_length={length}: text.pretrained={folder!r} has {text.longest}")
     return text

@@ -43,7 +43,7 @@ def build_model(graph: nnx.GraphDef, params: PyTree, frozen: Frozen = Frozen()) 
     """
     params = merge_lora(params)
     # Merged twice: updating in place would change the caller's variables.
-    dtype = nnx.merge(graph, params).unet.precision.compute
+    dtype = nnx.merge(graph, params).backbone.precision.compute
     return nnx.merge(graph, gathered(params, dtype)).attach(frozen)
 
 

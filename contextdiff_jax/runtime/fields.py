@@ -78,12 +78,16 @@ def defaults(cls: type) -> dict[str, Any]:
     return found
 
 
+def check_section(section: str, values: Any) -> None:
+    """Raises ValueError unless the config's `section` has fields."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{section}={values!r}: must be a section, with fields")
+
+
 def check_types(cls: type, section: str, values: Mapping[str, Any]) -> None:
     """Raises ValueError for a value of another type than the dataclass `cls` has for its field, and
     for a whole number under 1.
     """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{section}={values!r}: must be a section, with fields")
     hints = typing.get_type_hints(cls)
     for name in values.keys() & hints.keys():
         value = typed(f"{section}.{name}", values[name], hints[name])

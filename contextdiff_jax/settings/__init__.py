@@ -15,9 +15,9 @@ from typing import Any
 
 from contextdiff_jax.data import DataConfig
 from contextdiff_jax.diffusion import Process
+from contextdiff_jax.models.backbones import BACKBONES, BackboneConfig, backbone_config
 from contextdiff_jax.models.denoising import estimates_context
 from contextdiff_jax.models.text import TextConfig
-from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAEConfig
 from contextdiff_jax.parallel.mesh import MeshConfig
 from contextdiff_jax.pretrained.folder import read_config
@@ -25,7 +25,9 @@ from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
 from contextdiff_jax.runtime.fields import (
     check_at_least,
+    check_choice,
     check_known,
+    check_section,
     check_types,
     defaults,
     strict,
@@ -66,12 +68,12 @@ class Settings:
     diffusion: DiffusionConfig
     context: ShiftConfig
     text: TextConfig
-    model: UNetConfig
+    model: BackboneConfig
     mesh: MeshConfig
     sample: SampleConfig
     latent: LatentConfig
     distill: DistillConfig
-    # model.pretrained: the pipeline, a folder or single file, whose UNet a new run starts from
+    # model.pretrained: the pipeline, a folder or single file, whose network a new run starts from
     pretrained: str = ""
 
     @property
@@ -99,13 +101,23 @@ class Settings:
 
 
 def default_config() -> dict[str, Any]:
-    """Return every field that a config may have, with its default, by section (configs/base.py)."""
-    config = defaults(Settings)
-    config["model"]["pretrained"] = config.pop("pretrained")
-    for section, fields in DERIVED.items():
-        for field in fields:
-            del config[section][field]
+    """Return every field that a config with a UNet may have, with its default, by section
+    (configs/base.py).
+    """
+    config = defaults(Settings) | {"model": default_model("unet")}
+    del config["pretrained"]  # is in `model`
+    for field in DERIVED["context"]:
+        del config["context"][field]
     return config
+
+
+def default_model(kind: str) -> dict[str, Any]:
+    """Return the section `model` for a kind of backbone, with its defaults."""
+    check_choice("model.kind", kind, BACKBONES)
+    fields = defaults(BACKBONES[kind].config)
+    for field in DERIVED["model"]:
+        del fields[field]
+    return {"kind": kind, **fields, "pretrained": ""}
 
 
 def check_sections(config: Mapping[str, Any], sections: typing.Sequence[str]) -> None:
@@ -154,10 +166,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
     )
     context = strict(ShiftConfig, "context", config["context"])
     # The second head belongs to the estimate: one decision, made in context.estimate.
-    check_types(UNetConfig, "model", config["model"])
-    model = {**config["model"], "context_head": context.estimate == "posterior_mean"}
-    pretrained = typed("model.pretrained", model.pop("pretrained", ""), str)
-    model = UNetConfig.from_dict(model)
+    model, pretrained = _read_model(config["model"], context.estimate == "posterior_mean")
     settings = Settings(
         seed=config["seed"],
         train=strict(TrainConfig, "train", config["train"]),
@@ -166,7 +175,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
         context=dataclasses.replace(
             context,
             in_channels=model.in_channels,
-            text_width=model.cross_attention_dim,
+            text_width=model.text_width,
             visual_width=_visual_width(context),
         ),
         text=strict(TextConfig, "text", config["text"]),
@@ -186,6 +195,17 @@ def parse(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
+def _read_model(values: Mapping[str, Any], head: bool) -> tuple[BackboneConfig, str]:
+    """The backbone's config and `model.pretrained`; runs that say no kind have a UNet."""
+    check_section("model", values)
+    fields = dict(values)
+    kind = typed("model.kind", fields.pop("kind", "unet"), str)
+    check_choice("model.kind", kind, BACKBONES)
+    pretrained = typed("model.pretrained", fields.pop("pretrained", ""), str)
+    check_types(BACKBONES[kind].config, "model", fields)
+    return backbone_config(kind, {**fields, "context_head": head}), pretrained
+
+
 def _visual_width(context: ShiftConfig) -> int:
     if context.tokens != "clip":
         return 0
@@ -198,19 +218,10 @@ def _check_text(settings: Settings) -> None:
     if text.pretrained:
         if not settings.data.tokenizer:
             raise ValueError("data.tokenizer='': text.pretrained needs the folder of its tokenizer")
-    elif model.cross_attention_dim != text.width:
-        raise ValueError(
-            f"model.cross_attention_dim={model.cross_attention_dim}: must be "
-            f"text.width={text.width}"
-        )
-    if model.addition_embed_type == "text_time" and not text.pretrained:
-        wanted = model.cross_attention_dim + 6 * model.addition_time_embed_dim
-        given = model.projection_class_embeddings_input_dim
+        return
+    for field, (given, wanted) in model.text_fields(text.width).items():
         if given != wanted:
-            raise ValueError(
-                f"model.projection_class_embeddings_input_dim={given}: must be text.width + 6 "
-                f"model.addition_time_embed_dim = {wanted}"
-            )
+            raise ValueError(f"model.{field}={given}: must be {wanted}, of text.width={text.width}")
 
 
 def _check_latents(settings: Settings) -> None:
@@ -223,7 +234,7 @@ def _check_latents(settings: Settings) -> None:
         )
     if train.trainable == "context" and not (settings.pretrained or train.init_from):
         raise ValueError(
-            "train.trainable='context': needs a trained UNet, by model.pretrained or "
+            "train.trainable='context': needs a trained network, by model.pretrained or "
             "train.init_from"
         )
     if train.trainable == "context" and settings.context.network.is_zero:

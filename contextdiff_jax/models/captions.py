@@ -1,0 +1,52 @@
+"""Encoded captions, and what networks read of them beside the tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+
+class Captions(NamedTuple):
+    """Encoded captions: token states, which of them count, the pooled text of an encoder that gives
+    one (None: the mean of the tokens that count is read where one is wanted), and the sizes of
+    their pictures (None: what is made is its picture, without a crop), as `data.sizes` has them.
+    """
+
+    tokens: Float[ArrayLike, "B L D"]
+    mask: Bool[ArrayLike, "B L"]
+    pooled: Float[Array, "B P"] | None = None
+    sizes: Float[ArrayLike, "B 6"] | None = None
+
+    def hidden(self) -> Captions:
+        """Zeros in the place of the text's states."""
+        pooled = None if self.pooled is None else jnp.zeros_like(self.pooled)
+        return self._replace(tokens=jnp.zeros_like(self.tokens), pooled=pooled)
+
+
+def pool(tokens: Float[ArrayLike, "B L D"], mask: Bool[ArrayLike, "B L"]) -> Float[Array, "B 1 D"]:
+    """Mean over the tokens that count."""
+    weight = mask[..., None].astype(tokens.dtype)
+    return (tokens * weight).sum(1, keepdims=True) / jnp.maximum(weight.sum(1, keepdims=True), 1)
+
+
+def pooled_text(captions: Captions) -> Float[Array, "B P"]:
+    """The text as one vector."""
+    if captions.pooled is not None:
+        return captions.pooled
+    return pool(captions.tokens, captions.mask)[:, 0]
+
+
+def text_and_size(captions: Captions, height: int, width: int) -> dict[str, Array]:
+    """What a UNet of the XL kind reads beside the tokens: the pooled text, and the captions' sizes,
+    or without any the picture's own without a crop (SDXL, 2.2).
+    """
+    sizes = captions.sizes
+    if sizes is None:
+        sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
+    return {
+        "text_embeds": pooled_text(captions),
+        "time_ids": jnp.broadcast_to(sizes, (captions.tokens.shape[0], 6)),
+    }

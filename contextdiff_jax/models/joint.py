@@ -1,0 +1,180 @@
+"""Joint attention of two streams, picture and text: each has its own weights, and all tokens see
+each other (Esser et al., 2024, 4.2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from contextdiff_jax.models.attention import joint_attention, self_attention
+from contextdiff_jax.models.layers import gelu_tanh, linear
+
+EPS = 1e-6
+
+
+def normalise(x: Float[ArrayLike, "B N D"]) -> Float[Array, "B N D"]:
+    """Layer normalisation without parameters, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS)
+
+
+def modulate(
+    x: Float[ArrayLike, "B N D"], shift: Float[ArrayLike, "B D"], scale: Float[ArrayLike, "B D"]
+) -> Float[Array, "B N D"]:
+    """The normalised x, scaled and shifted by what the time says (adaLN, Peebles & Xie, 2023)."""
+    return (normalise(x) * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
+
+
+class HeadProjections(nnx.Module):
+    """Queries, keys and values of one stream's tokens, and the way back from what they find.
+
+    `qk_norm`: queries and keys are divided by their root mean square, head by head. `back`: whether
+    what is found is used.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        *,
+        qk_norm: bool = False,
+        back: bool = True,
+        **policy: Any,
+    ):
+        self.num_heads = num_heads
+        self.to_q, self.to_k, self.to_v = (linear(features, features, **policy) for _ in range(3))
+        self.to_out = linear(features, features, **policy) if back else None
+        self.norm_q, self.norm_k = (
+            nnx.RMSNorm(features // num_heads, epsilon=EPS, **policy) if qk_norm else None
+            for _ in range(2)
+        )
+
+    def __call__(self, x: Float[ArrayLike, "B N D"]) -> tuple[Array, Array, Array]:
+        """q, k, v, each [B, N, H, D / H]."""
+        q, k, v = (
+            rearrange(project(x), "B N (H D) -> B N H D", H=self.num_heads)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        if self.norm_q is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        return q, k, v
+
+    def back(self, found: Float[ArrayLike, "B N H D2"]) -> Float[Array, "B N D"]:
+        """The heads' findings in the stream's features."""
+        return self.to_out(rearrange(found, "B N H D -> B N (H D)"))
+
+
+class MLP(nnx.Module):
+    """Linear, GELU (its tanh form), linear; four times as wide inside."""
+
+    def __init__(self, features: int, **policy: Any):
+        self.proj_in = linear(features, 4 * features, **policy)
+        self.proj_out = linear(4 * features, features, **policy)
+
+    def __call__(self, x: Float[ArrayLike, "B N D"]) -> Float[Array, "B N D"]:
+        return self.proj_out(gelu_tanh(self.proj_in(x)))
+
+
+class Stream(nnx.Module):
+    """One stream's weights in a joint block.
+
+    `modulation` gives of the time, in this order: shift, scale and gate of the attention; shift,
+    scale and gate of the MLP; with `dual` shift, scale and gate of a second attention, of the
+    stream alone. A stream that is `read_only`, because nobody reads it afterwards, has but a scale
+    and a shift. All start at 0, so that a new block changes nothing; gates that are `open` at 1.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        *,
+        qk_norm: bool = False,
+        dual: bool = False,
+        read_only: bool = False,
+        open_gates: bool = False,
+        **policy: Any,
+    ):
+        heads = dict(qk_norm=qk_norm, **policy)
+        self.parts = 2 if read_only else 9 if dual else 6
+        self.modulation = linear(features, self.parts * features, zero_init=True, **policy)
+        if open_gates:
+            gates = jnp.arange(self.parts) % 3 == 2
+            self.modulation.bias[...] = jnp.repeat(gates, features).astype(policy["param_dtype"])
+        self.attn = HeadProjections(features, num_heads, back=not read_only, **heads)
+        self.attn2 = HeadProjections(features, num_heads, **heads) if dual else None
+        self.ff = None if read_only else MLP(features, **policy)
+
+    def modulations(self, time: Float[ArrayLike, "B D"]) -> list[Float[Array, "B D"]]:
+        """The parts named above."""
+        parts = jnp.split(self.modulation(time), self.parts, axis=-1)
+        return parts[::-1] if self.ff is None else parts  # as the weights of diffusers lie
+
+    def finish(
+        self,
+        x: Float[ArrayLike, "B N D"],
+        found: Float[ArrayLike, "B N H D2"],
+        parts: list[Float[Array, "B D"]],
+        attention: str = "auto",
+    ) -> Float[Array, "B N D"]:
+        """x after the block, from what its queries found."""
+        gate, shift_mlp, scale_mlp, gate_mlp, *second = parts[2:]
+        alone = None
+        if self.attn2 is not None:
+            q, k, v = self.attn2(modulate(x, *second[:2]))
+            alone = self.attn2.back(self_attention(q, k, v, None, choice=attention))
+        x = x + gate[:, None] * self.attn.back(found)
+        if alone is not None:
+            x = x + second[2][:, None] * alone
+        return x + gate_mlp[:, None] * self.ff(modulate(x, shift_mlp, scale_mlp))
+
+
+class JointBlock(nnx.Module):
+    """Attention over both streams' tokens, then an MLP in each.
+
+    `last`: the text is read and goes no further. `self_attention`: what computes the attention
+    (models.flash).
+    """
+
+    self_attention = "auto"
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        *,
+        qk_norm: bool = False,
+        dual: bool = False,
+        last: bool = False,
+        open_gates: bool = False,
+        **policy: Any,
+    ):
+        heads = dict(qk_norm=qk_norm, open_gates=open_gates, **policy)
+        self.picture = Stream(features, num_heads, dual=dual, **heads)
+        self.text = Stream(features, num_heads, read_only=last, **heads)
+
+    def __call__(
+        self,
+        x: Float[ArrayLike, "B N D"],
+        text: Float[ArrayLike, "B L D"],
+        time: Float[ArrayLike, "B D"],
+        mask: Bool[ArrayLike, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B L D"]]:
+        """Both streams' tokens after the block; `time`: its embedding, after the activation;
+        `mask`: True where a token of the text counts (None: all do).
+        """
+        choice, last = self.self_attention, self.text.ff is None
+        of_picture, of_text = self.picture.modulations(time), self.text.modulations(time)
+        picture = self.picture.attn(modulate(x, *of_picture[:2]))
+        caption = self.text.attn(modulate(text, *of_text[:2]))
+        found, read = joint_attention(picture, caption, mask, choice=choice, both=not last)
+        x = self.picture.finish(x, found, of_picture, choice)
+        return x, text if last else self.text.finish(text, read, of_text)
