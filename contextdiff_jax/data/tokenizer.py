@@ -102,7 +102,7 @@ def _from_json(text: str) -> Tokenizer:
 
 
 class FolderTokens:
-    """transformers' CLIP or T5 tokenizer of a folder (a pipeline's `tokenizer/`), with
+    """transformers' CLIP or T5 `tokenizer` of a folder (a pipeline's `tokenizer/`), with
     `Tokenizer`'s methods. Picklable.
     """
 
@@ -110,10 +110,10 @@ class FolderTokens:
         """ValueError if the folder holds none."""
         self._folder = str(folder)
         try:
-            self._tokenizer = folder_tokenizer.read_folder(folder)
+            self.tokenizer = folder_tokenizer.read_folder(folder)
         except ValueError as error:
             raise ValueError(f"tokenizer={error}") from None
-        self.kind = "t5" if type(self._tokenizer).__name__.startswith("T5") else "clip"
+        self.kind = "t5" if type(self.tokenizer).__name__.startswith("T5") else "clip"
 
     def __reduce__(self):
         return FolderTokens, (self._folder,)
@@ -121,7 +121,7 @@ class FolderTokens:
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included."""
-        return folder_tokenizer.num_ids(self._tokenizer)
+        return folder_tokenizer.num_ids(self.tokenizer)
 
     def encode(
         self, captions: Sequence[str], max_length: int
@@ -138,7 +138,7 @@ class FolderTokens:
         """`encode`'s arrays, and the words that each caption loses; "" where all fit."""
         captions = list(captions)
         _check(captions)
-        rows = self._tokenizer(
+        rows = self.tokenizer(
             captions, padding="max_length", max_length=max_length, truncation=True
         )
         lost = list(map(folder_tokenizer.cut_text, captions, rows.encodings))

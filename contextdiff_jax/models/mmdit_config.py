@@ -92,6 +92,11 @@ class MMDiTConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def granularity(self) -> int:
+        """What x's height and width must be multiples of."""
+        return self.patch_size
+
+    @property
     def text_width(self) -> int:
         """Features of the text's tokens that it reads."""
         return self.joint_attention_dim

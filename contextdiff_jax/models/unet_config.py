@@ -148,6 +148,11 @@ class UNetConfig:
         return {k: v for k, v in dataclasses.asdict(self).items() if v or k != "context_head"}
 
     @property
+    def granularity(self) -> int:
+        """What x's height and width must be multiples of."""
+        return 1
+
+    @property
     def text_width(self) -> int | tuple[int, ...]:
         """Features of the text's tokens that it reads."""
         return self.cross_attention_dim

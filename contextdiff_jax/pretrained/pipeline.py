@@ -25,10 +25,12 @@ from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.folder_files import read_json, tokenizer_folder
 from contextdiff_jax.pretrained.pipeline_folder import (
     encoder_names,
+    is_sd3,
     is_xl,
     load_texts,
     read_index,
 )
+from contextdiff_jax.pretrained.pipeline_sd3 import StableDiffusion3, read_sd3
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import load_unet
 from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
@@ -47,6 +49,15 @@ class StableDiffusion:
     encoder: FrozenText | FrozenTextPair
     scheduler: Scheduler
     tokenizers: tuple[Any, ...]
+
+    guidance, steps = 7.5, 50  # where the caller says nothing, as in diffusers
+    rounds_strength_up = False
+    text_length = None  # a text is cut where the ids end
+
+    @property
+    def backbone(self) -> UNet:
+        """The denoising network."""
+        return self.unet
 
     @property
     def texts(self) -> tuple[CLIPText, ...]:
@@ -114,21 +125,29 @@ def load_pipeline(folder: str | Path, **options) -> FolderPipeline:
     return open_stable_diffusion(folder, **options)
 
 
-def read_pipeline(folder: str | Path, **options) -> StableDiffusion:
-    """A Stable Diffusion 1.x, 2.x or XL folder, as diffusers wrote it or converted, or a single
-    .safetensors file with the tokenizer's folder beside it.
+def read_pipeline(folder: str | Path, **options) -> StableDiffusion | StableDiffusion3:
+    """A Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 folder, as diffusers wrote it or converted, or (but
+    for 3) a single .safetensors file with the tokenizer's folder beside it.
 
     What diffusers' pipelines put right in old configs is put right here: the scheduler's
     `steps_offset` and `clip_sample`, the UNet's `sample_size`, the autoencoder's type
     (`force_upcast`).
 
-    `options` of all three networks: see `contextdiff_jax.pretrained.kinds.Options`.
+    `options` of all networks: see `contextdiff_jax.pretrained.kinds.Options`; of Stable Diffusion 3
+    also `max_sequence_length`, the tokens that T5 reads of a text.
 
     Raises ValueError, one line, for a folder of another pipeline, a part that is missing, damaged
     or doesn't fit.
     """
     folder = Path(folder)
     index = read_index(folder)
+    if is_sd3(index):
+        return read_sd3(folder, **options)
+    if "max_sequence_length" in options:
+        raise ValueError(
+            f"max_sequence_length={options['max_sequence_length']}: {folder} has no T5, which "
+            "alone reads it"
+        )
     scheduler = load_scheduler(folder / "scheduler", pipeline=index["_class_name"])
     names = encoder_names(index)
     words = (folder / part.replace("text_encoder", "tokenizer") for part in names)

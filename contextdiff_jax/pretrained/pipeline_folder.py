@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from contextdiff_jax.data.tokenizer import clip_length
 from contextdiff_jax.models.frozen_text import FrozenText, FrozenTextPair, FrozenTextTriple
 from contextdiff_jax.pretrained.clip import load_clip_text
@@ -93,5 +95,11 @@ def _load_triple(
         )
     loaders = zip(_ENCODERS, (load_clip_text, load_clip_text, load_t5), strict=True)
     there = encoder_names(index)
-    texts = [load(folder / name, **options) if name in there else None for name, load in loaders]
+    of_t5 = options
+    if jnp.dtype(options.get("dtype", jnp.float32)) == jnp.float16:
+        of_t5 = options | {"dtype": jnp.float32}  # in float16 its states overflow
+    texts = [
+        load(folder / name, **(of_t5 if load is load_t5 else options)) if name in there else None
+        for name, load in loaders
+    ]
     return FrozenTextTriple(*texts, **widths, clip_length=first, length=length)
