@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Real
 
 from contextdiff_jax.models.context_kinds import KINDS, Kind
 from contextdiff_jax.models.layers import TimestepEmbedding, linear, timestep_embedding
+from contextdiff_jax.models.patches import depth_to_space, space_to_depth
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.runtime.fields import check_choice
 
@@ -113,19 +114,14 @@ def position_embedding(height: int, width: int, features: int) -> Float[Array, "
 
 def patches(x: Float[ArrayLike, "B H W C"], p: int) -> Float[ArrayLike, "B N P"]:
     """Non-overlapping p x p patches, row-major; ValueError if p doesn't divide height and width."""
-    H, W = x.shape[1:3]
-    if H % p or W % p:
-        raise ValueError(
-            f"context.patch_size={p}: must divide the picture's height and width, {H} x {W}"
-        )
-    return rearrange(x, "B (h p) (w q) C -> B (h w) (p q C)", p=p, q=p)
+    return rearrange(space_to_depth(x, p, "context.patch_size"), "B h w P -> B (h w) P")
 
 
 def unpatch(
     tokens: Float[ArrayLike, "B N P"], p: int, shape: tuple[int, ...]
 ) -> Float[Array, "B H W C"]:
     """The inverse of `patches`; `shape` is that of the picture."""
-    return rearrange(tokens, "B (h w) (p q C) -> B (h p) (w q) C", h=shape[1] // p, p=p, q=p)
+    return depth_to_space(rearrange(tokens, "B (h w) P -> B h w P", h=shape[1] // p), p)
 
 
 @runtime_checkable

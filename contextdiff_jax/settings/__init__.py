@@ -183,6 +183,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
         check_student(settings)
     _check_text(settings)
     _check_latents(settings)
+    _check_patches(settings)
     return settings
 
 
@@ -211,6 +212,17 @@ def _check_text(settings: Settings) -> None:
                 f"model.projection_class_embeddings_input_dim={given}: must be text.width + 6 "
                 f"model.addition_time_embed_dim = {wanted}"
             )
+
+
+def _check_patches(settings: Settings) -> None:
+    p, side = settings.model.patch_size, settings.shape[0]
+    if settings.pretrained and p != 1:
+        raise ValueError(
+            f"model.patch_size={p}: must be 1 with model.pretrained, as in diffusers' networks"
+        )
+    buckets = settings.data.buckets or settings.data.bucket_max_ratio
+    if not buckets and side % p:
+        raise ValueError(f"model.patch_size={p}: must divide the side of x0, {side}")
 
 
 def _check_latents(settings: Settings) -> None:
