@@ -16,13 +16,16 @@ from contextdiff_jax.data.shapes import (
     ShapesConfig,
     ShapesSource,
     caption,
+    diameter,
     render,
+    template,
 )
 from contextdiff_jax.evaluation.composition import (
     MAX_COLOUR_DISTANCE,
     check,
     composition,
     find_objects,
+    min_iou,
 )
 
 IMAGE_SIZES = (16, 32, 64)
@@ -159,6 +162,30 @@ def test_what_is_no_known_shape_or_colour_is_unknown():
     white[10:19, 10:19] = 255
     assert [o.triple for o in find_objects(white)] == [("square", "unknown", "small")]
     assert not check(white, "a small red square")["exact"]
+
+
+def test_a_tree_is_a_triangle_at_16_and_unknown_from_32_on():
+    """A triangle of whose upper rows only the middle is there: 0.68 to 0.73 of its pixels."""
+    for side, rows, shape in ((16, 5, "triangle"), (32, 8, "unknown"), (64, 14, "unknown")):
+        width = diameter("large", side)
+        mask = template("triangle", width).copy()
+        top, middle = mask[:rows], width // 2
+        top[:, :middle] = top[:, middle + 1 :] = False
+        image = np.full((side, side, 3), BACKGROUNDS["dark"], np.uint8)
+        corner = side // 4
+        image[corner : corner + width, corner : corner + width][mask] = COLOURS["blue"]
+        whole = template("triangle", width)
+        assert min_iou(16) <= (mask & whole).sum() / whole.sum() < min_iou(32)
+        assert [o.shape for o in find_objects(image)] == [shape]
+
+
+def test_a_square_whose_corners_are_round_is_none():
+    """The overlap alone wouldn't say so: the template that fits better does."""
+    width = diameter("small", 32)
+    y, x = (np.minimum(v, width - 1 - v) for v in np.mgrid[:width, :width])
+    image = np.full((32, 32, 3), BACKGROUNDS["dark"], np.uint8)
+    image[8 : 8 + width, 8 : 8 + width][x + y >= 2] = COLOURS["blue"]
+    assert [o.shape for o in find_objects(image)] == ["circle"]
 
 
 def test_a_picture_without_objects_scores_zero():

@@ -106,9 +106,10 @@ def test_every_command_has_the_flags_that_the_page_gives_it(page, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_every_field_that_a_page_names_is_one_of_a_config(page):
-    from configs import base, edit_shapes, vae_emoji
+    from configs import base, edit_shapes, shapes_mmdit, vae_emoji
 
-    configs = [module.get_config() for module in (base, edit_shapes, vae_emoji)]
+    modules = (base, edit_shapes, shapes_mmdit, vae_emoji)
+    configs = [module.get_config() for module in modules]
     fields = {
         (section, field)
         for config in configs

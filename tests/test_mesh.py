@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -24,7 +25,7 @@ from conftest import (
     overrides,
 )
 from jax.sharding import PartitionSpec as P
-from mesh_program import SMALL
+from mesh_program import SMALL, STEPS
 
 from contextdiff_jax.parallel.mesh import (
     AXES,
@@ -239,19 +240,17 @@ def test_layers_in_one_array_are_split_as_one_layer_is():
     assert layers["attn"]["norm_q"]["scale"].get_value() == P(None, ("fsdp",))
 
 
-def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(
-    one_device, tmp_path
-):
-    """2 processes of 4 devices, started as a user does; the checkpoint is read here, on one."""
+def in_two_processes(config: str, workdir: pathlib.Path, *flags: str) -> list[float]:
+    """The losses of a run by 2 processes of 4 devices."""
     result = subprocess.run(
         [
             "bash",
             "launch/local.sh",
             "2",
             "4",
-            "--config=configs/base.py",
-            f"--workdir={tmp_path}",
-            *overrides(TINY | SMALL),
+            f"--config={config}",
+            f"--workdir={workdir}",
+            *flags,
             "--config.train.checkpoint_every=7",
             "--config.train.power_ema=(0.05,0.1)",
             "--config.train.power_ema_every=4",
@@ -265,9 +264,29 @@ def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(
         text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 11))  # once each
-    np.testing.assert_allclose([row["loss"] for row in rows], one_device["losses"], rtol=1e-4)
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_transformers_losses(mmdit, tmp_path):
+    """bash launch/test.sh -m slow tests/test_mesh.py"""
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({mmdit_dict(**STEPS)!r})\n"
+    )
+    losses = in_two_processes(config, tmp_path / "run")
+    np.testing.assert_allclose(losses, mmdit[1][ONE]["losses"], rtol=1e-4)
+
+
+def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(
+    one_device, tmp_path
+):
+    """2 processes of 4 devices, started as a user does; the checkpoint is read here, on one."""
+    losses = in_two_processes("configs/base.py", tmp_path, *overrides(TINY | SMALL))
+    np.testing.assert_allclose(losses, one_device["losses"], rtol=1e-4)
     assert (
         len(list((tmp_path / "samples").iterdir())) == 1
         and len(list((tmp_path / "events").iterdir())) == 1

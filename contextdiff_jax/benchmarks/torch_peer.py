@@ -13,7 +13,7 @@ import torch
 from contextdiff_jax.diffusion.schedule import SPACINGS
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.unet_config import UNetConfig
-from contextdiff_jax.pretrained.unet import unet_state_to_torch
+from contextdiff_jax.pretrained.unet import known_to_diffusers, unet_state_to_torch
 from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import Settings, TrainConfig
@@ -23,8 +23,11 @@ _PREDICTION_TYPES = {"x0": "sample", "epsilon": "epsilon", "v": "v_prediction"}
 
 
 def make_unet(config: UNetConfig) -> diffusers.UNet2DConditionModel:
-    """diffusers' network of this config, which has no context head."""
-    values = {name: value for name, value in config.to_dict().items() if name != "context_head"}
+    """diffusers' network of this config, which has no context head. ValueError for one that it
+    doesn't have.
+    """
+    values = known_to_diffusers(config).to_dict()
+    values.pop("context_head", None)
     return diffusers.UNet2DConditionModel(**values)
 
 

@@ -10,7 +10,7 @@ alone.
        ignored.
     3. An object's shape and size are those of the renderer's own template that overlaps it best
       (IoU),
-       within a pixel or so of its place; below `MIN_IOU` its shape is `unknown`.
+       within a pixel or so of its place; below `min_iou` its shape is `unknown`.
 
 Pictures from the renderer are read back exactly, also under noise (see the tests).
 """
@@ -38,7 +38,9 @@ from contextdiff_jax.data.shapes import (
 )
 
 UNKNOWN = "unknown"
-MIN_IOU = 0.6  # between a found object and its template
+# Of a found object with its template, by the picture's side: the least from this side on. At 0.6 a
+# tree passes as a triangle; at 16x16 a single wrong pixel of a small cross costs a tenth.
+MIN_IOU = {0: 0.6, 32: 0.8}
 MAX_COLOUR_DISTANCE = 90.0  # Euclidean, in 0..255; the palette's colours are more than 100 apart
 DOMINANT_SHARE = 0.7  # of a blob's pixels: one object
 CENTRE_TOLERANCE = 1 / 16  # of the picture's side, where a scene says where its objects are
@@ -102,6 +104,11 @@ def _overlap(
     return intersection / (np.count_nonzero(mask) + np.count_nonzero(shape_mask) - intersection)
 
 
+def min_iou(image_size: int) -> float:
+    """The least overlap with a template by which an object has its shape."""
+    return MIN_IOU[max(side for side in MIN_IOU if side <= image_size)]
+
+
 def _fit(mask: Bool[np.ndarray, "H W"]) -> Object:
     """The template that fits a mask best, as an object of unknown colour."""
     image_size = len(mask)
@@ -118,7 +125,7 @@ def _fit(mask: Bool[np.ndarray, "H W"]) -> Object:
             if iou > best_iou:
                 centre = (left + dx + width / 2) / image_size, (top + dy + width / 2) / image_size
                 best_iou, best = iou, Object(shape=shape, colour=UNKNOWN, size=size, centre=centre)
-    if best_iou >= MIN_IOU:
+    if best_iou >= min_iou(image_size):
         return best
     centre = float(middle_x) / image_size, float(middle_y) / image_size
     return Object(shape=UNKNOWN, colour=UNKNOWN, size=UNKNOWN, centre=centre)

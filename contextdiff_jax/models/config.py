@@ -35,3 +35,9 @@ def known_fields(
         elif not key.startswith("_"):
             check_known(f"{section}.{key}={value!r}", key, fields)
     return known
+
+
+def without_ours(config: Any) -> dict[str, Any]:
+    """The config's fields, but for those that diffusers lacks (`OURS`) where they are off."""
+    ours = config.OURS
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ours or v != ours[k]}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from contextdiff_jax.models.config import known_fields
+from contextdiff_jax.models.config import known_fields, without_ours
 from contextdiff_jax.runtime.fields import check_choice, no_type_check
 
 
@@ -48,6 +48,7 @@ class MMDiTConfig:
     dual_attention_layers: tuple[int, ...] = ()
     qk_norm: str | None = None
     context_head: bool = False
+    OURS: ClassVar = {"context_head": False}  # what diffusers lacks, switched off
 
     def __post_init__(self):
         check_choice("model.qk_norm", self.qk_norm, (None, "rms_norm"))
@@ -83,8 +84,8 @@ class MMDiTConfig:
         return dataclasses.replace(config, out_channels=config.out_channels or config.in_channels)
 
     def to_dict(self) -> dict[str, Any]:
-        """The inverse of `from_dict`: diffusers' names, and `context_head` only if it is on."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v or k != "context_head"}
+        """The inverse of `from_dict`: diffusers' names, and ours where they are not off."""
+        return without_ours(self)
 
     @property
     def width(self) -> int:

@@ -6,7 +6,8 @@ The topology, the config's field names and the attribute names are those of diff
 the torch model is the same function. Every size, from two million parameters for a CPU to Stable
 Diffusion's, is a `UNetConfig` of this one class.
 
-Ours: an optional context head, which predicts E[r(x0, c) | x_t, c] from the last features.
+Ours: an optional context head, which predicts E[r(x0, c) | x_t, c] from the last features, and
+`patch_size`, by which the network works on patches of the picture (`models/patches.py`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from contextdiff_jax.models.layers import (
     conv3x3,
     timestep_embedding,
 )
+from contextdiff_jax.models.patches import depth_to_space, space_to_depth
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.transformer import SpatialTransformer
 from contextdiff_jax.models.unet_config import Level, UNetConfig
@@ -193,7 +195,8 @@ class ContextHead(nnx.Module):
         self.act = ACTIVATIONS[config.act_fn]
         self.resnet = _resnet(config, width, width, policy)
         self.norm = GroupNorm(width, config.norm_num_groups, eps=config.norm_eps, **policy)
-        self.conv = conv3x3(width, config.in_channels, zero_init=True, **policy)
+        channels = config.patch_size**2 * config.in_channels
+        self.conv = conv3x3(width, channels, zero_init=True, **policy)
 
     def __call__(
         self, h: Float[ArrayLike, "B H W C"], temb: Float[ArrayLike, "clips E"]
@@ -225,7 +228,8 @@ class UNet(nnx.Module):
         self.config = config
         self.precision = precision
         widths = config.block_out_channels
-        self.conv_in = conv3x3(config.in_channels, widths[0], **policy)
+        pixels = config.patch_size**2
+        self.conv_in = conv3x3(pixels * config.in_channels, widths[0], **policy)
         time_features, act_fn = config.time_features, config.act_fn
         self.time_embedding = TimestepEmbedding(widths[0], time_features, act_fn=act_fn, **policy)
         # diffusers builds this one with its default activation, silu, whatever act_fn is.
@@ -239,7 +243,8 @@ class UNet(nnx.Module):
         self.up_blocks = _up_blocks(config, skips, policy)
         norm = dict(num_groups=config.norm_num_groups, eps=config.norm_eps)
         self.conv_norm_out = GroupNorm(widths[0], **norm, **policy)
-        self.conv_out = conv3x3(widths[0], config.out_channels, zero_init=True, **policy)
+        channels = pixels * config.out_channels
+        self.conv_out = conv3x3(widths[0], channels, zero_init=True, **policy)
         self.context_head = ContextHead(config, **policy) if config.context_head else None
 
     def __call__(
@@ -313,20 +318,21 @@ class UNet(nnx.Module):
         skips = self._fine(x, temb, text_tokens, text_mask)
         deep = self._coarse(skips[-1], temb, text_tokens, text_mask) if deep is None else deep
         h = self.up_blocks[-1](deep, skips, temb, text_tokens, text_mask, None)
-        out = self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(h))).astype(
-            self.precision.output
-        )
+        out = self._picture(self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(h))))
         if self.context_head is None:
             return out
-        return out, self.context_head(*jax.lax.stop_gradient((h, temb))).astype(
-            self.precision.output
-        )
+        return out, self._picture(self.context_head(*jax.lax.stop_gradient((h, temb))))
+
+    def _picture(self, patches: ArrayLike) -> Array:
+        """An output [B, H, W, C], of its patches."""
+        return depth_to_space(patches, self.config.patch_size).astype(self.precision.output)
 
     def _fine(
         self, x: ArrayLike, temb: ArrayLike, text: Text, mask: ArrayLike | None
     ) -> list[Array]:
         """The skips of the finest level."""
-        h = self.conv_in(x)  # [B, H, W, C0]
+        x = space_to_depth(x, self.config.patch_size, "model.patch_size")
+        h = self.conv_in(x)  # [B, H/p, W/p, C0]
         return [h, *self.down_blocks[0].layers(h, temb, text, mask)]
 
     def _coarse(self, h: ArrayLike, temb: ArrayLike, text: Text, mask: ArrayLike | None) -> Array:

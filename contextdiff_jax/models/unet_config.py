@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from contextdiff_jax.models.config import known_fields
+from contextdiff_jax.models.config import known_fields, without_ours
 from contextdiff_jax.models.layers import ACTIVATIONS
 from contextdiff_jax.runtime.fields import check_choice, no_type_check
 
@@ -64,11 +64,14 @@ class Level:
 @no_type_check
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """diffusers' `UNet2DConditionModel` config (names and defaults) and `context_head`.
+    """diffusers' `UNet2DConditionModel` config (names and defaults), and ours: `patch_size` and
+    `context_head`.
 
     A tuple gives one value a level, from the finest. `attention_head_dim` is, for historical
     reasons, the *number* of heads in diffusers; `num_attention_heads` overrides it.
     `upcast_attention` is accepted and changes nothing: logits and softmax are always float32.
+    `patch_size`: the network works on patches of so many pixels a side, whose values are channels,
+    so that its finest level is that much coarser than the picture.
     Raises ValueError, one line with field, value and what is allowed.
     """
 
@@ -97,7 +100,9 @@ class UNetConfig:
     upcast_attention: bool = False
     resnet_time_scale_shift: str = "default"
     time_embedding_dim: int | None = None
+    patch_size: int = 1
     context_head: bool = False
+    OURS: ClassVar = {"patch_size": 1, "context_head": False}  # what diffusers lacks, switched off
 
     def __post_init__(self):
         for field, allowed in _CHOICES.items():
@@ -116,6 +121,8 @@ class UNetConfig:
                     raise ValueError(
                         f"model.{field}=None: needed by addition_embed_type='text_time'"
                     )
+        if self.patch_size < 1:
+            raise ValueError(f"model.patch_size={self.patch_size}: must be at least 1")
         self._check_divisibility()
 
     def _check_divisibility(self) -> None:
@@ -144,8 +151,8 @@ class UNetConfig:
         return cls(**known_fields(cls, "model", values, _OFF))
 
     def to_dict(self) -> dict[str, Any]:
-        """The inverse of `from_dict`: diffusers' names, and `context_head` only if it is on."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v or k != "context_head"}
+        """The inverse of `from_dict`: diffusers' names, and ours where they are not off."""
+        return without_ours(self)
 
     @property
     def granularity(self) -> int:

@@ -89,7 +89,7 @@ def save(
           folder's).
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     values = model.to_json(module) if config is None else config
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG_FILE, values, sort_keys=True)
     save_tensors(state_to_torch(module, model.rules(module.config)), folder / model.weights_file)

@@ -33,13 +33,22 @@ def _rules(config: UNetConfig) -> Rules:
     )
 
 
+def known_to_diffusers(config: UNetConfig) -> UNetConfig:
+    """The config. ValueError for a network that diffusers doesn't have."""
+    if config.patch_size != 1:
+        raise ValueError(
+            f"model.patch_size={config.patch_size}: must be 1, as in diffusers' networks"
+        )
+    return config
+
+
 MODEL = Model(
     kind="unet",
     weights_file=WEIGHTS_FILE,
     classes=(CLASS,),
-    make_config=lambda values, names: UNetConfig.from_dict(values),
+    make_config=lambda values, names: known_to_diffusers(UNetConfig.from_dict(values)),
     restore_config=UNetConfig,
-    to_json=lambda unet: {"_class_name": CLASS, **unet.config.to_dict()},
+    to_json=lambda unet: {"_class_name": CLASS, **known_to_diffusers(unet.config).to_dict()},
     build=UNet,
     rules=_rules,
 )

@@ -192,6 +192,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
         check_student(settings)
     _check_text(settings)
     _check_latents(settings)
+    _check_patches(settings)
     return settings
 
 
@@ -222,6 +223,17 @@ def _check_text(settings: Settings) -> None:
     for field, (given, wanted) in model.text_fields(text.width).items():
         if given != wanted:
             raise ValueError(f"model.{field}={given}: must be {wanted}, of text.width={text.width}")
+
+
+def _check_patches(settings: Settings) -> None:
+    p, side = settings.model.patch_size, settings.shape[0]
+    if settings.pretrained and p != settings.model.OURS.get("patch_size", p):
+        raise ValueError(
+            f"model.patch_size={p}: must be 1 with model.pretrained, as in diffusers' networks"
+        )
+    buckets = settings.data.buckets or settings.data.bucket_max_ratio
+    if not buckets and side % p:
+        raise ValueError(f"model.patch_size={p}: must divide the side of x0, {side}")
 
 
 def _check_latents(settings: Settings) -> None:
