@@ -94,10 +94,6 @@ def read_sd3(
             f"max_sequence_length={max_sequence_length}: must lie in 1..512, as in diffusers"
         )
     index = read_index(folder)
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder}: a single file of Stable Diffusion 3 is not read; its diffusers folder is"
-        )
     scheduler = load_scheduler(folder / "scheduler", pipeline=index["_class_name"])
     if not scheduler.is_flow:
         raise ValueError(
