@@ -166,6 +166,13 @@ class UNetConfig:
         """Width of the time embedding inside the network."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
+    @property
+    def pooled_features(self) -> int | None:
+        """Width of the pooled text that is read beside the picture's sizes, if one is."""
+        if self.addition_embed_type is None:
+            return None
+        return self.projection_class_embeddings_input_dim - 6 * self.addition_time_embed_dim
+
     def levels(self) -> tuple[Level, ...]:
         """The levels from the finest to the coarsest; ValueError if a per-level tuple has another
         length.
