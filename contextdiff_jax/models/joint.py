@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from contextdiff_jax.models.attention import joint_attention, self_attention
 from contextdiff_jax.models.layers import gelu_tanh, linear
+from contextdiff_jax.models.remat import from_arguments
 
 EPS = 1e-6
 
@@ -26,6 +27,7 @@ def normalise(x: Float[ArrayLike, "B N D"]) -> Float[Array, "B N D"]:
     return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS)
 
 
+@from_arguments
 def modulate(
     x: Float[ArrayLike, "B N D"], shift: Float[ArrayLike, "B D"], scale: Float[ArrayLike, "B D"]
 ) -> Float[Array, "B N D"]:
