@@ -4,6 +4,8 @@ each other (Esser et al., 2024, 4.2).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -125,14 +127,15 @@ class Stream(nnx.Module):
         x: Float[ArrayLike, "B N D"],
         found: Float[ArrayLike, "B N H D2"],
         parts: list[Float[Array, "B D"]],
-        attention: str = "auto",
+        attend: Callable[[Array, Array, Array], Array],
     ) -> Float[Array, "B N D"]:
-        """x after the block, from what its queries found."""
+        """x after the block, from what its queries found; `attend(q, k, v)`: what those of the
+        second attention find.
+        """
         gate, shift_mlp, scale_mlp, gate_mlp, *second = parts[2:]
         alone = None
         if self.attn2 is not None:
-            q, k, v = self.attn2(modulate(x, *second[:2]))
-            alone = self.attn2.back(self_attention(q, k, v, None, choice=attention))
+            alone = self.attn2.back(attend(*self.attn2(modulate(x, *second[:2]))))
         x = x + gate[:, None] * self.attn.back(found)
         if alone is not None:
             x = x + second[2][:, None] * alone
@@ -173,10 +176,25 @@ class JointBlock(nnx.Module):
         """Both streams' tokens after the block; `time`: its embedding, after the activation;
         `mask`: True where a token of the text counts (None: all do).
         """
-        choice, last = self.self_attention, self.text.ff is None
+        choice = self.self_attention
+        joint = functools.partial(joint_attention, mask=mask, choice=choice)
+        return self.through(x, text, time, joint, functools.partial(self_attention, choice=choice))
+
+    def through(
+        self,
+        x: Float[ArrayLike, "B N D"],
+        text: Float[ArrayLike, "B L D"],
+        time: Float[ArrayLike, "B D"],
+        joint: Callable[..., tuple[Array, Array | None]],
+        alone: Callable[[Array, Array, Array], Array],
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B L D"]]:
+        """The block by other attentions: `joint(picture, text, both=)` as `joint_attention`, and
+        `alone(q, k, v)` of the picture to itself.
+        """
+        last = self.text.ff is None
         of_picture, of_text = self.picture.modulations(time), self.text.modulations(time)
         picture = self.picture.attn(modulate(x, *of_picture[:2]))
         caption = self.text.attn(modulate(text, *of_text[:2]))
-        found, read = joint_attention(picture, caption, mask, choice=choice, both=not last)
-        x = self.picture.finish(x, found, of_picture, choice)
-        return x, text if last else self.text.finish(text, read, of_text)
+        found, read = joint(picture, caption, both=not last)
+        x = self.picture.finish(x, found, of_picture, alone)
+        return x, text if last else self.text.finish(text, read, of_text, alone)
