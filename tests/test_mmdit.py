@@ -122,20 +122,20 @@ def test_every_attention_over_both_streams_is_the_plain_one(choice, masked):
     H, D, N = 2, 16, 130
     rng = np.random.default_rng(0)
     picture, text = (
-        tuple(jnp.asarray(rng.standard_normal((3, B, n, H, D), np.float32))) for n in (N, L)
+        tuple(jnp.asarray(rng.standard_normal((3, B, H, n, D), np.float32))) for n in (N, L)
     )
     mask = jnp.arange(L) < jnp.array([[L], [3]]) if masked else None
-    whole = [jnp.concatenate(pair, axis=1) for pair in zip(picture, text, strict=True)]
     seen = None if mask is None else jnp.concatenate([jnp.ones((B, N), bool), mask], axis=1)
 
     def plain(picture, text):
-        whole = [jnp.concatenate(pair, axis=1) for pair in zip(picture, text, strict=True)]
-        return attention(*whole, seen)
+        whole = [jnp.concatenate(pair, axis=2) for pair in zip(picture, text, strict=True)]
+        heads_last = (jnp.swapaxes(x, 1, 2) for x in whole)
+        return jnp.swapaxes(attention(*heads_last, seen, scale=1.0), 1, 2)
 
     def ours(picture, text):
-        return jnp.concatenate(joint_attention(picture, text, mask, choice=choice), axis=1)
+        return jnp.concatenate(joint_attention(picture, text, mask, choice=choice), axis=2)
 
-    weight = jnp.asarray(rng.standard_normal(whole[0].shape, np.float32))
+    weight = jnp.asarray(rng.standard_normal((B, H, N + L, D), np.float32))
     results = [
         jax.jit(jax.value_and_grad(lambda *a, f=f: (f(*a) * weight).sum(), argnums=(0, 1)))(
             picture, text
@@ -146,7 +146,7 @@ def test_every_attention_over_both_streams_is_the_plain_one(choice, masked):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     only, none = joint_attention(picture, text, mask, choice=choice, both=False)
     assert none is None
-    np.testing.assert_allclose(only, plain(picture, text)[:, :N], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(only, plain(picture, text)[:, :, :N], rtol=1e-4, atol=1e-4)
 
 
 def test_a_new_network_returns_zero_and_its_head_does_not_train_the_trunk():
