@@ -22,7 +22,8 @@ from contextdiff_jax.training.log import averages, speed
 from contextdiff_jax.training.state import zero_metrics
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
-NEEDS_A_FOLDER = ("emoji_latent", "sd15_latent", "sd21_latent")  # an autoencoder's, or a pipeline's
+# An autoencoder's, or a pipeline's.
+NEEDS_A_FOLDER = ("emoji_latent", "sd15_latent", "sd21_latent", "sdxl_latent")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -222,14 +222,14 @@ def stable_diffusion(
     )
 
 
-def stable_diffusion_xl(folder: Path):
+def stable_diffusion_xl(folder: Path, unet_changes: Mapping = MappingProxyType({})):
     """A tiny StableDiffusionXLPipeline: `stable_diffusion` with two encoders of different widths
     and activations.
     """
     import diffusers
     import transformers
 
-    plain = stable_diffusion(folder)
+    plain = stable_diffusion(folder, unet_changes=unet_changes)
     text = dict(plain.text_encoder.config.to_dict(), hidden_act="quick_gelu", num_hidden_layers=3)
     text_2 = text | dict(
         hidden_size=20, num_attention_heads=2, projection_dim=12, hidden_act="gelu"
@@ -242,7 +242,7 @@ def stable_diffusion_xl(folder: Path):
             addition_embed_type="text_time",
             addition_time_embed_dim=4,
             projection_class_embeddings_input_dim=12 + 6 * 4,
-            transformer_layers_per_block=[1, 2],
+            transformer_layers_per_block=[1, 2][: len(same["block_out_channels"])],
             use_linear_projection=True,
         )
     )

@@ -82,6 +82,8 @@ class DataConfig:
         bucket_max_ratio: derives buckets of about image_size squared pixels up to this ratio of the
             sides; 0: none.
         bucket_step: of the sides of the derived buckets.
+        sizes: batches also have each picture's own size, its crop and its size in the batch, which
+            XL's networks read; a source without pictures of other sizes has none.
         num_objects: fewest and most objects of a scene (`shapes`).
         num_scenes: scenes in an epoch (`shapes`).
         heldout_fraction: share of attribute combinations kept from training (`shapes`).
@@ -110,6 +112,7 @@ class DataConfig:
     buckets: tuple[Size, ...] = ()
     bucket_max_ratio: float = 0.0
     bucket_step: int = 64
+    sizes: bool = False
     num_objects: tuple[int, int] = (1, 1)
     num_scenes: int = 100_000
     heldout_fraction: float = 0.125

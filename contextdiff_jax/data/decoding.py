@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from PIL import ExifTags, Image, ImageFile
 
 # What a damaged record raises: OSError, SyntaxError, RuntimeError and DecompressionBombError by PIL
@@ -169,6 +169,21 @@ def picture_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         # Pillow would decode a whole PNG to look for EXIF behind the pixels.
         plain = image.format == "PNG" and not any(mark in data for mark in _PNG_EXIF)
         return (image.size if plain else _shown_size(image))[::-1]
+
+
+def size_condition(
+    full: tuple[int, int], size: tuple[int, int], place: tuple[float, float] = CENTRE
+) -> Float32[np.ndarray, "6"]:
+    """What XL's networks read of a picture's sizes (Podell et al., 2023, 2.2): its own height and
+    width `full`, how many rows and columns of the scaled picture `decode` cuts off above and on the
+    left, and the height and width that it has then.
+    """
+    scale = max(wanted / own for wanted, own in zip(size, full, strict=True))
+    cut = [
+        round(share * max(own * scale - wanted, 0.0))
+        for own, wanted, share in zip(full, size, place, strict=True)
+    ]
+    return np.array((*full, *cut, *size), np.float32)
 
 
 def decode(

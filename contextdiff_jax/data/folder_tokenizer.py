@@ -28,6 +28,7 @@ from contextdiff_jax.runtime.texts import read_content, read_object
 LOGGER = logging.getLogger(__name__)
 CONFIG_FILE = "tokenizer_config.json"
 _OTHER_FILES = ("special_tokens_map.json", "added_tokens.json")
+CLIP_TOKENS = 77  # of a text, where the folder doesn't say
 _KINDS = {"clip": "CLIP", "t5": "T5"}
 _CLASSES = {
     "CLIPTokenizer": "clip",

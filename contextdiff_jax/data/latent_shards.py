@@ -23,7 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Float32, Int32
 
 from contextdiff_jax.runtime.files import replacing, write_json
 from contextdiff_jax.runtime.texts import parse_json
@@ -115,22 +115,25 @@ def claim_cache(path: pathlib.Path, cache: Cache) -> None:
 def encode_record(
     mean: Float[np.ndarray, "H W Z"],
     std: Float[np.ndarray, "H W Z"],
-    token_ids: Int32[np.ndarray, "L"],
+    token_ids: Int32[np.ndarray, "*E N"],
     token_mask: np.ndarray,
     caption: str,
+    sizes: Float32[np.ndarray, "6"] | None = None,
 ) -> bytes:
-    """One record: safetensors, the caption as UTF-8 bytes."""
+    """One record: safetensors, the caption as UTF-8 bytes, the picture's sizes where it has
+    some.
+    """
     text = np.frombuffer(caption.encode() or b"\0", np.uint8)
     mask = token_mask.astype(np.uint8)
-    return safetensors.numpy.save(
-        {"mean": mean, "std": std, "ids": token_ids, "mask": mask, "caption": text}
-    )
+    values = {"mean": mean, "std": std, "ids": token_ids, "mask": mask, "caption": text}
+    return safetensors.numpy.save(values if sizes is None else values | {"sizes": sizes})
 
 
 def decode_record(record: bytes) -> dict[str, Any]:
     """The inverse, with the names of a batch."""
     values = safetensors.numpy.load(record)
-    return {
+    sizes = {"sizes": values["sizes"]} if "sizes" in values else {}
+    return sizes | {
         "latent_mean": values["mean"],
         "latent_std": values["std"],
         "token_ids": values["ids"],
@@ -153,7 +156,7 @@ class CacheSource:
     """Random access to a complete cache.
 
     Records: `latent_mean`, `latent_std` [H, W, Z] in the cache's type, `token_ids`, `token_mask`
-        [L], `caption`.
+        [L], `caption`, and `sizes` [6] if the pictures' source had them.
     """
 
     def __init__(self, path: str):

@@ -29,6 +29,7 @@ from contextdiff_jax.data.decoding import (
     UNDECODABLE,
     decode,
     picture_size,
+    size_condition,
 )
 from contextdiff_jax.data.kept_arrays import digest, kept_array
 from contextdiff_jax.runtime.fields import check_choice
@@ -40,7 +41,7 @@ LOGGER = logging.getLogger(__name__)
 _MAX_LOGGED = 20
 # Fields that change how a record is given out, not which records there are or what size they have.
 _GIVEN_OUT = ("path", "index_folder", "image_size", "max_broken_fraction", "seed", "crop")
-_GIVEN_OUT += ("caption_choice", "resample")
+_GIVEN_OUT += ("caption_choice", "resample", "sizes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class PictureConfig:
         seed: of the random choices.
         index_folder: folder of what is computed once from the data; empty: `.contextdiff_jax` in
             `path`.
+        sizes: records also have `sizes`, what `decoding.size_condition` says of the picture.
     """
 
     path: str
@@ -71,6 +73,7 @@ class PictureConfig:
     max_pixels: int = MAX_PIXELS
     seed: int = 0
     index_folder: str = ""
+    sizes: bool = False
 
     def __post_init__(self):
         for field in ("path", "index_folder"):  # no shell has read what follows an `=`
@@ -211,7 +214,8 @@ class PictureSource(abc.ABC):
     """Random access to records of encoded pictures; a subclass says how one is read (`read`,
     `where`, `__len__`).
 
-    Records: `image` uint8 [H, W, 3], `caption` str, `attributes` (the other fields).
+    Records: `image` uint8 [H, W, 3], `caption` str, `attributes` (the other fields), and `sizes`
+    float32 [6] where the config asks for them.
     """
 
     config: PictureConfig
@@ -287,12 +291,22 @@ class PictureSource(abc.ABC):
                 image: UInt8[np.ndarray, "H W 3"] = decode(
                     encoded.image, size, place, self.config.resample, self.config.max_pixels
                 )
+                more = self._sizes(encoded.image, size, place)
             except UNDECODABLE as error:
                 self.broken.replaced(position, f"{self.where(position)}: {error}")
                 continue
             caption = encoded.captions[int(choice * len(encoded.captions))]
-            return {"image": image, "caption": caption, "attributes": encoded.attributes}
+            return {"image": image, "caption": caption, "attributes": encoded.attributes, **more}
         raise ValueError(f"data.path={self.config.path!r}: no picture decodes")
+
+    def _sizes(
+        self, image: bytes, size: tuple[int, int], place: tuple[float, float]
+    ) -> dict[str, np.ndarray]:
+        """`sizes`, if they are asked for."""
+        if not self.config.sizes:
+            return {}
+        full = picture_size(image, self.config.max_pixels)
+        return {"sizes": size_condition(full, size, place)}
 
     def _draw(self, index: int, epoch: int) -> tuple[tuple[float, float], float]:
         """(place of the crop, place in the list of captions), each in [0, 1)."""

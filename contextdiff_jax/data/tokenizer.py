@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import pathlib
 import runpy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -17,7 +18,7 @@ from jaxtyping import Bool, Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from contextdiff_jax.data import folder_tokenizer
-from contextdiff_jax.runtime.texts import check_text
+from contextdiff_jax.runtime.texts import check_text, read_object
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")  # in the order of their ids
@@ -101,7 +102,7 @@ def _from_json(text: str) -> Tokenizer:
 
 
 class FolderTokens:
-    """transformers' CLIP or T5 tokenizer of a folder (a pipeline's `tokenizer/`), with
+    """transformers' CLIP or T5 `tokenizer` of a folder (a pipeline's `tokenizer/`), with
     `Tokenizer`'s methods. Picklable.
     """
 
@@ -109,10 +110,10 @@ class FolderTokens:
         """ValueError if the folder holds none."""
         self._folder = str(folder)
         try:
-            self._tokenizer = folder_tokenizer.read_folder(folder)
+            self.tokenizer = folder_tokenizer.read_folder(folder)
         except ValueError as error:
             raise ValueError(f"tokenizer={error}") from None
-        self.kind = "t5" if type(self._tokenizer).__name__.startswith("T5") else "clip"
+        self.kind = "t5" if type(self.tokenizer).__name__.startswith("T5") else "clip"
 
     def __reduce__(self):
         return FolderTokens, (self._folder,)
@@ -120,7 +121,7 @@ class FolderTokens:
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included."""
-        return folder_tokenizer.num_ids(self._tokenizer)
+        return folder_tokenizer.num_ids(self.tokenizer)
 
     def encode(
         self, captions: Sequence[str], max_length: int
@@ -137,26 +138,116 @@ class FolderTokens:
         """`encode`'s arrays, and the words that each caption loses; "" where all fit."""
         captions = list(captions)
         _check(captions)
-        rows = self._tokenizer(
+        rows = self.tokenizer(
             captions, padding="max_length", max_length=max_length, truncation=True
         )
         lost = list(map(folder_tokenizer.cut_text, captions, rows.encodings))
         return np.array(rows.input_ids, np.int32), np.array(rows.attention_mask, bool), lost
 
 
-AnyTokenizer = Tokenizer | FolderTokens
+class PipelineTokens:
+    """The tokenizers of a pipeline with several text encoders (its folders `tokenizer`,
+    `tokenizer_2`, `tokenizer_3`), with `Tokenizer`'s methods. Picklable.
+
+    XL's two ids are stacked, [B, 2, L]. Stable Diffusion 3's stand one after the other, [B, N], for
+    T5's are not as many as CLIP's: `max_length` counts those of one CLIP and of T5 together.
+    """
+
+    def __init__(self, folder: str | pathlib.Path):
+        """ValueError if one of them can't be read."""
+        self._folder = pathlib.Path(folder)
+        self.parts = {name: FolderTokens(self._folder / name) for name in pipeline_parts(folder)}
+        self.is_joined = is_joined(folder)
+        self.clip_length = clip_length(folder)
+
+    def __reduce__(self):
+        return PipelineTokens, (self._folder,)
+
+    def encode(
+        self, captions: Sequence[str], max_length: int
+    ) -> tuple[Int32[np.ndarray, "B *E N"], Bool[np.ndarray, "B N"]]:
+        """Each tokenizer's `FolderTokens.encode`; of stacked ids the first one's mask."""
+        return self.encode_and_cut(captions, max_length)[:2]
+
+    def encode_and_cut(
+        self, captions: Sequence[str], max_length: int
+    ) -> tuple[Int32[np.ndarray, "B *E N"], Bool[np.ndarray, "B N"], list[str]]:
+        """`encode`'s arrays, and the words that each caption loses: of which no encoder reads the
+        tokens.
+        """
+        return self.join(self.encode_parts(captions, max_length))
+
+    def length_of(self, part: str, max_length: int) -> int:
+        """The tokens of a caption by one of the tokenizers."""
+        if not self.is_joined:
+            return max_length
+        return max_length - self.clip_length if part == "tokenizer_3" else self.clip_length
+
+    def encode_parts(
+        self, captions: Sequence[str], max_length: int
+    ) -> dict[str, tuple[Int32[np.ndarray, "B _"], Bool[np.ndarray, "B _"], list[str]]]:
+        """What each tokenizer gives, by its name."""
+        return {
+            name: part.encode_and_cut(captions, self.length_of(name, max_length))
+            for name, part in self.parts.items()
+        }
+
+    def join(
+        self,
+        parts: Mapping[str, tuple[Int32[np.ndarray, "B _"], Bool[np.ndarray, "B _"], list[str]]],
+    ) -> tuple[Int32[np.ndarray, "B *E N"], Bool[np.ndarray, "B N"], list[str]]:
+        """One of each, of what `encode_parts` gave."""
+        ids, masks, lost = zip(*parts.values(), strict=True)
+        if not self.is_joined:
+            return np.stack(ids, axis=1), masks[0], lost[0]
+        longest = lost[-1] if "tokenizer_3" in parts else lost[0]  # the CLIPs cut alike
+        return np.concatenate(ids, axis=1), np.concatenate(masks, axis=1), longest
+
+
+AnyTokenizer = Tokenizer | FolderTokens | PipelineTokens
+
+
+def pipeline_parts(folder: str | pathlib.Path) -> list[str]:
+    """The tokenizers' folders in a pipeline's, in order; none in another folder."""
+    names, index = ("tokenizer", "tokenizer_2", "tokenizer_3"), _index(folder)
+    if index is None:
+        return [name for name in names if pathlib.Path(folder, name).is_dir()]
+    return [name for name in names if (index.get(name) or [None])[0] is not None]
+
+
+def is_joined(folder: str | pathlib.Path) -> bool:
+    """Whether the ids of a pipeline's tokenizers stand one after the other (Stable Diffusion 3)."""
+    index = _index(folder)
+    if index is None:
+        return pathlib.Path(folder, "tokenizer_3").is_dir()
+    return str(index.get("_class_name")).startswith("StableDiffusion3")
+
+
+def clip_length(folder: str | pathlib.Path) -> int:
+    """The tokens of a caption by a pipeline's CLIP tokenizers, as many as the first one says."""
+    clips = [name for name in pipeline_parts(folder) if name != "tokenizer_3"]
+    longest = folder_tokenizer.CLIP_TOKENS
+    return (
+        folder_tokenizer.max_length(pathlib.Path(folder, clips[0]), longest) if clips else longest
+    )
+
+
+def _index(folder: str | pathlib.Path) -> dict[str, Any] | None:
+    """model_index.json's values, if it is there."""
+    path = pathlib.Path(folder, "model_index.json")
+    return read_object(path, "a pipeline's index") if path.is_file() else None
 
 
 def load_tokenizer(path: str | pathlib.Path | None = None) -> AnyTokenizer:
-    """Loads a tokenizer file written by `train_tokenizer`, or CLIP's or T5's from a folder; the
-    bundled one if `path` is None.
+    """Loads a tokenizer file written by `train_tokenizer`, CLIP's or T5's from a folder, or several
+    from a pipeline's folder; the bundled one if `path` is None.
 
     Raises:
         ValueError: if the file is missing or no such tokenizer, in one line.
     """
     path = BUNDLED if path is None else pathlib.Path(path).expanduser()
     if path.is_dir():
-        return FolderTokens(path)
+        return PipelineTokens(path) if pipeline_parts(path) else FolderTokens(path)
     try:
         return _from_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -22,13 +22,14 @@ from contextdiff_jax.diffusion.schedule import NoiseSchedule
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
-from contextdiff_jax.models.contextdiff import ContextDiffusion, FrozenText
+from contextdiff_jax.models.contextdiff import ContextDiffusion
+from contextdiff_jax.models.frozen_text import FrozenText
 from contextdiff_jax.models.pixels import to_uint8, to_unit
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.models.video import VideoDiffusion, inflate
-from contextdiff_jax.pretrained.folder_files import exists
-from contextdiff_jax.pretrained.pipeline import INDEX_FILE, read_pipeline
+from contextdiff_jax.pretrained.folder_files import INDEX_FILE, exists
+from contextdiff_jax.pretrained.pipeline import StableDiffusion, read_pipeline
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import build_model, make_model, model_graph
 from contextdiff_jax.runs.reading import load_run
@@ -249,12 +250,13 @@ def _shift(config: ShiftConfig, network: ContextConfig) -> str:
 def _from_pipeline(settings: EditSettings, folder: str) -> Editor:
     """The editor of a Stable Diffusion folder, with a new context."""
     stable = read_pipeline(folder)
+    if not isinstance(stable, StableDiffusion) or len(stable.texts) > 1:
+        kind = "XL" if isinstance(stable, StableDiffusion) else "Stable Diffusion 3"
+        raise ValueError(
+            f"video.model={folder}: is {kind}; Stable Diffusion 1.x and 2.x can be edited with"
+        )
     parts = stable.unet, stable.vae, stable.text
     source = digest(parts, stable.scheduler, *(part.config for part in parts))
-    if len(stable.texts) > 1:
-        raise ValueError(
-            f"video.model={folder}: is XL; Stable Diffusion 1.x and 2.x can be edited with"
-        )
     channels, width = stable.vae.config.latent_channels, stable.text.config.hidden_size
     if stable.unet.config.in_channels != channels:
         raise ValueError(

@@ -133,7 +133,7 @@ def _compiled(evaluation: Evaluation, function: PictureFn) -> PictureFn:
     def compiled(params, images, ids, mask, null_ids, null_mask, key, steps):
         model = nnx.merge(evaluation.graph, params)
         captions = model.encode(ids, mask)
-        empty = empty_like(captions, model.encode(null_ids, null_mask))
+        empty = empty_like(captions, model.encode_empty(null_ids, null_mask))
         return function(model, to_unit(images), captions, empty, key, steps)
 
     return compiled

@@ -78,7 +78,7 @@ class OracleGenerator:
                 model,
                 schedule,
                 captions,
-                empty_like(captions, model.encode(null_ids, null_mask)),
+                empty_like(captions, model.encode_empty(null_ids, null_mask)),
                 prediction_type=settings.diffusion.prediction_type,
                 guidance=options.guidance,
                 caption=settings.context.caption,

@@ -28,13 +28,16 @@ class Opened:
       process: what it was trained on.
       encode_text: texts -> (ids, mask, the words of each that are cut off).
       find_steps: options -> the timesteps.
-      shape: [H, W, C] of x0 by default. factor: pixels a side for each of H and W.
+      shape: [H, W, C] of x0 by default. factor: pixels a side for each of H and W. multiple: of
+        which H and W must be multiples.
       options: how it is sampled where the caller says nothing.
       identity: what tells its programs from another's, by its `repr`.
       rules: what its axes are split over on a mesh.
       least_guidance: a smaller scale is taken as this one.
       zeros_for_empty: without a negative text guidance leads away from zeros, as XL was trained.
       only_inpaints: the network reads a hole.
+      rounds_strength_up: whether a part of a step that `strength` asks for counts as one.
+      text_length: the tokens after which a text is cut; None: as many as there are ids.
       guide: a weaker model in the place of guidance's branch without the prompt (autoguidance).
       source: where it came from, for people.
     """
@@ -55,6 +58,9 @@ class Opened:
     least_guidance: float = -math.inf
     zeros_for_empty: bool = False
     only_inpaints: bool = False
+    multiple: int = 1
+    rounds_strength_up: bool = False
+    text_length: int | None = None
     guide: Opened | None = None
     source: str = ""
 

@@ -22,10 +22,11 @@ from contextdiff_jax.diffusion.steps import Steps
 from contextdiff_jax.inference.opened import Opened
 from contextdiff_jax.inference.pipeline import Pipeline
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
-from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen, FrozenText, FrozenTextPair
+from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.parallel.mesh import local_mesh, replicated
-from contextdiff_jax.pretrained.folder_files import exists
-from contextdiff_jax.pretrained.pipeline import INDEX_FILE, StableDiffusion, read_pipeline
+from contextdiff_jax.pretrained.pipeline import StableDiffusion, read_pipeline
+from contextdiff_jax.pretrained.pipeline_folder import is_pipeline
+from contextdiff_jax.pretrained.pipeline_sd3 import StableDiffusion3
 from contextdiff_jax.pretrained.scheduler_steps import scheduler_steps
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import build_model, model_graph
@@ -34,6 +35,7 @@ from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.settings.sampling import check_sampling
 
 LOGGER = logging.getLogger(__name__)
+AnyFolder = StableDiffusion | StableDiffusion3
 
 
 def open_folder(
@@ -45,7 +47,7 @@ def open_folder(
     **options: Any,
 ) -> Pipeline:
     """See `Pipeline.open`. `programs`: a folder where traced programs are kept."""
-    if "://" not in str(path) and exists(Path(path) / INDEX_FILE):
+    if "://" not in str(path) and is_pipeline(path):
         if ema_length is not None:
             raise ValueError(f"--ema_length={ema_length}: {path} is no run, which alone has it")
         return open_stable_diffusion(path, programs, **options)
@@ -91,17 +93,20 @@ def of_run(
         return run_steps(process.schedule, options)
 
     find_steps(options)
+    frozen = load_frozen(settings) if frozen is None else frozen
     opened = Opened(
         build=lambda weights: build_model(graph(), *weights),
-        weights=(params, load_frozen(settings) if frozen is None else frozen),
+        weights=(params, frozen),
         process=process,
         encode_text=lambda texts: tokenizer.encode_and_cut(list(texts), settings.data.max_length),
         find_steps=find_steps,
         shape=settings.shape,
         factor=settings.data.image_size // settings.shape[0],
+        multiple=settings.model.granularity,
         options=options,
         identity=settings,
         rules=settings.mesh.rules,
+        zeros_for_empty=frozen.text is not None and frozen.text.zeros_for_empty,
         source=source,
     )
     return Pipeline(opened, mesh, programs)
@@ -136,7 +141,7 @@ def run_steps(schedule: diffusion.Schedule, options: SampleConfig) -> Steps:
 class FolderPipeline(Pipeline):
     """The pipeline of a Stable Diffusion folder. `model` holds its networks and tokenizers."""
 
-    def __init__(self, opened: Opened, model: StableDiffusion, **options: Any):
+    def __init__(self, opened: Opened, model: AnyFolder, **options: Any):
         super().__init__(opened, **options)
         self.model, self.scheduler, self.token_ids = model, model.scheduler, model.token_ids
 
@@ -157,16 +162,15 @@ def open_stable_diffusion(
 
 
 def of_folder(
-    folder: StableDiffusion, source: str = "", programs: epath.PathLike | None = None
+    folder: AnyFolder, source: str = "", programs: epath.PathLike | None = None
 ) -> FolderPipeline:
     """The pipeline of a Stable Diffusion folder: a model whose context is `none`."""
-    texts = folder.texts
     context = RelationalNetwork(
         ContextConfig(kind="none", in_channels=folder.vae.config.latent_channels),
         rngs=nnx.Rngs(0),
     )
-    model = ContextDiffusion(None, folder.unet, context).attach(
-        Frozen(folder.vae, FrozenTextPair(*texts) if len(texts) == 2 else FrozenText(*texts))
+    model = ContextDiffusion(None, folder.backbone, context).attach(
+        Frozen(folder.vae, folder.encoder)
     )
     graph, weights = nnx.split(model)
     mesh = local_mesh()
@@ -187,13 +191,17 @@ def of_folder(
         factor=folder.vae.config.downscale,
         options=SampleConfig(
             sampler=scheduler.solver.sampler,
-            guidance=7.5,
+            steps=folder.steps,
+            guidance=folder.guidance,
             spacing="",  # the scheduler's own of each sampler
             steps_offset=scheduler.steps_offset,
             set_alpha_to_one=scheduler.set_alpha_to_one,
         ),
         identity=graph,
-        only_inpaints=folder.unet.config.in_channels != folder.vae.config.latent_channels,
+        multiple=folder.backbone.config.granularity,
+        only_inpaints=folder.backbone.config.in_channels != folder.vae.config.latent_channels,
+        rounds_strength_up=folder.rounds_strength_up,
+        text_length=folder.text_length,
         least_guidance=1.0,  # as diffusers, where a scale below 1 is none
         zeros_for_empty=folder.zeros_for_empty,
         source=source,
@@ -202,7 +210,7 @@ def of_folder(
     return FolderPipeline(opened, folder, mesh=mesh, programs=programs)
 
 
-def _folder_steps(folder: StableDiffusion, options: SampleConfig) -> Steps:
+def _folder_steps(folder: AnyFolder, options: SampleConfig) -> Steps:
     scheduler = dataclasses.replace(
         folder.scheduler,
         steps_offset=options.steps_offset,

@@ -65,8 +65,8 @@ class Pipeline:
 
     @classmethod
     def open(cls, path: str | Path, weights: str = "ema", **options: Any) -> Pipeline:
-        """The pipeline of a run's workdir, or of a Stable Diffusion folder (1.x, 2.x, XL), as
-        diffusers wrote it or converted.
+        """The pipeline of a run's workdir, or of a Stable Diffusion folder (1.x, 2.x, XL, 3, 3.5),
+        as diffusers wrote it or converted.
 
         Args:
           weights: of a run: `ema`, or `params`, the last step's own.
@@ -165,8 +165,9 @@ class Pipeline:
         factor, channels = self.opened.factor, self.opened.shape[-1]
         if size is None:
             return self.opened.shape
-        if any(side < factor or side % factor for side in size):
-            raise ValueError(f"size={tuple(size)}: height and width must be multiples of {factor}")
+        step = factor * self.opened.multiple
+        if any(side < step or side % step for side in size):
+            raise ValueError(f"size={tuple(size)}: height and width must be multiples of {step}")
         return size[0] // factor, size[1] // factor, channels
 
     def _read(
@@ -189,6 +190,8 @@ class Pipeline:
     def _steps(self, options: SampleConfig, strength: float = 1.0) -> Steps:
         """The last `strength` of the steps."""
         count = min(int(options.steps * strength), options.steps)
+        if self.opened.rounds_strength_up:
+            count = options.steps - int(max(options.steps - options.steps * strength, 0))
         if not 0 < strength <= 1 or count < 1:
             raise ValueError(
                 f"strength={strength}: must lie in (0, 1] and leave at least one of "
@@ -264,7 +267,8 @@ class Pipeline:
             text: words for text, words in zip(texts, lost, strict=True) if text not in self._told
         }
         self._told.update(new)
-        warn_of_cut(list(new), list(new.values()), ids.shape[-1])
+        length = self.opened.text_length or ids.shape[-1]
+        warn_of_cut(list(new), list(new.values()), length)
         return ids, mask
 
     def _run(

@@ -211,10 +211,7 @@ def encode(model: ContextDiffusion, text: Text) -> tuple[Captions, Captions, Cap
     """The captions, what guidance leads away from, and what it does perpendicularly; as many."""
     captions, negative = model.encode(text.ids, text.mask), None
     if text.null_ids is None:
-        null = captions._replace(
-            tokens=jnp.zeros_like(captions.tokens),
-            pooled=None if captions.pooled is None else jnp.zeros_like(captions.pooled),
-        )
+        null = captions.hidden()
     else:
         null = empty_like(captions, model.encode(text.null_ids, text.null_mask))
     if text.negative_ids is not None:

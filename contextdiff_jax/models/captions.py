@@ -10,13 +10,20 @@ from jaxtyping import Array, Bool, Float
 
 
 class Captions(NamedTuple):
-    """Encoded captions: token states, which of them count, and the pooled text of an encoder that
-    gives one (None: the mean of the tokens that count is read where one is wanted).
+    """Encoded captions: token states, which of them count, the pooled text of an encoder that gives
+    one (None: the mean of the tokens that count is read where one is wanted), and the sizes of
+    their pictures (None: what is made is its picture, without a crop), as `data.sizes` has them.
     """
 
     tokens: Float[ArrayLike, "B L D"]
     mask: Bool[ArrayLike, "B L"]
     pooled: Float[Array, "B P"] | None = None
+    sizes: Float[ArrayLike, "B 6"] | None = None
+
+    def hidden(self) -> Captions:
+        """Zeros in the place of the text's states."""
+        pooled = None if self.pooled is None else jnp.zeros_like(self.pooled)
+        return self._replace(tokens=jnp.zeros_like(self.tokens), pooled=pooled)
 
 
 def pool(tokens: Float[ArrayLike, "B L D"], mask: Bool[ArrayLike, "B L"]) -> Float[Array, "B 1 D"]:
@@ -27,15 +34,18 @@ def pool(tokens: Float[ArrayLike, "B L D"], mask: Bool[ArrayLike, "B L"]) -> Flo
 
 def pooled_text(captions: Captions) -> Float[Array, "B P"]:
     """The text as one vector."""
-    tokens, mask, pooled = captions
-    return pool(tokens, mask)[:, 0] if pooled is None else pooled
+    if captions.pooled is not None:
+        return captions.pooled
+    return pool(captions.tokens, captions.mask)[:, 0]
 
 
 def text_and_size(captions: Captions, height: int, width: int) -> dict[str, Array]:
-    """What a UNet of the XL kind reads beside the tokens: the pooled text, and the picture's size
-    without a crop (SDXL, 2.2).
+    """What a UNet of the XL kind reads beside the tokens: the pooled text, and the captions' sizes,
+    or without any the picture's own without a crop (SDXL, 2.2).
     """
-    sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
+    sizes = captions.sizes
+    if sizes is None:
+        sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
     return {
         "text_embeds": pooled_text(captions),
         "time_ids": jnp.broadcast_to(sizes, (captions.tokens.shape[0], 6)),

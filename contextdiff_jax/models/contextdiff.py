@@ -12,64 +12,12 @@ from jaxtyping import Array, Bool, Float, Int, Real
 
 from contextdiff_jax.models.backbones import Backbone, BackboneConfig, build_backbone
 from contextdiff_jax.models.captions import Captions
-from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPText, CLIPVision
+from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPVision
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
+from contextdiff_jax.models.frozen_text import AnyFrozenText
 from contextdiff_jax.models.precision import Precision
-from contextdiff_jax.models.t5 import T5Encoder
 from contextdiff_jax.models.text import TextConfig, TextEncoder
 from contextdiff_jax.models.vae import VAE
-
-
-class FrozenText(nnx.Module):
-    """A pretrained CLIP text encoder in the place of ours. It reads no mask, unless its config says
-    so: Stable Diffusion's networks were trained on the states of all tokens, padding included.
-    """
-
-    reads_padding = True
-
-    def __init__(self, clip: CLIPText):
-        self.clip = clip
-
-    def __call__(
-        self, token_ids: Int[ArrayLike, "B L"], token_mask: Bool[ArrayLike, "B L"]
-    ) -> Float[Array, "B L D"]:
-        """States of all tokens."""
-        mask = token_mask if self.clip.config.use_attention_mask else None
-        return self.clip(token_ids, mask).last
-
-
-class FrozenTextPair(nnx.Module):
-    """Stable Diffusion XL's two CLIP text encoders: the states of both penultimate layers, and the
-    second's pooled projection (Podell et al., 2023, 2.1).
-    """
-
-    reads_padding = True
-
-    def __init__(self, clip: CLIPText, clip_2: CLIPText):
-        self.clip, self.clip_2 = clip, clip_2
-
-    def __call__(
-        self, token_ids: Int[ArrayLike, "B 2 L"], token_mask: Bool[ArrayLike, "B L"]
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "B P"]]:
-        """States of all tokens, and the pooled text. The ids are those of both tokenizers."""
-        first, second = self.clip(token_ids[:, 0]), self.clip_2(token_ids[:, 1])
-        states = first.hidden_states[-2], second.hidden_states[-2]
-        return jnp.concatenate(states, axis=-1), second.projected
-
-
-class FrozenT5(nnx.Module):
-    """A pretrained T5 encoder in the place of ours, as in Imagen: padding is read by nobody."""
-
-    reads_padding = False
-
-    def __init__(self, t5: T5Encoder):
-        self.t5 = t5
-
-    def __call__(
-        self, token_ids: Int[ArrayLike, "B L"], token_mask: Bool[ArrayLike, "B L"]
-    ) -> Float[Array, "B L D"]:
-        """States of all tokens."""
-        return self.t5(token_ids, token_mask)
 
 
 class FrozenVision(nnx.Module):
@@ -104,7 +52,7 @@ class Frozen(NamedTuple):
     """
 
     vae: VAE | None = None
-    text: FrozenText | FrozenTextPair | FrozenT5 | None = None
+    text: AnyFrozenText | None = None
     vision: FrozenVision | None = None
     teacher: Teacher | None = None
 
@@ -154,10 +102,16 @@ class ContextDiffusion(nnx.Module):
         return self
 
     def encode(self, ids: Int[ArrayLike, "B *E L"], mask: Bool[ArrayLike, "B L"]) -> Captions:
-        """Captions of token ids (of each text encoder, where there are two) and of their mask."""
+        """Captions of token ids (of each text encoder, where there are several) and their mask."""
         states = self.text(ids, mask)
-        tokens, pooled = states if isinstance(states, tuple) else (states, None)
-        return Captions(tokens, mask, pooled)
+        return Captions(*states) if isinstance(states, tuple) else Captions(states, mask)
+
+    def encode_empty(self, ids: Int[ArrayLike, "B *E L"], mask: Bool[ArrayLike, "B L"]) -> Captions:
+        """What the denoiser reads in the place of a caption: the empty one, which these ids are of,
+        or zeros where the text encoders say so.
+        """
+        empty = self.encode(ids, mask)
+        return empty.hidden() if self.text.zeros_for_empty else empty
 
     def relate(
         self,

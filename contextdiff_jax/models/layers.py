@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import lax
@@ -69,8 +70,22 @@ TEXT_ACTIVATIONS = ACTIVATIONS | {
 }
 
 
+def torch_frequencies(half: int) -> Float[np.ndarray, " D2"]:
+    """The frequencies of `timestep_embedding`, rounded as in diffusers: times go up to 1000, and
+    the last bit of a frequency moves an angle by 3e-5.
+    """
+    exponents = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32)
+    exponents = exponents / np.float32(half)
+    return np.exp(exponents.astype(np.float64)).astype(np.float32)
+
+
 def timestep_embedding(
-    t: Shaped[ArrayLike, "*N"], dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+    t: Shaped[ArrayLike, "*N"],
+    dim: int,
+    *,
+    flip_sin_to_cos: bool = True,
+    freq_shift: float = 0.0,
+    frequencies: Float[np.ndarray, " D2"] | None = None,
 ) -> Float[Array, "*N D"]:
     """Sinusoidal embedding of a (possibly fractional) timestep (Ho et al., 2020), in float32.
 
@@ -79,10 +94,12 @@ def timestep_embedding(
       dim: width D >= 4; an odd width is padded with one zero.
       flip_sin_to_cos: [cos, sin] if true (Stable Diffusion), else [sin, cos].
       freq_shift: the lowest frequency is 1e-4^((half - 1) / (half - freq_shift)), half = dim // 2.
+      frequencies: all of them, instead.
     """
     half = dim // 2
-    exponents = jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
-    frequencies = jnp.exp(-math.log(10000.0) * exponents)
+    if frequencies is None:
+        exponents = jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
+        frequencies = jnp.exp(-math.log(10000.0) * exponents)
     angles = jnp.asarray(t, jnp.float32)[..., None] * frequencies  # [*N, D // 2]
     parts = (
         [jnp.cos(angles), jnp.sin(angles)]

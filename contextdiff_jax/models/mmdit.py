@@ -29,6 +29,7 @@ from contextdiff_jax.models.layers import (
     linear,
     matmul,
     timestep_embedding,
+    torch_frequencies,
 )
 from contextdiff_jax.models.mmdit_config import MMDiTConfig, Stack
 from contextdiff_jax.models.patches import patches, unpatch
@@ -154,7 +155,8 @@ class MMDiT(nnx.Module):
         )  # [H / p, W / p, D]
         h = h + rearrange(place, "H W D -> (H W) D").astype(dtype)
         t = jnp.broadcast_to(jnp.asarray(t), shape[:1])
-        temb = self.time_embedding(timestep_embedding(t, _TIME_FEATURES))
+        frequencies = torch_frequencies(_TIME_FEATURES // 2)
+        temb = self.time_embedding(timestep_embedding(t, _TIME_FEATURES, frequencies=frequencies))
         time = jax.nn.silu(temb + self.pooled_embedding(pooled))  # [B, D]
         text = self.text_in(text_tokens)
         for stack in self.stacks:

@@ -93,15 +93,25 @@ class MMDiTConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def granularity(self) -> int:
+        """What x's height and width must be multiples of."""
+        return self.patch_size
+
+    @property
     def text_width(self) -> int:
         """Features of the text's tokens that it reads."""
         return self.joint_attention_dim
 
-    def text_fields(self, width: int) -> dict[str, tuple[int, int]]:
-        """{field: (its value, the one that fits a text encoder of this width)}."""
+    def text_fields(self, width: int, pooled: int | None = None) -> dict[str, tuple[int, int]]:
+        """{field: (its value, the one that fits a text encoder of this width)}; `pooled`: the width
+        of its pooled text, if that is another.
+        """
         return {
             "joint_attention_dim": (self.joint_attention_dim, width),
-            "pooled_projection_dim": (self.pooled_projection_dim, width),
+            "pooled_projection_dim": (
+                self.pooled_projection_dim,
+                width if pooled is None else pooled,
+            ),
         }
 
     def stacks(self) -> tuple[Stack, ...]:

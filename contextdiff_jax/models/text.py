@@ -17,8 +17,8 @@ from contextdiff_jax.models.transformer import Attention, FeedForward
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Sizes of the text encoder; with `pretrained`, the folder of a frozen CLIP text or T5 encoder,
-    it is read instead.
+    """Sizes of the text encoder; with `pretrained`, the folder of a frozen CLIP text or T5 encoder
+    or of a pipeline with several, that is read instead.
     """
 
     pretrained: str = ""
@@ -27,9 +27,11 @@ class TextConfig:
     width: int = 128
     num_layers: int = 2
     num_heads: int = 4
+    t5_length: int = 256  # of a text in a Stable Diffusion 3 pipeline, the tokens that T5 reads
 
     def __post_init__(self):
-        for field in ("vocab_size", "max_length", "width", "num_layers", "num_heads"):
+        sizes = ("vocab_size", "max_length", "width", "num_layers", "num_heads", "t5_length")
+        for field in sizes:
             if getattr(self, field) < 1:
                 raise ValueError(f"text.{field}={getattr(self, field)}: must be at least 1")
         if self.width % self.num_heads:
@@ -56,7 +58,7 @@ class TextBlock(nnx.Module):
 class TextEncoder(nnx.Module):
     """Token ids to token states; padding has no influence on the tokens that count."""
 
-    reads_padding = False
+    reads_padding, zeros_for_empty = False, False
 
     def __init__(
         self,

@@ -155,16 +155,23 @@ class UNetConfig:
         return without_ours(self)
 
     @property
+    def granularity(self) -> int:
+        """What x's height and width must be multiples of."""
+        return 1
+
+    @property
     def text_width(self) -> int | tuple[int, ...]:
         """Features of the text's tokens that it reads."""
         return self.cross_attention_dim
 
-    def text_fields(self, width: int) -> dict[str, tuple[int, int]]:
-        """{field: (its value, the one that fits a text encoder of this width)}."""
+    def text_fields(self, width: int, pooled: int | None = None) -> dict[str, tuple[int, int]]:
+        """{field: (its value, the one that fits a text encoder of this width)}; `pooled`: the width
+        of its pooled text, if that is another.
+        """
         fields = {"cross_attention_dim": (self.cross_attention_dim, width)}
         if self.addition_embed_type == "text_time":
             given = self.projection_class_embeddings_input_dim
-            wanted = width + 6 * self.addition_time_embed_dim
+            wanted = (width if pooled is None else pooled) + 6 * self.addition_time_embed_dim
             fields["projection_class_embeddings_input_dim"] = (given, wanted)
         return fields
 
@@ -172,6 +179,13 @@ class UNetConfig:
     def time_features(self) -> int:
         """Width of the time embedding inside the network."""
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    @property
+    def pooled_features(self) -> int | None:
+        """Width of the pooled text that is read beside the picture's sizes, if one is."""
+        if self.addition_embed_type is None:
+            return None
+        return self.projection_class_embeddings_input_dim - 6 * self.addition_time_embed_dim
 
     def levels(self) -> tuple[Level, ...]:
         """The levels from the finest to the coarsest; ValueError if a per-level tuple has another

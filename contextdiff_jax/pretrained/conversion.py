@@ -19,6 +19,7 @@ from flax import nnx
 from contextdiff_jax.pretrained import clip, mmdit, native, t5, unet, vae
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.folder_files import (
+    INDEX_FILE,
     PICKLES,
     exists,
     read_json,
@@ -34,7 +35,6 @@ MODELS = {
     model.kind: model
     for model in (unet.MODEL, mmdit.MODEL, vae.MODEL, clip.TEXT, clip.VISION, t5.MODEL)
 }
-INDEX_FILE = "model_index.json"
 
 Report = Callable[[str], None]
 

@@ -10,18 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from contextdiff_jax.data.folder_tokenizer import max_length
+from contextdiff_jax.data.tokenizer import clip_length
+from contextdiff_jax.models.backbones import kind_of
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.folder_files import read_json, tokenizer_folder
-from contextdiff_jax.pretrained.pipeline import CLASSES, INDEX_FILE
+from contextdiff_jax.pretrained.mmdit import MODEL as MMDIT
+from contextdiff_jax.pretrained.pipeline_folder import (
+    T5_TOKENS,
+    encoder_names,
+    is_sd3,
+    is_xl,
+    read_index,
+)
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import MODEL as UNET
+from contextdiff_jax.runtime.fields import typed
 
 
 def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with `model.*` (the UNet's config), `diffusion.*` (schedule and prediction type),
-    the steps of `sample.*`, and, where they are empty, `latent.vae`, `text.pretrained` and
-    `data.tokenizer` as the folder has them.
+    """`config` with `model.*` (the network's config), `diffusion.*` (schedule and prediction type),
+    the steps of `sample.*`, for XL `data.sizes`, and, where they are empty, `latent.vae`,
+    `text.pretrained` and `data.tokenizer` as the folder has them. For a network that predicts a
+    velocity the `context.estimate` `plugin`, which there is none of, becomes `velocity`.
 
     `diffusion.zero_terminal_snr=True` stays: fine-tuning to a rescaled schedule is a choice of the
     run. Without `model.pretrained` the config as it is. Idempotent, so that config.json says all
@@ -34,22 +45,22 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
     if not source:
         return dict(config)
     folder = Path(source)
-    name = read_json(folder / INDEX_FILE, "a diffusers pipeline folder").get("_class_name")
-    if name not in CLASSES:
-        raise ValueError(
-            f"{folder / INDEX_FILE}: _class_name={name!r}: another pipeline; one of "
-            f"{', '.join(CLASSES)}"
-        )
-    unet = _read_unet(folder / "unet")
-    diffusion, steps = _process(load_scheduler(folder / "scheduler", pipeline=name), config)
-    text = read_json(folder / "text_encoder" / "config.json", "a text encoder's folder")
-    words = tokenizer_folder(folder / "tokenizer")
-    length = max_length(words, text.get("max_position_embeddings", 77))
+    index = read_index(folder)
+    model = read_config(MMDIT, folder / "transformer") if is_sd3(index) else _read_unet(folder)
+    scheduler = load_scheduler(folder / "scheduler", pipeline=index["_class_name"])
+    make = _flow_process if scheduler.is_flow else _process
+    try:
+        process = make(scheduler, config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'scheduler'}: {error}") from None
+    encoder, words, length = _texts(folder, index, config)
     # Lists, as in a config.json: what is compared on resuming.
-    model = {
+    fields = {
         key: list(value) if isinstance(value, tuple) else value
-        for key, value in unet.to_dict().items()
+        for key, value in model.to_dict().items()
     }
+
+    sizes = {"sizes": True} if is_xl(index) else {}
 
     def section(name: str, default: str, value: Path, **fields: Any) -> dict[str, Any]:
         """The config's section with `fields`, and `value` where its field `default` is empty."""
@@ -58,39 +69,76 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
 
     return {
         **config,
-        "model": {**model, "pretrained": source},
-        "diffusion": {**config["diffusion"], **diffusion},
-        "sample": {**config["sample"], **steps},
+        "model": {"kind": kind_of(model), **fields, "pretrained": source},
+        **{name: {**config[name], **values} for name, values in process.items()},
         "latent": section("latent", "vae", folder / "vae"),
         "text": section(
             "text",
             "pretrained",
-            folder / "text_encoder",
+            encoder,
             max_length=length,
-            width=unet.cross_attention_dim,
+            width=model.text_width,
         ),
-        "data": section("data", "tokenizer", words, max_length=length),
+        "data": section("data", "tokenizer", words, max_length=length, **sizes),
     }
 
 
+def _texts(
+    folder: Path, index: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[Path, Path, int]:
+    """(`text.pretrained`, `data.tokenizer`, `data.max_length`). Of several encoders the pipeline is
+    named, and of their tokenizers the folder of them all.
+    """
+    if is_sd3(index):
+        length = typed("text.t5_length", config["text"].get("t5_length", T5_TOKENS), int)
+        return folder, folder, clip_length(folder) + length
+    text = read_json(folder / "text_encoder" / "config.json", "a text encoder's folder")
+    words = tokenizer_folder(folder / "tokenizer")
+    length = max_length(words, text.get("max_position_embeddings", 77))
+    if len(encoder_names(index)) > 1:
+        return folder, words.parent, length
+    return folder / "text_encoder", words, length
+
+
 def _read_unet(folder: Path) -> UNetConfig:
-    """The UNet's config. ValueError for one that is not fine-tuned."""
-    unet = read_config(UNET, folder)
-    if (
-        isinstance(unet.cross_attention_dim, tuple)
-        or unet.addition_embed_type is not None
-        or unet.context_head
-    ):
+    """The config of a pipeline's UNet. ValueError for one that is not fine-tuned."""
+    unet = read_config(UNET, folder / "unet")
+    if isinstance(unet.cross_attention_dim, tuple) or unet.context_head:
         raise ValueError(
-            f"{folder}: a UNet with added conditions, a context head or several text "
-            "widths is not fine-tuned"
+            f"{folder / 'unet'}: a UNet with a context head or several text widths is not "
+            "fine-tuned"
         )
     return unet
 
 
-def _process(
-    scheduler: Scheduler, config: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _flow_process(scheduler: Scheduler, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The fields of `_process` for a scheduler of the path `flow`, and `context.estimate`, which
+    can't be `plugin` where the network predicts a velocity.
+    """
+    if scheduler.num_train_timesteps != 1000:
+        raise ValueError(
+            f"num_train_timesteps={scheduler.num_train_timesteps}: a run's network reads the time "
+            "as a share of 1000; only 1000"
+        )
+    diffusion = {
+        "schedule": "flow",
+        "prediction_type": scheduler.prediction,
+        "zero_terminal_snr": False,
+    }
+    steps = {
+        "sampler": scheduler.solver.sampler,
+        "spacing": scheduler.spacing_of(scheduler.solver.sampler),
+        "spacing_factor": float(scheduler.solver.flow_shift),
+        "steps_offset": 0,
+        "set_alpha_to_one": True,
+    }
+    made = {"diffusion": diffusion, "sample": steps}
+    if scheduler.prediction == "velocity" and config["context"]["estimate"] == "plugin":
+        made["context"] = {"estimate": "velocity"}
+    return made
+
+
+def _process(scheduler: Scheduler, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The scheduler's fields of the sections `diffusion` and `sample`."""
     diffusion = {
         "schedule": scheduler.schedule_name,
@@ -109,4 +157,4 @@ def _process(
     if diffusion["zero_terminal_snr"] and not scheduler.rescale_betas_zero_snr:
         # The only spacing that starts where the signal is 0.
         steps = {"spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": True}
-    return diffusion, steps
+    return {"diffusion": diffusion, "sample": steps}

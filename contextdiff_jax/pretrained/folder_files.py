@@ -21,7 +21,10 @@ from contextdiff_jax.pretrained.one_file import (
 )
 from contextdiff_jax.runtime.texts import read_object
 
+INDEX_FILE = "model_index.json"  # of a pipeline's folder
+
 __all__ = (
+    "INDEX_FILE",
     "PICKLES",
     "FolderTensors",
     "LazyTensor",

@@ -20,8 +20,9 @@ import safetensors
 from flax import nnx
 
 from contextdiff_jax.models.clip import CLIPText
+from contextdiff_jax.models.mmdit import MMDiT
 from contextdiff_jax.models.unet import UNet
-from contextdiff_jax.pretrained import clip, unet
+from contextdiff_jax.pretrained import clip, mmdit, unet
 from contextdiff_jax.pretrained.adapters import AdapterSettings
 from contextdiff_jax.pretrained.folder_files import (
     PICKLES,
@@ -38,6 +39,7 @@ from contextdiff_jax.runtime.fields import check_choice
 # beside a second.
 KOHYA = {
     "unet": ("lora_unet_",),
+    "transformer": ("lora_transformer_",),
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
 }
@@ -46,6 +48,7 @@ ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json
 # How ComfyUI and LyCORIS begin the names, beside kohya's and diffusers' (`unet.`, ...).
 _STARTS = {
     "unet": ("lycoris_", "diffusion_model.", "model.diffusion_model."),
+    "transformer": (),
     "text_encoder": ("text_encoders.clip_l.transformer.",),
     "text_encoder_2": ("text_encoders.clip_g.transformer.",),
 }
@@ -57,6 +60,10 @@ _PARTS = {
     "mid": r"\.lora_mid\.weight$",
     "alpha": r"(([._]lora|\.lora_linear_layer)(\.down)?)?\.alpha$",
 }
+# Layers of Stable Diffusion 3's transformer, and of a text encoder, that say no component.
+_TRANSFORMER = (
+    r"(transformer_blocks|pos_embed|time_text_embed|context_embedder|norm_out|proj_out)\b"
+)
 _TEXT = r"(text_model\.)?(encoder\.layers|embeddings|final_layer_norm|text_projection)\b"
 
 
@@ -102,9 +109,9 @@ def load_lora(path: str | Path, modules: Mapping[str, nnx.Module]) -> Lora:
       path: a safetensors file in kohya's names (also those of the original Stable Diffusion code,
           which kohya has for XL), in ComfyUI's, diffusers' or PEFT's; or the folder of a PEFT
           adapter. Beside PEFT's names the strength is in adapter_config.json or the metadata.
-      modules: {"unet": UNet, "text_encoder": CLIPText, "text_encoder_2": CLIPText} or some of them;
-          the file's layers of other components are not returned. An adapter of a text encoder alone
-          doesn't say of which: it is that of the two that it fits.
+      modules: {"unet": UNet (or "transformer": MMDiT), "text_encoder": CLIPText, "text_encoder_2":
+          CLIPText} or some of them; the file's layers of other components are not returned. An
+          adapter of a text encoder alone doesn't say of which: it is that of the two that it fits.
 
     Raises:
       ValueError: one line with file and tensor or setting, for a damaged file, a layer that the
@@ -147,7 +154,7 @@ def load_lora(path: str | Path, modules: Mapping[str, nnx.Module]) -> Lora:
 
 
 def merge_lora(
-    module: UNet | CLIPText, layers: Mapping[str, LoraLayer], scale: float = 1.0
+    module: UNet | MMDiT | CLIPText, layers: Mapping[str, LoraLayer], scale: float = 1.0
 ) -> None:
     """Adds `scale` times the changes to the parameters of `module`, in place, in float32 and then
     their own type.
@@ -158,7 +165,7 @@ def merge_lora(
     """
     entries = _entries(module)
     flat = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
-    changed = {}
+    changed: dict[tuple, np.ndarray] = {}
     for name, layer in layers.items():
         if name not in entries:
             raise ValueError(f"{name}: the network has no such layer")
@@ -166,12 +173,16 @@ def merge_lora(
         problem = _shape_problem(layer, entry)
         if problem:
             raise ValueError(f"{name}: {problem}")
-        param = flat[entry.path]
         delta = entry.from_torch(layer.delta().reshape(entry.torch_shape))
-        value = param.get_value()
-        changed[entry.path] = param.replace(
-            (value.astype(jnp.float32) + scale * delta).astype(value.dtype)
-        )
+        if entry.layer is None:
+            changed[entry.path] = delta
+        else:  # of an array of all layers that are alike
+            zeros = np.zeros(flat[entry.path].shape, np.float32)
+            changed.setdefault(entry.path, zeros)[entry.layer] = delta
+    for path, delta in changed.items():
+        value = flat[path].get_value()
+        added = (value.astype(jnp.float32) + scale * delta).astype(value.dtype)
+        changed[path] = flat[path].replace(added)
     nnx.update(module, nnx.from_flat_state(changed))
 
 
@@ -181,7 +192,8 @@ def save_lora(lora: Lora, path: str | Path, style: str = "diffusers") -> None:
     tensors = {}
     for component, layers in lora.items():
         for name, layer in layers.items():
-            whole = component == "unet" or name == "text_projection"  # lies outside text_model
+            # These lie outside text_model.
+            whole = component in ("unet", "transformer") or name == "text_projection"
             name = name if whole else f"text_model.{name}"
             if style == "diffusers":
                 factor = layer.alpha / layer.rank
@@ -263,6 +275,8 @@ def _component(stem: str) -> tuple[str, str, bool]:
         for start in (*starts, f"{component}.", *_STARTS[component]):
             if stem.startswith(start):
                 return component, stem.removeprefix(start).removeprefix("base_model.model."), False
+    if re.match(_TRANSFORMER, stem):
+        return "transformer", stem, True
     return "" if re.match(_TEXT, stem) else "unet", stem, True
 
 
@@ -273,7 +287,7 @@ def _text_component(
     one that has them all, in their shapes.
     """
     layers = [one for one in stored if not one.component]
-    found = [component for component in entries if component != "unet"]
+    found = [component for component in entries if component.startswith("text_encoder")]
 
     def fits(component: str, one: _Stored) -> bool:
         name = names[component].get(_flat(one.layer))
@@ -353,14 +367,16 @@ def _flat(layer: str) -> str:
     return re.sub(r"to_out$", "to_out_0", name)
 
 
-def _entries(module: UNet | CLIPText) -> dict[str, Entry]:
+def _entries(module: UNet | MMDiT | CLIPText) -> dict[str, Entry]:
     """torch name of a layer, without `text_model.`, -> its weight's entry."""
     if isinstance(module, UNet):
         entries = name_map(module, unet.MODEL.rules(module.config))
+    elif isinstance(module, MMDiT):
+        entries = name_map(module, mmdit.MODEL.rules(module.config))
     elif isinstance(module, CLIPText):
         entries = name_map(module, clip.TEXT.rules(module.config))
     else:
-        raise ValueError(f"{type(module).__name__}: LoRA is for UNet and CLIPText")
+        raise ValueError(f"{type(module).__name__}: LoRA is for UNet, MMDiT and CLIPText")
     weights = {name: entry for name, entry in entries.items() if name.endswith(".weight")}
     return {
         name.removesuffix(".weight").removeprefix("text_model."): entry
@@ -368,7 +384,7 @@ def _entries(module: UNet | CLIPText) -> dict[str, Entry]:
     }
 
 
-def _names(layers: Iterable[str], module: UNet | CLIPText) -> dict[str, str]:
+def _names(layers: Iterable[str], module: UNet | MMDiT | CLIPText) -> dict[str, str]:
     """Flat names -> names of the layers."""
     names = {name.replace(".", "_"): name for name in layers}
     if isinstance(module, UNet):

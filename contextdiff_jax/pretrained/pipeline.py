@@ -17,12 +17,20 @@ from jaxtyping import Bool, Int
 
 from contextdiff_jax.data.folder_tokenizer import check_ids, cut_text, read_folder
 from contextdiff_jax.models.clip import CLIPText
+from contextdiff_jax.models.frozen_text import FrozenText, FrozenTextPair
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.vae import VAE
-from contextdiff_jax.pretrained.clip import load_clip_text
 from contextdiff_jax.pretrained.folder import read_config
-from contextdiff_jax.pretrained.folder_files import exists, read_json, tokenizer_folder
+from contextdiff_jax.pretrained.folder_files import read_json, tokenizer_folder
+from contextdiff_jax.pretrained.pipeline_folder import (
+    encoder_names,
+    is_sd3,
+    is_xl,
+    load_texts,
+    read_index,
+)
+from contextdiff_jax.pretrained.pipeline_sd3 import StableDiffusion3, read_sd3
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import load_unet
 from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
@@ -31,27 +39,40 @@ from contextdiff_jax.pretrained.vae import load_vae
 if TYPE_CHECKING:
     from contextdiff_jax.inference.opening import FolderPipeline
 
-INDEX_FILE = "model_index.json"
-CLASSES = tuple(
-    f"StableDiffusion{kind}{way}Pipeline"
-    for kind in ("", "XL")
-    for way in ("", "Img2Img", "Inpaint")
-)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StableDiffusion:
-    """The networks, the scheduler, and transformers' tokenizers, one a text encoder.
-    `zeros_for_empty`: without a negative text guidance leads away from zeros (XL), not from the
-    empty text; an explicit "" is the empty text.
-    """
+    """The networks, the scheduler, and transformers' tokenizers, one a text encoder."""
 
     unet: UNet
     vae: VAE
-    texts: tuple[CLIPText, ...]
+    encoder: FrozenText | FrozenTextPair
     scheduler: Scheduler
     tokenizers: tuple[Any, ...]
-    zeros_for_empty: bool = False
+
+    guidance, steps = 7.5, 50  # where the caller says nothing, as in diffusers
+    rounds_strength_up = False
+    text_length = None  # a text is cut where the ids end
+
+    @property
+    def backbone(self) -> UNet:
+        """The denoising network."""
+        return self.unet
+
+    @property
+    def texts(self) -> tuple[CLIPText, ...]:
+        """The text encoders."""
+        encoder = self.encoder
+        return (
+            (encoder.clip,) if isinstance(encoder, FrozenText) else (encoder.clip, encoder.clip_2)
+        )
+
+    @property
+    def zeros_for_empty(self) -> bool:
+        """Whether without a negative text guidance leads away from zeros (XL), not from the empty
+        text; an explicit "" is the empty text.
+        """
+        return self.encoder.zeros_for_empty
 
     @property
     def text(self) -> CLIPText:
@@ -104,58 +125,55 @@ def load_pipeline(folder: str | Path, **options) -> FolderPipeline:
     return open_stable_diffusion(folder, **options)
 
 
-def read_pipeline(folder: str | Path, **options) -> StableDiffusion:
-    """A Stable Diffusion 1.x, 2.x or XL folder, as diffusers wrote it or converted, or a single
-    .safetensors file with the tokenizer's folder beside it.
+def read_pipeline(folder: str | Path, **options) -> StableDiffusion | StableDiffusion3:
+    """A Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 folder, as diffusers wrote it or converted, or (but
+    for 3) a single .safetensors file with the tokenizer's folder beside it.
 
     What diffusers' pipelines put right in old configs is put right here: the scheduler's
     `steps_offset` and `clip_sample`, the UNet's `sample_size`, the autoencoder's type
     (`force_upcast`).
 
-    `options` of all three networks: see `contextdiff_jax.pretrained.kinds.Options`.
+    `options` of all networks: see `contextdiff_jax.pretrained.kinds.Options`; of Stable Diffusion 3
+    also `max_sequence_length`, the tokens that T5 reads of a text.
 
     Raises ValueError, one line, for a folder of another pipeline, a part that is missing, damaged
     or doesn't fit.
     """
     folder = Path(folder)
-    path = folder / INDEX_FILE
-    index = read_json(path, "a diffusers pipeline folder")
-    name = index.get("_class_name")
-    if name not in CLASSES:
+    index = read_index(folder)
+    if is_sd3(index):
+        return read_sd3(folder, **options)
+    if "max_sequence_length" in options:
         raise ValueError(
-            f"{path}: _class_name={name!r}: another pipeline; one of {', '.join(CLASSES)}"
+            f"max_sequence_length={options['max_sequence_length']}: {folder} has no T5, which "
+            "alone reads it"
         )
-    scheduler = load_scheduler(folder / "scheduler", pipeline=name)
-    is_xl = "XL" in name
-    names = ("text_encoder", "text_encoder_2") if is_xl else ("text_encoder",)
-    if index.get("requires_aesthetics_score") or (is_xl and not exists(folder / names[0])):
-        raise ValueError(
-            f"{path}: XL's refiner is not supported; its base, with two text encoders, is"
-        )
+    scheduler = load_scheduler(folder / "scheduler", pipeline=index["_class_name"])
+    names = encoder_names(index)
     words = (folder / part.replace("text_encoder", "tokenizer") for part in names)
     tokenizers = tuple(read_folder(tokenizer_folder(part), "clip") for part in words)
     unet, of_vae = load_unet(folder / "unet", **options), dict(options)
-    if not is_xl:
+    if not is_xl(index):
         unet.config = _corrected(unet.config, folder / "unet")
     elif jnp.dtype(options.get("dtype", jnp.float32)) == jnp.float16:
         # XL's autoencoder overflows in float16: black pictures.
         if read_config(VAE_MODEL, folder / "vae").force_upcast:
             of_vae["dtype"] = jnp.float32
     vae = load_vae(folder / "vae", **of_vae)
-    texts = [load_clip_text(folder / part, **options) for part in names]
-    _check_fit(folder, unet, vae, texts)
+    encoder = load_texts(folder, **options)
+    _check_fit(folder, unet, vae, encoder)
     return StableDiffusion(
         unet=unet,
         vae=vae,
-        texts=tuple(texts),
+        encoder=encoder,
         scheduler=scheduler,
         tokenizers=tokenizers,
-        zeros_for_empty=is_xl and index.get("force_zeros_for_empty_prompt", True),
     )
 
 
-def _check_fit(folder: Path, unet: UNet, vae: VAE, texts: Sequence[CLIPText]) -> None:
-    channels, width = vae.config.latent_channels, sum(text.config.hidden_size for text in texts)
+def _check_fit(folder: Path, unet: UNet, vae: VAE, encoder: FrozenText | FrozenTextPair) -> None:
+    channels, width = vae.config.latent_channels, encoder.width
+    several = isinstance(encoder, FrozenTextPair)
     if (
         unet.config.in_channels not in (channels, 2 * channels + 1)
         or unet.config.out_channels != channels
@@ -170,23 +188,16 @@ def _check_fit(folder: Path, unet: UNet, vae: VAE, texts: Sequence[CLIPText]) ->
             f"{folder}: the UNet's cross_attention_dim differs from the text encoders' width, "
             f"{width}"
         )
-    if unet.config.context_head or (unet.config.addition_embed_type is not None) != (
-        len(texts) == 2
-    ):
+    if unet.config.context_head or (unet.config.addition_embed_type is not None) != several:
         raise ValueError(
             f"{folder}: the UNet's addition_embed_type={unet.config.addition_embed_type!r} "
-            f"doesn't fit {len(texts)} text encoders, or it has a context head: not sampled here"
+            f"doesn't fit {1 + several} text encoders, or it has a context head: not sampled here"
         )
-    if len(texts) == 2:
-        read = (
-            unet.config.projection_class_embeddings_input_dim
-            - 6 * unet.config.addition_time_embed_dim
+    if several and unet.config.pooled_features != encoder.pooled_width:
+        raise ValueError(
+            f"{folder}: the UNet reads a pooled text {unet.config.pooled_features} wide; "
+            f"text_encoder_2 gives {encoder.pooled_width}"
         )
-        pooled = texts[1].config.projection_dim if texts[1].config.with_projection else 0
-        if read != pooled:
-            raise ValueError(
-                f"{folder}: the UNet reads a pooled text {read} wide; text_encoder_2 gives {pooled}"
-            )
 
 
 def _corrected(config: UNetConfig, folder: Path) -> UNetConfig:

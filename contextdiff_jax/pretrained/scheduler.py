@@ -246,7 +246,7 @@ def _corrections(pipeline: str) -> dict[str, Any]:
 
     All networks of 1.x and 2.x were trained with an offset of 1 and samples that aren't clipped.
     """
-    if not pipeline or "XL" in pipeline:
+    if not pipeline or "XL" in pipeline or pipeline.startswith("StableDiffusion3"):
         return {}
     return {"steps_offset": 1} | ({} if "Inpaint" in pipeline else {"clip_sample": False})
 

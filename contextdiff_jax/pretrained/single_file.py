@@ -144,6 +144,8 @@ def _check_kind(file: Path, names: list[str]) -> None:
     """Raises ValueError unless the file is one of ours, and says what it is where it can."""
     if any("lora" in name for name in names):
         problem = "is a LoRA file"
+    elif any("joint_blocks." in name for name in names):
+        problem = "is of Stable Diffusion 3, which is read from its diffusers folder"
     elif f"{_UNET}input_blocks.0.0.weight" not in names:
         problem = f"lacks {_UNET}input_blocks.0.0.weight; its first tensor is {names[:1]}"
     elif any(name.startswith("conditioner.embedders.0.model.") for name in names):

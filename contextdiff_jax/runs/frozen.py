@@ -9,9 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from contextdiff_jax.models.contextdiff import Frozen, FrozenT5, FrozenText, FrozenVision
+from contextdiff_jax.models.contextdiff import Frozen, FrozenVision
+from contextdiff_jax.models.frozen_text import AnyFrozenText, FrozenT5, FrozenText
 from contextdiff_jax.pretrained import load_clip_text, load_clip_vision, load_t5, load_vae
 from contextdiff_jax.pretrained.folder_files import read_json
+from contextdiff_jax.pretrained.pipeline_folder import is_pipeline, load_texts
 from contextdiff_jax.settings import Settings
 
 
@@ -34,20 +36,25 @@ def load_frozen(settings: Settings, shardings: Callable[[PyTree], PyTree] | None
     return Frozen(vae, _load_text(settings, options), vision)
 
 
-def _load_text(settings: Settings, options: dict[str, Any]) -> FrozenText | FrozenT5:
-    folder = settings.text.pretrained
-    config = read_json(Path(folder, "config.json"), "a folder of a CLIP text or T5 encoder")
-    if config.get("model_type") == "t5":  # relative positions: any length
-        text = FrozenT5(load_t5(folder, **options))
-        width, longest = text.t5.config.d_model, settings.data.max_length
-    else:
-        text = FrozenText(load_clip_text(folder, **options))
-        width, longest = text.clip.config.hidden_size, text.clip.config.max_position_embeddings
-    for field, (given, wanted) in settings.model.text_fields(width).items():
+def _load_text(settings: Settings, options: dict[str, Any]) -> AnyFrozenText:
+    folder, length = settings.text.pretrained, settings.data.max_length
+    text = _read_text(Path(folder), length, options)
+    widths = text.width, text.pooled_width
+    for field, (given, wanted) in settings.model.text_fields(*widths).items():
         if given != wanted:
-            raise ValueError(f"model.{field}={given}: text.pretrained={folder!r} has {width}")
-    if settings.data.max_length > longest:
-        raise ValueError(
-            f"data.max_length={settings.data.max_length}: text.pretrained={folder!r} has {longest}"
-        )
+            raise ValueError(
+                f"model.{field}={given}: text.pretrained={folder!r} has {widths[0]}, and a pooled "
+                f"text of {widths[1]}; must be {wanted}"
+            )
+    if length > text.longest:
+        raise ValueError(f"data.max_length={length}: text.pretrained={folder!r} has {text.longest}")
     return text
+
+
+def _read_text(folder: Path, length: int, options: dict[str, Any]) -> AnyFrozenText:
+    if is_pipeline(folder):
+        return load_texts(folder, length, **options)
+    config = read_json(folder / "config.json", "a folder of a CLIP text or T5 encoder")
+    if config.get("model_type") == "t5":
+        return FrozenT5(load_t5(folder, **options))
+    return FrozenText(load_clip_text(folder, **options))

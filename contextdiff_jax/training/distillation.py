@@ -112,7 +112,7 @@ def distilled_errors(
 
     def read(model):
         captions = model.encode(batch["token_ids"], batch["token_mask"])
-        empty = model.encode(null["token_ids"], null["token_mask"])
+        empty = model.encode_empty(null["token_ids"], null["token_mask"])
         shown = captions if config.guidance != 1 else drop(batch["dropped"], empty, captions)
         return captions, shown, empty
 

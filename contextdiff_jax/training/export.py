@@ -1,6 +1,7 @@
 """A fine-tuned run as a diffusers folder: the pipeline that it started from, with what was trained.
 
-    TARGET/unet/                 the trained UNet (EMA, float32), without our context head
+    TARGET/unet/                 the trained network (EMA, float32), without our context head;
+                                 transformer/ of Stable Diffusion 3
     TARGET/lora.safetensors      a LoRA run's, in diffusers' names; unet/ is then the one that it
                                  started from
     TARGET/context.safetensors   ours: the relational network and the context head, by dotted path
@@ -14,22 +15,23 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
 
+from contextdiff_jax.models.backbones import Backbone, build_backbone, kind_of
 from contextdiff_jax.models.lora import lora_layers
-from contextdiff_jax.models.unet import UNet
+from contextdiff_jax.models.undrawn import Undrawn
 from contextdiff_jax.pretrained import folder as folders
-from contextdiff_jax.pretrained.conversion import complete_or_absent, copy_folder
+from contextdiff_jax.pretrained.conversion import MODELS, complete_or_absent, copy_folder
 from contextdiff_jax.pretrained.folder_files import FolderTensors, read_json, save_tensors
 from contextdiff_jax.pretrained.lora import LoraLayer, save_lora
-from contextdiff_jax.pretrained.names import name_map
+from contextdiff_jax.pretrained.names import Entry, name_map
+from contextdiff_jax.pretrained.pipeline_folder import encoder_names, is_pipeline, read_index
 from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE
-from contextdiff_jax.pretrained.unet import MODEL as UNET
 from contextdiff_jax.runs.reading import Run, load_run
 from contextdiff_jax.runtime.files import write_json
 from contextdiff_jax.training.trainable import of_context
@@ -59,25 +61,18 @@ def export_run(source: Path, target: Path, report: Callable[[str], None] = print
         copy_folder(origin, partial)
         for name in (CONTEXT_FILE, CONTEXT_CONFIG, LORA_FILE):
             (partial / name).unlink(missing_ok=True)
-        for name, folder in (
-            ("vae", run.settings.latent.vae),
-            ("text_encoder", run.settings.text.pretrained),
-        ):
-            if Path(folder).resolve() != (origin / name).resolve():
+        for name, folder in _frozen_folders(run).items():
+            if folder.resolve() != (origin / name).resolve():
                 shutil.rmtree(partial / name)
-                copy_folder(Path(folder), partial / name)
-        unet = _unet(run)
+                copy_folder(folder, partial / name)
+        network, model = _network(run), MODELS[kind_of(run.settings.model)]
         if run.settings.train.trainable == "full":
-            shutil.rmtree(partial / "unet")
-            folders.save(
-                UNET,
-                unet,
-                partial / "unet",
-                read_json(origin / "unet" / folders.CONFIG_FILE, "the UNet's config"),
-            )
-        layers = _lora(run, unet)
+            values = read_json(origin / network.name / folders.CONFIG_FILE, "the network's config")
+            shutil.rmtree(partial / network.name)
+            folders.save(model, network, partial / network.name, values)
+        layers = _lora(run, name_map(network, model.rules(network.config)))
         if layers:
-            save_lora({"unet": layers}, partial / LORA_FILE)
+            save_lora({network.name: layers}, partial / LORA_FILE)
         _write_context(run, partial)
         _write_scheduler(run, partial / "scheduler" / SCHEDULER_FILE)
         report(f"step {run.step}: {', '.join(sorted(path.name for path in partial.iterdir()))}")
@@ -99,27 +94,35 @@ def context_state(folder: Path) -> nnx.State | None:
     )
 
 
-def _unet(run: Run) -> UNet:
+def _frozen_folders(run: Run) -> dict[str, Path]:
+    """The folders that the run's frozen networks were read from, by their names in a pipeline."""
+    text = Path(run.settings.text.pretrained)
+    names = encoder_names(read_index(text)) if is_pipeline(text) else ()
+    texts = {name: text / name for name in names} or {"text_encoder": text}
+    return {"vae": Path(run.settings.latent.vae), **texts}
+
+
+def _network(run: Run) -> Backbone:
     """The trained network without its context head."""
     config = dataclasses.replace(run.settings.model, context_head=False)
-    unet = nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
-    flat = [item for item in nnx.to_flat_state(run.params["unet"]) if item[0][0] != "context_head"]
-    nnx.update(unet, nnx.from_flat_state(flat))
-    return unet
+    network = nnx.eval_shape(lambda: build_backbone(config, rngs=Undrawn()))
+    flat = nnx.to_flat_state(run.params[network.name])
+    flat = [item for item in flat if item[0][0] != "context_head"]
+    nnx.update(network, nnx.from_flat_state(flat))
+    return network
 
 
-def _lora(run: Run, unet: UNet) -> dict[str, LoraLayer]:
+def _lora(run: Run, entries: Mapping[str, Entry]) -> dict[str, LoraLayer]:
     """torch name of a layer -> its change, alpha being the rank."""
-    names = {
-        entry.path: name.removesuffix(".weight")
-        for name, entry in name_map(unet, UNET.rules(unet.config)).items()
-    }
-    return {
-        names[(*path, "kernel")]: LoraLayer(
-            np.asarray(down).T, np.asarray(up).T, float(down.shape[1])
-        )
-        for path, (down, up) in lora_layers(run.params).items()
-    }
+    changes, found = lora_layers(run.params), {}
+    for name, entry in entries.items():
+        if entry.path[-1] != "kernel" or entry.path[:-1] not in changes:
+            continue
+        down, up = map(np.asarray, changes[entry.path[:-1]])
+        if entry.layer is not None:
+            down, up = down[entry.layer], up[entry.layer]
+        found[name.removesuffix(".weight")] = LoraLayer(down.T, up.T, float(down.shape[1]))
+    return found
 
 
 def _write_context(run: Run, folder: Path) -> None:

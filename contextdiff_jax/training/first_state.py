@@ -1,7 +1,7 @@
 """Sources of a new run's parameters.
 
-They are the seed, a pretrained UNet (`model.pretrained`) and another run (`train.init_from`, or the
-teacher that it is distilled from).
+They are the seed, a pretrained network (`model.pretrained`) and another run (`train.init_from`, or
+the teacher that it is distilled from).
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from contextdiff_jax.models.backbones import BACKBONES, kind_of
 from contextdiff_jax.models.lora import LORA
-from contextdiff_jax.pretrained import load_unet
+from contextdiff_jax.pretrained import folder as folders
+from contextdiff_jax.pretrained.conversion import MODELS
+from contextdiff_jax.pretrained.kinds import Options
 from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.export import context_state
@@ -32,7 +35,7 @@ def first_state(settings: Settings, shardings: TrainState) -> TrainState:
     state = jax.jit(lambda: init_state(settings), out_shardings=shardings)()
     params = state.params
     if settings.pretrained:
-        params = _with_unet(params, settings, shardings.params["unet"])
+        params = _with_network(params, settings, shardings.params)
     if settings.train.init_from:
         params = _with_run(params, settings.train.init_from, "train.init_from")
     elif settings.distill.teacher:
@@ -42,15 +45,18 @@ def first_state(settings: Settings, shardings: TrainState) -> TrainState:
     return TrainState(**{**vars(state), "params": params, "ema": jax.tree.map(jnp.copy, params)})
 
 
-def _with_unet(params: nnx.State, settings: Settings, shardings: nnx.State) -> nnx.State:
-    """`params` with the folder's UNet, in float32, and with the context that an exported run's
+def _with_network(params: nnx.State, settings: Settings, shardings: nnx.State) -> nnx.State:
+    """`params` with the folder's network, in float32, and with the context that an exported run's
     folder holds.
     """
-    folder = pathlib.Path(settings.pretrained, "unet")
-    unet = load_unet(folder, param_dtype=jnp.float32, shardings=lambda _: shardings)
+    folder = pathlib.Path(settings.pretrained)
+    kind = kind_of(settings.model)
+    name = BACKBONES[kind].network.name
+    options = Options(param_dtype=jnp.float32, shardings=lambda _: shardings[name])
+    network = folders.load(MODELS[kind], folder / name, options)
     source = f"model.pretrained={settings.pretrained!r}"
-    params = _replaced(params, nnx.State({"unet": nnx.state(unet, nnx.Param)}), source)
-    context = context_state(folder.parent)
+    params = _replaced(params, nnx.State({name: nnx.state(network, nnx.Param)}), source)
+    context = context_state(folder)
     return params if context is None else _replaced(params, context, source)
 
 

@@ -101,7 +101,8 @@ def make_records(
         ids, mask, lost = tokenizer.encode_and_cut(captions, max_length)
         cut.add(captions, lost)
         for row, caption in enumerate(captions):
-            yield encode_record(mean[row], std[row], ids[row], mask[row], caption)
+            sizes = part[row].get("sizes")
+            yield encode_record(mean[row], std[row], ids[row], mask[row], caption, sizes)
 
 
 @nnx.jit

@@ -114,7 +114,7 @@ def loss_fn(
         return _loss(model, process, settings, error, t)
     t, noise = batch["t"], batch["noise"]
     captions = model.encode(batch["token_ids"], batch["token_mask"])
-    empty = model.encode(null["token_ids"], null["token_mask"])
+    empty = model.encode_empty(null["token_ids"], null["token_mask"])
     hide = functools.partial(drop, batch["dropped"], empty)
     shifted_by = related(context.caption, captions, hide)
 
@@ -125,7 +125,8 @@ def loss_fn(
         r, rate = diffusion.with_rate(lambda t: relate(t, noise), t)
     else:
         r, rate = relate(t, noise), None
-    read = hide(captions)  # after r: the order in which gradients are added is a run's digits
+    # After r: the order in which gradients are added is a run's digits.
+    read = hide(captions)._replace(sizes=batch.get("sizes"))
     error, context_loss = errors(
         lambda x, time: model.predict(x, time, read),
         process,
