@@ -5,7 +5,6 @@ ones in float64.
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 
 import chex
 import jax
@@ -15,7 +14,6 @@ import pytest
 import torch
 from flax import nnx
 
-from contextdiff_jax.models import layers
 from contextdiff_jax.models.attention import attention, tiled_attention
 from contextdiff_jax.models.layers import gelu, linear
 from contextdiff_jax.models.remat import POLICIES
@@ -122,18 +120,3 @@ def test_two_layers_alike_have_equal_graphs():
         for _ in range(2)
     )
     assert first == second and hash(first) == hash(second)
-
-
-def test_a_tpus_products_by_heads_are_the_layers_own(monkeypatch):
-    layer = linear(12, 12, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-    layer.bias[...] = jnp.arange(12.0)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 12), np.float32))
-    expected = layer(x).reshape(2, 5, 3, 4).swapaxes(1, 2)
-    back = layer(expected.swapaxes(1, 2).reshape(2, 5, 12))
-    for platform in ("cpu", "tpu"):
-        monkeypatch.setattr(
-            layers, "current_target", lambda p=platform: SimpleNamespace(platform=p)
-        )
-        found = layers.to_heads(layer, x, 3)
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(layers.from_heads(layer, found), back, rtol=1e-5, atol=1e-4)

@@ -5,6 +5,7 @@ weights, and what is ours in it.
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import diffusers
 import jax
@@ -15,7 +16,9 @@ import torch
 from flax import nnx
 from safetensors.numpy import load_file
 
+from contextdiff_jax.models import joint
 from contextdiff_jax.models.attention import attention, joint_attention
+from contextdiff_jax.models.layers import linear
 from contextdiff_jax.models.mmdit import MMDiT
 from contextdiff_jax.models.mmdit_config import MMDiTConfig
 from contextdiff_jax.pretrained import load_mmdit, save_mmdit
@@ -216,3 +219,16 @@ def test_pictures_that_do_not_fit_and_other_positions_are_refused(pair, tmp_path
     theirs.pos_embed.pos_embed.div_(2)
     with pytest.raises(ValueError, match="pos_embed.pos_embed: isn't what its config says"):
         load_mmdit(tmp_path)
+
+
+def test_a_tpus_products_by_heads_are_the_layers_own(monkeypatch):
+    layer = linear(12, 12, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer.bias[...] = jnp.arange(12.0)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 12), np.float32))
+    expected = layer(x).reshape(2, 5, 3, 4).swapaxes(1, 2)
+    back = layer(expected.swapaxes(1, 2).reshape(2, 5, 12))
+    for platform in ("cpu", "tpu"):
+        monkeypatch.setattr(joint, "current_target", lambda p=platform: SimpleNamespace(platform=p))
+        found = joint.to_heads(layer, x, 3)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(joint.from_heads(layer, found), back, rtol=1e-5, atol=1e-4)

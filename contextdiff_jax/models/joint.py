@@ -7,13 +7,15 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from contextdiff_jax.models.attention import heads_attention, joint_attention
-from contextdiff_jax.models.layers import from_heads, gelu_tanh, linear, to_heads
+from contextdiff_jax.models.layers import gelu_tanh, linear
+from contextdiff_jax.parallel.mesh import current_target
 
 EPS = 1e-6
 
@@ -34,6 +36,30 @@ def modulate(
 ) -> Float[Array, "B N D"]:
     """The normalised x, scaled and shifted by what the time says (adaLN, Peebles & Xie, 2023)."""
     return (normalise(x) * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
+
+
+def to_heads(
+    project: nnx.Linear, x: Float[ArrayLike, "B N D"], num_heads: int
+) -> Float[Array, "B H N E"]:
+    """`project(x)` by heads.
+
+    On a TPU the product itself writes them so: turned about after it, a joint block of 12 heads of
+    128 on v5p takes 36% more cycles, all of them copies.
+    """
+    if current_target().platform != "tpu":
+        return rearrange(project(x), "B N (H E) -> B H N E", H=num_heads)
+    kernel = rearrange(project.kernel[...], "D (H E) -> D H E", H=num_heads)
+    out = jnp.einsum("BND,DHE->BHNE", *(a.astype(project.dtype) for a in (x, kernel)))
+    return out + rearrange(project.bias[...], "(H E) -> H 1 E", H=num_heads).astype(out.dtype)
+
+
+def from_heads(project: nnx.Linear, x: Float[ArrayLike, "B H N E"]) -> Float[Array, "B N D"]:
+    """`project` of all heads' features, as `to_heads`."""
+    if current_target().platform != "tpu":
+        return project(rearrange(x, "B H N E -> B N (H E)"))
+    kernel = rearrange(project.kernel[...], "(H E) D -> H E D", H=x.shape[1])
+    out = jnp.einsum("BHNE,HED->BND", *(a.astype(project.dtype) for a in (x, kernel)))
+    return out + project.bias[...].astype(out.dtype)
 
 
 class HeadNorm(nnx.Module):
