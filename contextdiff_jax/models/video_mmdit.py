@@ -42,7 +42,7 @@ from contextdiff_jax.models.mmdit import MMDiT
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.stacked import Stacked
 
-Heads = tuple[Array, Array, Array]  # q, k, v, each [BF, N, H, D]
+Heads = tuple[Array, Array, Array]  # q (scaled), k, v, each [BF, H, N, D]
 _HIDDEN = -1e30  # the logit of a token that doesn't count
 
 
@@ -65,9 +65,9 @@ class FrameAttention:
 
     def joint(
         self, picture: Heads, text: Heads, *, both: bool
-    ) -> tuple[Float[Array, "BF N H D"], Float[Array, "BF L H D"] | None]:
+    ) -> tuple[Float[Array, "BF H N D"], Float[Array, "BF H L D"] | None]:
         """(1) of the picture's queries; the text's find the tokens of their own frame and text."""
-        (q, *own), (q_text, *of_text) = picture, text
+        (q, *own), (q_text, *of_text) = (map(_turned, heads) for heads in (picture, text))
         seen = [seen_frames(y, self.clip.batch, own=True) for y in own]  # [BF, M, H, D]
         k, v = (jnp.concatenate(pair, axis=1) for pair in zip(seen, of_text, strict=True))
         bias = self._bias(seen[0], q, q_text)
@@ -76,20 +76,22 @@ class FrameAttention:
         else:
             found = self._controlled(q, k, v, bias, seen[0].shape[1])
         if not both:
-            return found, None
+            return _turned(found), None
         k, v = (jnp.concatenate(pair, axis=1) for pair in zip(own, of_text, strict=True))
         mask = self.mask
         if mask is not None:
             mask = jnp.concatenate([jnp.ones(q.shape[:2], bool), mask], axis=1)
-        return found, self_attention(q_text, k, v, mask=mask, choice=self.choice)
+        read = self_attention(q_text, k, v, 1.0, mask, choice=self.choice)
+        return _turned(found), _turned(read)
 
-    def alone(self, q: Array, k: Array, v: Array) -> Float[Array, "BF N H D"]:
+    def alone(self, q: Array, k: Array, v: Array) -> Float[Array, "BF H N D"]:
         """A second attention's, of the pictures alone: all frames' keys count alike."""
+        q, k, v = map(_turned, (q, k, v))
         k, v = (seen_frames(y, self.clip.batch, own=True) for y in (k, v))
         if self.clip.control is None:
-            return self_attention(q, k, v, choice=self.choice)
+            return _turned(self_attention(q, k, v, 1.0, choice=self.choice))
         weights = self._sparse_causal(jax.nn.softmax(_logits(q, k), axis=-1))
-        return _weighed(weights, v)
+        return _turned(_weighed(weights, v))
 
     def _bias(self, seen: Array, q: Array, q_text: Array) -> Float[Array, "BF M"]:
         """What is added to the logits of the keys of the frames that are `seen` and of the text."""
@@ -119,6 +121,11 @@ class FrameAttention:
         return changed.reshape(weights.shape)
 
 
+def _turned(y: Float[Array, "BF A B D"]) -> Float[Array, "BF B A D"]:
+    """Heads and tokens in each other's place: frames are gathered along tokens that come first."""
+    return jnp.swapaxes(y, 1, 2)
+
+
 def _biased(
     q: Float[Array, "B N H D"],
     k: Float[Array, "B M H D"],
@@ -129,19 +136,17 @@ def _biased(
     """Attention whose logits have a bias for each key: one more column of q and k, so that all that
     computes attention can.
     """
-    scale = q.shape[-1] ** -0.5
-    column = jnp.broadcast_to((bias / scale)[..., None, None], (*k.shape[:3], 1))
+    column = jnp.broadcast_to(bias[..., None, None], (*k.shape[:3], 1))
     ones = jnp.ones((*q.shape[:3], 1))
     q, k, v = (
         jnp.concatenate([y, more.astype(y.dtype)], axis=-1)
         for y, more in ((q, ones), (k, column), (v, jnp.zeros_like(column)))
     )
-    return self_attention(q, k, v, scale, choice=choice)[..., :-1]
+    return self_attention(q, k, v, 1.0, choice=choice)[..., :-1]
 
 
 def _logits(q: Float[Array, "B N H D"], k: Float[Array, "B M H D"]) -> Float[Array, "B H N M"]:
-    logits = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
-    return logits * q.shape[-1] ** -0.5
+    return jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
 
 
 def _weighed(
