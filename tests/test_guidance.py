@@ -35,6 +35,7 @@ class Formulas(ContextDiffusion):
         )
         self.context = types.SimpleNamespace(gain=0.1, config=ContextConfig())
         self.vae = self.vision = None
+        self.text = types.SimpleNamespace(zeros_for_empty=False)
 
     def encode(self, ids, mask):
         return Captions(jnp.asarray(ids, jnp.float32)[..., None], mask)

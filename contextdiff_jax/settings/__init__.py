@@ -203,8 +203,24 @@ def _read_model(values: Mapping[str, Any], head: bool) -> tuple[BackboneConfig, 
     kind = typed("model.kind", fields.pop("kind", "unet"), str)
     check_choice("model.kind", kind, BACKBONES)
     pretrained = typed("model.pretrained", fields.pop("pretrained", ""), str)
+    _check_kind(kind, fields)
     check_types(BACKBONES[kind].config, "model", fields)
     return backbone_config(kind, {**fields, "context_head": head}), pretrained
+
+
+def _check_kind(kind: str, fields: Mapping[str, Any]) -> None:
+    """Raises ValueError for fields that another kind of backbone has and this one doesn't."""
+    names = {
+        name: {field.name for field in dataclasses.fields(each.config)}
+        for name, each in BACKBONES.items()
+    }
+    for field in fields:
+        others = [name for name, known in names.items() if field in known]
+        if others and kind not in others:
+            raise ValueError(
+                f"model.kind={kind!r}: model.{field} is of {others[0]!r}; a config says "
+                f'config.model = base.backbone("{kind}", ...), as configs/shapes_mmdit.py does'
+            )
 
 
 def _visual_width(context: ShiftConfig) -> int:
