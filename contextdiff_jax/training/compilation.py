@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.settings import Settings, TrainConfig
