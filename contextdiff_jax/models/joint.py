@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from contextdiff_jax.models.attention import heads_attention, joint_attention
 from contextdiff_jax.models.layers import gelu_tanh, linear
 from contextdiff_jax.models.remat import from_arguments
-from contextdiff_jax.parallel.mesh import current_target
+from contextdiff_jax.parallel.mesh import current_target, laid
 
 EPS = 1e-6
 
@@ -48,11 +48,14 @@ def to_heads(
     """`project(x)` by heads.
 
     On a TPU the product itself writes them so: turned about after it, a joint block of 12 heads of
-    128 on v5p takes 36% more cycles, all of them copies.
+    128 on v5p takes 36% more cycles, all of them copies. The barrier is for the gradient, which
+    XLA would make [D, H E] at once, of a copy that is turned about.
     """
     if current_target().platform != "tpu":
         return rearrange(project(x), "B N (H E) -> B H N E", H=num_heads)
-    kernel = rearrange(project.kernel[...], "D (H E) -> D H E", H=num_heads)
+    kernel = lax.optimization_barrier(
+        rearrange(project.kernel[...], "D (H E) -> D H E", H=num_heads)
+    )
     out = jnp.einsum("BND,DHE->BHNE", *(a.astype(project.dtype) for a in (x, kernel)))
     return out + rearrange(project.bias[...], "(H E) -> H 1 E", H=num_heads).astype(out.dtype)
 
@@ -61,7 +64,9 @@ def from_heads(project: nnx.Linear, x: Float[ArrayLike, "B H N E"]) -> Float[Arr
     """`project` of all heads' features, as `to_heads`."""
     if current_target().platform != "tpu":
         return project(rearrange(x, "B H N E -> B N (H E)"))
-    kernel = rearrange(project.kernel[...], "(H E) D -> H E D", H=x.shape[1])
+    kernel = lax.optimization_barrier(
+        rearrange(project.kernel[...], "(H E) D -> H E D", H=x.shape[1])
+    )
     out = jnp.einsum("BHNE,HED->BND", *(a.astype(project.dtype) for a in (x, kernel)))
     return out + project.bias[...].astype(out.dtype)
 
@@ -217,6 +222,7 @@ class JointBlock(nnx.Module):
         `mask`: True where a token of the text counts (None: all do).
         """
         choice = self.self_attention
+        x, text = laid(x, ("batch", "rows", None)), laid(text, ("batch", None, None))
         joint = functools.partial(joint_attention, mask=mask, choice=choice)
         return self.through(x, text, time, joint, functools.partial(heads_attention, choice=choice))
 

@@ -247,6 +247,18 @@ def current_target() -> Target:
     return _TARGET.get(Target())
 
 
+def laid(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+    """An activation where its logical `names` put it on the current target; its gradient too.
+
+    Without it XLA's partitioner may take a gradient's place, split by features, for that of the
+    activations which it is made of, and gather those of all devices.
+    """
+    target = current_target()
+    if target.mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, place(target.mesh, x.shape, names, target.rules))
+
+
 def gathered(params: PyTree, dtype: DTypeLike) -> PyTree:
     """Parameters as the network reads them on the current target: whole along the axes that split
     the batch, and kernels in `dtype`, that of the products, so that half the bytes are sent where
