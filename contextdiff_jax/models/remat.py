@@ -74,10 +74,14 @@ def rematerialised(call: Callable) -> Callable:
     return wrapped
 
 
-def configure(network: nnx.Module, *, remat: str, attention: str) -> None:
-    """Chooses what the blocks inside keep, and what computes their self-attention."""
+def configure(network: nnx.Module, *, remat: str, attention: str, unroll: bool = False) -> None:
+    """Chooses what the blocks inside keep, what computes their self-attention, and whether layers
+    that are alike are written out.
+    """
     for _, module in nnx.iter_modules(network):
         if hasattr(module, "remat"):
             module.remat = remat
         if hasattr(module, "self_attention"):
             module.self_attention = attention
+        if hasattr(module, "unroll"):
+            module.unroll = unroll

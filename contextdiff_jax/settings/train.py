@@ -62,6 +62,7 @@ class TrainConfig:
     remat: str = "none"
     # self-attention: xla, splash (TPU), heads (in turns), or what suits the platform and the length
     attention: str = "auto"
+    unroll: bool = False  # writes a transformer's layers out instead of one loop over them
     log_every: int = 50
     checkpoint_every: int = 500
     keep_checkpoints: int = 2  # the newest
