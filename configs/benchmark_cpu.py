@@ -25,14 +25,7 @@ SIZES = {
 TRANSFORMERS = {
     "mmdit-2m": (4, 4, 32, 16, 32, {}),
     "mmdit-10m": (4, 4, 64, 32, 16, {"qk_norm": "rms_norm"}),
-    "mmdit-40m": (
-        8,
-        6,
-        64,
-        64,
-        2,
-        {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1, 2)},
-    ),
+    "mmdit-40m": (8, 6, 64, 64, 4, {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1, 2)}),
 }
 
 
@@ -61,6 +54,7 @@ def _unet(config: ConfigDict, name: str) -> ConfigDict:
 def _transformer(config: ConfigDict, name: str) -> ConfigDict:
     """The straight path, and the transformer `name`."""
     layers, heads, features, pixels, config.train.batch_size, options = TRANSFORMERS[name]
+    config.train.unroll = layers <= 4  # a loop copies each layer's weights and what it keeps
     config.data.image_size = pixels
     config.model = base.backbone(
         "mmdit",

@@ -90,6 +90,8 @@ def test_a_transformers_results_are_torchs(program):
     contestants, flops = speed.NETWORK[program](settings, SpeedBenchmark(compare="torch"))
     assert [contestant.name for contestant in contestants] == ["transformer", "torch NCHW"]
     assert flops > 1e6
+    for contestant in contestants:  # have had one turn, and have many
+        assert np.isfinite(np.asarray(contestant.call())).all()
     missing = "model.kind='mmdit'"
     assert torch_method.lacking(settings) == missing and method._torch_method(settings) == []
 

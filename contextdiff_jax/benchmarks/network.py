@@ -30,10 +30,10 @@ def random_network(settings: Settings) -> Backbone:
     """The config's network, without a context head, with random weights of about unit gain and none
     at 0: a new network's output and most of its gradients are 0, which would compare nothing.
     """
-    config = dataclasses.replace(settings.model, context_head=False)
+    config, train = dataclasses.replace(settings.model, context_head=False), settings.train
     graph, shapes = nnx.split(nnx.eval_shape(lambda: build_backbone(config, rngs=Undrawn())))
     network = nnx.merge(graph, randomised(shapes, settings.seed))
-    configure(network, remat=settings.train.remat, attention=settings.train.attention)
+    configure(network, remat=train.remat, attention=train.attention, unroll=train.unroll)
     return network
 
 

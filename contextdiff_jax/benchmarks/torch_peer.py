@@ -4,6 +4,7 @@ pipelines.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -134,7 +135,7 @@ class TorchNetwork:
     @torch.no_grad()
     def sample(self, inputs: Tensors, scheduler: Scheduler, guidance: float) -> np.ndarray:
         """Run the loop of diffusers' pipelines, both branches in one batch. NHWC."""
-        x = inputs["x"]
+        x, scheduler = inputs["x"], copy.copy(scheduler)  # it counts its steps
         for t in scheduler.timesteps:
             without, with_text = self._predict(torch.cat([x, x]), t, inputs).chunk(2)
             x = scheduler.step(without + guidance * (with_text - without), t, x).prev_sample
