@@ -311,3 +311,41 @@ def test_recomputed_layers_have_the_same_gradient():
 
         gradients.append(jax.jit(jax.grad(loss))(state))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *gradients)
+
+
+FLOW = {"diffusion.schedule": "flow", "diffusion.prediction_type": "velocity"}
+
+
+@pytest.mark.slow  # traces of eight pairs: pytest -m slow tests/test_video_mmdit.py
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"diffusion.schedule": "cosine", "diffusion.prediction_type": "v"},
+        {"diffusion.schedule": "flow", "diffusion.prediction_type": "x0"},
+        {**FLOW, "context.estimate": "posterior_mean"},
+        {**FLOW, "context.estimate": "velocity"},
+        {**FLOW, "context.kind": "text", "context.shift": "prior"},
+        {**FLOW, "context.kind": "two_ends", "context.shift": "constant"},
+        {**FLOW, "context.kind": "none", "context.shift": "none"},
+        {**FLOW, "diffusion.schedule": "edm", "context.estimate": "velocity"}
+        | {"context.shift": "data_normalization", "context.kind": "text"},
+    ],
+    ids=str,
+)
+def test_every_estimate_on_every_schedule_is_tuned_and_inverted(kind, changes):
+    changes = {"context.estimate": "plugin"} | changes
+    settings = edit_settings(kind, **{"edit.steps": 2, "train.batch_size": 2} | changes)
+    editor = open_editor(settings)
+    graph, state = nnx.split(editor.model)
+    text, null = editor.encode_text(["a red circle"]), editor.encode_text([""])
+    x0 = jnp.zeros((1, 2, 16, 16, 3))
+
+    def both(state):
+        model = nnx.merge(graph, state)
+        path = invert(model, editor.process, x0, text, settings.video, settings.edit)
+        rest = x0, text, null, jax.random.key(0), settings.base.train, 0
+        return path, tuning_loss(model, editor.process, *rest)
+
+    path, loss = jax.eval_shape(both, state)
+    assert path.shape == (3, 1, 2, 16, 16, 3) and loss.shape == ()
