@@ -5,6 +5,7 @@ weights, and what is ours in it.
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import diffusers
 import jax
@@ -15,7 +16,9 @@ import torch
 from flax import nnx
 from safetensors.numpy import load_file
 
+from contextdiff_jax.models import joint
 from contextdiff_jax.models.attention import attention, joint_attention
+from contextdiff_jax.models.layers import linear
 from contextdiff_jax.models.mmdit import MMDiT
 from contextdiff_jax.models.mmdit_config import MMDiTConfig
 from contextdiff_jax.pretrained import load_mmdit, save_mmdit
@@ -122,20 +125,20 @@ def test_every_attention_over_both_streams_is_the_plain_one(choice, masked):
     H, D, N = 2, 16, 130
     rng = np.random.default_rng(0)
     picture, text = (
-        tuple(jnp.asarray(rng.standard_normal((3, B, n, H, D), np.float32))) for n in (N, L)
+        tuple(jnp.asarray(rng.standard_normal((3, B, H, n, D), np.float32))) for n in (N, L)
     )
     mask = jnp.arange(L) < jnp.array([[L], [3]]) if masked else None
-    whole = [jnp.concatenate(pair, axis=1) for pair in zip(picture, text, strict=True)]
     seen = None if mask is None else jnp.concatenate([jnp.ones((B, N), bool), mask], axis=1)
 
     def plain(picture, text):
-        whole = [jnp.concatenate(pair, axis=1) for pair in zip(picture, text, strict=True)]
-        return attention(*whole, seen)
+        whole = [jnp.concatenate(pair, axis=2) for pair in zip(picture, text, strict=True)]
+        heads_last = (jnp.swapaxes(x, 1, 2) for x in whole)
+        return jnp.swapaxes(attention(*heads_last, seen, scale=1.0), 1, 2)
 
     def ours(picture, text):
-        return jnp.concatenate(joint_attention(picture, text, mask, choice=choice), axis=1)
+        return jnp.concatenate(joint_attention(picture, text, mask, choice=choice), axis=2)
 
-    weight = jnp.asarray(rng.standard_normal(whole[0].shape, np.float32))
+    weight = jnp.asarray(rng.standard_normal((B, H, N + L, D), np.float32))
     results = [
         jax.jit(jax.value_and_grad(lambda *a, f=f: (f(*a) * weight).sum(), argnums=(0, 1)))(
             picture, text
@@ -146,7 +149,7 @@ def test_every_attention_over_both_streams_is_the_plain_one(choice, masked):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     only, none = joint_attention(picture, text, mask, choice=choice, both=False)
     assert none is None
-    np.testing.assert_allclose(only, plain(picture, text)[:, :N], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(only, plain(picture, text)[:, :, :N], rtol=1e-4, atol=1e-4)
 
 
 def test_a_new_network_returns_zero_and_its_head_does_not_train_the_trunk():
@@ -216,3 +219,16 @@ def test_pictures_that_do_not_fit_and_other_positions_are_refused(pair, tmp_path
     theirs.pos_embed.pos_embed.div_(2)
     with pytest.raises(ValueError, match="pos_embed.pos_embed: isn't what its config says"):
         load_mmdit(tmp_path)
+
+
+def test_a_tpus_products_by_heads_are_the_layers_own(monkeypatch):
+    layer = linear(12, 12, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer.bias[...] = jnp.arange(12.0)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 12), np.float32))
+    expected = layer(x).reshape(2, 5, 3, 4).swapaxes(1, 2)
+    back = layer(expected.swapaxes(1, 2).reshape(2, 5, 12))
+    for platform in ("cpu", "tpu"):
+        monkeypatch.setattr(joint, "current_target", lambda p=platform: SimpleNamespace(platform=p))
+        found = joint.to_heads(layer, x, 3)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(joint.from_heads(layer, found), back, rtol=1e-5, atol=1e-4)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import config_dict
+from conftest import config_dict, mmdit_dict
 from PIL import Image
 
 from contextdiff_jax.benchmarks import paired
@@ -33,6 +33,15 @@ def test_parts_are_the_layers_of_each_level_the_context_and_the_update(settings)
         "AdamW, average",
     ]
     for part in parts.values():  # each runs: shapes in, shapes out
+        assert jax.tree.leaves(jax.eval_shape(part.call, *part.arguments))
+
+
+def test_parts_of_a_transformer_are_its_joint_block_and_what_that_is_made_of():
+    settings = parse(mmdit_dict(**{"train.batch_size": 2}))
+    parts = {part.name.split(",")[0]: part for part in roofline.parts(settings, 2)}
+    assert {"joint block", "feed-forward of the picture", "joint attention"} < set(parts)
+    assert {"context: joint", "AdamW"} < set(parts)
+    for part in parts.values():
         assert jax.tree.leaves(jax.eval_shape(part.call, *part.arguments))
 
 

@@ -38,7 +38,7 @@ VALIDATION_SCENES = 2
 # the field still mean these.
 FIRST_DEFAULTS = {"context.max_gain": 1.0, "data.num_objects": [1, 3]}
 # Fields that say how the same step is computed.
-_SAME_RESULTS = ("train.remat", "train.attention")
+_SAME_RESULTS = ("train.remat", "train.attention", "train.unroll", "train.tpu_scoped_memory")
 
 
 def changed(

@@ -162,6 +162,19 @@ def _hidden(
     )
 
 
+def heads_attention(
+    q: Float[Array, "B H N D"],
+    k: Float[Array, "B H M D"],
+    v: Float[Array, "B H M D"],
+    mask: Bool[Array, "B M"] | None = None,
+    *,
+    choice: str,
+) -> Float[Array, "B H N D"]:
+    """`self_attention` of queries that are scaled already; heads stand in front of tokens."""
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # which its core turns back
+    return jnp.swapaxes(self_attention(q, k, v, 1.0, mask, choice=choice), 1, 2)
+
+
 def joint_attention(
     picture: tuple[Array, Array, Array],
     text: tuple[Array, Array, Array],
@@ -169,20 +182,21 @@ def joint_attention(
     *,
     choice: str = "auto",
     both: bool = True,
-) -> tuple[Float[Array, "B N H D"], Float[Array, "B L H D"] | None]:
-    """What the tokens of both find among all of them; each gives its q, k and v, [B, N, H, D].
+) -> tuple[Float[Array, "B H N D"], Float[Array, "B H L D"] | None]:
+    """What the tokens of both find among all of them; each gives its q (scaled), k and v,
+    [B, H, N, D].
 
     `mask`: which of the text's tokens are found, by anybody. Without `both` the text only is read.
     """
     (q, *found), (q_text, *found_text) = picture, text
-    k, v = (jnp.concatenate(pair, axis=1) for pair in zip(found, found_text, strict=True))
+    B, _, N, _ = q.shape
+    k, v = (jnp.concatenate(pair, axis=2) for pair in zip(found, found_text, strict=True))
     if mask is not None:
-        mask = jnp.concatenate([jnp.ones(q.shape[:2], bool), mask], axis=1)  # [B, N + L]
-    attend = functools.partial(self_attention, k=k, v=v, mask=mask, choice=choice)
+        mask = jnp.concatenate([jnp.ones((B, N), bool), mask], axis=1)  # [B, N + L]
+    attend = functools.partial(heads_attention, k=k, v=v, mask=mask, choice=choice)
     if not both:
         return attend(q), None
     if current_target().splits_rows:  # the picture's queries are; the text's all devices have
         return attend(q), attend(q_text)
-    N = q.shape[1]
-    out = attend(jnp.concatenate([q, q_text], axis=1))
-    return out[:, :N], out[:, N:]
+    out = attend(jnp.concatenate([q, q_text], axis=2))
+    return out[:, :, :N], out[:, :, N:]

@@ -49,6 +49,16 @@ def recomputed(method: Callable, module: nnx.Module, *arguments, policy: Callabl
     )(state, *arguments)
 
 
+def from_arguments(function: Callable) -> Callable:
+    """An element-wise `function`, of which the backward pass keeps nothing but the arguments.
+
+    Between the two scans over stacked layers XLA can't compute anything again by itself: every
+    intermediate result is written for each layer, and read. Of GELU's tanh form there are six, as
+    wide as the MLP inside.
+    """
+    return jax.checkpoint(function, prevent_cse=False)  # written out, XLA may do as it likes
+
+
 def rematerialised(call: Callable) -> Callable:
     """A block's `__call__(self, *arrays)` that keeps what the policy named `self.remat` says."""
 
@@ -64,10 +74,14 @@ def rematerialised(call: Callable) -> Callable:
     return wrapped
 
 
-def configure(network: nnx.Module, *, remat: str, attention: str) -> None:
-    """Chooses what the blocks inside keep, and what computes their self-attention."""
+def configure(network: nnx.Module, *, remat: str, attention: str, unroll: bool = False) -> None:
+    """Chooses what the blocks inside keep, what computes their self-attention, and whether layers
+    that are alike are written out.
+    """
     for _, module in nnx.iter_modules(network):
         if hasattr(module, "remat"):
             module.remat = remat
         if hasattr(module, "self_attention"):
             module.self_attention = attention
+        if hasattr(module, "unroll"):
+            module.unroll = unroll

@@ -18,6 +18,7 @@ class Chip:
         hbm: bytes of memory; None for a chip that nothing is compiled for without having it.
         hbm_bandwidth: bytes a second of the memory.
         link: bytes a second over the links along one axis of the torus.
+        clock: cycles a second, those of the peak.
         cores: devices that a topology described to the compiler has of one chip.
     """
 
@@ -26,6 +27,7 @@ class Chip:
     hbm: float | None = None
     hbm_bandwidth: float | None = None
     link: float | None = None
+    clock: float | None = None
     cores: int = 1
 
     def described(self) -> Chip:
@@ -42,12 +44,12 @@ class Chip:
         )
 
 
-_V5E = Chip("v5e", 197e12, 15.75 * GiB, 8.2e11, 9e10)
-_V5P = Chip("v5p", 459e12, 95 * GiB, 2.76e12, 1.8e11)
-_V6E = Chip("v6e", 918e12, 31.25 * GiB, 1.64e12, 1.8e11)
+_V5E = Chip("v5e", 197e12, 15.75 * GiB, 8.2e11, 9e10, 1.5e9)
+_V5P = Chip("v5p", 459e12, 95 * GiB, 2.76e12, 1.8e11, 1.75e9)
+_V6E = Chip("v6e", 918e12, 31.25 * GiB, 1.64e12, 1.8e11, 1.75e9)
 # By `jax.Device.device_kind`.
 CHIPS = {
-    "TPU v4": Chip("v4", 275e12, 32 * GiB, 1.2e12, 9e10, cores=2),
+    "TPU v4": Chip("v4", 275e12, 32 * GiB, 1.2e12, 9e10, 1.05e9, cores=2),
     "TPU v5 lite": _V5E,
     "TPU v5e": _V5E,
     "TPU v5": _V5P,

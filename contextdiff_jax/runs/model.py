@@ -26,7 +26,8 @@ def make_model(settings: Settings, rngs: nnx.Rngs | None = None) -> ContextDiffu
         rngs=nnx.Rngs(make_key(settings.seed)) if rngs is None else rngs,
         precision=Precision(compute=compute),
     )
-    configure(model, remat=settings.train.remat, attention=settings.train.attention)
+    train = settings.train
+    configure(model, remat=train.remat, attention=train.attention, unroll=train.unroll)
     return model
 
 

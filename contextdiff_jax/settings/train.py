@@ -62,6 +62,9 @@ class TrainConfig:
     remat: str = "none"
     # self-attention: xla, splash (TPU), heads (in turns), or what suits the platform and the length
     attention: str = "auto"
+    unroll: bool = False  # writes a transformer's layers out instead of one loop over them
+    # KiB of a TPU's on-chip memory that one operation may work in (0: as its compiler has it)
+    tpu_scoped_memory: int = 0
     log_every: int = 50
     checkpoint_every: int = 500
     keep_checkpoints: int = 2  # the newest
@@ -95,6 +98,7 @@ class TrainConfig:
             keep_checkpoints=1,
             keep_best=0,
             max_nonfinite=0,
+            tpu_scoped_memory=0,
             peer_timeout=1,
             warmup_steps=0,
             learning_rate=0,

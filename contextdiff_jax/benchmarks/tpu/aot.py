@@ -29,13 +29,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from contextdiff_jax.benchmarks.loading import Result
-from contextdiff_jax.benchmarks.tpu import hlo
+from contextdiff_jax.benchmarks.tpu import hlo, unrolled
+from contextdiff_jax.benchmarks.tpu.aot_table import table
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.inference.pipeline import method_of
 from contextdiff_jax.inference.sampling import Text
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.models.remat import POLICIES
-from contextdiff_jax.parallel.chips import CHIPS, Chip, GiB
+from contextdiff_jax.parallel.chips import CHIPS, Chip
 from contextdiff_jax.parallel.mesh import (
     Feed,
     MeshConfig,
@@ -46,13 +47,23 @@ from contextdiff_jax.parallel.mesh import (
 )
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runtime.fields import check_choice
-from contextdiff_jax.runtime.tables import aligned
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.compilation import jit_step
 from contextdiff_jax.training.state import init_state
 
 LOGGER = logging.getLogger(__name__)
 PROGRAMS = ("train", "sample")
+# What a program's parts add up to, of `predicted`.
+ADDITIVE = (
+    "seconds",
+    "compiler_seconds",
+    "cycle_seconds",
+    "kernel_seconds",
+    "flops",
+    "compiler_flops",
+    "kernel_flops",
+    "kernel_calls",
+)
 KERNEL_EFFICIENCY = 0.5  # of the peak, padding counted as work: an assumption, not a measurement
 
 
@@ -192,7 +203,8 @@ def run(settings: Settings, options: AotBenchmark) -> Result:
         rows.append(compile_row(candidate, options.program, mesh, frozen))
         LOGGER.info("%s: %s", rows[-1]["name"], "fits" if rows[-1]["fits"] else "doesn't fit")
     rows.sort(key=lambda row: (not row["fits"], -row.get("pictures_per_second", 0)))
-    return Result(_table(rows, options), rows)
+    text = table(rows, options.program, options.topology, KERNEL_EFFICIENCY)
+    return Result(text, rows)
 
 
 def _candidates(settings: Settings, chips: int) -> Iterator[Settings]:
@@ -241,7 +253,36 @@ def compile_row(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) ->
             "compile_seconds": time.perf_counter() - start,
         }
     row["compile_seconds"] = time.perf_counter() - start
-    return row | figures(compiled, settings, program, mesh, chip)
+    row |= figures(compiled, settings, program, mesh, chip)
+    if unrolled.is_looped(settings):
+        row |= _looped(settings, program, mesh, frozen)
+    return row
+
+
+def _looped(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) -> dict[str, Any]:
+    """What the compiler counts, a loop's body as often as it runs (benchmarks.tpu.unrolled)."""
+    chip = CHIPS[mesh.devices.flat[0].device_kind].described()
+
+    def measure(candidate: Settings) -> dict[str, float]:
+        compiled = compiled_anew(lower(candidate, program, mesh, frozen))
+        instructions = hlo.instructions(compiled.as_text())
+        cost = predicted(compiled, chip, instructions, trips(candidate, program))
+        return {name: cost[name] for name in ADDITIVE}
+
+    whole, layers = unrolled.counted(settings, measure)
+    batch = settings.train.batch_size / mesh.size
+    return whole | {
+        "utilisation": whole["flops"] / whole["seconds"] / chip.peak,
+        "pictures_per_second": settings.train.batch_size / whole["seconds"],
+        "layers": [
+            unrolled.describe(layer, batch, chip.peak) for layer in layers if program == "train"
+        ],
+    }
+
+
+def trips(settings: Settings, program: str) -> int:
+    """How often the program's outer loop runs."""
+    return settings.sample.steps if program == "sample" else settings.train.accumulation
 
 
 def compiled_anew(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
@@ -288,6 +329,7 @@ def predicted(
     return {
         "seconds": seconds,
         "compiler_seconds": xla,
+        "cycle_seconds": hlo.cycles(program) * loop / chip.clock,
         "unknown": unknown,
         "kernel_seconds": hidden_seconds,
         "flops": flops + hidden,
@@ -303,9 +345,8 @@ def figures(
 ) -> dict[str, Any]:
     """Read memory, seconds and traffic of a compiled program."""
     memory, instructions = compiled.memory_analysis(), hlo.instructions(compiled.as_text())
-    loop = settings.sample.steps if program == "sample" else settings.train.accumulation
     traffic = hlo.collectives(instructions, mesh.shape)
-    cost = predicted(compiled, chip, instructions, loop)
+    cost = predicted(compiled, chip, instructions, trips(settings, program))
     return cost | {
         "fits": memory.peak_memory_in_bytes <= chip.hbm,
         "collective_seconds": sum(row.sent_bytes for row in traffic) / chip.link,
@@ -321,55 +362,3 @@ def figures(
             for row in hlo.largest(instructions)
         ],
     }
-
-
-def _table(rows: list[dict[str, Any]], options: AotBenchmark) -> str:
-    level = rows[0]["optimization_level"]
-    level = "" if level == "UNKNOWN" else f" at JAX_OPTIMIZATION_LEVEL={level}"
-    head = ["", "fits", "HBM GiB", "TFLOP", "s", "kernels", "sent in", "of peak", "compile"]
-    lines = [
-        f"{options.program} on {options.topology}, a chip; predicted by the compiler "
-        f"(libtpu{level}), nothing run on a TPU",
-        aligned(head, [_entries(row) for row in rows]),
-        *(f"{row['name']}: {row['reason']}" for row in rows if row["seconds"] is None),
-        "s: the compiler's estimate and the attention kernels, whose operations it doesn't see, at "
-        f"{KERNEL_EFFICIENCY:.0%} of the peak, padding counted; sent in: collectives, not in s, if "
-        "nothing hid them",
-    ]
-    return "\n".join(lines + (_details(rows[0]) if rows[0]["fits"] else []))
-
-
-def _entries(row: dict[str, Any]) -> list[str]:
-    """The row's texts; a program that didn't compile has no figures."""
-    name, fits, seconds = row["name"], "yes" if row["fits"] else "no", row["compile_seconds"]
-    if row["seconds"] is None:
-        return [name, fits, *["-"] * 6, f"{seconds:.0f} s"]
-    return [
-        name,
-        fits,
-        f"{row['peak_hbm'] / GiB:.2f} / {row['hbm'] / GiB:.4g}",
-        f"{row['flops'] / 1e12:.2f}",
-        *(f"{row[part]:.4f}" for part in ("seconds", "kernel_seconds", "collective_seconds")),
-        f"{row['utilisation']:.1%}",
-        f"{seconds:.0f} s",
-    ]
-
-
-def _details(row: dict[str, Any]) -> list[str]:
-    """Lines on one program: what a chip sends, and its largest arrays."""
-    sent = [
-        [each["kind"], each["axes"], str(each["count"]), f"{each['sent_bytes'] / 2**20:.2f}"]
-        for each in row["collectives"]
-    ]
-    return [
-        "",
-        f"{row['name']}: sent by a chip",
-        *([aligned(["collective", "axes", "times", "MiB in all"], sent)] if sent else []),
-        f"  state and batch {row['arguments'] / GiB:.2f} GiB, of which "
-        f"{row['aliased'] / GiB:.2f} are written in place",
-        "largest arrays",
-        *(
-            f"  {math.floor(a['bytes'] / 2**20):8} MiB {a['array']:32} {a['made_by'][-70:]}"
-            for a in row["largest"]
-        ),
-    ]

@@ -234,18 +234,35 @@ def kernels(program: list[Instruction]) -> list[Kernel]:
     return found
 
 
-def largest(program: list[Instruction], count: int = 8) -> Iterator[tuple[str, int, str]]:
-    """(type and shape, bytes, what made it) of the largest arrays that lie in memory, each shape
-    once.
+def cycles(program: list[Instruction]) -> int:
+    """The compiler's own estimate of the cycles that its operations take, one after the other;
+    kernels, and what is copied or sent beside the computation, are not in it.
     """
-    outside = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "conditional"}
-    fused = {
+    fused = _fused(program)
+    return sum(
+        int(found[1]) * each.times
+        for each in program
+        if each.computation not in fused
+        and (found := re.search(r'"estimated_cycles":"(\d+)"', each.rest))
+    )
+
+
+def _fused(program: list[Instruction]) -> set[str]:
+    """The computations that are the inside of one operation."""
+    return {
         called
         for each in program
         if each.opcode == "fusion"
         for called in re.findall(r"calls=%?([\w.\-]+)", each.rest)
     }
-    seen = {}
+
+
+def largest(program: list[Instruction], count: int = 8) -> Iterator[tuple[str, int, str]]:
+    """(type and shape, bytes, what made it) of the largest arrays that lie in memory, each shape
+    once.
+    """
+    outside = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "conditional"}
+    fused, seen = _fused(program), {}
     for each in program:
         if each.computation in fused or each.opcode in outside or len(each.shapes) != 1:
             continue

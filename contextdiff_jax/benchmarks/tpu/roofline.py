@@ -1,9 +1,9 @@
 """The parts of a training step against the roofline of products and memory (Williams et al., 2009).
 
-Each kind of layer of the config's UNet at each of its levels, forward and backward, the context,
-and the optimizer with the average are compiled by themselves. Without `topology` they run on this
-machine's first device, and the roofs are measured, too; with it they are compiled for one of its
-chips, and seconds and bytes are the compiler's estimates.
+Each kind of layer of the config's backbone (of a UNet at each of its levels), forward and backward,
+the context, and the optimizer with the average are compiled by themselves. Without `topology` they
+run on this machine's first device, and the roofs are measured, too; with it they are compiled for
+one of its chips, and seconds and bytes are the compiler's estimates.
 
     intensity = operations / bytes          operations / s <= min(peak, intensity x bandwidth)
 """
@@ -11,6 +11,7 @@ chips, and seconds and bytes are the compiler's estimates.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import pathlib
 import statistics
@@ -30,11 +31,16 @@ from contextdiff_jax.benchmarks import paired
 from contextdiff_jax.benchmarks.loading import Result
 from contextdiff_jax.benchmarks.paired import Contestant
 from contextdiff_jax.benchmarks.tpu import aot, hlo
+from contextdiff_jax.models.attention import joint_attention
+from contextdiff_jax.models.joint import Stream
+from contextdiff_jax.models.mmdit import MMDiT
+from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.parallel.chips import CHIPS
 from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh, replicated, tracing_for
 from contextdiff_jax.runs.model import make_model
 from contextdiff_jax.runtime.tables import aligned
 from contextdiff_jax.settings import Settings
+from contextdiff_jax.training.compilation import compiler_options
 from contextdiff_jax.training.state import make_optimizer, moving_average
 
 LOGGER = logging.getLogger(__name__)
@@ -71,17 +77,29 @@ class Roofs(NamedTuple):
 
 
 def parts(settings: Settings, batch: int) -> Iterator[Part]:
-    """Yield each level's last layers of its down block, the context, and the update."""
+    """Yield the backbone's layers, the context, and the update."""
     model = nnx.eval_shape(lambda: make_model(settings))
-    dtype, (height, width, C), L = (
-        model.unet.precision.compute,
-        settings.shape,
-        settings.data.max_length,
-    )
+    kinds = {UNet: _unet_parts, MMDiT: _transformer_parts}
+    yield from kinds[type(model.backbone)](settings, model.backbone, batch)
+    (height, width, C), L, shape = settings.shape, settings.data.max_length, jax.ShapeDtypeStruct
+    if not settings.context.network.is_zero:
+        x0, mask, t = (
+            shape((batch, height, width, C), jnp.float32),
+            shape((batch, L), jnp.bool_),
+            shape((batch,), jnp.int32),
+        )
+        tokens = shape((batch, L, settings.text.width), jnp.float32)
+        yield _layer(f"context: {settings.context.kind}", model.context, (x0, tokens), (mask, t))
+    yield _update(settings, nnx.state(model, nnx.Param))
+
+
+def _unet_parts(settings: Settings, unet: UNet, batch: int) -> Iterator[Part]:
+    """Each level's last layers of its down block."""
+    dtype, (height, width, _), L = unet.precision.compute, settings.shape, settings.data.max_length
     shape = jax.ShapeDtypeStruct
     temb = shape((batch, settings.model.time_features), dtype)
     text = shape((batch, L, settings.model.cross_attention_dim), dtype)
-    for i, block in enumerate(model.unet.down_blocks):
+    for i, block in enumerate(unet.down_blocks):
         resnet, (H, W), channels = (
             block.resnets[-1],
             (height >> i, width >> i),
@@ -98,15 +116,29 @@ def parts(settings: Settings, batch: int) -> Iterator[Part]:
             yield _layer(f"self-attention {H}x{W}, {channels}", inner.attn1, (tokens,))
             yield _layer(f"cross-attention {H}x{W}, {channels}", inner.attn2, (tokens, text))
             yield _layer(f"feed-forward {H}x{W}, {channels}", inner.ff, (tokens,))
-    if not settings.context.network.is_zero:
-        x0, mask, t = (
-            shape((batch, height, width, C), jnp.float32),
-            shape((batch, L), jnp.bool_),
-            shape((batch,), jnp.int32),
-        )
-        tokens = shape((batch, L, settings.text.width), jnp.float32)
-        yield _layer(f"context: {settings.context.kind}", model.context, (x0, tokens), (mask, t))
-    yield _update(settings, nnx.state(model, nnx.Param))
+
+
+def _transformer_parts(settings: Settings, mmdit: MMDiT, batch: int) -> Iterator[Part]:
+    """The first layer whole, and what it is made of."""
+    config, shape = settings.model, jax.ShapeDtypeStruct
+    graph, stacked = nnx.split(mmdit.stacks[0].layers)
+    block = nnx.merge(graph, jax.tree.map(lambda a: shape(a.shape[1:], a.dtype), stacked))
+    (height, width, _), L, D = settings.shape, settings.data.max_length, config.width
+    counts = {"picture": height * width // config.patch_size**2, "text": L}
+    tokens = {
+        name: shape((batch, count, D), mmdit.precision.compute) for name, count in counts.items()
+    }
+    time = shape((batch, D), mmdit.precision.compute)
+    yield _layer(f"joint block, {D}", block, (*tokens.values(), time))
+    for name, x in tokens.items():
+        stream: Stream = getattr(block, name)
+        yield _layer(f"q, k, v of the {name}, {counts[name]}", stream.attn, (x,))
+        if stream.ff is not None:
+            yield _layer(f"feed-forward of the {name}, {counts[name]}", stream.ff, (x,))
+    H, E = config.num_attention_heads, config.attention_head_dim
+    heads = [(shape((batch, H, count, E), time.dtype),) * 3 for count in counts.values()]
+    attend = functools.partial(joint_attention, choice=settings.train.attention)
+    yield _part(f"joint attention, {H} x {E}", attend, tuple(heads))
 
 
 def _layer(name: str, module: nnx.Module, inputs: tuple, others: tuple = ()) -> Part:
@@ -116,15 +148,19 @@ def _layer(name: str, module: nnx.Module, inputs: tuple, others: tuple = ()) -> 
     def forward(params, inputs, others):
         return nnx.merge(graph, params)(*inputs, *others)
 
-    def call(cotangent, params, inputs, others):
+    return _part(name, forward, (params, inputs), (others,))
+
+
+def _part(name: str, forward: Callable, inputs: tuple, others: tuple = ()) -> Part:
+    """`forward(*inputs, *others)`: its output, and the gradients of `inputs`."""
+
+    def call(cotangent, inputs, others):
         output, gradients = jax.vjp(
-            lambda *differentiated: forward(*differentiated, others), params, inputs
+            lambda *differentiated: forward(*differentiated, *others), *inputs
         )
         return output, gradients(cotangent)
 
-    return Part(
-        name, call, (jax.eval_shape(forward, params, inputs, others), params, inputs, others)
-    )
+    return Part(name, call, (jax.eval_shape(forward, *inputs, *others), inputs, others))
 
 
 def _update(settings: Settings, params: PyTree) -> Part:
@@ -188,7 +224,8 @@ def _compile(part: Part, mesh: Mesh, settings: Settings) -> jax.stages.Compiled:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), part.arguments
     )
     with tracing_for(mesh, settings.mesh.rules):
-        return aot.compiled_anew(jax.jit(part.call).lower(*placed))
+        options = compiler_options(settings.train, mesh)
+        return aot.compiled_anew(jax.jit(part.call, compiler_options=options).lower(*placed))
 
 
 def _seconds(part: Part, compiled: jax.stages.Compiled, rounds: int) -> float:
