@@ -42,6 +42,11 @@ SHALLOW = {"model.num_layers": 1}  # one layer, the last: the fewest operations 
 KEY = jax.random.key(0)
 PROMPTS = ["a red circle", "a large blue square"]
 LINEAR = {"context.kind": "linear"}  # the kind with the fewest
+INDICES = {
+    "diffusion.schedule": "cosine",
+    "diffusion.prediction_type": "v",
+    "context.estimate": "plugin",
+}
 PLUGIN = {"diffusion.prediction_type": "x0", "context.estimate": "plugin"}
 
 
@@ -197,8 +202,8 @@ EVERY_KIND = {
     "gaussian_source": {"context.shift": "prior", "context.variance_kl": 0.1},
     "none": {"context.shift": "none"},
 }
-# the two whose r the loss differentiates; the others: pytest -m slow tests/test_mmdit_runs.py
-DIFFERENTIATED = ("two_ends", "gaussian_source")
+# of those whose r the loss differentiates; the others: pytest -m slow tests/test_mmdit_runs.py
+DIFFERENTIATED = ("two_ends",)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +324,7 @@ def test_every_sampler_without_noise_follows_the_motion_of_a_transformer(pipelin
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"diffusion.schedule": "cosine", "diffusion.prediction_type": "v", **PLUGIN}],
+    [{}, pytest.param(INDICES, marks=pytest.mark.slow)],  # pytest -m slow tests/test_mmdit_runs.py
     ids=["likelihood on the straight path", "bound on indices"],
 )
 def test_each_picture_has_a_bound_in_bits(changes):
