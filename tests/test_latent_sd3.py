@@ -197,3 +197,5 @@ def test_ids_of_a_run_are_those_of_the_folders_tokenizers(pipe):
     np.testing.assert_array_equal(ids, model.encode_text(PROMPTS)[0])
     np.testing.assert_array_equal(mask, model.encode_text(PROMPTS)[1])
     np.testing.assert_array_equal(ids, np.concatenate(model.token_ids(PROMPTS), axis=1))
+    shapes = load_frozen(settings).text.shapes(settings.data.max_length)
+    assert shapes == (ids.shape[1:], mask.shape[1:])

@@ -91,6 +91,7 @@ def test_batches_hold_the_ids_of_both_tokenizers_and_the_sizes_of_the_pictures(p
     expected = {(40, 20, 8, 0), (16, 16, 0, 0), (20, 48, 0, 11), (17, 33, 0, 8)}
     assert {tuple(map(int, row[:4])) for row in batch["sizes"]} == expected
     assert (batch["sizes"][:, 4:] == 16).all()
+    assert load_frozen(settings).text.shapes(9) == ((2, 9), (9,))
 
 
 def test_the_crop_of_a_scaled_picture_is_that_of_diffusers_training_script():

@@ -4,7 +4,7 @@ Each maps token ids and their mask to states of the tokens, or to these, their m
 text.
 `reads_padding`: whether the denoiser reads the states of padding. `zeros_for_empty`: whether zeros,
 and not the empty caption's states, stand for no caption. `width` and `pooled_width` are those of
-what is given, `longest` the most tokens.
+what is given, `longest` the most tokens, `shapes(length)` those of a text's ids and mask.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ class FrozenText(nnx.Module):
         self.width = self.pooled_width = clip.config.hidden_size
         self.longest = clip.config.max_position_embeddings
 
+    def shapes(self, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a text's ids and mask."""
+        return (length,), (length,)
+
     def __call__(
         self, token_ids: Int[ArrayLike, "B L"], token_mask: Bool[ArrayLike, "B L"]
     ) -> Float[Array, "B L D"]:
@@ -55,6 +59,10 @@ class FrozenTextPair(nnx.Module):
         self.pooled_width = configs[1].projection_dim if configs[1].with_projection else 0
         self.longest = min(config.max_position_embeddings for config in configs)
 
+    def shapes(self, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a text's ids and mask."""
+        return (2, length), (length,)
+
     def __call__(
         self, token_ids: Int[ArrayLike, "B 2 L"], token_mask: Bool[ArrayLike, "B L"]
     ) -> tuple[Float[Array, "B L D"], Bool[ArrayLike, "B L"], Float[Array, "B P"]]:
@@ -75,6 +83,10 @@ class FrozenT5(nnx.Module):
         self.t5 = t5
         self.width = self.pooled_width = t5.config.d_model
         self.longest = math.inf  # its positions are relative
+
+    def shapes(self, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a text's ids and mask."""
+        return (length,), (length,)
 
     def __call__(
         self, token_ids: Int[ArrayLike, "B L"], token_mask: Bool[ArrayLike, "B L"]
@@ -116,6 +128,12 @@ class FrozenTextTriple(nnx.Module):
         names = ("text_encoder", "text_encoder_2", "text_encoder_3")
         found = zip(names, (self.clip, self.clip_2, self.t5), strict=True)
         return {name: encoder for name, encoder in found if encoder is not None}
+
+    def shapes(self, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a text's ids and mask."""
+        clips = len(self.encoders.keys() - {"text_encoder_3"})
+        rest = 0 if self.t5 is None else length - self.clip_length
+        return (clips * self.clip_length + rest,), (clips * self.clip_length + rest,)
 
     def __call__(
         self, token_ids: Int[ArrayLike, "B N"], token_mask: Bool[ArrayLike, "B N"]

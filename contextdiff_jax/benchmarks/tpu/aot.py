@@ -125,16 +125,20 @@ def abstract(tree: Any, shardings: Any) -> Any:
 
 
 def _text(
-    rows: int, length: int, sharding: jax.sharding.Sharding
+    settings: Settings, frozen: Frozen, rows: int, sharding: jax.sharding.Sharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    types = {"token_ids": jnp.int32, "token_mask": jnp.bool_}
+    length = settings.data.max_length
+    ids, mask = ((length,), (length,)) if frozen.text is None else frozen.text.shapes(length)
+    arrays = {"token_ids": (ids, jnp.int32), "token_mask": (mask, jnp.bool_)}
     return {
-        name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding)
-        for name, dtype in types.items()
+        name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in arrays.items()
     }
 
 
-def abstract_batch(settings: Settings, feed: Feed) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(
+    settings: Settings, feed: Feed, frozen: Frozen = Frozen()
+) -> dict[str, jax.ShapeDtypeStruct]:
     """A training batch's shapes on the mesh, as the loader of `data.source` gives them."""
     (H, W, C), B, size = settings.shape, settings.train.batch_size, settings.data.image_size
     if settings.data.kind.holds_latents:
@@ -145,8 +149,7 @@ def abstract_batch(settings: Settings, feed: Feed) -> dict[str, jax.ShapeDtypeSt
         name: jax.ShapeDtypeStruct(s, d, sharding=feed.sharding(s))
         for name, (s, d) in arrays.items()
     }
-    length = settings.data.max_length
-    return images | _text(B, length, feed.sharding((B, length)))
+    return images | _text(settings, frozen, B, feed.sharding((B, settings.data.max_length)))
 
 
 def lower(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) -> jax.stages.Lowered:
@@ -159,12 +162,13 @@ def lower(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) -> jax.s
         abstract(frozen, state_shardings(mesh, frozen, rules)),
     )
     if program == "train":
-        batch = abstract_batch(settings, Feed(mesh, settings.train.batch_size, rules))
-        null = _text(1, settings.data.max_length, whole)
+        batch = abstract_batch(settings, Feed(mesh, settings.train.batch_size, rules), frozen)
+        null = _text(settings, frozen, 1, whole)
         return jit_step(settings, shardings, batch, null, frozen).lower(state, batch, null, frozen)
     B, key = settings.train.batch_size, jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
-    spread, length = place(mesh, (B, 1), ("batch", None), rules), settings.data.max_length
-    text = Text(*_text(B, length, spread).values(), *_text(1, length, whole).values())
+    spread = place(mesh, (B, 1), ("batch", None), rules)
+    text = (_text(settings, frozen, *each).values() for each in ((B, spread), (1, whole)))
+    text = Text(*itertools.chain(*text))
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=whole)
     guidance = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     pipeline = of_run(settings, None, state.ema, frozen=frozen, mesh=mesh)
