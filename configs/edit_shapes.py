@@ -1,16 +1,16 @@
-"""The editing default: a clip of a moving shape, edited by the model that configs/shapes.py trains;
-nothing to download.
+"""The editing default: a clip of a moving shape, edited by the model that configs/shapes_16.py
+trains; nothing to download.
 
 Where `video.path` does not exist yet, make the clip and its true edits:
 
-    python -m contextdiff_jax.train --config=configs/shapes.py --workdir=runs/shapes
+    python -m contextdiff_jax.train --config=configs/shapes_16.py --workdir=runs/shapes
     python -m contextdiff_jax.draw_clip --out=runs/clip
     python -m contextdiff_jax.edit --config=configs/edit_shapes.py --workdir=runs/edit
 """
 
 from ml_collections import ConfigDict
 
-from configs import shapes
+from configs import shapes_16
 from contextdiff_jax.editing.settings import EditConfig, VideoConfig
 from contextdiff_jax.runtime.fields import defaults
 
@@ -21,11 +21,11 @@ def video_sections() -> dict:
 
 
 def get_config() -> ConfigDict:
-    """shapes, tuned for seconds on eight frames. Of strengths 0.5 to 1, guidance 1.5 to 6 and both
-    negatives, these kept the most of twelve other edits exact: with more noise undone the shape is
-    lost, away from the source's prompt the colours.
+    """shapes_16, tuned for seconds on eight frames. Of strengths 0.5 to 1, guidance 1.5 to 6 and
+    both negatives, these kept the most of twelve other edits exact: with more noise undone the
+    shape is lost, away from the source's prompt the colours.
     """
-    config = shapes.get_config()
+    config = shapes_16.get_config()
     config.update(video_sections())
     config.train.update(
         steps=20,

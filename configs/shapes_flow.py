@@ -1,16 +1,16 @@
-"""`shapes` on the straight path, rectified flow, by the method of your choice.
+"""`shapes_16` on the straight path, rectified flow, by the method of your choice.
 
     python -m contextdiff_jax.train --config=configs/shapes_flow.py --workdir=runs/flow
     python -m contextdiff_jax.train --config=configs/shapes_flow.py:csfm --workdir=runs/csfm
 
 `velocity` (the default), `posterior_mean` and `plugin` are ContextDiff, by what the reverse process
 knows of r; `plain` has none; `car_flow` and `csfm` are other people's (docs/mathematics.md). The
-network predicts in the units of x0, which weighs the times as `configs/shapes.py` does.
+network predicts in the units of x0, which weighs the times as `configs/shapes_16.py` does.
 """
 
 from ml_collections import ConfigDict
 
-from configs import shapes
+from configs import shapes_16
 from contextdiff_jax.runtime.fields import check_choice
 
 X0, M = {"diffusion.prediction_type": "x0"}, {"diffusion.prediction_type": "data"}
@@ -36,8 +36,8 @@ METHODS = {
 
 
 def get_config(method: str = "velocity") -> ConfigDict:
-    """shapes on `flow`, by one of METHODS."""
+    """shapes_16 on `flow`, by one of METHODS."""
     check_choice("configs/shapes_flow.py:METHOD", method, METHODS)
-    config = shapes.get_config()
+    config = shapes_16.get_config()
     config.update_from_flattened_dict({"diffusion.schedule": "flow"} | METHODS[method])
     return config

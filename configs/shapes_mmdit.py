@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.model = base.backbone(
         "mmdit",
         sample_size=config.data.image_size,
+        patch_size=4,
         in_channels=3,
         out_channels=3,
         num_layers=6,
@@ -35,4 +36,5 @@ def get_config() -> ConfigDict:
     )
     config.context.update(kind="joint", estimate="velocity")
     config.train.update(batch_size=64, learning_rate=1e-3)
+    config.sample.update(sampler="ddim", steps=25)  # without an estimate of r: no noise
     return config

@@ -25,7 +25,7 @@ WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
 MODEL = cli.define_path(
     "model",
     None,
-    "A Stable Diffusion folder (1.x, 2.x, XL) or single .safetensors file, instead of --workdir.",
+    "A Stable Diffusion folder (1.x, 2.x, XL, 3) or single .safetensors file, not --workdir.",
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; may be given many times.")
 PROMPTS_FILE = cli.define_path("prompts_file", None, "A text file with one caption a line.")

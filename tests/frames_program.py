@@ -1,8 +1,11 @@
 """Prints, as JSON, how far a tuning step's gradient and an inversion with the frames over 8 devices
 are from those on one.
+
+    python tests/frames_program.py unet|mmdit
 """
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +20,11 @@ from contextdiff_jax.editing.tuning import trainable, tuning_loss
 from contextdiff_jax.editing.video_model import open_editor
 
 
-def main() -> None:
-    """Both, of a tiny model with every branch awake, on eight frames."""
-    settings = edit_settings(**{"edit.steps": 2, "train.batch_size": 1})
+def main(kind: str) -> None:
+    """Both, of a tiny model of that kind with every branch awake, on eight frames."""
+    # of the kind of context whose parameters all have a gradient
+    changes = {"edit.steps": 2, "train.batch_size": 1, "context.kind": "cross_attention"}
+    settings = edit_settings(kind, **changes)
     editor = open_editor(settings)
     rng = np.random.default_rng(0)
     for leaf in jax.tree.leaves(
@@ -70,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

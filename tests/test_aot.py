@@ -11,16 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE_LEVEL, command, config_dict, mmdit_dict
+from conftest import ONE_LEVEL, command, config_dict
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from contextdiff_jax.benchmarks.tpu import aot, aot_table, hlo, unrolled
+from contextdiff_jax.benchmarks.tpu import aot, aot_table, hlo
 from contextdiff_jax.models import flash
 from contextdiff_jax.models.attention import attention
 from contextdiff_jax.models.contextdiff import Frozen
-from contextdiff_jax.models.joint import JointBlock
 from contextdiff_jax.models.layers import ResnetBlock
 from contextdiff_jax.models.remat import POLICIES, configure
 from contextdiff_jax.models.transformer import SpatialTransformer
@@ -280,41 +279,6 @@ def test_figures_are_those_of_the_compiled_program(devices, monkeypatch):
         and 0.05 < row["utilisation"] <= 1
     )
     assert "nothing run on a TPU" in result.text and row["name"] in result.text
-
-
-def test_a_loops_body_is_counted_as_often_as_it_runs_from_programs_written_out():
-    """Costs are made up: 2 s a layer with a second attention, 1 s a layer without, 5 s the last,
-    and 3 s for all else.
-    """
-    fields = {"model.num_layers": 12, "model.dual_attention_layers": (0, 1, 2, 3, 4)}
-    settings = parse(mmdit_dict(**fields))
-    tried = []
-
-    def measure(candidate):
-        tried.append([stack.count for stack in candidate.model.stacks()])
-        assert candidate.train.unroll
-        dual = len(candidate.model.dual_attention_layers)
-        plain = candidate.model.num_layers - dual - 1
-        return {"seconds": 3.0 + 2 * dual + plain + 5}
-
-    whole, layers = unrolled.counted(settings, measure)
-    assert tried == [[2, 2, 1], [4, 2, 1], [2, 4, 1]]
-    assert whole == {"seconds": 3.0 + 2 * 5 + 6 + 5}
-    assert [(layer.count, layer.figures["seconds"]) for layer in layers] == [(5, 2.0), (6, 1.0)]
-    assert not unrolled.is_looped(parse(config_dict()))
-
-
-def test_useful_operations_are_those_of_a_layers_products():
-    config = parse(mmdit_dict()).model
-    block = nnx.eval_shape(
-        lambda: JointBlock(16, 2, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-    )
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 64, 16), (1, 32, 16), (1, 16))]
-    graph, params = nnx.split(block)
-    step = jax.jit(lambda params, *x: nnx.merge(graph, params)(*x))
-    counted = step.lower(params, *shapes).cost_analysis()["flops"]
-    useful = unrolled.useful_flops(config, False, 64, 32) / 3
-    assert useful < counted < 1.25 * useful  # the rest: norms, softmax, activations
 
 
 def test_a_sweep_tries_meshes_rematerialisations_and_batches_and_the_fastest_that_fits_comes_first(

@@ -23,7 +23,7 @@ from contextdiff_jax.training.state import zero_metrics
 
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 # An autoencoder's, or a pipeline's.
-NEEDS_A_FOLDER = ("emoji_latent", "sd15_latent", "sd21_latent", "sdxl_latent")
+NEEDS_A_FOLDER = ("emoji_latent", "sd15_latent", "sd21_latent", "sd3_latent", "sdxl_latent")
 
 
 @pytest.mark.parametrize("name", NAMES)

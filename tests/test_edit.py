@@ -165,14 +165,15 @@ def test_what_does_not_fit_the_command_is_one_line(folder, tmp_path):
 
 
 @pytest.mark.slow  # over a minute of compilation: pytest -m slow tests/test_edit.py
-def test_frames_over_eight_devices_give_what_one_device_gives():
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+def test_frames_over_eight_devices_give_what_one_device_gives(kind):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         **ON_EIGHT,
     }
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tests/frames_program.py")],
+        [sys.executable, str(ROOT / "tests/frames_program.py"), kind],
         env=environment,
         capture_output=True,
         text=True,

@@ -220,7 +220,7 @@ def test_the_shift_changes_inversion_and_sampling_of_the_model(tiny):
 
 
 def test_strength_cuts_the_noisiest_steps_off():
-    assert list(edit_timesteps(100, EditConfig(steps=10))) == [
+    assert list(edit_timesteps(SCHEDULE, EditConfig(steps=10))) == [
         9,
         19,
         29,
@@ -232,7 +232,11 @@ def test_strength_cuts_the_noisiest_steps_off():
         89,
         99,
     ]
-    assert list(edit_timesteps(100, EditConfig(steps=10, strength=0.3))) == [9, 19, 29]
+    assert list(edit_timesteps(SCHEDULE, EditConfig(steps=10, strength=0.3))) == [9, 19, 29]
+    flow = diffusion.make_schedule("flow")
+    times = edit_timesteps(flow, EditConfig(steps=10, strength=0.3))
+    np.testing.assert_allclose(times, [0.1, 0.2, 0.3], rtol=1e-6)
+    assert edit_timesteps(flow, EditConfig(steps=2000))[0] > flow.t_min
 
 
 def test_tuning_moves_only_what_is_chosen_and_lowers_the_loss(tiny):

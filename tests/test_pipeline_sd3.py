@@ -28,7 +28,7 @@ KINDS = {
     "3": {},
     "3.5 medium": dict(transformer=MEDIUM),
     "3.5 large": dict(transformer=dict(qk_norm="rms_norm")),
-    "without T5": dict(absent=PARTS[2:], transformer=dict(num_layers=3)),
+    "without T5": dict(absent=PARTS[2:]),
 }
 
 

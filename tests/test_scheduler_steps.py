@@ -17,6 +17,7 @@ from contextdiff_jax.pretrained.scheduler_steps import scheduler_steps
 
 diffusers = pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")
+SD3 = pytest.importorskip("diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3")
 
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 EULER, HEUN = diffusers.EulerDiscreteScheduler, diffusers.HeunDiscreteScheduler
@@ -199,6 +200,22 @@ def test_ddpm_and_the_ancestral_sampler_have_their_schedulers_times(tmp_path):
                 np.testing.assert_allclose(made.levels.noise[::-1], noise, rtol=2e-4)
                 start = float(scheduler.init_noise_sigma) / np.sqrt(1 + noise[0] ** 2)
                 assert abs(made.levels.start - start) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"time_shift_type": "linear", "max_shift": 3.0}, {"use_karras_sigmas": True}]
+)
+def test_a_shift_that_follows_the_size_is_that_of_stable_diffusion_3(tmp_path, options):
+    scheduler = FLOW_EULER(use_dynamic_shifting=True, shift=3.0, **options)
+    scheduler.save_pretrained(tmp_path)
+    ours = load_scheduler(tmp_path, pipeline="StableDiffusion3Pipeline")
+    assert not ours.solver.note
+    for tokens in (64, 1024, 4096):
+        mu = SD3.calculate_shift(tokens, max_shift=scheduler.config.max_shift)
+        scheduler.set_timesteps(20, mu=mu)
+        steps = scheduler_steps(ours, "euler", 20, tokens=tokens)
+        np.testing.assert_allclose(steps.timesteps, scheduler.sigmas[:-1], rtol=1e-5)
+        np.testing.assert_allclose(steps.read(steps.timesteps), scheduler.timesteps, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

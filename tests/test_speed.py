@@ -11,10 +11,19 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import ONE_LEVEL, SMALLEST, SMALLEST_BY_FLAGS, TINY, command, config_dict, overrides
+from conftest import (
+    ONE_LEVEL,
+    SMALLEST,
+    SMALLEST_BY_FLAGS,
+    TINY,
+    command,
+    config_dict,
+    mmdit_dict,
+    overrides,
+)
 from flax import nnx
 
-from contextdiff_jax.benchmarks import method, paired, speed, torch_method, torch_peer
+from contextdiff_jax.benchmarks import method, network, paired, speed, torch_method, torch_peer
 from contextdiff_jax.benchmarks.paired import Contestant, Times
 from contextdiff_jax.benchmarks.speed import SpeedBenchmark
 from contextdiff_jax.runtime.errors import RunError
@@ -65,14 +74,26 @@ def test_memory_of_a_call_is_what_the_process_grew_by():
 
 @pytest.mark.parametrize("program", speed.PROGRAMS)
 def test_our_results_are_torchs(settings, program):
-    contestants, flops = {"train": speed._train_unet, "sample": speed._sample_unet}[program](
-        settings, SpeedBenchmark(program=program, compare="torch")
-    )
+    contestants, flops = speed.NETWORK[program](settings, SpeedBenchmark(compare="torch"))
     assert [contestant.name for contestant in contestants] == [
         "unet",
         "torch channels_last",
         "torch NCHW",
     ] and flops > 1e6
+
+
+@pytest.mark.parametrize("program", speed.PROGRAMS)
+def test_a_transformers_results_are_torchs(program):
+    """Of every tensor that torch trains; Euler's method on the straight path."""
+    changes = {"model.dual_attention_layers": (0,), "model.num_layers": 2, "sample.steps": 2}
+    settings = parse(mmdit_dict(**FEW | changes))
+    contestants, flops = speed.NETWORK[program](settings, SpeedBenchmark(compare="torch"))
+    assert [contestant.name for contestant in contestants] == ["transformer", "torch NCHW"]
+    assert flops > 1e6
+    for contestant in contestants:  # have had one turn, and have many
+        assert np.isfinite(np.asarray(contestant.call())).all()
+    missing = "model.kind='mmdit'"
+    assert torch_method.lacking(settings) == missing and method._torch_method(settings) == []
 
 
 @pytest.mark.parametrize(
@@ -120,9 +141,11 @@ def test_a_method_that_differs_gives_no_ratio_and_one_that_torch_lacks_is_left_o
     ],
 )
 def test_no_ratio_where_results_differ(settings, monkeypatch, method, change, words):
-    true = getattr(torch_peer.TorchUNet, method)
-    monkeypatch.setattr(torch_peer.TorchUNet, method, lambda *arguments: change(true(*arguments)))
-    make = speed._sample_unet if method == "sample" else speed._train_unet
+    true = getattr(torch_peer.TorchNetwork, method)
+    monkeypatch.setattr(
+        torch_peer.TorchNetwork, method, lambda *arguments: change(true(*arguments))
+    )
+    make = speed.NETWORK["sample" if method == "sample" else "train"]
     with pytest.raises(RunError, match=words) as error:
         make(settings, SpeedBenchmark(compare="torch"))
     assert "no ratio" in str(error.value) and "\n" not in str(error.value)
@@ -141,6 +164,14 @@ def test_what_cannot_be_compared_is_refused_in_one_line(settings, monkeypatch):
     uneven = dataclasses.replace(settings, sample=dataclasses.replace(settings.sample, steps=7))
     with pytest.raises(ValueError, match="sample.steps=7: must divide diffusion.num_timesteps=50"):
         torch_peer.make_scheduler(uneven)
+    curved = dataclasses.replace(
+        settings,
+        diffusion=dataclasses.replace(
+            settings.diffusion, schedule="edm", prediction_type="velocity"
+        ),
+    )
+    with pytest.raises(ValueError, match="schedule='edm': unknown for --compare='torch'; .* flow"):
+        torch_peer.make_scheduler(curved)
     monkeypatch.setattr(speed, "PACKAGES", ("torch", "no_such_package"))
     with pytest.raises(
         ValueError,
@@ -195,11 +226,12 @@ def test_what_does_not_change_in_the_loop_is_computed_before_it():
     """
     length, batch = 7, 3  # 2 x 3 x 7 rows are nothing else's
     settings = parse(config_dict(**ONE_LEVEL | FEW, **{"data.max_length": length}))
-    unet = speed.random_unet(settings)
-    inputs = speed.make_inputs(settings, 2 * batch) | {"x": speed.make_inputs(settings, batch)["x"]}
+    unet = network.random_network(settings)
+    x = network.make_inputs(settings, batch)["x"]
+    inputs = network.make_inputs(settings, 2 * batch) | {"x": x}
     graph, params = nnx.split(unet)
     program = (
-        jax.jit(speed.unet_sample(graph, settings))
+        jax.jit(network.sampling_loop(graph, settings))
         .lower(params, {k: inputs[k] for k in ("x", "text")})
         .compile()
         .as_text()

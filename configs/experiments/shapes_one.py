@@ -5,7 +5,7 @@ An eighth of the combinations is held out. About 6 minutes a cell on one core.
     taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/shapes_one.py
 """
 
-from configs import shapes
+from configs import shapes_16
 from contextdiff_jax.experiments.plan import Plan
 
 PLUGIN = {
@@ -42,7 +42,7 @@ HELD_OUT = "held-out combinations, ddim, guidance best"
 
 def get_plan() -> Plan:
     """The quickstart's model, narrower at full resolution, with half the batch: 24,000 pictures."""
-    config = shapes.get_config()
+    config = shapes_16.get_config()
     config.train.update(
         steps=3000,
         batch_size=8,

@@ -1,12 +1,12 @@
 """Our training step and sampling loop in turns with torch's, and what the context adds to them.
 
-The UNet alone does the same work on both sides: the same weights (random, every tensor of weight),
-inputs and cores, AdamW on the mean squared error, or DDIM with guidance. Ours is on all of JAX's
-devices, by the config's mesh: on a CPU the command makes one a core, unless JAX_NUM_CPU_DEVICES
-says otherwise. Before a ratio is given the results must agree: the output, and after a step its
-loss and the change of each parameter; samples. The whole method's step is measured with and without
-its context, and against torch's (torch_method.py, for the configs that it has); its sampling loop
-only with and without.
+The network alone does the same work on both sides: the same weights (random, every tensor of
+weight), inputs and cores, AdamW on the mean squared error, or DDIM (on the straight path Euler's
+method) with guidance. Ours is on all of JAX's devices, by the config's mesh: on a CPU the command
+makes one a core, unless JAX_NUM_CPU_DEVICES says otherwise. Before a ratio is given the results
+must agree: the output, and after a step its loss and the change of each parameter; samples. The
+whole method's step is measured with and without its context, and against torch's (torch_method.py,
+for the configs that it has); its sampling loop only with and without.
 """
 
 from __future__ import annotations
@@ -15,42 +15,41 @@ import dataclasses
 import functools
 import importlib.util
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array
 
-from contextdiff_jax import diffusion
 from contextdiff_jax.benchmarks import paired
 from contextdiff_jax.benchmarks.loading import Result
 from contextdiff_jax.benchmarks.measured import (
     TOLERANCES,
     Devices,
-    Inputs,
     Stepper,
     check,
     check_change,
     compile_timed,
-    randomised,
 )
 from contextdiff_jax.benchmarks.method import WITH_CONTEXT, WITHOUT_CONTEXT, contestants_of_method
+from contextdiff_jax.benchmarks.network import (
+    make_inputs,
+    predict,
+    random_network,
+    sampling_loop,
+    to_torch,
+    training_step,
+)
 from contextdiff_jax.benchmarks.paired import Contestant, Times
-from contextdiff_jax.diffusion.samplers import Denoised
-from contextdiff_jax.models.undrawn import Undrawn
-from contextdiff_jax.models.unet import UNet
-from contextdiff_jax.pretrained.unet import unet_state_to_torch
+from contextdiff_jax.models.backbones import Backbone
 from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import Settings
 
 PEERS = ("torch",)
 PACKAGES = ("torch", "diffusers")
-PROGRAMS = ("train", "sample")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,113 +80,30 @@ class SpeedBenchmark:
             )
 
 
-def random_unet(settings: Settings) -> UNet:
-    """The config's UNet, without a context head, with random weights of about unit gain and none at
-    0: a new network's output and most of its gradients are 0, which would compare nothing.
-    """
-    config = dataclasses.replace(settings.model, context_head=False)
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=Undrawn())))
-    return nnx.merge(graph, randomised(shapes, settings.seed))
-
-
-def make_inputs(settings: Settings, batch: int) -> Inputs:
-    """A batch of the UNet's inputs, float32 but for `t`, and the `target` of its loss."""
-    rng = np.random.default_rng(settings.seed)
-    model, shapes = (
-        settings.model,
-        {
-            "x": settings.shape,
-            "text": (settings.data.max_length, settings.model.cross_attention_dim),
-        },
-    )
-    shapes["target"] = (*settings.shape[:2], model.out_channels)
-    if model.addition_embed_type == "text_time":
-        pooled = model.projection_class_embeddings_input_dim - 6 * model.addition_time_embed_dim
-        shapes |= {"text_embeds": (pooled,), "time_ids": (6,)}
-    inputs = {
-        name: rng.standard_normal((batch, *shape), np.float32) for name, shape in shapes.items()
-    }
-    return inputs | {"t": np.arange(batch) * settings.diffusion.num_timesteps // batch}
-
-
-def _predict(unet: UNet, x: Array, t: Array, inputs: Mapping[str, Array]) -> Array:
-    return unet(
-        x,
-        t,
-        inputs["text"],
-        added={k: inputs[k] for k in ("text_embeds", "time_ids") if k in inputs},
-    )
-
-
-def unet_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:
-    """`step(params, opt_state, inputs) -> (params, opt_state, loss)`: the denoiser's part of a
-    training step.
-    """
-
-    def loss_fn(params, inputs):
-        return jnp.mean(
-            (
-                _predict(nnx.merge(graph, params), inputs["x"], inputs["t"], inputs)
-                - inputs["target"]
-            )
-            ** 2
-        )
-
-    def step(params, opt_state, inputs):
-        loss, grads = jax.value_and_grad(loss_fn)(params, inputs)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
-
-    return step
-
-
-def unet_sample(graph: nnx.GraphDef, settings: Settings) -> Callable:
-    """`sample(params, inputs) -> x0`: DDIM with guidance, both branches in one batch; `inputs` but
-    x are 2 B long, those without the caption first.
-    """
-    schedule, sample = settings.diffusion.make_schedule(), settings.sample
-    timesteps = sample.times(schedule)
-
-    def run(params, inputs):
-        unet = nnx.merge(graph, params)
-
-        def branches(x, t, s):
-            output = _predict(unet, x, t, inputs)
-            x0 = diffusion.predict_x0(schedule, output, x, t, settings.diffusion.prediction_type)
-            return Denoised(x0, jnp.zeros_like(x), jnp.zeros_like(x))
-
-        denoise = diffusion.classifier_free(
-            branches,
-            sample.guidance,
-            join=lambda a, b: jnp.concatenate([a, b]),
-            split=lambda both: jnp.split(both, 2)[::-1],
-        )
-        return diffusion.ddim_sample(denoise, inputs["x"], schedule, timesteps, shift="none")
-
-    return run
-
-
-def _peers(unet: UNet, settings: Settings, compare: str) -> dict[str, Any]:
+def _peers(network: Backbone, settings: Settings, compare: str) -> dict[str, Any]:
     if not compare:
         return {}
-    from contextdiff_jax.benchmarks.torch_peer import LAYOUTS, TorchUNet
+    from contextdiff_jax.benchmarks.torch_peer import TorchNetwork, layouts
 
-    return {f"torch {layout}": TorchUNet(unet, settings, layout) for layout in LAYOUTS}
+    return {
+        f"torch {layout}": TorchNetwork(network, settings, layout)
+        for layout in layouts(network.config)
+    }
 
 
-def _train_unet(settings: Settings, options: SpeedBenchmark) -> tuple[list[Contestant], float]:
-    """The UNet's training steps, checked against each other, and the operations of one."""
-    unet, inputs, train = (
-        random_unet(settings),
+def _train(settings: Settings, options: SpeedBenchmark) -> tuple[list[Contestant], float]:
+    """The network's training steps, checked against each other, and the operations of one."""
+    model, inputs, train = (
+        random_network(settings),
         make_inputs(settings, settings.train.batch_size),
         settings.train,
     )
-    peers = _peers(unet, settings, options.compare)
-    before = unet_state_to_torch(unet)
-    devices, (graph, params) = Devices(settings), nnx.split(unet)
+    peers = _peers(model, settings, options.compare)
+    before = to_torch(model)
+    devices, (graph, params) = Devices(settings), nnx.split(model)
     placed, params = devices.batch(inputs), devices.parameters(params)
     forward = jax.jit(
-        lambda params, inputs: _predict(nnx.merge(graph, params), inputs["x"], inputs["t"], inputs)
+        lambda params, inputs: predict(nnx.merge(graph, params), inputs["x"], inputs["t"], inputs)
     )
     optimizer = optax.adamw(
         train.learning_rate, train.b1, train.b2, weight_decay=train.weight_decay
@@ -195,10 +111,10 @@ def _train_unet(settings: Settings, options: SpeedBenchmark) -> tuple[list[Conte
     with devices.tracing():
         output = np.asarray(forward(params, placed))
         opt_state = devices.parameters(jax.jit(optimizer.init)(params))
-        ours = Stepper(unet_step(graph, optimizer), params, opt_state, rest=(placed,))
+        ours = Stepper(training_step(graph, optimizer), params, opt_state, rest=(placed,))
     loss = float(ours())
-    after = unet_state_to_torch(nnx.merge(graph, ours.state[0]))
-    contestants = [Contestant("unet", ours, ours.compile_seconds)]
+    after = to_torch(nnx.merge(graph, ours.state[0]))
+    contestants = [Contestant(model.name, ours, ours.compile_seconds)]
     for name, peer in peers.items():
         tensors = peer.tensors(inputs)
         check(f"{name}, output", output, peer.forward(tensors), TOLERANCES["output"])
@@ -208,21 +124,21 @@ def _train_unet(settings: Settings, options: SpeedBenchmark) -> tuple[list[Conte
     return contestants, ours.flops
 
 
-def _sample_unet(settings: Settings, options: SpeedBenchmark) -> tuple[list[Contestant], float]:
-    """The UNet's sampling loops, checked against each other, and the operations of one."""
-    unet, batch = random_unet(settings), settings.train.batch_size
-    peers = _peers(unet, settings, options.compare)
+def _sample(settings: Settings, options: SpeedBenchmark) -> tuple[list[Contestant], float]:
+    """The network's sampling loops, checked against each other, and the operations of one."""
+    model, batch = random_network(settings), settings.train.batch_size
+    peers = _peers(model, settings, options.compare)
     inputs = make_inputs(settings, 2 * batch) | {"x": make_inputs(settings, batch)["x"]}
     del inputs["target"], inputs["t"]
-    devices, (graph, params) = Devices(settings), nnx.split(unet)
+    devices, (graph, params) = Devices(settings), nnx.split(model)
     arguments = devices.parameters(params), devices.batch(inputs)
     with devices.tracing():
-        program, compile_seconds, _ = compile_timed(unet_sample(graph, settings), *arguments)
+        program, compile_seconds, flops = compile_timed(sampling_loop(graph, settings), *arguments)
 
     def call() -> jax.Array:
         return jax.block_until_ready(program(*arguments))
 
-    contestants, images = [Contestant("unet", call, compile_seconds)], np.asarray(call())
+    contestants, images = [Contestant(model.name, call, compile_seconds)], np.asarray(call())
     for name, peer in peers.items():
         from contextdiff_jax.benchmarks.torch_peer import make_scheduler
 
@@ -231,12 +147,11 @@ def _sample_unet(settings: Settings, options: SpeedBenchmark) -> tuple[list[Cont
         )
         check(f"{name}, samples", images, run(), TOLERANCES["samples"])
         contestants.append(Contestant(name, run))
-    # XLA counts a loop's body once, whatever its number of turns.
-    two = {**inputs, "x": np.concatenate([inputs["x"]] * 2), "t": np.zeros(2 * batch, np.int32)}
-    one_step = jax.jit(
-        lambda params, two: _predict(nnx.merge(graph, params), two["x"], two["t"], two)
-    ).lower(params, two)
-    return contestants, settings.sample.steps * float(one_step.cost_analysis().get("flops", 0))
+    return contestants, flops
+
+
+NETWORK = {"train": _train, "sample": _sample}
+PROGRAMS = tuple(NETWORK)
 
 
 def run(settings: Settings, options: SpeedBenchmark) -> Result:
@@ -263,9 +178,7 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
             f"train.precision={settings.train.precision!r}: must be float32 with --compare"
         )
     peak = paired.matmul_peak()
-    contestants, flops = {"train": _train_unet, "sample": _sample_unet}[options.program](
-        settings, options
-    )
+    contestants, flops = NETWORK[options.program](settings, options)
     rows = _rows(contestants, paired.measure(contestants, options.rounds), flops, peak)
     del contestants  # the peers' memory and ours
     contestants = contestants_of_method(settings, options.program, options.compare)

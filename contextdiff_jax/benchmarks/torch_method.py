@@ -17,11 +17,13 @@ import torch
 from flax import nnx
 from torch.nn import functional as F
 
-from contextdiff_jax.benchmarks.torch_peer import LAYOUTS, make_optimizer, make_unet
+from contextdiff_jax.benchmarks.torch_peer import LAYOUTS, make_network, make_optimizer
 from contextdiff_jax.diffusion import shift_coefficient
+from contextdiff_jax.models.backbones import kind_of
 from contextdiff_jax.models.context import ContextConfig, position_embedding
 from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.models.text import TextConfig
+from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained.unet import unet_state_to_torch
 from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import Settings
@@ -167,6 +169,8 @@ def method_parameters(model: ContextDiffusion) -> dict[str, np.ndarray]:
 
 def lacking(settings: Settings) -> str | None:
     """Return the first field that has no torch version, with its value; None if all have."""
+    if not isinstance(settings.model, UNetConfig):
+        return f"model.kind={kind_of(settings.model)!r}"
     context, diffusion = settings.context, settings.diffusion
     only = {
         "context.kind": (context.kind, "cross_attention"),
@@ -193,7 +197,7 @@ class TorchMethod:
         self._format, self._train, self._type = LAYOUTS[layout], train, diffusion.prediction_type
         self._parts = torch.nn.ModuleDict(
             {
-                "unet": make_unet(model.unet.config),
+                "unet": make_network(model.unet.config),
                 "text": _Text(settings.text),
                 "context": _Context(model.context.config, *settings.shape[:2]),
             }

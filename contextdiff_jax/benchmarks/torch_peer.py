@@ -1,34 +1,75 @@
-"""torch's side of the comparison: diffusers' UNet with our weights, AdamW, and its DDIM loop. The
-one importer of torch here.
+"""torch's side of the comparison: diffusers' network with our weights, AdamW, and the loop of its
+pipelines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import diffusers
 import numpy as np
 import torch
 
+from contextdiff_jax.benchmarks.network import to_torch
 from contextdiff_jax.diffusion.schedule import SPACINGS
-from contextdiff_jax.models.unet import UNet
-from contextdiff_jax.models.unet_config import UNetConfig
-from contextdiff_jax.pretrained.unet import known_to_diffusers, unet_state_to_torch
+from contextdiff_jax.models.backbones import Backbone, BackboneConfig, kind_of
+from contextdiff_jax.pretrained.unet import known_to_diffusers
 from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import Settings, TrainConfig
 
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 _PREDICTION_TYPES = {"x0": "sample", "epsilon": "epsilon", "v": "v_prediction"}
+Tensors = Mapping[str, torch.Tensor]
 
 
-def make_unet(config: UNetConfig) -> diffusers.UNet2DConditionModel:
+def _call_unet(
+    unet: torch.nn.Module, x: torch.Tensor, t: torch.Tensor, inputs: Tensors
+) -> torch.Tensor:
+    added = None
+    if "pooled" in inputs:  # of the XL kind, which reads the picture's size as well
+        size = torch.tensor([[*x.shape[2:], 0.0, 0.0, *x.shape[2:]]]).expand(len(x), -1)
+        added = {"text_embeds": inputs["pooled"], "time_ids": size}
+    return unet(x, t, inputs["text"], added_cond_kwargs=added).sample
+
+
+def _call_transformer(
+    transformer: torch.nn.Module, x: torch.Tensor, t: torch.Tensor, inputs: Tensors
+) -> torch.Tensor:
+    return transformer(x, inputs["text"], inputs["pooled"], t.expand(len(x))).sample
+
+
+class Kind(NamedTuple):
+    """What is particular of diffusers' network of a kind of backbone: its class, its call and the
+    memory layouts of pictures that one might choose for it.
+    """
+
+    network: type[torch.nn.Module]
+    call: Callable[..., torch.Tensor]
+    layouts: tuple[str, ...]
+
+
+KINDS = {
+    "unet": Kind(diffusers.UNet2DConditionModel, _call_unet, tuple(LAYOUTS)),
+    # a matrix product of its patches is all that it does with a picture
+    "mmdit": Kind(diffusers.SD3Transformer2DModel, _call_transformer, ("NCHW",)),
+}
+
+
+def layouts(config: BackboneConfig) -> tuple[str, ...]:
+    """The names in `LAYOUTS` that are to be tried."""
+    return KINDS[kind_of(config)].layouts
+
+
+def make_network(config: BackboneConfig) -> torch.nn.Module:
     """diffusers' network of this config, which has no context head. ValueError for one that it
     doesn't have.
     """
     values = known_to_diffusers(config).to_dict()
     values.pop("context_head", None)
-    return diffusers.UNet2DConditionModel(**values)
+    return KINDS[kind_of(config)].network(**values)
 
 
 def make_optimizer(
@@ -44,20 +85,21 @@ def make_optimizer(
     )
 
 
-class TorchUNet:
+class TorchNetwork:
     """diffusers' network in one of `LAYOUTS`, eager, with as many threads as this process has
     cores.
     """
 
-    def __init__(self, unet: UNet, settings: Settings, layout: str):
+    def __init__(self, network: Backbone, settings: Settings, layout: str):
         torch.set_num_threads(num_cores())
         self._format = LAYOUTS[layout]
-        self._unet = make_unet(unet.config)
-        self._unet.load_state_dict(
-            {name: torch.tensor(array) for name, array in unet_state_to_torch(unet).items()}
+        self._call = KINDS[kind_of(network.config)].call
+        self._network = make_network(network.config)
+        self._network.load_state_dict(
+            {name: torch.tensor(array) for name, array in to_torch(network).items()}
         )
-        self._unet.to(memory_format=self._format)
-        self._optimizer = make_optimizer(self._unet.parameters(), settings.train)
+        self._network.to(memory_format=self._format)
+        self._optimizer = make_optimizer(self._network.parameters(), settings.train)
 
     def tensors(self, inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """NHWC arrays as NCHW tensors in this layout, the others as they are."""
@@ -68,18 +110,15 @@ class TorchUNet:
             for name, a in inputs.items()
         }
 
-    def _predict(
-        self, x: torch.Tensor, t: torch.Tensor, inputs: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
-        return self._unet(x, t, inputs["text"], added_cond_kwargs=added or None).sample
+    def _predict(self, x: torch.Tensor, t: torch.Tensor, inputs: Tensors) -> torch.Tensor:
+        return self._call(self._network, x, t, inputs)
 
     @torch.no_grad()
-    def forward(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
+    def forward(self, inputs: Tensors) -> np.ndarray:
         """The prediction, NHWC."""
         return self._predict(inputs["x"], inputs["t"], inputs).permute(0, 2, 3, 1).numpy()
 
-    def step(self, inputs: Mapping[str, torch.Tensor]) -> float:
+    def step(self, inputs: Tensors) -> float:
         """One step of AdamW on the mean squared error; the loss before it."""
         self._optimizer.zero_grad()
         loss = torch.nn.functional.mse_loss(
@@ -91,28 +130,43 @@ class TorchUNet:
 
     def parameters(self) -> dict[str, np.ndarray]:
         """Copy the parameters, by diffusers' names."""
-        return {name: p.detach().numpy().copy() for name, p in self._unet.named_parameters()}
+        return {name: p.detach().numpy().copy() for name, p in self._network.named_parameters()}
 
     @torch.no_grad()
-    def sample(
-        self,
-        inputs: Mapping[str, torch.Tensor],
-        scheduler: diffusers.DDIMScheduler,
-        guidance: float,
-    ) -> np.ndarray:
-        """Run the DDIM loop of diffusers' pipelines, both branches in one batch. NHWC."""
-        x = inputs["x"]
+    def sample(self, inputs: Tensors, scheduler: Scheduler, guidance: float) -> np.ndarray:
+        """Run the loop of diffusers' pipelines, both branches in one batch. NHWC."""
+        x, scheduler = inputs["x"], copy.copy(scheduler)  # it counts its steps
         for t in scheduler.timesteps:
             without, with_text = self._predict(torch.cat([x, x]), t, inputs).chunk(2)
             x = scheduler.step(without + guidance * (with_text - without), t, x).prev_sample
         return x.permute(0, 2, 3, 1).numpy()
 
 
-def make_scheduler(settings: Settings) -> diffusers.DDIMScheduler:
-    """diffusers' DDIM with our schedule and its steps.
+Scheduler = diffusers.DDIMScheduler | diffusers.FlowMatchEulerDiscreteScheduler
 
-    Raises ValueError for a number of steps that doesn't divide the timesteps: its steps then don't
-    end where the next begin.
+
+def make_scheduler(settings: Settings) -> Scheduler:
+    """diffusers' scheduler of our process and its steps, at their first.
+
+    Raises ValueError for a process that diffusers has none of.
+    """
+    return (_euler if settings.diffusion.make_schedule().continuous else _ddim)(settings)
+
+
+def _euler(settings: Settings) -> diffusers.FlowMatchEulerDiscreteScheduler:
+    """Euler's method on the straight path, which DDIM without noise is there, at our times."""
+    config, sample = settings.diffusion, settings.sample
+    for field in ("schedule", "prediction_type"):
+        only = {"schedule": "flow", "prediction_type": "velocity"}[field]
+        check_choice(f"diffusion.{field}", getattr(config, field), (only,), "--compare='torch'")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=sample.times(config.make_schedule()))
+    return scheduler
+
+
+def _ddim(settings: Settings) -> diffusers.DDIMScheduler:
+    """Raises ValueError for a number of steps that doesn't divide the timesteps: its steps then
+    don't end where the next begin.
     """
     config, sample = settings.diffusion, settings.sample
     if config.num_timesteps % sample.steps:
@@ -121,6 +175,8 @@ def make_scheduler(settings: Settings) -> diffusers.DDIMScheduler:
             f"diffusion.num_timesteps={config.num_timesteps} with --compare='torch'"
         )
     check_choice("sample.spacing", sample.spacing, SPACINGS, "--compare='torch'")
+    kinds = tuple(_PREDICTION_TYPES)
+    check_choice("diffusion.prediction_type", config.prediction_type, kinds, "--compare='torch'")
     scheduler = diffusers.DDIMScheduler(
         num_train_timesteps=config.num_timesteps,
         clip_sample=False,

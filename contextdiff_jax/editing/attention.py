@@ -131,13 +131,14 @@ def _check_words(words: Sequence[str], prompts: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """An `AttentionControl` for rows [source, edits ..., then maybe as many of guidance's other
-    branch].
+    """An `AttentionControl` and `ScannedControl` for rows [source, edits ..., then maybe as many of
+    guidance's other branch].
 
     Attributes:
       cross_on, self_on: 1 while the source's attention is taken. self_tokens: grids up to this many
       tokens.
-      maps: collects, a layer each, where the blended words are looked at: [P, F, H, W].
+      maps: collects, a layer (a network of scanned layers) each, where the blended words are looked
+          at: [P, F, H, W].
     """
 
     alignment: Alignment
@@ -152,16 +153,26 @@ class Control:
         self, weights: Float[Array, "R H F N L"], grid: tuple[int, int]
     ) -> Float[Array, "R H F N L"]:
         """Words that are aligned take the source's attention; then factors."""
+        weights, looks = self.changed(weights)
+        self.collect(looks, grid)
+        return weights
+
+    def changed(
+        self, weights: Float[Array, "R H F N L"]
+    ) -> tuple[Float[Array, "R H F N L"], Float[Array, "P F N"]]:
+        """`cross`, and where the blended words are looked at."""
         P = len(self.alignment.blended)
         source, edits = weights[:1], weights[1:P]
         taken = jnp.einsum("hfnl,elm->ehfnm", source[0], self.alignment.mapper)
         share = (self.cross_on * self.alignment.keep)[:, None, None, None]  # [E, 1, 1, 1, L]
         edits = (share * taken + (1 - share) * edits) * self.alignment.gain[:, None, None, None]
         rows = jnp.concatenate([source, edits])
-        self.maps.append(
-            (jnp.einsum("phfnl,pl->pfn", rows, self.alignment.blended) / weights.shape[1], grid)
-        )
-        return jnp.concatenate([rows, weights[P:]])
+        looks = jnp.einsum("phfnl,pl->pfn", rows, self.alignment.blended) / weights.shape[1]
+        return jnp.concatenate([rows, weights[P:]]), looks
+
+    def collect(self, looks: Float[Array, "P F N"], grid: tuple[int, int]) -> None:
+        """Adds to the maps."""
+        self.maps.append((looks, grid))
 
     def sparse_causal(
         self, weights: Float[Array, "R F H N M"], grid: tuple[int, int]

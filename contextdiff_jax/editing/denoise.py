@@ -13,8 +13,9 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.samplers import DenoiseFn
 from contextdiff_jax.models.captions import Captions
-from contextdiff_jax.models.denoising import related
-from contextdiff_jax.models.video import AttentionControl, VideoDiffusion
+from contextdiff_jax.models.denoising import estimate_of, related
+from contextdiff_jax.models.frames import AnyControl
+from contextdiff_jax.models.video import VideoDiffusion
 
 
 def first_row(text: Captions) -> Captions:
@@ -75,23 +76,28 @@ def make_branches(
     process: Process,
     text: Captions,
     r_text: Captions,
-    control: AttentionControl | None = None,
+    control: AnyControl | None = None,
 ) -> DenoiseFn:
     """Denoises rows of clips, each by its own text; r reads `r_text`."""
 
+    schedule = process.schedule
+
     def predict(x, t):
-        return model.predict(x, t, text, control)
+        return model.predict(*schedule.network_input(x, t), text, control)
 
-    if model.unet.context_head is not None:
-        return diffusion.posterior_mean_denoise(
-            predict, process.schedule, process.prediction_type, model.bound
-        )
+    def relate(x0, t):
+        return model.context(x0, r_text.tokens, r_text.mask, schedule.network_time(t))
 
-    def context_fn(x0, t):
-        return model.context(x0, r_text.tokens, r_text.mask, t)
-
-    return diffusion.plugin_denoise(
-        predict, context_fn, process.schedule, process.prediction_type, model.bound
+    return estimate_of(
+        predict,
+        relate,
+        schedule,
+        process.prediction_type,
+        model.context.image.config,
+        head=model.backbone.context_head is not None,
+        shift=process.shift,
+        clip=model.bound,
+        clip_head=model.bound,
     )
 
 
@@ -102,7 +108,7 @@ def make_denoise(
     null: Captions | None = None,
     *,
     guidance: float = 1.0,
-    control: AttentionControl | None = None,
+    control: AnyControl | None = None,
 ) -> DenoiseFn:
     """`denoise(x, t, s)` of P clips [P, F, H, W, C]. With guidance other than 1 the rows of `null`
     follow those of `text` in one batch of 2 P: a control sees both.
@@ -121,7 +127,7 @@ def make_denoise(
 
     def denoise(x, t, s):
         out = guided(x, t, s)
-        if model.bound is None:
+        if model.bound is None or not process.estimates_context:  # M of a motion has no bound
             return out
         return out._replace(x0=jnp.clip(out.x0, -model.bound, model.bound))
 

@@ -42,7 +42,8 @@ def sample_edits(
     inversion, Ju et al. 2023).
     """
     P, F, (H, W) = text.tokens.shape[0], path.shape[2], path.shape[3:5]
-    timesteps = edit_timesteps(process.schedule.num_timesteps, edit)[::-1]
+    schedule = process.schedule
+    timesteps = edit_timesteps(schedule, edit)[::-1]
     progress = np.arange(len(timesteps)) / len(timesteps)
     ranges = [
         _during(progress, limits)
@@ -69,7 +70,7 @@ def sample_edits(
         t, s = (jnp.full((P,), index) for index in (t, s))
         out, new = denoise(x, t, s, cross_on, self_on)
         mean = diffusion.q_posterior(
-            process.schedule, out.x0, x, out.context_t, out.context_s, t, s, 0.0, process.shift
+            schedule, out.x0, x, out.context_t, out.context_s, t, s, 0.0, process.shift
         ).mean
         maps = maps + new
         if edit.blend:
@@ -78,6 +79,6 @@ def sample_edits(
         return (mean.at[0].set(source[0]), maps), None
 
     start = jnp.broadcast_to(path[-1], (P, *path.shape[2:]))
-    inputs = (timesteps, np.append(timesteps[1:], 0), path[:-1][::-1], *ranges)
+    inputs = (timesteps, np.append(timesteps[1:], schedule.t_min), path[:-1][::-1], *ranges)
     (x, maps), _ = jax.lax.scan(step, (start, jnp.zeros((P, F, H, W))), inputs)
     return x, maps / len(timesteps)

@@ -163,7 +163,7 @@ def run_edit(
     editor.check_size(clip)
     # Refused now, not after the tuning.
     align(video.prompt, video.edit_prompts, editor.count_tokens, editor.text_length, settings.edit)
-    edit_timesteps(editor.process.schedule.num_timesteps, settings.edit)
+    edit_timesteps(editor.process.schedule, settings.edit)
     config = {**config, TUNED_ON: {"clip": digest(clip), "model": editor.source}}
     check_workdir(workdir, config, settings)
     judges = open_judges(settings, *clip.shape[1:3])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
@@ -15,17 +15,15 @@ from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.video import VideoDiffusion
 
 
-def edit_timesteps(num_timesteps: int, edit: EditConfig) -> Int[np.ndarray, "S"]:
-    """The indices that an edit visits, ascending from the first above 0; `strength` cuts the
-    noisiest off.
+def edit_timesteps(schedule: diffusion.Schedule, edit: EditConfig) -> Real[np.ndarray, "S"]:
+    """The times that an edit visits, ascending from the first above `t_min`, index 0 of a discrete
+    schedule; `strength` cuts the noisiest off.
 
-    A clip is read as a sample at index 0, so all start and end there.
+    A clip is read as a sample at `t_min`, so all start and end there.
     """
     with jax.ensure_compile_time_eval():
-        ascending = np.asarray(diffusion.spaced_timesteps(num_timesteps, edit.steps, "trailing"))[
-            ::-1
-        ]
-    return ascending[ascending > 0][: edit.moves]
+        ascending = np.asarray(diffusion.time_grid(schedule, edit.steps, "trailing"))[::-1]
+    return ascending[ascending > schedule.t_min][: edit.moves]
 
 
 def invert(
@@ -36,7 +34,9 @@ def invert(
     video: VideoConfig,
     edit: EditConfig,
 ) -> Float[Array, "S1 1 F H W C"]:
-    """The clip at index 0 and at each of `edit_timesteps`, without guidance."""
+    """The clip at `t_min` and at each of `edit_timesteps`, without guidance: DDIM backwards, which
+    on the straight path is Euler's method.
+    """
     denoise = windowed(
         make_denoise(model, process, source), x0.shape[1], video.window, video.overlap
     )
@@ -45,7 +45,7 @@ def invert(
         if edit.inversion == "exact"
         else {}
     )
-    timesteps = edit_timesteps(process.schedule.num_timesteps, edit)
+    timesteps = edit_timesteps(process.schedule, edit)
     _, path = diffusion.ddim_invert(
         denoise, x0, process.schedule, timesteps, process.shift, keep=True, **exact
     )
@@ -64,8 +64,8 @@ def reconstruct(
     denoise = windowed(
         make_denoise(model, process, source), x.shape[1], video.window, video.overlap
     )
-    descending = edit_timesteps(process.schedule.num_timesteps, edit)[::-1]
-    following = np.append(descending[1:], 0)
+    descending = edit_timesteps(process.schedule, edit)[::-1]
+    following = np.append(descending[1:], process.schedule.t_min)
     return diffusion.ddim_sample(
         denoise, x, process.schedule, descending, shift=process.shift, next_timesteps=following
     )

@@ -37,7 +37,7 @@ class Arm:
     def __init__(self, settings: EditSettings):
         self.settings, self.programs, self.editor = settings, Programs(), open_editor(settings)
         # refuses steps that the model's schedule hasn't, before a clip is tuned on
-        edit_timesteps(self.editor.process.schedule.num_timesteps, settings.edit)
+        edit_timesteps(self.editor.process.schedule, settings.edit)
 
     def __call__(self, moving: MovingShape) -> tuple[dict[str, Clip], dict[str, dict[str, float]]]:
         """(clips, scores) by edit, and of the `reconstruction`."""

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from contextdiff_jax import diffusion
-from contextdiff_jax.diffusion.process import Process
+from contextdiff_jax.diffusion.process import MOTIONS, Process
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.denoising import related
@@ -65,12 +65,13 @@ class TuneState:
 
 
 def trainable(which: str) -> Callable[[tuple, Any], bool]:
-    """The NNX filter of the parameters that are tuned: `all`, or `temporal` layers, queries and the
-    context.
+    """The NNX filter of the parameters that are tuned: `all`, or `temporal` layers, the pictures'
+    queries and the context.
     """
 
     def chosen(path: tuple, _: Any) -> bool:
-        return which == "all" or path[0] == "context" or "temporal" in path or "to_q" in path
+        queries = "to_q" in path and "text" not in path  # a transformer's text has its own
+        return which == "all" or path[0] == "context" or "temporal" in path or queries
 
     return nnx.All(nnx.Param, chosen)
 
@@ -96,12 +97,12 @@ def tuning_loss(
     train: TrainConfig,
     window: int,
 ) -> Float[Array, ""]:
-    """The mean squared error of the clip (of random windows of it) at `train.batch_size` indices.
+    """The mean squared error of the clip (of random windows of it) at `train.batch_size` times.
 
     As `training.step.loss_fn`: of the network's text a share is dropped; r reads the true caption,
     or as `process.caption` says what the network does.
     """
-    B, F, T = train.batch_size, x0.shape[1], process.schedule.num_timesteps
+    B, F, schedule = train.batch_size, x0.shape[1], process.schedule
     keys = dict(
         zip(("timestep", "noise", "dropout", "window"), jax.random.split(key, 4), strict=True)
     )
@@ -110,13 +111,18 @@ def tuning_loss(
         x0 = jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(x0[0], start, window))(starts)
     else:
         x0 = jnp.broadcast_to(x0, (B, *x0.shape[1:]))
-    t = diffusion.sample_timesteps(keys["timestep"], B, T, "stratified")
+    t = schedule.time_of_share(diffusion.sample_shares(keys["timestep"], B, "stratified"))
     noise = jax.random.normal(keys["noise"], x0.shape)
     dropped = jax.random.bernoulli(keys["dropout"], train.caption_dropout, (B,))
     captions = jax.tree.map(lambda a: jnp.broadcast_to(a, (B, *a.shape[1:])), text)
     hide = functools.partial(drop, dropped, null)
     shifted_by = related(process.caption, captions, hide)
-    r = model.context(x0, shifted_by.tokens, shifted_by.mask, t)
+
+    def relate(t):
+        return model.context(x0, shifted_by.tokens, shifted_by.mask, schedule.network_time(t))
+
+    moves = model.context.image.config.moves and process.prediction_type in MOTIONS
+    r, rate = diffusion.with_rate(relate, t) if moves else (relate(t), None)
     read = hide(captions)
     error, context_error = errors(
         lambda x_t, t: model.predict(x_t, t, read),
@@ -125,6 +131,7 @@ def tuning_loss(
         r,
         t,
         noise,
+        rate,
     )
     return error.mean() + context_error
 

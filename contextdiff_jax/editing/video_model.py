@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,15 +18,16 @@ from jaxtyping import Array, Float, PyTree, UInt8
 
 from contextdiff_jax.data import AnyTokenizer
 from contextdiff_jax.data.folder_tokenizer import warn_of_cut
-from contextdiff_jax.diffusion.process import MOTIONS, PREDICTION_TYPES, Process
+from contextdiff_jax.diffusion.process import MOTIONS, Process
 from contextdiff_jax.diffusion.schedule import NoiseSchedule
 from contextdiff_jax.editing.settings import EditSettings
+from contextdiff_jax.models.backbones import Backbone
 from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.contextdiff import ContextDiffusion
+from contextdiff_jax.models.denoising import estimates_context
 from contextdiff_jax.models.frozen_text import FrozenText
 from contextdiff_jax.models.pixels import to_uint8, to_unit
-from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.models.video import VideoDiffusion, inflate
 from contextdiff_jax.pretrained.folder_files import INDEX_FILE, exists
@@ -36,6 +38,7 @@ from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.runs.tokenizer import open_tokenizer
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings, ShiftConfig
+from contextdiff_jax.settings.process import check_process
 
 Clip = UInt8[np.ndarray, "F H W 3"]
 
@@ -138,15 +141,9 @@ def _from_model(
 ) -> Editor:
     """The editor of a model of pictures or latents that this package trained, or will.
 
-    Raises ValueError for one on a path in continuous time, or of a velocity.
+    Raises ValueError for a context that its process has no use for, or that clips haven't.
     """
     process = trained.process
-    if process.schedule.continuous or process.prediction_type in MOTIONS:
-        raise ValueError(
-            f"{source}: diffusion.schedule={trained.diffusion.schedule!r}, prediction_type="
-            f"{process.prediction_type!r}; clips are edited on discrete schedules, with one of "
-            f"{', '.join(PREDICTION_TYPES)}"
-        )
     length = trained.data.max_length
     if model.vision is not None and settings.video.transfer_context:
         raise ValueError(
@@ -154,9 +151,17 @@ def _from_model(
             "(context.tokens='clip'), which clips have not; use "
             "--config.video.transfer_context=False"
         )
-    network = _context(
-        settings, model.context, trained.model.in_channels, trained.model.cross_attention_dim
-    )
+    network = _context(settings, model.context, trained.model.in_channels, trained.model.text_width)
+    if network.config.network.reads_noise:
+        raise ValueError(
+            f"context.kind={network.config.kind!r}: shapes the noise, and a clip's is that of its "
+            "inversion; use --config.video.transfer_context=False and another kind"
+        )
+    if process.prediction_type in MOTIONS:
+        used = _used(settings.base.context, network.config)
+        check_process(
+            trained.diffusion, dataclasses.replace(used, estimate=trained.context.estimate)
+        )
     encode_ids = nnx.jit(lambda text, ids, mask: text(ids, mask))
 
     def encode_text(prompts: Sequence[str]) -> Captions:
@@ -166,7 +171,7 @@ def _from_model(
 
     return _make_editor(
         settings,
-        model.unet,
+        model.backbone,
         network,
         model.vae,
         schedule=process.schedule,
@@ -182,7 +187,7 @@ def _from_model(
 
 def _make_editor(
     settings: EditSettings,
-    unet: UNet,
+    backbone: Backbone,
     network: RelationalNetwork,
     vae: VAE | None,
     *,
@@ -194,10 +199,10 @@ def _make_editor(
 ) -> Editor:
     """The editor of these networks, which are used up; `facts`: the other fields of `Editor`."""
     encode, decode, factor = (_to_pixels, _from_pixels, 1) if vae is None else _through_vae(vae)
-    shift = _shift(settings.base.context, network.config)
+    head = backbone.context_head is not None
     return Editor(
         model=inflate(
-            unet,
+            backbone,
             network,
             seed=settings.base.seed,
             remat=settings.video.remat,
@@ -207,12 +212,13 @@ def _make_editor(
         process=Process(
             schedule=schedule,
             prediction_type=prediction_type,
-            shift=shift,
+            shift=_used(settings.base.context, network.config).shift,
             caption=caption,
+            estimates_context=estimates_context(network.config, head, prediction_type),
         ),
         encode=encode,
         decode=decode,
-        multiple=factor * _multiple(network.config),
+        multiple=factor * math.lcm(_multiple(network.config), backbone.config.patch_size),
         **facts,
     )
 
@@ -241,10 +247,9 @@ def _through_vae(vae: VAE) -> tuple[Callable, Callable, int]:
     return encode, decode, vae.config.downscale
 
 
-def _shift(config: ShiftConfig, network: ContextConfig) -> str:
-    """`context.shift`, once it is known that the network may be shifted by it."""
-    dataclasses.replace(config, kind=network.kind, time_dependent=network.time_dependent)
-    return config.shift
+def _used(config: ShiftConfig, network: ContextConfig) -> ShiftConfig:
+    """The section with another network; raises where that may not be shifted as it says."""
+    return dataclasses.replace(config, kind=network.kind, time_dependent=network.time_dependent)
 
 
 def _from_pipeline(settings: EditSettings, folder: str) -> Editor:

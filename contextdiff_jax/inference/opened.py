@@ -27,7 +27,7 @@ class Opened:
       weights: arrays: the parameters, and the frozen networks that lie apart from them.
       process: what it was trained on.
       encode_text: texts -> (ids, mask, the words of each that are cut off).
-      find_steps: options -> the timesteps.
+      find_steps: options, shape of x0 (by default `shape`) -> the timesteps.
       shape: [H, W, C] of x0 by default. factor: pixels a side for each of H and W. multiple: of
         which H and W must be multiples.
       options: how it is sampled where the caller says nothing.
@@ -49,7 +49,7 @@ class Opened:
         [Sequence[str]],
         tuple[Int[np.ndarray, "B *E L"], Bool[np.ndarray, "B L"], Sequence[str]],
     ]
-    find_steps: Callable[[SampleConfig], Steps]
+    find_steps: Callable[..., Steps]
     shape: tuple[int, int, int]
     factor: int
     options: SampleConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from contextdiff_jax.settings.sampling import check_sampling
 
 LOGGER = logging.getLogger(__name__)
 AnyFolder = StableDiffusion | StableDiffusion3
+Shape = tuple[int, int, int]
 
 
 def open_folder(
@@ -88,7 +90,7 @@ def of_run(
     options = options or settings.sample
     process = settings.process
 
-    def find_steps(options: SampleConfig) -> Steps:
+    def find_steps(options: SampleConfig, shape: Shape | None = None) -> Steps:
         check_sampling(process, options)
         return run_steps(process.schedule, options)
 
@@ -186,7 +188,7 @@ def of_folder(
             schedule=scheduler.schedule(), prediction_type=scheduler.prediction, shift="none"
         ),
         encode_text=folder.encode_text,
-        find_steps=lambda options: _folder_steps(folder, options),
+        find_steps=lambda options, shape=folder.latent_shape: _folder_steps(folder, options, shape),
         shape=folder.latent_shape,
         factor=folder.vae.config.downscale,
         options=SampleConfig(
@@ -210,12 +212,12 @@ def of_folder(
     return FolderPipeline(opened, folder, mesh=mesh, programs=programs)
 
 
-def _folder_steps(folder: AnyFolder, options: SampleConfig) -> Steps:
+def _folder_steps(folder: AnyFolder, options: SampleConfig, shape: Shape) -> Steps:
     scheduler = dataclasses.replace(
         folder.scheduler,
         steps_offset=options.steps_offset,
         set_alpha_to_one=options.set_alpha_to_one,
     )
-    return scheduler_steps(
-        scheduler, options.sampler, options.steps, options.spacing, options.spacing_factor
-    )
+    tokens = math.prod(side // folder.backbone.config.granularity for side in shape[:2])
+    grid = options.spacing, options.spacing_factor
+    return scheduler_steps(scheduler, options.sampler, options.steps, *grid, tokens)

@@ -101,7 +101,8 @@ class Pipeline:
     ) -> Pictures:
         """Pictures of `size` (height, width), by default the model's own, from noise."""
         request, chosen = self._read(prompts, options)
-        return self._sample(request, chosen, self.latent_shape(size), self._steps(chosen), True)
+        shape = self.latent_shape(size)
+        return self._sample(request, chosen, shape, self._steps(chosen, shape), True)
 
     def image_to_image(
         self,
@@ -116,7 +117,7 @@ class Pipeline:
         """
         request, chosen = self._read(prompts, options)
         shape = self._shape_of(images, request)
-        steps = self._steps(chosen, 0.8 if strength is None else strength)
+        steps = self._steps(chosen, shape, 0.8 if strength is None else strength)
         return self._sample(request, chosen, shape, steps, False, images)
 
     def inpaint(
@@ -148,7 +149,7 @@ class Pipeline:
                 f"masks: shape {tuple(masks.shape)}; must be the images', {tuple(images.shape[:3])}"
             )
         strength = 1.0 if strength is None else strength
-        steps = self._steps(chosen, strength)
+        steps = self._steps(chosen, shape, strength)
         holes = np.asarray(masks) >= 0.5
         return self._sample(request, chosen, shape, steps, strength == 1, images, holes)
 
@@ -187,7 +188,9 @@ class Pipeline:
             )
         return self.latent_shape(images.shape[1:3])
 
-    def _steps(self, options: SampleConfig, strength: float = 1.0) -> Steps:
+    def _steps(
+        self, options: SampleConfig, shape: tuple[int, int, int], strength: float = 1.0
+    ) -> Steps:
         """The last `strength` of the steps."""
         count = min(int(options.steps * strength), options.steps)
         if self.opened.rounds_strength_up:
@@ -197,7 +200,7 @@ class Pipeline:
                 f"strength={strength}: must lie in (0, 1] and leave at least one of "
                 f"{options.steps} steps"
             )
-        return self.opened.find_steps(options).last(count)
+        return self.opened.find_steps(options, shape).last(count)
 
     def _sample(
         self,

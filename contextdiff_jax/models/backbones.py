@@ -20,9 +20,9 @@ BackboneConfig = UNetConfig | MMDiTConfig
 class Kind(NamedTuple):
     """A kind of backbone.
 
-    A new one's config has `in_channels`, `out_channels`, `text_width`, `sample_size`,
-    `granularity`, `context_head`, `from_dict` and `to_dict`; its network `name`, `keeps_coarse`
-    and `predict` as the two here.
+    A new one's config has `in_channels`, `out_channels`, `text_width`, `pooled_features`,
+    `sample_size`, `granularity`, `context_head`, `from_dict` and `to_dict`; its network `name`,
+    `keeps_coarse` and `predict` as the two here.
     """
 
     config: type[BackboneConfig]

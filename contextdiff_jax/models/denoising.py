@@ -11,8 +11,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from contextdiff_jax import diffusion
+from contextdiff_jax.diffusion.guidance import PredictFn
 from contextdiff_jax.diffusion.process import MOTIONS
-from contextdiff_jax.diffusion.samplers import DenoiseFn, KeepFn
+from contextdiff_jax.diffusion.samplers import ContextFn, DenoiseFn, KeepFn
 from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.context import ContextConfig
 from contextdiff_jax.models.contextdiff import ContextDiffusion
@@ -90,6 +91,35 @@ def estimates_context(context: ContextConfig, head: bool, prediction_type: str) 
     return head or context.is_known or prediction_type not in MOTIONS
 
 
+def estimate_of(
+    predict: PredictFn,
+    relate: ContextFn,
+    schedule: diffusion.Schedule,
+    prediction_type: str,
+    context: ContextConfig,
+    *,
+    head: bool,
+    shift: str,
+    clip: float | None,
+    clip_head: float | None = None,
+) -> DenoiseFn:
+    """The denoise function of a network and of its context, by the estimate of r that there is: the
+    context `head`'s, r of the estimated x0, r itself where the text is all that it reads, or none.
+    `clip` bounds the |x0| that r reads, `clip_head` that which comes with a head.
+    """
+    process = schedule, prediction_type
+    if head:
+        return diffusion.posterior_mean_denoise(predict, *process, clip_head, shift)
+    if prediction_type not in MOTIONS:
+        return diffusion.plugin_denoise(predict, relate, *process, clip)
+    if context.is_known and not context.network.is_zero:
+        # The text alone is read: x is only where r goes.
+        return lambda x, t, s: diffusion.known_context_denoise(
+            predict, lambda t: relate(x, t), *process, shift
+        )(x, t, s)
+    return diffusion.velocity_denoise(predict, *process)  # M, which without a context is x0
+
+
 def make_estimate(
     model: ContextDiffusion,
     schedule: diffusion.Schedule,
@@ -102,10 +132,7 @@ def make_estimate(
     (a context head or not). It takes as a fourth argument what `make_keep`'s gave earlier. `read`
     is in the place of `schedule.network_time`.
     """
-    read, process = read or schedule.network_time, (schedule, prediction_type)
-    context, head = model.context.config, model.backbone.context_head is not None
-    estimated = estimates_context(context, head, prediction_type)
-    clip = 1.0 if model.vae is None else None
+    read = read or schedule.network_time
 
     def estimate(x, t, s, deep=None):
         def predict(x, t):
@@ -115,15 +142,16 @@ def make_estimate(
         def relate(x0, t):
             return model.relate(x0, rows.related, read(t))
 
-        if head:
-            way = diffusion.posterior_mean_denoise(predict, *process, shift=shift)
-        elif prediction_type not in MOTIONS:
-            way = diffusion.plugin_denoise(predict, relate, *process, clip)
-        elif estimated and not context.network.is_zero:
-            # The text alone is read: x is only where r goes.
-            way = diffusion.known_context_denoise(predict, lambda t: relate(x, t), *process, shift)
-        else:  # M, which without a context is x0
-            way = diffusion.velocity_denoise(predict, *process)
+        way = estimate_of(
+            predict,
+            relate,
+            schedule,
+            prediction_type,
+            model.context.config,
+            head=model.backbone.context_head is not None,
+            shift=shift,
+            clip=1.0 if model.vae is None else None,
+        )
         return way(x, t, s)
 
     return estimate

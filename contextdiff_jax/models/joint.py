@@ -4,6 +4,8 @@ each other (Esser et al., 2024, 4.2).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from contextdiff_jax.models.attention import heads_attention, joint_attention
 from contextdiff_jax.models.layers import gelu_tanh, linear
+from contextdiff_jax.models.remat import from_arguments
 from contextdiff_jax.parallel.mesh import current_target, laid
 
 EPS = 1e-6
@@ -31,6 +34,7 @@ def normalise(x: Float[ArrayLike, "B N D"]) -> Float[Array, "B N D"]:
     return (x - mean) * lax.rsqrt(jnp.maximum(variance, 0.0) + EPS)
 
 
+@from_arguments
 def modulate(
     x: Float[ArrayLike, "B N D"], shift: Float[ArrayLike, "B D"], scale: Float[ArrayLike, "B D"]
 ) -> Float[Array, "B N D"]:
@@ -168,14 +172,15 @@ class Stream(nnx.Module):
         x: Float[ArrayLike, "B N D"],
         found: Float[ArrayLike, "B H N D2"],
         parts: list[Float[Array, "B D"]],
-        attention: str = "auto",
+        attend: Callable[[Array, Array, Array], Array],
     ) -> Float[Array, "B N D"]:
-        """x after the block, from what its queries found."""
+        """x after the block, from what its queries found; `attend(q, k, v)`: what those of the
+        second attention find.
+        """
         gate, shift_mlp, scale_mlp, gate_mlp, *second = parts[2:]
         alone = None
         if self.attn2 is not None:
-            found_alone = heads_attention(*self.attn2(modulate(x, *second[:2])), choice=attention)
-            alone = self.attn2.back(found_alone)
+            alone = self.attn2.back(attend(*self.attn2(modulate(x, *second[:2]))))
         x = x + gate[:, None] * self.attn.back(found)
         if alone is not None:
             x = x + second[2][:, None] * alone
@@ -216,11 +221,26 @@ class JointBlock(nnx.Module):
         """Both streams' tokens after the block; `time`: its embedding, after the activation;
         `mask`: True where a token of the text counts (None: all do).
         """
-        choice, last = self.self_attention, self.text.ff is None
+        choice = self.self_attention
         x, text = laid(x, ("batch", "rows", None)), laid(text, ("batch", None, None))
+        joint = functools.partial(joint_attention, mask=mask, choice=choice)
+        return self.through(x, text, time, joint, functools.partial(heads_attention, choice=choice))
+
+    def through(
+        self,
+        x: Float[ArrayLike, "B N D"],
+        text: Float[ArrayLike, "B L D"],
+        time: Float[ArrayLike, "B D"],
+        joint: Callable[..., tuple[Array, Array | None]],
+        alone: Callable[[Array, Array, Array], Array],
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B L D"]]:
+        """The block by other attentions: `joint(picture, text, both=)` as `joint_attention`, and
+        `alone(q, k, v)`, as `heads_attention`, of the picture to itself.
+        """
+        last = self.text.ff is None
         of_picture, of_text = self.picture.modulations(time), self.text.modulations(time)
         picture = self.picture.attn(modulate(x, *of_picture[:2]))
         caption = self.text.attn(modulate(text, *of_text[:2]))
-        found, read = joint_attention(picture, caption, mask, choice=choice, both=not last)
-        x = self.picture.finish(x, found, of_picture, choice)
-        return x, text if last else self.text.finish(text, read, of_text)
+        found, read = joint(picture, caption, both=not last)
+        x = self.picture.finish(x, found, of_picture, alone)
+        return x, text if last else self.text.finish(text, read, of_text, alone)

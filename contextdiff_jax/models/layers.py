@@ -21,7 +21,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from contextdiff_jax.models.remat import rematerialised
+from contextdiff_jax.models.remat import from_arguments, rematerialised
 from contextdiff_jax.parallel.mesh import current_target
 
 _ZEROS = nnx.initializers.zeros_init()
@@ -47,6 +47,7 @@ def quick_gelu(x: Float[ArrayLike, "*S"]) -> Float[Array, "*S"]:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+@from_arguments
 def gelu_tanh(x: Float[ArrayLike, "*S"]) -> Float[Array, "*S"]:
     """The tanh approximation of GELU, as T5 1.1 was trained with."""
     return jax.nn.gelu(x, approximate=True)

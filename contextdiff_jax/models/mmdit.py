@@ -145,6 +145,19 @@ class MMDiT(nnx.Module):
           text_tokens: the text encoders' states. pooled: their pooled text. text_mask: True where a
               token counts; None: all count.
         """
+        h, text, time = self.enter(x, t, text_tokens, pooled)
+        for stack in self.stacks:
+            h, text = stack((h, text), time, text_mask)
+        return self.leave(h, time, jnp.shape(x))
+
+    def enter(
+        self,
+        x: Float[ArrayLike, "B H W C"],
+        t: Shaped[ArrayLike, "*B"],
+        text_tokens: Float[ArrayLike, "B L E"],
+        pooled: Float[ArrayLike, "B P"],
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B L D"], Float[Array, "B D"]]:
+        """Both streams' tokens and the time's embedding, as the layers read them."""
         config, dtype = self.config, self.precision.compute
         p, shape = config.patch_size, jnp.shape(x)
         h = self.patch_in(x)  # [B, N, D]
@@ -158,9 +171,12 @@ class MMDiT(nnx.Module):
         frequencies = torch_frequencies(_TIME_FEATURES // 2)
         temb = self.time_embedding(timestep_embedding(t, _TIME_FEATURES, frequencies=frequencies))
         time = jax.nn.silu(temb + self.pooled_embedding(pooled))  # [B, D]
-        text = self.text_in(text_tokens)
-        for stack in self.stacks:
-            h, text = stack((h, text), time, text_mask)
+        return h, self.text_in(text_tokens), time
+
+    def leave(
+        self, h: Float[ArrayLike, "B N D"], time: Float[ArrayLike, "B D"], shape: tuple[int, ...]
+    ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], Float[Array, "B H W C"]]:
+        """What the call returns, of the last layer's tokens, for pictures of `shape`."""
         scale, shift = jnp.split(self.modulation(time), 2, axis=-1)
         out = self._picture(self.proj_out(modulate(h, shift, scale)), shape)
         if self.context_head is None:

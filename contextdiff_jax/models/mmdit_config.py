@@ -102,6 +102,11 @@ class MMDiTConfig:
         """Features of the text's tokens that it reads."""
         return self.joint_attention_dim
 
+    @property
+    def pooled_features(self) -> int:
+        """Width of the pooled text that it reads."""
+        return self.pooled_projection_dim
+
     def text_fields(self, width: int, pooled: int | None = None) -> dict[str, tuple[int, int]]:
         """{field: (its value, the one that fits a text encoder of this width)}; `pooled`: the width
         of its pooled text, if that is another.

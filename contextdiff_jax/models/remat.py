@@ -49,6 +49,16 @@ def recomputed(method: Callable, module: nnx.Module, *arguments, policy: Callabl
     )(state, *arguments)
 
 
+def from_arguments(function: Callable) -> Callable:
+    """An element-wise `function`, of which the backward pass keeps nothing but the arguments.
+
+    Between the two scans over stacked layers XLA can't compute anything again by itself: every
+    intermediate result is written for each layer, and read. Of GELU's tanh form there are six, as
+    wide as the MLP inside.
+    """
+    return jax.checkpoint(function, prevent_cse=False)  # written out, XLA may do as it likes
+
+
 def rematerialised(call: Callable) -> Callable:
     """A block's `__call__(self, *arrays)` that keeps what the policy named `self.remat` says."""
 

@@ -7,7 +7,7 @@ the torch model is the same function. Every size, from two million parameters fo
 Diffusion's, is a `UNetConfig` of this one class.
 
 Ours: an optional context head, which predicts E[r(x0, c) | x_t, c] from the last features, and
-`patch_size`, by which the network works on patches of the picture (`models/patches.py`).
+`patch_size`: the network works on patches of the picture (`models/patches.py`).
 """
 
 from __future__ import annotations
@@ -279,9 +279,7 @@ class UNet(nnx.Module):
         size: tuple[int, int],
         deep: Float[ArrayLike, "B H W K"] | None = None,
     ) -> Array | tuple[Array, Array]:
-        """The call, of captions, of which the tokens in `seen` count, and of a picture's `size` in
-        pixels.
-        """
+        """The call, of captions, whose tokens in `seen` count, and a picture's `size` in pixels."""
         return self(x, t, captions.tokens, seen, self._added(captions, size), deep)
 
     def deep_features(
@@ -292,13 +290,11 @@ class UNet(nnx.Module):
         seen: Bool[ArrayLike, "B L"] | None,
         size: tuple[int, int],
     ) -> Float[Array, "B H W K"]:
-        """The part of the finest level's up block's input that comes from the coarser ones. The
-        arguments are those of `predict`.
+        """The part of the finest up block's input that comes from the coarser levels; arguments as
+        `predict`'s.
         """
-        temb = self.time(t, x.shape[0], self._added(captions, size))
-        return self._coarse(
-            self._fine(x, temb, captions.tokens, seen)[-1], temb, captions.tokens, seen
-        )
+        text = self.time(t, x.shape[0], self._added(captions, size)), captions.tokens, seen
+        return self._coarse(self._fine(x, *text)[-1], *text)
 
     def _added(self, captions: Captions, size: tuple[int, int]) -> dict[str, Array] | None:
         """The conditions of a UNet of the XL kind."""

@@ -1,8 +1,8 @@
-"""The image networks inflated to clips [B, F, H, W, C]: Tune-A-Video's UNet (Wu et al., 2023) and
-r_phi over frames.
+"""The image networks inflated to clips [B, F, H, W, C]: Tune-A-Video's UNet (Wu et al., 2023), the
+same for the transformer (`video_mmdit`), and r_phi over frames.
 
 `inflate` takes trained image modules apart and puts them together again with layers that see other
-frames:
+frames. In the UNet:
 
 - self-attention reads keys and values of the first and of the previous frame (sparse-causal: F
   attentions of N to 2 N tokens instead of one of F N to F N);
@@ -17,47 +17,34 @@ arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Real, Shaped
 
 from contextdiff_jax.models.captions import Captions, text_and_size
 from contextdiff_jax.models.context import RelationalNetwork
-from contextdiff_jax.models.layers import (
-    GroupNorm,
-    ResnetBlock,
-    linear,
-    timestep_embedding,
+from contextdiff_jax.models.frames import (
+    AnyControl,
+    AttentionControl,
+    TemporalAttention,
+    frames_of,
+    seen_frames,
 )
+from contextdiff_jax.models.layers import GroupNorm, ResnetBlock, linear
+from contextdiff_jax.models.mmdit import MMDiT
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.remat import recomputed
 from contextdiff_jax.models.transformer import Attention, SpatialTransformer
 from contextdiff_jax.models.unet import UNet
+from contextdiff_jax.models.video_mmdit import VideoMMDiT
 from contextdiff_jax.runtime.keys import make_key
 
 RANK_DIVISOR = 4  # a temporal convolution works on a quarter of the channels
-
-
-@runtime_checkable
-class AttentionControl(Protocol):
-    """An editor's changes to the attention of a network: each method gives the weights that are
-    used.
-    """
-
-    def cross(
-        self, weights: Float[ArrayLike, "B H F N L"], grid: tuple[int, int]
-    ) -> Float[Array, "B H F N L"]:
-        """Weights of the pixels' tokens (N = rows x columns of `grid`) on the text's."""
-
-    def sparse_causal(
-        self, weights: Float[ArrayLike, "B F H N M"], grid: tuple[int, int]
-    ) -> Float[Array, "B F H N M"]:
-        """Weights of a frame's tokens on those of the first and of the previous frame, M = 2 N."""
 
 
 class VideoText(NamedTuple):
@@ -65,11 +52,6 @@ class VideoText(NamedTuple):
 
     tokens: Float[ArrayLike, "B L D"]
     control: AttentionControl | None = None
-
-
-def frames_of(x: Float[ArrayLike, "BF *D"], batch: int) -> Float[Array, "B F *D"]:
-    """The axis of frames apart from that of clips."""
-    return rearrange(x, "(B F) ... -> B F ...", B=batch)
 
 
 def _attend(
@@ -91,23 +73,6 @@ def _attend(
     weights = change(jax.nn.softmax(logits, axis=-1)).astype(v.dtype)
     out = jnp.einsum("bhnm,bhmd->bhnd", weights, v)
     return module.to_out(rearrange(out, "B H N D -> B N (H D)"))
-
-
-class TemporalAttention(nnx.Module):
-    """Attention over the frames at each place, with a residual; starts as the identity.
-
-    Frames are numbered by a sinusoidal embedding, so any number of them will do.
-    """
-
-    def __init__(self, features: int, num_heads: int, **policy):
-        self.norm = nnx.LayerNorm(features, epsilon=1e-5, **policy)
-        self.attention = Attention(features, num_heads, zero_init=True, **policy)
-
-    def __call__(self, x: Float[ArrayLike, "B F N D"]) -> Float[Array, "B F N D"]:
-        B, F, _, D = x.shape
-        h = self.norm(x) + timestep_embedding(jnp.arange(F), D)[:, None].astype(x.dtype)
-        h = self.attention(rearrange(h, "B F N D -> (B N) F D"))
-        return x + rearrange(h, "(B N) F D -> B F N D", B=B)
 
 
 class TemporalConv(nnx.Module):
@@ -194,10 +159,7 @@ class VideoTransformer(nnx.Module):
     def _sparse_causal(
         module: Attention, x: Float[ArrayLike, "BF N D"], batch: int, control, grid
     ) -> Float[Array, "BF N D"]:
-        frames = frames_of(x, batch)
-        first = jnp.broadcast_to(frames[:, :1], frames.shape)
-        previous = jnp.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
-        source = rearrange(jnp.concatenate([first, previous], axis=2), "B F M D -> (B F) M D")
+        source = seen_frames(x, batch, own=False)
         if control is None:
             return module(x, source)
 
@@ -230,6 +192,8 @@ class VideoUNet(nnx.Module):
 
     `remat`: activations of each block are computed anew in the backward pass.
     """
+
+    name = UNet.name
 
     def __init__(self, unet: UNet, *, rngs: nnx.Rngs, remat: bool = False):
         precision = Precision(compute=unet.precision.compute)
@@ -279,6 +243,20 @@ class VideoUNet(nnx.Module):
         )
         return jax.tree.map(lambda y: frames_of(y, B), out)
 
+    def predict(
+        self,
+        x: Float[ArrayLike, "B F H W C"],
+        t: Real[ArrayLike, "B"],
+        captions: Captions,
+        seen: Bool[ArrayLike, "B L"] | None,
+        control: AttentionControl | None = None,
+    ) -> Array | tuple[Array, Array]:
+        """The call, of captions, of which the tokens in `seen` count."""
+        added = None
+        if self.config.addition_embed_type == "text_time":
+            added = text_and_size(captions, *x.shape[2:4])
+        return self(x, t, captions.tokens, seen, added, control)
+
 
 class VideoContext(nnx.Module):
     """r_phi of clips: each frame's tokens query the text, then each other over the frames; a shift
@@ -304,7 +282,7 @@ class VideoContext(nnx.Module):
         x0: Float[ArrayLike, "B F H W C"],
         text_tokens: Float[ArrayLike, "B L D"],
         text_mask: Bool[ArrayLike, "B L"],
-        t: Int[ArrayLike, "B"] | None = None,
+        t: Real[ArrayLike, "B"] | None = None,
     ) -> Float[Array, "B F H W C"]:
         """r, float32."""
         B, F = x0.shape[:2]
@@ -324,39 +302,50 @@ class VideoContext(nnx.Module):
         return frames_of(self.image(flat, text, mask, t, mix=over_frames), B)
 
 
-class VideoDiffusion(nnx.Module):
-    """The networks that are tuned on a clip: `unet` and `context`, for text that is encoded.
+# The video form of each kind of backbone: a module `(backbone, rngs=, remat=)` with the backbone's
+# `name`, `config` and `context_head`, and `predict` as the two here.
+INFLATED = {UNet: VideoUNet, MMDiT: VideoMMDiT}
 
-    Without `reads_mask` the UNet attends to padding too, as Stable Diffusion's do; the context
+
+class VideoDiffusion(nnx.Module):
+    """The networks that are tuned on a clip: a backbone's video form under the backbone's name, and
+    `context`, for text that is encoded.
+
+    Without `reads_mask` the backbone attends to padding too, as Stable Diffusion's do; the context
     never does. `bound`: of |x0|, 1 for pictures; latents have none.
     """
 
     def __init__(
         self,
-        unet: VideoUNet,
+        backbone: VideoUNet | VideoMMDiT,
         context: VideoContext,
         reads_mask: bool = True,
         bound: float | None = None,
     ):
-        self.unet, self.context = unet, context
+        self.context, self.backbone_name = context, backbone.name
+        setattr(self, backbone.name, backbone)
         self.reads_mask, self.bound = reads_mask, bound
+
+    @property
+    def backbone(self) -> VideoUNet | VideoMMDiT:
+        """The denoising network."""
+        return getattr(self, self.backbone_name)
 
     def predict(
         self,
         x: Float[ArrayLike, "B F H W C"],
-        t: Int[ArrayLike, "B"],
+        t: Real[ArrayLike, "B"],
         captions: Captions,
-        control: AttentionControl | None = None,
+        control: AnyControl | None = None,
     ) -> Array | tuple[Array, Array]:
-        """The UNet's output for clips, as `ContextDiffusion.predict` for pictures."""
-        seen, added = captions.mask if self.reads_mask else None, None
-        if self.unet.config.addition_embed_type == "text_time":
-            added = text_and_size(captions, *x.shape[2:4])
-        return self.unet(x, t, captions.tokens, seen, added, control)
+        """The backbone's output for clips, as `ContextDiffusion.predict` for pictures."""
+        return self.backbone.predict(
+            x, t, captions, captions.mask if self.reads_mask else None, control
+        )
 
 
 def inflate(
-    unet: UNet,
+    backbone: UNet | MMDiT,
     context: RelationalNetwork,
     *,
     seed: int = 0,
@@ -368,5 +357,5 @@ def inflate(
     given are used up.
     """
     rngs = nnx.Rngs(make_key(seed))
-    video_unet = VideoUNet(unet, rngs=rngs, remat=remat)
-    return VideoDiffusion(video_unet, VideoContext(context, rngs=rngs), reads_mask, bound)
+    video = INFLATED[type(backbone)](backbone, rngs=rngs, remat=remat)
+    return VideoDiffusion(video, VideoContext(context, rngs=rngs), reads_mask, bound)

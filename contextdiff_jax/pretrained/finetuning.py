@@ -120,6 +120,11 @@ def _flow_process(scheduler: Scheduler, config: Mapping[str, Any]) -> dict[str, 
             f"num_train_timesteps={scheduler.num_train_timesteps}: a run's network reads the time "
             "as a share of 1000; only 1000"
         )
+    if scheduler.solver.dynamic:
+        raise ValueError(
+            "use_dynamic_shifting=True: a run's steps have one shift; set it to false in a copy of "
+            "the folder, and `shift` to that of your size"
+        )
     diffusion = {
         "schedule": "flow",
         "prediction_type": scheduler.prediction,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
@@ -32,6 +31,7 @@ from contextdiff_jax.pretrained.folder_files import (
     save_tensors,
 )
 from contextdiff_jax.pretrained.ldm import ldm_name
+from contextdiff_jax.pretrained.lora_layer import LoraLayer
 from contextdiff_jax.pretrained.names import Entry, name_map
 from contextdiff_jax.runtime.fields import check_choice
 
@@ -44,6 +44,7 @@ KOHYA = {
     "text_encoder_2": ("lora_te2_",),
 }
 STYLES = ("diffusers", "kohya")
+_MODELS = {UNet: unet.MODEL, MMDiT: mmdit.MODEL, CLIPText: clip.TEXT}
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # How ComfyUI and LyCORIS begin the names, beside kohya's and diffusers' (`unet.`, ...).
 _STARTS = {
@@ -65,25 +66,6 @@ _TRANSFORMER = (
     r"(transformer_blocks|pos_embed|time_text_embed|context_embedder|norm_out|proj_out)\b"
 )
 _TEXT = r"(text_model\.)?(encoder\.layers|embeddings|final_layer_norm|text_projection)\b"
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraLayer:
-    """One layer's change: down [R, I, ...], up [O, R, ...] and alpha, its scale's numerator."""
-
-    down: np.ndarray
-    up: np.ndarray
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return self.down.shape[0]
-
-    def delta(self) -> np.ndarray:
-        """(alpha / rank) up @ down as a float32 matrix [O, I * ...]."""
-        up, down = (np.asarray(w, np.float32) for w in (self.up, self.down))
-        return (self.alpha / self.rank) * (up.reshape(len(up), -1) @ down.reshape(len(down), -1))
 
 
 # Component -> torch name of the layer (without `text_model.`) -> change.
@@ -170,7 +152,7 @@ def merge_lora(
         if name not in entries:
             raise ValueError(f"{name}: the network has no such layer")
         entry = entries[name]
-        problem = _shape_problem(layer, entry)
+        problem = layer.shape_problem(entry.torch_shape)
         if problem:
             raise ValueError(f"{name}: {problem}")
         delta = entry.from_torch(layer.delta().reshape(entry.torch_shape))
@@ -350,7 +332,7 @@ def _layer(one: _Stored, settings: AdapterSettings | None, entry: Entry) -> Lora
     if alpha.size != 1:
         return f"alpha {alpha.shape}; must be one number"
     layer = LoraLayer(down, up, float(alpha.astype(np.float32).item()))
-    return _shape_problem(layer, entry) or layer
+    return layer.shape_problem(entry.torch_shape) or layer
 
 
 def _same(layer: LoraLayer, other: LoraLayer) -> bool:
@@ -369,14 +351,11 @@ def _flat(layer: str) -> str:
 
 def _entries(module: UNet | MMDiT | CLIPText) -> dict[str, Entry]:
     """torch name of a layer, without `text_model.`, -> its weight's entry."""
-    if isinstance(module, UNet):
-        entries = name_map(module, unet.MODEL.rules(module.config))
-    elif isinstance(module, MMDiT):
-        entries = name_map(module, mmdit.MODEL.rules(module.config))
-    elif isinstance(module, CLIPText):
-        entries = name_map(module, clip.TEXT.rules(module.config))
-    else:
-        raise ValueError(f"{type(module).__name__}: LoRA is for UNet, MMDiT and CLIPText")
+    model = _MODELS.get(type(module))
+    if model is None:
+        names = " and ".join(kind.__name__ for kind in _MODELS)
+        raise ValueError(f"{type(module).__name__}: LoRA is for {names}")
+    entries = name_map(module, model.rules(module.config))
     weights = {name: entry for name, entry in entries.items() if name.endswith(".weight")}
     return {
         name.removesuffix(".weight").removeprefix("text_model."): entry
@@ -393,17 +372,3 @@ def _names(layers: Iterable[str], module: UNet | MMDiT | CLIPText) -> dict[str, 
             name.replace(".", "_"): ours for name, ours in original.items() if name is not None
         }
     return names
-
-
-def _shape_problem(layer: LoraLayer, entry: Entry) -> str | None:
-    shape = entry.torch_shape
-    fits = (
-        layer.up.shape[0] == shape[0]
-        and layer.up.size == shape[0] * layer.rank
-        and layer.down.size == layer.rank * math.prod(shape[1:])
-    )
-    return (
-        None
-        if fits
-        else f"up {layer.up.shape}, down {layer.down.shape}; the layer's weight is {shape}"
-    )

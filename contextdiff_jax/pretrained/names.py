@@ -137,15 +137,8 @@ def state_from_torch(
         finite.
     """
     entries = name_map(module, rules)
-    named = {
-        renamed(name, rules.aliases): name
-        for name in tensors
-        if name not in rules.constants and not _matches(name, rules.unread)
-    }
+    named = _named(tensors, rules)
     _check_constants(tensors, rules, what)
-    for name, copy in rules.copies:
-        if copy in tensors:
-            named.setdefault(name, copy)
     _check(entries, {name: tuple(tensors[stored].shape) for name, stored in named.items()}, what)
     state = nnx.state(module, nnx.Param)
     params = dict(nnx.to_flat_state(state))
@@ -173,6 +166,19 @@ def state_from_torch(
             for path, array in zip(progress(names), arrays, strict=True)
         }
     return nnx.from_flat_state(flat)
+
+
+def _named(tensors: Collection[str], rules: Rules) -> dict[str, str]:
+    """Today's name -> the stored one, of what is a parameter."""
+    named = {
+        renamed(name, rules.aliases): name
+        for name in tensors
+        if name not in rules.constants and not _matches(name, rules.unread)
+    }
+    for name, copy in rules.copies:
+        if copy in tensors:
+            named.setdefault(name, copy)
+    return named
 
 
 def state_to_torch(module: nnx.Module, rules: Rules) -> dict[str, np.ndarray]:

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from contextdiff_jax.data.tokenizer import clip_length
 from contextdiff_jax.models.frozen_text import FrozenText, FrozenTextPair, FrozenTextTriple
 from contextdiff_jax.pretrained.clip import load_clip_text
+from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.folder_files import INDEX_FILE, exists, read_json
+from contextdiff_jax.pretrained.mmdit import MODEL as MMDIT
 from contextdiff_jax.pretrained.t5 import load_t5
 
 CLASSES = tuple(
@@ -84,8 +86,8 @@ def load_texts(
 def _load_triple(
     folder: Path, index: Mapping[str, Any], length: int, options: dict[str, Any]
 ) -> FrozenTextTriple:
-    config = read_json(folder / "transformer" / "config.json", "a transformer's folder")
-    widths = dict(width=config["joint_attention_dim"], pooled_width=config["pooled_projection_dim"])
+    config = read_config(MMDIT, folder / "transformer")
+    widths = dict(width=config.joint_attention_dim, pooled_width=config.pooled_projection_dim)
     first = clip_length(folder)
     length = length or first + T5_TOKENS
     if length <= first:

@@ -104,6 +104,29 @@ _CLIPPED = ("DDIMScheduler", "DDPMScheduler")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicShift:
+    """`use_dynamic_shifting` of the flow-matching Euler scheduler, its names and defaults: times
+    of a picture of more tokens are moved further towards noise.
+    """
+
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    time_shift_type: str = "exponential"
+
+    def __post_init__(self):
+        check_choice("time_shift_type", self.time_shift_type, ("exponential", "linear"))
+
+    def shift(self, tokens: int) -> float:
+        """The factor for a picture of so many tokens."""
+        tokens_apart = self.max_image_seq_len - self.base_image_seq_len
+        slope = (self.max_shift - self.base_shift) / tokens_apart
+        mu = self.base_shift + slope * (tokens - self.base_image_seq_len)
+        return math.exp(mu) if self.time_shift_type == "exponential" else mu
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Solver:
     """The way back that a scheduler's class and options name.
 
@@ -112,7 +135,8 @@ class Solver:
       levels: `karras`, `exponential` or `logsnr` where the noise levels aren't those of uniform
         times, else "".
       final_sigmas_type: the end, `zero` or `sigma_min`.
-      flow, flow_shift: whether the path is `flow`, and how far its times are moved towards noise.
+      flow, flow_shift: whether the path is `flow`, and how far its times are moved towards noise;
+        dynamic: how far instead by the picture's size.
     """
 
     sampler: str = "ddim"
@@ -121,6 +145,7 @@ class Solver:
     final_sigmas_type: str = "zero"
     flow: bool = False
     flow_shift: float = 1.0
+    dynamic: DynamicShift | None = None
 
     def __post_init__(self):
         check_choice("final_sigmas_type", self.final_sigmas_type, ("zero", "sigma_min"))
@@ -229,14 +254,22 @@ def load_scheduler(folder: str | Path, pipeline: str = "") -> Scheduler:
     ours has is said in `solver.note`.
 
     Args:
-      pipeline: the pipeline's class: those of Stable Diffusion 1.x and 2.x put old files right.
+      pipeline: the pipeline's class: those of Stable Diffusion 1.x and 2.x put old files right,
+        those of 3 have the shift that follows the size (`DynamicShift`).
 
     Raises ValueError, one line with file and field: given betas, clipped or thresholded samples.
     """
     path = Path(folder) / CONFIG_FILE
     values = read_json(path, "a pipeline's scheduler folder")
+    dynamic = None
     try:
-        return _scheduler(values | _corrections(pipeline))
+        if pipeline.startswith("StableDiffusion3") and values.get("use_dynamic_shifting"):
+            names = {field.name for field in dataclasses.fields(DynamicShift)} & values.keys()
+            dynamic = DynamicShift(**{name: values[name] for name in names})
+            values = values | {"use_dynamic_shifting": False}
+        scheduler = _scheduler(values | _corrections(pipeline))
+        solver = dataclasses.replace(scheduler.solver, dynamic=dynamic)
+        return dataclasses.replace(scheduler, solver=solver)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 

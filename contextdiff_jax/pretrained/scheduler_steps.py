@@ -27,12 +27,18 @@ _SMALLEST = 2.0**-24
 
 
 def scheduler_steps(
-    scheduler: Scheduler, sampler: str, num_steps: int, spacing: str = "", factor: float = 3.0
+    scheduler: Scheduler,
+    sampler: str,
+    num_steps: int,
+    spacing: str = "",
+    factor: float = 3.0,
+    tokens: int = 0,
 ) -> Steps:
     """The steps that diffusers' scheduler of that sampler makes of the folder's config.
 
     Args:
       spacing: a name of `time_grid`'s or a list of times; "": the folder's own.
+      tokens: of the picture, for a shift that follows its size.
 
     Raises ValueError for a number of steps or times that the schedule doesn't have.
     """
@@ -40,7 +46,7 @@ def scheduler_steps(
     if num_steps < 1:
         raise ValueError(f"steps={num_steps}: must be at least 1")
     if scheduler.is_flow:
-        return _flow_steps(scheduler, sampler, num_steps, named, factor)
+        return _flow_steps(scheduler, sampler, num_steps, named, factor, tokens)
     ancestral = sampler == "ddpm" and scheduler.class_name == ANCESTRAL
     if sampler in SOLVERS or ancestral:
         return _solver_steps(scheduler, sampler, num_steps, named, factor)
@@ -137,8 +143,10 @@ def _uniform(
     return times
 
 
-def _flow_steps(scheduler, sampler, num_steps, named, factor) -> Steps:
+def _flow_steps(scheduler, sampler, num_steps, named, factor, tokens) -> Steps:
     T, shift = scheduler.num_train_timesteps, scheduler.solver.flow_shift
+    dynamic = None if named else scheduler.solver.dynamic
+    shift = shift if dynamic is None else dynamic.shift(tokens)
     own = named or scheduler.spacing_of(sampler)
     shift = factor if named == "sd3" else 1.0 if named == "linspace" else shift
 
@@ -153,7 +161,8 @@ def _flow_steps(scheduler, sampler, num_steps, named, factor) -> Steps:
         else:
             times = shifted(1 - np.linspace(1, 1 / T, num_steps + 1))[::-1][:-1]
     elif own in ("sd3", "linspace", *RATIOS):
-        times = shifted(np.linspace(1, shifted(1 / T), num_steps))
+        least = 1 / T if dynamic else shifted(1 / T)  # it is shifted once more below
+        times = shifted(np.linspace(1, least, num_steps))
         if own in RATIOS:
             times = RATIOS[own](times[-1], times[0], num_steps)
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
+from contextdiff_jax.models.backbones import BackboneConfig
 from contextdiff_jax.models.unet import ContextHead, UNet
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained import folder as folders
@@ -33,11 +34,12 @@ def _rules(config: UNetConfig) -> Rules:
     )
 
 
-def known_to_diffusers(config: UNetConfig) -> UNetConfig:
+def known_to_diffusers(config: BackboneConfig) -> BackboneConfig:
     """The config. ValueError for a network that diffusers doesn't have."""
-    if config.patch_size != 1:
+    own = config.OURS.get("patch_size", config.patch_size)
+    if config.patch_size != own:
         raise ValueError(
-            f"model.patch_size={config.patch_size}: must be 1, as in diffusers' networks"
+            f"model.patch_size={config.patch_size}: must be {own}, as in diffusers' networks"
         )
     return config
 

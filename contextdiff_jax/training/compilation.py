@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from jax.stages import Compiled, Lowered
 
 from contextdiff_jax.models.contextdiff import Frozen
 from contextdiff_jax.settings import Settings, TrainConfig
+from contextdiff_jax.training.operations import count_operations
 from contextdiff_jax.training.state import TrainState
 from contextdiff_jax.training.step import make_train_step
 
@@ -60,17 +60,16 @@ def compile_step(
     batch: Mapping[str, jax.Array],
     null: Mapping[str, jax.Array],
     frozen: Frozen = Frozen(),
-) -> tuple[Callable, float]:
-    """The step's program, and its floating-point operations over all devices.
+) -> tuple[Callable, int]:
+    """The step's program, and its floating-point operations (`count_operations`).
 
     A batch of another shape (`data.buckets`) gets its own program when it first comes.
     """
     whole = null["token_ids"].sharding
     start = time.perf_counter()
     jitted = jit_step(settings, shardings, batch, null, frozen)
-    lowered = jitted.lower(state, batch, null, frozen)
-    compiled = lowered.compile()
-    flops = count_flops(lowered, compiled, whole.mesh) * settings.train.accumulation
+    traced = jitted.trace(state, batch, null, frozen)
+    compiled = traced.lower().compile()
     LOGGER.info(
         "%d parameters, compiled in %.1f s, mesh %s",
         sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -88,17 +87,7 @@ def compile_step(
             programs[shapes] = jitted.lower(state, batch, *rest).compile()
         return programs[shapes](state, batch, *rest)
 
-    return step, flops
-
-
-def count_flops(lowered: Lowered, compiled: Compiled, mesh: Mesh) -> float:
-    """The program's floating-point operations over all devices, a loop's body counted once."""
-    # XLA's count of a GPU's program leaves out the calls of cuDNN and cuBLAS: 1.6 of 98 GFLOP on an
-    # H100. Elsewhere the compiled program is counted at once, while the one before compilation
-    # takes seconds.
-    if mesh.devices.flat[0].platform == "gpu":
-        return (lowered.cost_analysis() or {}).get("flops", 0)
-    return (compiled.cost_analysis() or {}).get("flops", 0) * mesh.size
+    return step, count_operations(traced)
 
 
 def shapes_of(batch: Mapping[str, jax.Array]) -> tuple[tuple[int, ...], ...]:
