@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from flax import nnx
 
+from contextdiff_jax.benchmarks.torch_peer import make_unet
 from contextdiff_jax.models.attention import attention
 from contextdiff_jax.models.layers import GroupNorm
 from contextdiff_jax.models.unet import UNet
@@ -289,6 +290,8 @@ def test_patches_that_dont_fit_and_folders_of_networks_on_patches_are_refused(tm
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"model.patch_size=2: must be 1, as in diffusers'"):
         read_config(MODEL, tmp_path)
+    with pytest.raises(ValueError, match=r"model.patch_size=2: must be 1, as in diffusers'"):
+        make_unet(config)
     assert "patch_size" not in UNetConfig(**TINY).to_dict()
 
 
