@@ -298,6 +298,7 @@ def test_a_joint_run_starts_from_a_run_that_trained_the_context_alone(pipe, runs
         ({"text.pretrained": "nowhere"}, "data.tokenizer='': text.pretrained needs the folder"),
         ({"model.pretrained": "nowhere"}, "nowhere/model_index.json: no such file"),
         ({"train.lora_rank": 0}, "train.lora_rank=0: must be at least 1"),
+        ({"model.patch_size": 3}, "model.patch_size=3: must divide the side of x0, 16"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from test_unet import TINY, inputs, run
 
+from contextdiff_jax.benchmarks.torch_peer import make_network
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.pretrained import save_unet
@@ -61,4 +62,6 @@ def test_patches_that_dont_fit_and_folders_of_networks_on_patches_are_refused(tm
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"model.patch_size=2: must be 1, as in diffusers'"):
         read_config(MODEL, tmp_path)
+    with pytest.raises(ValueError, match=r"model.patch_size=2: must be 1, as in diffusers'"):
+        make_network(config)
     assert "patch_size" not in UNetConfig(**TINY).to_dict()

@@ -243,10 +243,6 @@ def _check_text(settings: Settings) -> None:
 
 def _check_patches(settings: Settings) -> None:
     p, side = settings.model.patch_size, settings.shape[0]
-    if settings.pretrained and p != settings.model.OURS.get("patch_size", p):
-        raise ValueError(
-            f"model.patch_size={p}: must be 1 with model.pretrained, as in diffusers' networks"
-        )
     buckets = settings.data.buckets or settings.data.bucket_max_ratio
     if not buckets and side % p:
         raise ValueError(f"model.patch_size={p}: must divide the side of x0, {side}")
