@@ -292,7 +292,7 @@ def test_a_joint_run_starts_from_a_run_that_trained_the_context_alone(pipe, runs
         ),
         (
             {"train.trainable": "context"},
-            "needs a trained UNet, by model.pretrained or train.init_from",
+            "needs a trained network, by model.pretrained or train.init_from",
         ),
         ({"latent.vae": "nowhere"}, "nowhere/config.json: no such file"),
         ({"text.pretrained": "nowhere"}, "data.tokenizer='': text.pretrained needs the folder"),

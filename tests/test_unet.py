@@ -13,7 +13,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from flax import nnx
 
-from contextdiff_jax.benchmarks.torch_peer import make_unet
 from contextdiff_jax.models.attention import attention
 from contextdiff_jax.models.layers import GroupNorm
 from contextdiff_jax.models.unet import UNet
