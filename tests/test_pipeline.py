@@ -242,9 +242,7 @@ def test_what_does_not_fit_is_named(pair, tmp_path):
         pipeline.inpaint(PROMPTS, pictures(), np.zeros((2, 16, 16)))
     assert pipeline.latent_shape() == (8, 8, 4)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(
-        ValueError, match="_class_name='FluxPipeline': another pipeline"
-    ):
+    with pytest.raises(ValueError, match="_class_name='FluxPipeline': another pipeline"):
         load_pipeline(tmp_path)
 
 
