@@ -71,6 +71,14 @@ def from_heads(project: nnx.Linear, x: Float[ArrayLike, "B H N E"]) -> Float[Arr
     return out + project.bias[...].astype(out.dtype)
 
 
+@from_arguments
+def divided(x: Float[ArrayLike, "*S D"], scale: Float[Array, "D"]) -> Float[Array, "*S D"]:
+    """x over its root mean square, in float32, times `scale`."""
+    h = x.astype(jnp.float32)
+    h = h * lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + EPS)
+    return (h * scale).astype(x.dtype)
+
+
 class HeadNorm(nnx.Module):
     """Division by the root mean square of a head's features, in float32, times a learned scale."""
 
@@ -79,9 +87,7 @@ class HeadNorm(nnx.Module):
 
     def __call__(self, x: Float[ArrayLike, "*S D"], factor: float = 1.0) -> Float[Array, "*S D"]:
         """The normalised x times `factor`."""
-        h = x.astype(jnp.float32)
-        h = h * lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + EPS)
-        return (h * (self.scale[...].astype(jnp.float32) * factor)).astype(x.dtype)
+        return divided(x, self.scale[...].astype(jnp.float32) * factor)
 
 
 class HeadProjections(nnx.Module):

@@ -333,7 +333,7 @@ def predicted(
     return {
         "seconds": seconds,
         "compiler_seconds": xla,
-        "cycle_seconds": hlo.cycles(program) * loop / chip.clock,
+        "cycle_seconds": hlo.cycles(program) / chip.clock,
         "unknown": unknown,
         "kernel_seconds": hidden_seconds,
         "flops": flops + hidden,

@@ -62,15 +62,19 @@ def instructions(text: str) -> list[Instruction]:
 def _loop_counts(found: list[Instruction]) -> dict[str, int]:
     """The number of times that each computation runs.
 
-    A loop whose trip count XLA doesn't know counts once.
+    A loop whose trip count neither XLA nor its condition tells counts once.
     """
     callers: dict[str, tuple[str, int]] = {}
+    bounds = _bounds(found)
     for each in found:
         trips = (
             re.search(r'known_trip_count[\\":{]+n[\\":]+(\d+)', each.rest)
             if each.opcode == "while"
             else None
         )
+        if each.opcode == "while" and trips is None:
+            condition = re.search(r"condition=%?([\w.\-]+)", each.rest)
+            trips = [None, bounds.get(condition[1], 1)] if condition else None
         for called in re.findall(
             r"(?:calls|body|condition|to_apply|async_execution_thread)=%?([\w.\-]+)", each.rest
         ):
@@ -83,6 +87,20 @@ def _loop_counts(found: list[Instruction]) -> dict[str, int]:
         return trips * count(caller, depth + 1)
 
     return {name: count(name) for name in callers}
+
+
+def _bounds(found: list[Instruction]) -> dict[str, int]:
+    """The number that a counter is below while the loop runs, by the loop's condition: XLA:TPU
+    writes no trip count, and JAX's loops count from 0.
+    """
+    numbers: dict[str, list[int]] = {}
+    below = set()
+    for each in found:
+        if each.opcode == "constant" and (number := re.match(r"(\d+)\)", each.rest)):
+            numbers.setdefault(each.computation, []).append(int(number[1]))
+        if each.opcode == "compare" and "direction=LT" in each.rest:
+            below.add(each.computation)
+    return {name: of[0] for name, of in numbers.items() if name in below and len(of) == 1}
 
 
 def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
