@@ -78,36 +78,6 @@ def test_a_collectives_groups_are_read_onto_the_meshs_axes(attributes, groups, a
     assert hlo.axes_of(found, MESH) == axes
 
 
-def test_loops_count_as_often_as_they_run():
-    program = hlo.instructions("""
-%body (p: f32[8]) -> f32[8] {
-  ROOT %all-reduce.1 = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
-}
-ENTRY %main (a: f32[8]) -> f32[8] {
-  ROOT %while.1 = f32[8]{0} while(%a), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"7"}}
-}""")  # noqa: E501
-    assert hlo.collectives(program, {"data": 2}) == [hlo.Traffic("all-reduce", "data", 7, 7 * 32.0)]
-
-
-def test_a_loops_condition_tells_how_often_it_runs_where_nothing_else_does():
-    program = hlo.instructions("""
-%cond (p: (s32[], f32[8])) -> pred[] {
-  %constant.1 = s32[]{:T(128)} constant(23)
-  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
-  ROOT %lt.1 = pred[]{:T(512)} compare(%i, %constant.1), direction=LT
-}
-%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %all-reduce.1 = f32[8]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add
-  ROOT %add.2 = f32[8]{0} add(%a, %b), backend_config={"estimated_cycles":"100"}
-}
-ENTRY %main (a: f32[8]) -> f32[8] {
-  ROOT %while.1 = (s32[], f32[8]{0}) while(%a), condition=%cond, body=%body
-}""")
-    sent = hlo.Traffic("all-reduce", "data", 23, 23 * 32.0)
-    assert hlo.collectives(program, {"data": 2}) == [sent]
-    assert hlo.cycles(program) == 2300
-
-
 def test_a_collective_spread_over_fusions_counts_once_and_a_scattered_sum_is_one():
     program = hlo.instructions("""
 %fused.1 (p: bf16[8,32]) -> bf16[32,32] {

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from conftest import config_dict, mmdit_dict
 from flax import nnx
 
-from contextdiff_jax.benchmarks.tpu import unrolled
+from contextdiff_jax.benchmarks.tpu import hlo, unrolled
 from contextdiff_jax.models.joint import JointBlock
 from contextdiff_jax.settings import parse
 
@@ -45,3 +45,33 @@ def test_useful_operations_are_those_of_a_layers_products():
     counted = step.lower(params, *shapes).cost_analysis()["flops"]
     useful = unrolled.useful_flops(config, False, 64, 32) / 3
     assert useful < counted < 1.25 * useful  # the rest: norms, softmax, activations
+
+
+def test_loops_count_as_often_as_they_run():
+    program = hlo.instructions("""
+%body (p: f32[8]) -> f32[8] {
+  ROOT %all-reduce.1 = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+}
+ENTRY %main (a: f32[8]) -> f32[8] {
+  ROOT %while.1 = f32[8]{0} while(%a), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+}""")  # noqa: E501
+    assert hlo.collectives(program, {"data": 2}) == [hlo.Traffic("all-reduce", "data", 7, 7 * 32.0)]
+
+
+def test_a_loops_condition_tells_how_often_it_runs_where_nothing_else_does():
+    program = hlo.instructions("""
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(23)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i, %constant.1), direction=LT
+}
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-reduce.1 = f32[8]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add
+  ROOT %add.2 = f32[8]{0} add(%a, %b), backend_config={"estimated_cycles":"100"}
+}
+ENTRY %main (a: f32[8]) -> f32[8] {
+  ROOT %while.1 = (s32[], f32[8]{0}) while(%a), condition=%cond, body=%body
+}""")
+    sent = hlo.Traffic("all-reduce", "data", 23, 23 * 32.0)
+    assert hlo.collectives(program, {"data": 2}) == [sent]
+    assert hlo.cycles(program) == 2300
