@@ -36,6 +36,7 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.editing import denoise as editing_denoise
 from contextdiff_jax.editing.tuning import tuning_loss
+from contextdiff_jax.models.context import ContextConfig
 from contextdiff_jax.settings import TrainConfig, parse
 from contextdiff_jax.training.step import loss_fn
 
@@ -76,13 +77,17 @@ def test_in_sampling_the_branch_without_a_caption_has_the_r_of_its_training(capt
     agree(out, clipped(*line(branch(TRUE), empty, 2.0)))
 
 
+class ClipsContext:
+    image = types.SimpleNamespace(config=ContextConfig())
+
+    def __call__(self, x0, tokens, mask, t):
+        return jnp.tanh(tokens.mean((1, 2)).reshape(-1, 1, 1, 1, 1) * x0)
+
+
 class Clips:
     """As `Formulas`, of clips: x0_hat = 0.7 x + 0.2 c, r = tanh(c x0)."""
 
-    unet, bound = types.SimpleNamespace(context_head=None), None
-
-    def context(self, x0, tokens, mask, t):
-        return jnp.tanh(tokens.mean((1, 2)).reshape(-1, 1, 1, 1, 1) * x0)
+    backbone, bound, context = types.SimpleNamespace(context_head=None), None, ClipsContext()
 
     def predict(self, x, t, text, control=None):
         return 0.7 * x + 0.2 * text.tokens.mean((1, 2)).reshape(-1, 1, 1, 1, 1)

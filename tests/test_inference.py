@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -253,7 +252,9 @@ def test_a_model_on_a_path_samples_at_floats_and_tells_each_step(pipeline):
     flow = diffusion.make_schedule("flow")
     process = Process(schedule=flow, prediction_type="v", shift="quadratic")
     opened = dataclasses.replace(
-        pipeline.opened, process=process, find_steps=functools.partial(run_steps, flow)
+        pipeline.opened,
+        process=process,
+        find_steps=lambda options, shape: run_steps(flow, options),
     )
     seen = []
     made = Pipeline(opened).text_to_image(

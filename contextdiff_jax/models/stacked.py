@@ -18,9 +18,9 @@ class Stacked(nnx.Module):
     """`count` modules that `make(rngs)` gives, one after the other.
 
     Their parameters have a leading axis of `count`. On a mesh each layer's are gathered when its
-    turn comes (`parallel.mesh.gathered` leaves them as they lie), so that no device ever holds
-    those of all layers. `remat`: what a layer keeps for the backward pass (models.remat). `unroll`:
-    writes the layers out, one by one, for a compiler that counts a loop's body once.
+    turn comes (`parallel.mesh.gathered` leaves them as they lie). `remat`: what a layer keeps for
+    the backward pass (models.remat); with `none` the gathered kernels of all layers are among it.
+    `unroll`: writes the layers out, one by one.
     """
 
     remat = "none"
