@@ -138,6 +138,7 @@ def saved(workdir, archive="checkpoints"):
     return {path_name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
+@pytest.mark.slow  # pytest -m slow tests/test_mmdit_runs.py
 def test_a_run_resumes_bit_for_bit(runs):
     _, whole, resumed = runs
     for archive in ("checkpoints", "averages"):
@@ -152,6 +153,7 @@ def test_a_run_resumes_bit_for_bit(runs):
     assert one == other and len(one) == 4
 
 
+@pytest.mark.slow  # pytest -m slow tests/test_mmdit_runs.py
 def test_lora_changes_the_attention_of_each_stacked_layer_and_trains_the_context_beside_it(runs):
     first, whole, _ = runs
     before, after = saved(first), saved(whole)
@@ -180,6 +182,7 @@ def test_lora_changes_the_attention_of_each_stacked_layer_and_trains_the_context
             assert own.any() != (layer == "stacks/0/layers/text/attn/to_q"), layer
 
 
+@pytest.mark.slow  # pytest -m slow tests/test_mmdit_runs.py
 def test_the_context_alone_has_moments_where_it_alone_is_trained(runs):
     changes = {"train.trainable": "context", "train.init_from": str(runs[0])}
     config = mmdit_dict(**SHALLOW | changes)
