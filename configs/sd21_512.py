@@ -14,23 +14,26 @@ from ml_collections import ConfigDict
 
 from configs import base
 
+# of runs at Stable Diffusion's sizes
+TRAIN = dict(
+    steps=50_000,
+    batch_size=2048,
+    learning_rate=2e-5,
+    warmup_steps=1000,
+    decay="constant",
+    weight_decay=0.01,
+    b2=0.999,
+    ema_decay=0.9999,
+    precision="bfloat16",
+    checkpoint_every=1000,
+    sample_every=5000,
+)
+
 
 def get_config() -> ConfigDict:
     """base at Stable Diffusion 2.1's sizes, with its schedule made to end in pure noise."""
     config = base.get_config()
-    config.train.update(
-        steps=50_000,
-        batch_size=2048,
-        learning_rate=2e-5,
-        warmup_steps=1000,
-        decay="constant",
-        weight_decay=0.01,
-        b2=0.999,
-        ema_decay=0.9999,
-        precision="bfloat16",
-        checkpoint_every=1000,
-        sample_every=5000,
-    )
+    config.train.update(TRAIN)
     config.data.update(source="folder", image_size=64, max_length=77, num_workers=16)
     config.diffusion.update(
         schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, zero_terminal_snr=True

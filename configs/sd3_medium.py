@@ -12,25 +12,13 @@ are compiled for TPUs. Half of each of the attention kernel's products is paddin
 from ml_collections import ConfigDict
 
 from configs import base
+from configs.sd21_512 import TRAIN
 
 
 def get_config() -> ConfigDict:
     """base at Stable Diffusion 3's sizes, on the straight path."""
     config = base.get_config()
-    config.train.update(
-        steps=50_000,
-        batch_size=2048,
-        learning_rate=2e-5,
-        warmup_steps=1000,
-        decay="constant",
-        weight_decay=0.01,
-        b2=0.999,
-        ema_decay=0.9999,
-        precision="bfloat16",
-        tpu_scoped_memory=65536,
-        checkpoint_every=1000,
-        sample_every=5000,
-    )
+    config.train.update(TRAIN, tpu_scoped_memory=65536)
     config.data.update(source="folder", image_size=64, max_length=333, num_workers=16)
     config.diffusion.update(
         schedule="flow", prediction_type="velocity", timestep_sampling="logit_normal"

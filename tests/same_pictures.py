@@ -27,12 +27,14 @@ def check(pipe, folder, *, scheduler=None, size=(8, 8), **options):
     if scheduler is not None:
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **scheduler)
         pipe.scheduler.save_pretrained(folder / "scheduler")
-    latents = normal(len(PROMPTS), *size, 4)
-    theirs = {
-        "num_inference_steps": options.get("steps", 50),
-        "guidance_scale": options.get("guidance", 7.5),
-    }
-    negative = options.get("negative")
+    return compare(pipe, load_pipeline(folder), 4, size, steps=50, guidance=7.5, options=options)
+
+
+def compare(pipe, pipeline, channels, size, *, steps, guidance, options, **theirs) -> np.ndarray:
+    """As `check`, of a pipeline that is open: what `options` don't say is the number of `steps` and
+    the `guidance` of diffusers, whose `theirs` are besides.
+    """
+    latents, negative = normal(len(PROMPTS), *size, channels), options.get("negative")
     with torch.no_grad():
         expected = pipe(
             PROMPTS,
@@ -41,11 +43,12 @@ def check(pipe, folder, *, scheduler=None, size=(8, 8), **options):
             width=2 * size[1],
             output_type="np",
             negative_prompt=None if negative is None else [negative] * len(PROMPTS),
+            num_inference_steps=options.get("steps", steps),
+            guidance_scale=options.get("guidance", guidance),
             **theirs,
         ).images
-    images = load_pipeline(folder).text_to_image(
-        PROMPTS, noise=latents, size=(2 * size[0], 2 * size[1]), **options
-    )
+    size = (2 * size[0], 2 * size[1])
+    images = pipeline.text_to_image(PROMPTS, noise=latents, size=size, **options)
     assert_same_pictures(images, expected)
     return expected
 

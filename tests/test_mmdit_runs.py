@@ -244,7 +244,8 @@ def test_a_transformer_learns_from_a_unet():
     model = nnx.eval_shape(
         lambda: build_model(model_graph(teacher), init_params(teacher, Undrawn()))
     )
-    trace_of_loss(student, Frozen(teacher=Teacher(model, "v")))
+    loss, grads = trace_of_loss(student, Frozen(teacher=Teacher(model, "v")))
+    assert loss.shape == () and "transformer" in grads
 
 
 def test_latents_of_an_autoencoder_are_what_it_denoises(tmp_path):

@@ -14,8 +14,16 @@ from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPi
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from flax import nnx
 from safetensors.numpy import save_file
-from same_pictures import PROMPTS, assert_same_pictures, holes, pictures, saved, theirs_from
-from torch_models import assert_same_tensors, nchw, nhwc, normal, t5_encoder
+from same_pictures import (
+    PROMPTS,
+    assert_same_pictures,
+    compare,
+    holes,
+    pictures,
+    saved,
+    theirs_from,
+)
+from torch_models import assert_same_tensors, nhwc, t5_encoder
 from torch_sd3 import MEDIUM, PARTS, stable_diffusion_3
 
 from contextdiff_jax import Pipeline
@@ -46,27 +54,12 @@ def pairs(tmp_path_factory):
     return pair
 
 
-def check(pair, size=(8, 8), negative=None, **options):
+def check(pair, size=(8, 8), **options):
     """The pictures of both pipelines from the same noise are the same."""
     pipe, folder = pair
-    latents = normal(len(PROMPTS), *size, 16)
-    with torch.no_grad():
-        expected = pipe(
-            PROMPTS,
-            latents=nchw(latents),
-            height=2 * size[0],
-            width=2 * size[1],
-            output_type="np",
-            negative_prompt=None if negative is None else [negative] * len(PROMPTS),
-            max_sequence_length=T5_LENGTH,
-            num_inference_steps=options.get("steps", 28),
-            guidance_scale=options.get("guidance", 7.0),
-        ).images
-    pipeline = Pipeline.open(folder, max_sequence_length=T5_LENGTH)
-    size = (2 * size[0], 2 * size[1])
-    images = pipeline.text_to_image(PROMPTS, noise=latents, size=size, negative=negative, **options)
-    assert_same_pictures(images, expected)
-    return expected
+    length = {"max_sequence_length": T5_LENGTH}
+    pipeline = Pipeline.open(folder, **length)
+    return compare(pipe, pipeline, 16, size, steps=28, guidance=7.0, options=options, **length)
 
 
 @pytest.mark.parametrize("kind", ["3.5 medium", "without T5"])

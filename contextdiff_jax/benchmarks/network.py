@@ -17,11 +17,11 @@ from jaxtyping import Array
 from contextdiff_jax import diffusion
 from contextdiff_jax.benchmarks.measured import Inputs, randomised
 from contextdiff_jax.diffusion.samplers import Denoised
-from contextdiff_jax.models.backbones import Backbone, build_backbone, kind_of
+from contextdiff_jax.models.backbones import Backbone, build_backbone
 from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.remat import configure
 from contextdiff_jax.models.undrawn import Undrawn
-from contextdiff_jax.pretrained.conversion import MODELS
+from contextdiff_jax.pretrained.conversion import backbone_model
 from contextdiff_jax.pretrained.names import state_to_torch
 from contextdiff_jax.settings import Settings
 
@@ -63,7 +63,7 @@ def predict(network: Backbone, x: Array, t: Array, inputs: Mapping[str, Array]) 
 def to_torch(network: Backbone) -> dict[str, np.ndarray]:
     """All of diffusers' tensors by its names."""
     config = network.config
-    return state_to_torch(network, MODELS[kind_of(config)].rules(config))
+    return state_to_torch(network, backbone_model(config).rules(config))
 
 
 def training_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:

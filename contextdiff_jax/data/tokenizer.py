@@ -212,7 +212,17 @@ def pipeline_parts(folder: str | pathlib.Path) -> list[str]:
     names, index = ("tokenizer", "tokenizer_2", "tokenizer_3"), _index(folder)
     if index is None:
         return [name for name in names if pathlib.Path(folder, name).is_dir()]
-    return [name for name in names if (index.get(name) or [None])[0] is not None]
+    return list(named_parts(index, names))
+
+
+def named_parts(index: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:
+    """Those of a pipeline's parts that its index (model_index.json) has."""
+    return tuple(name for name in names if (index.get(name) or [None])[0] is not None)
+
+
+def is_sd3_class(pipeline: str) -> bool:
+    """Whether a pipeline's class, by its name, is one of Stable Diffusion 3's."""
+    return pipeline.startswith("StableDiffusion3")
 
 
 def is_joined(folder: str | pathlib.Path) -> bool:
@@ -220,7 +230,7 @@ def is_joined(folder: str | pathlib.Path) -> bool:
     index = _index(folder)
     if index is None:
         return pathlib.Path(folder, "tokenizer_3").is_dir()
-    return str(index.get("_class_name")).startswith("StableDiffusion3")
+    return is_sd3_class(str(index.get("_class_name")))
 
 
 def clip_length(folder: str | pathlib.Path) -> int:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,8 +29,8 @@ from contextdiff_jax.models.frozen_text import FrozenText
 from contextdiff_jax.models.pixels import to_uint8, to_unit
 from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.models.video import VideoDiffusion, inflate
-from contextdiff_jax.pretrained.folder_files import INDEX_FILE, exists
 from contextdiff_jax.pretrained.pipeline import StableDiffusion, read_pipeline
+from contextdiff_jax.pretrained.pipeline_folder import is_pipeline
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import build_model, make_model, model_graph
 from contextdiff_jax.runs.reading import load_run
@@ -100,7 +99,7 @@ def open_editor(settings: EditSettings) -> Editor:
         return _from_model(
             settings, base, make_model(base).attach(frozen), tokenizer, digest(frozen)
         )
-    if exists(pathlib.Path(name) / INDEX_FILE):
+    if is_pipeline(name):
         return _from_pipeline(settings, name)
     try:
         run = load_run(name, settings.video.weights)

@@ -16,6 +16,7 @@ from contextdiff_jax.models import flash
 from contextdiff_jax.parallel.mesh import current_target
 
 _TILE = 128  # queries, about
+HIDDEN = -1e30  # the bias of a key that doesn't count: far below all others
 
 
 def attention(
@@ -142,25 +143,22 @@ def self_attention(
     if how == "splash":
         return flash.splash_attention(q, k, v, scale, mask, target=target)
     if how == "tiles":
-        q, k = (q, k) if mask is None else _hidden(q, k, mask)
+        q, k = (q, k) if mask is None else with_bias(q, k, jnp.where(mask, 0.0, HIDDEN))
         return flash.on_each_device(
             functools.partial(tiled_attention, scale=scale), q, k, v, target
         )
     return attention(q, k, v, mask, scale=scale)
 
 
-def _hidden(
-    q: Float[Array, "B N H D"], k: Float[Array, "B M H D"], mask: Bool[Array, "B M"]
+def with_bias(
+    q: Float[Array, "B N H D"], k: Float[Array, "B M H D"], bias: Float[Array, "B M"]
 ) -> tuple[Float[Array, "B N H D2"], Float[Array, "B M H D2"]]:
-    """q and k with one more column, by which the logits of keys that don't count are far below all
-    others.
+    """q and k with one more column, by which each key's products have its bias added, before they
+    are scaled: so all that computes attention can.
     """
-    far = jnp.where(mask, 0.0, -1e30).astype(k.dtype)
-    far = jnp.broadcast_to(far[..., None, None], (*k.shape[:3], 1))
-    return (
-        jnp.concatenate([q, jnp.ones((*q.shape[:3], 1), q.dtype)], axis=-1),
-        jnp.concatenate([k, far], axis=-1),
-    )
+    column = jnp.broadcast_to(bias.astype(k.dtype)[..., None, None], (*k.shape[:3], 1))
+    ones = jnp.ones((*q.shape[:3], 1), q.dtype)
+    return jnp.concatenate([q, ones], axis=-1), jnp.concatenate([k, column], axis=-1)
 
 
 def heads_attention(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
 
@@ -35,11 +34,6 @@ BACKBONES = {"unet": Kind(UNetConfig, UNet), "mmdit": Kind(MMDiTConfig, MMDiT)}
 def kind_of(config: BackboneConfig) -> str:
     """The name of the config's kind."""
     return next(name for name, kind in BACKBONES.items() if type(config) is kind.config)
-
-
-def backbone_config(kind: str, values: Mapping[str, Any]) -> BackboneConfig:
-    """The config of this kind with these fields; raises as its `from_dict`."""
-    return BACKBONES[kind].config.from_dict(values)
 
 
 def build_backbone(

@@ -11,7 +11,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from contextdiff_jax.models.layers import timestep_embedding
+from contextdiff_jax.models.mmdit_config import MMDiTConfig
 from contextdiff_jax.models.transformer import Attention
+from contextdiff_jax.models.unet_config import UNetConfig
 
 
 @runtime_checkable
@@ -68,6 +70,20 @@ def seen_frames(
     previous = jnp.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
     parts = [frames] * own + [first, previous]
     return rearrange(jnp.concatenate(parts, axis=2), "B F M ... -> (B F) M ...")
+
+
+class VideoNetwork(nnx.Module):
+    """A network for clips, made of an `image` network whose parts it takes over."""
+
+    @property
+    def config(self) -> UNetConfig | MMDiTConfig:
+        """The image network's."""
+        return self.image.config
+
+    @property
+    def context_head(self) -> nnx.Module | None:
+        """The image network's, which predicts each frame's context."""
+        return self.image.context_head
 
 
 class TemporalAttention(nnx.Module):

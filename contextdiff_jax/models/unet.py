@@ -280,7 +280,7 @@ class UNet(nnx.Module):
         deep: Float[ArrayLike, "B H W K"] | None = None,
     ) -> Array | tuple[Array, Array]:
         """The call, of captions, whose tokens in `seen` count, and a picture's `size` in pixels."""
-        return self(x, t, captions.tokens, seen, self._added(captions, size), deep)
+        return self(x, t, captions.tokens, seen, self.added(captions, size), deep)
 
     def deep_features(
         self,
@@ -293,10 +293,10 @@ class UNet(nnx.Module):
         """The part of the finest up block's input that comes from the coarser levels; arguments as
         `predict`'s.
         """
-        text = self.time(t, x.shape[0], self._added(captions, size)), captions.tokens, seen
+        text = self.time(t, x.shape[0], self.added(captions, size)), captions.tokens, seen
         return self._coarse(self._fine(x, *text)[-1], *text)
 
-    def _added(self, captions: Captions, size: tuple[int, int]) -> dict[str, Array] | None:
+    def added(self, captions: Captions, size: tuple[int, int]) -> dict[str, Array] | None:
         """The conditions of a UNet of the XL kind."""
         return None if self.add_embedding is None else text_and_size(captions, *size)
 

@@ -26,12 +26,13 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real, Shaped
 
-from contextdiff_jax.models.captions import Captions, text_and_size
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.context import RelationalNetwork
 from contextdiff_jax.models.frames import (
     AnyControl,
     AttentionControl,
     TemporalAttention,
+    VideoNetwork,
     frames_of,
     seen_frames,
 )
@@ -186,7 +187,7 @@ class VideoTransformer(nnx.Module):
         return rearrange(out, "B (F N) D -> (B F) N D", F=F)
 
 
-class VideoUNet(nnx.Module):
+class VideoUNet(VideoNetwork):
     """A UNet for clips. It takes over the image UNet's blocks, which is of no use by itself
     afterwards.
 
@@ -213,16 +214,6 @@ class VideoUNet(nnx.Module):
             )
         if unet.context_head is not None:
             unet.context_head.resnet = VideoResnet(unet.context_head.resnet, remat=remat, **policy)
-
-    @property
-    def config(self):
-        """The image UNet's."""
-        return self.image.config
-
-    @property
-    def context_head(self) -> nnx.Module | None:
-        """The image UNet's, which predicts each frame's context."""
-        return self.image.context_head
 
     def __call__(
         self,
@@ -252,9 +243,7 @@ class VideoUNet(nnx.Module):
         control: AttentionControl | None = None,
     ) -> Array | tuple[Array, Array]:
         """The call, of captions, of which the tokens in `seen` count."""
-        added = None
-        if self.config.addition_embed_type == "text_time":
-            added = text_and_size(captions, *x.shape[2:4])
+        added = self.image.added(captions, x.shape[2:4])
         return self(x, t, captions.tokens, seen, added, control)
 
 

@@ -29,11 +29,12 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Real, Shaped
 
-from contextdiff_jax.models.attention import self_attention
+from contextdiff_jax.models.attention import HIDDEN, self_attention, with_bias
 from contextdiff_jax.models.captions import Captions, pooled_text
 from contextdiff_jax.models.frames import (
     ScannedControl,
     TemporalAttention,
+    VideoNetwork,
     frames_of,
     seen_frames,
 )
@@ -43,7 +44,6 @@ from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.stacked import Stacked
 
 Heads = tuple[Array, Array, Array]  # q (scaled), k, v, each [BF, H, N, D]
-_HIDDEN = -1e30  # the logit of a token that doesn't count
 
 
 class Clip(NamedTuple):
@@ -97,7 +97,7 @@ class FrameAttention:
         """What is added to the logits of the keys of the frames that are `seen` and of the text."""
         mask = jnp.ones(q_text.shape[:2], bool) if self.mask is None else self.mask
         pictures = jnp.full(seen.shape[:2], -math.log(seen.shape[1] // q.shape[1]))
-        return jnp.concatenate([pictures, jnp.where(mask, 0.0, _HIDDEN)], axis=1)
+        return jnp.concatenate([pictures, jnp.where(mask, 0.0, HIDDEN)], axis=1)
 
     def _controlled(
         self, q: Array, k: Array, v: Array, bias: Array, pictures: int
@@ -133,15 +133,9 @@ def _biased(
     bias: Float[Array, "B M"],
     choice: str,
 ) -> Float[Array, "B N H D"]:
-    """Attention whose logits have a bias for each key: one more column of q and k, so that all that
-    computes attention can.
-    """
-    column = jnp.broadcast_to(bias[..., None, None], (*k.shape[:3], 1))
-    ones = jnp.ones((*q.shape[:3], 1))
-    q, k, v = (
-        jnp.concatenate([y, more.astype(y.dtype)], axis=-1)
-        for y, more in ((q, ones), (k, column), (v, jnp.zeros_like(column)))
-    )
+    """Attention of scaled queries whose logits have a bias for each key."""
+    q, k = with_bias(q, k, bias)
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, 1)))  # as wide as they are
     return self_attention(q, k, v, 1.0, choice=choice)[..., :-1]
 
 
@@ -181,7 +175,7 @@ class VideoBlock(nnx.Module):
         return self.temporal(frames_of(x, clip.batch)).reshape(x.shape), text, looks
 
 
-class VideoMMDiT(nnx.Module):
+class VideoMMDiT(VideoNetwork):
     """A transformer for clips. It takes over the image transformer's layers, which is of no use by
     itself afterwards.
 
@@ -203,16 +197,6 @@ class VideoMMDiT(nnx.Module):
             new = Stacked(temporal, kind.count, rngs=rngs, dtype=precision.compute)
             stack.layers = VideoBlock(stack.layers, new.layers)
             stack.remat = "blocks" if remat else stack.remat
-
-    @property
-    def config(self):
-        """The image transformer's."""
-        return self.image.config
-
-    @property
-    def context_head(self) -> nnx.Module | None:
-        """The image transformer's, which predicts each frame's context."""
-        return self.image.context_head
 
     def __call__(
         self,

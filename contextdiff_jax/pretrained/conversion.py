@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from contextdiff_jax.models.backbones import BackboneConfig, kind_of
 from contextdiff_jax.pretrained import clip, mmdit, native, t5, unet, vae
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.folder_files import (
@@ -37,6 +38,11 @@ MODELS = {
 }
 
 Report = Callable[[str], None]
+
+
+def backbone_model(config: BackboneConfig) -> Model:
+    """What is particular about the kind of backbone that this config is of."""
+    return MODELS[kind_of(config)]
 
 
 def to_native(source: Path, target: Path, options: Options, report: Report = print) -> None:

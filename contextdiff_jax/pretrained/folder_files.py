@@ -19,9 +19,8 @@ from contextdiff_jax.pretrained.one_file import (
     refuse_pointers,
     save_tensors,
 )
+from contextdiff_jax.pretrained.single_file import INDEX_FILE
 from contextdiff_jax.runtime.texts import read_object
-
-INDEX_FILE = "model_index.json"  # of a pipeline's folder
 
 __all__ = (
     "INDEX_FILE",

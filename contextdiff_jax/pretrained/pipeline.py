@@ -24,6 +24,7 @@ from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.folder_files import read_json, tokenizer_folder
 from contextdiff_jax.pretrained.pipeline_folder import (
+    check_channels,
     encoder_names,
     is_sd3,
     is_xl,
@@ -172,17 +173,8 @@ def read_pipeline(folder: str | Path, **options) -> StableDiffusion | StableDiff
 
 
 def _check_fit(folder: Path, unet: UNet, vae: VAE, encoder: FrozenText | FrozenTextPair) -> None:
-    channels, width = vae.config.latent_channels, encoder.width
-    several = isinstance(encoder, FrozenTextPair)
-    if (
-        unet.config.in_channels not in (channels, 2 * channels + 1)
-        or unet.config.out_channels != channels
-    ):
-        raise ValueError(
-            f"{folder}: the UNet has {unet.config.in_channels} channels in and "
-            f"{unet.config.out_channels} out; must be {channels} (or {2 * channels + 1}, for "
-            f"inpainting) and {channels}, as the autoencoder's latents have"
-        )
+    width, several = encoder.width, isinstance(encoder, FrozenTextPair)
+    check_channels(folder, "UNet", unet.config, vae)
     if any(level.text_features != width for level in unet.config.levels()):
         raise ValueError(
             f"{folder}: the UNet's cross_attention_dim differs from the text encoders' width, "

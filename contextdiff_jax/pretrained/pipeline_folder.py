@@ -8,8 +8,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from contextdiff_jax.data.tokenizer import clip_length
+from contextdiff_jax.data.tokenizer import clip_length, is_sd3_class, named_parts
+from contextdiff_jax.models.backbones import BackboneConfig
 from contextdiff_jax.models.frozen_text import FrozenText, FrozenTextPair, FrozenTextTriple
+from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.pretrained.clip import load_clip_text
 from contextdiff_jax.pretrained.folder import read_config
 from contextdiff_jax.pretrained.folder_files import INDEX_FILE, exists, read_json
@@ -55,14 +57,25 @@ def is_xl(index: Mapping[str, Any]) -> bool:
 
 def is_sd3(index: Mapping[str, Any]) -> bool:
     """Whether a pipeline's index is of Stable Diffusion 3."""
-    return index["_class_name"].startswith("StableDiffusion3")
+    return is_sd3_class(index["_class_name"])
 
 
 def encoder_names(index: Mapping[str, Any]) -> tuple[str, ...]:
     """The folders of a pipeline's text encoders; of Stable Diffusion 3's those that are there."""
     if is_sd3(index):
-        return tuple(name for name in _ENCODERS if (index.get(name) or [None])[0] is not None)
+        return named_parts(index, _ENCODERS)
     return ("text_encoder", "text_encoder_2") if is_xl(index) else ("text_encoder",)
+
+
+def check_channels(folder: Path, name: str, config: BackboneConfig, vae: VAE) -> None:
+    """Raises ValueError for a network, called `name`, that isn't of the autoencoder's latents."""
+    channels, for_inpainting = vae.config.latent_channels, 2 * vae.config.latent_channels + 1
+    if config.in_channels not in (channels, for_inpainting) or config.out_channels != channels:
+        raise ValueError(
+            f"{folder}: the {name} has {config.in_channels} channels in and "
+            f"{config.out_channels} out; must be {channels} (or {for_inpainting}, for "
+            f"inpainting) and {channels}, as the autoencoder's latents have"
+        )
 
 
 def load_texts(

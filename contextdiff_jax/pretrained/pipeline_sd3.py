@@ -18,6 +18,7 @@ from contextdiff_jax.models.vae import VAE
 from contextdiff_jax.pretrained.mmdit import load_mmdit
 from contextdiff_jax.pretrained.pipeline_folder import (
     T5_TOKENS,
+    check_channels,
     encoder_names,
     load_texts,
     read_index,
@@ -128,13 +129,8 @@ def _check_tokens(folder: Path, names: Sequence[str], tokens: PipelineTokens) ->
 
 
 def _check_fit(folder: Path, transformer: MMDiT, vae: VAE, encoder: FrozenTextTriple) -> None:
-    config, channels = transformer.config, vae.config.latent_channels
-    if config.in_channels not in (channels, 2 * channels + 1) or config.out_channels != channels:
-        raise ValueError(
-            f"{folder}: the transformer has {config.in_channels} channels in and "
-            f"{config.out_channels} out; must be {channels} (or {2 * channels + 1}, for "
-            f"inpainting) and {channels}, as the autoencoder's latents have"
-        )
+    config = transformer.config
+    check_channels(folder, "transformer", config, vae)
     if config.context_head:
         raise ValueError(f"{folder}: the transformer has a context head: not sampled here")
     for name, found in encoder.encoders.items():

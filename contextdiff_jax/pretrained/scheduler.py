@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from contextdiff_jax.data.tokenizer import is_sd3_class
 from contextdiff_jax.diffusion import Flow, Schedule, make_schedule, spaced_timesteps
 from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.runtime.fields import check_choice
@@ -263,7 +264,7 @@ def load_scheduler(folder: str | Path, pipeline: str = "") -> Scheduler:
     values = read_json(path, "a pipeline's scheduler folder")
     dynamic = None
     try:
-        if pipeline.startswith("StableDiffusion3") and values.get("use_dynamic_shifting"):
+        if is_sd3_class(pipeline) and values.get("use_dynamic_shifting"):
             names = {field.name for field in dataclasses.fields(DynamicShift)} & values.keys()
             dynamic = DynamicShift(**{name: values[name] for name in names})
             values = values | {"use_dynamic_shifting": False}
@@ -279,7 +280,7 @@ def _corrections(pipeline: str) -> dict[str, Any]:
 
     All networks of 1.x and 2.x were trained with an offset of 1 and samples that aren't clipped.
     """
-    if not pipeline or "XL" in pipeline or pipeline.startswith("StableDiffusion3"):
+    if not pipeline or "XL" in pipeline or is_sd3_class(pipeline):
         return {}
     return {"steps_offset": 1} | ({} if "Inpaint" in pipeline else {"clip_sample": False})
 

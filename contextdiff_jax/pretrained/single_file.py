@@ -29,7 +29,7 @@ from contextdiff_jax.pretrained.one_file import (
 from contextdiff_jax.runtime.texts import read_object
 
 LOGGER = logging.getLogger(__name__)
-INDEX_FILE = "model_index.json"
+INDEX_FILE = "model_index.json"  # of a pipeline's folder
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 # Component -> prefixes of the text encoders: in transformers' names and in OpenCLIP's.
 _TEXT = {

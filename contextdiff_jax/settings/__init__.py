@@ -15,7 +15,7 @@ from typing import Any
 
 from contextdiff_jax.data import DataConfig
 from contextdiff_jax.diffusion import Process
-from contextdiff_jax.models.backbones import BACKBONES, BackboneConfig, backbone_config
+from contextdiff_jax.models.backbones import BACKBONES, BackboneConfig
 from contextdiff_jax.models.denoising import estimates_context
 from contextdiff_jax.models.text import TextConfig
 from contextdiff_jax.models.vae import VAEConfig
@@ -204,8 +204,9 @@ def _read_model(values: Mapping[str, Any], head: bool) -> tuple[BackboneConfig, 
     check_choice("model.kind", kind, BACKBONES)
     pretrained = typed("model.pretrained", fields.pop("pretrained", ""), str)
     _check_kind(kind, fields)
-    check_types(BACKBONES[kind].config, "model", fields)
-    return backbone_config(kind, {**fields, "context_head": head}), pretrained
+    config = BACKBONES[kind].config
+    check_types(config, "model", fields)
+    return config.from_dict({**fields, "context_head": head}), pretrained
 
 
 def _check_kind(kind: str, fields: Mapping[str, Any]) -> None:

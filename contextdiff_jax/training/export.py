@@ -22,11 +22,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from contextdiff_jax.models.backbones import Backbone, build_backbone, kind_of
+from contextdiff_jax.models.backbones import Backbone, build_backbone
 from contextdiff_jax.models.lora import lora_layers
 from contextdiff_jax.models.undrawn import Undrawn
 from contextdiff_jax.pretrained import folder as folders
-from contextdiff_jax.pretrained.conversion import MODELS, complete_or_absent, copy_folder
+from contextdiff_jax.pretrained.conversion import backbone_model, complete_or_absent, copy_folder
 from contextdiff_jax.pretrained.folder_files import FolderTensors, read_json, save_tensors
 from contextdiff_jax.pretrained.lora import LoraLayer, save_lora
 from contextdiff_jax.pretrained.names import Entry, name_map
@@ -65,7 +65,7 @@ def export_run(source: Path, target: Path, report: Callable[[str], None] = print
             if folder.resolve() != (origin / name).resolve():
                 shutil.rmtree(partial / name)
                 copy_folder(folder, partial / name)
-        network, model = _network(run), MODELS[kind_of(run.settings.model)]
+        network, model = _network(run), backbone_model(run.settings.model)
         if run.settings.train.trainable == "full":
             values = read_json(origin / network.name / folders.CONFIG_FILE, "the network's config")
             shutil.rmtree(partial / network.name)

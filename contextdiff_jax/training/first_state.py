@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from contextdiff_jax.models.backbones import BACKBONES, kind_of
 from contextdiff_jax.models.lora import LORA
 from contextdiff_jax.pretrained import folder as folders
-from contextdiff_jax.pretrained.conversion import MODELS
+from contextdiff_jax.pretrained.conversion import backbone_model
 from contextdiff_jax.pretrained.kinds import Options
 from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.settings import Settings
@@ -50,10 +49,10 @@ def _with_network(params: nnx.State, settings: Settings, shardings: nnx.State) -
     folder holds.
     """
     folder = pathlib.Path(settings.pretrained)
-    kind = kind_of(settings.model)
-    name = BACKBONES[kind].network.name
+    model = backbone_model(settings.model)
+    name = model.build.name
     options = Options(param_dtype=jnp.float32, shardings=lambda _: shardings[name])
-    network = folders.load(MODELS[kind], folder / name, options)
+    network = folders.load(model, folder / name, options)
     source = f"model.pretrained={settings.pretrained!r}"
     params = _replaced(params, nnx.State({name: nnx.state(network, nnx.Param)}), source)
     context = context_state(folder)
