@@ -6,8 +6,9 @@ the workdir), inverts the clip, samples it anew by its own prompt and by each of
 `video.edit_prompts`. The workdir gets edits/NN.gif, NN.mp4 and NN/, strip.png, metrics.json, beside
 the tuning's config.json, metrics.jsonl, events/ and checkpoints/.
 
---shapes=50 instead edits that many clips of moving shapes in colour and in shape, with and without
-the context, and scores them exactly (shapes_benchmark.json, shapes_strip.png).
+Two benchmarks edit many clips whose true edits are known, with and without the context, and score
+them (benchmark.json, benchmark.png): --shapes=50 clips of moving shapes, in colour and in shape;
+--benchmark=60 of the clips that video.path/edits.jsonl names (docs/video.md).
 """
 
 from __future__ import annotations
@@ -24,8 +25,24 @@ WORKDIR = cli.define_path(
 SHAPES = flags.DEFINE_integer(
     "shapes", 0, "Edit this many clips of moving shapes instead, and score them.", lower_bound=0
 )
+BENCHMARK = flags.DEFINE_integer(
+    "benchmark",
+    0,
+    "Edit this many of the clips in video.path/edits.jsonl instead, and score them against the "
+    "true edits that stand there.",
+    lower_bound=0,
+)
 BASELINE = cli.define_path(
-    "baseline", "", "With --shapes: another model for the side without context."
+    "baseline", "", "With --shapes, --benchmark: another model for the side without context."
+)
+OTHERS = flags.DEFINE_list(
+    "others",
+    [],
+    "With --shapes, --benchmark: other ways of editing beside it, as in sdedit,flowedit.",
+)
+cli.list_names("others", {"ways": "contextdiff_jax.editing.benchmark:OTHERS"})
+JUDGE = cli.define_path(
+    "judge", "", "With --benchmark: a folder of train_classifier, which says what the frames show."
 )
 
 
@@ -34,17 +51,25 @@ def main() -> None:
     config = cli.read_config()
     workdir = cli.output_folder("workdir", WORKDIR.value)
     # Imported when the flags are known to be right: it takes seconds.
-    from contextdiff_jax.editing import shapes_benchmark
+    from contextdiff_jax.editing import benchmark
     from contextdiff_jax.editing.end_to_end import run_edit, table
     from contextdiff_jax.editing.settings import parse_edit
     from contextdiff_jax.runs.workdir import held
 
     settings = parse_edit(config)
     host.set_compilation_cache(workdir)
-    if SHAPES.value:
+    count = SHAPES.value or BENCHMARK.value
+    if count:
         with held(workdir):
-            report = shapes_benchmark.run_benchmark(settings, workdir, SHAPES.value, BASELINE.value)
-        print(shapes_benchmark.table(report))
+            report = benchmark.run_benchmark(
+                settings,
+                workdir,
+                benchmark.cases_of(settings, SHAPES.value, BENCHMARK.value, JUDGE.value),
+                count,
+                BASELINE.value,
+                OTHERS.value,
+            )
+        print(benchmark.table(report))
         return
     with held(workdir):
         metrics = run_edit(settings, config, workdir)

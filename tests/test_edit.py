@@ -19,7 +19,7 @@ from transformers import CLIPConfig, CLIPModel
 from configs.edit_shapes import video_sections
 from contextdiff_jax.data.moving_shapes import frames_of, make_moving_shape
 from contextdiff_jax.data.video import read_clip
-from contextdiff_jax.editing import tuning
+from contextdiff_jax.editing import benchmark, tuning
 from contextdiff_jax.editing.end_to_end import remove_old, run_edit, table
 from contextdiff_jax.editing.output import save_frames
 from contextdiff_jax.editing.settings import parse_edit
@@ -149,6 +149,39 @@ def test_a_stable_diffusion_folder_and_a_clip_folder_go_through_every_path(folde
         "pickscore",
         "warping_error",
     } <= row.keys() and np.isfinite(list(row.values())[1:]).all()
+
+
+@pytest.mark.slow  # minutes of compilation: pytest -m slow tests/test_edit.py
+def test_both_benchmarks_score_every_way_against_the_true_edits(folder, tmp_path):
+    moving = make_moving_shape(0, 2)
+    save_frames(frames_of(moving.edited["colour"], 16), folder / "true")
+    row = dict(source="clip", prompt="a red circle", target="true", edit_prompt="a blue circle")
+    (folder / "edits.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    config = config_of(folder, **{"video.path": str(folder), "context.kind": "linear"})
+    settings, others = parse_edit(config), ("prompt-to-prompt", "sdedit", "flowedit")
+    for name, cases in (
+        ("clips", benchmark.cases_of(settings, 0, 2)),
+        ("shapes", benchmark.cases_of(settings, 2, 0)),
+    ):
+        report = benchmark.run_benchmark(settings, tmp_path / name, cases, 2, "", others)
+        assert set(report["others"]) == set(others) and report["clips"] == 2
+        found = report["results"]["edit" if name == "clips" else "colour"]
+        assert np.isfinite([value for scores in found.values() for value in scores.values()]).all()
+        assert json.loads((tmp_path / name / "benchmark.json").read_text())["clips"] == 2
+        assert (tmp_path / name / "benchmark.png").stat().st_size > 1000
+        assert "flowedit" in benchmark.table(report) and "reconstruction" in benchmark.table(report)
+
+
+def test_a_benchmark_without_true_edits_is_one_line(folder, tmp_path):
+    settings = parse_edit(config_of(folder, **{"video.path": str(tmp_path)}))
+    for line, words in (("{}", "line 1: no text source"), ("{", "line 1: "), ("", "has 0 edits")):
+        (tmp_path / "edits.jsonl").write_text(line)
+        with pytest.raises(ValueError, match=words):
+            next(benchmark.cases_of(settings, 0, 2))
+    with pytest.raises(ValueError, match="one of them at a time"):
+        benchmark.cases_of(settings, 1, 1)
+    with pytest.raises(ValueError, match="--others='magic': unknown; one of"):
+        benchmark.run_benchmark(settings, tmp_path, iter(()), 2, "", ("magic",))
 
 
 def test_what_does_not_fit_the_command_is_one_line(folder, tmp_path):

@@ -19,7 +19,12 @@ from contextdiff_jax.data.shapes import caption
 from contextdiff_jax.data.video import read_clip
 from contextdiff_jax.evaluation import edit_scores as scores
 from contextdiff_jax.evaluation.composition import check
-from contextdiff_jax.evaluation.true_edits import paired, score_edit
+from contextdiff_jax.evaluation.true_edits import (
+    changed_region,
+    paired,
+    score_edit,
+    score_true_clip,
+)
 
 
 def test_psnr_and_ssim_are_their_definitions():
@@ -117,3 +122,37 @@ def test_the_clip_is_written_with_its_prompts(tmp_path):
         read_clip(tmp_path / "shape", num_frames=3),
         frames_of(make_moving_shape(3, 3).edited["shape"], 16),
     )
+
+
+def hand_made_clips():
+    """(source, true edit): a square that moves, dark in one and red in the other."""
+    source = np.full((3, 32, 32, 3), 255, np.uint8)
+    true = source.copy()
+    for i in range(3):
+        source[i, 8:20, 4 + 3 * i : 16 + 3 * i] = (40, 40, 40)
+        true[i, 8:20, 4 + 3 * i : 16 + 3 * i] = (200, 40, 40)
+    return source, true
+
+
+def test_an_edit_that_does_nothing_gains_nothing_and_the_true_one_has_full_marks():
+    source, true = hand_made_clips()
+
+    def answers(clip):
+        red = (clip[..., 0].astype(int) - clip[..., 1] > 80).any((1, 2))
+        return {"colour": red.astype(int), "number": np.zeros(len(clip), int)}
+
+    idle, full = (score_true_clip(c, source, true, answers) for c in (source, true))
+    assert idle["gain"] == 0 and idle["attribute"] == 0 and idle["kept_psnr"] == 100
+    assert idle["changed_psnr"] == pytest.approx(10 * np.log10(255**2 * 3 / 160**2))
+    assert full["attribute"] == 1 and full["psnr"] == full["kept_psnr"] == 100
+    assert full["warping_error"] == 0 and full["gain"] == 100 - idle["changed_psnr"]
+    half = source.copy()
+    half[:2] = true[:2]
+    assert score_true_clip(half, source, true, answers)["attribute"] == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="must differ from the source somewhere"):
+        changed_region(source, source)
+
+
+def test_pairs_without_an_answer_are_left_out():
+    row = paired({"a": [1.0, np.nan, 5.0]}, {"a": [0.0, 2.0, 2.0]})["a"]
+    assert (row["first"], row["second"], row["difference"]) == (3.0, 1.0, 2.0)

@@ -13,13 +13,15 @@ from flax import nnx
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion import Denoised
+from contextdiff_jax.editing import edits as movers
 from contextdiff_jax.editing.attention import align
 from contextdiff_jax.editing.denoise import window_weights, windowed
-from contextdiff_jax.editing.edits import sample_edits
-from contextdiff_jax.editing.inversion import edit_timesteps, invert, reconstruct
-from contextdiff_jax.editing.settings import EditConfig
+from contextdiff_jax.editing.edits import MOVERS, flow_edits, sample_edits
+from contextdiff_jax.editing.inversion import edit_timesteps, invert, noised, reconstruct
+from contextdiff_jax.editing.settings import METHODS, EditConfig, VideoConfig
 from contextdiff_jax.editing.tuning import Tuning, init_tuning, make_tuning_step, trainable
 from contextdiff_jax.editing.video_model import open_editor
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.runtime.errors import RunError
 
 SCHEDULE = diffusion.make_schedule("cosine", 100)
@@ -219,6 +221,97 @@ def test_the_shift_changes_inversion_and_sampling_of_the_model(tiny):
     )
 
 
+def test_every_method_has_a_mover():
+    assert tuple(MOVERS) == METHODS
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_an_edit_without_inversion_leaves_the_source_and_its_own_prompt_as_they_are(tiny, window):
+    editor, clip = tiny
+    settings = edit_settings(
+        **{"edit.method": "flowedit", "edit.guidance": 4.0, "video.window": window}
+    )
+    prompts = [settings.video.prompt, *settings.video.edit_prompts]
+    text, null = editor.encode_text(prompts), editor.encode_text([""])
+    graph, state = nnx.split(editor.model)
+    x0 = editor.encode(clip)
+
+    def run(state, x0):
+        arguments = text, null, None, settings.video, settings.edit
+        return flow_edits(nnx.merge(graph, state), editor.process, x0[None], *arguments)[0]
+
+    clips = jax.jit(run)(state, x0)
+    np.testing.assert_array_equal(clips[0], x0[0])
+    np.testing.assert_allclose(
+        clips[2], x0[0], atol=1e-4
+    )  # the second edit's prompt is the source's
+    assert np.abs(clips[1] - x0[0]).mean() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["cosine", "flow"])
+def test_an_edit_without_inversion_moves_one_gaussian_onto_another(monkeypatch, name):
+    """Of N(m, 0.5^2) D is linear in x_t: the noise cancels, delta has a recursion of its own."""
+    schedule, means = diffusion.make_schedule(name), np.array([0.2, -0.4, 0.7])
+    edit = EditConfig(method="flowedit", steps=12)
+
+    def signal_and_noise(t):
+        return jnp.sqrt(schedule.alpha_bar(t)), schedule.sigma(t)
+
+    def make_denoise(*_, **__):
+        def denoise(x, t, s):
+            a, b = (v.reshape(-1, *[1] * (x.ndim - 1)) for v in signal_and_noise(t))
+            m = means.reshape(-1, *[1] * (x.ndim - 1)).astype(np.float32)
+            x0 = m + a * 0.25 / (a**2 * 0.25 + b**2) * (x - a * m)
+            return Denoised(x0, jnp.zeros_like(x), jnp.zeros_like(x))
+
+        return denoise
+
+    class Model:
+        def context(self, z, *_):
+            return jnp.zeros_like(z)
+
+    monkeypatch.setattr(movers, "make_denoise", make_denoise)
+    process = diffusion.Process(schedule=schedule, prediction_type="x0", shift="none")
+    text = Captions(jnp.zeros((3, 2, 4)), jnp.ones((3, 2), bool))
+    x0 = np.random.default_rng(0).standard_normal((1, 2, 4, 4, 3)).astype(np.float32)
+    video = VideoConfig(prompt="a", edit_prompts=("b", "c"))
+    clips, _ = flow_edits(Model(), process, x0[None], text, text, None, video, edit)
+    times = [*edit_timesteps(schedule, edit)[::-1], schedule.t_min]
+    wanted, delta = means - means[0], np.zeros(3)
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        (a, b), (a2, b2) = ([float(v) for v in signal_and_noise(time)] for time in (t, s))
+        share = a * a * 0.25 / (a * a * 0.25 + b * b)
+        rho = b2 * a / (a2 * b)
+        delta = rho * delta + (1 - rho) * ((1 - share) * wanted + share * delta)
+    assert abs(delta[2] - wanted[2]) < 0.2 * abs(wanted[2])  # and the recursion leads there
+    np.testing.assert_allclose(clips, x0 + delta.reshape(3, 1, 1, 1, 1), atol=2e-4)
+
+
+def test_a_noised_path_is_the_shifted_process_with_one_noise(tiny):
+    editor, clip = tiny
+    settings, x0 = edit_settings(**{"edit.seed": 3}), editor.encode(clip)
+    source, process = editor.encode_text(["a red circle"]), editor.process
+    path = noised(editor.model, process, x0, source, settings.video, settings.edit)
+    noise = jax.random.normal(jax.random.key(3), x0.shape)
+    for x, t in zip(path[1:], edit_timesteps(process.schedule, settings.edit), strict=True):
+        t = jnp.full((1,), t)
+        r = editor.model.context(x0, source.tokens, source.mask, process.schedule.network_time(t))
+        wanted = diffusion.q_sample(process.schedule, x0, r, t, noise, process.shift)
+        np.testing.assert_allclose(x, wanted, atol=1e-5)
+        assert np.abs(r).max() > 0
+    np.testing.assert_array_equal(path[0], x0)
+
+
+def test_blending_by_the_difference_keeps_what_both_prompts_agree_on(tiny):
+    settings = edit_settings(
+        **{"edit.blend": "difference", "edit.blend_threshold": 0.5, "edit.blend_range": (0.0, 1.0)}
+    )
+    path, _, clips = edits(*tiny, settings)
+    same = np.abs(clips[1] - path[0, 0]).max(-1) < 1e-6
+    assert 0.02 < same.mean() < 0.98
+    np.testing.assert_array_equal(clips[2], path[0, 0])  # the same prompt differs nowhere
+
+
 def test_strength_cuts_the_noisiest_steps_off():
     assert list(edit_timesteps(SCHEDULE, EditConfig(steps=10))) == [
         9,
@@ -276,6 +369,7 @@ def test_tuning_moves_only_what_is_chosen_and_lowers_the_loss(tiny):
         ("video.overlap", 9, None),
         ("video.window", 2, "video.overlap=2: must be below video.window=2"),
         ("edit.control", "swap", "one of none, replace, refine"),
+        ("edit.method", "magic", "one of inversion, sdedit, flowedit"),
         ("edit.inversion", "null", "one of ddim, exact"),
         ("edit.strength", 0.1, "leave one of 5 steps"),
         ("edit.cross_range", (0.5, 0.1), "edit.cross_range"),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from contextdiff_jax.editing.settings import CHANGED, EditConfig
+from contextdiff_jax.editing.settings import CHANGED, DIFFERENCE, EditConfig
 
 CountTokens = Callable[[str], int]
 
@@ -91,7 +91,7 @@ def align(
     source, spans = words_of(prompt), token_spans(prompt, count_tokens, length)
     mapper, keep = np.zeros((E, length, length), np.float32), np.zeros((E, length), np.float32)
     gain, blended = np.ones((E, length), np.float32), np.zeros((1 + E, length), np.float32)
-    wanted = [] if edit.blend in ("", CHANGED) else words_of(edit.blend)
+    wanted = [] if edit.blend in ("", CHANGED, DIFFERENCE) else words_of(edit.blend)
     _check_words([*wanted, *(word for word, _ in edit.reweight)], [prompt, *edits])
     for e, text in enumerate(edits):
         target, target_spans = words_of(text), token_spans(text, count_tokens, length)
@@ -191,6 +191,13 @@ class Control:
             maps = maps.reshape(*maps.shape[:2], *grid)
             total = total + jax.image.resize(maps, (*maps.shape[:2], *size), "linear")
         return total / max(len(self.maps), 1)
+
+
+def difference_map(estimates: Float[Array, "P F H W C"]) -> Float[Array, "P F H W"]:
+    """How far each row's estimate of x0 is from the source's, the mean over channels: blending's
+    map where words are not asked.
+    """
+    return jnp.abs(estimates - estimates[:1]).mean(-1)
 
 
 def blend_mask(maps: Float[Array, "P F H W"], threshold: float) -> Float[Array, "P F H W 1"]:

@@ -22,8 +22,8 @@ from contextdiff_jax.data.video import read_clip
 from contextdiff_jax.editing import output
 from contextdiff_jax.editing.attention import align, blend_mask
 from contextdiff_jax.editing.denoise import first_row
-from contextdiff_jax.editing.edits import sample_edits
-from contextdiff_jax.editing.inversion import edit_timesteps, invert, reconstruct
+from contextdiff_jax.editing.edits import MOVERS
+from contextdiff_jax.editing.inversion import edit_timesteps, reconstruct
 from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.editing.tuning import TUNED_ON, check_workdir, tune
 from contextdiff_jax.editing.video_model import Editor, digest, open_editor
@@ -103,17 +103,16 @@ def edit_clip(
         video.prompt, video.edit_prompts, editor.count_tokens, editor.text_length, edit
     )
     graph, state = nnx.split(model)
+    make_path, move = MOVERS[edit.method]
 
     def inversion(state, x0, source):
-        return invert(nnx.merge(graph, state), process, x0, source, video, edit)
+        return make_path(nnx.merge(graph, state), process, x0, source, video, edit)
 
     def reconstruction(state, x, source):
         return reconstruct(nnx.merge(graph, state), process, x, source, video, edit)
 
     def editing(state, path, text, null, alignment):
-        return sample_edits(
-            nnx.merge(graph, state), process, path, text, null, alignment, video, edit
-        )
+        return move(nnx.merge(graph, state), process, path, text, null, alignment, video, edit)
 
     path = programs.run("inversion", inversion, state, x0, first_row(text))
     back = programs.run("reconstruction", reconstruction, state, path[-1], first_row(text))

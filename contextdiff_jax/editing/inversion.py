@@ -52,6 +52,26 @@ def invert(
     return jnp.concatenate([x0[None], path])
 
 
+def noised(
+    model: VideoDiffusion,
+    process: Process,
+    x0: Float[Array, "1 F H W C"],
+    source: Captions,
+    video: VideoConfig,
+    edit: EditConfig,
+) -> Float[Array, "S1 1 F H W C"]:
+    """`invert` without a network's pass: the clip at each time with one noise, `edit.seed`'s."""
+    schedule, times = process.schedule, edit_timesteps(process.schedule, edit)
+    noise = jax.random.normal(jax.random.key(edit.seed), x0.shape)
+
+    def at(t):
+        t = jnp.full((1,), t)
+        r = model.context(x0, source.tokens, source.mask, schedule.network_time(t))
+        return diffusion.q_sample(schedule, x0, r, t, noise, process.shift)
+
+    return jnp.concatenate([x0[None], jax.lax.map(at, jnp.asarray(times))])
+
+
 def reconstruct(
     model: VideoDiffusion,
     process: Process,

@@ -14,13 +14,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from contextdiff_jax.runtime.fields import check_at_least, check_choice, strict
+from contextdiff_jax.runtime.keys import check_seed
 from contextdiff_jax.settings import Settings, parse
 
 CONTROLS = ("none", "replace", "refine")
+METHODS = ("inversion", "sdedit", "flowedit")
 INVERSIONS = ("ddim", "exact")
 NEGATIVES = ("source", "empty")
 TUNED = ("temporal", "all")
-CHANGED = "changed"
+CHANGED, DIFFERENCE = "changed", "difference"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,9 @@ class EditConfig:
     """Inversion and sampling. A range (from, to) is in shares of the steps made, 0 at the noisiest.
 
     Attributes:
+      method: what the edits start from: the clip's `inversion`; the clip and noise (`sdedit`, Meng
+          et al. 2022); or the clip itself, moved by the difference of its prompt's and the edit's
+          estimates (`flowedit`, Kulikov et al. 2024). seed: of the noise of the last two.
       steps, strength: DDIM steps of the whole process, and the share of them that is undone and
       made anew.
       guidance: its scale; what it leads away from is `negative`: the clip's own prompt (`source`:
@@ -103,13 +108,16 @@ class EditConfig:
       self_tokens: self-attention of finer grids than this many tokens is left alone.
       reweight: (word of the edit prompt, factor) pairs.
       blend: outside of what these words attend to the clip stays: `changed` words, given ones, or
-          "" for no blending.
+          "" for no blending; `difference`: outside of where the edit's estimates differ from the
+          source's.
       blend_threshold: share of the map's largest value. blend_range: when.
       attention_maps: write those of every word. clip, pickscore: CLIP's and PickScore's folders,
           for their metrics; lpips:
         the file of its weights (evaluation/networks/lpips.py).
     """
 
+    method: str = "inversion"
+    seed: int = 0
     steps: int = 50
     strength: float = 1.0
     guidance: float = 3.0
@@ -131,6 +139,8 @@ class EditConfig:
     lpips: str = ""
 
     def __post_init__(self):
+        check_choice("edit.method", self.method, METHODS)
+        check_seed(self.seed, "edit.seed")
         check_choice("edit.control", self.control, CONTROLS)
         check_choice("edit.inversion", self.inversion, INVERSIONS)
         check_choice("edit.negative", self.negative, NEGATIVES)

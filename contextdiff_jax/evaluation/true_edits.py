@@ -1,20 +1,25 @@
-"""Edits of moving shapes, scored exactly: the renderer knows the true clip, and frames are read
-back from their pixels.
+"""Edits scored against their true clips.
+
+Of moving shapes the renderer knows the true clip, and frames are read back from their pixels. Of
+real clips the true one is another clip with the same motion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from contextdiff_jax.data.moving_shapes import MovingShape, frames_of, mask_of
 from contextdiff_jax.data.shapes import Object
 from contextdiff_jax.evaluation.composition import CENTRE_TOLERANCE, find_objects
-from contextdiff_jax.evaluation.edit_scores import psnr
+from contextdiff_jax.evaluation.edit_scores import psnr, ssim, warping_error
 
 Clip = UInt8[np.ndarray, "F S S 3"]
+# What a classifier sees in each frame: {attribute: index of its value}.
+Answers = Callable[[UInt8[np.ndarray, "F H W 3"]], dict[str, Int[np.ndarray, "F"]]]
+VISIBLE = 10  # of 255: pixels of source and true clip that differ by less are the same
 KEPT = {"colour": ("shape", "size"), "shape": ("colour", "size")}
 
 
@@ -57,13 +62,73 @@ def score_edit(clip: Clip, moving: MovingShape, attribute: str) -> dict[str, flo
     }
 
 
+def changed_region(
+    source: UInt8[np.ndarray, "F H W 3"], true: UInt8[np.ndarray, "F H W 3"]
+) -> Bool[np.ndarray, "F H W"]:
+    """True where the true edit differs visibly from the source.
+
+    Raises ValueError for clips of different shapes, or that differ nowhere or everywhere.
+    """
+    if source.shape != true.shape:
+        raise ValueError(f"clips of {source.shape} and {true.shape}: must have one shape")
+    region = (np.abs(source.astype(int) - true) > VISIBLE).any(-1)
+    if region.all() or not region.any():
+        raise ValueError("the true edit must differ from the source somewhere, not everywhere")
+    return region
+
+
+def score_true_clip(
+    clip: UInt8[np.ndarray, "F H W 3"],
+    source: UInt8[np.ndarray, "F H W 3"],
+    true: UInt8[np.ndarray, "F H W 3"],
+    answers: Answers | None = None,
+) -> dict[str, float]:
+    """Scores of an edited clip whose true edit is known, in dB, infinite ones as 100.
+
+    `psnr`, `ssim`: to the true clip. `changed_psnr`: where that differs from the source, and
+    `gain`: how much more than the source itself has there (an edit that does nothing: 0).
+    `kept_psnr`: to the source elsewhere. `warping_error`: by the true clip's flow, less the true
+    clip's own. `attribute`: of the attributes in which the true clip differs from the source, by
+    the majority of `answers`, the share that the edit's frames have right (nan if there is none).
+    """
+    region = changed_region(source, true)
+    changed = min(psnr(clip, true, region), 100.0)
+    scores = {
+        "psnr": psnr(clip, true),
+        "ssim": ssim(clip, true),
+        "changed_psnr": changed,
+        "gain": changed - psnr(source, true, region),
+        "kept_psnr": psnr(clip, source, ~region),
+    }
+    scores = {name: min(value, 100.0) for name, value in scores.items()}
+    if len(clip) > 1:
+        scores["warping_error"] = warping_error(clip, true) - warping_error(true)
+    if answers is not None:
+        scores["attribute"] = _attributes_right(*map(answers, (clip, source, true)))
+    return scores
+
+
+def _attributes_right(*seen: dict[str, Int[np.ndarray, "F"]]) -> float:
+    edited, source, true = seen
+    wanted = {name: np.bincount(values).argmax() for name, values in true.items()}
+    named = [n for n, value in wanted.items() if np.bincount(source[n]).argmax() != value]
+    if not named:
+        return float("nan")
+    return float(np.mean([(edited[name] == wanted[name]).mean() for name in named]))
+
+
 def paired(
     first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]
 ) -> dict[str, dict[str, float]]:
-    """Differences by metric: both means, the pairs' mean difference, and its standard error."""
+    """Differences by metric: both means, the pairs' mean difference, and its standard error.
+
+    Pairs in which either is nan are left out.
+    """
     rows = {}
     for name in first:
         a, b = np.asarray(first[name], np.float64), np.asarray(second[name], np.float64)
+        known = ~(np.isnan(a) | np.isnan(b))
+        a, b = a[known], b[known]
         error = np.std(a - b, ddof=1) / np.sqrt(len(a)) if len(a) > 1 else float("nan")
         rows[name] = {
             "first": a.mean(),

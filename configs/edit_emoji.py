@@ -1,0 +1,38 @@
+"""Edits of animated 3D emoji, whose true edits are known: the same person in another skin tone.
+
+    bash launch/emoji_data.sh data/emoji
+    python -m contextdiff_jax.train --config=configs/emoji3d.py --workdir=runs/emoji3d
+    python -m contextdiff_jax.edit --config=configs/edit_emoji.py --workdir=runs/edit_emoji
+
+edits one clip, and `--benchmark=60 --config.video.path=data/emoji` scores that many against the
+clips that show the answer (docs/video.md).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import emoji3d
+from configs.edit_shapes import video_sections
+
+
+def get_config() -> ConfigDict:
+    """emoji3d, tuned for seconds on eight frames."""
+    config = emoji3d.get_config()
+    config.update(video_sections())
+    config.train.update(
+        steps=20,
+        batch_size=1,
+        learning_rate=1e-3,
+        warmup_steps=5,
+        decay="constant",
+        ema_decay=0.9,
+        log_every=10,
+        checkpoint_every=100,
+    )
+    config.video.update(
+        path="data/emoji/clips/1f3c3-1f3fb-200d-2642-fe0f",
+        model="runs/emoji3d",
+        prompt="man running, light skin tone, 3d style",
+        edit_prompts=("man running, dark skin tone, 3d style",),
+    )
+    config.edit.update(steps=20, strength=0.7, negative="empty", inversion="exact", iterations=10)
+    return config
