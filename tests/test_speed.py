@@ -26,6 +26,7 @@ from flax import nnx
 from contextdiff_jax.benchmarks import method, network, paired, speed, torch_method, torch_peer
 from contextdiff_jax.benchmarks.paired import Contestant, Times
 from contextdiff_jax.benchmarks.speed import SpeedBenchmark
+from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import parse
@@ -80,6 +81,29 @@ def test_our_results_are_torchs(settings, program):
         "torch channels_last",
         "torch NCHW",
     ] and flops > 1e6
+
+
+def test_bfloat16_results_agree_within_its_rounding_and_the_method_has_no_peer_then(settings):
+    train = dataclasses.replace(settings.train, precision="bfloat16")
+    half = dataclasses.replace(settings, train=train)
+    contestants, _ = speed.NETWORK["train"](half, SpeedBenchmark(compare="torch"))
+    assert [c.peak_bytes(c.call) for c in contestants] == [None] * 3  # of accelerators alone
+    assert network.random_network(half).conv_in.dtype == jax.numpy.bfloat16
+    assert torch_method.lacking(half) == "train.precision='bfloat16'"
+
+
+def test_torch_must_have_the_gpu_that_jax_has(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(torch_peer.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="JAX has a GPU and this torch has none"):
+        torch_peer.contestants(None)
+    monkeypatch.setattr(torch_peer.torch.cuda, "is_available", lambda: True)
+    assert list(torch_peer.contestants(UNetConfig())) == [
+        "torch channels_last",
+        "torch channels_last compiled",
+        "torch NCHW",
+        "torch NCHW compiled",
+    ]
 
 
 @pytest.mark.parametrize("program", speed.PROGRAMS)
@@ -156,11 +180,6 @@ def test_what_cannot_be_compared_is_refused_in_one_line(settings, monkeypatch):
         SpeedBenchmark(compare="jax")
     with pytest.raises(ValueError, match="--repeats=3: must be at least 5"):
         SpeedBenchmark(rounds=3)
-    half = dataclasses.replace(
-        settings, train=dataclasses.replace(settings.train, precision="bfloat16")
-    )
-    with pytest.raises(ValueError, match="train.precision='bfloat16': must be float32"):
-        speed.run(half, SpeedBenchmark(compare="torch"))
     uneven = dataclasses.replace(settings, sample=dataclasses.replace(settings.sample, steps=7))
     with pytest.raises(ValueError, match="sample.steps=7: must divide diffusion.num_timesteps=50"):
         torch_peer.make_scheduler(uneven)

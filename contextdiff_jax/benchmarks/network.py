@@ -23,6 +23,7 @@ from contextdiff_jax.models.remat import configure
 from contextdiff_jax.models.undrawn import Undrawn
 from contextdiff_jax.pretrained.conversion import backbone_model
 from contextdiff_jax.pretrained.names import state_to_torch
+from contextdiff_jax.runs.model import precision_of
 from contextdiff_jax.settings import Settings
 
 
@@ -31,7 +32,8 @@ def random_network(settings: Settings) -> Backbone:
     at 0: a new network's output and most of its gradients are 0, which would compare nothing.
     """
     config, train = dataclasses.replace(settings.model, context_head=False), settings.train
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: build_backbone(config, rngs=Undrawn())))
+    options = dict(rngs=Undrawn(), precision=precision_of(settings))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: build_backbone(config, **options)))
     network = nnx.merge(graph, randomised(shapes, settings.seed))
     configure(network, remat=train.remat, attention=train.attention, unroll=train.unroll)
     return network

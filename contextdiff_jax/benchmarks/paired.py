@@ -12,19 +12,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-_PEAK_SIDE = 1024  # of the square matrices whose product is the machine's peak
+# Of the square matrices whose product is the machine's peak.
+_PEAK_SIDE, _ACCELERATORS_SIDE = 1024, 8192
 # Numbers in the array whose copy is the machine's bandwidth: more than its caches hold.
 _COPIED = 2**26
 _WARM_UP = 3  # rounds that don't count: the process's heap grows in the first ones, page by page
 
 
 class Contestant(NamedTuple):
-    """`call` does the work once and waits for its end."""
+    """`call` does the work once and waits for its end. `peak_bytes(call)`: the most memory that a
+    call takes on an accelerator, None where it has none of its own.
+    """
 
     name: str
     call: Callable[[], Any]
     compile_seconds: float = 0.0
+    peak_bytes: Callable[[Callable[[], Any]], int | None] | None = None
 
 
 class Times(NamedTuple):
@@ -62,14 +67,15 @@ def ratio(peer: Sequence[float], ours: Sequence[float]) -> Ratio:
     return Ratio(float(value), float(low), float(high))
 
 
-def matmul_peak(repeats: int = 10) -> float:
-    """FLOP/s of the fastest of some float32 matrix products."""
-    a = jnp.ones((_PEAK_SIDE, _PEAK_SIDE), jnp.float32)
+def matmul_peak(repeats: int = 10, dtype: DTypeLike = jnp.float32) -> float:
+    """FLOP/s of the fastest of some matrix products of that type."""
+    side = _PEAK_SIDE if jax.default_backend() == "cpu" else _ACCELERATORS_SIDE
+    a = jnp.ones((side, side), dtype)
     product = jax.jit(jnp.matmul)
     times = measure([Contestant("product", lambda: product(a, a).block_until_ready())], repeats)[
         "product"
     ].wall
-    return 2 * _PEAK_SIDE**3 / min(times)
+    return 2 * side**3 / min(times)
 
 
 def memory_bandwidth(repeats: int = 10) -> float:

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import importlib.util
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,12 +26,12 @@ from flax import nnx
 from contextdiff_jax.benchmarks import paired
 from contextdiff_jax.benchmarks.loading import Result
 from contextdiff_jax.benchmarks.measured import (
-    TOLERANCES,
     Devices,
     Stepper,
     check,
     check_change,
     compile_timed,
+    tolerances,
 )
 from contextdiff_jax.benchmarks.method import WITH_CONTEXT, WITHOUT_CONTEXT, contestants_of_method
 from contextdiff_jax.benchmarks.network import (
@@ -44,6 +44,7 @@ from contextdiff_jax.benchmarks.network import (
 )
 from contextdiff_jax.benchmarks.paired import Contestant, Times
 from contextdiff_jax.models.backbones import Backbone
+from contextdiff_jax.runs.model import precision_of
 from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import Settings
@@ -83,12 +84,31 @@ class SpeedBenchmark:
 def _peers(network: Backbone, settings: Settings, compare: str) -> dict[str, Any]:
     if not compare:
         return {}
-    from contextdiff_jax.benchmarks.torch_peer import TorchNetwork, layouts
+    from contextdiff_jax.benchmarks.torch_peer import TorchNetwork, contestants
 
     return {
-        f"torch {layout}": TorchNetwork(network, settings, layout)
-        for layout in layouts(network.config)
+        name: TorchNetwork(network, settings, *how)
+        for name, how in contestants(network.config).items()
     }
+
+
+def _compiled_peak(program: Any) -> Callable[[Callable[[], Any]], int | None]:
+    """What the compiler says that a program of ours takes on its device: arguments, results and
+    temporaries; on a CPU the process tells.
+    """
+
+    def peak_bytes(call):
+        memory = program.memory_analysis()
+        if memory is None or jax.default_backend() == "cpu":
+            return None
+        return (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+
+    return peak_bytes
 
 
 def _train(settings: Settings, options: SpeedBenchmark) -> tuple[list[Contestant], float]:
@@ -114,13 +134,17 @@ def _train(settings: Settings, options: SpeedBenchmark) -> tuple[list[Contestant
         ours = Stepper(training_step(graph, optimizer), params, opt_state, rest=(placed,))
     loss = float(ours())
     after = to_torch(nnx.merge(graph, ours.state[0]))
-    contestants = [Contestant(model.name, ours, ours.compile_seconds)]
+    peak = _compiled_peak(ours.program)
+    contestants = [Contestant(model.name, ours, ours.compile_seconds, peak)]
+    allowed = tolerances(train.precision)
     for name, peer in peers.items():
         tensors = peer.tensors(inputs)
-        check(f"{name}, output", output, peer.forward(tensors), TOLERANCES["output"])
-        check(f"{name}, loss", np.array(loss), np.array(peer.step(tensors)), TOLERANCES["loss"])
-        check_change(f"{name}, parameters", before, after, peer.parameters())
-        contestants.append(Contestant(name, functools.partial(peer.step, tensors)))
+        check(f"{name}, output", output, peer.forward(tensors), allowed["output"])
+        check(f"{name}, loss", np.array(loss), np.array(peer.step(tensors)), allowed["loss"])
+        if allowed["parameters"] is not None:
+            check_change(f"{name}, parameters", before, after, peer.parameters())
+        step = functools.partial(peer.step, tensors)
+        contestants.append(Contestant(name, step, peak_bytes=peer.peak_bytes))
     return contestants, ours.flops
 
 
@@ -131,6 +155,8 @@ def _sample(settings: Settings, options: SpeedBenchmark) -> tuple[list[Contestan
     inputs = make_inputs(settings, 2 * batch) | {"x": make_inputs(settings, batch)["x"]}
     del inputs["target"], inputs["t"]
     devices, (graph, params) = Devices(settings), nnx.split(model)
+    dtype = precision_of(settings).compute
+    params = jax.tree.map(lambda p: p.astype(dtype), params)  # as torch's weights are when sampling
     arguments = devices.parameters(params), devices.batch(inputs)
     with devices.tracing():
         program, compile_seconds, flops = compile_timed(sampling_loop(graph, settings), *arguments)
@@ -138,15 +164,16 @@ def _sample(settings: Settings, options: SpeedBenchmark) -> tuple[list[Contestan
     def call() -> jax.Array:
         return jax.block_until_ready(program(*arguments))
 
-    contestants, images = [Contestant(model.name, call, compile_seconds)], np.asarray(call())
+    ours = Contestant(model.name, call, compile_seconds, _compiled_peak(program))
+    contestants, images = [ours], np.asarray(call())
     for name, peer in peers.items():
         from contextdiff_jax.benchmarks.torch_peer import make_scheduler
 
         run = functools.partial(
             peer.sample, peer.tensors(inputs), make_scheduler(settings), settings.sample.guidance
         )
-        check(f"{name}, samples", images, run(), TOLERANCES["samples"])
-        contestants.append(Contestant(name, run))
+        check(f"{name}, samples", images, run(), tolerances(settings.train.precision)["samples"])
+        contestants.append(Contestant(name, run, peak_bytes=peer.peak_bytes))
     return contestants, flops
 
 
@@ -158,8 +185,7 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
     """Measures both groups and says what was found.
 
     Raises:
-        ValueError: for a config in which nothing can be compared: pretrained or latent networks,
-            bfloat16.
+        ValueError: for a config in which nothing can be compared: pretrained or latent networks.
         RunError: ours and a peer's results differ.
     """
     for field, value in (
@@ -173,11 +199,7 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
                 f"{field}={value!r}: --mode={options.program} measures networks of random "
                 "weights; must be empty"
             )
-    if options.compare and settings.train.precision != "float32":
-        raise ValueError(
-            f"train.precision={settings.train.precision!r}: must be float32 with --compare"
-        )
-    peak = paired.matmul_peak()
+    peak = paired.matmul_peak(dtype=precision_of(settings).compute)
     contestants, flops = NETWORK[options.program](settings, options)
     rows = _rows(contestants, paired.measure(contestants, options.rounds), flops, peak)
     del contestants  # the peers' memory and ours
@@ -195,6 +217,9 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
         }
     rows += method
     facts = {
+        "program": options.program,
+        "precision": settings.train.precision,
+        "batch": settings.train.batch_size,
         "cores": num_cores(),
         "devices": jax.device_count(),
         "matmul_peak_flops_per_second": peak,
@@ -211,7 +236,7 @@ def _rows(
     torch's.
     """
     rows = []
-    for name, call, compile_seconds in contestants:
+    for name, call, compile_seconds, peak_bytes in contestants:
         seconds = statistics.median(times[name].wall)
         row = {
             "name": name,
@@ -221,6 +246,7 @@ def _rows(
             "cpu_seconds": statistics.median(times[name].cpu),
             "compile_seconds": compile_seconds,
             "extra_memory_bytes": paired.extra_memory(call),
+            "peak_bytes": peak_bytes(call) if peak_bytes else None,
         }
         if flops:
             row |= {
@@ -255,9 +281,8 @@ def _table(rows: list[dict[str, Any]], program: str) -> str:
     for row in rows:
         rate = f"{row['flops_per_second'] / 1e9:.1f}" if "flops" in row else "-"
         share = f"{row['share_of_peak']:.0%}" if "flops" in row else "-"
-        memory = (
-            "-" if row["extra_memory_bytes"] is None else f"{row['extra_memory_bytes'] / 2**20:.0f}"
-        )
+        taken = row["peak_bytes"] or row["extra_memory_bytes"]
+        memory = "-" if taken is None else f"{taken / 2**20:.0f}"
         compiling = f"{row['compile_seconds']:.1f}" if row["compile_seconds"] else "-"
         told = ""
         if "ratio" in row:
@@ -276,11 +301,11 @@ def _table(rows: list[dict[str, Any]], program: str) -> str:
             f"{compiling:>11}{memory:>12}  {told}".rstrip()
         )
     peak = (
-        f"peak: {rows[0]['matmul_peak_flops_per_second'] / 1e9:.0f} GFLOP/s in a float32 matrix "
-        "product"
+        f"peak: {rows[0]['matmul_peak_flops_per_second'] / 1e9:.0f} GFLOP/s in a matrix product of "
+        f"{rows[0]['precision']}"
     )
     brackets = (
-        f"brackets: quartiles of {rows[0]['rounds']} rounds; memory: what the process grew by in "
-        "a call"
+        f"brackets: quartiles of {rows[0]['rounds']} rounds; memory: the accelerator's, or what "
+        "the process grew by in a call"
     )
     return "\n".join([*lines, f"{peak}; {brackets}"])

@@ -17,7 +17,12 @@ import torch
 from flax import nnx
 from torch.nn import functional as F
 
-from contextdiff_jax.benchmarks.torch_peer import LAYOUTS, make_network, make_optimizer
+from contextdiff_jax.benchmarks.torch_peer import (
+    LAYOUTS,
+    make_network,
+    make_optimizer,
+    torch_device,
+)
 from contextdiff_jax.diffusion import shift_coefficient
 from contextdiff_jax.models.backbones import kind_of
 from contextdiff_jax.models.context import ContextConfig, position_embedding
@@ -182,6 +187,8 @@ def lacking(settings: Settings) -> str | None:
         "diffusion.prior_kl": (diffusion.prior_kl, 0.0),
         "model.addition_embed_type": (settings.model.addition_embed_type, None),
         "train.accumulation": (settings.train.accumulation, 1),
+        "train.precision": (settings.train.precision, "float32"),
+        "device": (torch_device(), "cpu"),
     }
     return next(
         (f"{field}={value!r}" for field, (value, known) in only.items() if value != known), None

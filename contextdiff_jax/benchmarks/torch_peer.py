@@ -5,10 +5,13 @@ pipelines.
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import diffusers
+import jax
 import numpy as np
 import torch
 
@@ -20,6 +23,7 @@ from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import Settings, TrainConfig
 
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"channels_last": torch.channels_last, "NCHW": torch.contiguous_format}
 _PREDICTION_TYPES = {"x0": "sample", "epsilon": "epsilon", "v": "v_prediction"}
 Tensors = Mapping[str, torch.Tensor]
@@ -38,7 +42,7 @@ def _call_unet(
 def _call_transformer(
     transformer: torch.nn.Module, x: torch.Tensor, t: torch.Tensor, inputs: Tensors
 ) -> torch.Tensor:
-    return transformer(x, inputs["text"], inputs["pooled"], t.expand(len(x))).sample
+    return transformer(x, inputs["text"], inputs["pooled"], t.to(x.device).expand(len(x))).sample
 
 
 class Kind(NamedTuple):
@@ -85,38 +89,69 @@ def make_optimizer(
     )
 
 
+def torch_device() -> str:
+    """Where torch runs beside ours: `cuda` where JAX has a GPU.
+
+    Raises ValueError where JAX has one and torch can't use it: times of two machines say nothing.
+    """
+    if jax.default_backend() != "gpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "--compare='torch': JAX has a GPU and this torch has none; install torch for CUDA"
+        )
+    return "cuda"
+
+
+def contestants(config: BackboneConfig) -> dict[str, tuple[str, bool]]:
+    """What a team might run, by name: (layout, whether torch.compile has it). Compiled on a GPU
+    only; on a CPU it needs a C++ compiler, which a machine may lack.
+    """
+    compiled = (False, True) if torch_device() == "cuda" else (False,)
+    return {
+        f"torch {layout}{' compiled' * last}": (layout, last)
+        for layout, last in itertools.product(layouts(config), compiled)
+    }
+
+
 class TorchNetwork:
-    """diffusers' network in one of `LAYOUTS`, eager, with as many threads as this process has
+    """diffusers' network in one of `LAYOUTS`, eager or `compiled`, on `torch_device()`, in the
+    precision of `train.precision` by autocast; on a CPU with as many threads as this process has
     cores.
     """
 
-    def __init__(self, network: Backbone, settings: Settings, layout: str):
+    def __init__(self, network: Backbone, settings: Settings, layout: str, compiled: bool = False):
         torch.set_num_threads(num_cores())
-        self._format = LAYOUTS[layout]
+        self._device, self._format = torch_device(), LAYOUTS[layout]
+        self._dtype = PRECISIONS[settings.train.precision]
         self._call = KINDS[kind_of(network.config)].call
         self._network = make_network(network.config)
         self._network.load_state_dict(
             {name: torch.tensor(array) for name, array in to_torch(network).items()}
         )
-        self._network.to(memory_format=self._format)
+        self._network.to(self._device, memory_format=self._format)
+        self._run = torch.compile(self._network) if compiled else self._network
         self._optimizer = make_optimizer(self._network.parameters(), settings.train)
 
     def tensors(self, inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """NHWC arrays as NCHW tensors in this layout, the others as they are."""
+        on = functools.partial(torch.tensor, device=self._device)
         return {
-            name: torch.tensor(a).permute(0, 3, 1, 2).contiguous(memory_format=self._format)
+            name: on(a).permute(0, 3, 1, 2).contiguous(memory_format=self._format)
             if a.ndim == 4
-            else torch.tensor(a)
+            else on(a)
             for name, a in inputs.items()
         }
 
     def _predict(self, x: torch.Tensor, t: torch.Tensor, inputs: Tensors) -> torch.Tensor:
-        return self._call(self._network, x, t, inputs)
+        cast = self._dtype != torch.float32
+        with torch.autocast(self._device, dtype=self._dtype, enabled=cast):
+            return self._call(self._run, x, t, inputs).float()
 
     @torch.no_grad()
     def forward(self, inputs: Tensors) -> np.ndarray:
         """The prediction, NHWC."""
-        return self._predict(inputs["x"], inputs["t"], inputs).permute(0, 2, 3, 1).numpy()
+        return self._predict(inputs["x"], inputs["t"], inputs).permute(0, 2, 3, 1).cpu().numpy()
 
     def step(self, inputs: Tensors) -> float:
         """One step of AdamW on the mean squared error; the loss before it."""
@@ -128,18 +163,30 @@ class TorchNetwork:
         self._optimizer.step()
         return loss.item()
 
+    def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        """The most that a call has allocated on the GPU; None on a CPU."""
+        if self._device == "cpu":
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated()
+
     def parameters(self) -> dict[str, np.ndarray]:
         """Copy the parameters, by diffusers' names."""
-        return {name: p.detach().numpy().copy() for name, p in self._network.named_parameters()}
+        parameters = self._network.named_parameters()
+        return {name: p.detach().cpu().numpy().copy() for name, p in parameters}
 
     @torch.no_grad()
     def sample(self, inputs: Tensors, scheduler: Scheduler, guidance: float) -> np.ndarray:
-        """Run the loop of diffusers' pipelines, both branches in one batch. NHWC."""
+        """Run the loop of diffusers' pipelines, both branches in one batch, the weights in the
+        precision of the products. NHWC.
+        """
+        self._network.to(self._dtype)
         x, scheduler = inputs["x"], copy.copy(scheduler)  # it counts its steps
         for t in scheduler.timesteps:
             without, with_text = self._predict(torch.cat([x, x]), t, inputs).chunk(2)
             x = scheduler.step(without + guidance * (with_text - without), t, x).prev_sample
-        return x.permute(0, 2, 3, 1).numpy()
+        return x.permute(0, 2, 3, 1).cpu().numpy()
 
 
 Scheduler = diffusers.DDIMScheduler | diffusers.FlowMatchEulerDiscreteScheduler

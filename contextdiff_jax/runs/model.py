@@ -16,15 +16,20 @@ from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings
 
 
+def precision_of(settings: Settings) -> Precision:
+    """The networks' types of numbers, by `train.precision`."""
+    compute = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[settings.train.precision]
+    return Precision(compute=compute)
+
+
 def make_model(settings: Settings, rngs: nnx.Rngs | None = None) -> ContextDiffusion:
     """The model with parameters drawn from `settings.seed`, or from `rngs`."""
-    compute = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[settings.train.precision]
     model = ContextDiffusion.create(
         settings.text,
         settings.model,
         settings.context,
         rngs=nnx.Rngs(make_key(settings.seed)) if rngs is None else rngs,
-        precision=Precision(compute=compute),
+        precision=precision_of(settings),
     )
     train = settings.train
     configure(model, remat=train.remat, attention=train.attention, unroll=train.unroll)
