@@ -2,6 +2,8 @@
 [--json=FILE]
 
 Measures one part of the work, and prints a table. Modes:
+    accelerator  all that follows on the GPU or TPU that is here, the most telling first, in
+              --minutes; --json=FILE and a page beside it (docs/performance.md)
     data      pictures a second and core that the loader gives, per source, against the device's
               need (docs/data.md)
     train     our training step against torch's (--compare=torch), and what the context adds to it
@@ -11,14 +13,23 @@ Measures one part of the work, and prints a table. Modes:
               collectives (docs/scaling.md)
     roofline  a step's layers against peak and bandwidth, here or (--topology) on a TPU
               (docs/performance.md)
+    facts     the device, and the most that it does
+    kernels   attention, norms and the relational network in each form that the device has
+    agree     one training step here and on the CPU, in float32
+    collectives  what the devices send each other in a second
+    predicted  a run's (--workdir) seconds a step beside those of --mode=aot (--prediction)
+    largest   the largest batch that a training step of --side has memory for
     reuse     a run's (--workdir) pictures with fewer evaluations of the UNet: seconds and
               differences (docs/performance.md)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 
@@ -39,7 +50,9 @@ NEED = cli.define_float(
     "need", 0.0, "data: pictures a second that the devices take; 0: those of --workdir.", lower=0
 )
 WORKDIR = cli.define_path(
-    "workdir", "", "data: a run whose metrics.jsonl tells the need; reuse: the run to sample."
+    "workdir",
+    "",
+    "data: a run whose metrics.jsonl tells the need; reuse: the run to sample; predicted: the run.",
 )
 PICTURES = flags.DEFINE_integer("pictures", 256, "data: pictures a measurement.", lower_bound=8)
 SHAPE = flags.DEFINE_list(
@@ -55,6 +68,17 @@ BATCH_PER_CHIP = flags.DEFINE_integer(
 SWEEP = flags.DEFINE_boolean(
     "sweep", False, "aot: meshes x rematerialisations x batches, the best that fits first."
 )
+MINUTES = cli.define_float("minutes", 8.0, "accelerator: for all of it.", lower=0)
+TINY = flags.DEFINE_boolean(
+    "tiny", False, "accelerator, kernels: small shapes, to see on any machine that all of it runs."
+)
+SUBJECTS = flags.DEFINE_list(
+    "subjects",
+    ["network", "method"],
+    "train, sample: the network alone, and the whole method with and without its context.",
+)
+PREDICTION = cli.define_path("prediction", "", "predicted: what --mode=aot --json wrote.")
+SIDE = flags.DEFINE_enum("side", "ours", ["ours", "torch"], "largest: whose step.")
 PLOT = cli.define_path("plot", "", "roofline: file for the plot, a PNG.")
 
 
@@ -94,7 +118,13 @@ def _speed(settings):
     from contextdiff_jax.benchmarks.speed import SpeedBenchmark, run
 
     return run(
-        settings, SpeedBenchmark(program=MODE.value, compare=COMPARE.value, rounds=REPEATS.value)
+        settings,
+        SpeedBenchmark(
+            program=MODE.value,
+            compare=COMPARE.value,
+            rounds=REPEATS.value,
+            subjects=tuple(SUBJECTS.value),
+        ),
     )
 
 
@@ -118,30 +148,100 @@ def _reuse(_):
     return run(WORKDIR.value, REPEATS.value)
 
 
+def _facts(_):
+    from contextdiff_jax.benchmarks.facts import run
+
+    return run()
+
+
+def _kernels(_):
+    from contextdiff_jax.benchmarks.kernels import KernelBenchmark, run
+
+    return run(KernelBenchmark(tiny=TINY.value, rounds=REPEATS.value))
+
+
+def _agree(settings):
+    from contextdiff_jax.benchmarks.agreement import run
+
+    return run(settings)
+
+
+def _largest(settings):
+    from contextdiff_jax.benchmarks.largest import run
+
+    return run(settings, SIDE.value)
+
+
+def _collectives(_):
+    from contextdiff_jax.benchmarks.collectives import run
+
+    return run(rounds=REPEATS.value)
+
+
+def _predicted(_):
+    from contextdiff_jax.benchmarks.predicted import run
+
+    return run(WORKDIR.value, PREDICTION.value)
+
+
+def _accelerator(_):
+    from contextdiff_jax.benchmarks.accelerator import AcceleratorBenchmark, run
+
+    if not JSON.value:
+        raise ValueError("--json: missing; --mode=accelerator writes each result there as it comes")
+    file = cli.output_file("json", JSON.value)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return run(AcceleratorBenchmark(minutes=MINUTES.value, json=file, tiny=TINY.value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """`run(settings)` measures. `config`: whether it has one. `shares`: whether a CPU's cores are
+    to be devices. `writes`: whether it writes --json itself, and leaves the device alone.
+    """
+
+    run: Callable[[Any], Any]
+    config: bool = True
+    shares: bool = False
+    writes: bool = False
+
+
 MODES = {
-    "data": _data,
-    "train": _speed,
-    "sample": _speed,
-    "aot": _aot,
-    "roofline": _roofline,
-    "reuse": _reuse,
+    "data": Mode(_data),
+    "train": Mode(_speed, shares=True),
+    "sample": Mode(_speed, shares=True),
+    "aot": Mode(_aot),
+    "roofline": Mode(_roofline),
+    "reuse": Mode(_reuse, config=False),  # its run has one
+    "accelerator": Mode(_accelerator, config=False, writes=True),
+    "facts": Mode(_facts, config=False),
+    "kernels": Mode(_kernels, config=False),
+    "collectives": Mode(_collectives, config=False),
+    "predicted": Mode(_predicted, config=False),
+    "agree": Mode(_agree),
+    "largest": Mode(_largest),
 }
-WITHOUT_CONFIG = ("reuse",)  # its run has one
 
 
 def main() -> None:
     """Parses, measures, prints, writes."""
     check_choice("--mode", MODE.value, MODES)
+    mode = MODES[MODE.value]
+    if mode.writes:
+        print(mode.run(None).text)
+        return
     file = cli.output_file("json", JSON.value) if JSON.value else None
     if PLOT.value:
         cli.output_file("plot", PLOT.value, (".png",))
-    config = None if MODE.value in WITHOUT_CONFIG else cli.read_config()
-    if MODES[MODE.value] is _speed:
+    config = cli.read_config() if mode.config else None
+    if COMPARE.value == "torch":
+        host.leave_memory()
+    if mode.shares:
         host.one_device_a_core(config["train"]["batch_size"])
     from contextdiff_jax.evaluation.report import machine
     from contextdiff_jax.settings import parse
 
-    result = MODES[MODE.value](config and parse(config))
+    result = mode.run(config and parse(config))
     print(result.text)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -101,8 +101,6 @@ def test_torch_must_have_the_gpu_that_jax_has(monkeypatch):
     assert list(torch_peer.contestants(UNetConfig())) == [
         "torch channels_last",
         "torch channels_last compiled",
-        "torch NCHW",
-        "torch NCHW compiled",
     ]
 
 

@@ -66,7 +66,7 @@ def _random_texts(settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(1, settings.text.vocab_size, shape).astype(np.int32), np.ones(shape, bool)
 
 
-def _training_inputs(settings: Settings) -> tuple[Inputs, Inputs]:
+def training_inputs(settings: Settings) -> tuple[Inputs, Inputs]:
     ids, mask = _random_texts(settings)
     image = (
         np.random.default_rng(settings.seed)
@@ -77,7 +77,7 @@ def _training_inputs(settings: Settings) -> tuple[Inputs, Inputs]:
     return batch, {"token_ids": ids[:1], "token_mask": mask[:1]}
 
 
-def _random_state(settings: Settings) -> TrainState:
+def random_state(settings: Settings) -> TrainState:
     """Step 0 of `randomised` parameters: all else starts at 0. Nothing is compiled, where drawing
     the initialisation's parameters first would take as long as half a step's program.
     """
@@ -93,8 +93,8 @@ def _random_state(settings: Settings) -> TrainState:
 
 
 def _train_method(settings: Settings, name: str) -> Contestant:
-    devices, (batch, null) = Devices(settings), _training_inputs(settings)
-    state = devices.parameters(_random_state(settings))
+    devices, (batch, null) = Devices(settings), training_inputs(settings)
+    state = devices.parameters(random_state(settings))
     call = Stepper(
         make_train_step(settings, devices.mesh), state, rest=(devices.batch(batch), null)
     )
@@ -110,7 +110,7 @@ def _sample_method(settings: Settings, name: str) -> Contestant:
     )
     placed = devices.batch({"x": x, "ids": ids, "mask": mask})
     arguments = (
-        devices.parameters(_random_state(settings).params),
+        devices.parameters(random_state(settings).params),
         placed["x"],
         Text(placed["ids"], placed["mask"], ids[:1], mask[:1]),
         run_steps(settings.process.schedule, settings.sample),
@@ -142,8 +142,8 @@ def _torch_method(settings: Settings) -> list[Contestant]:
     settings = dataclasses.replace(
         settings, train=dataclasses.replace(settings.train, warmup_steps=0, decay="constant")
     )
-    batch, null = _training_inputs(settings)
-    state, graph = _random_state(settings), model_graph(settings)
+    batch, null = training_inputs(settings)
+    state, graph = random_state(settings), model_graph(settings)
     drawn = draw(jax.random.fold_in(jax.random.wrap_key_data(state.key), 0), batch, settings)
     model = nnx.merge(graph, state.params)
     before = method_parameters(model)

@@ -50,20 +50,24 @@ from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import Settings
 
 PEERS = ("torch",)
+SUBJECTS = ("network", "method")
 PACKAGES = ("torch", "diffusers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpeedBenchmark:
     """`program`: of `PROGRAMS`. `compare`: of `PEERS`, or empty for ours alone. `rounds`: of each
-    contestant.
+    contestant. `subjects`: of `SUBJECTS`, the network alone and the whole method.
     """
 
     program: str = "train"
     compare: str = ""
     rounds: int = 5
+    subjects: tuple[str, ...] = ("network", "method")
 
     def __post_init__(self):
+        for subject in self.subjects:
+            check_choice("--subjects", subject, SUBJECTS)
         if self.compare:
             check_choice("--compare", self.compare, PEERS, f"--mode={self.program}")
         lacking = [
@@ -200,22 +204,13 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
                 "weights; must be empty"
             )
     peak = paired.matmul_peak(dtype=precision_of(settings).compute)
-    contestants, flops = NETWORK[options.program](settings, options)
-    rows = _rows(contestants, paired.measure(contestants, options.rounds), flops, peak)
-    del contestants  # the peers' memory and ours
-    contestants = contestants_of_method(settings, options.program, options.compare)
-    times = paired.measure(contestants, options.rounds)
-    method = _rows(contestants, times, 0.0, peak)
-    if WITH_CONTEXT in times:
-        with_context, without = times[WITH_CONTEXT].wall, times[WITHOUT_CONTEXT].wall
-        share = paired.ratio(
-            [a - b for a, b in zip(with_context, without, strict=True)], with_context
-        )
-        method[0] |= {
-            "context_share": share.value,
-            "context_share_quartiles": [share.low, share.high],
-        }
-    rows += method
+    rows = []
+    if "network" in options.subjects:
+        contestants, flops = NETWORK[options.program](settings, options)
+        rows += _rows(contestants, paired.measure(contestants, options.rounds), flops, peak)
+        del contestants  # the peers' memory and ours
+    if "method" in options.subjects:
+        rows += _method_rows(settings, options, peak)
     facts = {
         "program": options.program,
         "precision": settings.train.precision,
@@ -227,6 +222,22 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
     }
     rows = [row | facts for row in rows]
     return Result(_table(rows, options.program), rows)
+
+
+def _method_rows(settings: Settings, options: SpeedBenchmark, peak: float) -> list[dict[str, Any]]:
+    """The whole method's, the first with what the context's share of the time is."""
+    contestants = contestants_of_method(settings, options.program, options.compare)
+    times = paired.measure(contestants, options.rounds)
+    rows = _rows(contestants, times, 0.0, peak)
+    if WITH_CONTEXT in times:
+        with_context, without = times[WITH_CONTEXT].wall, times[WITHOUT_CONTEXT].wall
+        differences = [a - b for a, b in zip(with_context, without, strict=True)]
+        share = paired.ratio(differences, with_context)
+        rows[0] |= {
+            "context_share": share.value,
+            "context_share_quartiles": [share.low, share.high],
+        }
+    return rows
 
 
 def _rows(

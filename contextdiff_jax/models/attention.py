@@ -140,8 +140,8 @@ def self_attention(
     """
     target, scale = current_target(), q.shape[-1] ** -0.5 if scale is None else scale
     how = flash.formulation(choice, k.shape[1], target)
-    if how == "splash":
-        return flash.splash_attention(q, k, v, scale, mask, target=target)
+    if kernel := {"splash": flash.splash_attention, "cudnn": flash.cudnn_attention}.get(how):
+        return kernel(q, k, v, scale, mask, target=target)
     if how == "tiles":
         q, k = (q, k) if mask is None else with_bias(q, k, jnp.where(mask, 0.0, HIDDEN))
         return flash.on_each_device(

@@ -23,12 +23,14 @@ from jaxtyping import Array, Bool, Float
 
 from contextdiff_jax.parallel.mesh import Target, current_target, place
 
-CHOICES = ("auto", "xla", "splash", "tiles")
+CHOICES = ("auto", "xla", "splash", "tiles", "cudnn")
 # the checkpoint name of what the backward passes read: output and log-sum-exp
 RESIDUALS = "splash_residuals"
 # What `auto` takes by platform, from as many tokens: below, XLA's logits fit beside everything
-# else.
+# else. A GPU's `cudnn` must be asked for until somebody has timed it (`benchmark --mode=kernels`).
 _LONG = {"tpu": ("splash", 1024), "cpu": ("tiles", 256)}
+# The forms made for a platform, beside XLA's.
+_OWN = {"tpu": "splash", "cpu": "tiles", "gpu": "cudnn"}
 # The kernel's blocks are multiples of a TPU's lanes. In the backward pass 4096 keys don't fit in a
 # v5e's or v5p's VMEM.
 _LANES, _BLOCK, _LONG_BLOCK = 128, 512, 2048
@@ -42,6 +44,40 @@ def formulation(choice: str, tokens: int, target: Target) -> str:
         return choice
     how, least = _LONG.get(target.platform, ("xla", 0))
     return how if tokens >= least else "xla"
+
+
+def choices_of(target: Target) -> tuple[str, ...]:
+    """The forms that a platform has, XLA's first."""
+    return ("xla", *([_OWN[target.platform]] if target.platform in _OWN else []))
+
+
+def cudnn_attention(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B M H D"],
+    v: Float[Array, "B M H D"],
+    scale: float,
+    mask: Bool[Array, "B M"] | None = None,
+    *,
+    target: Target | None = None,
+) -> Float[Array, "B N H D"]:
+    """softmax(scale q k^T) v per head by cuDNN's flash attention, over the keys in `mask`.
+
+    Raises ValueError for float32, which it doesn't compute in.
+    """
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"train.attention='cudnn': computes in bfloat16, and these are {q.dtype}; "
+            "train.precision=bfloat16, or another train.attention"
+        )
+    target = current_target() if target is None else target
+
+    def one_device(q, k, v, mask=None):
+        found = None if mask is None else mask[:, None, None, :]  # [B, 1, 1, M]
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=found, scale=scale, implementation="cudnn"
+        )
+
+    return on_each_device(one_device, q, k, v, target, *([] if mask is None else [mask]))
 
 
 def on_each_device(

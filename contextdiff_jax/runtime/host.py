@@ -64,6 +64,13 @@ def one_device_a_core(batch_size: int) -> None:
         jax.config.update("jax_num_cpu_devices", num_cores())
 
 
+def leave_memory() -> None:
+    """Another library computes on the same GPU: JAX shall take memory as it needs it, not three
+    quarters at once. To be called before JAX looks for devices.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
 def set_compilation_cache(workdir: pathlib.Path) -> str:
     """Compiled programs are kept in DIR/compiled/N-cores, unless JAX_COMPILATION_CACHE_DIR says
     where.

@@ -60,7 +60,7 @@ class TrainConfig:
     )
     # what a block keeps for the backward pass: everything, products, kernels, or nothing (blocks)
     remat: str = "none"
-    # self-attention: xla, splash (TPU), heads (in turns), or what suits the platform and the length
+    # self-attention: xla, splash (TPU), tiles (CPU), cudnn (GPU), or what suits platform and length
     attention: str = "auto"
     unroll: bool = False  # writes a transformer's layers out instead of one loop over them
     # KiB of a TPU's on-chip memory that one operation may work in (0: as its compiler has it)
