@@ -1,10 +1,11 @@
-"""python -m contextdiff_jax.convert --source=DIR --target=DIR [--reverse]
+"""python -m contextdiff_jax.convert --source=DIR --target=DIR
+python -m contextdiff_jax.convert --source=RUN --target=DIR --reverse
 
-A Hugging Face / diffusers folder, of one model or of a whole pipeline, or a single-file checkpoint
-of Stable Diffusion, in our format (Orbax parameters); --reverse goes back, with the same tensors
-bit for bit. Tokenizers, schedulers and models that we don't have are copied. With --reverse the
-source may also be a run that began as a diffusers folder (`model.pretrained`): it becomes one
-again.
+Turn a Hugging Face or diffusers folder into our format, or back. The source is a folder of one
+model or of a whole pipeline, or a single-file checkpoint of Stable Diffusion; the target has Orbax
+parameters. --reverse goes back, with the same tensors bit for bit. Tokenizers, schedulers and
+models that we don't have are copied. With --reverse the source may also be a run that began as a
+diffusers folder (`model.pretrained`): it becomes one again.
 """
 
 from __future__ import annotations
@@ -52,5 +53,10 @@ def main() -> None:
     print(f"written: {TARGET.value}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line; contextdiff-convert begins here."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()
