@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import pathlib
@@ -21,7 +20,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from contextdiff_jax import configs
-from contextdiff_jax.runtime import help_page
+from contextdiff_jax.runtime import help_page, terminal
 from contextdiff_jax.runtime.errors import RunError, one_line
 from contextdiff_jax.runtime.help_page import Entry
 from contextdiff_jax.runtime.host import collect_garbage_seldom, keep_freed_memory
@@ -320,9 +319,8 @@ def run(main: Callable[[], None]) -> None:
         return left
 
     def guarded(_):
-        # Ours at INFO; the libraries' own (Orbax logs dozens of lines a save) at WARNING.
         absl_logging.set_verbosity(absl_logging.WARNING)
-        logging.getLogger("contextdiff_jax").setLevel(logging.INFO)
+        terminal.set_up_logging()
         try:
             main()
         except (ValueError, RunError, OSError) as error:

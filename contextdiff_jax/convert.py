@@ -10,7 +10,6 @@ diffusers folder (`model.pretrained`): it becomes one again.
 
 from __future__ import annotations
 
-import functools
 import pathlib
 
 from absl import flags
@@ -34,22 +33,18 @@ def main() -> None:
     cli.output_folder("target", TARGET.value)
 
     import jax
-    import tqdm
 
     from contextdiff_jax.pretrained import conversion
-    from contextdiff_jax.pretrained.kinds import Options
     from contextdiff_jax.training import export
 
     # Nothing is computed: an accelerator's memory isn't needed.
     jax.config.update("jax_platforms", "cpu")
-    # None: only on a terminal.
-    progress = functools.partial(tqdm.tqdm, unit="tensor", leave=False, disable=None)
     if REVERSE.value and export.is_run(pathlib.Path(SOURCE.value)):
         export.export_run(pathlib.Path(SOURCE.value), pathlib.Path(TARGET.value))
         print(f"written: {TARGET.value}")
         return
     convert = conversion.from_native if REVERSE.value else conversion.to_native
-    convert(pathlib.Path(SOURCE.value), pathlib.Path(TARGET.value), Options(progress=progress))
+    convert(pathlib.Path(SOURCE.value), pathlib.Path(TARGET.value))
     print(f"written: {TARGET.value}")
 
 

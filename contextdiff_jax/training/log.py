@@ -10,6 +10,7 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Mapping
 
 import jax
 
@@ -18,6 +19,7 @@ from contextdiff_jax.parallel.processes import is_first
 from contextdiff_jax.runs.checkpoints import writing
 from contextdiff_jax.runtime.files import read_lines, replacing
 from contextdiff_jax.runtime.host import hidden, is_remote
+from contextdiff_jax.runtime.terminal import duration
 from contextdiff_jax.training.state import METRICS
 
 # It imports torch wherever that is installed, for two seconds of each start, in case it is given a
@@ -35,7 +37,9 @@ class MetricsLog:
     not yet run.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int):
+    def __init__(self, workdir: pathlib.Path, step: int, steps: int | None = None):
+        """`steps`: where the training ends, for the time that is left; None: unknown."""
+        self._steps = steps
         self.last: dict[str, float] = {}  # what was logged last
         self.path = workdir / "metrics.jsonl"
         if not is_first():
@@ -62,12 +66,37 @@ class MetricsLog:
                 with self.path.open("a") as file:
                     file.write(line)
         self._events.add(step, values)
-        LOGGER.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        LOGGER.info("%s", summary_line(step, self._steps, values))
 
     def close(self) -> None:
         """Writes the events that are left; a disk that hangs is given up."""
         if is_first():
             self._events.close()
+
+
+# Of the columns of a line on the terminal: name, how its number is written, what stands around it.
+COLUMNS = (
+    ("loss", "<8.4g", "loss {}"),
+    ("grad_norm", "<7.3g", "grad {}"),
+    ("learning_rate", "<8.3g", "lr {}"),
+    ("images_per_second", ">7.1f", "{} images/s"),
+)
+# What is said only where it happened.
+TROUBLES = {"nonfinite": "skipped steps", "broken_records": "broken records"}
+
+
+def summary_line(step: int, steps: int | None, values: Mapping[str, float]) -> str:
+    """Return what the terminal shows of a logged step; metrics.jsonl has all of it."""
+    of = "" if steps is None else f"/{steps}"
+    parts = [f"step {step:>{max(len(of) - 1, 0)}}{of}"]
+    for name, form, text in COLUMNS:
+        if name in values:
+            parts.append(text.format(f"{values[name]:{form}}"))
+    if steps is not None and "seconds_per_step" in values:
+        left = duration((steps - step) * values["seconds_per_step"])
+        parts.append(f"{left:>7} left")
+    parts += [f"{values[name]:.0f} {text}" for name, text in TROUBLES.items() if values.get(name)]
+    return "  ".join(parts)
 
 
 class Events:

@@ -17,6 +17,7 @@ from contextdiff_jax.parallel.processes import PeerWatch, StopSignal, is_first
 from contextdiff_jax.runs import checkpoints, snapshots
 from contextdiff_jax.runs.checkpoints import State
 from contextdiff_jax.runtime import host
+from contextdiff_jax.runtime.terminal import TRAINING_BAR
 from contextdiff_jax.settings import TrainConfig
 from contextdiff_jax.training.log import MetricsLog, speed
 from contextdiff_jax.training.state import find_power_averages
@@ -71,7 +72,7 @@ def run_steps(
     with (
         closing(StopSignal()) as asked_to_stop,
         PeerWatch(config.peer_timeout) as watch,
-        closing(MetricsLog(workdir, first)) as log,
+        closing(MetricsLog(workdir, first, config.steps)) as log,
         checkpoints.closing(manager, workdir),
     ):
         since, count = time.perf_counter(), 0
@@ -80,6 +81,7 @@ def run_steps(
             initial=first,
             total=config.steps,
             desc=label,
+            bar_format=TRAINING_BAR,
             disable=None if is_first() else True,
         )
         for step in bar:
@@ -96,8 +98,10 @@ def run_steps(
                 task.check(state)
                 seconds = time.perf_counter() - since
                 values, state = task.summary(state, step)
-                log.write(step, values | speed(count, task.batch_size, seconds, task.flops))
-                bar.set_postfix(loss=f"{values['loss']:.4g}")
+                values |= speed(count, task.batch_size, seconds, task.flops)
+                log.write(step, values)
+                pace = f"{values['images_per_second']:.1f} images/s"
+                bar.set_postfix_str(f"loss {values['loss']:.4g}, {pace}")
                 since, count = time.perf_counter(), 0
             keep_averages(config, workdir, manager, state, step, watch)
             if step % config.checkpoint_every == 0 or last:
