@@ -49,5 +49,6 @@ def get_config() -> ConfigDict:
                 sample_size=64,
             ),
             mesh=config.mesh,
+            log=config.log,
         )
     )
