@@ -11,7 +11,7 @@ Figures: docs/performance.md.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from contextdiff_jax.configs import base
 
 # (channels a level, pixels a side, batch). Attention is on the two lower levels: at 64 pixels over
 # 1,024 tokens, not 256.

@@ -11,8 +11,8 @@ reconstruction, attention control), not a porsche. Takes about a second a step f
 
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.edit_shapes import video_sections
+from contextdiff_jax.configs import base
+from contextdiff_jax.configs.edit_shapes import video_sections
 
 
 def get_config() -> ConfigDict:

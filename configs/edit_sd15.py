@@ -12,8 +12,8 @@ here. For 16 GB keep `remat`, or fewer frames.
 
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.edit_shapes import video_sections
+from contextdiff_jax.configs import base
+from contextdiff_jax.configs.edit_shapes import video_sections
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ Where `video.path` does not exist yet, make the clip and its true edits:
 
 from ml_collections import ConfigDict
 
-from configs import shapes_16
+from contextdiff_jax.configs import shapes_16
 from contextdiff_jax.editing.settings import EditConfig, VideoConfig
 from contextdiff_jax.runtime.fields import defaults
 

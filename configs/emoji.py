@@ -8,7 +8,7 @@ Takes about 1.5 s a step on 2 CPU cores. What it reaches: docs/emoji.md.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from contextdiff_jax.configs import base
 
 
 def get_config() -> ConfigDict:

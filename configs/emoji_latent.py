@@ -16,7 +16,7 @@ with context from it:
 
 from ml_collections import ConfigDict
 
-from configs import base
+from contextdiff_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ Like sd3_medium the shapes of a run, compiled for TPUs but never run here.
 
 from ml_collections import ConfigDict
 
-from configs import sd3_medium
+from contextdiff_jax.configs import sd3_medium
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ is configs/sd15_latent.py.
 
 from ml_collections import ConfigDict
 
-from configs import sd21_512
+from contextdiff_jax.configs import sd21_512
 
 
 def get_config() -> ConfigDict:

@@ -15,7 +15,7 @@ on a tiny pipeline. `model.*`, `diffusion.*` and the steps of sampling are the f
 
 from ml_collections import ConfigDict
 
-from configs import base
+from contextdiff_jax.configs import base
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,7 @@ finetune: 1.0 s a step of 2048 on 32 v5p chips.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from contextdiff_jax.configs import base
 
 # of runs at Stable Diffusion's sizes
 TRAIN = dict(

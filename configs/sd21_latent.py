@@ -13,7 +13,7 @@ way, the folder's own schedule with L_T's weight, is `--config.diffusion.zero_te
 
 from ml_collections import ConfigDict
 
-from configs import sd15_latent
+from contextdiff_jax.configs import sd15_latent
 
 
 def get_config() -> ConfigDict:

@@ -13,7 +13,7 @@ steps of sampling are the folder's. LoRA and the context alone
 
 from ml_collections import ConfigDict
 
-from configs import sd15_latent
+from contextdiff_jax.configs import sd15_latent
 
 
 def get_config() -> ConfigDict:

@@ -11,8 +11,8 @@ are compiled for TPUs. Half of each of the attention kernel's products is paddin
 
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.sd21_512 import TRAIN
+from contextdiff_jax.configs import base
+from contextdiff_jax.configs.sd21_512 import TRAIN
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,7 @@ of the UNet.
 
 from ml_collections import ConfigDict
 
-from configs import sd15_latent
+from contextdiff_jax.configs import sd15_latent
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ cores. What was tried, and plain diffusion beside it: docs/quickstart.md.
 
 from ml_collections import ConfigDict
 
-from configs import shapes_16
+from contextdiff_jax.configs import shapes_16
 
 
 def get_config() -> ConfigDict:

@@ -10,7 +10,7 @@ samples after 64,000 pictures.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from contextdiff_jax.configs import base
 
 
 def get_config() -> ConfigDict:

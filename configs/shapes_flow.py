@@ -10,7 +10,7 @@ network predicts in the units of x0, which weighs the times as `configs/shapes_1
 
 from ml_collections import ConfigDict
 
-from configs import shapes_16
+from contextdiff_jax.configs import shapes_16
 from contextdiff_jax.runtime.fields import check_choice
 
 X0, M = {"diffusion.prediction_type": "x0"}, {"diffusion.prediction_type": "data"}

@@ -9,7 +9,7 @@ first picture.
 
 from ml_collections import ConfigDict
 
-from configs import base, shapes
+from contextdiff_jax.configs import base, shapes
 
 
 def get_config() -> ConfigDict:

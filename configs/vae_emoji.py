@@ -10,7 +10,7 @@ What it reaches and how long it takes: docs/pretrained.md. Any folder of caption
 
 from ml_collections import ConfigDict
 
-from configs import base
+from contextdiff_jax.configs import base
 
 
 def get_config() -> ConfigDict:
@@ -49,5 +49,6 @@ def get_config() -> ConfigDict:
                 sample_size=64,
             ),
             mesh=config.mesh,
+            log=config.log,
         )
     )

@@ -1,7 +1,6 @@
-"""python -m contextdiff_jax.benchmark --mode=data --config=configs/shapes.py [--compare=webdataset]
-[--json=FILE]
+"""python -m contextdiff_jax.benchmark --mode=data --config=shapes --compare=webdataset
 
-Measures one part of the work, and prints a table. Modes:
+Measure the speed of one part of the work, as a table. Modes:
     accelerator  all that follows on the GPU or TPU that is here, the most telling first, in
               --minutes; --json=FILE and a page beside it (docs/performance.md)
     data      pictures a second and core that the loader gives, per source, against the device's
@@ -38,6 +37,7 @@ from contextdiff_jax.runtime import host
 from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.files import write_json
 
+cli.group("Measurement")
 MODE = flags.DEFINE_string("mode", "data", "What to measure: see the list above.")
 COMPARE = flags.DEFINE_string(
     "compare", "", "Run in turns with ours; of data: webdataset, tfds; of train, sample: torch."
@@ -46,6 +46,7 @@ JSON = cli.define_path("json", "", "File for the table as one JSON object with `
 REPEATS = flags.DEFINE_integer(
     "repeats", 5, "Measurements of each row; the table has their medians.", lower_bound=1
 )
+cli.group("Of --mode=data and reuse")
 NEED = cli.define_float(
     "need", 0.0, "data: pictures a second that the devices take; 0: those of --workdir.", lower=0
 )
@@ -58,6 +59,7 @@ PICTURES = flags.DEFINE_integer("pictures", 256, "data: pictures a measurement."
 SHAPE = flags.DEFINE_list(
     "shape", ["384", "512"], "data, without data.path: height,width of the pictures made."
 )
+cli.group("Of --mode=aot and roofline")
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "aot, roofline: chips and their arrangement, as in v5e:4x4."
 )
@@ -252,6 +254,11 @@ def main() -> None:
         write_json(file, {**facts, "rows": result.rows})
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line; contextdiff-benchmark begins here."""
     cli.define_config()
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

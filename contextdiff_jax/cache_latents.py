@@ -1,10 +1,10 @@
-"""python -m contextdiff_jax.cache_latents --config=FILE --out=DIR [--split=train --shard_size=1024
---batch_size=16 --dtype=float16]
+"""python -m contextdiff_jax.cache_latents --config=emoji_latent --out=cache --split=train
 
-Latents (mean and standard deviation), token ids and captions of a config's data, for training with
---config.data.source=cache --config.data.path=DIR. The config is the one to train with: it names the
-autoencoder (latent.vae, or model.pretrained). A run that was killed goes on with the shards that
-aren't there; processes share the shards.
+Encode a config's pictures once, for training on their latents. The folder gets the latents (mean
+and standard deviation), token ids and captions, which --config.data.source=cache
+--config.data.path=FOLDER trains on. The config is the one to train with: it names the autoencoder
+(latent.vae, or model.pretrained). A run that was killed goes on with the shards that aren't there;
+processes share the shards.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ def main() -> None:
     )
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line; contextdiff-cache-latents begins here."""
     cli.define_config()
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import pathlib
 import pkgutil
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,13 +17,28 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
+from contextdiff_jax import configs
+from contextdiff_jax.runtime import help_page, terminal
 from contextdiff_jax.runtime.errors import RunError, one_line
+from contextdiff_jax.runtime.help_page import Entry
 from contextdiff_jax.runtime.host import collect_garbage_seldom, keep_freed_memory
 from contextdiff_jax.runtime.keys import LARGEST
 
-flags.disclaim_key_flags()  # --help of a command shows what it defines by the functions below
+_BEFORE = {*flags.FLAGS}  # of the libraries; --help of a command shows what it defines itself
 CONFIG = None
+GROUPS: list[tuple[str, set[str]]] = []  # titles, each with the names of the flags before it
+# What stands for a flag's value in --help, by its type; TEXT for the others.
+VALUES = {
+    "int": "N",
+    "float": "X",
+    "path": "PATH",
+    "comma separated list of strings": "A,B",
+    "multi path": "PATH",
+}
+SETTING, SETS = "--config.SECTION.FIELD=VALUE", "Sets a field, as in --config.train.steps=500."
+HELP = {"--help", "-help", "--helpshort", "-helpshort", "-h"}
 # Fields of configs that name files or folders.
 PATHS = (
     "data.path",
@@ -53,14 +68,25 @@ def define_config() -> None:
     """
     global CONFIG
     CONFIG = config_flags.DEFINE_config_file(
-        "config", None, "Config file; a field is set by --config.a.b=c."
+        "config", None, f"A config's name or Python file. Names: {', '.join(configs.names())}."
     )
+    flags.FLAGS["config"].parser = _Config("config")
     list_names("config", FIELDS)
-    flags.FLAGS["config"].help += f" There are {_configs()}."
 
 
-def _configs() -> str:
-    return ", ".join(map(str, sorted(pathlib.Path("configs").glob("*.py")))) or "none in configs/"
+class _Config(ConfigFileFlagParser):
+    """A config's name or file, with `:ARGUMENT` for its `get_config` or without."""
+
+    def parse(self, argument: str) -> Any:
+        name, colon, rest = argument.partition(":")
+        try:
+            file = configs.find(expand(name, ""))
+        except ValueError as error:
+            raise flags.Error(f"--config={error}") from None
+        try:
+            return super().parse(f"{file}{colon}{rest}")
+        except ImportError as error:
+            raise flags.Error(f"--config={name}: {error}") from error
 
 
 # Where the names are that a flag, or a field of a config, takes: MODULE:TABLE.
@@ -85,9 +111,12 @@ class _Names:
     def __init__(self, tables: dict[str, str]):
         self._tables = tables
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
         names = {what: pkgutil.resolve_name(table) for what, table in self._tables.items()}
-        return "; ".join(f"{what}: {', '.join(table)}" for what, table in names.items())
+        return [f"{what}: {', '.join(table)}" for what, table in names.items()]
+
+    def __str__(self) -> str:
+        return "; ".join(self.lines())
 
 
 def list_names(flag: str, tables: dict[str, str]) -> None:
@@ -96,10 +125,54 @@ def list_names(flag: str, tables: dict[str, str]) -> None:
     parser.syntactic_help = _Names(tables)
 
 
+def group(title: str) -> None:
+    """Head the flags that are defined from here on, up to the next group, in `--help`."""
+    GROUPS.append((title, {*flags.FLAGS}))
+
+
+def make_help(main: Callable[[], None]) -> str:
+    """Return what `--help` prints: the docstring of the command whose `main` it is, its flags."""
+    groups: dict[str, list[Entry]] = {}
+    own = [flags.FLAGS[name] for name in flags.FLAGS if name not in _BEFORE]
+    # a config is what a command begins with, though its flag is defined last
+    for flag in sorted(own, key=lambda flag: flag.name != "config"):
+        heads = [title for title, before in GROUPS if flag.name not in before] or ["Flags"]
+        if flag.name == "config":
+            entries = [Entry("--config=NAME", flag.help), Entry(SETTING, SETS, _names(flag))]
+            groups[heads[0]] = entries
+        else:
+            default = _default(flag)
+            help = flag.help.partition(";\n")[0]  # absl says of a list how it is given
+            help += f" (default: {default})" if default else ""
+            groups.setdefault(heads[-1], []).append(Entry(_typed(flag), help, _names(flag)))
+    width = shutil.get_terminal_size().columns
+    return help_page.make_page(main.__globals__["__doc__"], groups, width)
+
+
+def _typed(flag: flags.Flag) -> str:
+    """The flag as one types it."""
+    if flag.boolean:
+        return f"--{flag.name}"
+    if isinstance(flag.parser, flags.EnumParser):
+        return f"--{flag.name}={'|'.join(flag.parser.enum_values)}"
+    return f"--{flag.name}={VALUES.get(flag.parser.flag_type(), 'TEXT')}"
+
+
+def _default(flag: flags.Flag) -> str:
+    if flag.boolean or flag.default in (None, "", []):
+        return ""
+    return ",".join(flag.default) if isinstance(flag.default, list) else str(flag.default)
+
+
+def _names(flag: flags.Flag) -> list[str]:
+    names = flag.parser.syntactic_help
+    return names.lines() if isinstance(names, _Names) else []
+
+
 def read_config() -> dict[str, Any]:
     """The config with its overrides, as plain JSON-able values; `~` in its paths is the home."""
     if CONFIG is None or CONFIG.value is None:
-        raise ValueError("--config: missing; name a config file, as in --config=configs/shapes.py")
+        raise ValueError("--config: missing; name a config, as in --config=shapes")
     config = json.loads(json.dumps(CONFIG.value.to_dict()))
     for name in PATHS:
         section, field = name.split(".")
@@ -220,18 +293,13 @@ def run(main: Callable[[], None]) -> None:
     """Parses flags and calls `main`. What the user can put right is one line on stderr and exit
     status 2.
     """
+    if HELP & {*sys.argv[1:]}:
+        print(make_help(main))
+        return
     keep_freed_memory()
     collect_garbage_seldom()
 
     def parse(argv):
-        home = "--config=~"  # an argument that no shell expands, nor the flag's own parser
-        argv = [
-            f"--config={expand(a.partition('=')[2], '--config')}" if a.startswith(home) else a
-            for a in argv
-        ]
-        for file in (a.partition("=")[2].partition(":")[0] for a in argv if a[:9] == "--config="):
-            if not os.path.isfile(file):
-                raise flags.Error(f"--config={file}: no such file; there are {_configs()}")
         try:
             left = flags.FLAGS(argv)
         except flags.IllegalFlagValueError as error:
@@ -251,9 +319,8 @@ def run(main: Callable[[], None]) -> None:
         return left
 
     def guarded(_):
-        # Ours at INFO; the libraries' own (Orbax logs dozens of lines a save) at WARNING.
         absl_logging.set_verbosity(absl_logging.WARNING)
-        logging.getLogger("contextdiff_jax").setLevel(logging.INFO)
+        terminal.set_up_logging()
         try:
             main()
         except (ValueError, RunError, OSError) as error:

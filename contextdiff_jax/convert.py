@@ -1,15 +1,15 @@
-"""python -m contextdiff_jax.convert --source=DIR --target=DIR [--reverse]
+"""python -m contextdiff_jax.convert --source=DIR --target=DIR
+python -m contextdiff_jax.convert --source=RUN --target=DIR --reverse
 
-A Hugging Face / diffusers folder, of one model or of a whole pipeline, or a single-file checkpoint
-of Stable Diffusion, in our format (Orbax parameters); --reverse goes back, with the same tensors
-bit for bit. Tokenizers, schedulers and models that we don't have are copied. With --reverse the
-source may also be a run that began as a diffusers folder (`model.pretrained`): it becomes one
-again.
+Turn a Hugging Face or diffusers folder into our format, or back. The source is a folder of one
+model or of a whole pipeline, or a single-file checkpoint of Stable Diffusion; the target has Orbax
+parameters. --reverse goes back, with the same tensors bit for bit. Tokenizers, schedulers and
+models that we don't have are copied. With --reverse the source may also be a run that began as a
+diffusers folder (`model.pretrained`): it becomes one again.
 """
 
 from __future__ import annotations
 
-import functools
 import pathlib
 
 from absl import flags
@@ -33,24 +33,25 @@ def main() -> None:
     cli.output_folder("target", TARGET.value)
 
     import jax
-    import tqdm
 
     from contextdiff_jax.pretrained import conversion
-    from contextdiff_jax.pretrained.kinds import Options
     from contextdiff_jax.training import export
 
     # Nothing is computed: an accelerator's memory isn't needed.
     jax.config.update("jax_platforms", "cpu")
-    # None: only on a terminal.
-    progress = functools.partial(tqdm.tqdm, unit="tensor", leave=False, disable=None)
     if REVERSE.value and export.is_run(pathlib.Path(SOURCE.value)):
         export.export_run(pathlib.Path(SOURCE.value), pathlib.Path(TARGET.value))
         print(f"written: {TARGET.value}")
         return
     convert = conversion.from_native if REVERSE.value else conversion.to_native
-    convert(pathlib.Path(SOURCE.value), pathlib.Path(TARGET.value), Options(progress=progress))
+    convert(pathlib.Path(SOURCE.value), pathlib.Path(TARGET.value))
     print(f"written: {TARGET.value}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line; contextdiff-convert begins here."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

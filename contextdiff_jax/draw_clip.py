@@ -1,7 +1,7 @@
-"""python -m contextdiff_jax.draw_clip --out=DIR [--seed=0 --num_frames=8 --size=16]
+"""python -m contextdiff_jax.draw_clip --out=DIR --seed=0 --num_frames=8 --size=16
 
-A clip of one moving shape to edit, and its true edits: DIR/source/, DIR/colour/ and DIR/shape/
-(frames), and DIR/clip.json with the prompts.
+Draw a clip of one moving shape to edit, and its true edits. DIR gets the frames, in source/,
+colour/ and shape/, and clip.json with the prompts.
 """
 
 from __future__ import annotations
@@ -25,5 +25,10 @@ def main() -> None:
     print(f"{out}: {facts['prompt']!r}; edits {facts['edit_prompts']}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line; contextdiff-draw-clip begins here."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,10 +1,9 @@
-"""python -m contextdiff_jax.edit --config=configs/edit_shapes.py --workdir=DIR
-[--config.video.path=FILE ...]
+"""python -m contextdiff_jax.edit --config=edit_shapes --workdir=DIR --config.video.path=FILE
 
-One clip in, the edited clips out: tunes a video model on the clip (or goes on with the tuning in
-the workdir), inverts the clip, samples it anew by its own prompt and by each of
-`video.edit_prompts`. The workdir gets edits/NN.gif, NN.mp4 and NN/, strip.png, metrics.json, beside
-the tuning's config.json, metrics.jsonl, events/ and checkpoints/.
+Edit a clip by text. A video model is tuned on the clip (or goes on with the tuning in the workdir);
+then the clip is inverted, and sampled anew by its own prompt and by each of `video.edit_prompts`.
+The workdir gets edits/NN.gif, NN.mp4 and NN/, strip.png, metrics.json, beside the tuning's
+config.json, metrics.jsonl, events/ and checkpoints/.
 
 Two benchmarks edit many clips whose true edits are known, with and without the context, and score
 them (benchmark.json, benchmark.png): --shapes=50 clips of moving shapes, in colour and in shape;
@@ -18,10 +17,12 @@ from absl import flags
 from contextdiff_jax import cli
 from contextdiff_jax.runtime import host
 
+cli.group("Edit")
 WORKDIR = cli.define_path(
     "workdir", None, "Folder of the edit: everything it writes, and what it resumes from."
 )
 
+cli.group("Benchmark")
 SHAPES = flags.DEFINE_integer(
     "shapes", 0, "Edit this many clips of moving shapes instead, and score them.", lower_bound=0
 )
@@ -80,6 +81,11 @@ def main() -> None:
     )
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line; contextdiff-edit begins here."""
     cli.define_config()
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

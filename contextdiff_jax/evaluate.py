@@ -1,6 +1,6 @@
-"""python -m contextdiff_jax.evaluate --workdir=DIR --metrics=composition,bound,fid,...
+"""python -m contextdiff_jax.evaluate --workdir=DIR --metrics=composition,bound,fid
 
-Scores of a run's samples and of its likelihood with 95% intervals: a table on the terminal,
+Score a run's samples and its likelihood, with 95% intervals. A table on the terminal,
 DIR/metrics.json, and the page DIR/report/index.html. What each metric is, and what it needs:
 docs/evaluation.md.
 """
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # JAX starts after the flags are read
     from contextdiff_jax.runs.reading import Run
     from contextdiff_jax.settings import SampleConfig
 
+cli.group("Run and metrics")
 WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
 METRICS = flags.DEFINE_list("metrics", ["composition"], "What each needs: docs/evaluation.md.")
 cli.list_names("metrics", {"some of": cli.METRICS})
@@ -41,12 +42,14 @@ CLIP = cli.define_path("clip", "", "Folder of a transformers CLIPModel, for cmmd
 BOUND_TIMESTEPS = flags.DEFINE_integer(
     "bound_timesteps", 50, "KL terms a picture; 0: all.", lower_bound=0
 )
+cli.group("Sampling")
 GUIDANCE = cli.define_float("guidance", None, "Guidance scale; default: the run's config.")
 SAMPLER = flags.DEFINE_string("sampler", None, "Default: the run's config.")
 cli.list_names("sampler", {"one of": cli.SAMPLERS})
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's config.")
 SPACING = flags.DEFINE_string("spacing", None, "Where they are; default: the run's config.")
 cli.list_names("spacing", {"one of": cli.SPACINGS})
+cli.group("Seed and weights")
 SEED = cli.define_seed("Of the samples' noise, the bound's, and the bootstrap.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or params.")
 EMA_LENGTH = cli.define_ema_length()
@@ -148,5 +151,10 @@ def main() -> None:
     print(f"{report.write_report(workdir, results, samples, facts, run.config)}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line; contextdiff-evaluate begins here."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

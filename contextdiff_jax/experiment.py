@@ -1,8 +1,9 @@
-"""python -m contextdiff_jax.experiment --plan=configs/experiments/toy.py [--seeds=5,6]
+"""python -m contextdiff_jax.experiment --plan=toy --seeds=5,6
 
-Runs the cells of a plan that are missing, each a line of OUT/PLAN.jsonl, and writes the page of
-them all: OUT/PLAN.md, with its plots. An interrupted plan goes on where it was; several processes
-may work on one plan. See docs/experiments.md.
+Run a plan of variants and seeds, and write the page that compares them. Only the cells that are
+missing are run, each a line of OUT/PLAN.jsonl; the page of them all is OUT/PLAN.md, with its plots.
+An interrupted plan goes on where it was; several processes may work on one plan. See
+docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextdiff_jax import cli
 from contextdiff_jax.runtime import host
 from contextdiff_jax.runtime.keys import LARGEST
 
+cli.group("Plan")
 PLAN = cli.define_path(
     "plan", None, "Python file with get_plan(): see contextdiff_jax/experiments/plan.py."
 )
@@ -26,6 +28,7 @@ OUT = cli.define_path(
 WORKDIR = cli.define_path(
     "workdir", "runs/experiments", "Folder of the cells' runs, PLAN/VARIANT-SEED-HASH."
 )
+cli.group("A part of it")
 VARIANTS = flags.DEFINE_list("variants", [], "Only these; default: the plan's.")
 SEEDS = flags.DEFINE_list("seeds", [], "These seeds instead of the plan's, for the variants above.")
 LOGGER = logging.getLogger(__name__)
@@ -69,5 +72,10 @@ def main() -> None:
     print(write_page(plan, name, PLAN.value, out))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line; contextdiff-experiment begins here."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,12 +1,12 @@
 """python -m contextdiff_jax.sample --workdir=RUN --prompt="a large red circle" --num=4
 python -m contextdiff_jax.sample --model=FOLDER --prompt="a horse" --negative="blurred"
 
-Pictures for prompts, from a run's EMA weights or from a Stable Diffusion folder, as one grid with
-the prompts under them. All flags work for both; where one isn't given, the run's or the folder's
-own value counts. From noise; or from a picture, --image=FILE --strength=0.8; or into a hole of it,
---image=FILE --mask=FILE. --images=FOLDER writes each picture alone too, with its prompt, seed,
-sampler, steps and guidance in the PNG's text. --optimise_spacing=8 prints a grid of 8 steps that is
-made for the model.
+Draw pictures for prompts, by a trained run or a Stable Diffusion folder. They come as one grid with
+the prompts under them, a run's by its EMA weights. All flags work for both; where one isn't given,
+the run's or the folder's own value counts. From noise; or from a picture, --image=FILE
+--strength=0.8; or into a hole of it, --image=FILE --mask=FILE. --images=FOLDER writes each picture
+alone too, with its prompt, seed, sampler, steps and guidance in the PNG's text.
+--optimise_spacing=8 prints a grid of 8 steps that is made for the model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextdiff_jax import cli
 from contextdiff_jax.runtime import host
 from contextdiff_jax.runtime.texts import read_lines
 
+cli.group("Model and prompts")
 WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
 MODEL = cli.define_path(
     "model",
@@ -33,6 +34,7 @@ NUM = flags.DEFINE_integer("num", 1, "Pictures a prompt.", lower_bound=1)
 NEGATIVE = flags.DEFINE_string(
     "negative", None, "The text that guidance leads away from; default: none."
 )
+cli.group("Steps")
 SAMPLER = flags.DEFINE_string("sampler", None, "Default: the run's or the folder's own.")
 cli.list_names("sampler", {"one of": cli.SAMPLERS})
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; of a folder by default 50.")
@@ -51,6 +53,13 @@ OPTIMISE = flags.DEFINE_integer(
     lower_bound=1,
 )
 ETA = cli.define_float("eta", None, "DDIM's noise, 0 to 1.")
+DYNAMIC_THRESHOLD = cli.define_float(
+    "dynamic_threshold", None, "Percentile for dynamic thresholding; 0 clips."
+)
+REUSE = flags.DEFINE_integer(
+    "reuse", None, "Steps that share the UNet's coarser levels (DeepCache): faster, not the same."
+)
+cli.group("Guidance and context")
 GUIDANCE = cli.define_float(
     "guidance", None, "Guidance scale, 1 is none; of a folder by default 7.5."
 )
@@ -69,23 +78,20 @@ AUTOGUIDANCE = cli.define_path(
     "autoguidance", None, "Folder of a weaker model, which guidance leads away from."
 )
 CONTEXT_SCALE = cli.define_float("context_scale", None, "Factor of the context's estimate.")
-DYNAMIC_THRESHOLD = cli.define_float(
-    "dynamic_threshold", None, "Percentile for dynamic thresholding; 0 clips."
-)
-REUSE = flags.DEFINE_integer(
-    "reuse", None, "Steps that share the UNet's coarser levels (DeepCache): faster, not the same."
-)
+cli.group("Seed, weights, size")
 SEED = cli.define_seed("The same seed gives the same pictures.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "A run's ema or params.")
 EMA_LENGTH = cli.define_ema_length()
 SIZE = flags.DEFINE_list(
     "size", None, "HEIGHT,WIDTH in pixels; default: the model's own, or --image's."
 )
+cli.group("From a picture")
 IMAGE = cli.define_path("image", None, "The picture to start from.")
 STRENGTH = cli.define_float(
     "strength", None, "With --image: share of the steps made; default 0.8, with --mask 1."
 )
 MASK = cli.define_path("mask", None, "With --image: paint anew where this picture is white.")
+cli.group("Output")
 OUT = cli.define_path("out", "grid.png", "The grid.")
 IMAGES = cli.define_path("images", None, "A folder for the pictures one by one.")
 COLUMNS = flags.DEFINE_integer("columns", 4, "Pictures a row.", lower_bound=1)
@@ -239,5 +245,10 @@ def main() -> None:
     print(f"each alone: {folder}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line; contextdiff-sample begins here."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

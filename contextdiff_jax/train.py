@@ -1,9 +1,9 @@
-"""python -m contextdiff_jax.train --config=configs/shapes.py --workdir=runs/shapes
-[--config.train.steps=500] python -m contextdiff_jax.train --replay=runs/shapes/nonfinite_120
+"""python -m contextdiff_jax.train --config=shapes --workdir=runs/shapes --config.train.steps=500
+python -m contextdiff_jax.train --replay=runs/shapes/nonfinite_120
 
-Trains, or goes on with, the run in the workdir: config.json, metrics.jsonl, curves.png, events/,
-samples/, checkpoints/. One of many processes learns of the others by flags, environment or
-scheduler (docs/scaling.md).
+Train a model, or go on with the run in the workdir. The workdir gets config.json, metrics.jsonl,
+curves.png, events/, samples/ and checkpoints/. One of many processes learns of the others by flags,
+environment or scheduler (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from absl import flags
 from contextdiff_jax import cli
 from contextdiff_jax.runtime import host
 
+cli.group("Run")
 WORKDIR = cli.define_path(
     "workdir", None, "Folder of the run (local or gs://): all it writes and resumes from."
 )
 REPLAY = cli.define_path(
     "replay", None, "Folder of a dumped step (WORKDIR/nonfinite_N): does that step again."
 )
+cli.group("Many processes")
 ADDRESS = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, for many processes."
 )
@@ -60,6 +62,11 @@ def main() -> None:
         train(settings, config, workdir)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line; contextdiff-train begins here."""
     cli.define_config()
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

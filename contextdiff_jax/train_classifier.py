@@ -1,7 +1,6 @@
-"""python -m contextdiff_jax.train_classifier --config=configs/shapes.py --workdir=DIR
-[--steps=1000] [--num=10000]
+"""python -m contextdiff_jax.train_classifier --config=shapes --workdir=DIR --steps=1000 --num=10000
 
-Trains a classifier of the attributes of a config's data: the feature network of `evaluate
+Train a classifier of the attributes of a config's data. It is the feature network of `evaluate
 --features=DIR`. Writes DIR/classifier.safetensors and DIR/classifier.json: what it answers, and its
 accuracy on pictures kept aside.
 """
@@ -49,6 +48,11 @@ def main() -> None:
     print(f"{workdir / WEIGHTS_FILE}: accuracy on {aside} pictures kept aside")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line; contextdiff-train-classifier begins here."""
     cli.define_config()
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,7 +1,6 @@
-"""python -m contextdiff_jax.train_tokenizer --corpus=FILE [--corpus=FILE ...] --out=tokenizer.json
-[--vocab_size=4096]
+"""python -m contextdiff_jax.train_tokenizer --corpus=FILE --out=tokenizer.json --vocab_size=4096
 
-Trains a caption tokenizer on plain text, one document a line.
+Train a caption tokenizer on plain text, one document a line.
 """
 
 from __future__ import annotations
@@ -34,5 +33,10 @@ def main() -> None:
     print(f"{out}: {tokenizer.get_vocab_size()} tokens")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line; contextdiff-train-tokenizer begins here."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

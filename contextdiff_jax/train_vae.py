@@ -1,7 +1,6 @@
-"""python -m contextdiff_jax.train_vae --config=configs/vae_emoji.py --config.data.path=FOLDER
---workdir=DIR
+"""python -m contextdiff_jax.train_vae --config=vae_emoji --config.data.path=FOLDER --workdir=DIR
 
-Trains, or goes on with, a small autoencoder for latent training. Writes DIR/vae, a diffusers
+Train a small autoencoder for latent training, or go on with it. Writes DIR/vae, a diffusers
 AutoencoderKL folder whose scaling_factor is measured on the data, and DIR/reconstructions.png,
 pictures that it has not seen beside what it makes of them.
 """
@@ -33,6 +32,11 @@ def main() -> None:
     )
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line; contextdiff-train-vae begins here."""
     cli.define_config()
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -17,21 +17,22 @@ from contextdiff_jax import cli
 @contextlib.contextmanager
 def flags_of(file: pathlib.Path) -> Iterator[flags.FlagValues]:
     """absl's flags as the command in `file` defines them, and no others."""
-    with _command(file) as (defined, _):
+    with command_of(file) as (defined, _):
         yield defined
 
 
 def run(file: pathlib.Path, arguments: list[str]) -> None:
     """Runs the command in this process. Raises what `cli.run` would print as one line."""
-    with _command(file) as (defined, main):
+    with command_of(file) as (defined, main):
         defined([str(file), *arguments])
         main()
 
 
 @contextlib.contextmanager
-def _command(file: pathlib.Path) -> Iterator[tuple[flags.FlagValues, Callable[[], None]]]:
+def command_of(file: pathlib.Path) -> Iterator[tuple[flags.FlagValues, Callable[[], None]]]:
     """Its flags, and its `main`."""
-    before, config = dict(flags.FLAGS.__dict__), cli.CONFIG
+    before, config, groups = dict(flags.FLAGS.__dict__), cli.CONFIG, [*cli.GROUPS]
+    cli.GROUPS.clear()
     flags.FLAGS.__dict__.update(flags.FlagValues().__dict__)
     try:
         with mock.patch.object(cli, "run") as called:
@@ -39,7 +40,7 @@ def _command(file: pathlib.Path) -> Iterator[tuple[flags.FlagValues, Callable[[]
         yield flags.FLAGS, called.call_args and called.call_args.args[0]
     finally:
         flags.FLAGS.__dict__.update(before)
-        cli.CONFIG = config
+        cli.CONFIG, cli.GROUPS[:] = config, groups
 
 
 def parse(file: pathlib.Path, arguments: list[str]) -> None:

@@ -110,7 +110,7 @@ SMALLEST_BY_FLAGS = SMALLEST | {"model.mid_block_type": "UNetMidBlock2D"}
 
 def config_dict(**changes):
     """configs/base.py with TINY and `changes` ("section.field": value) as plain values."""
-    from configs.base import get_config
+    from contextdiff_jax.configs.base import get_config
 
     config = get_config()
     for name, value in (TINY | changes).items():
@@ -147,7 +147,7 @@ MMDIT_PROCESS = {
 
 def mmdit_dict(**changes):
     """`config_dict` with the other backbone; `changes` may name its fields, too."""
-    from configs.base import backbone
+    from contextdiff_jax.configs.base import backbone
 
     model = {k.removeprefix("model."): v for k, v in changes.items() if k.startswith("model.")}
     rest = {k: v for k, v in changes.items() if not k.startswith("model.")}

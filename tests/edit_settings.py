@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from conftest import SMALLEST, config_dict, mmdit_dict
 
-from configs.edit_shapes import video_sections
+from contextdiff_jax.configs.edit_shapes import video_sections
 from contextdiff_jax.editing.settings import parse_edit
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from command_flags import flags_of, parse
 
 import contextdiff_jax
-from configs import stripes
 from contextdiff_jax import data, diffusion, settings
+from contextdiff_jax.configs import stripes
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
 from contextdiff_jax.evaluation import metrics
 from contextdiff_jax.inference.opening import of_run
@@ -58,7 +58,7 @@ for command, flag, names in (
     ("sample", "sampler", ["multistep", "adams"]),
     ("evaluate", "sampler", ["multistep", "adams"]),
     ("evaluate", "metrics", ["brightness"]),
-    ("train", "config", ["multistep", "stripes", "gated", "gates", "configs/stripes.py"]),
+    ("train", "config", ["multistep", "cache, stripes", "gated", "gates", "shapes_mmdit, stripes"]),
 ):
     assert all(name in read_help(command, flag) for name in names), (command, flag)
 refused(

@@ -15,7 +15,7 @@ from contextdiff_jax.training.autoencoder import train_autoencoder
 
 
 def vae_config(folder, **train):
-    from configs.vae_emoji import get_config
+    from contextdiff_jax.configs.vae_emoji import get_config
 
     config = get_config()
     config.train.update(steps=30, batch_size=4, log_every=10, checkpoint_every=10, **train)

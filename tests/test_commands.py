@@ -47,7 +47,7 @@ TRAIN = ("train", "--config=configs/shapes.py", "--workdir=unused")
         ),
         (
             ("train", "--config=configs/nope.py", "--workdir=unused"),
-            "--config=configs/nope.py: no such file; there are configs/base.py, ",
+            "--config=configs/nope.py: no such file; by name there are base, benchmark_cpu, ",
         ),
         (
             ("train", "--config=configs/shapes_flow.py:nope", "--workdir=unused"),

@@ -10,9 +10,9 @@ from conftest import ROOT, config_dict
 from flax.traverse_util import flatten_dict
 from ml_collections import config_flags
 
-from configs import shapes_flow
-from configs.base import get_config
-from configs.edit_shapes import video_sections
+from contextdiff_jax.configs import shapes_flow
+from contextdiff_jax.configs.base import get_config
+from contextdiff_jax.configs.edit_shapes import video_sections
 from contextdiff_jax.editing.settings import parse_edit
 from contextdiff_jax.pretrained.finetuning import adopt
 from contextdiff_jax.settings import default_config, parse
@@ -28,7 +28,7 @@ NEEDS_A_FOLDER = ("emoji_latent", "sd15_latent", "sd21_latent", "sd3_latent", "s
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_accepted(name):
-    module = importlib.import_module(f"configs.{name}")
+    module = importlib.import_module(f"contextdiff_jax.configs.{name}")
     assert f"--config=configs/{name}.py" in module.__doc__ or name == "base"
     config = module.get_config().to_dict()
     if name.startswith("edit_"):

@@ -18,6 +18,7 @@ from command_flags import flags_of, parse
 from conftest import ONE_LEVEL, ROOT, TINY
 
 from contextdiff_jax import diffusion
+from contextdiff_jax.__main__ import COMMANDS
 from contextdiff_jax.inference.pipeline import Request
 from contextdiff_jax.settings import SampleConfig
 
@@ -94,10 +95,14 @@ def test_every_command_has_the_flags_that_the_page_gives_it(page, monkeypatch):
                 arguments = ["--config=configs/shapes.py", *arguments]
         else:
             start = words.index("-m") + 1
-            file = ROOT / (words[start].replace(".", "/") + ".py")
+            name = words[start].replace(".", "/")
+            file = ROOT / f"{name}/__main__.py" if name == PACKAGE.name else ROOT / f"{name}.py"
             # [--this | --that] are choices: all of them are flags.
             arguments = [word.strip("[]") for word in words[start + 1 :] if word != "|"]
         assert file.is_file(), words
+        if file.name == "__main__.py":
+            assert not arguments or arguments[0] in COMMANDS, words
+            continue
         try:
             parse(file, arguments)
         except Exception as error:
@@ -106,7 +111,7 @@ def test_every_command_has_the_flags_that_the_page_gives_it(page, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_every_field_that_a_page_names_is_one_of_a_config(page):
-    from configs import base, edit_shapes, shapes_mmdit, vae_emoji
+    from contextdiff_jax.configs import base, edit_shapes, shapes_mmdit, vae_emoji
 
     modules = (base, edit_shapes, shapes_mmdit, vae_emoji)
     configs = [module.get_config() for module in modules]

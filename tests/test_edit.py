@@ -16,7 +16,7 @@ from conftest import ON_EIGHT, ONE_LEVEL, ROOT, command, config_dict
 from torch_models import stable_diffusion
 from transformers import CLIPConfig, CLIPModel
 
-from configs.edit_shapes import video_sections
+from contextdiff_jax.configs.edit_shapes import video_sections
 from contextdiff_jax.data.moving_shapes import frames_of, make_moving_shape
 from contextdiff_jax.data.video import read_clip
 from contextdiff_jax.editing import benchmark, tuning

@@ -285,12 +285,15 @@ def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(
     one_device, tmp_path
 ):
     """2 processes of 4 devices, started as a user does; the checkpoint is read here, on one."""
-    losses = in_two_processes("configs/base.py", tmp_path, *overrides(TINY | SMALL))
+    fields = TINY | SMALL | {"train.profile_steps": "(3,4)"}
+    losses = in_two_processes("configs/base.py", tmp_path, *overrides(fields))
     np.testing.assert_allclose(losses, one_device["losses"], rtol=1e-4)
     assert (
         len(list((tmp_path / "samples").iterdir())) == 1
         and len(list((tmp_path / "events").iterdir())) == 1
     )
+    traces = tmp_path.glob("profile/*/plugins/profile/*/*.xplane.pb")
+    assert sorted(trace.parts[-5] for trace in traces) == ["process_0", "process_1"]
     averages = {path.name: checkpoints.damage(path) for path in (tmp_path / "averages").iterdir()}
     assert averages == {"4": "", "8": "", "10": ""}
     sample = command(

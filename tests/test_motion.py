@@ -12,8 +12,8 @@ from conftest import SMALLEST, config_dict, random_params
 from flax import nnx
 from references import PATHS, column, draws
 
-from configs.experiments import flow_one
 from contextdiff_jax import diffusion
+from contextdiff_jax.configs.experiments import flow_one
 from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.diffusion.likelihood import flow_velocity, follow_flow
 from contextdiff_jax.diffusion.losses import TIMESTEP_SAMPLINGS

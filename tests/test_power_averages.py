@@ -19,7 +19,7 @@ from conftest import SMALLEST, config_dict, one_line
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from configs import vae_emoji
+from contextdiff_jax.configs import vae_emoji
 from contextdiff_jax.editing.settings import parse_edit
 from contextdiff_jax.inference.opening import open_folder
 from contextdiff_jax.parallel.mesh import AXES, MeshConfig, make_mesh, state_shardings

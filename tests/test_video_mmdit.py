@@ -13,7 +13,7 @@ from conftest import mmdit_dict, one_line, random_params
 from edit_settings import edit_settings
 from flax import nnx
 
-from configs.edit_shapes import video_sections
+from contextdiff_jax.configs.edit_shapes import video_sections
 from contextdiff_jax.data.moving_shapes import frames_of as pictures_of
 from contextdiff_jax.data.moving_shapes import make_moving_shape
 from contextdiff_jax.editing.attention import align

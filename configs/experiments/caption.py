@@ -7,7 +7,7 @@ About 6 minutes a cell on one core. The cells of `true` are those of shapes_one.
 
 import dataclasses
 
-from configs.experiments import shapes_one
+from contextdiff_jax.configs.experiments import shapes_one
 from contextdiff_jax.experiments.plan import Plan
 
 TRUE = ("linear-gain0.4", "plugin")

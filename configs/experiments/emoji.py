@@ -6,7 +6,7 @@ too slow for seeds.
     taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/emoji.py
 """
 
-from configs.experiments import shapes_one
+from contextdiff_jax.configs.experiments import shapes_one
 from contextdiff_jax.experiments.plan import Plan, changed
 
 

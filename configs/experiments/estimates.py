@@ -7,7 +7,7 @@ On the runs of shapes_one.
 
 import dataclasses
 
-from configs.experiments import shapes_one
+from contextdiff_jax.configs.experiments import shapes_one
 from contextdiff_jax.experiments.plan import Plan
 
 GUIDANCES, FACTORS = (1.0, 2.0), (1.25,)

@@ -5,8 +5,8 @@ Everything below was fixed before the first cell ran. About 8 minutes a cell on 
     taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/flow_one.py
 """
 
-from configs.experiments import shapes_one
-from configs.shapes_flow import METHODS
+from contextdiff_jax.configs.experiments import shapes_one
+from contextdiff_jax.configs.shapes_flow import METHODS
 from contextdiff_jax.experiments.plan import Plan
 
 # All networks predict in the units of x0, with the same weight at every time: x0 itself, or M, the

@@ -7,7 +7,7 @@ An eighth of the combinations is held out. About 11 minutes a cell on one quiet 
 
 import dataclasses
 
-from configs.experiments import shapes_one
+from contextdiff_jax.configs.experiments import shapes_one
 from contextdiff_jax.experiments.plan import Plan, changed
 
 # After 80,000 pictures hardly any caption is obeyed as a whole: its parts say more.

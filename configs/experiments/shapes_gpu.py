@@ -9,7 +9,7 @@ took half a second of a core.
 
 import dataclasses
 
-from configs.experiments import shapes_one
+from contextdiff_jax.configs.experiments import shapes_one
 from contextdiff_jax.experiments.plan import Plan, changed
 
 SEEN = "seen combinations, ddim, guidance best"

@@ -5,7 +5,7 @@ An eighth of the combinations is held out. About 6 minutes a cell on one core.
     taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/shapes_one.py
 """
 
-from configs import shapes_16
+from contextdiff_jax.configs import shapes_16
 from contextdiff_jax.experiments.plan import Plan
 
 PLUGIN = {

@@ -5,7 +5,7 @@ About 40 minutes a cell on one core.
     taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/solvers.py
 """
 
-from configs.experiments import flow_one, shapes_one
+from contextdiff_jax.configs.experiments import flow_one, shapes_one
 from contextdiff_jax.experiments.plan import Plan
 
 NUMBERS = (4, 8, 12, 25)

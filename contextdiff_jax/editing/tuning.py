@@ -36,6 +36,7 @@ from contextdiff_jax.settings import TrainConfig
 from contextdiff_jax.training.objective import drop, errors
 from contextdiff_jax.training.run_steps import Task, run_steps
 from contextdiff_jax.training.state import apply_gradients, make_optimizer
+from contextdiff_jax.training.weights_and_biases import check_wandb
 
 LOGGER = logging.getLogger(__name__)
 # What a workdir's tuning does not depend on: other edits of the same clip go on from it.
@@ -203,6 +204,7 @@ def tune_quickly(
     Nothing is written.
     """
     train = settings.base.train
+    check_wandb(settings.base.log)
     graph, params, frozen = nnx.split(model, trainable(settings.video.tune), ...)
     step = make_tuning_step(graph, process, train, settings.video.window)
 
@@ -276,7 +278,9 @@ def tune(
         lambda state: step_fn(state, frozen, x0, text, null),
         lambda params: nnx.merge(graph, params, frozen).context.gain,
     )
-    state = run_steps(task, state, train, workdir, manager, label="tuning")
+    state = run_steps(
+        task, state, train, workdir, manager, label="tuning", wandb=settings.base.log.wandb
+    )
     if int(state.step) < train.steps:
         raise RunError(f"stopped at step {int(state.step)} of {train.steps}; run again to go on")
     return nnx.merge(graph, state.ema, frozen)

@@ -20,6 +20,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
+from contextdiff_jax import configs
 from contextdiff_jax.experiments.finished import read_finished
 from contextdiff_jax.experiments.toy_config import ToyConfig
 from contextdiff_jax.runtime.fields import check_choice, defaults
@@ -178,10 +179,14 @@ def _defaults(kind: str) -> dict[str, Any]:
 
 
 def load_plan(path: str) -> Plan:
-    """Call `get_plan()` of a Python file. ValueError if there is none."""
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise ValueError(f"--plan={path}: no such file; as in --plan=configs/experiments/toy.py")
+    """Call `get_plan()` of a Python file, or of a plan of configs/experiments by its name.
+
+    ValueError if there is none.
+    """
+    try:
+        file = configs.find(path, "experiments")
+    except ValueError as error:
+        raise ValueError(f"--plan={error}") from None
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

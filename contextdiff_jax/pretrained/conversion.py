@@ -45,7 +45,9 @@ def backbone_model(config: BackboneConfig) -> Model:
     return MODELS[kind_of(config)]
 
 
-def to_native(source: Path, target: Path, options: Options, report: Report = print) -> None:
+def to_native(
+    source: Path, target: Path, options: Options = Options(), report: Report = print
+) -> None:
     """A Hugging Face folder, or a single-file checkpoint, in our format; `target` is complete or
     isn't there.
 
@@ -57,7 +59,9 @@ def to_native(source: Path, target: Path, options: Options, report: Report = pri
     _convert(source, target, lambda folder: _read_foreign(folder, options), _write_native, report)
 
 
-def from_native(source: Path, target: Path, options: Options, report: Report = print) -> None:
+def from_native(
+    source: Path, target: Path, options: Options = Options(), report: Report = print
+) -> None:
     """The inverse of `to_native`: the same tensors, bit for bit, and the same configs."""
     _convert(source, target, lambda folder: _read_native(folder, options), _write_foreign, report)
 

@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.undrawn import Undrawn
 from contextdiff_jax.pretrained.names import Rules
+from contextdiff_jax.runtime.terminal import reading
 
 # The fields by which a config.json says what the folder holds.
 IDENTITY = ("_class_name", "architectures", "model_type")
@@ -62,14 +63,14 @@ class Options:
           of type `dtype`: a program that uses them needn't hold them twice.
       shardings: the module's abstract parameters -> a tree of shardings like them, for example
         `functools.partial(state_shardings, mesh)`: each tensor goes straight to its shards.
-      progress: wraps the loop over the tensors (tqdm).
+      progress: wraps the loop over the tensors; by default a bar, on a terminal.
     """
 
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype | None = None
     widen: bool = False
     shardings: Callable[[PyTree], PyTree] | None = None
-    progress: Callable[[Collection], Iterable] = iter
+    progress: Callable[[Collection], Iterable] = reading
 
     def held(self, stored: DTypeLike) -> DTypeLike:
         """The type of a parameter that is stored as `stored`."""

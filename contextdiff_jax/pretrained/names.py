@@ -25,6 +25,7 @@ from jaxtyping import PyTree
 
 from contextdiff_jax.pretrained.casting import copy_finite
 from contextdiff_jax.runtime import host
+from contextdiff_jax.runtime.terminal import bar
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
@@ -187,8 +188,9 @@ def state_to_torch(module: nnx.Module, rules: Rules) -> dict[str, np.ndarray]:
         path: np.asarray(jax.device_get(leaf[...]))
         for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))
     }
-    tensors = {}
-    for name, entry in name_map(module, rules).items():
+    tensors, entries = {}, name_map(module, rules)
+    for name in bar(entries, "writing weights", "tensor"):
+        entry = entries[name]
         array = params[entry.path]
         array = array if entry.layer is None else array[entry.layer]
         tensors[name] = np.ascontiguousarray(entry.to_torch(array))

@@ -47,6 +47,7 @@ FREE_FIELDS = (
     "train.best_metric",
     "train.max_nonfinite",
     "train.peer_timeout",
+    "train.profile_steps",
     "data.path",
     "data.max_pixels",
     "data.index_folder",
@@ -54,6 +55,7 @@ FREE_FIELDS = (
     "data.prefetch",
     "mesh.",
     "sample.",
+    "log.",
 )
 
 

@@ -35,6 +35,7 @@ from contextdiff_jax.runtime.fields import (
 )
 from contextdiff_jax.runtime.keys import check_seed
 from contextdiff_jax.settings.distillation import DistillConfig, check_student
+from contextdiff_jax.settings.log import LogConfig
 from contextdiff_jax.settings.process import DiffusionConfig, ShiftConfig, check_process
 from contextdiff_jax.settings.sampling import SampleConfig, check_sampling
 from contextdiff_jax.settings.train import TrainConfig
@@ -73,6 +74,7 @@ class Settings:
     sample: SampleConfig
     latent: LatentConfig
     distill: DistillConfig
+    log: LogConfig
     # model.pretrained: the pipeline, a folder or single file, whose network a new run starts from
     pretrained: str = ""
 
@@ -160,7 +162,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
     Raises ValueError, in one line, for an unknown section or field, or a value that is not allowed.
     """
     # sections that runs of before them lack
-    config = {"latent": {}, "distill": {}} | dict(config)
+    config = {"latent": {}, "distill": {}, "log": {}} | dict(config)
     check_sections(
         config, [field.name for field in dataclasses.fields(Settings) if field.name != "pretrained"]
     )
@@ -184,6 +186,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
         sample=strict(SampleConfig, "sample", config["sample"]),
         latent=strict(LatentConfig, "latent", config["latent"]),
         distill=strict(DistillConfig, "distill", config["distill"]),
+        log=strict(LogConfig, "log", config["log"]),
         pretrained=pretrained,
     )
     check_process(settings.diffusion, settings.context)

@@ -10,7 +10,7 @@ from contextdiff_jax.data import DataConfig
 from contextdiff_jax.models.vae import VAEConfig
 from contextdiff_jax.parallel.mesh import MeshConfig
 from contextdiff_jax.runtime.fields import check_at_least, check_types, strict
-from contextdiff_jax.settings import TrainConfig, check_sections, read_data
+from contextdiff_jax.settings import LogConfig, TrainConfig, check_sections, read_data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,12 @@ class AutoencoderSettings:
     loss: AutoencoderLoss
     vae: VAEConfig
     mesh: MeshConfig
+    log: LogConfig
 
 
 def parse_autoencoder(config: Mapping[str, Any]) -> AutoencoderSettings:
     """Checks a config of contextdiff_jax.train_vae, as `parse` does a run's."""
+    config = {"log": {}} | dict(config)  # which runs of before it lack
     check_sections(config, [field.name for field in dataclasses.fields(AutoencoderSettings)])
     check_types(VAEConfig, "vae", config["vae"])
     data, vae = read_data(config["data"]), VAEConfig.from_dict(config["vae"])
@@ -56,4 +58,5 @@ def parse_autoencoder(config: Mapping[str, Any]) -> AutoencoderSettings:
         loss=strict(AutoencoderLoss, "loss", config["loss"]),
         vae=vae,
         mesh=strict(MeshConfig, "mesh", config["mesh"]),
+        log=strict(LogConfig, "log", config["log"]),
     )

@@ -77,6 +77,8 @@ class TrainConfig:
     peer_timeout: int = (
         600  # seconds after which a process that is lost or stands still ends the others
     )
+    # the first and the last step of which a trace is written (docs/watching.md); (): none
+    profile_steps: tuple[int, ...] = ()
 
     def __post_init__(self):
         check_choice("train.decay", self.decay, DECAYS)
@@ -114,6 +116,11 @@ class TrainConfig:
         for field in ("ema_decay", "caption_dropout", "b1", "b2"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"train.{field}={getattr(self, field)}: must lie in [0, 1)")
+        steps = self.profile_steps
+        if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+            raise ValueError(
+                f"train.profile_steps={steps}: must be the first and the last step, as in (10, 12)"
+            )
         for length in self.power_ema:
             check_length("train.power_ema", length)
         if len(set(self.power_ema)) < len(self.power_ema):

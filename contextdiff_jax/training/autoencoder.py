@@ -47,6 +47,7 @@ from contextdiff_jax.training.state import (
     make_optimizer,
     with_empty_metrics,
 )
+from contextdiff_jax.training.weights_and_biases import check_wandb
 
 LOGGER = logging.getLogger(__name__)
 METRICS = ("count", "loss", "l1", "l2", "kl", "grad_norm")
@@ -158,6 +159,7 @@ def train_autoencoder(
     before it is kept.
     """
     train = settings.train
+    check_wandb(settings.log)
     heldout_records(settings.data)  # refused now, not after the training
     mesh = make_mesh(settings.mesh, train.batch_size)
     feed = Feed(mesh, train.batch_size, settings.mesh.rules)
@@ -178,7 +180,7 @@ def train_autoencoder(
         batch_size=train.batch_size, step=step_fn, loader=loader, feed=feed, shardings=shardings
     )
     with closing(loader):
-        state = run_steps(task, state, train, workdir, manager)
+        state = run_steps(task, state, train, workdir, manager, wandb=settings.log.wandb)
     if int(state.step) < train.steps:
         raise RunError(
             f"stopped at step {int(state.step)} of {train.steps}; the same command goes on"

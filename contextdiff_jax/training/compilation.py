@@ -67,15 +67,14 @@ def compile_step(
     """
     whole = null["token_ids"].sharding
     start = time.perf_counter()
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    LOGGER.info("compiling the step of a model of %s parameters", f"{count:,}")
     jitted = jit_step(settings, shardings, batch, null, frozen)
     traced = jitted.trace(state, batch, null, frozen)
     compiled = traced.lower().compile()
-    LOGGER.info(
-        "%d parameters, compiled in %.1f s, mesh %s",
-        sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        time.perf_counter() - start,
-        dict(whole.mesh.shape),
-    )
+    axes = [f"{axis} {size}" for axis, size in whole.mesh.shape.items() if size > 1]
+    where = f"the mesh {', '.join(axes)}" if axes else "one device"
+    LOGGER.info("compiled in %.1f s for %s", time.perf_counter() - start, where)
     programs = {shapes_of(batch): compiled}
 
     def step(

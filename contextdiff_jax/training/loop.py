@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from orbax.checkpoint import CheckpointManager
+from PIL.Image import Image
 
 from contextdiff_jax.data import (
     AnyTokenizer,
@@ -47,6 +48,7 @@ from contextdiff_jax.training.state import (
     learning_rate_schedule,
     with_empty_metrics,
 )
+from contextdiff_jax.training.weights_and_biases import check_wandb
 
 LOGGER = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
     Raises ValueError for what the user must change, RunError for a run that broke down.
     """
     every = settings.train
+    check_wandb(settings.log)
     mesh = make_mesh(settings.mesh, every.batch_size, every.accumulation)
     feed = Feed(mesh, every.batch_size, settings.mesh.rules)
     tokenizer, loader = open_data(settings, feed)
@@ -87,7 +90,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
             learning_rate=learning_rate_schedule(every),
             reporter=Reporter(settings, workdir, tokenizer, mesh, frozen),
         )
-        return run_steps(task, state, every, workdir, manager)
+        return run_steps(task, state, every, workdir, manager, wandb=settings.log.wandb)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,8 +129,9 @@ class Training(Task[TrainState]):
     def data_state(self) -> dict[str, Any]:
         return self.loader.get_state()
 
-    def report(self, state: TrainState, step: int) -> None:
-        self.reporter(state, step)
+    def report(self, state: TrainState, step: int) -> dict[str, Image]:
+        grid = self.reporter(state, step)
+        return {} if grid is None else {"samples": grid}
 
 
 def open_data(settings: Settings, feed: Feed) -> tuple[AnyTokenizer, Loader]:

@@ -7,6 +7,7 @@ import pathlib
 import tempfile
 
 from jax.sharding import Mesh
+from PIL.Image import Image
 
 from contextdiff_jax.data import AnyTokenizer, DataConfig, make_source
 from contextdiff_jax.inference.opening import of_run
@@ -41,8 +42,9 @@ class Reporter:
             self._pipeline = of_run(settings, tokenizer, None, frozen=frozen, mesh=mesh)
             self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
 
-    def __call__(self, state: TrainState, step: int) -> None:
-        images = None
+    def __call__(self, state: TrainState, step: int) -> Image | None:
+        """The grid of this step, in the first process, if there is one."""
+        images = grid = None
         if self._pipeline is not None:
             pipeline = self._pipeline.with_params(state.ema)
             try:
@@ -50,7 +52,7 @@ class Reporter:
             except NotFiniteError as error:  # no reason to end the training
                 LOGGER.warning("no samples of step %d: %s", step, error)
         if not is_first():
-            return
+            return None
         if images is not None:
             grid = pictures.caption_grid(images, self._prompts, columns=4, scale=None)
             with checkpoints.writing(self._workdir, f"samples/{step:08d}.png"):
@@ -69,6 +71,7 @@ class Reporter:
             for drawn in local.glob("curves.png"):
                 with replacing(self._workdir / "curves.png") as file:
                     file.write_bytes(drawn.read_bytes())
+        return grid
 
 
 def default_prompts(data: DataConfig, count: int = 16) -> list[str]:
