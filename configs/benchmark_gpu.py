@@ -9,7 +9,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from contextdiff_jax.configs import base
 
 NAMES = ("sd15", "sd3", "tiny-unet", "tiny-mmdit")
 

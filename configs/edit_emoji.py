@@ -10,8 +10,8 @@ clips that show the answer (docs/video.md).
 
 from ml_collections import ConfigDict
 
-from configs import emoji3d
-from configs.edit_shapes import video_sections
+from contextdiff_jax.configs import emoji3d
+from contextdiff_jax.configs.edit_shapes import video_sections
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ docs/emoji.md.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from contextdiff_jax.configs import base
 
 
 def get_config() -> ConfigDict:

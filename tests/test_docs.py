@@ -24,8 +24,7 @@ from contextdiff_jax.settings import SampleConfig
 
 PAGES = [
     *sorted(ROOT.glob("*.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "docs/results/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 PACKAGE = ROOT / "contextdiff_jax"
 # A fenced block, with the comment before it that says why it is only compiled.

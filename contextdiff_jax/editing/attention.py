@@ -135,8 +135,9 @@ class Control:
     guidance's other branch].
 
     Attributes:
-      cross_on, self_on: 1 while the source's attention is taken. self_tokens: grids up to this many
-      tokens.
+      cross_on: 1 while the source's attention to words is taken.
+      self_on: 1 while its attention to frames is.
+      self_tokens: grids up to this many tokens.
       maps: collects, a layer (a network of scanned layers) each, where the blended words are looked
           at: [P, F, H, W].
     """

@@ -30,17 +30,21 @@ class VideoConfig:
     """The clip, the model, and how the model is laid over the clip.
 
     Attributes:
-      path: a folder of pictures, a GIF or a film. start, stride, num_frames: which frames
-          (num_frames 0: all).
+      path: a folder of pictures, a GIF or a film.
+      prompt: what the clip shows.
+      edit_prompts: one edited clip each.
+      num_frames: frames that are read; 0: all.
       size: (height, width), the frames are scaled and cut to; (0, 0): as they are.
-      prompt: what the clip shows. edit_prompts: one edited clip each.
+      start: the first frame that is read.
+      stride: every so many frames one is read.
       model: a training run's workdir, a Stable Diffusion folder, or "": a new model, trained on the
           clip alone.
+      weights: a run's `ema` or `params`.
       tune: `temporal` (temporal layers, queries and the context) or `all` parameters.
       transfer_context: start from the run's relational network, trained on pictures; else from a
           new one.
-      window, overlap: frames that the networks see at a time, and how many of them two windows
-      share; window 0: all.
+      window: frames that the networks see at a time; 0: all.
+      overlap: frames that two windows share.
       remat: recompute activations in the backward pass.
       fps: of what is written.
     """
@@ -95,25 +99,31 @@ class EditConfig:
     Attributes:
       method: what the edits start from: the clip's `inversion`; the clip and noise (`sdedit`, Meng
           et al. 2022); or the clip itself, moved by the difference of its prompt's and the edit's
-          estimates (`flowedit`, Kulikov et al. 2024). seed: of the noise of the last two.
-      steps, strength: DDIM steps of the whole process, and the share of them that is undone and
-      made anew.
-      guidance: its scale; what it leads away from is `negative`: the clip's own prompt (`source`:
-          negative-prompt
-        inversion, Miyake et al. 2023, by which guidance leaves the source as it is) or `empty`.
-      inversion: `ddim`, or `exact`: solved to `tolerance` by up to `iterations` calls a step.
+          estimates (`flowedit`, Kulikov et al. 2024).
+      seed: of the noise of the last two.
+      steps: DDIM steps of the whole process.
+      strength: the share of them that is undone and made anew.
+      guidance: its scale.
+      negative: what guidance leads away from: `source`, the clip's own prompt (negative-prompt
+          inversion, Miyake et al. 2023, by which guidance leaves the source as it is), or `empty`.
+      inversion: `ddim`, or `exact`: solved to `tolerance`.
+      iterations: calls a step that `exact` may take.
+      tolerance: of `exact`.
       control: prompt-to-prompt (Hertz et al. 2022): `replace` (as many words), `refine` (aligned
           words), `none`.
-      cross_range, self_range: when words' and frames' attention is the source's.
+      cross_range: when the words' attention is the source's.
+      self_range: when the frames' attention is the source's.
       self_tokens: self-attention of finer grids than this many tokens is left alone.
       reweight: (word of the edit prompt, factor) pairs.
       blend: outside of what these words attend to the clip stays: `changed` words, given ones, or
           "" for no blending; `difference`: outside of where the edit's estimates differ from the
           source's.
-      blend_threshold: share of the map's largest value. blend_range: when.
-      attention_maps: write those of every word. clip, pickscore: CLIP's and PickScore's folders,
-          for their metrics; lpips:
-        the file of its weights (evaluation/networks/lpips.py).
+      blend_threshold: share of the map's largest value, above which a place may change.
+      blend_range: when there is blending.
+      attention_maps: write those of every word.
+      clip: CLIP's folder, for its metrics.
+      pickscore: PickScore's folder, for its metric.
+      lpips: the file of LPIPS's weights (evaluation/networks/lpips.py).
     """
 
     method: str = "inversion"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -165,6 +166,13 @@ def _difference_text(difference: Paired | None) -> str:
     return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
 
 
+def _filled(part: str) -> str:
+    """Return a paragraph in lines of 100 columns; headings, tables, code and pictures stay."""
+    if part.startswith(("#", "|", "!", "    ")):
+        return part
+    return textwrap.fill(part, 100, break_long_words=False, break_on_hyphens=False)
+
+
 def _mean_text(summary: Summary) -> str:
     error = "" if np.isnan(summary.error) else f" ± {summary.error:.3f}"
     return f"{summary.mean:.3f}{error}"
@@ -266,7 +274,7 @@ def write_page(plan: Plan, name: str, path: str, out: pathlib.Path) -> str:
         *_cells_section(cells, name, path),
     ]
     page = out / f"{name}.md"
-    page.write_text("\n\n".join(part for part in parts if part) + "\n")
+    page.write_text("\n\n".join(_filled(part) for part in parts if part) + "\n")
     return f"{page}: {len(cells)} cells" + (f", {len(missing)} to go" if missing else "")
 
 

@@ -41,17 +41,17 @@ class ContextConfig:
     as its.
     """
 
-    kind: str = "cross_attention"
-    max_gain: float = 0.2
-    time_dependent: bool = False
-    patch_size: int = 4
-    width: int = 64
-    num_blocks: int = 2
-    num_heads: int = 4
-    text_width: int = 128
-    in_channels: int = 3
-    tokens: str = "patches"
-    clip: str = ""
+    kind: str = "cross_attention"  # the relational network, by name
+    max_gain: float = 0.2  # largest size of r; the learned gain lies within
+    time_dependent: bool = False  # r reads t
+    patch_size: int = 4  # side of a patch of x0, in values of x0
+    width: int = 64  # of its tokens
+    num_blocks: int = 2  # blocks of kind=cross_attention and joint
+    num_heads: int = 4  # heads of their attention
+    text_width: int = 128  # of the text's tokens
+    in_channels: int = 3  # of x0
+    tokens: str = "patches"  # what of x0 queries the text: its patches, or a CLIP encoder's tokens
+    clip: str = ""  # folder of that encoder, for tokens=clip
     visual_width: int = 0  # of CLIP's tokens
 
     def __post_init__(self):

@@ -34,20 +34,21 @@ class MMDiTConfig:
     Raises ValueError, one line with field, value and what is allowed.
     """
 
-    sample_size: int = 128
-    patch_size: int = 2
-    in_channels: int = 16
-    num_layers: int = 18
-    attention_head_dim: int = 64
-    num_attention_heads: int = 18
-    joint_attention_dim: int = 4096
-    caption_projection_dim: int = 1152
-    pooled_projection_dim: int = 2048
-    out_channels: int | None = 16
-    pos_embed_max_size: int = 96
+    sample_size: int = 128  # side of x0 that positions are measured in
+    patch_size: int = 2  # side of a patch, in values of x0
+    in_channels: int = 16  # of x_t
+    num_layers: int = 18  # joint blocks
+    attention_head_dim: int = 64  # width of a head
+    num_attention_heads: int = 18  # heads; times attention_head_dim, the network's width
+    joint_attention_dim: int = 4096  # width of the text's tokens
+    caption_projection_dim: int = 1152  # must be the network's width
+    pooled_projection_dim: int = 2048  # width of the pooled text
+    out_channels: int | None = 16  # of the prediction; None: in_channels
+    pos_embed_max_size: int = 96  # largest side, in patches
+    # layers with a second attention, of the picture alone (3.5 medium)
     dual_attention_layers: tuple[int, ...] = ()
-    qk_norm: str | None = None
-    context_head: bool = False
+    qk_norm: str | None = None  # norm of queries and keys: rms_norm (3.5), or none (3)
+    context_head: bool = False  # a second output, the estimate of r
     OURS: ClassVar = {"context_head": False}  # what diffusers lacks, switched off
 
     def __post_init__(self):

@@ -21,12 +21,12 @@ class TextConfig:
     or of a pipeline with several, that is read instead.
     """
 
-    pretrained: str = ""
-    vocab_size: int = 4096
-    max_length: int = 32
-    width: int = 128
-    num_layers: int = 2
-    num_heads: int = 4
+    pretrained: str = ""  # folder of a frozen encoder; empty: the small one below is trained
+    vocab_size: int = 4096  # rows of the token table
+    max_length: int = 32  # longest caption, in tokens
+    width: int = 128  # of the token states
+    num_layers: int = 2  # transformer blocks
+    num_heads: int = 4  # heads of their attention
     t5_length: int = 256  # of a text in a Stable Diffusion 3 pipeline, the tokens that T5 reads
 
     def __post_init__(self):

@@ -75,33 +75,41 @@ class UNetConfig:
     Raises ValueError, one line with field, value and what is allowed.
     """
 
+    # side of x0; a Stable Diffusion folder's default picture size
     sample_size: int | tuple[int, int] | None = None
-    in_channels: int = 4
-    out_channels: int = 4
-    flip_sin_to_cos: bool = True
-    freq_shift: float = 0
+    in_channels: int = 4  # of x_t
+    out_channels: int = 4  # of the prediction
+    flip_sin_to_cos: bool = True  # order of the time embedding's halves
+    freq_shift: float = 0  # of the time embedding's frequencies
+    # one a level, from the finest
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"  # of the coarsest level
+    # one a level, from the coarsest
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    only_cross_attention: bool | tuple[bool, ...] = False
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int | tuple[int, ...] = 2
-    act_fn: str = "silu"
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: int | tuple[int, ...] = 1280
+    only_cross_attention: bool | tuple[bool, ...] = False  # no self-attention
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # channels of each level
+    layers_per_block: int | tuple[int, ...] = 2  # residual blocks a level
+    act_fn: str = "silu"  # activation
+    norm_num_groups: int = 32  # of the group norms
+    norm_eps: float = 1e-5  # of the group norms
+    cross_attention_dim: int | tuple[int, ...] = 1280  # width of the text's tokens
+    # transformer blocks after each residual block
     transformer_layers_per_block: int | tuple[int, ...] = 1
-    attention_head_dim: int | tuple[int, ...] = 8
+    attention_head_dim: int | tuple[int, ...] = 8  # number of heads (diffusers' name for it)
+    # number of heads, in place of attention_head_dim
     num_attention_heads: int | tuple[int, ...] | None = None
-    use_linear_projection: bool = False
+    use_linear_projection: bool = False  # dense layers around a transformer, not 1x1 convolutions
+    # text_time: pooled text and sizes join the time embedding, as in XL
     addition_embed_type: str | None = None
-    addition_time_embed_dim: int | None = None
+    addition_time_embed_dim: int | None = None  # width of each size's embedding
+    # width of pooled text and sizes together
     projection_class_embeddings_input_dim: int | None = None
-    upcast_attention: bool = False
+    upcast_attention: bool = False  # accepted, changes nothing
+    # how time enters a residual block: added, or as scale and shift
     resnet_time_scale_shift: str = "default"
-    time_embedding_dim: int | None = None
-    patch_size: int = 1
-    context_head: bool = False
+    time_embedding_dim: int | None = None  # width; None: four times the first level's
+    patch_size: int = 1  # pixels a side that become channels before the network
+    context_head: bool = False  # a second output, the estimate of r
     OURS: ClassVar = {"patch_size": 1, "context_head": False}  # what diffusers lacks, switched off
 
     def __post_init__(self):

@@ -51,22 +51,22 @@ class VAEConfig:
     what is allowed.
     """
 
-    in_channels: int = 3
-    out_channels: int = 3
-    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    act_fn: str = "silu"
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int | tuple[int, int] = 32
-    scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-    force_upcast: bool = True
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-    mid_block_add_attention: bool = True
+    in_channels: int = 3  # of a picture
+    out_channels: int = 3  # of a decoded picture
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)  # one a level
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)  # one a level
+    block_out_channels: tuple[int, ...] = (64,)  # channels of each level, from the finest
+    layers_per_block: int = 1  # residual blocks a level
+    act_fn: str = "silu"  # activation
+    latent_channels: int = 4  # of a latent
+    norm_num_groups: int = 32  # of the group norms
+    sample_size: int | tuple[int, int] = 32  # side of a tile, in pixels
+    scaling_factor: float = 0.18215  # latents are multiplied by it for diffusion
+    shift_factor: float | None = None  # is taken off before (Stable Diffusion 3)
+    force_upcast: bool = True  # float16 pipelines decode in float32
+    use_quant_conv: bool = True  # a 1x1 convolution after the encoder
+    use_post_quant_conv: bool = True  # a 1x1 convolution before the decoder
+    mid_block_add_attention: bool = True  # self-attention at the coarsest level
 
     def __post_init__(self):
         check_choice("vae.act_fn", self.act_fn, ACTIVATIONS)

@@ -72,10 +72,11 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 class MeshConfig:
     """Devices along each axis (one may be -1, the rest) and what differs from `RULES`."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
+    data: int = -1  # devices along the axis that splits the batch
+    fsdp: int = 1  # ... that splits the batch, parameters, moments and average
+    tensor: int = 1  # ... that splits heads and hidden widths
+    sequence: int = 1  # ... that splits a picture's rows, or a clip's frames
+    # logical name of a dimension: mesh axes, which differ from the table's
     rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ MODEL = Model(
 )
 
 
-def load_mmdit(folder: str | Path, **options) -> MMDiT:
+def load_mmdit(folder: str | Path, **options: Any) -> MMDiT:
     """A transformer from a local folder (a pipeline's `transformer/`, or one that `save_mmdit` or
     convert wrote).
 

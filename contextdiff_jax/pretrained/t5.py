@@ -59,7 +59,7 @@ MODEL = Model(
 )
 
 
-def load_t5(folder: str | Path, **options) -> T5Encoder:
+def load_t5(folder: str | Path, **options: Any) -> T5Encoder:
     """T5's encoder from a local folder; for `options` see `pretrained.model.Options`."""
     return folders.load(MODEL, folder, Options(**options))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -74,7 +75,9 @@ def unet_state_to_torch(unet: UNet) -> dict[str, np.ndarray]:
     return state_to_torch(unet, _rules(unet.config))
 
 
-def load_unet(folder: str | Path, *, new_context_head: nnx.Rngs | None = None, **options) -> UNet:
+def load_unet(
+    folder: str | Path, *, new_context_head: nnx.Rngs | None = None, **options: Any
+) -> UNet:
     """A UNet from a local folder (a pipeline's `unet/`, or one that `save_unet` or convert wrote).
 
     Args:
@@ -84,8 +87,8 @@ def load_unet(folder: str | Path, *, new_context_head: nnx.Rngs | None = None, *
       options: see `contextdiff_jax.pretrained.kinds.Options`: dtype, param_dtype, shardings,
           progress.
     """
-    options = Options(**options)
-    unet = folders.load(MODEL, folder, options)
+    read = Options(**options)
+    unet = folders.load(MODEL, folder, read)
     if new_context_head is not None:
         if unet.config.context_head:
             raise ValueError(
@@ -93,7 +96,7 @@ def load_unet(folder: str | Path, *, new_context_head: nnx.Rngs | None = None, *
             )
         unet.config = dataclasses.replace(unet.config, context_head=True)
         unet.context_head = nnx.data(
-            ContextHead(unet.config, **options.precision.policy(new_context_head))
+            ContextHead(unet.config, **read.precision.policy(new_context_head))
         )
     return unet
 

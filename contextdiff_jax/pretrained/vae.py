@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from contextdiff_jax.models.vae import VAE, VAEConfig
 from contextdiff_jax.pretrained import folder as folders
@@ -38,7 +39,7 @@ MODEL = Model(
 )
 
 
-def load_vae(folder: str | Path, **options) -> VAE:
+def load_vae(folder: str | Path, **options: Any) -> VAE:
     """A VAE from a local folder (a pipeline's `vae/`); `options`: see
     `contextdiff_jax.pretrained.kinds.Options`.
     """

@@ -17,9 +17,9 @@ from contextdiff_jax.settings import LogConfig, TrainConfig, check_sections, rea
 class AutoencoderLoss:
     """Weights of the terms of an autoencoder's loss (training.autoencoder)."""
 
-    l1: float = 1.0
-    l2: float = 0.0
-    kl: float = 1e-3
+    l1: float = 1.0  # weight of the mean absolute error
+    l2: float = 0.0  # weight of the mean squared error
+    kl: float = 1e-3  # weight of the latents' KL to N(0, 1)
 
     def __post_init__(self):
         check_at_least(self, "loss", l1=0, l2=0, kl=0)

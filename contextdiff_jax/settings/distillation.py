@@ -15,16 +15,12 @@ if typing.TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Training of a model that takes `steps` steps where its teacher takes many.
+    """Training of a model that takes `steps` steps where its teacher takes many."""
 
-    `teacher`: a trained run's folder; empty: none. `substeps`: its steps for one of the student's.
-    `guidance`: its guidance scale, which the student then has without a second branch.
-    """
-
-    teacher: str = ""
-    steps: int = 8
-    substeps: int = 4
-    guidance: float = 1.0
+    teacher: str = ""  # a trained run's folder; empty: no distillation
+    steps: int = 8  # of the student
+    substeps: int = 4  # of the teacher, for one of the student's
+    guidance: float = 1.0  # the teacher's scale, which the student then has without a second branch
 
     def __post_init__(self):
         check_at_least(self, "distill", steps=1, substeps=2)

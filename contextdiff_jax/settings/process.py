@@ -25,15 +25,16 @@ class DiffusionConfig:
     `num_timesteps`, `beta_*` and `zero_terminal_snr` are of discrete schedules alone.
     """
 
+    # a discrete schedule or a path in continuous time, which a_t and b_t come from
     schedule: str = "cosine"
-    num_timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 2e-2
-    zero_terminal_snr: bool = False
-    prediction_type: str = "v"
-    weighting: str = "uniform"
-    gamma: float = 5.0
-    timestep_sampling: str = "stratified"
+    num_timesteps: int = 1000  # T of a discrete schedule
+    beta_start: float = 1e-4  # of linear and scaled_linear, at t = 0
+    beta_end: float = 2e-2  # of linear and scaled_linear, at t = T - 1
+    zero_terminal_snr: bool = False  # moves the schedule so that its last step is noise alone
+    prediction_type: str = "v"  # what the network predicts
+    weighting: str = "uniform"  # of the loss over t: the same one for every target
+    gamma: float = 5.0  # of weighting=min_snr and p2
+    timestep_sampling: str = "stratified"  # how a batch's timesteps are drawn
     timestep_scale: float = 1.0  # of `logit_normal` and `mode`
     prior_kl: float = 0.0  # weight of L_T
 
@@ -70,15 +71,14 @@ class DiffusionConfig:
 class ShiftConfig(ContextConfig):
     """The relational network (its own fields) and its use in the process."""
 
-    shift: str = "quadratic"
-    estimate: str = "plugin"
+    shift: str = "quadratic"  # k_t, with which r enters x_t
+    estimate: str = "plugin"  # where the reverse process takes r from
     caption: str = "true"  # what r reads where the denoiser's caption is dropped: true, dropped
     head_loss: float = 1.0  # weight of the context head's squared error (`posterior_mean`)
     fixed_target: bool = False  # the target doesn't train r, though r is a part of it
-    # of the kind `gaussian_source`: weights of KL(N(0, sigma^2) || N(0, 1)) in nats a value, and of
-    # 1 - the cosine between the path's begin and x0
+    # of the kind `gaussian_source`: weight of KL(N(0, sigma^2) || N(0, 1)) in nats a value
     variance_kl: float = 0.0
-    alignment: float = 0.0
+    alignment: float = 0.0  # of the same: weight of 1 - the cosine of the path's begin and x0
 
     def __post_init__(self):
         super().__post_init__()

@@ -20,10 +20,11 @@ class SampleConfig:
     """Options of the pictures in DIR/samples, and the `sample` command's defaults."""
 
     prompts: tuple[str, ...] = ()  # empty: captions of held-out (else training) records
-    sampler: str = "ddim"
-    steps: int = 50
-    eta: float = 0.0
-    guidance: float = 3.0
+    sampler: str = "ddim"  # method, by name
+    steps: int = 50  # of the sampler
+    eta: float = 0.0  # noise of ddim: 0 none, 1 as much as ddpm
+    guidance: float = 3.0  # scale of classifier-free guidance; 1: none
+    # share of the picture that is set back to its deviation without guidance
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = ALWAYS  # where there is guidance: shares of noise
     context_scale: float = 1.0  # the estimate of r is multiplied by it

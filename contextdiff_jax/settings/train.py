@@ -35,25 +35,26 @@ class TrainConfig:
     never).
     """
 
-    steps: int = 1000
-    batch_size: int = 64
+    steps: int = 1000  # updates of the parameters
+    batch_size: int = 64  # examples a step, of all devices together
     accumulation: int = 1  # equal parts of a batch, one after another
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
+    learning_rate: float = 1e-3  # the largest, at the end of the warm-up
+    warmup_steps: int = 100  # over which it rises from 0
     decay: str = "cosine"  # after the warm-up, to 0 at `steps`
-    weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.99
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
+    weight_decay: float = 0.0  # of AdamW
+    b1: float = 0.9  # AdamW's decay of the gradient's mean
+    b2: float = 0.99  # AdamW's decay of the mean of its square
+    clip_norm: float = 1.0  # longest gradient; a longer one is scaled down to it
+    ema_decay: float = 0.999  # of the average of the parameters, which samples are drawn with
     # lengths of averages that are kept beside it, as shares of training; some, as in (0.05, 0.1),
     # let `sample --ema_length` make any other
     power_ema: tuple[float, ...] = ()
     power_ema_every: int = 500  # steps from one snapshot of those to the next
+    # share of the captions that are replaced by the empty one, for guidance
     caption_dropout: float = 0.1
     # lora: LoRA and the context; context: the relational network and the context head
     trainable: str = "full"
-    lora_rank: int = 8
+    lora_rank: int = 8  # of trainable=lora
     init_from: str = ""  # a run whose EMA weights a new run starts from
     precision: str = (
         "float32"  # of products and activations; parameters, statistics, process, loss: float32
@@ -65,12 +66,12 @@ class TrainConfig:
     unroll: bool = False  # writes a transformer's layers out instead of one loop over them
     # KiB of a TPU's on-chip memory that one operation may work in (0: as its compiler has it)
     tpu_scoped_memory: int = 0
-    log_every: int = 50
-    checkpoint_every: int = 500
+    log_every: int = 50  # steps from one line of metrics.jsonl to the next
+    checkpoint_every: int = 500  # steps from one checkpoint to the next
     keep_checkpoints: int = 2  # the newest
     keep_best: int = 0  # and those with the lowest `best_metric` at the log line before
-    best_metric: str = "loss"
-    sample_every: int = 500
+    best_metric: str = "loss"  # of keep_best: a name of metrics.jsonl, the lowest is the best
+    sample_every: int = 500  # steps from one grid of samples to the next; 0: never
     max_nonfinite: int = (
         3  # steps without a finite loss and gradient that are skipped; the next ends the run
     )
