@@ -12,7 +12,7 @@ class LogConfig:
     `wandb`: a project of Weights & Biases, or TEAM/PROJECT; empty: none.
     """
 
-    wandb: str = ""
+    wandb: str = ""  # a project of Weights & Biases, or TEAM/PROJECT; empty: none
 
     def __post_init__(self):
         parts = self.wandb.split("/")
