@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Builds two sets of captioned emoji from public npm packages (0.9 GB to download, 120 MB of pictures, a quarter of an hour
-# on one core):
+# Builds two sets of captioned emoji from public npm packages: 0.9 GB to download, 115 MB of pictures, two minutes of one core.
 #   bash launch/emoji_data.sh data      # data/emoji and data/emoji3d: docs/emoji.md
 # EMOJI_PACKAGES=DIR keeps the packages there, and takes those that are there already.
 source "$(dirname "$0")/environment.sh" requirements.txt

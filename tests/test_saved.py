@@ -29,7 +29,7 @@ from contextdiff_jax.runs import saved
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.runs.saved import Description
-from contextdiff_jax.runtime.hub import find
+from contextdiff_jax.runtime.hub import SHIPPED, find, shipped_names
 from contextdiff_jax.settings import parse, to_config
 
 PROMPT = "a large red circle"
@@ -270,6 +270,18 @@ def test_a_run_starts_from_a_pipeline_of_the_hub_and_its_config_keeps_the_names(
         local = config_of(sd)
         assert local["latent"]["vae"] == str(sd / "vae")
         assert Pipeline.open("org/sd").opened.shape == Pipeline.open(sd).opened.shape
+
+
+@pytest.mark.parametrize("folder", sorted(SHIPPED.iterdir()), ids=lambda path: path.name)
+def test_a_shipped_model_is_small_has_its_licence_and_card_and_opens(folder):
+    """While its weights are not in the repository, card and licence alone are looked at."""
+    card = (folder / "README.md").read_text()
+    assert "license: " in card.partition("\n---\n")[0] and (folder / "LICENSE").is_file()
+    assert f"--model={folder.name}" in card
+    if folder.name in shipped_names():
+        assert sum(file.stat().st_size for file in folder.iterdir()) <= 10_000_000
+        run = load_run(folder.name)
+        assert run.step > 0 and run.settings.shape[-1] == 3
 
 
 def test_the_format_is_what_the_page_says(folder):

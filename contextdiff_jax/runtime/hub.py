@@ -1,13 +1,15 @@
-"""Names of models: a folder, a model that ships with the package, or a repository of the hub.
+"""Names of models and data: a folder, a model that ships with the package, or a repository of the
+hub.
 
-    find("runs/shapes")               a folder, or a file, that is here: always first
-    find("emoji")                     contextdiff_jax/shipped/emoji
-    find("ORG/NAME@REVISION/vae")     downloaded, once, to huggingface_hub's cache; so is hf://ORG/NAME
+    find("runs/shapes")              a folder, or a file, that is here: always first
+    find("emoji")                    contextdiff_jax/shipped/emoji
+    find("ORG/NAME@REVISION/vae")    downloaded once, to huggingface_hub's cache; so is hf://ORG/NAME
+    find_data("ORG/NAME")            a data set's folder
 
 `@REVISION` is a branch, a tag or a commit, by default `main`; what follows the name is a part of
 the repository. Only what can be read here is downloaded: JSON, text and safetensors, of these the
-plain ones where there are half variants, too; no pickles. A download that was cut off goes on where
-it stopped. Without a network what was downloaded before serves.
+plain ones where there are half variants, too; of data Parquet and Arrow; no pickles, no programs. A
+download that was cut off goes on where it stopped. Without a network what was downloaded serves.
 """
 
 from __future__ import annotations
@@ -32,17 +34,19 @@ _WORD = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?"
 _NAME = re.compile(rf"({_WORD}/{_WORD})(?:@([\w.-]+))?((?:/[\w.-]+)*)", re.ASCII)
 # Where every example of this project's writes its runs: a path, though there be no such folder yet.
 _OURS = ("runs",)
+_DATA = ("*.parquet", "*.arrow", "*.json", "*.md")
 _SMALL = ("*.json", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*")
 _WEIGHTS = ".safetensors"
 _VARIANTS = (".fp16", ".bf16", ".non_ema")
 
 
 class HubName(NamedTuple):
-    """`ORG/NAME@REVISION/PART` taken apart."""
+    """`ORG/NAME@REVISION/PART` taken apart. `kind`: of the repository, `model` or `dataset`."""
 
     repo: str
     revision: str
     part: str
+    kind: str = "model"
 
     def __str__(self) -> str:
         at = "" if self.revision == "main" else f"@{self.revision}"
@@ -52,6 +56,8 @@ class HubName(NamedTuple):
     def command(self) -> str:
         """The command that downloads it, for a machine that has a network."""
         words = ["hf", "download", self.repo]
+        if self.kind != "model":
+            words += ["--repo-type", self.kind]
         if self.revision != "main":
             words += ["--revision", self.revision]
         return shlex.join(words)
@@ -111,6 +117,14 @@ def find_model(path: str | os.PathLike) -> str:
     return found
 
 
+def find_data(path: str) -> str:
+    """`find`, of a data set."""
+    if "://" in path and not path.startswith(SCHEME) or os.path.exists(path):
+        return path
+    name = parse_name(path)
+    return path if name is None else str(download(name._replace(kind="dataset")))
+
+
 def _is_model(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "model_index.json"))
 
@@ -124,10 +138,15 @@ def download(name: HubName) -> Path:
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     with _explained(name):
+        fetch = functools.partial(
+            snapshot_download, name.repo, repo_type=name.kind, tqdm_class=_bar()
+        )
+        if name.kind == "dataset":
+            patterns = [f"{_inside(name)}{pattern}" for pattern in _DATA]
+            return _part(Path(fetch(revision=name.revision, allow_patterns=patterns)), name)
         patterns = [f"{_inside(name)}{pattern}" for pattern in _SMALL]
         if name.part:
             patterns.append("model_index.json")
-        fetch = functools.partial(snapshot_download, name.repo, tqdm_class=_bar())
         folder = Path(fetch(revision=name.revision, allow_patterns=patterns))
         try:
             tree = get_cached_repo_tree(name.repo, revision=folder.name)
