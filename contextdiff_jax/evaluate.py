@@ -19,6 +19,7 @@ from contextdiff_jax import cli
 from contextdiff_jax.runtime import host
 from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.files import write_json
+from contextdiff_jax.runtime.hub import find
 
 if TYPE_CHECKING:  # JAX starts after the flags are read
     from contextdiff_jax.evaluation.subject import Evaluation
@@ -26,7 +27,10 @@ if TYPE_CHECKING:  # JAX starts after the flags are read
     from contextdiff_jax.settings import SampleConfig
 
 cli.group("Run and metrics")
-WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
+WORKDIR = cli.define_path(
+    "workdir", None, "Folder of a trained run, or a model by its name (then with --out)."
+)
+OUT = cli.define_path("out", None, "Folder of the results; default: --workdir.")
 METRICS = flags.DEFINE_list("metrics", ["composition"], "What each needs: docs/evaluation.md.")
 cli.list_names("metrics", {"some of": cli.METRICS})
 NUM = flags.DEFINE_integer(
@@ -70,7 +74,9 @@ def checked_flags() -> dict[str, Any]:
     given = {name: value for name, value in flags_given.items() if value is not None}
     SampleConfig().changed(**given)
     if WORKDIR.value:  # else `load_run` says what is missing
-        cli.output_folder("workdir", WORKDIR.value)
+        if not OUT.value and find(WORKDIR.value) != WORKDIR.value:
+            raise ValueError(f"--out: missing; --workdir={WORKDIR.value} is a name, not a folder")
+        cli.output_folder("out" if OUT.value else "workdir", OUT.value or WORKDIR.value)
     return given
 
 
@@ -96,7 +102,7 @@ def _open(run: Run, options: SampleConfig) -> Evaluation:
         generate=lambda captions, first: pipeline.text_to_image(
             captions, seed=SEED.value, first=first
         ),
-        features=FEATURES.value or str(pathlib.Path(WORKDIR.value, "classifier")),
+        features=FEATURES.value or str(pathlib.Path(find(WORKDIR.value), "classifier")),
         clip=CLIP.value,
         num=NUM.value,
         seed=SEED.value,
@@ -117,7 +123,7 @@ def main() -> None:
 
     run = load_run(WORKDIR.value, WEIGHTS.value, ema_length=EMA_LENGTH.value)
     options = run.settings.sample.changed(**given)
-    workdir = pathlib.Path(WORKDIR.value)
+    workdir = pathlib.Path(OUT.value or WORKDIR.value)
     host.set_compilation_cache(workdir)
     evaluation = _open(run, options)
     metrics.check(METRICS.value, evaluation)
@@ -144,6 +150,7 @@ def main() -> None:
         "sample": dataclasses.asdict(options),
         "machine": report.machine(),
     }
+    workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "metrics.json", {**facts, **report.as_json(results)})
     samples = {
         row: (images, evaluation.captions(row)) for row, images in evaluation.sampled.items()

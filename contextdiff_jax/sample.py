@@ -1,17 +1,20 @@
 """python -m contextdiff_jax.sample --workdir=RUN --prompt="a large red circle" --num=4
+python -m contextdiff_jax.sample --model=emoji --prompt="woman running, dark skin tone, 3d style"
 python -m contextdiff_jax.sample --model=FOLDER --prompt="a horse" --negative="blurred"
 
-Draw pictures for prompts, by a trained run or a Stable Diffusion folder. They come as one grid with
-the prompts under them, a run's by its EMA weights. All flags work for both; where one isn't given,
-the run's or the folder's own value counts. From noise; or from a picture, --image=FILE
---strength=0.8; or into a hole of it, --image=FILE --mask=FILE. --images=FOLDER writes each picture
-alone too, with its prompt, seed, sampler, steps and guidance in the PNG's text.
---optimise_spacing=8 prints a grid of 8 steps that is made for the model.
+Draw pictures for prompts, by a trained run, a model that ships with the package, a Stable Diffusion
+folder or ORG/NAME of the hub. They come as one grid with the prompts under them, a run's by its EMA
+weights. All flags work for all of them; where one isn't given, the model's own value counts. From
+noise; or from a picture, --image=FILE --strength=0.8; or into a hole of it, --image=FILE
+--mask=FILE. --images=FOLDER writes each picture alone too, with its prompt, seed, sampler, steps
+and guidance in the PNG's text. --optimise_spacing=8 prints a grid of 8 steps that is made for the
+model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import numpy as np
@@ -26,7 +29,9 @@ WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
 MODEL = cli.define_path(
     "model",
     None,
-    "A Stable Diffusion folder (1.x, 2.x, XL, 3) or single .safetensors file, not --workdir.",
+    "Not --workdir: a model that ships with the package, by its name; a folder that Pipeline.save "
+    "wrote; a Stable Diffusion folder (1.x, 2.x, XL, 3) or single .safetensors file; or "
+    "ORG/NAME[@REVISION] of the hub, which is downloaded once.",
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; may be given many times.")
 PROMPTS_FILE = cli.define_path("prompts_file", None, "A text file with one caption a line.")
@@ -203,7 +208,9 @@ def main() -> None:
     from contextdiff_jax.inference import Pipeline
     from contextdiff_jax.runtime import pictures
 
-    kept = host.user_cache() if MODEL.value else epath.Path(WORKDIR.value)
+    # Beside a run; for all else, also what --workdir names on the hub, with the user's.
+    beside = WORKDIR.value and (host.is_remote(WORKDIR.value) or os.path.isdir(WORKDIR.value))
+    kept = epath.Path(WORKDIR.value) if beside else host.user_cache()
     programs = host.set_compilation_cache(kept)
     read = {"weights": WEIGHTS.value, "ema_length": EMA_LENGTH.value}
     pipeline = Pipeline.open(MODEL.value or WORKDIR.value, **read, programs=programs)

@@ -42,7 +42,7 @@ def test_every_layout_gives_the_same_records(layouts):
         assert {number: caption for number, (caption, _) in tables[name].items()} == {
             i: PICTURES[i][1] for i in range(30)
         }
-    assert tables["folder"] == tables["webdataset"] == tables["tfds"]
+    assert tables["folder"] == tables["webdataset"] == tables["tfds"] == tables["huggingface"]
 
 
 def test_tfds_reads_without_tensorflow(layouts):
@@ -55,7 +55,7 @@ def test_tfds_reads_without_tensorflow(layouts):
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", ["webdataset", "tfds"])
+@pytest.mark.parametrize("name", ["webdataset", "tfds", "huggingface"])
 def test_a_pickled_source_reads_the_same_and_carries_no_index(layouts, name):
     source = make_source(DataConfig(source=name, path=layouts[name], image_size=16))
     source[0]
@@ -64,7 +64,7 @@ def test_a_pickled_source_reads_the_same_and_carries_no_index(layouts, name):
     np.testing.assert_array_equal(pickle.loads(data)[7]["image"], source[7]["image"])
 
 
-@pytest.mark.parametrize("name", ["webdataset", "tfds"])
+@pytest.mark.parametrize("name", ["webdataset", "tfds", "huggingface"])
 def test_workers_give_the_same_batches_as_threads(layouts, name):
     config = DataConfig(source=name, path=layouts[name], image_size=16, crop="random", seed=4)
     batches = []

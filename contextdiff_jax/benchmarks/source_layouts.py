@@ -111,4 +111,30 @@ def write_tfds(path: pathlib.Path, pictures: Sequence[Captioned]) -> pathlib.Pat
     return pathlib.Path(builder.data_path)
 
 
-LAYOUTS = {"folder": write_folder, "webdataset": write_webdataset, "tfds": write_tfds}
+def write_parquet(
+    path: pathlib.Path, pictures: Sequence[Captioned], split: str = "train", per_file: int = 1000
+) -> pathlib.Path:
+    """`huggingface`: SPLIT-N.parquet with the columns image (bytes and path), caption, number."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path.mkdir(parents=True, exist_ok=True)
+    for first in range(0, len(pictures), per_file):
+        part = pictures[first : first + per_file]
+        rows = {
+            "image": [{"bytes": image, "path": None} for image, _ in part],
+            "caption": [caption for _, caption in part],
+            "number": list(range(first, first + len(part))),
+        }
+        kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+        table = pyarrow.table(rows | {"image": pyarrow.array(rows["image"], kind)})
+        pyarrow.parquet.write_table(table, path / f"{split}-{first // per_file:05}.parquet")
+    return path
+
+
+LAYOUTS = {
+    "folder": write_folder,
+    "webdataset": write_webdataset,
+    "tfds": write_tfds,
+    "huggingface": write_parquet,
+}

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from contextdiff_jax.data.buckets import check_buckets, derive_buckets
 from contextdiff_jax.data.decoding import MAX_PIXELS
 from contextdiff_jax.data.folder import FolderConfig, FolderSource
+from contextdiff_jax.data.huggingface import HuggingFaceConfig, HuggingFaceSource
+from contextdiff_jax.data.huggingface import has_split as has_table
 from contextdiff_jax.data.latent_shards import CacheSource, read_cache
 from contextdiff_jax.data.loader import Batch, Loader, RandomAccessSource, make_loader
 from contextdiff_jax.data.orders import Size
@@ -35,6 +37,8 @@ __all__ = [
     "DataConfig",
     "FolderConfig",
     "FolderSource",
+    "HuggingFaceConfig",
+    "HuggingFaceSource",
     "Loader",
     "PictureSource",
     "RandomAccessSource",
@@ -61,12 +65,13 @@ class DataConfig:
 
     Attributes:
         source: a name in `SOURCES`.
-        path: the folder (all but `shapes`).
+        path: the folder (all but `shapes`); of `huggingface` also ORG/NAME[@REVISION] of the hub.
         metadata: what the training split is: glob of metadata files (`folder`, `emoji`), of shards
-            (`webdataset`), in `path` or from / or ~; name of a split (`tfds`); empty: the source's
-            default.
+            (`webdataset`), in `path` or from / or ~; name of a split (`tfds`, `huggingface`);
+            empty: the source's default.
         heldout_metadata: the same of the held-out split.
         caption_field: field with the caption, or a list of captions.
+        image_field: column with the picture (`huggingface`).
         caption_choice: of several captions, the `first` or a `random` one (by seed, epoch and
             record).
         max_broken_fraction: largest share of broken records to go on with.
@@ -102,6 +107,7 @@ class DataConfig:
     metadata: str = ""
     heldout_metadata: str = ""
     caption_field: str = "text"
+    image_field: str = "image"
     caption_choice: str = "first"
     max_broken_fraction: float = 0.01
     index_folder: str = ""
@@ -262,6 +268,31 @@ def _tfds(fields: dict[str, Any], split: str) -> TFDSSource:
     return TFDSSource(TFDSConfig(**fields, split=split))
 
 
+def _huggingface(config: DataConfig, split: str) -> HuggingFaceSource:
+    if not config.path:
+        raise ValueError("data.path='': data.source='huggingface' needs a folder or ORG/NAME")
+    named = {"train": config.metadata or "train", "heldout": config.heldout_metadata}
+    name = named.get(split) or next(_heldout_tables(config), "")
+    if split not in named or not name:
+        raise ValueError(f"split={split!r}: data.path={config.path!r} has none of data.metadata's")
+    shared = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(PictureConfig)
+    }
+    return HuggingFaceSource(
+        HuggingFaceConfig(**shared, split=name, image_field=config.image_field)
+    )
+
+
+def _heldout_tables(config: DataConfig) -> Iterator[str]:
+    where = config.path, config.index_folder
+    return (name for name in _TESTS if has_table(where[0], name, where[1]))
+
+
+def _table_splits(config: DataConfig) -> tuple[str, ...]:
+    found = config.heldout_metadata or next(_heldout_tables(config), "")
+    return ("train", "heldout") if found else ("train",)
+
+
 def _cache(config: DataConfig, split: str) -> RandomAccessSource:
     source = CacheSource(os.path.expanduser(config.path))
     for field in ("image_size", "max_length", "tokenizer"):
@@ -307,6 +338,7 @@ SOURCES: dict[str, Source | MakeSource] = {
     ),
     "webdataset": _pictures_with(_webdataset, {"train": "*.tar"}),
     "tfds": _pictures_with(_tfds, {"train": "train", "heldout": "test", "all": "all"}, has_split),
+    "huggingface": Source(make=_huggingface, splits=_table_splits),
     "cache": Source(make=_cache, splits=_cached_split, pictures=_cached_pictures),
 }
 

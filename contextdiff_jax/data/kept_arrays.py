@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 LOGGER = logging.getLogger(__name__)
+KEPT = ".contextdiff_jax"  # the folder in a data set's, by default
 _FORMAT = 2  # part of every key: raise it when what is stored changes its meaning
 
 
@@ -65,7 +66,7 @@ def kept_array(
     Raises:
         ValueError: if the folder cannot be written.
     """
-    folder = pathlib.Path(index_folder or pathlib.Path(path, ".contextdiff_jax"))
+    folder = pathlib.Path(index_folder or pathlib.Path(path, KEPT))
     # The path is part of the key: several data sets may share a folder.
     place = hashlib.sha256(f"{_FORMAT} {os.path.abspath(path)} {key}".encode()).hexdigest()[:16]
     array_file, facts_file = folder / f"{name}-{place}.npy", folder / f"{name}-{place}.json"

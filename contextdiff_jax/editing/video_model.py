@@ -35,6 +35,7 @@ from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import build_model, make_model, model_graph
 from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.runs.tokenizer import open_tokenizer
+from contextdiff_jax.runtime.hub import find
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings, ShiftConfig
 from contextdiff_jax.settings.process import check_process
@@ -99,10 +100,11 @@ def open_editor(settings: EditSettings) -> Editor:
         return _from_model(
             settings, base, make_model(base).attach(frozen), tokenizer, digest(frozen)
         )
-    if is_pipeline(name):
-        return _from_pipeline(settings, name)
+    folder = find(name)
+    if is_pipeline(folder):
+        return _from_pipeline(settings, folder)
     try:
-        run = load_run(name, settings.video.weights)
+        run = load_run(folder, settings.video.weights)
     except ValueError as error:
         raise ValueError(
             f"video.model={name}: neither a Stable Diffusion folder nor a trained run ({error})"

@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from contextdiff_jax.evaluation.distances import clip_score, cosines
 from contextdiff_jax.evaluation.networks.clip import load_clip
+from contextdiff_jax.runtime.hub import find
 
 Clip = Real[np.ndarray, "F H W 3"]  # 0..255
 Inside = Bool[np.ndarray, "F H W"]
@@ -118,6 +119,7 @@ def make_pick_scorer(folder: str | pathlib.Path) -> Callable[[Clip, str], dict[s
     `pickscore`, the mean over frames of exp(logit_scale) cos(frame, text). ValueError for a folder
     that holds no CLIP, or no logit_scale.
     """
+    folder = find(folder)
     network, path = load_clip(folder), pathlib.Path(folder) / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"edit.pickscore={folder}: no model.safetensors, in which logit_scale is")

@@ -40,6 +40,8 @@ class Opened:
       text_length: the tokens after which a text is cut; None: as many as there are ids.
       guide: a weaker model in the place of guidance's branch without the prompt (autoguidance).
       source: where it came from, for people.
+      write: (weights, folder, **options) -> None: writes it as a folder that can be opened
+        (`inference.sharing`).
     """
 
     build: Callable[[PyTree], ContextDiffusion]
@@ -63,6 +65,7 @@ class Opened:
     text_length: int | None = None
     guide: Opened | None = None
     source: str = ""
+    write: Callable[..., None] | None = None
 
     def guided_by(self, guide: Opened) -> Opened:
         """This model with a weaker one as its guide: a smaller one, or one of fewer steps, of the

@@ -22,6 +22,7 @@ from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.steps import Steps
 from contextdiff_jax.inference.opened import Opened
 from contextdiff_jax.inference.pipeline import Pipeline
+from contextdiff_jax.inference.sharing import write_folder, write_run
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.parallel.mesh import local_mesh, replicated
@@ -32,6 +33,8 @@ from contextdiff_jax.pretrained.scheduler_steps import scheduler_steps
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.runs.reading import load_run
+from contextdiff_jax.runs.saved import UNTRAINED, Description
+from contextdiff_jax.runtime.hub import find_model
 from contextdiff_jax.settings import SampleConfig, Settings
 from contextdiff_jax.settings.sampling import check_sampling
 
@@ -49,7 +52,8 @@ def open_folder(
     **options: Any,
 ) -> Pipeline:
     """See `Pipeline.open`. `programs`: a folder where traced programs are kept."""
-    if "://" not in str(path) and is_pipeline(path):
+    path = find_model(path)
+    if "://" not in path and is_pipeline(path):
         if ema_length is not None:
             raise ValueError(f"--ema_length={ema_length}: {path} is no run, which alone has it")
         return open_stable_diffusion(path, programs, **options)
@@ -58,7 +62,7 @@ def open_folder(
             f"{path}: holds neither a trained run (config.json) nor a Stable Diffusion pipeline "
             "(model_index.json)"
         )
-    run = load_run(str(path), weights, ema_length=ema_length)
+    run = load_run(path, weights, ema_length=ema_length)
     which = "" if ema_length is None else f", ema_length {ema_length:g}"
     return of_run(
         run.settings,
@@ -67,6 +71,7 @@ def open_folder(
         mesh=local_mesh(),
         programs=programs,
         source=f"step {run.step} of {path}{which}",
+        description=Description(step=run.step, weights=weights),
     )
 
 
@@ -80,9 +85,10 @@ def of_run(
     mesh: Mesh | None = None,
     programs: epath.PathLike | None = None,
     source: str = "",
+    description: Description = UNTRAINED,
 ) -> Pipeline:
     """The pipeline of a training run's parameters. The frozen networks are read from their folders
-    unless they are given.
+    unless they are given. `description`: of the parameters, for `Pipeline.save`.
 
     Raises ValueError for options that don't fit the schedule.
     """
@@ -110,6 +116,7 @@ def of_run(
         rules=settings.mesh.rules,
         zeros_for_empty=frozen.text is not None and frozen.text.zeros_for_empty,
         source=source,
+        write=functools.partial(write_run, settings, description),
     )
     return Pipeline(opened, mesh, programs)
 
@@ -207,6 +214,7 @@ def of_folder(
         least_guidance=1.0,  # as diffusers, where a scale below 1 is none
         zeros_for_empty=folder.zeros_for_empty,
         source=source,
+        write=functools.partial(write_folder, source),
     )
     mesh = mesh if mesh.size > 1 else None
     return FolderPipeline(opened, folder, mesh=mesh, programs=programs)

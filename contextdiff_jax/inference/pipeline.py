@@ -29,6 +29,7 @@ from tqdm import tqdm
 from contextdiff_jax.data.folder_tokenizer import warn_of_cut
 from contextdiff_jax.diffusion.samplers import check_takes
 from contextdiff_jax.diffusion.steps import Steps
+from contextdiff_jax.inference import sharing
 from contextdiff_jax.inference.opened import Opened
 from contextdiff_jax.inference.programs import kept
 from contextdiff_jax.inference.request import Request
@@ -65,8 +66,9 @@ class Pipeline:
 
     @classmethod
     def open(cls, path: str | Path, weights: str = "ema", **options: Any) -> Pipeline:
-        """The pipeline of a run's workdir, or of a Stable Diffusion folder (1.x, 2.x, XL, 3, 3.5),
-        as diffusers wrote it or converted.
+        """The pipeline of a run's workdir, of a folder that `save` wrote, or of a Stable Diffusion
+        folder (1.x, 2.x, XL, 3, 3.5), as diffusers wrote it or converted; or of a name: `emoji`,
+        which ships with the package, or `ORG/NAME@REVISION` of the hub.
 
         Args:
           weights: of a run: `ema`, or `params`, the last step's own.
@@ -79,6 +81,14 @@ class Pipeline:
         from contextdiff_jax.inference.opening import open_folder
 
         return open_folder(path, weights, **options)
+
+    def save(self, folder: str | Path, **options: Any) -> None:
+        """Writes a new folder that `open` reads, on any machine: `inference.sharing.save`."""
+        sharing.save(self.opened, folder, **options)
+
+    def push_to_hub(self, name: str, **options: Any) -> str:
+        """Uploads what `save` writes to `ORG/NAME` of the hub: `inference.sharing.push_to_hub`."""
+        return sharing.push_to_hub(self.opened, name, **options)
 
     def with_params(self, params: PyTree) -> Pipeline:
         """The same model with other parameters of the same shapes; compiled programs are shared."""

@@ -187,10 +187,12 @@ def _components(source: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def complete_or_absent(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to write to, which takes its name when all is written."""
+def complete_or_absent(target: Path, what: str = "--target") -> Iterator[Path]:
+    """A folder beside `target` to write to, which takes its name when all is written; `what`: the
+    name of `target` in an error.
+    """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"--target={target}: exists already; name a new folder")
+        raise ValueError(f"{what}={target}: exists already; name a new folder")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

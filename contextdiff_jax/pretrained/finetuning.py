@@ -5,6 +5,7 @@ What the folder or file says takes its place in the config.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from contextdiff_jax.pretrained.pipeline_folder import (
 from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import MODEL as UNET
 from contextdiff_jax.runtime.fields import typed
+from contextdiff_jax.runtime.hub import find
 
 
 def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
     source = config.get("model", {}).get("pretrained", "")
     if not source:
         return dict(config)
-    folder = Path(source)
+    folder = Path(find(source))
     index = read_index(folder)
     model = read_config(MMDIT, folder / "transformer") if is_sd3(index) else _read_unet(folder)
     scheduler = load_scheduler(folder / "scheduler", pipeline=index["_class_name"])
@@ -65,7 +67,7 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
     def section(name: str, default: str, value: Path, **fields: Any) -> dict[str, Any]:
         """The config's section with `fields`, and `value` where its field `default` is empty."""
         values = config[name]
-        return {**values, **fields, default: values.get(default) or str(value)}
+        return {**values, **fields, default: values.get(default) or _named(value, folder, source)}
 
     return {
         **config,
@@ -81,6 +83,15 @@ def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "data": section("data", "tokenizer", words, max_length=length, **sizes),
     }
+
+
+def _named(path: Path, folder: Path, source: str) -> str:
+    """A path of the pipeline as the config has it: by the hub's name where `source` is one, so that
+    config.json means the same on another machine.
+    """
+    if str(folder) == str(Path(source)):
+        return str(path)
+    return os.path.normpath(os.path.join(source, os.path.relpath(path, folder)))
 
 
 def _texts(

@@ -21,18 +21,19 @@ from contextdiff_jax.pretrained.kinds import (
 )
 from contextdiff_jax.pretrained.names import state_from_torch, state_to_torch
 from contextdiff_jax.runtime.files import write_json
+from contextdiff_jax.runtime.hub import find
 
 CONFIG_FILE = "config.json"
 
 
 def load(model: Model, folder: str | Path, options: Options = Options()) -> nnx.Module:
-    """The module in `folder`, Hugging Face's or ours.
+    """The module in `folder`, Hugging Face's or ours, or of a name of the hub's.
 
     Raises ValueError, one line with file and field or tensor: a file is missing, damaged or
     refused, the config is of another model or not supported, tensors don't fit it or are not
     finite.
     """
-    folder = Path(folder)
+    folder = Path(find(folder))
     if native.is_native(folder):
         return native.load(model, folder, options)
     values = _identified(model, folder)
@@ -56,7 +57,7 @@ def read_config(model: Model, folder: str | Path) -> Any:
     """The config of the model in `folder`, of a kind that config.json tells all of (UNet, VAE);
     raises as `load`.
     """
-    folder = Path(folder)
+    folder = Path(find(folder))
     if native.is_native(folder):
         return native.read_config(model, folder)
     return _config(model, folder, _identified(model, folder), ())

@@ -36,6 +36,7 @@ from contextdiff_jax.pretrained.scheduler import Scheduler, load_scheduler
 from contextdiff_jax.pretrained.unet import load_unet
 from contextdiff_jax.pretrained.vae import MODEL as VAE_MODEL
 from contextdiff_jax.pretrained.vae import load_vae
+from contextdiff_jax.runtime.hub import find
 
 if TYPE_CHECKING:
     from contextdiff_jax.inference.opening import FolderPipeline
@@ -140,7 +141,7 @@ def read_pipeline(folder: str | Path, **options) -> StableDiffusion | StableDiff
     Raises ValueError, one line, for a folder of another pipeline, a part that is missing, damaged
     or doesn't fit.
     """
-    folder = Path(folder)
+    folder = Path(find(folder))
     index = read_index(folder)
     if is_sd3(index):
         return read_sd3(folder, **options)

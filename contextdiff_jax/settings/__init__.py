@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from contextdiff_jax.data import DataConfig
 from contextdiff_jax.diffusion import Process
-from contextdiff_jax.models.backbones import BACKBONES, BackboneConfig
+from contextdiff_jax.models.backbones import BACKBONES, BackboneConfig, kind_of
 from contextdiff_jax.models.denoising import estimates_context
 from contextdiff_jax.models.text import TextConfig
 from contextdiff_jax.models.vae import VAEConfig
@@ -33,6 +34,7 @@ from contextdiff_jax.runtime.fields import (
     strict,
     typed,
 )
+from contextdiff_jax.runtime.hub import find
 from contextdiff_jax.runtime.keys import check_seed
 from contextdiff_jax.settings.distillation import DistillConfig, check_student
 from contextdiff_jax.settings.log import LogConfig
@@ -42,6 +44,8 @@ from contextdiff_jax.settings.train import TrainConfig
 
 # Fields that `parse` fills in from others.
 DERIVED = {"context": ("in_channels", "text_width", "visual_width"), "model": ("context_head",)}
+# Fields that name what every reader of a run needs; settings have where it is here.
+_NAMES = (("latent", "vae"), ("text", "pretrained"), ("context", "clip"), ("data", "tokenizer"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,6 +170,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
     check_sections(
         config, [field.name for field in dataclasses.fields(Settings) if field.name != "pretrained"]
     )
+    config = _located(config)
     context = strict(ShiftConfig, "context", config["context"])
     # The second head belongs to the estimate: one decision, made in context.estimate.
     model, pretrained = _read_model(config["model"], context.estimate == "posterior_mean")
@@ -197,6 +202,30 @@ def parse(config: Mapping[str, Any]) -> Settings:
     _check_latents(settings)
     _check_patches(settings)
     return settings
+
+
+def _located(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config whose names of networks and tokenizers are paths of this machine
+    (`runtime.hub.find`).
+    """
+    found = dict(config)
+    for section, field in _NAMES:
+        values = found[section]
+        name = values.get(field) if isinstance(values, Mapping) else None
+        if name and isinstance(name, str):
+            found[section] = {**values, field: find(name)}
+    return found
+
+
+def to_config(settings: Settings) -> dict[str, Any]:
+    """Return the config, as JSON holds it, that `parse` reads as these settings."""
+    config = dataclasses.asdict(settings)
+    for field in DERIVED["context"]:
+        del config["context"][field]
+    model = {k: v for k, v in settings.model.to_dict().items() if k not in DERIVED["model"]}
+    kind, pretrained = kind_of(settings.model), config.pop("pretrained")
+    config["model"] = {"kind": kind, **model, "pretrained": pretrained}
+    return json.loads(json.dumps(config))
 
 
 def _read_model(values: Mapping[str, Any], head: bool) -> tuple[BackboneConfig, str]:

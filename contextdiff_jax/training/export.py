@@ -34,6 +34,7 @@ from contextdiff_jax.pretrained.pipeline_folder import encoder_names, is_pipelin
 from contextdiff_jax.pretrained.scheduler import CONFIG_FILE as SCHEDULER_FILE
 from contextdiff_jax.runs.reading import Run, load_run
 from contextdiff_jax.runtime.files import write_json
+from contextdiff_jax.runtime.hub import find
 from contextdiff_jax.training.trainable import of_context
 
 CONTEXT_FILE, LORA_FILE, CONTEXT_CONFIG = "context.safetensors", "lora.safetensors", "context.json"
@@ -56,7 +57,7 @@ def export_run(source: Path, target: Path, report: Callable[[str], None] = print
             f"--source={source}: has no model.pretrained; only what began as a diffusers folder "
             "goes back to one"
         )
-    origin = Path(run.settings.pretrained)
+    origin = Path(find(run.settings.pretrained))
     with complete_or_absent(target) as partial:
         copy_folder(origin, partial)
         for name in (CONTEXT_FILE, CONTEXT_CONFIG, LORA_FILE):

@@ -18,6 +18,7 @@ from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.conversion import backbone_model
 from contextdiff_jax.pretrained.kinds import Options
 from contextdiff_jax.runs.reading import load_run
+from contextdiff_jax.runtime.hub import find
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.export import context_state
 from contextdiff_jax.training.state import TrainState, init_state
@@ -48,7 +49,7 @@ def _with_network(params: nnx.State, settings: Settings, shardings: nnx.State) -
     """`params` with the folder's network, in float32, and with the context that an exported run's
     folder holds.
     """
-    folder = pathlib.Path(settings.pretrained)
+    folder = pathlib.Path(find(settings.pretrained))
     model = backbone_model(settings.model)
     name = model.build.name
     options = Options(param_dtype=jnp.float32, shardings=lambda _: shardings[name])

@@ -22,6 +22,7 @@ from contextdiff_jax.evaluation.features import FeatureFn, Rows, extract, make_f
 from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 from contextdiff_jax.pretrained import load_clip_text, load_clip_vision
 from contextdiff_jax.pretrained.folder_files import read_json
+from contextdiff_jax.runtime.hub import find
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,12 +186,12 @@ class Clip:
 
 
 def load_clip(folder: str | pathlib.Path) -> Clip:
-    """A CLIPModel's folder.
+    """A CLIPModel's folder, or a name of the hub's (`runtime.hub.find`).
 
     Raises ValueError, one line with the file, if it is absent, of another architecture, lacks
     weights or the tokenizer, or its parts do not fit each other.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(find(folder))
     if not folder.is_dir():
         raise ValueError(
             f"--clip={folder}: no such folder; name one that transformers' CLIPModel was saved in"
