@@ -25,7 +25,7 @@ FLOORS = (
     ("training",),
     ("evaluation",),
     ("editing",),
-    ("experiments", "benchmarks"),
+    ("experiments", "benchmarks", "demo_page"),
     ("cli",),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

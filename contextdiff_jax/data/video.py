@@ -220,9 +220,10 @@ def read_clip(
     start: int = 0,
     stride: int = 1,
     size: tuple[int, int] | None = None,
+    most: int = 0,
 ) -> UInt8[np.ndarray, "F H W 3"]:
-    """`num_frames` frames (0: all that there are) from `start`, every `stride`-th, at `size` (None:
-    as they are).
+    """`num_frames` frames (0: all that there are, but no more than `most` where that isn't 0) from
+    `start`, every `stride`-th, at `size` (None: as they are).
 
     A folder's frames come in the order of the numbers in their names, hidden files left out; those
     of an animation or a film at the slowest constant rate that fits their time stamps.
@@ -237,7 +238,8 @@ def read_clip(
         read = _from_folder
     else:
         read = _from_picture if _is_picture(path) else _from_film
-    stop = start + (num_frames - 1) * stride + 1 if num_frames else None
+    count = num_frames or most
+    stop = start + (count - 1) * stride + 1 if count else None
     frames, seen, first = [], 0, None
     for seen, frame in enumerate(itertools.islice(read(path), stop), start=1):
         if seen > start and (seen - 1 - start) % stride == 0:

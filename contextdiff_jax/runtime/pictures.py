@@ -5,9 +5,11 @@ There are grids of captioned pictures, PNGs that know how they were made, and tr
 
 from __future__ import annotations
 
+import io
 import pathlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -70,14 +72,20 @@ def caption_grid(
     return grid
 
 
-def save_png(
-    image: UInt8[np.ndarray, "H W 3"], path: str | pathlib.Path, metadata: dict[str, str]
-) -> None:
-    """Writes a PNG with `metadata` in its text chunks."""
-    info = PngImagePlugin.PngInfo()
+def encode_png(image: UInt8[np.ndarray, "H W 3"], metadata: Mapping[str, Any]) -> bytes:
+    """Return a PNG with `metadata` in its text chunks."""
+    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
     for name, value in metadata.items():
         info.add_itxt(name, str(value))
-    Image.fromarray(image).save(path, pnginfo=info)
+    Image.fromarray(image).save(file, "PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def save_png(
+    image: UInt8[np.ndarray, "H W 3"], path: str | pathlib.Path, metadata: Mapping[str, Any]
+) -> None:
+    """Writes a PNG with `metadata` in its text chunks."""
+    pathlib.Path(path).write_bytes(encode_png(image, metadata))
 
 
 def read_png_metadata(path: str | pathlib.Path) -> dict[str, str]:
