@@ -8,9 +8,9 @@ Measures one part of the work, and prints a table. Modes:
               (docs/performance.md)
     sample    the same of the sampling loop
     aot       a train step or sampling loop compiled for a TPU that isn't here: fits, seconds,
-              collectives (docs/scaling.md)
+              collectives (docs/tpu.md)
     roofline  a step's layers against peak and bandwidth, here or (--topology) on a TPU
-              (docs/performance.md)
+              (docs/tpu.md)
     reuse     a run's (--workdir) pictures with fewer evaluations of the UNet: seconds and
               differences (docs/performance.md)
 """
