@@ -2,16 +2,16 @@
 
 Measure the speed of one part of the work, as a table. Modes:
     accelerator  all that follows on the GPU or TPU that is here, the most telling first, in
-              --minutes; --json=FILE and a page beside it (docs/performance.md)
+              --minutes; --json=FILE and a page beside it (docs/accelerators.md)
     data      pictures a second and core that the loader gives, per source, against the device's
               need (docs/data.md)
     train     our training step against torch's (--compare=torch), and what the context adds to it
               (docs/performance.md)
     sample    the same of the sampling loop
     aot       a train step or sampling loop compiled for a TPU that isn't here: fits, seconds,
-              collectives (docs/scaling.md)
+              collectives (docs/tpu.md)
     roofline  a step's layers against peak and bandwidth, here or (--topology) on a TPU
-              (docs/performance.md)
+              (docs/tpu.md)
     facts     the device, and the most that it does
     kernels   attention, norms and the relational network in each form that the device has
     agree     one training step here and on the CPU, in float32
