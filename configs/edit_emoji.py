@@ -1,10 +1,10 @@
 """Edits of animated 3D emoji, whose true edits are known: the same person in another skin tone.
 
-    bash launch/emoji_data.sh data/emoji
+    bash launch/emoji_data.sh data
     python -m contextdiff_jax.train --config=configs/emoji3d.py --workdir=runs/emoji3d
     python -m contextdiff_jax.edit --config=configs/edit_emoji.py --workdir=runs/edit_emoji
 
-edits one clip, and `--benchmark=60 --config.video.path=data/emoji` scores that many against the
+edits one clip, and `--benchmark=60 --config.video.path=data/emoji3d` scores that many against the
 clips that show the answer (docs/video.md).
 """
 
@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
         checkpoint_every=100,
     )
     config.video.update(
-        path="data/emoji/clips/1f3c3-1f3fb-200d-2642-fe0f",
+        path="data/emoji3d/clips/1f3c3-1f3fb-200d-2642-fe0f",
         model="runs/emoji3d",
         prompt="man running, light skin tone, 3d style",
         edit_prompts=("man running, dark skin tone, 3d style",),

@@ -1,10 +1,10 @@
 """Animated 3D emoji at 64x64: people in five skin tones, animals and faces.
 
-    bash launch/emoji_data.sh data/emoji
+    bash launch/emoji_data.sh data
     python -m contextdiff_jax.train --config=configs/emoji3d.py --workdir=runs/emoji3d
 
 The model that ships with the package (`sample --model=emoji`) was trained by it; its card is
-docs/emoji.md.
+contextdiff_jax/shipped/emoji/README.md.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +25,14 @@ def get_config() -> ConfigDict:
         sample_every=1000,
         checkpoint_every=500,
     )
-    config.data.update(source="emoji", path="data/emoji", image_size=64, max_length=24)
+    config.data.update(
+        source="emoji",
+        path="data/emoji3d",
+        metadata="frames_train.jsonl",
+        heldout_metadata="frames_test.jsonl",
+        image_size=64,
+        max_length=24,
+    )
     config.diffusion.prediction_type = "x0"
     config.context.update(kind="linear", max_gain=0.4, patch_size=8)
     config.text.width = 96

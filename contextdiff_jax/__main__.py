@@ -16,6 +16,7 @@ COMMANDS = (
     "train",
     "sample",
     "edit",
+    "demo",
     "evaluate",
     "experiment",
     "benchmark",

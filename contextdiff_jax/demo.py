@@ -1,9 +1,9 @@
 """python -m contextdiff_jax.demo --workdir=RUN
 python -m contextdiff_jax.demo --model=FOLDER --port=8000 --password=SECRET
 
-A web page for a trained run or a model's folder: pictures from words, with plain diffusion beside
-them; from a picture, or into a drawn hole of it; edited clips; a gallery that restores settings.
-Only this machine reaches it unless --host says otherwise. It needs Gradio:
+Serve a web page to click on, for a trained run or a model. It draws pictures from words, with plain
+diffusion beside them; from a picture, or into a drawn hole of it; it edits clips, and its gallery
+restores settings. Only this machine reaches it unless --host says otherwise. It needs Gradio:
 pip install -r requirements-demo.txt.
 """
 
@@ -66,5 +66,10 @@ def main() -> None:
         server.serve(page, files, host=HOST.value, port=PORT.value, password=password)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line; contextdiff-demo begins here."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -2,13 +2,13 @@
 python -m contextdiff_jax.sample --model=emoji --prompt="woman running, dark skin tone, 3d style"
 python -m contextdiff_jax.sample --model=FOLDER --prompt="a horse" --negative="blurred"
 
-Draw pictures for prompts, by a trained run, a model that ships with the package, a Stable Diffusion
-folder or ORG/NAME of the hub. They come as one grid with the prompts under them, a run's by its EMA
-weights. All flags work for all of them; where one isn't given, the model's own value counts. From
-noise; or from a picture, --image=FILE --strength=0.8; or into a hole of it, --image=FILE
---mask=FILE. --images=FOLDER writes each picture alone too, with its prompt, seed, sampler, steps
-and guidance in the PNG's text. --optimise_spacing=8 prints a grid of 8 steps that is made for the
-model.
+Draw pictures for prompts. The model is a trained run, one that ships with the package, a Stable
+Diffusion folder, or ORG/NAME of the hub. The pictures come as one grid with the prompts under them,
+a run's by its EMA weights. All flags work for all of them; where one isn't given, the
+model's own value counts. From noise; or from a picture, --image=FILE --strength=0.8; or into a hole
+of it, --image=FILE --mask=FILE. --images=FOLDER writes each picture alone too, with its prompt,
+seed, sampler, steps and guidance in the PNG's text. --optimise_spacing=8 prints a grid of 8 steps
+that is made for the model.
 """
 
 from __future__ import annotations
