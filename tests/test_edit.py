@@ -19,7 +19,7 @@ from transformers import CLIPConfig, CLIPModel
 from contextdiff_jax.configs.edit_shapes import video_sections
 from contextdiff_jax.data.moving_shapes import frames_of, make_moving_shape
 from contextdiff_jax.data.video import read_clip
-from contextdiff_jax.editing import benchmark, tuning
+from contextdiff_jax.editing import benchmark, page, tuning
 from contextdiff_jax.editing.end_to_end import remove_old, run_edit, table
 from contextdiff_jax.editing.output import save_frames
 from contextdiff_jax.editing.settings import parse_edit
@@ -67,6 +67,8 @@ def check_outputs(workdir, metrics, size=(16, 16)):
         for name in (f"{i:02d}", f"{i:02d}.gif", f"{i:02d}.mp4"):
             assert read_clip(workdir / "edits" / name, num_frames=2).shape == (2, *size, 3)
     assert (workdir / "strip.png").stat().st_size > 1000
+    page = (workdir / "report.html").read_text()
+    assert "a blue circle" in page and "data:image/gif;base64," in page and "http" not in page
     written = json.loads((workdir / "metrics.json").read_text())
     assert written["reconstruction"]["psnr"] == metrics["reconstruction"]["psnr"] > 5
     assert 0 < written["reconstruction"]["x0_error"] < 0.5  # explicit inversion in two steps
@@ -151,6 +153,22 @@ def test_a_stable_diffusion_folder_and_a_clip_folder_go_through_every_path(folde
     } <= row.keys() and np.isfinite(list(row.values())[1:]).all()
 
 
+def test_the_page_of_an_edit_has_all_of_it_and_escapes_what_a_user_wrote():
+    rng = np.random.default_rng(0)
+    source, edited = rng.integers(0, 256, (2, 3, 8, 8, 3)).astype(np.uint8)
+    row = {"prompt": "<b>bold</b>", "psnr": 20.0, "ssim": None}
+    metrics = {"reconstruction": {"psnr": 40.0}, "edits": [row], "costs": {"editing": {"s": 1.5}}}
+    shown = [page.Shown(p, c, np.ones((3, 8, 8))) for p, c in (("a", source), ("<b>", edited))]
+    text = page.make_page(shown[0], source, shown[1:], metrics, {"edit": {"steps": 5}}, 8.0)
+    assert text.count("data:image/gif;base64,") == 6  # two clips, two maps, again and difference
+    assert "<b>" not in text and "&lt;b&gt;bold" in text and "steps" in text and "1.5" in text
+    assert "attention" not in page.make_page(
+        page.Shown("a", source), source, [], metrics | {"edits": []}, {}, 8.0
+    )
+    still = page.make_page(page.Shown("a", source[:1]), source[:1], [], metrics, {}, 8.0)
+    assert "data:image/png;base64," in still
+
+
 @pytest.mark.slow  # minutes of compilation: pytest -m slow tests/test_edit.py
 def test_both_benchmarks_score_every_way_against_the_true_edits(folder, tmp_path):
     moving = make_moving_shape(0, 2)
@@ -169,6 +187,9 @@ def test_both_benchmarks_score_every_way_against_the_true_edits(folder, tmp_path
         assert np.isfinite([value for scores in found.values() for value in scores.values()]).all()
         assert json.loads((tmp_path / name / "benchmark.json").read_text())["clips"] == 2
         assert (tmp_path / name / "benchmark.png").stat().st_size > 1000
+        rows = 2 if name == "clips" else 4
+        film = read_clip(tmp_path / name / "benchmark.gif", num_frames=0)
+        assert film.shape == (2, rows * (2 * 16 + 8), 3 * (2 * 16 + 8), 3)
         assert "flowedit" in benchmark.table(report) and "reconstruction" in benchmark.table(report)
 
 

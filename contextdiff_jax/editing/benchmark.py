@@ -189,7 +189,8 @@ def run_benchmark(
 ) -> dict[str, Any]:
     """`count` cases by the settings' pipeline and by the same one with `context.shift` none;
     `baseline` may name another model for it, one that was trained without. `others`: of `OTHERS`,
-    by the model with context. Writes benchmark.json and benchmark.png, anew after each clip.
+    by the model with context. Writes, anew after each clip, benchmark.json, benchmark.png and
+    benchmark.gif: source, edit and true edit of the first clips.
 
     Raises ValueError for settings without a shift, and for fewer than two clips.
     """
@@ -209,19 +210,25 @@ def run_benchmark(
     arms = [Arm(settings, ways), Arm(plain, {"none": plain.edit})]
     found: dict[str, list[dict[str, Scores]]] = {}
     rows: dict[str, Clip] = {}
+    films: list[list[Clip]] = []
     workdir.mkdir(parents=True, exist_ok=True)
     for i, case in enumerate(tqdm(cases, desc="clips", total=count, disable=None)):
         if i < SHOWN:
             rows[f"{i} source: {case.prompt}"] = case.source
             rows |= {f"{i} true: {case.edits[name]}": clip for name, clip in case.true.items()}
+            films += [[case.source, clip] for clip in case.true.values()]
         for name, (clips, scores) in (pair for arm in arms for pair in arm(case).items()):
             found.setdefault(name, []).append(scores)
             if i < SHOWN:
                 rows |= {f"{i} {name}: {case.edits[e]}": clip for e, clip in clips.items()}
+            if i < SHOWN and name == "context":
+                for film, clip in zip(films[-len(clips) :], clips.values(), strict=True):
+                    film.insert(1, clip)  # between the source and the true edit
         if i:
             report = _report(settings, plain, arms, found)
             write_json(workdir / "benchmark.json", report)
         output.strip(rows).save(workdir / "benchmark.png")
+        output.save_gif(output.mosaic(films), workdir / "benchmark.gif", settings.video.fps)
     return report
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from contextdiff_jax.data.video import read_clip
-from contextdiff_jax.editing import output
+from contextdiff_jax.editing import output, page
 from contextdiff_jax.editing.attention import align, blend_mask
 from contextdiff_jax.editing.denoise import first_row
 from contextdiff_jax.editing.edits import MOVERS
@@ -273,7 +273,9 @@ def write(
     metrics: Mapping[str, Any],
     workdir: pathlib.Path,
 ) -> None:
-    """Writes the files of an edit: edits/NN.gif, NN.mp4, NN/ (frames), strip.png, attention/."""
+    """Writes the files of an edit: edits/NN.gif, NN.mp4, NN/ (frames), strip.png, report.html,
+    attention/.
+    """
     video, folder = settings.video, workdir / "edits"
     remove_old(workdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -293,7 +295,23 @@ def write(
         for i, maps in enumerate(edited.maps):
             scaled = np.round(255 * maps / max(maps.max(), 1e-12)).astype(np.uint8)
             Image.fromarray(np.concatenate(list(scaled), axis=1)).save(attention / f"{i:02d}.png")
+    (workdir / "report.html").write_text(_report(clip, edited, settings, metrics), encoding="utf-8")
     write_json(workdir / "metrics.json", _finite(metrics))
+
+
+def _report(clip: Clip, edited: Edited, settings: EditSettings, metrics: Mapping[str, Any]) -> str:
+    video = settings.video
+    shown = [
+        page.Shown(prompt, frames, maps)
+        for prompt, frames, maps in zip(
+            (video.prompt, *video.edit_prompts), (clip, *edited.clips), edited.maps, strict=True
+        )
+    ]
+    sections = {"video": video, "edit": settings.edit, "train": settings.base.train}
+    told = {name: dataclasses.asdict(section) for name, section in sections.items()}
+    return page.make_page(
+        shown[0], edited.reconstruction, shown[1:], _finite(metrics), told, video.fps
+    )
 
 
 def remove_old(workdir: pathlib.Path) -> None:

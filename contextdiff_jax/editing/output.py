@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pathlib
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -22,14 +23,32 @@ def save_gif(clip: Clip, path: pathlib.Path, fps: float) -> None:
 
     Pillow's `save` joins equal neighbours into one frame, which no reader can take apart again.
     """
+    with path.open("wb") as file:
+        write_gif(clip, file, fps)
+
+
+def write_gif(clip: Clip, file: BinaryIO, fps: float) -> None:
+    """`save_gif`'s bytes."""
     frames = [Image.fromarray(frame).convert("P", palette=Image.Palette.ADAPTIVE) for frame in clip]
     options = {"duration": max(20, 10 * round(100 / fps)), "disposal": 2}
     header, _ = GifImagePlugin.getheader(frames[0], info={"loop": 0, **options})
-    with path.open("wb") as file:
-        file.writelines(header)
-        for frame in frames:
-            file.writelines(GifImagePlugin.getdata(frame, include_color_table=True, **options))
-        file.write(b";")
+    file.writelines(header)
+    for frame in frames:
+        file.writelines(GifImagePlugin.getdata(frame, include_color_table=True, **options))
+    file.write(b";")
+
+
+def mosaic(rows: Sequence[Sequence[Clip]], scale: int = 2) -> Clip:
+    """Clips of one shape as one, in rows and columns, white between, enlarged by whole pixels."""
+    gap = ((0, 0), (_GAP, _GAP), (_GAP, _GAP), (0, 0))
+
+    def framed(clip):
+        enlarged = clip.repeat(scale, axis=1).repeat(scale, axis=2)
+        return np.pad(enlarged, gap, constant_values=255)
+
+    return np.concatenate(
+        [np.concatenate([framed(clip) for clip in row], axis=2) for row in rows], axis=1
+    )
 
 
 def save_mp4(clip: Clip, path: pathlib.Path, fps: float) -> None:
