@@ -31,7 +31,7 @@ WORKDIR = cli.define_path(
 cli.group("A part of it")
 VARIANTS = flags.DEFINE_list("variants", [], "Only these; default: the plan's.")
 SEEDS = flags.DEFINE_list("seeds", [], "These seeds instead of the plan's, for the variants above.")
-LOGGER = logging.getLogger(__name__)
+LOGGER = logging.getLogger("contextdiff_jax.experiment")  # also where it is `__main__`
 
 
 def main() -> None:
