@@ -12,7 +12,6 @@ alone too, with its prompt, seed, sampler, steps and guidance in the PNG's text.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,6 @@ from absl import flags
 from contextdiff_jax import cli
 from contextdiff_jax.runtime import host
 from contextdiff_jax.runtime.texts import read_lines
-
-LOGGER = logging.getLogger("contextdiff_jax.sample")  # also where it is `__main__`
 
 cli.group("Model and prompts")
 WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
@@ -229,7 +226,7 @@ def main() -> None:
     else:
         way, options = pipeline.text_to_image, options | {"size": size}
     count = len(prompts) * NUM.value
-    LOGGER.info(
+    cli.LOGGER.info(
         "drawing %d pictures in %d steps; what is new is compiled first", count, made["steps"]
     )
     images = way(prompts, **given, **options)
