@@ -85,6 +85,8 @@ class _Config(ConfigFileFlagParser):
             file = configs.find(expand(name, ""))
         except ValueError as error:
             raise flags.Error(f"--config={error}") from None
+        if os.getcwd() not in sys.path:  # as `python -m`: a config may import its neighbours
+            sys.path.append(os.getcwd())
         try:
             return super().parse(f"{file}{colon}{rest}")
         except ImportError as error:
