@@ -30,7 +30,7 @@ def wide(monkeypatch):
 def test_the_help_of_a_command_has_its_example_and_each_of_its_flags_once(name, wide):
     with command_of(file_of(name)) as (defined, main):
         own = sorted(flag for flag in defined if flag not in cli._BEFORE)
-        page = cli.make_help(main)  # which imports what has flags of its own: grain
+        page = cli.make_help(main)  # imports libraries, which define flags of their own
     assert page.startswith(f"Example:\n  python -m contextdiff_jax.{name} --")
     shown = re.findall(r"^  --(?:\[no\])?(\w+)(?=[= \n]|$)", page, re.M)
     assert sorted(shown) == own and "flagfile" not in page
