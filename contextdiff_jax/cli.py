@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import pathlib
@@ -27,6 +28,7 @@ from contextdiff_jax.runtime.host import collect_garbage_seldom, keep_freed_memo
 from contextdiff_jax.runtime.keys import LARGEST
 
 _BEFORE = {*flags.FLAGS}  # of the libraries; --help of a command shows what it defines itself
+LOGGER = logging.getLogger(__name__)  # a command's own would be `__main__`'s, which is silent
 CONFIG = None
 GROUPS: list[tuple[str, set[str]]] = []  # titles, each with the names of the flags before it
 # What stands for a flag's value in --help, by its type; TEXT for the others.
@@ -83,6 +85,8 @@ class _Config(ConfigFileFlagParser):
             file = configs.find(expand(name, ""))
         except ValueError as error:
             raise flags.Error(f"--config={error}") from None
+        if os.getcwd() not in sys.path:  # as `python -m`: a config may import its neighbours
+            sys.path.append(os.getcwd())
         try:
             return super().parse(f"{file}{colon}{rest}")
         except ImportError as error:

@@ -9,7 +9,6 @@ docs/experiments.md.
 from __future__ import annotations
 
 import fcntl
-import logging
 import pathlib
 
 from absl import flags
@@ -31,7 +30,6 @@ WORKDIR = cli.define_path(
 cli.group("A part of it")
 VARIANTS = flags.DEFINE_list("variants", [], "Only these; default: the plan's.")
 SEEDS = flags.DEFINE_list("seeds", [], "These seeds instead of the plan's, for the variants above.")
-LOGGER = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -65,7 +63,7 @@ def main() -> None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                LOGGER.info("%s: another process is at it", cell.name)
+                cli.LOGGER.info("%s: another process is at it", cell.name)
                 continue
             if cell.result(out / f"{name}.jsonl") is None:
                 run_cell(cell, folder, out / f"{name}.jsonl")

@@ -232,6 +232,10 @@ def main() -> None:
         way, options = pipeline.image_to_image, options | {"strength": STRENGTH.value}
     else:
         way, options = pipeline.text_to_image, options | {"size": size}
+    count = len(prompts) * NUM.value
+    cli.LOGGER.info(
+        "drawing %d pictures in %d steps; what is new is compiled first", count, made["steps"]
+    )
     images = way(prompts, **given, **options)
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from absl import flags
-from command_flags import command_of, parse
+from command_flags import command_of, flags_of, parse
 from conftest import ROOT
 
 from contextdiff_jax import cli
@@ -86,3 +86,18 @@ def test_a_config_that_cannot_be_imported_is_one_line(tmp_path):
     (tmp_path / "mine.py").write_text("import no_such_module\n")
     with pytest.raises(flags.Error, match=r"^--config=\S+/mine.py: No module named 'no_such_mod"):
         parse(file_of("train"), [f"--config={tmp_path}/mine.py"])
+
+
+def test_a_config_may_import_what_lies_in_the_working_folder(tmp_path, monkeypatch):
+    """As by `python -m`: a console script has its own folder in sys.path instead."""
+    (tmp_path / "a_neighbour.py").write_text("STEPS = 7\n")
+    (tmp_path / "mine.py").write_text(
+        "from ml_collections import ConfigDict\n\nimport a_neighbour\n\n\n"
+        "def get_config():\n    return ConfigDict({'train': {'steps': a_neighbour.STEPS}})\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    with flags_of(file_of("train")) as defined:
+        defined(["train", "--config=mine.py"])
+        assert defined["config"].value.train.steps == 7
+    assert sys.path[-1] == str(tmp_path)

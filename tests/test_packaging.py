@@ -60,6 +60,8 @@ def test_the_wheel_holds_the_package_with_its_configs_and_nothing_beside_it(unpa
     wanted |= {f"configs/{file.relative_to(configs.FOLDER)}" for file in configs.FOLDER.rglob("*")
                if file.is_file()}  # fmt: skip
     assert packed == {name for name in wanted if "__pycache__" not in name}
+    for file in (unpacked / "contextdiff_jax/configs").rglob("*.py"):  # there is no `configs` there
+        assert not re.search(r"^(from|import) configs\b", file.read_text(), re.M), file
 
 
 def test_every_command_has_its_console_script_and_every_requirements_file_its_extra(unpacked):
