@@ -193,6 +193,7 @@ def damaged(folder: pathlib.Path, change) -> None:
             lambda v, t: v["config"]["data"].update(tokenizer="/etc/passwd"),
             "data.tokenizer='/etc/passwd': must lie in the folder",
         ),
+        (lambda v, t: v["config"].update(data="x"), "data='x': must be a section"),
         (lambda v, t: v["config"]["train"].update(stepz=1), "train.stepz=1: unknown field"),
         (
             lambda v, t: t.pop("context.gamma"),
