@@ -80,6 +80,8 @@ def test_a_folder_of_that_name_wins_and_nothing_is_asked_for(hub):
     assert find("org/other") == "org/other"  # of a folder that is here: a mistyped path
     assert find("runs/name") == "runs/name"
     assert find("gs://org/name") == "gs://org/name"
+    pathlib.Path("v.safetensors").touch()  # a single-file checkpoint, whose parts are paths
+    assert find("v.safetensors/unet") == "v.safetensors/unet"
     assert not hub.requests
     assert find("hf://org/name") != "org/name"
 
@@ -160,9 +162,10 @@ def test_the_files_that_are_read_are_those_that_are_downloaded(files, part, want
 
 
 def test_a_name_is_told_from_a_path():
-    assert parse_name("org/na.me-2@refs.1/a/b") == ("org/na.me-2", "refs.1", "a/b")
+    assert parse_name("org/na.me-2@refs.1/a/b") == ("org/na.me-2", "refs.1", "a/b", "model")
     assert str(parse_name("org/name@v1/vae")) == "org/name@v1/vae"
-    for path in ("name", "/org/name", "./org/name", "~/name", "org/name@", "../org/name", "a b/c"):
+    paths = ("name", "/org/name", "./org/name", "~/name", "org/name@", "../org/name", "a b/c")
+    for path in (*paths, "org/name/../secret"):
         assert parse_name(path) is None, path
 
 

@@ -7,12 +7,14 @@ import os
 import pathlib
 import shutil
 import stat
+import tarfile
 
+import command_flags
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import SMALLEST, command, config_dict, one_line, random_params
+from conftest import ROOT, SMALLEST, command, config_dict, one_line, random_params
 from flax import nnx
 from latent_runs import PROMPTS, config_of
 from loopback_hub import serving
@@ -29,6 +31,7 @@ from contextdiff_jax.runs import saved
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.runs.saved import Description
+from contextdiff_jax.runtime import hub as names
 from contextdiff_jax.runtime.hub import SHIPPED, find, shipped_names
 from contextdiff_jax.settings import parse, to_config
 
@@ -193,6 +196,7 @@ def damaged(folder: pathlib.Path, change) -> None:
             lambda v, t: v["config"]["data"].update(tokenizer="/etc/passwd"),
             "data.tokenizer='/etc/passwd': must lie in the folder",
         ),
+        (lambda v, t: v["config"].update(data="x"), "data='x': must be a section"),
         (lambda v, t: v["config"]["train"].update(stepz=1), "train.stepz=1: unknown field"),
         (
             lambda v, t: t.pop("context.gamma"),
@@ -270,6 +274,36 @@ def test_a_run_starts_from_a_pipeline_of_the_hub_and_its_config_keeps_the_names(
         local = config_of(sd)
         assert local["latent"]["vae"] == str(sd / "vae")
         assert Pipeline.open("org/sd").opened.shape == Pipeline.open(sd).opened.shape
+
+
+def test_the_command_writes_a_run_as_one_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # the run's config names its tokenizer from there
+    with tarfile.open(ROOT / "tests" / "saved_run" / "run.tar.xz") as archive:
+        archive.extractall(tmp_path / "run", filter="data")
+    run, model = tmp_path / "run", tmp_path / "model"
+    convert = ROOT / "contextdiff_jax" / "convert.py"
+    options = ["--dtype=float16", "--license=mit"]
+    command_flags.run(convert, [f"--source={run}", f"--target={model}", *options])
+    before, after = load_run(str(run)), load_run(str(model))
+    assert after.step == before.step == 300
+    assert_same(before.params, after.params, 1e-3)
+    assert after.settings.data.tokenizer == str(model / "tokenizer.json")
+    assert "license: mit" in (model / "README.md").read_text()
+    for more, message in (
+        ([f"--source={model}", "--dtype=float16"], "--dtype=float16: is for a run, .* is none"),
+        ([f"--source={run}", "--reverse", "--license=x"], "--license=x: .* without --reverse"),
+        ([f"--source={model}"], "--source=.*model: holds no model of ours"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            command_flags.run(convert, [f"--target={tmp_path}/new", *more])
+        one_line(error)
+
+
+def test_results_of_a_model_by_its_name_need_a_folder(folder, monkeypatch):
+    monkeypatch.setattr(names, "SHIPPED", folder.parent)
+    evaluate = ROOT / "contextdiff_jax" / "evaluate.py"
+    with pytest.raises(ValueError, match="--out: missing; --workdir=model is a name"):
+        command_flags.run(evaluate, ["--workdir=model", "--metrics=bound"])
 
 
 @pytest.mark.parametrize("folder", sorted(SHIPPED.iterdir()), ids=lambda path: path.name)

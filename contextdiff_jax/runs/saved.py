@@ -37,7 +37,7 @@ from contextdiff_jax.pretrained.folder_files import (
 )
 from contextdiff_jax.pretrained.pipeline_folder import encoder_names, is_pipeline, read_index
 from contextdiff_jax.runs.card import make_card
-from contextdiff_jax.runtime.fields import check_choice
+from contextdiff_jax.runtime.fields import check_choice, check_section
 from contextdiff_jax.runtime.files import write_json
 from contextdiff_jax.settings import Settings, to_config
 
@@ -153,7 +153,11 @@ def read_config(folder: Path, values: Mapping[str, Any]) -> tuple[dict[str, Any]
     config, step = values.get("config"), values.get("step")
     if not isinstance(config, dict) or type(step) is not int:
         raise ValueError(f"{file}: lacks config or step; not as Pipeline.save wrote it")
+    for section in {section for section, _ in (*HELD, *_LEFT_OUT)}:
+        check_section(section, config.get(section, {}))
     config = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
+    for section, field in (*_LEFT_OUT, ("data", "index_folder")):  # whoever wrote it
+        config.get(section, {}).pop(field, None)
     for section, field in HELD:
         name = config.get(section, {}).get(field)
         if not name:

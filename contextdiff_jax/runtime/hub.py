@@ -69,17 +69,17 @@ def shipped_names() -> list[str]:
 
 
 def parse_name(text: str) -> HubName | None:
-    """The parts of a hub's name; None for a path, which is what has a folder of its first part
-    beside it, or begins with `runs`. `hf://` says that it is a name.
+    """The parts of a hub's name; None for a path, which is what begins with something that is here
+    (FILE.safetensors/unet, too), or with `runs`. `hf://` says that it is a name.
     """
     given = text.removeprefix(SCHEME)
     match = _NAME.fullmatch(given.rstrip("/"))
-    if match is None:
+    if match is None or {".", ".."} & set(given.split("/")):
         if given != text:
             raise ValueError(f"{text}: no name of the hub's; must be {SCHEME}ORG/NAME[@REVISION]")
         return None
     owner = match[1].partition("/")[0]
-    if given == text and (owner in _OURS or os.path.isdir(owner)):
+    if given == text and (owner in _OURS or os.path.lexists(owner)):
         return None
     return HubName(match[1], match[2] or "main", match[3].strip("/"))
 
