@@ -66,5 +66,10 @@ def main() -> None:
         server.serve(page, files, host=HOST.value, port=PORT.value, password=password)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `main` with the flags of the command line."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

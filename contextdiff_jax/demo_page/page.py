@@ -8,7 +8,7 @@ import gradio as gr
 
 from contextdiff_jax.demo_page import look
 from contextdiff_jax.demo_page.clips import ClipStudio
-from contextdiff_jax.demo_page.components import local_files_alone, make_editor, make_file
+from contextdiff_jax.demo_page.components import File, MaskEditor, UploadButton
 from contextdiff_jax.demo_page.handlers import (
     CONTROLS,
     NOISE,
@@ -82,9 +82,7 @@ def _pictures(studio: Studio, handlers: PictureHandlers) -> None:
             )
             with gr.Row():
                 use_last = gr.Button("Start from the newest picture", size="sm")
-                restore = local_files_alone(
-                    gr.UploadButton("Restore settings from a PNG", size="sm", elem_id="restore")
-                )
+                restore = UploadButton("Restore settings from a PNG", size="sm", elem_id="restore")
     asked = [controls[name] for name in CONTROLS]
     begin.change(lambda way: gr.update(visible=way == PICTURE), begin, from_picture, **AT_ONCE)
     drawing = gr.on(
@@ -133,10 +131,13 @@ def _words(studio: Studio) -> tuple[dict[str, Any], dict[str, gr.Button]]:
 
 def _picture(controls: dict[str, Any]) -> tuple[gr.File, gr.ImageEditor]:
     """The fields for a picture to start from."""
-    file = make_file(
+    file = File(
         label="A picture: PNG, JPEG or WebP, up to 10 MB", height=150, elem_id="picture-file"
     )
-    editor = make_editor(
+    editor = MaskEditor(
+        sources=(),
+        layers=False,
+        transforms=(),
         label="Mask",
         brush=gr.Brush(colors=["#0f766ecc"], color_mode="fixed", default_size=48),
         canvas_size=(512, 512),
@@ -206,7 +207,7 @@ def _clips(handlers: ClipHandlers) -> None:
     clip = gr.State(None)
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=330):
-            file = make_file(
+            file = File(
                 label="A clip: GIF, WebP, MP4, WebM, up to 10 MB", height=150, elem_id="clip-file"
             )
             example = gr.Button(
