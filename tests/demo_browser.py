@@ -18,7 +18,7 @@ from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.settings import parse
 
-PATIENCE = 120_000  # milliseconds
+PATIENCE = 300_000  # milliseconds: a busy machine's
 
 
 def free_port() -> int:

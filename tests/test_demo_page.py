@@ -79,7 +79,7 @@ def test_a_picture_to_start_from_is_masked_and_hostile_ones_are_refused(address,
             page.wait_for_selector("#picture-file input[type=file]", state="attached")
         assert "no picture to start from yet" in draw(page, "a large red circle")
         assert said(page, lambda: choose(page, tmp_path / "good.png")).startswith("Draw over")
-        assert "Done from yours" in draw(page, "a large red circle")
+        assert "Done from your picture" in draw(page, "a large red circle")
         box = page.locator("#editor canvas").first.bounding_box()
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         page.mouse.move(x - 60, y)
