@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+import signal
+import sys
 import tempfile
 
 from absl import flags
@@ -47,6 +49,7 @@ def read_name() -> str:
 def main() -> None:
     """Parses, opens, serves."""
     name = read_name()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the visitors' files are removed
     password = PASSWORD.value or os.environ.get("CONTEXTDIFF_PASSWORD")
     with tempfile.TemporaryDirectory(prefix="contextdiff-demo-") as folder:
         files = pathlib.Path(folder)
@@ -58,9 +61,11 @@ def main() -> None:
             raise ValueError(
                 f"the page needs {error.name}: pip install -r requirements-demo.txt"
             ) from None
+        from etils import epath
+
         from contextdiff_jax.inference import Pipeline
 
-        host.set_compilation_cache(host.user_cache() if MODEL.value else pathlib.Path(name))
+        host.set_compilation_cache(host.user_cache() if MODEL.value else epath.Path(name))
         pipeline = Pipeline.open(name, WEIGHTS.value)
         page = server.make_page(pipeline, name, files)
         server.serve(page, files, host=HOST.value, port=PORT.value, password=password)

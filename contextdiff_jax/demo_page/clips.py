@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from flax import nnx
 from jaxtyping import UInt8
 
@@ -25,15 +24,14 @@ from contextdiff_jax.demo_page.worker import Worker
 from contextdiff_jax.editing import output
 from contextdiff_jax.editing.attention import align
 from contextdiff_jax.editing.end_to_end import Programs, edit_clip
-from contextdiff_jax.editing.settings import EditConfig, EditSettings, VideoConfig, parse_edit
+from contextdiff_jax.editing.settings import EditConfig, EditSettings, VideoConfig
 from contextdiff_jax.editing.tuning import init_tuning, make_tuning_step, trainable
 from contextdiff_jax.editing.video_model import Editor, open_editor
 from contextdiff_jax.evaluation import edit_scores
+from contextdiff_jax.inference.pipeline import Pipeline
 from contextdiff_jax.models.video import VideoDiffusion
-from contextdiff_jax.pretrained.folder_files import read_json
-from contextdiff_jax.pretrained.pipeline_folder import is_pipeline
-from contextdiff_jax.runtime.fields import defaults
-from contextdiff_jax.settings import TrainConfig
+from contextdiff_jax.parallel.mesh import MeshConfig
+from contextdiff_jax.settings import Settings, TrainConfig
 
 Clip = UInt8[np.ndarray, "F H W 3"]
 FPS = 8
@@ -77,21 +75,22 @@ class EditedClip:
 class ClipStudio:
     """A run's model for visitors' clips; `why_not` says why there is none of it."""
 
-    def __init__(self, folder: str, side: int, worker: Worker):
-        self.folder, self.side, self.worker = folder, side, worker
-        self.why_not, self.config = "", {}
-        if is_pipeline(folder):
+    def __init__(self, pipeline: Pipeline, folder: str, worker: Worker):
+        self.folder, self.worker = folder, worker
+        self.side = pipeline.opened.shape[0] * pipeline.opened.factor
+        trained = pipeline.opened.identity  # a run's settings; a folder has none
+        self.trained = trained if isinstance(trained, Settings) else None
+        self.why_not = ""
+        if self.trained is None:
             self.why_not = (
                 "Clips are edited here by models that this package trained. A Stable Diffusion "
-                "folder takes minutes to hours a clip: `python -m contextdiff_jax.edit` does it."
+                "folder takes minutes to hours a clip: python -m contextdiff_jax.edit does it."
             )
-            return
-        self.config = read_json(epath.Path(folder) / "config.json", "a run's config")
 
     @property
     def draws_shapes(self) -> bool:
         """Whether the model knows moving shapes, which the page can draw as an example."""
-        return self.config.get("data", {}).get("source") == "shapes"
+        return self.trained is not None and self.trained.data.source == "shapes"
 
     def example(self, seed: int) -> tuple[Clip, str, str]:
         """Return a clip of a moving shape, what it shows, and an edit of its colour."""
@@ -119,16 +118,15 @@ class ClipStudio:
 
     def settings(self, frames: int, wish: ClipWish) -> EditSettings:
         """Return the edit's settings: the run's own, tuned for seconds, with the wish's."""
-        train = dict(
+        train = TrainConfig(
             steps=wish.tuning,
             batch_size=1,
             learning_rate=1e-3,
             warmup_steps=min(5, wish.tuning),
             decay="constant",
             ema_decay=0.9,
-            sample_every=0,
         )
-        video = dict(
+        video = VideoConfig(
             path="clip",
             model=self.folder,
             prompt=wish.prompt,
@@ -137,7 +135,7 @@ class ClipStudio:
             size=(self.side, self.side),
             fps=FPS,
         )
-        edit = dict(
+        edit = EditConfig(
             steps=20,
             strength=wish.strength,
             guidance=wish.guidance,
@@ -146,12 +144,8 @@ class ClipStudio:
             iterations=10,
             blend="changed" if wish.keep else "",
         )
-        sections = {
-            "train": defaults(TrainConfig) | train,
-            "video": defaults(VideoConfig) | video,
-            "edit": defaults(EditConfig) | edit,
-        }
-        return parse_edit(self.config | sections)
+        base = dataclasses.replace(self.trained, train=train, mesh=MeshConfig())
+        return EditSettings(base=base, video=video, edit=edit)
 
 
 def _edit(clip: Clip, settings: EditSettings, report: Callable[[str], None]) -> EditedClip:

@@ -1,76 +1,96 @@
 """Gradio's components for what visitors send, without their decoding and their downloads.
 
 Gradio decodes pictures before a handler sees them, fetches a file that a request names by a URL,
-and keeps blobs of an editor without bounds. Here a handler gets paths or bytes, bounded, and
-`uploads` decodes them. The methods are replaced on the instances, because a subclass would have
-Gradio write a stub file beside this module: handlers set these components' values, and never
-their properties, for which Gradio makes new instances.
+and keeps an editor's drawings without bounds. Here a handler gets paths or bytes, bounded, and
+`uploads` decodes them.
 """
 
 from __future__ import annotations
 
+import abc
+import pathlib
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from contextdiff_jax.demo_page.limits import MAX_UPLOAD, WAITING
+import gradio as gr
+from gradio.components.base import server
 
-if TYPE_CHECKING:
-    import gradio as gr
+from contextdiff_jax.demo_page.limits import MAX_STROKES, MAX_UPLOAD, WAITING
 
-EDITORS = 4 * WAITING  # drawings that wait for their click, the oldest of which go
-LAYERS = 4  # of a drawing
+DRAWINGS = 4 * WAITING  # that are kept; the oldest go
 
 
-def local_files_alone(component: gr.components.Component) -> gr.components.Component:
-    """Return the component; it refuses files that a request names by a URL."""
-    move = component.async_move_resource_to_block_cache
+def _subclass(base: type, **attributes: Any) -> type:
+    """The subclass, whose front end is the base's. Made by ABCMeta, because Gradio's metaclass
+    would write a stub file beside this module.
+    """
+    attributes |= {"is_template": True, "__module__": __name__}
+    return abc.ABCMeta.__new__(type(base), base.__name__, (base,), attributes)
 
-    async def moved(path: Any) -> str | None:
+
+def _local_alone(base: type) -> Any:
+    """A method for a subclass of `base`, which moves a file to where Gradio serves it from."""
+
+    async def move(self: Any, path: Any) -> str | None:
         if str(path or "").lower().startswith(("http:", "https:")):
             raise ValueError("Files are taken from uploads alone, not from addresses.")
-        return await move(path)
+        return await base.async_move_resource_to_block_cache(self, path)
 
-    component.async_move_resource_to_block_cache = moved
-    return component
-
-
-def make_file(**options: Any) -> gr.File:
-    """Return a field for one uploaded file, whose path the handler gets."""
-    import gradio as gr
-
-    return local_files_alone(gr.File(type="filepath", file_count="single", **options))
+    return move
 
 
-def make_editor(**options: Any) -> gr.ImageEditor:
-    """Return an editor for strokes on a picture; the handler gets the layers' files as bytes."""
-    import gradio as gr
+def _local(base: type, **attributes: Any) -> type:
+    return _subclass(base, async_move_resource_to_block_cache=_local_alone(base), **attributes)
 
-    editor = gr.ImageEditor(sources=(), layers=False, transforms=(), **options)
-    editor.blob_storage, add = OrderedDict(), editor.accept_blobs
 
-    def accept_blobs(data: Any) -> None:
-        index = str(data.data.get("index") or "0")
-        too_large = any(len(file) > MAX_UPLOAD for _, file in data.files)
-        if too_large or not (index == "null" or (index.isdecimal() and int(index) < LAYERS)):
+File = _local(gr.File)
+UploadButton = _local(gr.UploadButton)
+
+
+class Drawings:
+    """The strokes that browsers have sent, of all visitors, in the order in which they came."""
+
+    def __init__(self, most: int = DRAWINGS):
+        self._files: OrderedDict[str, bytes] = OrderedDict()
+        self._most = most
+
+    def accept(self, kind: Any, index: Any, name: Any, file: bytes) -> None:
+        """Keeps an editor's only layer; its other parts aren't read. ValueError for a large one."""
+        if kind != "layer" or str(index) not in ("0", "null", "None"):
+            return
+        if len(file) > MAX_STROKES:
             raise ValueError("The drawing is too large.")
-        while len(editor.blob_storage) >= EDITORS:
-            editor.blob_storage.popitem(last=False)
-        add(data)
+        self._files[str(name)[:100]] = file
+        while len(self._files) > self._most:
+            self._files.popitem(last=False)
 
-    def preprocess(payload: Any) -> list[bytes]:
-        if payload is None:
-            return []
-        drawn = payload if payload.id is None else editor.blob_storage.pop(payload.id, None)
-        layers = (drawn.layers or [])[:LAYERS] if drawn is not None else []
-        return [_read(layer) for layer in layers if layer is not None]
-
-    accept_blobs._is_server_fn = True  # Gradio's mark of what browsers may call
-    editor.accept_blobs, editor.preprocess = accept_blobs, preprocess
-    return local_files_alone(editor)
+    def find(self, name: str) -> bytes | None:
+        """Return a drawing by the browser's name of it; it may be asked for again."""
+        return self._files.get(name[:100])
 
 
-def _read(layer: Any) -> bytes:
-    if isinstance(layer, bytes):
-        return layer
-    with open(layer.path, "rb") as file:  # Gradio has checked that it is an upload of this page
-        return file.read(MAX_UPLOAD + 1)
+DRAWN = Drawings()
+
+
+@server
+def _accept_blobs(self: Any, data: Any) -> None:
+    """Called by the browser with each part of the picture in the editor."""
+    about = data.data
+    file = data.files[0][1] if data.files else b""
+    DRAWN.accept(about.get("type"), about.get("index"), about.get("id"), file)
+
+
+def _preprocess(self: Any, payload: Any) -> list[bytes]:
+    """What a handler gets: the layers' files."""
+    if payload is None:
+        return []
+    if payload.id is not None:
+        drawn = DRAWN.find(payload.id)
+        return [] if drawn is None else [drawn]
+    # Gradio has checked that these are uploads of this page.
+    paths = [layer.path for layer in (payload.layers or [])[:1] if layer is not None]
+    files = [path for path in map(pathlib.Path, paths) if path.stat().st_size <= MAX_UPLOAD]
+    return [file.read_bytes() for file in files]
+
+
+MaskEditor = _local(gr.ImageEditor, preprocess=_preprocess, accept_blobs=_accept_blobs)

@@ -87,8 +87,10 @@ class PictureHandlers:
                 before = shown
             gallery = self._with(gallery, shown)
             took = time.monotonic() - began
-            way = "" if start is None else " by inpainting" if mask is not None else " from yours"
-            said = f"Done{way} in {took:.1f} seconds. The settings are in the PNG; see the gallery."
+            way = " by inpainting" if mask is not None else ""
+            if start is not None and mask is None:
+                way = " from your picture"
+            said = f"Done{way} in {took:.1f} seconds. Each PNG carries its settings."
             yield self._stage(shown), gallery, gallery, look.status(said)
         except Exception as error:
             yield failed(error, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 MAX_TEXT = 1000  # characters of a prompt
 MAX_UPLOAD = 10 * 2**20  # bytes of a file
+MAX_STROKES = 2 * 2**20  # bytes of a drawn mask
 MAX_BODY = MAX_UPLOAD + 2**20  # bytes of any request
 MAX_KEPT = 2**30  # bytes of all that the page keeps: uploads, and pictures of the galleries
 MAX_PIXELS = 25_000_000  # of a picture, checked before it is decoded: 100 MB in memory

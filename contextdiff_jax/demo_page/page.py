@@ -8,7 +8,7 @@ import gradio as gr
 
 from contextdiff_jax.demo_page import look
 from contextdiff_jax.demo_page.clips import ClipStudio
-from contextdiff_jax.demo_page.components import local_files_alone, make_editor, make_file
+from contextdiff_jax.demo_page.components import File, MaskEditor, UploadButton
 from contextdiff_jax.demo_page.handlers import (
     CONTROLS,
     NOISE,
@@ -51,42 +51,26 @@ def build_page(
 
 
 def _pictures(studio: Studio, handlers: PictureHandlers) -> None:
-    made, start = gr.State([]), gr.State(None)
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=330):
             controls, buttons = _words(studio)
             begin = gr.Radio(
                 [NOISE, PICTURE],
-                value=NOISE,
+                value=PICTURE if studio.pipeline.opened.only_inpaints else NOISE,
                 label="Start from",
                 elem_id="begin",
-                visible=not studio.pipeline.opened.only_inpaints,
             )
-            with gr.Column(visible=False, elem_id="from-picture") as from_picture:
+            with gr.Column(visible=begin.value == PICTURE) as from_picture:
                 file, editor = _picture(controls)
             beside = _settings(studio, controls, buttons)
         with gr.Column(scale=7, min_width=360):
-            empty = "Your picture appears here."
-            stage = gr.HTML(look.empty_stage(empty), padding=False, elem_id="stage")
-            status = gr.HTML(look.status(), padding=False, elem_id="status")
-            gallery = gr.Gallery(
-                label="Gallery: click a picture to restore its settings",
-                columns=6,
-                height="auto",
-                object_fit="contain",
-                interactive=False,
-                allow_preview=False,
-                buttons=[],
-                elem_id="gallery",
-                visible=True,
-            )
+            stage, status, gallery = _results()
             with gr.Row():
-                use_last = gr.Button("Start from the newest picture", size="sm")
-                restore = local_files_alone(
-                    gr.UploadButton("Restore settings from a PNG", size="sm", elem_id="restore")
-                )
+                buttons["use_last"] = gr.Button("Start from the newest picture", size="sm")
+                restore = UploadButton("Restore settings from a PNG", size="sm", elem_id="restore")
     asked = [controls[name] for name in CONTROLS]
     begin.change(lambda way: gr.update(visible=way == PICTURE), begin, from_picture, **AT_ONCE)
+    made, start = gr.State([]), gr.State(None)
     drawing = gr.on(
         [buttons["draw"].click, controls["prompt"].submit], lambda: WAIT, None, status, **AT_ONCE
     ).then(
@@ -100,7 +84,7 @@ def _pictures(studio: Studio, handlers: PictureHandlers) -> None:
     canvas = [start, editor, begin, status]
     file.upload(guarded(4)(handlers.upload), file, canvas, **QUICK)
     file.clear(guarded(4)(handlers.upload), file, canvas, **QUICK)
-    use_last.click(guarded(4)(handlers.use_last), made, canvas, **QUICK)
+    buttons["use_last"].click(guarded(4)(handlers.use_last), made, canvas, **QUICK)
     restored = [*asked, status]
     restore.upload(guarded(len(restored))(handlers.restore), restore, restored, **QUICK)
 
@@ -108,6 +92,24 @@ def _pictures(studio: Studio, handlers: PictureHandlers) -> None:
         return guarded(len(restored))(handlers.select)(album, event)
 
     gallery.select(select, made, restored, **QUICK)
+
+
+def _results() -> tuple[gr.HTML, gr.HTML, gr.Gallery]:
+    """The pictures that are made, what is said of them, and those that were made before."""
+    empty = "Your picture appears here."
+    stage = gr.HTML(look.empty_stage(empty), padding=False, elem_id="stage")
+    status = gr.HTML(look.status(), padding=False, elem_id="status")
+    gallery = gr.Gallery(
+        label="Gallery: click a picture to restore its settings",
+        columns=6,
+        height="auto",
+        object_fit="contain",
+        interactive=False,
+        allow_preview=False,
+        buttons=[],
+        elem_id="gallery",
+    )
+    return stage, status, gallery
 
 
 def _words(studio: Studio) -> tuple[dict[str, Any], dict[str, gr.Button]]:
@@ -133,10 +135,13 @@ def _words(studio: Studio) -> tuple[dict[str, Any], dict[str, gr.Button]]:
 
 def _picture(controls: dict[str, Any]) -> tuple[gr.File, gr.ImageEditor]:
     """The fields for a picture to start from."""
-    file = make_file(
+    file = File(
         label="A picture: PNG, JPEG or WebP, up to 10 MB", height=150, elem_id="picture-file"
     )
-    editor = make_editor(
+    editor = MaskEditor(
+        sources=(),
+        layers=False,
+        transforms=(),
         label="Mask",
         brush=gr.Brush(colors=["#0f766ecc"], color_mode="fixed", default_size=48),
         canvas_size=(512, 512),
@@ -206,7 +211,7 @@ def _clips(handlers: ClipHandlers) -> None:
     clip = gr.State(None)
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=330):
-            file = make_file(
+            file = File(
                 label="A clip: GIF, WebP, MP4, WebM, up to 10 MB", height=150, elem_id="clip-file"
             )
             example = gr.Button(

@@ -54,7 +54,7 @@ def make_page(pipeline: Pipeline, folder: str, files: pathlib.Path) -> gr.Blocks
     source = (pipeline.opened.source or folder).replace(folder, named)
     worker = Worker()
     studio = Studio(pipeline, worker, source)
-    clips = ClipHandlers(ClipStudio(folder, studio.size[0], worker))
+    clips = ClipHandlers(ClipStudio(pipeline, folder, worker))
     pictures = PictureHandlers(studio, Album(files / "pictures"))
     height, width = studio.size
     kind = jax.devices()[0].device_kind
