@@ -1,8 +1,9 @@
 """python -m contextdiff_jax.evaluate --workdir=DIR --metrics=composition,bound,fid
+python -m contextdiff_jax.evaluate --samples=DIR --reference=DIR --features=FILE --metrics=fid,kid
 
 Score a run's samples and its likelihood, with 95% intervals. A table on the terminal,
 DIR/metrics.json, and the page DIR/report/index.html. What each metric is, and what it needs:
-docs/evaluation.md.
+docs/evaluation.md. With --samples two folders of pictures are compared, without a run.
 """
 
 from __future__ import annotations
@@ -36,8 +37,21 @@ cli.list_names("metrics", {"some of": cli.METRICS})
 NUM = flags.DEFINE_integer(
     "num", 256, "Samples, and pictures of the bound, a split.", lower_bound=2
 )
-REFERENCE = flags.DEFINE_integer(
-    "reference", 2048, "Real pictures a split to compare with.", lower_bound=2
+REFERENCE = cli.define_path(
+    "reference",
+    "2048",
+    "Real pictures a split to compare with; with --samples a folder of pictures, or a file of "
+    "--save_statistics.",
+)
+SAMPLES = cli.define_path(
+    "samples", "", "A folder of pictures, whoever made them, to compare with --reference's."
+)
+RESIZE = flags.DEFINE_string(
+    "resize", "pytorch-fid", "With --samples: whose way to Inception's 299 pixels."
+)
+cli.list_names("resize", {"one of": "contextdiff_jax.evaluation.folders:RESIZES"})
+SAVE_STATISTICS = cli.define_path(
+    "save_statistics", "", "With --samples: file for --reference's statistics, to be used again."
 )
 FEATURES = cli.define_path(
     "features", "", "A classifier's folder or Inception's weights; default: DIR/classifier."
@@ -66,6 +80,7 @@ def checked_flags() -> dict[str, Any]:
     from contextdiff_jax.evaluation.metrics import METRICS as KNOWN
     from contextdiff_jax.settings import SampleConfig
 
+    count_of(REFERENCE.value)
     if not METRICS.value:
         raise ValueError(f"--metrics: the list is empty; of {', '.join(KNOWN)}")
     for name in METRICS.value:
@@ -106,13 +121,57 @@ def _open(run: Run, options: SampleConfig) -> Evaluation:
         clip=CLIP.value,
         num=NUM.value,
         seed=SEED.value,
-        reference=REFERENCE.value,
+        reference=count_of(REFERENCE.value),
         bound_timesteps=BOUND_TIMESTEPS.value,
     )
 
 
+def count_of(reference: str) -> int:
+    """--reference without --samples, a number."""
+    if not reference.isdecimal() or int(reference) < 2:
+        raise ValueError(
+            f"--reference={reference}: must be at least 2; a folder goes with --samples"
+        )
+    return int(reference)
+
+
+def compare_folders() -> None:
+    """--samples against --reference: the distances, and DIR/distances.json with --out."""
+    from contextdiff_jax.evaluation import folders, report
+
+    names = METRICS.value if flags.FLAGS["metrics"].present else ["fid"]
+    for name in names:
+        check_choice("--metrics", name, folders.DISTANCES, "--samples")
+    check_choice("--resize", RESIZE.value, folders.RESIZES)
+    kinds = {folders.DISTANCES[name][1] for name in names}
+    for kind, flag in (("features", FEATURES), ("clip", CLIP)):
+        if kind in kinds and not flag.value:
+            raise ValueError(f"--{flag.name}: missing; {', '.join(names)} need it")
+    if SAVE_STATISTICS.value:
+        cli.output_file("save_statistics", SAVE_STATISTICS.value, (".safetensors",))
+    lookings = {}
+    if "features" in kinds:
+        lookings["features"] = folders.by_inception(FEATURES.value, RESIZE.value)
+    if "clip" in kinds:
+        lookings["clip"] = folders.by_clip(CLIP.value)
+    save = pathlib.Path(SAVE_STATISTICS.value) if SAVE_STATISTICS.value else None
+    found = folders.compare(names, SAMPLES.value, REFERENCE.value, lookings, SEED.value, save)
+    for name, estimate in found.items():
+        print(f"{name} {report.cell(estimate, '')}  {folders.NOTES[name]}")
+    if OUT.value:
+        out = pathlib.Path(cli.output_folder("out", OUT.value))
+        out.mkdir(parents=True, exist_ok=True)
+        told = {name: estimate._asdict() for name, estimate in found.items()}
+        facts = {"command": shlex.join(["python", "-m", "contextdiff_jax.evaluate", *sys.argv[1:]])}
+        lookings = {kind: looking.name for kind, looking in lookings.items()}
+        write_json(out / "distances.json", {**facts, "features": lookings, **told})
+
+
 def main() -> None:
     """Parses, samples, scores, reports."""
+    if SAMPLES.value:
+        compare_folders()
+        return
     import jax
 
     from contextdiff_jax.evaluation import metrics, report

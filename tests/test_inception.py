@@ -3,15 +3,18 @@ graph's rules.
 """
 
 import functools
+import json
 
 import jax
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import command
 from flax import nnx
 from safetensors.torch import save_file
 
+from contextdiff_jax.editing.output import save_frames
 from contextdiff_jax.evaluation.networks.inception import WIDTH, load_inception, resize
 from contextdiff_jax.evaluation.subject import feature_fns
 
@@ -234,3 +237,28 @@ def test_a_pickle_and_a_damaged_file_are_refused_in_one_line(tmp_path, reference
     for path in (tmp_path / "cut.safetensors", tmp_path / "gone.safetensors"):
         with pytest.raises(ValueError, match=path.name):
             load_inception(path)
+
+
+@pytest.mark.slow  # half a minute of compilation: pytest -m slow tests/test_inception.py
+def test_the_command_compares_two_folders_as_torch_and_numpy_do(reference, tmp_path):
+    network, _, path = reference
+    sets = {name: pictures(size) for name, size in (("samples", 40), ("real", 44))}
+    for name, images in sets.items():
+        save_frames(images, tmp_path / name)
+    x, y = (np.asarray(network(images), np.float64) for images in sets.values())
+    options = ["--metrics=fid", f"--features={path}", f"--out={tmp_path / 'out'}"]
+    options += [f"--save_statistics={tmp_path / 'real.safetensors'}"]
+    folders = [f"--samples={tmp_path / 'samples'}", f"--reference={tmp_path / 'real'}"]
+    done = command("evaluate", *folders, *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "distances.json").read_text())
+    mean = np.sum((x.mean(0) - y.mean(0)) ** 2)
+    # Of two pictures each the covariances have rank 1: their trace term is in closed form.
+    d, e = ((a[0] - a[1]) / 2**0.5 for a in (x, y))
+    wanted = mean + d @ d + e @ e - 2 * abs(d @ e)
+    assert found["fid"]["value"] == pytest.approx(wanted, rel=1e-3)
+    folders[1] = f"--reference={tmp_path / 'real.safetensors'}"
+    again = command("evaluate", *folders, *options[:2])
+    assert again.stdout.split()[1] == done.stdout.split()[1]
+    lacking = command("evaluate", *folders, "--metrics=fid")
+    assert lacking.returncode == 2 and "--features: missing" in lacking.stderr
