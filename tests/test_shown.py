@@ -82,7 +82,7 @@ def test_a_trace_has_the_steps_that_are_asked_for_and_is_written_at_the_end(
     assert any(name.startswith("train") for name in names)
 
 
-@pytest.mark.parametrize("steps", [(3,), (3, 2), (0, 1), (1, 2, 3)])
+@pytest.mark.parametrize("steps", [(3,), (3, 2), (0, 1), (1, 2, 3), (999, 1001)])
 def test_steps_to_profile_that_are_none_are_named(steps):
     with pytest.raises(ValueError, match=r"train.profile_steps=.*must be the first and the last"):
         TrainConfig(profile_steps=steps)

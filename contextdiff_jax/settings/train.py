@@ -118,9 +118,10 @@ class TrainConfig:
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"train.{field}={getattr(self, field)}: must lie in [0, 1)")
         steps = self.profile_steps
-        if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+        if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1] <= self.steps):
             raise ValueError(
-                f"train.profile_steps={steps}: must be the first and the last step, as in (10, 12)"
+                f"train.profile_steps={steps}: must be the first and the last step, as in "
+                f"(10, 12), of 1..{self.steps}"
             )
         for length in self.power_ema:
             check_length("train.power_ema", length)
