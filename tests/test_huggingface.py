@@ -10,9 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import one_line
-from loopback_hub import serving
+from loopback_hub import point_to, serving
 from small_data import PICTURES, encode_picture
-from test_hub import point_to
 
 from contextdiff_jax.benchmarks.source_layouts import write_folder, write_parquet
 from contextdiff_jax.data import DataConfig, make_loader, make_source
