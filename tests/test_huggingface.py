@@ -113,7 +113,9 @@ def test_what_datasets_saves_is_read_with_its_images_still_encoded(tmp_path):
     datasets.DatasetDict({"train": made, "validation": made.select([1])}).save_to_disk(
         tmp_path / "both"
     )
-    for name in ("saved", "both"):
+    (tmp_path / "arrow").mkdir()
+    shutil.copy(next((tmp_path / "saved").glob("*.arrow")), tmp_path / "arrow" / "train.arrow")
+    for name in ("saved", "both", "arrow"):
         source = make_source(config_of(tmp_path / name, caption_field="alt"))
         encoded = source.read(2)
         assert encoded.image == PICTURES[2][0]
