@@ -8,11 +8,15 @@ import base64
 import contextlib
 import hashlib
 import json
+import pathlib
 import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 Files = dict[str, bytes]
 _API = re.compile(r"/api/(models|datasets)/([\w.-]+/[\w.-]+)(?:/(.*))?")
@@ -190,9 +194,9 @@ def _entries(files: Files, folder: str, recursive: bool) -> Iterator[dict]:
 @contextlib.contextmanager
 def serving() -> Iterator[Hub]:
     """A hub that answers at `Hub.address` inside of the block."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    hub = Hub(f"http://127.0.0.1:{server.server_port}")
-    _Handler.hub = hub
+    handler = type("Handler", (_Handler,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    handler.hub = hub = Hub(f"http://127.0.0.1:{server.server_port}")
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -201,3 +205,16 @@ def serving() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def point_to(monkeypatch: pytest.MonkeyPatch, address: str, cache: pathlib.Path) -> None:
+    """Sets HF_ENDPOINT and HF_HUB_CACHE, which huggingface_hub reads when it is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+
+def below(folder: str | pathlib.Path) -> set[str]:
+    """The files in a folder, by their paths from there."""
+    return {str(file.relative_to(folder)) for file in pathlib.Path(folder).rglob("*.*")}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import one_line
 from huggingface_hub import constants
-from loopback_hub import serving
+from loopback_hub import below, point_to, serving
 
 from contextdiff_jax.runtime import hub as names
 from contextdiff_jax.runtime.hub import find, find_model, parse_name, upload, wanted_files
@@ -32,14 +32,6 @@ def server():
         yield hub
 
 
-def point_to(monkeypatch, address: str, cache: pathlib.Path) -> None:
-    """HF_ENDPOINT and HF_HUB_CACHE, which huggingface_hub reads when it is imported."""
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-
-
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
     """The hub with a repository of two revisions, an empty cache, and an empty folder to be in."""
@@ -52,10 +44,6 @@ def hub(server, tmp_path, monkeypatch):
     server.requests.clear()
     server.ranges.clear()
     return server
-
-
-def below(folder: str | pathlib.Path) -> set[str]:
-    return {str(file.relative_to(folder)) for file in pathlib.Path(folder).rglob("*.*")}
 
 
 def test_a_name_is_downloaded_once_without_pickles_and_second_kinds_of_the_same(hub):

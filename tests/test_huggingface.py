@@ -10,9 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import one_line
-from loopback_hub import serving
+from loopback_hub import point_to, serving
 from small_data import PICTURES, encode_picture
-from test_hub import point_to
 
 from contextdiff_jax.benchmarks.source_layouts import write_folder, write_parquet
 from contextdiff_jax.data import DataConfig, make_loader, make_source
@@ -114,7 +113,9 @@ def test_what_datasets_saves_is_read_with_its_images_still_encoded(tmp_path):
     datasets.DatasetDict({"train": made, "validation": made.select([1])}).save_to_disk(
         tmp_path / "both"
     )
-    for name in ("saved", "both"):
+    (tmp_path / "arrow").mkdir()
+    shutil.copy(next((tmp_path / "saved").glob("*.arrow")), tmp_path / "arrow" / "train.arrow")
+    for name in ("saved", "both", "arrow"):
         source = make_source(config_of(tmp_path / name, caption_field="alt"))
         encoded = source.read(2)
         assert encoded.image == PICTURES[2][0]

@@ -17,9 +17,8 @@ import safetensors.numpy
 from conftest import ROOT, SMALLEST, command, config_dict, one_line, random_params
 from flax import nnx
 from latent_runs import PROMPTS, config_of
-from loopback_hub import serving
+from loopback_hub import below, point_to, serving
 from PIL import Image
-from test_hub import below, point_to
 from torch_models import SMALLEST as SMALLEST_UNET
 from torch_models import stable_diffusion, stable_diffusion_xl
 
