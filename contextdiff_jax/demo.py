@@ -1,8 +1,8 @@
 """python -m contextdiff_jax.demo --workdir=RUN
 python -m contextdiff_jax.demo --model=FOLDER --port=8000 --password=SECRET
 
-A web page for a trained run or a model's folder: pictures from words, with plain diffusion beside
-them; from a picture, or into a drawn hole of it; edited clips; a gallery that restores settings.
+A web page where a model makes pictures and edits clips by clicking. Pictures from words, with plain
+diffusion beside them; from a picture, or into a drawn hole of it; a gallery that restores settings.
 Only this machine reaches it unless --host says otherwise. It needs Gradio:
 pip install -r requirements-demo.txt.
 """
