@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tarfile
 
 import numpy as np
@@ -10,6 +11,36 @@ from conftest import ROOT
 from demo_browser import PATIENCE, commanded, draw, said, served, visited
 from hostile_files import picture, write_all
 from PIL import Image
+
+from contextdiff_jax.demo_page.components import Drawings, File, MaskEditor, UploadButton
+from contextdiff_jax.demo_page.limits import MAX_STROKES
+from contextdiff_jax.demo_page.server import check_password
+
+
+def test_what_browsers_send_beside_uploads_is_bounded_and_no_address_is_fetched():
+    drawings = Drawings(most=2)
+    for kind, index, name in (
+        ("background", "null", "a"),
+        ("composite", "null", "a"),
+        ("layer", "1000000000", "a"),
+        ("layer", "0", "b"),
+        ("layer", "0", "c"),
+        ("layer", "0", "d"),
+    ):
+        drawings.accept(kind, index, name, name.encode())
+    assert [drawings.find(name) for name in "abcd"] == [None, None, b"c", b"d"]
+    with pytest.raises(ValueError, match="too large"):
+        drawings.accept("layer", "0", "e", bytes(MAX_STROKES + 1))
+    for component in (File(), UploadButton(), MaskEditor()):
+        with pytest.raises(ValueError, match="from uploads alone"):
+            asyncio.run(component.async_move_resource_to_block_cache("HTTP://127.0.0.1:9/a.png"))
+    assert MaskEditor().preprocess(None) == []
+
+
+def test_only_the_password_opens_the_page():
+    check = check_password("open sesame, größer")
+    assert check("anyone", "open sesame, größer") and not check("anyone", "")
+    assert not check("open sesame, größer", "open sesame")
 
 
 @pytest.fixture(scope="module")
