@@ -27,6 +27,15 @@ def test_its_code_parses_and_its_links_lead_somewhere():
         assert "://" in target or (NOTEBOOK.parent / target).is_file(), target
 
 
+def test_it_was_executed_in_order_and_is_small():
+    counts = [cell["execution_count"] for cell in CELLS if cell["cell_type"] == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    outputs = [output for cell in CELLS for output in cell.get("outputs", ())]
+    kinds = [kind for output in outputs for kind in output.get("data", ())]
+    assert 1 <= kinds.count("image/png") <= 3
+    assert NOTEBOOK.stat().st_size < 300_000
+
+
 @pytest.mark.slow
 def test_it_runs_at_reduced_size(tmp_path):
     """`bash launch/test.sh -m slow tests/test_tutorial.py`; three minutes of a core, mostly
