@@ -36,7 +36,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         made[path] = LINK.sub(lambda link: _from_root(link), text)
     for notebook in sorted(DOCS.glob("*.ipynb")):
         made |= notebook_pages(notebook)
-        files.remove(files.get_file_from_path(notebook.name))
     linked = {file for page in DOCS.rglob("*.md") for file in _outside(page)}
     for file in sorted(linked - {ROOT / name for name in ROOT_PAGES}):
         made[source_path(file)] = source_page(file)
@@ -51,12 +50,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def inside(link: re.Match) -> str:
         target, anchor = link[1], link[2] or ""
-        if "://" in target:
+        if "://" in target or page.file.abs_src_path is None:
             return link[0]
         if target.endswith(".ipynb"):
             return f"]({target[: -len('.ipynb')]}.md{anchor})"
         file = (DOCS / here / target).resolve()
-        if page.file.abs_src_path is None or file.is_relative_to(DOCS) or not file.is_file():
+        if file.is_relative_to(DOCS) or not file.is_file():
             return link[0]
         made = ROOT_PAGES.get(str(file.relative_to(ROOT))) or source_path(file)
         return f"]({posixpath.relpath(made, here or '.')}{anchor})"
@@ -108,8 +107,7 @@ def source_page(file: pathlib.Path) -> str:
 def notebook_pages(notebook: pathlib.Path) -> dict[str, str | bytes]:
     """{path in the site: content} of a notebook: a page, and its cells' pictures."""
     made: dict[str, str | bytes] = {}
-    parts = [f"[The notebook itself]({notebook.name}.json){{ download={notebook.name} }}"]
-    made[f"{notebook.name}.json"] = notebook.read_text()
+    parts = [f"[The notebook itself]({notebook.name}), to run it."]
     for number, cell in enumerate(json.loads(notebook.read_text())["cells"]):
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
