@@ -276,6 +276,7 @@ def test_an_estimate_times_0_is_no_context_in_the_steps_and_times_1_the_sampler(
     assert np.abs(nothing - as_it_is).max() > 5
 
 
+@pytest.mark.slow  # a quarter of a minute: pytest -m slow tests/test_experiments.py
 def test_a_cell_of_estimates_trains_the_other_plans_run_and_leaves_its_numbers(
     tmp_path, monkeypatch
 ):

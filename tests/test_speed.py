@@ -197,6 +197,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(settings, monkeypatch):
         SpeedBenchmark(compare="torch")
 
 
+@pytest.mark.slow  # half a minute, seven compiled programs: pytest -m slow tests/test_speed.py
 def test_the_command_prints_ratio_and_share_of_the_context_and_writes_json(tmp_path):
     done = command(
         "benchmark",
