@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import io
+import tarfile
 import threading
 import time
 
@@ -12,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALLEST, config_dict, one_line, random_params
+from conftest import ROOT, SMALLEST, config_dict, one_line, random_params
 from hostile_files import picture, write_all
 from PIL import Image, ImageFile
 
+from contextdiff_jax import Pipeline
 from contextdiff_jax.data import load_tokenizer
 from contextdiff_jax.demo_page import limits, uploads
 from contextdiff_jax.demo_page.album import Album, is_full
+from contextdiff_jax.demo_page.clips import ClipStudio, ClipWish, encoded
 from contextdiff_jax.demo_page.guard import HEADERS, Guard
 from contextdiff_jax.demo_page.studio import Studio, enlarged
 from contextdiff_jax.demo_page.wishes import Wish
@@ -344,3 +347,28 @@ def answers(app, method, path, headers):
     scope = {"type": "http", "method": method, "path": path, "headers": pairs}
     asyncio.run(app(scope, receive, send))
     return sent
+
+
+@pytest.mark.slow
+def test_a_clip_is_tuned_on_inverted_and_edited_and_each_step_is_told(tmp_path, monkeypatch):
+    """Of a run that was trained, with the settings of its own folder."""
+    with tarfile.open(ROOT / "tests/saved_run/run.tar.xz") as archive:
+        archive.extractall(tmp_path / "run", filter="data")
+    monkeypatch.chdir(ROOT)  # where the paths of the run's config start from
+    folder = str(tmp_path / "run")
+    clips = ClipStudio(Pipeline.open(folder), folder, Worker(longest=3600))
+    assert clips.why_not == "" and clips.draws_shapes and clips.side == 16
+    clip, prompt, edit = clips.example(1)
+    wish = ClipWish.read(prompt, edit, 0.5, 2, 2, True)
+    *said, edited = clips.edit(clip, wish)
+    assert list(dict.fromkeys(said))[-4:] == [
+        "Compiling the tuning.",
+        "Tuning the model on the clip: step 1 of 2.",
+        "Tuning the model on the clip: step 2 of 2.",
+        "Inverting the clip, and sampling it anew.",
+    ]
+    assert list(edited.clips) == ["the clip", "its reconstruction", edit]
+    assert {each.shape for each in edited.clips.values()} == {(8, 16, 16, 3)}
+    assert edited.fidelity > 30
+    files = encoded(edited.clips[edit])
+    assert files["gif"][:6] == b"GIF89a" and files["mp4"][4:8] == b"ftyp"

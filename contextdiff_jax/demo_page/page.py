@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import gradio as gr
@@ -19,6 +20,7 @@ from contextdiff_jax.demo_page.handlers import (
 )
 from contextdiff_jax.demo_page.limits import MAX_GUIDANCE, MAX_STEPS, MAX_TEXT, MAX_TUNING
 from contextdiff_jax.demo_page.studio import Studio
+from contextdiff_jax.demo_page.worker import BEAT
 from contextdiff_jax.diffusion.samplers import SAMPLERS
 
 PLACEHOLDER = "What shall the picture show? For example: a large red circle"
@@ -31,7 +33,7 @@ DEVICE = {
     "concurrency_limit": 1,
     "concurrency_id": "device",
 }
-WAIT, STOPPED = look.status("Waiting for your turn."), look.status("Stopped.")
+WAIT = look.status("Waiting for your turn.")
 
 
 def build_page(
@@ -79,7 +81,7 @@ def _pictures(studio: Studio, handlers: PictureHandlers) -> None:
         [stage, gallery, made, status],
         **DEVICE,
     )
-    buttons["stop"].click(lambda: STOPPED, None, status, cancels=[drawing], **QUICK)
+    buttons["stop"].click(_stopped, None, status, cancels=[drawing], **QUICK)
     buttons["new_seed"].click(handlers.new_seed, None, controls["seed"], **QUICK)
     canvas = [start, editor, begin, status]
     file.upload(guarded(4)(handlers.upload), file, canvas, **QUICK)
@@ -92,6 +94,12 @@ def _pictures(studio: Studio, handlers: PictureHandlers) -> None:
         return guarded(len(restored))(handlers.select)(album, event)
 
     gallery.select(select, made, restored, **QUICK)
+
+
+def _stopped() -> str:
+    """What is said after Stop, when the last news of what was stopped have come."""
+    time.sleep(BEAT)
+    return look.status("Stopped.")
 
 
 def _results() -> tuple[gr.HTML, gr.HTML, gr.Gallery]:
@@ -242,7 +250,7 @@ def _clips(handlers: ClipHandlers) -> None:
     asked = [clip, prompt, edit, strength, guidance, tuning, keep]
     waiting = button.click(lambda: WAIT, None, status, **AT_ONCE)
     running = waiting.then(handlers.edit, asked, [stage, status], **DEVICE)
-    stop.click(lambda: STOPPED, None, status, cancels=[running], **QUICK)
+    stop.click(_stopped, None, status, cancels=[running], **QUICK)
 
 
 def _clip_sliders() -> tuple[gr.Slider, gr.Slider, gr.Slider]:

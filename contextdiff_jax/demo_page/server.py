@@ -51,7 +51,8 @@ def make_page(pipeline: Pipeline, folder: str, files: pathlib.Path) -> gr.Blocks
     """Return the page of an opened model; `files`: where pictures and uploads are kept."""
     os.environ["GRADIO_TEMP_DIR"] = str(files / "uploads")  # where Gradio's components keep theirs
     named = pathlib.Path(folder).name or folder  # visitors needn't know the way to it
-    source = (pipeline.opened.source or folder).replace(folder, named)
+    step, of, _ = pipeline.opened.source.partition(" of ")
+    source = f"{step} of {named}" if of else named
     worker = Worker()
     studio = Studio(pipeline, worker, source)
     clips = ClipHandlers(ClipStudio(pipeline, folder, worker))
@@ -102,7 +103,7 @@ def serve(
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
-            show_error=True,
+            show_error=False,
             quiet=True,
             **options,
         )
@@ -118,6 +119,8 @@ def serve(
 
 
 def _warm(studio: Studio) -> None:
+    if studio.pipeline.opened.only_inpaints:  # there is no picture to begin with yet
+        return
     try:
         studio.warm()
     except Exception as error:  # the first visitor's click says the same
