@@ -22,7 +22,7 @@ def test_every_source_is_measured_on_the_same_pictures_where_the_config_names_no
     config = DataConfig(image_size=16)
     result = run(config, DataBenchmark(**SMALL, compare="tfds", workdir=str(tmp_path)))
     rows = {row["name"]: row for row in result.rows}
-    assert list(rows) == ["shapes", "folder", "webdataset", "tfds", "tfds itself"]
+    assert list(rows) == [*("shapes", "folder", "webdataset", "tfds", "tfds itself", "huggingface")]
     for row in rows.values():
         assert row["seconds"] > 0 and row["pictures_per_second"] == row["pictures"] / row["seconds"]
         assert row["need"] == 50 and row["cores_needed"] == 50 / row["pictures_per_second"]
@@ -91,8 +91,6 @@ def test_the_command_measures_a_configs_own_data_against_the_package(tmp_path):
 
 def test_an_unknown_mode_is_one_line_and_exit_status_2():
     done = command("benchmark", "--mode=dta")
-    modes = "data, train, sample, aot, roofline, reuse"
-    assert (
-        done.returncode == 2
-        and done.stderr.strip() == f"error: --mode='dta': unknown; one of {modes}"
-    )
+    assert done.returncode == 2
+    said = "error: --mode='dta': unknown; one of data, train, sample, aot, roofline, reuse, "
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == 1

@@ -334,7 +334,7 @@ def test_a_plan_goes_on_where_it_was_and_gives_the_same_digits_again(tmp_path):
     first_cell, second_cell = (tmp_path / "a/tiny.jsonl").read_text().splitlines(keepends=True)
     assert again.returncode == 0 and first_cell == written and json.loads(second_cell)["seed"] == 1
     page = (tmp_path / "a/tiny.md").read_text()
-    assert (tmp_path / "a/tiny.png").exists() and "with the same digits" in page
+    assert (tmp_path / "a/tiny.png").exists() and "with the same digits" in " ".join(page.split())
     assert "    taskset -c 0 python -m contextdiff_jax.experiment" in page
     run = [f"--plan={tmp_path}/tiny.py", f"--workdir={tmp_path}/other"]
     repeated = command("experiment", *run, f"--out={tmp_path}/b")
