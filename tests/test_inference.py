@@ -65,6 +65,7 @@ def ways(pipeline, pictures, masks, **options):
     }
 
 
+@pytest.mark.slow  # half a minute as users compile: pytest -m slow tests/test_inference.py
 def test_at_gain_0_every_way_gives_the_pictures_of_plain_diffusion_to_the_bit(
     request, settings, params, pictures, masks
 ):

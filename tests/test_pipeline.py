@@ -309,6 +309,7 @@ def test_the_sample_command_makes_pictures_from_a_folder_a_picture_and_a_mask(pa
     )
 
 
+@pytest.mark.slow  # a quarter of a minute: pytest -m slow tests/test_pipeline.py
 def test_a_second_process_on_a_folder_neither_traces_nor_compiles(pair, tmp_path):
     environment = {
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
