@@ -226,7 +226,7 @@ def as_users_compile(test: str) -> None:
     """
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", test],
         cwd=ROOT,
         env={name: value for name, value in environment.items() if not name.startswith("PYTEST")},
         capture_output=True,
