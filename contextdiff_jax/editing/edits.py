@@ -7,6 +7,7 @@ difference delta between edit and source, by the difference of their estimates.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -187,9 +188,24 @@ def flow_edits(
     return x0 + delta, maps / len(rows.t)
 
 
-# What `edit.method` names: the source's path of states, and how the edits move along it.
+@dataclasses.dataclass(frozen=True)
+class Mover:
+    """A way from the clip to its edits.
+
+    Attributes:
+      make_path: the source's states, from the clip to the noisiest, as `invert`.
+      move: the edits along it, as `sample_edits`.
+      keeps_source: the clip's own prompt gives the clip back as it is: nothing is reconstructed.
+    """
+
+    make_path: Callable[..., Float[Array, "S1 1 F H W C"]]
+    move: Callable[..., tuple[Float[Array, "P F H W C"], Float[Array, "P F H W"]]]
+    keeps_source: bool = False
+
+
+# What `edit.method` names.
 MOVERS = {
-    "inversion": (invert, sample_edits),
-    "sdedit": (noised, sample_edits),
-    "flowedit": (noised, flow_edits),
+    "inversion": Mover(invert, sample_edits),
+    "sdedit": Mover(noised, sample_edits),
+    "flowedit": Mover(noised, flow_edits, keeps_source=True),
 }

@@ -103,19 +103,22 @@ def edit_clip(
         video.prompt, video.edit_prompts, editor.count_tokens, editor.text_length, edit
     )
     graph, state = nnx.split(model)
-    make_path, move = MOVERS[edit.method]
+    mover = MOVERS[edit.method]
 
     def inversion(state, x0, source):
-        return make_path(nnx.merge(graph, state), process, x0, source, video, edit)
+        return mover.make_path(nnx.merge(graph, state), process, x0, source, video, edit)
 
     def reconstruction(state, x, source):
         return reconstruct(nnx.merge(graph, state), process, x, source, video, edit)
 
     def editing(state, path, text, null, alignment):
-        return move(nnx.merge(graph, state), process, path, text, null, alignment, video, edit)
+        model = nnx.merge(graph, state)
+        return mover.move(model, process, path, text, null, alignment, video, edit)
 
     path = programs.run("inversion", inversion, state, x0, first_row(text))
-    back = programs.run("reconstruction", reconstruction, state, path[-1], first_row(text))
+    back = path[0]
+    if not mover.keeps_source:
+        back = programs.run("reconstruction", reconstruction, state, path[-1], first_row(text))
     check_finite(back, "the reconstruction: its values are not finite; lower train.learning_rate")
     again, error = editor.decode(back), float(jnp.abs(back - x0).mean())
     psnr, ssim = scores.psnr(again, clip), scores.ssim(again, clip)

@@ -51,7 +51,7 @@ def make_page(
     body = [
         f"<h1>{title}</h1>",
         _figure(source.clip, f"source: {source.prompt}", fps),
-        _figure(reconstruction, "reconstruction: inverted, and sampled by its own prompt", fps),
+        _figure(reconstruction, "reconstruction, by its own prompt", fps),
         *(_attention(source, "attention of the changed words", fps)),
     ]
     for i, edit in enumerate(edits):
