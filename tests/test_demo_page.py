@@ -135,7 +135,8 @@ def test_the_command_asks_for_a_password_edits_a_clip_and_stops(tmp_path):
             page.fill("input[type=password]", "wrong")
             page.locator("input:not([type=password])").first.fill("anyone")
             page.click("button:has-text('Login')")
-            page.wait_for_selector("text=Incorrect")
+            page.wait_for_selector("text=Incorrect")  # and Gradio empties the form
+            page.locator("input:not([type=password])").first.fill("anyone")
             page.fill("input[type=password]", "open sesame")
             page.click("button:has-text('Login')")
             page.wait_for_selector("#draw")
