@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import struct
+import subprocess
+import sys
 
-import jax
-import jax.numpy as jnp
 import pytest
-from conftest import config_dict
+from conftest import ROOT, config_dict
 from PIL import Image
 
 from contextdiff_jax.runs.workdir import claim_workdir
@@ -19,7 +20,6 @@ from contextdiff_jax.settings.autoencoder import parse_autoencoder
 from contextdiff_jax.settings.log import LogConfig
 from contextdiff_jax.training import log, weights_and_biases
 from contextdiff_jax.training.log import MetricsLog
-from contextdiff_jax.training.profiling import Profiler
 from contextdiff_jax.training.weights_and_biases import check_wandb
 
 PICTURE = Image.new("RGB", (6, 4), "red")
@@ -53,31 +53,27 @@ def test_events_have_the_values_the_pictures_and_the_config(tmp_path):
     assert Image.open(png).getpixel((5, 3)) == (255, 0, 0)
 
 
-def trace_of(workdir):
-    (file,) = workdir.glob("profile/process_0/plugins/profile/*/*.xplane.pb")
-    lines = [line for p in jax.profiler.ProfileData.from_file(str(file)).planes for line in p.lines]
-    return {event.name for line in lines for event in line.events}
-
-
 @pytest.mark.parametrize("steps, traced", [((2, 3), {2, 3}), ((3, 9), {3, 4}), ((), None)])
 def test_a_trace_has_the_steps_that_are_asked_for_and_is_written_at_the_end(
     tmp_path, steps, traced
 ):
-    """(3, 9): the training ends first."""
-    profiler, step = Profiler(tmp_path, steps), jax.jit(lambda x: jnp.sin(x) + 1)
-    seen, x = {}, jnp.zeros(4)
-    for number in range(1, 5):
-        with profiler.step(number):
-            with jax.profiler.TraceAnnotation(f"step number {number}"):
-                x = step(x)
-        profiler.done(number, x)
-        seen[number] = (tmp_path / "profile").exists()
-    profiler.close()
+    """(3, 9): the training ends first. In a process of its own: where libtpu is loaded, as by
+    tests/test_aot.py, JAX's profiler brings a process without a TPU down.
+    """
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/profile_program.py", tmp_path, *map(str, steps)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    seen, names = {int(n): there for n, there in found["seen"].items()}, found["names"]
     if traced is None:
         assert not any(seen.values())
         return
     assert seen == {n: n >= 3 and steps == (2, 3) for n in seen}
-    names = trace_of(tmp_path)
     assert {n for n in range(1, 5) if f"step number {n}" in names} == traced
     assert any(name.startswith("train") for name in names)
 
