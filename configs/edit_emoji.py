@@ -10,23 +10,12 @@ clips that show the answer (docs/video.md).
 from ml_collections import ConfigDict
 
 from contextdiff_jax.configs import emoji3d
-from contextdiff_jax.configs.edit_shapes import video_sections
+from contextdiff_jax.configs.edit_shapes import tuned
 
 
 def get_config() -> ConfigDict:
     """The model that ships with the package, tuned for a second on eight frames."""
-    config = emoji3d.get_config()
-    config.update(video_sections())
-    config.train.update(
-        steps=5,
-        batch_size=1,
-        learning_rate=1e-3,
-        warmup_steps=5,
-        decay="constant",
-        ema_decay=0.9,
-        log_every=10,
-        checkpoint_every=100,
-    )
+    config = tuned(emoji3d.get_config(), steps=5)
     config.video.update(
         path="data/emoji3d/clips/1f3c3-1f3fb-200d-2642-fe0f",
         model="emoji",

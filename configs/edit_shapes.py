@@ -20,15 +20,11 @@ def video_sections() -> dict:
     return {"video": defaults(VideoConfig), "edit": defaults(EditConfig)}
 
 
-def get_config() -> ConfigDict:
-    """shapes_16, tuned for seconds on eight frames. Of strengths 0.5 to 1, guidance 1.5 to 6 and
-    both negatives, these kept the most of twelve other edits exact: with more noise undone the
-    shape is lost, away from the source's prompt the colours.
-    """
-    config = shapes_16.get_config()
+def tuned(config: ConfigDict, steps: int) -> ConfigDict:
+    """`config` of a model, with the sections of an edit and a tuning of seconds on one clip."""
     config.update(video_sections())
     config.train.update(
-        steps=20,
+        steps=steps,
         batch_size=1,
         learning_rate=1e-3,
         warmup_steps=5,
@@ -37,6 +33,15 @@ def get_config() -> ConfigDict:
         log_every=10,
         checkpoint_every=100,
     )
+    return config
+
+
+def get_config() -> ConfigDict:
+    """shapes_16, tuned for seconds on eight frames. Of strengths 0.5 to 1, guidance 1.5 to 6 and
+    both negatives, these kept the most of twelve other edits exact: with more noise undone the
+    shape is lost, away from the source's prompt the colours.
+    """
+    config = tuned(shapes_16.get_config(), steps=20)
     config.video.update(
         path="runs/clip/source",
         model="runs/shapes",

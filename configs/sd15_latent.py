@@ -16,6 +16,7 @@ on a tiny pipeline. `model.*`, `diffusion.*` and the steps of sampling are the f
 from ml_collections import ConfigDict
 
 from contextdiff_jax.configs import base
+from contextdiff_jax.configs.sd21_512 import TRAIN
 
 
 def get_config() -> ConfigDict:
@@ -25,16 +26,11 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.model.pretrained = "stable-diffusion-v1-5"
     config.train.update(
+        TRAIN,
         steps=20_000,
         batch_size=64,
         learning_rate=1e-5,
         warmup_steps=500,
-        decay="constant",
-        weight_decay=0.01,
-        b2=0.999,
-        ema_decay=0.9999,
-        precision="bfloat16",
-        checkpoint_every=1000,
         sample_every=1000,
     )
     config.data.update(source="folder", image_size=512, num_workers=8)

@@ -119,8 +119,7 @@ def run(options: AcceleratorBenchmark, show: Callable[[str], None] = print) -> R
     jobs: Sequence[tuple[str, Callable[[float], dict[str, Any]]]] = [
         (part.name, lambda left, part=part: _run(part, left))
         for part in parts(options.tiny, not lacking)
-    ]
-    jobs = [*jobs, ("training, killed and resumed", lambda left: upkeep(left, options.tiny))]
+    ] + [("training, killed and resumed", lambda left: upkeep(left, options.tiny))]
     for name, job in jobs:
         left, began = end - time.monotonic(), time.monotonic()
         found = {"error": "no time was left"} if left < LEAST else job(left)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 from collections.abc import Callable
 from typing import NamedTuple
@@ -70,10 +69,8 @@ def run(mebibytes: int = 64, rounds: int = 5) -> Result:
                 check_vma=False,
             )
         )
-        call = functools.partial(_finish, program, x)
-        seconds = statistics.median(
-            paired.measure([paired.Contestant(name, call)], rounds)[name][0]
-        )
+        contestant = paired.Contestant.of(name, program, x)
+        seconds = statistics.median(paired.measure([contestant], rounds)[name].wall)
         sent = collective.sent(4 * count, N)
         rows.append(
             {
@@ -91,7 +88,3 @@ def run(mebibytes: int = 64, rounds: int = 5) -> Result:
         ms, rate = 1e3 * row["seconds"], row["bytes_per_second"] / 1e9
         lines.append(f"{row['collective']:<18}{ms:>10.3f}{rate:>16.2f}")
     return Result("\n".join(lines), rows)
-
-
-def _finish(program: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    return jax.block_until_ready(program(x))

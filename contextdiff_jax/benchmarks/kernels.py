@@ -118,13 +118,8 @@ def _contestants(case: Case) -> tuple[list[paired.Contestant], dict[str, str]]:
                     raise
                 failed[form] = one_line(error)
                 break
-            call = functools.partial(_finish, program, case.arguments)
-            contestants.append(paired.Contestant(f"{form} {part}", call))
+            contestants.append(paired.Contestant.of(f"{form} {part}", program, *case.arguments))
     return contestants, failed
-
-
-def _finish(program: Callable[..., Any], arguments: tuple[Array, ...]) -> Any:
-    return jax.block_until_ready(program(*arguments))
 
 
 def run(options: KernelBenchmark) -> Result:

@@ -7,25 +7,19 @@ import time
 from typing import Any
 
 import jax
-import optax
 from flax import nnx
 
 from contextdiff_jax.benchmarks.loading import Result
-from contextdiff_jax.benchmarks.measured import compile_timed
-from contextdiff_jax.benchmarks.network import make_inputs, random_network, training_step
+from contextdiff_jax.benchmarks.measured import compile_timed, program_bytes
+from contextdiff_jax.benchmarks.network import (
+    make_adamw,
+    make_inputs,
+    random_network,
+    training_step,
+)
 from contextdiff_jax.settings import Settings
 
 _CALLS = 4  # that are timed, after one more
-
-
-def _memory(program: Any) -> int:
-    found = program.memory_analysis()
-    return (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        + found.temp_size_in_bytes
-        - found.alias_size_in_bytes
-    )
 
 
 def _seconds(call) -> float:
@@ -38,17 +32,15 @@ def _seconds(call) -> float:
 
 def _ours(settings: Settings, limit: int, most: int) -> dict[str, Any]:
     """Batches are doubled as long as the compiler says that the program fits."""
-    network, train = random_network(settings), settings.train
+    network = random_network(settings)
     graph, params = nnx.split(network)
-    optimizer = optax.adamw(
-        train.learning_rate, train.b1, train.b2, weight_decay=train.weight_decay
-    )
+    optimizer = make_adamw(settings.train)
     opt_state = jax.jit(optimizer.init)(params)
     step, best, batch = training_step(graph, optimizer), None, 1
     while batch <= most:
         inputs = jax.device_put(make_inputs(settings, batch))
         program, _, _ = compile_timed(step, params, opt_state, inputs, donate=(0, 1))
-        if _memory(program) > limit:
+        if program_bytes(program) > limit:
             break
         best, batch = (program, inputs, batch), batch * 2
     if best is None:
@@ -61,7 +53,7 @@ def _ours(settings: Settings, limit: int, most: int) -> dict[str, Any]:
         jax.block_until_ready(loss)
 
     found = {"batch": batch, "images_per_second": batch / _seconds(call)}
-    return {"name": network.name, **found, "bytes": _memory(program)}
+    return {"name": network.name, **found, "bytes": program_bytes(program)}
 
 
 def _torchs(settings: Settings, most: int) -> dict[str, Any]:

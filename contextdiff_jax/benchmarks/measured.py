@@ -108,6 +108,17 @@ def compile_timed(
     return compiled, time.perf_counter() - start, float(count_operations(traced))
 
 
+def program_bytes(program: jax.stages.Compiled) -> int:
+    """What a program takes on its device by the compiler: arguments, results, temporaries."""
+    memory = program.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
 class Devices:
     """All of them, as the config's mesh lays them out: a step of ours runs on each with its share
     of the batch.

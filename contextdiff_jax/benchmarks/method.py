@@ -67,6 +67,7 @@ def _random_texts(settings: Settings) -> tuple[np.ndarray, np.ndarray]:
 
 
 def training_inputs(settings: Settings) -> tuple[Inputs, Inputs]:
+    """A batch of random pictures and texts, and the empty caption's stand-in."""
     ids, mask = _random_texts(settings)
     image = (
         np.random.default_rng(settings.seed)

@@ -24,7 +24,7 @@ from contextdiff_jax.models.undrawn import Undrawn
 from contextdiff_jax.pretrained.conversion import backbone_model
 from contextdiff_jax.pretrained.names import state_to_torch
 from contextdiff_jax.runs.model import precision_of
-from contextdiff_jax.settings import Settings
+from contextdiff_jax.settings import Settings, TrainConfig
 
 
 def random_network(settings: Settings) -> Backbone:
@@ -66,6 +66,11 @@ def to_torch(network: Backbone) -> dict[str, np.ndarray]:
     """All of diffusers' tensors by its names."""
     config = network.config
     return state_to_torch(network, backbone_model(config).rules(config))
+
+
+def make_adamw(train: TrainConfig) -> optax.GradientTransformation:
+    """AdamW by the numbers of a config, as torch's side has it."""
+    return optax.adamw(train.learning_rate, train.b1, train.b2, weight_decay=train.weight_decay)
 
 
 def training_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:

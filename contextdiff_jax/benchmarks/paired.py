@@ -31,6 +31,11 @@ class Contestant(NamedTuple):
     compile_seconds: float = 0.0
     peak_bytes: Callable[[Callable[[], Any]], int | None] | None = None
 
+    @classmethod
+    def of(cls, name: str, program: Callable[..., Any], *arguments: Any) -> Contestant:
+        """A program of JAX's on the same arguments each time."""
+        return cls(name, lambda: jax.block_until_ready(program(*arguments)))
+
 
 class Times(NamedTuple):
     """Seconds of each round, on the wall and of this process's threads together."""

@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
 from contextdiff_jax.benchmarks import paired
@@ -31,10 +30,12 @@ from contextdiff_jax.benchmarks.measured import (
     check,
     check_change,
     compile_timed,
+    program_bytes,
     tolerances,
 )
 from contextdiff_jax.benchmarks.method import WITH_CONTEXT, WITHOUT_CONTEXT, contestants_of_method
 from contextdiff_jax.benchmarks.network import (
+    make_adamw,
     make_inputs,
     predict,
     random_network,
@@ -97,22 +98,9 @@ def _peers(network: Backbone, settings: Settings, compare: str) -> dict[str, Any
 
 
 def _compiled_peak(program: Any) -> Callable[[Callable[[], Any]], int | None]:
-    """What the compiler says that a program of ours takes on its device: arguments, results and
-    temporaries; on a CPU the process tells.
-    """
-
-    def peak_bytes(call):
-        memory = program.memory_analysis()
-        if memory is None or jax.default_backend() == "cpu":
-            return None
-        return (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes
-        )
-
-    return peak_bytes
+    """`peak_bytes` of a program of ours; on a CPU the process tells."""
+    told = jax.default_backend() != "cpu" and program.memory_analysis() is not None
+    return lambda call: program_bytes(program) if told else None
 
 
 def _train(settings: Settings, options: SpeedBenchmark) -> tuple[list[Contestant], float]:
@@ -129,9 +117,7 @@ def _train(settings: Settings, options: SpeedBenchmark) -> tuple[list[Contestant
     forward = jax.jit(
         lambda params, inputs: predict(nnx.merge(graph, params), inputs["x"], inputs["t"], inputs)
     )
-    optimizer = optax.adamw(
-        train.learning_rate, train.b1, train.b2, weight_decay=train.weight_decay
-    )
+    optimizer = make_adamw(train)
     with devices.tracing():
         output = np.asarray(forward(params, placed))
         opt_state = devices.parameters(jax.jit(optimizer.init)(params))

@@ -153,8 +153,7 @@ def flow_edits(
 
     which is the straight path's motion of x_t / a_t, in which DDIM is Euler's method on every path.
     The context moves with z: each row's process is the one of its own caption. The noise is drawn
-    anew at each step, one for all rows. Row 0 stays the source, which is all that is read of
-    `path`.
+    anew at each step, one for all rows. Row 0 stays the source, the only state that `path` needs.
     """
     schedule, P, x0 = process.schedule, text.tokens.shape[0], path[0]
     rows, key = _plan(schedule, edit), jax.random.key(edit.seed)
@@ -207,5 +206,5 @@ class Mover:
 MOVERS = {
     "inversion": Mover(invert, sample_edits),
     "sdedit": Mover(noised, sample_edits),
-    "flowedit": Mover(noised, flow_edits, keeps_source=True),
+    "flowedit": Mover(lambda model, process, x0, *_: x0[None], flow_edits, keeps_source=True),
 }

@@ -77,7 +77,7 @@ def cudnn_attention(
             q, k, v, mask=found, scale=scale, implementation="cudnn"
         )
 
-    return on_each_device(one_device, q, k, v, target, *([] if mask is None else [mask]))
+    return on_each_device(one_device, q, k, v, target, mask)
 
 
 def on_each_device(
@@ -86,11 +86,12 @@ def on_each_device(
     k: Float[Array, "B M H D"],
     v: Float[Array, "B M H E"],
     target: Target,
-    *masks: Bool[Array, "B M"],
+    mask: Bool[Array, "B M"] | None = None,
 ) -> Float[Array, "B N H E"]:
-    """`kernel(q, k, v, *masks)` by each of the target's devices for its own examples, heads and
-    rows: a program of one device, which XLA's partitioner can't split.
+    """`kernel(q, k, v)`, with the mask where there is one, by each of the target's devices for its
+    own examples, heads and rows: a program of one device, which XLA's partitioner can't split.
     """
+    masks = () if mask is None else (mask,)
     if target.mesh is None:
         return kernel(q, k, v, *masks)
     queries = place(target.mesh, q.shape, ("batch", "rows", "heads", None), target.rules).spec
@@ -126,7 +127,7 @@ def splash_attention(
         k,
         v,
         target,
-        *([] if mask is None else [mask]),
+        mask,
     )
 
 
