@@ -24,7 +24,11 @@ from contextdiff_jax import configs
 from contextdiff_jax.runtime import help_page, terminal
 from contextdiff_jax.runtime.errors import RunError, one_line
 from contextdiff_jax.runtime.help_page import Entry
-from contextdiff_jax.runtime.host import collect_garbage_seldom, keep_freed_memory
+from contextdiff_jax.runtime.host import (
+    collect_garbage_seldom,
+    keep_freed_memory,
+    suit_processor,
+)
 from contextdiff_jax.runtime.keys import LARGEST
 
 _BEFORE = {*flags.FLAGS}  # of the libraries; --help of a command shows what it defines itself
@@ -300,6 +304,7 @@ def run(main: Callable[[], None]) -> None:
     if HELP & {*sys.argv[1:]}:
         print(make_help(main))
         return
+    suit_processor()
     keep_freed_memory()
     collect_garbage_seldom()
 

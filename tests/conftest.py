@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
-from contextdiff_jax.runtime.host import collect_garbage_seldom
+from contextdiff_jax.runtime.host import collect_garbage_seldom, suit_processor
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,6 +32,7 @@ jax.config.update("jax_disable_most_optimizations", FEWER)
 QUICKER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 XLA_FLAGS = QUICKER if FEWER else ""
 ON_EIGHT = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {XLA_FLAGS}".strip()}
+suit_processor()  # as commands do: the same digits here and there
 _before = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"{_before} {XLA_FLAGS}".strip()
 jax.devices("cpu")

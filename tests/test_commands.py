@@ -111,6 +111,38 @@ def test_freed_memory_is_not_paid_for_again(kept):
     assert (int(done.stdout) < 1000) == kept, done.stdout
 
 
+@pytest.mark.parametrize(
+    "processor, own, flags",
+    [
+        ("GenuineIntel", "", "--xla_cpu_prefer_vector_width=512"),
+        ("GenuineIntel", "--xla_a=1", "--xla_cpu_prefer_vector_width=512 --xla_a=1"),
+        ("GenuineIntel", "--xla_cpu_prefer_vector_width=256", "--xla_cpu_prefer_vector_width=256"),
+        ("AuthenticAMD", "", ""),
+    ],
+)
+def test_xla_gets_intels_wide_vectors_unless_the_user_says_otherwise(
+    monkeypatch, processor, own, flags
+):
+    monkeypatch.setenv("XLA_FLAGS", own)
+    host.suit_processor(f"vendor_id\t: {processor}\nflags\t\t: fpu avx2 avx512f avx512bw\n")
+    assert os.environ["XLA_FLAGS"] == flags
+    host.suit_processor("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx2\n")
+    assert os.environ["XLA_FLAGS"] == flags
+
+
+def test_xla_knows_the_option_of_wide_vectors():
+    code = (
+        "import jax; from contextdiff_jax.runtime import host\n"
+        "host.suit_processor('GenuineIntel avx512f')\n"
+        "print(jax.jit(lambda x: x + 1)(1))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "2\n", done.stderr  # an unknown one ends the process
+
+
 def test_compiled_programs_are_kept_by_the_number_of_cores(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     set_to = {}

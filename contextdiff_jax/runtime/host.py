@@ -109,6 +109,26 @@ def pages(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
     return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
+def suit_processor(cpuinfo: str | None = None) -> None:
+    """XLA's options for this processor, which it reads when it first computes. A user's XLA_FLAGS
+    have the last word.
+
+    On an Intel processor with AVX-512 LLVM is told to use all 512 bits, which by itself it holds
+    for too hot there: training ran at 0.85 of torch's pace, without at 0.79. An AMD Zen 4 has
+    AVX-512 too; its training steps take as long either way (docs/performance.md).
+
+    Args:
+      cpuinfo: what Linux says of the processor; None: /proc/cpuinfo, where there is one.
+    """
+    if cpuinfo is None:
+        file = pathlib.Path("/proc/cpuinfo")
+        cpuinfo = file.read_text(errors="replace") if file.exists() else ""
+    own = os.environ.get("XLA_FLAGS", "")
+    wide = "GenuineIntel" in cpuinfo and "avx512f" in cpuinfo.split()
+    if wide and "xla_cpu_prefer_vector_width" not in own:
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {own}".strip()
+
+
 def keep_freed_memory() -> None:
     """On a host without an accelerator: memory that was freed stays the process's, in one heap.
 
