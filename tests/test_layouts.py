@@ -10,6 +10,7 @@ import command_flags
 import numpy as np
 import pytest
 from conftest import ROOT
+from drawn_pipeline import Drawn
 from PIL import Image
 
 from contextdiff_jax import Pipeline
@@ -18,7 +19,6 @@ from contextdiff_jax.inference.filling import fill, fingerprint
 from contextdiff_jax.inference.layouts import LAYOUTS, spots
 from contextdiff_jax.runtime import host
 from contextdiff_jax.runtime.pictures import read_png_metadata
-from contextdiff_jax.settings import SampleConfig
 
 SAMPLE = ROOT / "contextdiff_jax" / "sample.py"
 GENEVAL = [
@@ -26,28 +26,6 @@ GENEVAL = [
     {"tag": "two_object", "include": [], "prompt": "a café and_a/cat"},
     {"tag": "colors", "include": [], "prompt": "a photo of a red cow"},
 ]
-
-
-class Drawn:
-    """A pipeline whose pictures say which prompt, number and batch they are of."""
-
-    options = Pipeline.options
-
-    def __init__(self, weights=0.0, fails_at=None):
-        self.calls, self.fails_at = [], fails_at
-        self.opened = types.SimpleNamespace(
-            source="drawn", options=SampleConfig(), weights=({"w": np.full(100, weights)},)
-        )
-        self.opened.guide = None
-
-    def text_to_image(self, prompts, *, first, batch_size, **options):
-        if len(self.calls) == self.fails_at:
-            raise KeyboardInterrupt
-        self.calls.append((first, options))
-        pictures = np.zeros((len(prompts), 4, 4, 3), np.uint8)
-        for i, prompt in enumerate(prompts):
-            pictures[i] = len(prompt), first + i, first // batch_size
-        return pictures
 
 
 def sample(monkeypatch, pipeline, *arguments):
