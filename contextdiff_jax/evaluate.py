@@ -1,17 +1,21 @@
 """python -m contextdiff_jax.evaluate --workdir=DIR --metrics=composition,bound,fid
 python -m contextdiff_jax.evaluate --samples=DIR --reference=DIR --features=FILE --metrics=fid,kid
+python -m contextdiff_jax.evaluate --workdir=DIR --protocol=coco30k --captions=F --reference=DIR
 
 Score a run's samples and its likelihood, with 95% intervals. A table on the terminal,
 DIR/metrics.json, and the page DIR/report/index.html. What each metric is, and what it needs:
-docs/evaluation.md. With --samples two folders of pictures are compared, without a run.
+docs/evaluation.md. With --samples two folders of pictures are compared, without a run. --protocol
+draws captions and scores FID and CLIP score over guidance, of a run, a model or a folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -23,7 +27,10 @@ from contextdiff_jax.runtime.files import write_json
 from contextdiff_jax.runtime.hub import find
 
 if TYPE_CHECKING:  # JAX starts after the flags are read
+    from contextdiff_jax.evaluation.captions import Caption
+    from contextdiff_jax.evaluation.protocols import Judge, Protocol
     from contextdiff_jax.evaluation.subject import Evaluation
+    from contextdiff_jax.inference import Pipeline
     from contextdiff_jax.runs.reading import Run
     from contextdiff_jax.settings import SampleConfig
 
@@ -57,6 +64,20 @@ FEATURES = cli.define_path(
     "features", "", "A classifier's folder or Inception's weights; default: DIR/classifier."
 )
 CLIP = cli.define_path("clip", "", "Folder of a transformers CLIPModel, for cmmd and clip_score.")
+MODEL = cli.define_path("model", None, "With --protocol, not --workdir: as `sample`'s.")
+PROTOCOL = flags.DEFINE_string(
+    "protocol", None, "Drawn captions, a picture of each, FID and CLIP score over guidance."
+)
+cli.list_names("protocol", {"one of": "contextdiff_jax.evaluation.protocols:PROTOCOLS"})
+CAPTIONS = cli.define_path(
+    "captions", None, "With --protocol: COCO's captions (.json), .jsonl, or .txt of one a line."
+)
+SCALES = flags.DEFINE_list(
+    "guidance_scales", None, "With --protocol: of the curve; default: the protocol's."
+)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 64, "With --protocol: pictures at once.", lower_bound=1
+)
 BOUND_TIMESTEPS = flags.DEFINE_integer(
     "bound_timesteps", 50, "KL terms a picture; 0: all.", lower_bound=0
 )
@@ -89,10 +110,16 @@ def checked_flags() -> dict[str, Any]:
     given = {name: value for name, value in flags_given.items() if value is not None}
     SampleConfig().changed(**given)
     if WORKDIR.value:  # else `load_run` says what is missing
-        if not OUT.value and find(WORKDIR.value) != WORKDIR.value:
-            raise ValueError(f"--out: missing; --workdir={WORKDIR.value} is a name, not a folder")
-        cli.output_folder("out" if OUT.value else "workdir", OUT.value or WORKDIR.value)
+        results_folder()
     return given
+
+
+def results_folder() -> pathlib.Path:
+    """The folder of the results, once it can be written."""
+    if not OUT.value and WORKDIR.value and find(WORKDIR.value) != WORKDIR.value:
+        raise ValueError(f"--out: missing; --workdir={WORKDIR.value} is a name, not a folder")
+    beside = WORKDIR.value and not OUT.value
+    return cli.output_folder("workdir" if beside else "out", OUT.value or WORKDIR.value)
 
 
 def _open(run: Run, options: SampleConfig) -> Evaluation:
@@ -167,8 +194,141 @@ def compare_folders() -> None:
         write_json(out / "distances.json", {**facts, "features": lookings, **told})
 
 
+def read_scales(default: Sequence[float]) -> list[float]:
+    """The guidance scales of --guidance_scales, or --guidance alone, or the protocol's."""
+    from contextdiff_jax.settings import SampleConfig
+
+    if SCALES.value is None:
+        return list(default) if GUIDANCE.value is None else [GUIDANCE.value]
+    try:
+        scales = sorted({float(text) for text in SCALES.value})
+        for scale in scales:
+            SampleConfig(guidance=scale)
+    except ValueError as error:
+        given = ",".join(SCALES.value)
+        raise ValueError(f"--guidance_scales={given}: must be numbers ({error})") from None
+    if GUIDANCE.value is not None or not scales:
+        raise ValueError("--guidance_scales: give at least one, and --guidance not beside it")
+    return scales
+
+
+def draw_captions() -> tuple[Protocol, list[Caption], int]:
+    """The protocol, its captions, and how many of them are asked for. ValueError for flags that
+    don't fit together.
+    """
+    from contextdiff_jax.evaluation.captions import draw_captions
+    from contextdiff_jax.evaluation.protocols import PROTOCOLS
+
+    check_choice("--protocol", PROTOCOL.value, PROTOCOLS)
+    protocol = PROTOCOLS[PROTOCOL.value]
+    if flags.FLAGS["metrics"].present:
+        raise ValueError("--metrics: isn't read with --protocol, which says what is scored")
+    if sum(map(bool, (WORKDIR.value, MODEL.value, SAMPLES.value))) > 1:
+        raise ValueError("--workdir, --model, --samples: only one of them")
+    if not CAPTIONS.value:
+        raise ValueError("--captions: missing; name COCO's captions, or a .jsonl or .txt file")
+    captions = draw_captions(CAPTIONS.value, protocol.seed)[: protocol.count]
+    num = NUM.value if flags.FLAGS["num"].present else protocol.count
+    if num > len(captions):
+        raise ValueError(
+            f"--captions={CAPTIONS.value}: {len(captions)} pictures have some; "
+            f"--protocol={PROTOCOL.value} draws {num}: --num={len(captions)} takes as many"
+        )
+    return protocol, captions, num
+
+
+def open_judge(protocol: Protocol, folder: pathlib.Path) -> Judge:
+    """The networks and the real pictures of --features, --clip and --reference."""
+    from contextdiff_jax.evaluation import folders, protocols
+    from contextdiff_jax.evaluation.networks.clip import load_clip
+    from contextdiff_jax.parallel.processes import is_first
+
+    for flag in (REFERENCE, FEATURES):
+        if not (flag.value and flags.FLAGS[flag.name].present):
+            raise ValueError(f"--{flag.name}: missing; FID needs real pictures and Inception")
+    check_choice("--resize", RESIZE.value, folders.RESIZES)
+    looking = folders.at_size(folders.by_inception(FEATURES.value, RESIZE.value), protocol.size)
+    clip = load_clip(CLIP.value) if CLIP.value else None
+    if clip is not None:
+        clip.check(protocol.size)
+    reference = protocols.open_reference(REFERENCE.value, looking, SEED.value, folder)
+    if SAVE_STATISTICS.value:
+        file = cli.output_file("save_statistics", SAVE_STATISTICS.value, (".safetensors",))
+        if is_first():
+            reference.save(file)
+    name = f"CLIP {folders.digest(pathlib.Path(find(CLIP.value)))}" if clip else ""
+    return protocols.Judge(
+        protocol=protocol, looking=looking, reference=reference, clip=clip, clip_name=name
+    )
+
+
+def follow_protocol() -> None:
+    """Draws captions, makes or takes a picture of each, and scores them."""
+    from contextdiff_jax.evaluation import protocols, report
+    from contextdiff_jax.evaluation.captions import write_captions
+    from contextdiff_jax.parallel import processes
+    from contextdiff_jax.settings import SampleConfig
+
+    protocol, captions, num = draw_captions()
+    scales, folder = read_scales(protocol.guidance), results_folder() / "protocols" / PROTOCOL.value
+    options = {flag.name: flag.value for flag in (SAMPLER, STEPS, SPACING) if flag.value}
+    SampleConfig().changed(**options)
+    processes.start(None, None, None, os.environ, processes.TIMEOUT)
+    if processes.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_captions(folder / "captions.jsonl", captions[:num])
+    if not (WORKDIR.value or MODEL.value or SAMPLES.value):
+        print(f"{folder / 'captions.jsonl'}: {num} captions; --samples=FOLDER for their pictures")
+        return
+
+    def tell(scale: float | None, scores: Mapping[str, Any]) -> None:
+        row = "samples" if scale is None else f"guidance {scale:g}"
+        if processes.is_first():
+            print(report.table({row: scores}, ""), flush=True)
+
+    if SAMPLES.value:
+        files = protocols.numbered_pictures(pathlib.Path(SAMPLES.value), num)
+        judge, source = open_judge(protocol, folder), SAMPLES.value
+        points = {None: judge.scores(files, [caption.text for caption in captions[:num]])}
+        tell(None, points[None])
+    else:
+        pipeline = open_pipeline(folder)
+        judge, source = open_judge(protocol, folder), pipeline.opened.source
+        options |= {"seed": SEED.value, "batch_size": BATCH_SIZE.value}
+        arguments = pipeline, judge, captions, num, scales, folder, tell
+        points = protocols.sample_curve(*arguments, **options)
+    if not processes.is_first():
+        return
+    facts = {
+        "command": shlex.join(["python", "-m", "contextdiff_jax.evaluate", *sys.argv[1:]]),
+        "protocol": dataclasses.asdict(protocol) | {"name": PROTOCOL.value},
+        "source": source,
+        "num": num,
+        **judge.about,
+        "machine": report.machine(),
+    }
+    protocols.write_curve(folder, points, facts)
+    if not SAMPLES.value:
+        report.plot_curve(points, folder / "curve.png")
+    print(folder / "curve.json")
+
+
+def open_pipeline(folder: pathlib.Path) -> Pipeline:
+    """The run or the model, on this process's devices; its programs are kept in the folder."""
+    from etils import epath
+
+    from contextdiff_jax.inference import Pipeline
+
+    programs = host.set_compilation_cache(epath.Path(folder))
+    read = {"weights": WEIGHTS.value, "ema_length": EMA_LENGTH.value}
+    return Pipeline.open(MODEL.value or WORKDIR.value, **read, programs=programs)
+
+
 def main() -> None:
     """Parses, samples, scores, reports."""
+    if PROTOCOL.value is not None:
+        follow_protocol()
+        return
     if SAMPLES.value:
         compare_folders()
         return

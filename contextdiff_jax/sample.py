@@ -1,28 +1,34 @@
 """python -m contextdiff_jax.sample --workdir=RUN --prompt="a large red circle" --num=4
 python -m contextdiff_jax.sample --model=emoji --prompt="woman running, dark skin tone, 3d style"
 python -m contextdiff_jax.sample --model=FOLDER --prompt="a horse" --negative="blurred"
+python -m contextdiff_jax.sample --model=FOLDER --prompts_file=FILE --layout=geneval --images=DIR
 
 Draw pictures for prompts. The model is a trained run, one that ships with the package, a Stable
 Diffusion folder, or ORG/NAME of the hub. The pictures come as one grid with the prompts under them,
 a run's by its EMA weights. All flags work for all of them; where one isn't given, the
 model's own value counts. From noise; or from a picture, --image=FILE --strength=0.8; or into a hole
 of it, --image=FILE --mask=FILE. --images=FOLDER writes each picture alone too, with its prompt,
-seed, sampler, steps and guidance in the PNG's text. --optimise_spacing=8 prints a grid of 8 steps
-that is made for the model.
+seed, sampler, steps and guidance in the PNG's text. --layout writes them alone, as a benchmark
+reads them, and goes on where it was killed. --optimise_spacing=8 prints a grid of 8 steps that is
+made for the model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
 
 from contextdiff_jax import cli
 from contextdiff_jax.runtime import host
+from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.texts import read_lines
+
+if TYPE_CHECKING:  # JAX starts after the flags are read
+    from contextdiff_jax.inference import Pipeline
 
 cli.group("Model and prompts")
 WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
@@ -34,7 +40,9 @@ MODEL = cli.define_path(
     "ORG/NAME[@REVISION] of the hub, which is downloaded once.",
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; may be given many times.")
-PROMPTS_FILE = cli.define_path("prompts_file", None, "A text file with one caption a line.")
+PROMPTS_FILE = cli.define_path(
+    "prompts_file", None, "A text file with one caption a line; with --layout its own."
+)
 NUM = flags.DEFINE_integer("num", 1, "Pictures a prompt.", lower_bound=1)
 NEGATIVE = flags.DEFINE_string(
     "negative", None, "The text that guidance leads away from; default: none."
@@ -99,6 +107,14 @@ MASK = cli.define_path("mask", None, "With --image: paint anew where this pictur
 cli.group("Output")
 OUT = cli.define_path("out", "grid.png", "The grid.")
 IMAGES = cli.define_path("images", None, "A folder for the pictures one by one.")
+LAYOUT = flags.DEFINE_string(
+    "layout",
+    None,
+    "Whose files --prompts_file and --images are, without a grid: pictures are written as they "
+    "come, and the same command goes on.",
+)
+cli.list_names("layout", {"one of": "contextdiff_jax.inference.layouts:LAYOUTS"})
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures at once.", lower_bound=1)
 COLUMNS = flags.DEFINE_integer("columns", 4, "Pictures a row.", lower_bound=1)
 OPTIONS = (
     SAMPLER,
@@ -195,25 +211,94 @@ def read_pictures(size: tuple[int, int] | None, count: int) -> dict[str, np.ndar
     return read
 
 
+def open_pipeline() -> Pipeline:
+    """The model, with its programs kept beside a run, for all else in the user's cache."""
+    from etils import epath
+
+    from contextdiff_jax.inference import Pipeline
+
+    # What --workdir names on the hub is the user's, too.
+    beside = WORKDIR.value and (host.is_remote(WORKDIR.value) or os.path.isdir(WORKDIR.value))
+    kept = epath.Path(WORKDIR.value) if beside else host.user_cache()
+    programs = host.set_compilation_cache(kept)
+    read = {"weights": WEIGHTS.value, "ema_length": EMA_LENGTH.value}
+    return Pipeline.open(MODEL.value or WORKDIR.value, **read, programs=programs)
+
+
+def guided(pipeline: Pipeline) -> Pipeline:
+    """The pipeline, led away from --autoguidance's."""
+    from contextdiff_jax.inference import Pipeline
+
+    if not AUTOGUIDANCE.value:
+        return pipeline
+    return pipeline.guided_by(Pipeline.open(AUTOGUIDANCE.value, WEIGHTS.value))
+
+
+def of_request() -> dict[str, Any]:
+    """The options of a request that aren't of sampling."""
+    return {
+        "negative": NEGATIVE.value,
+        "perpendicular": PERPENDICULAR.value,
+        "seed": SEED.value,
+        "batch_size": BATCH_SIZE.value,
+    }
+
+
+def fill_layout() -> None:
+    """Writes a benchmark's samples, those that aren't there; many processes share them."""
+    size, options = read_size(), check_flags()
+    others = PROMPT.value or IMAGE.value or MASK.value or OPTIMISE.value
+    if others or not PROMPTS_FILE.value:
+        raise ValueError(
+            f"--layout={LAYOUT.value}: reads --prompts_file alone; not --prompt, --image, --mask, "
+            "--optimise_spacing"
+        )
+    folder = cli.output_folder("images", IMAGES.value)
+
+    from contextdiff_jax.evaluation.shares import share
+    from contextdiff_jax.inference import filling, layouts
+    from contextdiff_jax.parallel import processes
+
+    check_choice("--layout", LAYOUT.value, layouts.LAYOUTS)
+    layout = layouts.LAYOUTS[LAYOUT.value]
+    entries = layout.read(PROMPTS_FILE.value)
+    if not entries:
+        raise ValueError(f"--prompts_file={PROMPTS_FILE.value}: holds no prompts")
+    processes.start(None, None, None, os.environ, processes.TIMEOUT)
+    pipeline = guided(open_pipeline())
+    prompts = [entry.prompt for entry in entries]
+    options |= of_request() | {"size": size}
+    filling.claim(
+        folder,
+        {
+            "layout": LAYOUT.value,
+            "prompts": filling.text_digest(prompts),
+            "num": NUM.value,
+            **filling.made_of(pipeline, options),
+        },
+    )
+    if processes.is_first():
+        layouts.write_metadata(layout, folder, entries)
+    spots = layouts.spots(prompts, NUM.value)
+    files = [folder / layout.picture(spot) for spot in spots]
+    new = filling.fill(pipeline, [spot.prompt for spot in spots], files, share=share, **options)
+    print(f"{len(files)} pictures of {pipeline.opened.source}: {folder} ({new} batches made now)")
+
+
 def main() -> None:
     """Parses, opens, samples, draws."""
+    if LAYOUT.value is not None:
+        fill_layout()
+        return
     prompts, size, options = read_prompts(), read_size(), check_flags()
     # Refused now, not when the pictures are made.
     out = cli.output_file("out", OUT.value, cli.PICTURES)
     folder = cli.output_folder("images", IMAGES.value) if IMAGES.value else None
     given = read_pictures(size, len(prompts) * NUM.value)
 
-    from etils import epath
-
-    from contextdiff_jax.inference import Pipeline
     from contextdiff_jax.runtime import pictures
 
-    # Beside a run; for all else, also what --workdir names on the hub, with the user's.
-    beside = WORKDIR.value and (host.is_remote(WORKDIR.value) or os.path.isdir(WORKDIR.value))
-    kept = epath.Path(WORKDIR.value) if beside else host.user_cache()
-    programs = host.set_compilation_cache(kept)
-    read = {"weights": WEIGHTS.value, "ema_length": EMA_LENGTH.value}
-    pipeline = Pipeline.open(MODEL.value or WORKDIR.value, **read, programs=programs)
+    pipeline = open_pipeline()
     if OPTIMISE.value is not None:
         from contextdiff_jax.inference.optimised import optimised_spacing
 
@@ -221,11 +306,9 @@ def main() -> None:
         times = optimised_spacing(pipeline, prompts, OPTIMISE.value, **options)
         print(f"--spacing={','.join(f'{t:.6g}' for t in times)}")
         return
-    if AUTOGUIDANCE.value:
-        pipeline = pipeline.guided_by(Pipeline.open(AUTOGUIDANCE.value, WEIGHTS.value))
+    pipeline = guided(pipeline)
     made = dataclasses.asdict(pipeline.options(**options))  # before what isn't of sampling
-    options |= {"negative": NEGATIVE.value, "num": NUM.value, "seed": SEED.value}
-    options |= {"perpendicular": PERPENDICULAR.value}
+    options |= of_request() | {"num": NUM.value}
     if "masks" in given:
         way, options = pipeline.inpaint, options | {"strength": STRENGTH.value}
     elif given:

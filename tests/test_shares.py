@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, config_dict
 from flax import nnx
+from PIL import Image
 from two_processes import evaluate_share
 
 from contextdiff_jax.data import load_tokenizer
@@ -43,6 +44,9 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = config_dict(**{"data.num_objects": "(1,2)"})
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "pictures").mkdir()
+    for i in range(5):
+        Image.new("RGB", (3, 3), (50 * i, i, 9)).save(folder / "pictures" / f"{i}.png")
     data = parse(config).data
     source = subject.classifier_source(data)
     labels = [classifier.read_labels(source[i]["attributes"]) for i in range(200)]
@@ -72,6 +76,9 @@ def test_two_processes_with_a_share_each_have_the_figures_of_one(workdir):
     assert (first.pop("pictures"), second.pop("pictures"), one.pop("pictures")) == (12, 13, 25)
     assert first == second and first["rows are the same"]
     np.testing.assert_allclose(first["mean"], one["mean"], rtol=1e-15)
+    (count, mean, rows), (_, own_mean, own_rows) = first["folder"], one["folder"]
+    assert count == 5 and rows == own_rows == [[50.0 * i, i, 9.0] for i in range(5)]
+    np.testing.assert_allclose(mean, own_mean, rtol=1e-15)
     # At 1e6, of squares 1e12.
     np.testing.assert_allclose(first["covariance"], one["covariance"], rtol=1e-9, atol=1e-9)
     for name, rows in one["scores"].items():

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from contextdiff_jax.data import load_tokenizer
-from contextdiff_jax.evaluation import metrics, shares, subject
+from contextdiff_jax.evaluation import folders, metrics, shares, subject
 from contextdiff_jax.evaluation.features import Moments
 from contextdiff_jax.runs.model import model_graph
 from contextdiff_jax.settings import parse
@@ -52,7 +52,12 @@ def evaluate_share(workdir: pathlib.Path) -> dict:
     same = (
         shares.gather_rows({"rows": rows[own.start : own.stop]})["rows"].tobytes() == rows.tobytes()
     )
+    looking = folders.Looking(
+        "means", lambda p: p.reshape(-1, 3).mean(0).astype(np.float32), lambda batch: batch
+    )
+    looked = folders.look(workdir / "pictures", looking)
     return {
+        "folder": [looked.moments.count, looked.moments.mean.tolist(), looked.kept.tolist()],
         "scores": result,
         "pictures": len(made.samples(row)),
         "mean": whole.mean.tolist(),

@@ -2,7 +2,7 @@
 
 Pictures are read once, a batch at a time: of all of them the moments are kept, of a fixed number,
 drawn by the seed, the features. So memory doesn't grow with a folder, and its statistics can be
-written and taken up.
+written and taken up. The processes of a job share the pictures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import safetensors
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from contextdiff_jax.data.decoding import UNDECODABLE, open_picture, shown
@@ -28,6 +28,7 @@ from contextdiff_jax.evaluation.features import FeatureFn, Moments, batch_shardi
 from contextdiff_jax.evaluation.intervals import Estimate
 from contextdiff_jax.evaluation.networks.clip import load_clip
 from contextdiff_jax.evaluation.networks.inception import SIZE, load_inception
+from contextdiff_jax.evaluation.shares import gather, share
 from contextdiff_jax.pretrained.folder_files import save_tensors
 from contextdiff_jax.runtime.errors import one_line
 from contextdiff_jax.runtime.host import num_cores
@@ -85,7 +86,22 @@ class Looking:
     features: FeatureFn
 
 
-def _digest(path: pathlib.Path) -> str:
+def at_size(looking: Looking, size: int) -> Looking:
+    """The same network's features of pictures that are made `square` first."""
+    name = f"{looking.name}, of {size}x{size}"
+    return Looking(name, lambda picture: looking.prepare(square(picture, size)), looking.features)
+
+
+def square(picture: Picture, size: int) -> UInt8[np.ndarray, "S S 3"]:
+    """The picture's largest square, around its centre, in size x size pixels (PIL's Lanczos)."""
+    if picture.shape[:2] == (size, size):
+        return picture
+    fitted = ImageOps.fit(Image.fromarray(picture), (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(fitted)
+
+
+def digest(path: pathlib.Path) -> str:
+    """Tells the weights in a file, or in a folder's files, from others."""
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
     total = hashlib.blake2b(digest_size=8)
     for file in files:
@@ -98,14 +114,14 @@ def _digest(path: pathlib.Path) -> str:
 def by_inception(path: str, resize: str = "pytorch-fid") -> Looking:
     """Inception-v3's 2048 features. ValueError for a file that isn't its weights."""
     network = load_inception(path)
-    name = f"Inception-v3 {_digest(pathlib.Path(path))}, resized as {resize}"
+    name = f"Inception-v3 {digest(pathlib.Path(path))}, resized as {resize}"
     return Looking(name, RESIZES[resize], make_feature_fn(network, lambda net, x: net(x)))
 
 
 def by_clip(folder: str) -> Looking:
     """CLIP's embeddings of pictures. ValueError for a folder that isn't a CLIPModel's."""
     network = load_clip(folder)
-    name = f"CLIP {_digest(pathlib.Path(folder))}"
+    name = f"CLIP {digest(pathlib.Path(folder))}"
     return Looking(name, lambda picture: network.preprocessing(picture[None])[0], network.vision)
 
 
@@ -176,28 +192,46 @@ def look(folder: pathlib.Path, looking: Looking, seed: int = 0) -> Statistics:
 
     Raises ValueError for a folder without pictures, and for one that can't be decoded.
     """
-    files = find_pictures(folder)
+    return look_at(find_pictures(folder), looking, seed, folder.name)
+
+
+def look_at(
+    files: Sequence[pathlib.Path], looking: Looking, seed: int = 0, label: str = ""
+) -> Statistics:
+    """The statistics of pictures; each process of a job looks at its share, all get the whole.
+
+    Raises ValueError for a picture that can't be decoded, and for fewer pictures than processes.
+    """
+    if len(files) < jax.process_count():
+        raise ValueError(f"{len(files)} pictures for {jax.process_count()} processes")
     chosen = np.random.default_rng(seed).permutation(len(files))[:KEPT]
-    wanted, sharding = np.isin(np.arange(len(files)), chosen), batch_sharding()
-    size = -(-_BATCH // sharding.num_devices) * sharding.num_devices
-    moments, kept, place = None, [], 0
-    batches = tqdm(
-        _prepared(files, looking.prepare),
-        desc=folder.name,
-        total=-(-len(files) // _BATCH),
-        unit="batch",
-        leave=False,
-        disable=None,
-    )
-    for pictures in batches:
-        batch = np.stack(pictures + pictures[:1] * (size - len(pictures)))
-        features = looking.features(jax.device_put(batch, sharding))
-        features = np.asarray(features, np.float32)[: len(pictures)]
+    wanted, mine = np.isin(np.arange(len(files)), chosen), share(len(files))
+    moments, kept = None, []
+    for rows, features in _features(files[mine.start : mine.stop], looking, label):
         part = Moments.of(features)
         moments = part if moments is None else moments.merge(part)
-        kept.append(features[wanted[place : place + len(pictures)]])
-        place += len(pictures)
-    return Statistics(looking.name, moments, np.concatenate(kept))
+        kept.append(features[wanted[mine.start :][rows]])
+    own = {"count": np.array(moments.count), "mean": moments.mean, "scatter": moments.scatter}
+    parts = gather(own | {"kept": np.concatenate(kept)})
+    every = (Moments(int(part["count"]), part["mean"], part["scatter"]) for part in parts)
+    whole = functools.reduce(Moments.merge, every)
+    return Statistics(looking.name, whole, np.concatenate([part["kept"] for part in parts]))
+
+
+def _features(
+    files: Sequence[pathlib.Path], looking: Looking, label: str
+) -> Iterator[tuple[slice, Float[np.ndarray, "N D"]]]:
+    """Batches of features, with which of the files they are of."""
+    sharding, place = batch_sharding(), 0
+    size = -(-_BATCH // sharding.num_devices) * sharding.num_devices
+    count = -(-len(files) // _BATCH)
+    batches = _prepared(files, looking.prepare)
+    for pictures in tqdm(batches, label, count, leave=False, unit="batch", disable=None):
+        batch = np.stack(pictures + pictures[:1] * (size - len(pictures)))
+        features = looking.features(jax.device_put(batch, sharding))
+        rows = slice(place, place + len(pictures))
+        yield rows, np.asarray(features, np.float32)[: len(pictures)]
+        place = rows.stop
 
 
 def open_statistics(path: str, looking: Looking, seed: int = 0) -> Statistics:

@@ -148,6 +148,23 @@ def plot_shares(scores: Scores, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=_DPI)
 
 
+def plot_curve(points: Mapping[float, Mapping[str, Estimate]], path: pathlib.Path) -> None:
+    """FID over CLIP score, a point a guidance scale; without CLIP score, FID over the scale."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis, scales = figure.subplots(), sorted(points)
+    fids = [points[scale]["fid"].value for scale in scales]
+    scored = all("clip_score" in points[scale] for scale in scales)
+    across = [points[scale]["clip_score"].value if scored else scale for scale in scales]
+    axis.plot(across, fids, marker="o")
+    for scale, place in zip(scales, zip(across, fids, strict=True), strict=True):
+        axis.annotate(f"{scale:g}", place, (4, 4), textcoords="offset points")
+    what = "CLIP score (at each point its guidance scale)" if scored else "guidance scale"
+    axis.set(xlabel=what, ylabel="FID")
+    axis.grid(alpha=0.3)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=_DPI, format="png")
+
+
 def write_report(
     workdir: pathlib.Path,
     results: Mapping[str, Result],

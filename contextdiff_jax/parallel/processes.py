@@ -37,6 +37,7 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 STATUS = re.compile(
     r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION)\b"
 )
+TIMEOUT = 600  # seconds that commands without a config wait for the others
 FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
 
 
