@@ -7,10 +7,10 @@ Draw pictures for prompts. The model is a trained run, one that ships with the p
 Diffusion folder, or ORG/NAME of the hub. The pictures come as one grid with the prompts under them,
 a run's by its EMA weights. All flags work for all of them; where one isn't given, the
 model's own value counts. From noise; or from a picture, --image=FILE --strength=0.8; or into a hole
-of it, --image=FILE --mask=FILE. --images=FOLDER writes each picture alone too, with its prompt,
-seed, sampler, steps and guidance in the PNG's text. --layout writes them alone, as a benchmark
-reads them, and goes on where it was killed. --optimise_spacing=8 prints a grid of 8 steps that is
-made for the model.
+of it, --image=FILE --mask=FILE; an upsampler enlarges --image=FILE. --images=FOLDER writes each
+picture alone too, with its prompt, seed, sampler, steps and guidance in the PNG's text. --layout
+writes them alone, as a benchmark reads them, and goes on where it was killed.
+--optimise_spacing=8 prints a grid of 8 steps that is made for the model.
 """
 
 from __future__ import annotations
@@ -100,6 +100,11 @@ SIZE = flags.DEFINE_list(
 )
 cli.group("From a picture")
 IMAGE = cli.define_path("image", None, "The picture to start from.")
+AUGMENTATION = cli.define_float(
+    "augmentation",
+    None,
+    "Of an upsampler: level of the noise on --image, 0 (none) to 1; more makes up more.",
+)
 STRENGTH = cli.define_float(
     "strength", None, "With --image: share of the steps made; default 0.8, with --mask 1."
 )
@@ -128,6 +133,7 @@ OPTIONS = (
     CONTEXT_SCALE,
     DYNAMIC_THRESHOLD,
     REUSE,
+    AUGMENTATION,
 )
 
 
@@ -311,6 +317,10 @@ def main() -> None:
     options |= of_request() | {"num": NUM.value}
     if "masks" in given:
         way, options = pipeline.inpaint, options | {"strength": STRENGTH.value}
+    elif pipeline.opened.super_resolution.is_upsampler and given:
+        if STRENGTH.value is not None:
+            raise ValueError(f"--strength={STRENGTH.value}: an upsampler begins at noise")
+        way = pipeline.upsample
     elif given:
         way, options = pipeline.image_to_image, options | {"strength": STRENGTH.value}
     else:

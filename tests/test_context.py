@@ -19,6 +19,7 @@ from contextdiff_jax.models.context_kinds import (
     KINDS,
     CrossAttention,
     Kind,
+    LowResolutionContext,
     TextOnly,
     compact_bilinear,
 )
@@ -60,11 +61,12 @@ def inputs(batch=2, height=8, width=12):
 def test_context_is_exactly_zero_at_the_start_yet_its_gain_learns(kind):
     model, (x0, text, mask, t) = network(gamma=0, kind=kind), inputs()
     noise = jnp.sin(x0)
-    assert (model(x0, text, mask, t, noise=noise) == 0).all()
+    more = dict(noise=noise, low=x0)
+    assert (model(x0, text, mask, t, **more) == 0).all()
     graph, state = nnx.split(model)
 
     def error(state):
-        return jnp.sum((nnx.merge(graph, state)(x0, text, mask, t, noise=noise) - 1) ** 2)
+        return jnp.sum((nnx.merge(graph, state)(x0, text, mask, t, **more) - 1) ** 2)
 
     grads = jax.grad(error)(state)
     assert float(jnp.abs(grads["gamma"][...]).min()) > 1e-4
@@ -73,7 +75,7 @@ def test_context_is_exactly_zero_at_the_start_yet_its_gain_learns(kind):
 @pytest.mark.parametrize("kind", OF_ONE_PART)
 def test_context_has_the_gain_as_root_mean_square_per_sample(kind):
     model, (x0, text, mask, t) = network(kind=kind, max_gain=0.7), inputs()
-    rms = jnp.sqrt(jnp.mean(model(x0, text, mask, t) ** 2, axis=(1, 2, 3)))
+    rms = jnp.sqrt(jnp.mean(model(x0, text, mask, t, low=x0) ** 2, axis=(1, 2, 3)))
     if KINDS[kind].linear_in_x0:  # at most; see below
         assert (0.1 * 0.7 * np.tanh(0.5) < rms).all() and (rms < 0.7 * np.tanh(0.5)).all()
     else:
@@ -119,14 +121,16 @@ def test_an_affine_context_reaches_its_bound_where_every_pixel_is_as_bad_as_can_
 @pytest.mark.parametrize("kind", WITH_CONTEXT)
 def test_every_kind_reads_what_it_says_and_padding_nowhere(kind):
     model, (x0, text, mask, t) = network(kind=kind), inputs()
-    r = model(x0, text, mask, t, noise=x0)
+    r = model(x0, text, mask, t, noise=x0, low=x0)
 
-    def change(x0=x0, text=text, noise=x0):
-        return float(jnp.abs(model(x0, text, mask, t, noise=noise) - r).max())
+    def change(x0=x0, text=text, noise=x0, low=x0):
+        return float(jnp.abs(model(x0, text, mask, t, noise=noise, low=low) - r).max())
 
     assert (change(x0=jnp.cos(3 * x0)) > 0) == KINDS[kind].reads_x0
     assert (change(noise=jnp.cos(3 * x0)) > 0) == KINDS[kind].reads_noise
-    assert KINDS[kind].reads_x0 or isinstance(model.raw, TextOnly)
+    assert (change(low=jnp.cos(3 * x0)) > 0) == KINDS[kind].reads_low
+    known = isinstance(model.raw, TextOnly | LowResolutionContext)
+    assert KINDS[kind].reads_x0 or known
     assert change(text=jnp.cos(3 * text)) > 1e-3
     assert change(text=jnp.where(mask[..., None], text, 1e3)) < 1e-5
 
@@ -145,7 +149,7 @@ def test_time_enters_only_if_asked_for(kind):
         block.kernel[...] = jax.random.normal(jax.random.key(0), block.kernel.shape)
 
     def change(model):
-        both = (model(x0, text, mask, times, noise=x0) for times in (t, t + 5))
+        both = (model(x0, text, mask, times, noise=x0, low=x0) for times in (t, t + 5))
         return float(jnp.abs(next(both) - next(both)).max())
 
     assert (change(fixed) > 0) == KINDS[kind].moves == fixed.config.moves

@@ -201,6 +201,7 @@ EVERY_KIND = {
     "affine": PLUGIN,
     "bilinear": {},
     "text": {"context.estimate": "plugin", "context.shift": "prior"},
+    "low_resolution": {"context.estimate": "plugin", "super_resolution.factor": 4},
     "two_ends": {"context.shift": "constant"},
     "gaussian_source": {"context.shift": "prior", "context.variance_kl": 0.1},
     "none": {"context.shift": "none"},

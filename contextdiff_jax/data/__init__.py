@@ -20,7 +20,7 @@ from contextdiff_jax.data.folder import FolderConfig, FolderSource
 from contextdiff_jax.data.huggingface import HuggingFaceConfig, HuggingFaceSource
 from contextdiff_jax.data.huggingface import has_split as has_table
 from contextdiff_jax.data.latent_shards import CacheSource, read_cache
-from contextdiff_jax.data.loader import Batch, Loader, RandomAccessSource, make_loader
+from contextdiff_jax.data.loader import Batch, Loader, Pieces, RandomAccessSource, make_loader
 from contextdiff_jax.data.orders import Size
 from contextdiff_jax.data.records import PictureConfig, PictureSource, first_found
 from contextdiff_jax.data.shapes import ShapesConfig, ShapesSource, heldout_triples
@@ -40,6 +40,7 @@ __all__ = [
     "HuggingFaceConfig",
     "HuggingFaceSource",
     "Loader",
+    "Pieces",
     "PictureSource",
     "RandomAccessSource",
     "ShapesConfig",
@@ -80,6 +81,7 @@ class DataConfig:
         image_size: pixels a side.
         crop: where a picture is longer than asked for, keep the `centre` or a `random` part (by
             seed, epoch and record).
+        crop_size: side of the piece of each picture that training reads, where `crop` says; 0: all.
         resample: filter that scales pictures: lanczos, bicubic or bilinear.
         max_pixels: a picture with more counts as broken.
         buckets: sizes (height, width) to sort pictures into by their aspect ratios, a batch of one
@@ -113,6 +115,7 @@ class DataConfig:
     index_folder: str = ""
     image_size: int = 32
     crop: str = "centre"
+    crop_size: int = 0
     resample: str = "lanczos"
     max_pixels: int = MAX_PIXELS
     buckets: tuple[Size, ...] = ()

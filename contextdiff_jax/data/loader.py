@@ -24,6 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import UInt8
 
 from contextdiff_jax.data.buckets import check_buckets, nearest_bucket
 from contextdiff_jax.data.folder_tokenizer import CutCaptions
@@ -34,6 +35,7 @@ from contextdiff_jax.data.tokenizer import AnyTokenizer
 Batch = dict[str, Any]
 # (record number, reason) of the records that turned out to be broken: from workers to the loader
 _BROKEN = "broken"
+_PIECES = 1  # of the randomness of a record the part that places its piece
 _CUT = "cut"  # the words that each caption loses, likewise
 # What schedulers and terminals send to all processes of a command: the main one saves and stops.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -49,6 +51,30 @@ class RandomAccessSource(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Pieces:
+    """A square of `size` pixels a side of each picture: the centre, or with `random` a place by
+    (seed, epoch, record), every one with the same chance.
+    """
+
+    size: int
+    random: bool
+    seed: int = 0
+
+    def __call__(
+        self, image: UInt8[np.ndarray, "H W 3"], index: int, epoch: int
+    ) -> UInt8[np.ndarray, "S S 3"]:
+        free = [side - self.size + 1 for side in image.shape[:2]]
+        if min(free) < 1:
+            raise ValueError(
+                f"data.crop_size={self.size}: a picture has {image.shape[0]} x {image.shape[1]}"
+            )
+        top, left = (count // 2 for count in free)
+        if self.random:  # the fourth number: records draw with three (`PictureSource`)
+            top, left = np.random.default_rng((self.seed, epoch, index, _PIECES)).integers(free)
+        return image[top : top + self.size, left : left + self.size]
+
+
+@dataclasses.dataclass(frozen=True)
 class _LoadBatch:
     """Batch number -> this process's block of that batch. Travels to the workers, so it is
     picklable.
@@ -59,6 +85,7 @@ class _LoadBatch:
     rows: Sequence[int]  # this process's part of each batch
     tokenizer: AnyTokenizer | None
     max_length: int
+    pieces: Pieces | None = None
 
     def __call__(self, number: int) -> Batch:
         size, indices, epochs = self.order(int(number), self.rows)
@@ -69,6 +96,11 @@ class _LoadBatch:
             ]
         else:
             records = [self.source[index] for index in indices]
+        if self.pieces is not None:
+            records = [
+                record | {"image": self.pieces(record["image"], index, epoch)}
+                for record, index, epoch in zip(records, indices, epochs, strict=True)
+            ]
         captions = [record["caption"] for record in records]
         arrays = [name for name, value in records[0].items() if isinstance(value, np.ndarray)]
         batch: Batch = {name: np.stack([record[name] for record in records]) for name in arrays}
@@ -232,6 +264,7 @@ def make_loader(
     prefetch: int = 2,
     num_threads: int = 2,  # pictures decode outside of the GIL, all else does not
     buckets: Sequence[Size] = (),
+    pieces: Pieces | None = None,
 ) -> Loader:
     """Endless shuffled batches of this process's share.
 
@@ -255,6 +288,7 @@ def make_loader(
             ahead.
         buckets: sizes (height, width): each picture is given out in that whose aspect ratio is
             nearest to its own.
+        pieces: what is given out of each picture; None: all of it.
 
     Raises:
         ValueError: for a batch that the processes do not divide, an empty source, or numbers out of
@@ -276,6 +310,7 @@ def make_loader(
         rows=local if rows is None else rows.tolist(),
         tokenizer=tokenizer,
         max_length=max_length,
+        pieces=pieces,
     )
     return Loader(load, identity, num_workers, prefetch, num_threads)
 

@@ -16,6 +16,7 @@ from contextdiff_jax.diffusion.steps import Steps
 from contextdiff_jax.inference.sampling import Weaker
 from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.settings import SampleConfig
+from contextdiff_jax.settings.super_resolution import SuperResolutionConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class Opened:
       least_guidance: a smaller scale is taken as this one.
       zeros_for_empty: without a negative text guidance leads away from zeros, as XL was trained.
       only_inpaints: the network reads a hole.
+      super_resolution: by how much it enlarges pictures, if it does.
       rounds_strength_up: whether a part of a step that `strength` asks for counts as one.
       text_length: the tokens after which a text is cut; None: as many as there are ids.
       guide: a weaker model in the place of guidance's branch without the prompt (autoguidance).
@@ -60,6 +62,7 @@ class Opened:
     least_guidance: float = -math.inf
     zeros_for_empty: bool = False
     only_inpaints: bool = False
+    super_resolution: SuperResolutionConfig = SuperResolutionConfig()
     multiple: int = 1
     rounds_strength_up: bool = False
     text_length: int | None = None
@@ -79,6 +82,10 @@ class Opened:
             "pixels a side of x0's": (self.factor, guide.factor),
             "estimate of r": (self.process.estimates_context, guide.process.estimates_context),
             "network for inpainting": (self.only_inpaints, guide.only_inpaints),
+            "super_resolution.factor": (
+                self.super_resolution.factor,
+                guide.super_resolution.factor,
+            ),
         }
         for what, (own, other) in facts.items():
             if own != other:

@@ -111,6 +111,7 @@ def of_run(
         shape=settings.shape,
         factor=settings.data.image_size // settings.shape[0],
         multiple=settings.model.granularity,
+        super_resolution=settings.super_resolution,
         options=options,
         identity=settings,
         rules=settings.mesh.rules,

@@ -11,15 +11,13 @@ context is `none`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -30,12 +28,11 @@ from contextdiff_jax.data.folder_tokenizer import warn_of_cut
 from contextdiff_jax.diffusion.samplers import check_takes
 from contextdiff_jax.diffusion.steps import Steps
 from contextdiff_jax.inference import sharing
+from contextdiff_jax.inference.jitted import Listener, jitted
 from contextdiff_jax.inference.opened import Opened
 from contextdiff_jax.inference.programs import kept
 from contextdiff_jax.inference.request import Request
-from contextdiff_jax.inference.sampling import Method, Picture, Text, make_sample
-from contextdiff_jax.models.pixels import to_uint8
-from contextdiff_jax.parallel.mesh import place, replicated, tracing_for
+from contextdiff_jax.inference.sampling import Method, Picture, Text
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import SampleConfig
 
@@ -62,7 +59,7 @@ class Pipeline:
         """
         self.opened, self._mesh, self._programs = opened, mesh, programs
         self._made: dict[Any, Callable] = {}
-        self._listener, self._told = _Listener(), set()
+        self._listener, self._told = Listener(), set()
 
     @classmethod
     def open(cls, path: str | Path, weights: str = "ema", **options: Any) -> Pipeline:
@@ -163,6 +160,23 @@ class Pipeline:
         holes = np.asarray(masks) >= 0.5
         return self._sample(request, chosen, shape, steps, strength == 1, images, holes)
 
+    def upsample(self, prompts: Sequence[str], images: Pictures, **options: Any) -> Pictures:
+        """`images`, one a prompt, as an upsampler enlarges them by its factor
+        (`super_resolution.factor`). The option `augmentation` is the level of the noise that it is
+        to see on them: the higher, the more it makes up itself.
+        """
+        request, chosen = self._read(prompts, options)
+        config = self.opened.super_resolution
+        if not config.is_upsampler:
+            raise ValueError("the model has super_resolution.factor=0: it doesn't enlarge pictures")
+        config.check_level(chosen.augmentation)
+        size = tuple(config.factor * side for side in images.shape[1:3])
+        _check_count(images, request)
+        shape = self.latent_shape(size)
+        return self._sample(
+            request, chosen, shape, self._steps(chosen, shape), True, small=np.asarray(images)
+        )
+
     def options(self, **given: Any) -> SampleConfig:
         """The options of sampling: the given ones; the model's own where one is None."""
         given = {name: value for name, value in given.items() if value is not None}
@@ -192,10 +206,7 @@ class Pipeline:
         return request, self.options(**given)
 
     def _shape_of(self, images: Pictures, request: Request) -> tuple[int, int, int]:
-        if len(images) != len(request.texts):
-            raise ValueError(
-                f"images: {len(images)}; one for each of the {len(request.texts)} pictures"
-            )
+        _check_count(images, request)
         return self.latent_shape(images.shape[1:3])
 
     def _steps(
@@ -221,8 +232,11 @@ class Pipeline:
         from_noise: bool,
         images: Pictures | None = None,
         holes: Bool[np.ndarray, "B H W"] | None = None,
+        small: Pictures | None = None,
     ) -> Pictures:
         """Batch after batch; the last is filled up: one shape, one compilation."""
+        if self.opened.super_resolution.is_upsampler and small is None:
+            raise ValueError("the model enlarges pictures: it is only for upsample")
         if self.opened.only_inpaints and holes is None:
             raise ValueError("the model reads a picture with a hole: it is only for inpainting")
         scale = max(options.guidance, self.opened.least_guidance)
@@ -253,6 +267,7 @@ class Pipeline:
                 np.asarray(jax.random.key_data(jax.random.fold_in(sampler_key, number))),
                 picture,
                 self.opened.guide_arrays([texts[i] for i in rows]) if method.guided else None,
+                None if small is None else (small[rows], np.float32(options.augmentation)),
             )
             pictures, finite = self._run(request, method, shape, arguments)
             real = len(texts) - start
@@ -313,36 +328,13 @@ class Pipeline:
     def program(
         self, method: Method, shape: tuple[int, int, int], watched: bool = False
     ) -> Callable:
-        """The jitted `pictures(weights, noise_key, numbers, noise, text, steps, guidance, key,
-        picture, guide)`, keys as data: noise is drawn from (noise_key, number of the picture) where
-        none is given. `guide`: the weaker model's weights, ids and mask. Gives the pictures, and
-        which of them are of finite values.
-        """
+        """The program of such batches (`inference.jitted`)."""
         if (method, shape, watched) not in self._made:
-            self._made[method, shape, watched] = self._jitted(method, shape, watched)
+            preview = self._listener if watched else None
+            self._made[method, shape, watched] = jitted(
+                self.opened, self._mesh, method, shape, preview
+            )
         return self._made[method, shape, watched]
-
-    def _jitted(self, method: Method, shape: tuple[int, int, int], watched: bool) -> Callable:
-        mesh, opened = self._mesh, self.opened
-        sample = make_sample(opened.process, method, self._listener if watched else None)
-
-        def pictures(
-            weights, noise_key, numbers, noise, text, steps, guidance, key, picture=None, guide=None
-        ):
-            if noise is None:
-                draw = functools.partial(jax.random.fold_in, jax.random.wrap_key_data(noise_key))
-                noise = jax.vmap(lambda n: jax.random.normal(draw(n), shape))(numbers)
-            if mesh is not None:
-                spread = place(mesh, noise.shape, ("batch", "rows", None, None), opened.rules)
-                noise = jax.lax.with_sharding_constraint(noise, spread)
-            with tracing_for(mesh, opened.rules):
-                model = opened.build(weights)
-                key = jax.random.wrap_key_data(key)
-                weaker = opened.build_weaker(guide)
-                x = sample(model, noise, text, steps, guidance, key, picture, weaker)
-            return to_uint8(x), jnp.isfinite(x).all((1, 2, 3))
-
-        return jax.jit(pictures, out_shardings=None if mesh is None else replicated(mesh))
 
 
 def method_of(options: SampleConfig, **more: Any) -> Method:
@@ -360,6 +352,13 @@ def method_of(options: SampleConfig, **more: Any) -> Method:
     )
 
 
+def _check_count(images: Pictures, request: Request) -> None:
+    if len(images) != len(request.texts):
+        raise ValueError(
+            f"images: {len(images)}; one for each of the {len(request.texts)} pictures"
+        )
+
+
 def _check_finite(finite: Bool[np.ndarray, "B"], texts: Sequence[str], guidance: float) -> None:
     if not finite.all():
         raise NotFiniteError(
@@ -367,26 +366,6 @@ def _check_finite(finite: Bool[np.ndarray, "B"], texts: Sequence[str], guidance:
             f"{texts[finite.argmin()]!r}: their values are not finite; lower the guidance, "
             f"{guidance}, or train with a lower learning rate"
         )
-
-
-class _Listener:
-    """A listener to whom a compiled program shows its estimates of x0; whom it tells can change."""
-
-    def __init__(self):
-        self._target: Callable | None = None
-
-    def __call__(self, t: np.ndarray, x0: np.ndarray) -> None:
-        if self._target is not None:
-            self._target(t, x0)
-
-    @contextlib.contextmanager
-    def calling(self, target: Callable) -> Iterator[None]:
-        """Tells `target` inside of the block."""
-        self._target = target
-        try:
-            yield
-        finally:
-            self._target = None
 
 
 def _rows(array: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:

@@ -4,7 +4,8 @@
 
 Every way to sample takes it: from noise, from a picture (image to image), into a hole of a picture
 (inpainting). The context is exact in all three: a picture is noised by the forward process with its
-r, and what an inpainted picture keeps follows the estimate of r that the sampler has.
+r, and what an inpainted picture keeps follows the estimate of r that the sampler has. An upsampler
+samples from noise, and its captions have the low-resolution picture.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from contextdiff_jax.models.denoising import (
     make_estimate,
     make_keep,
 )
+from contextdiff_jax.models.low_resolution import LowResolution, enlarged
 from contextdiff_jax.models.pixels import to_unit
 
 Preview = Callable[[Real[Array, ""], Float[Array, "B H W C"]], None]
@@ -96,8 +98,25 @@ class Picture(NamedTuple):
     mask: Bool[Array, "B H W"] | None = None
 
 
+class Small(NamedTuple):
+    """The low-resolution pictures that an upsampler enlarges, the level of the noise on them, and
+    the keys of each picture's noise.
+    """
+
+    pixels: UInt8[Array, "B H W 3"]
+    level: Float[Array, ""]
+    keys: PRNGKeyArray
+
+    def enlarged(self, model: ContextDiffusion, height: int, tile: bool) -> LowResolution:
+        """What networks read of them beside an x0 of that height."""
+        small = model.from_pixels(to_unit(self.pixels), tile)
+        noise = jax.vmap(lambda key: jax.random.normal(key, small.shape[1:]))(self.keys)
+        level = jnp.broadcast_to(self.level, small.shape[:1])
+        return enlarged(small, height // small.shape[1], level, noise)
+
+
 def make_sample(process: Process, method: Method, preview: Preview | None = None) -> Callable:
-    """`sample(model, noise, text, steps, guidance, key, picture, weaker) -> pictures
+    """`sample(model, noise, text, steps, guidance, key, picture, weaker, small) -> pictures
     [B, H, W, 3]`, about [-1, 1].
 
     The text is encoded once, the loop is one scan. `noise` is [B, H, W, C] in the model's space;
@@ -115,13 +134,16 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
         key: PRNGKeyArray,
         picture: Picture | None = None,
         weaker: Weaker | None = None,
+        small: Small | None = None,
     ) -> Float[Array, "B H2 W2 3"]:
-        captions, null, negative = encode(model, text)
+        low = None if small is None else small.enlarged(model, noise.shape[1], method.tile)
+        captions, null, negative = encode(model, text, low)
         schedule = steps.schedule(process.schedule)
         read = steps.reader(schedule)
         start = Start.of(model, schedule, shift, method, captions, noise, steps, picture)
         scale = guidance if method.guided else 1.0
-        guide = Guide.of(weaker if method.guided else None, schedule, shift, start.beside, read)
+        weaker = weaker if method.guided else None
+        guide = Guide.of(weaker, schedule, shift, start.beside, read, low)
         texts = captions, null, negative
         denoise = guided(model, process, method, texts, scale, schedule, read, start.beside, guide)
         options = {}  # a sampler needs to know those alone that are used
@@ -157,12 +179,13 @@ class Guide(NamedTuple):
         shift: str,
         beside: Float[Array, "B H W E"] | None,
         read: ReadFn,
+        low: LowResolution | None = None,
     ) -> Guide:
         """Both, of the captions alone."""
         if weaker is None:
             return cls()
         model = weaker.model
-        texts = (model.encode(weaker.ids, weaker.mask),)
+        texts = (model.encode(weaker.ids, weaker.mask)._replace(low=low),)
         rows, kind = Rows.of(texts, beside), weaker.prediction_type
         estimate = make_estimate(model, schedule, rows, kind, shift, read)
         return cls(estimate, make_keep(model, schedule, texts, beside, read))
@@ -207,8 +230,12 @@ def guided(
     )
 
 
-def encode(model: ContextDiffusion, text: Text) -> tuple[Captions, Captions, Captions | None]:
-    """The captions, what guidance leads away from, and what it does perpendicularly; as many."""
+def encode(
+    model: ContextDiffusion, text: Text, low: LowResolution | None = None
+) -> tuple[Captions, Captions, Captions | None]:
+    """The captions, what guidance leads away from, and what it does perpendicularly; as many. All
+    have the low-resolution pictures.
+    """
     captions, negative = model.encode(text.ids, text.mask), None
     if text.null_ids is None:
         null = captions.hidden()
@@ -216,7 +243,8 @@ def encode(model: ContextDiffusion, text: Text) -> tuple[Captions, Captions, Cap
         null = empty_like(captions, model.encode(text.null_ids, text.null_mask))
     if text.negative_ids is not None:
         negative = empty_like(captions, model.encode(text.negative_ids, text.negative_mask))
-    return captions, null, negative
+        negative = negative._replace(low=low)
+    return captions._replace(low=low), null._replace(low=low), negative
 
 
 class Known(NamedTuple):

@@ -6,29 +6,35 @@ from typing import NamedTuple
 
 from flax import nnx
 
+from contextdiff_jax.models.efficient_unet import EfficientUNet
+from contextdiff_jax.models.efficient_unet_config import EfficientUNetConfig
 from contextdiff_jax.models.mmdit import MMDiT
 from contextdiff_jax.models.mmdit_config import MMDiTConfig
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.unet_config import UNetConfig
 
-Backbone = UNet | MMDiT
-BackboneConfig = UNetConfig | MMDiTConfig
+Backbone = UNet | MMDiT | EfficientUNet
+BackboneConfig = UNetConfig | MMDiTConfig | EfficientUNetConfig
 
 
 class Kind(NamedTuple):
     """A kind of backbone.
 
     A new one's config has `in_channels`, `out_channels`, `text_width`, `pooled_features`,
-    `sample_size`, `granularity`, `context_head`, `from_dict` and `to_dict`; its network `name`,
-    `keeps_coarse` and `predict` as the two here.
+    `sample_size`, `granularity`, `context_head`, `low_resolution`, `from_dict` and `to_dict`; its
+    network `name`, `keeps_coarse` and `predict` as those here.
     """
 
     config: type[BackboneConfig]
     network: type[Backbone]
 
 
-BACKBONES = {"unet": Kind(UNetConfig, UNet), "mmdit": Kind(MMDiTConfig, MMDiT)}
+BACKBONES = {
+    "unet": Kind(UNetConfig, UNet),
+    "mmdit": Kind(MMDiTConfig, MMDiT),
+    "efficient_unet": Kind(EfficientUNetConfig, EfficientUNet),
+}
 
 
 def kind_of(config: BackboneConfig) -> str:

@@ -8,20 +8,24 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from contextdiff_jax.models.low_resolution import LowResolution
+
 
 class Captions(NamedTuple):
     """Encoded captions: token states, which of them count, the pooled text of an encoder that gives
-    one (None: the mean of the tokens that count is read where one is wanted), and the sizes of
-    their pictures (None: what is made is its picture, without a crop), as `data.sizes` has them.
+    one (None: the mean of the tokens that count is read where one is wanted), the sizes of their
+    pictures (None: what is made is its picture, without a crop), as `data.sizes` has them, and for
+    an upsampler the low-resolution pictures, which stay where guidance hides the text.
     """
 
     tokens: Float[ArrayLike, "B L D"]
     mask: Bool[ArrayLike, "B L"]
     pooled: Float[Array, "B P"] | None = None
     sizes: Float[ArrayLike, "B 6"] | None = None
+    low: LowResolution | None = None
 
     def hidden(self) -> Captions:
-        """Zeros in the place of the text's states."""
+        """Zeros in the place of the text's states; all else stays."""
         pooled = None if self.pooled is None else jnp.zeros_like(self.pooled)
         return self._replace(tokens=jnp.zeros_like(self.tokens), pooled=pooled)
 

@@ -85,7 +85,9 @@ class ContextConfig:
 
     @property
     def is_known(self) -> bool:
-        """Whether r is a function of the text (and t) alone."""
+        """Whether r is known before x0 is: a function of the text, of an upsampler's low-resolution
+        picture, and of t.
+        """
         return not (self.network.reads_x0 or self.network.reads_noise)
 
     @property
@@ -166,17 +168,19 @@ class RelationalNetwork(nnx.Module):
         visual: Float[ArrayLike, "B N V"] | None = None,
         mix: MixFn = lambda tokens: tokens,
         noise: Float[ArrayLike, "B H W C"] | None = None,
+        low: Float[ArrayLike, "B H W C"] | None = None,
     ) -> Float[Array, "B H W C"]:
         """r, float32. `t`, 0..1000 as networks read it, matters only if r `moves`, `visual` (CLIP's
-        tokens of x0) only if `tokens` is `clip`, `noise` only if the kind `reads_noise`; `mix` lets
-        the tokens of a clip's frames see each other. ValueError if patches or CLIP's tokens don't
-        fit the picture.
+        tokens of x0) only if `tokens` is `clip`, `noise` only if the kind `reads_noise`, `low` (a
+        low-resolution picture, enlarged) only if it `reads_low`; `mix` lets the tokens of a clip's
+        frames see each other. ValueError if patches or CLIP's tokens don't fit the picture.
         """
         config = self.config
         if config.network.is_zero:
             return jnp.zeros(x0.shape, jnp.float32)
         p = config.patch_size
-        tokens = patches(x0, p, "context.patch_size")  # [B, N, p*p*C]
+        seen = low if config.network.reads_low else x0
+        tokens = patches(seen, p, "context.patch_size")  # [B, N, p*p*C]
         if config.tokens == "clip":
             found = None if visual is None else visual.shape[1]
             if found != tokens.shape[1]:

@@ -62,6 +62,7 @@ class Kind(nnx.Module):
     Attributes:
       reads_x0: whether r depends on x0; if not, it is known before x0 is.
       reads_noise: whether r depends on the noise of x_t: it shapes the noise itself.
+      reads_low: whether the tokens are an upsampler's low-resolution picture, enlarged, not x0.
       moves: whether r depends on t, beside what `time_dependent` adds.
       parts: how many outputs r is made of, by `combine`.
       linear_in_x0: whether r is linear in x0. The only map of the tokens must then be `embed`, from
@@ -71,6 +72,7 @@ class Kind(nnx.Module):
 
     reads_x0 = True
     reads_noise = False
+    reads_low = False
     moves = False
     parts = 1
     linear_in_x0 = False
@@ -162,6 +164,19 @@ class TextOnly(CrossAttention):
         for block in self.blocks:
             x = block(x, text, mask, temb)
         return self.norm(x)
+
+
+class LowResolutionContext(CrossAttention):
+    """r(y, c) of an upsampler: patches of the low-resolution picture y query the text. Both are
+    known before x0 is, so the reverse process has r itself and no estimate. Without an embedding of
+    places: pieces are trained on, and larger pictures are made.
+    """
+
+    reads_x0 = False
+    reads_low = True
+
+    def __call__(self, tokens, position, text, mask, temb):
+        return super().__call__(tokens, jnp.zeros_like(position), text, mask, temb)
 
 
 class TwoEnds(TextOnly):
@@ -256,6 +271,7 @@ KINDS: dict[str, type[Kind]] = {
     "affine": Affine,
     "bilinear": Bilinear,
     "text": TextOnly,
+    "low_resolution": LowResolutionContext,
     "two_ends": TwoEnds,
     "gaussian_source": GaussianSource,
     "none": NoContext,

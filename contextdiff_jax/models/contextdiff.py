@@ -127,7 +127,8 @@ class ContextDiffusion(nnx.Module):
         encoder in every sampling step.
         """
         if self.vision is None:
-            return self.context(x0, captions.tokens, captions.mask, t, noise=noise)
+            low = self._low(captions)
+            return self.context(x0, captions.tokens, captions.mask, t, noise=noise, low=low)
         if pixels is None:
             pixels = x0 if self.vae is None else self.vae.decode(self.vae.from_diffusion(x0))
         tokens = self.vision(pixels)
@@ -144,12 +145,14 @@ class ContextDiffusion(nnx.Module):
         `deep`: its coarser levels' part, from an earlier step.
         """
         kept = () if deep is None else (deep,)
+        x = self._beside_low(x, captions)
         return self.backbone.predict(x, t, captions, *self._seen(x, captions), *kept)
 
     def deep_features(
         self, x: Float[ArrayLike, "B H W C"], t: Real[ArrayLike, "B"], captions: Captions
     ) -> Float[Array, "B H2 W2 E"]:
         """The coarser levels' part of a backbone that `keeps_coarse`."""
+        x = self._beside_low(x, captions)
         return self.backbone.deep_features(x, t, captions, *self._seen(x, captions))
 
     def to_pixels(self, x0: Float[ArrayLike, "B H W C"], tile: bool = False) -> Array:
@@ -161,6 +164,22 @@ class ContextDiffusion(nnx.Module):
         if self.vae is None:
             return pixels
         return self.vae.to_diffusion(self.vae.encode(pixels, tile=tile).mean)
+
+    def _low(self, captions: Captions) -> Float[ArrayLike, "B H W C"] | None:
+        """An upsampler's low-resolution picture, enlarged. ValueError where an upsampler has none,
+        or another network has one.
+        """
+        if self.backbone.config.low_resolution != (captions.low is not None):
+            raise ValueError(
+                "super_resolution: an upsampler reads a low-resolution picture, other networks "
+                "read none"
+            )
+        return None if captions.low is None else captions.low.picture
+
+    def _beside_low(self, x: ArrayLike, captions: Captions) -> Array:
+        """x, and after its channels those of an upsampler's low-resolution picture."""
+        low = self._low(captions)
+        return x if low is None else jnp.concatenate([x, low], axis=-1)
 
     def _seen(
         self, x: ArrayLike, captions: Captions

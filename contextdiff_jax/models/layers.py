@@ -301,8 +301,8 @@ class ResnetBlock(nnx.Module):
 
     `time_scale_shift`: "default" adds the projected time embedding before the second norm,
     "scale_shift" modulates its output (ADM). The last conv starts at zero, so that a new block is
-    its shortcut. Without `time_features` (autoencoders) there is no time. `remat`: what is kept for
-    the backward pass (models.remat).
+    its shortcut. Without `time_features` (autoencoders) there is no time. `scale`: of the sum at
+    the end. `remat`: what is kept for the backward pass (models.remat).
     """
 
     remat = "none"
@@ -317,9 +317,11 @@ class ResnetBlock(nnx.Module):
         eps: float,
         act_fn: str = "silu",
         time_scale_shift: str = "default",
+        scale: float = 1.0,
         **policy: Any,
     ):
         norm = dict(eps=eps, **policy)
+        self.scale = scale
         self.act = ACTIVATIONS[act_fn]
         self.time_scale_shift = time_scale_shift
         self.norm1 = GroupNorm(in_channels, num_groups, **norm)
@@ -340,7 +342,8 @@ class ResnetBlock(nnx.Module):
     ) -> Float[Array, "B H W D"]:
         h = self._second_norm(self.conv1(self.act(self.norm1(x))), temb)
         h = self.conv2(self.act(h))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return h if self.scale == 1 else self.scale * h
 
     def _second_norm(
         self, h: Float[ArrayLike, "B H W D"], temb: Float[ArrayLike, "B E"] | None
@@ -358,24 +361,28 @@ class Downsample(nnx.Module):
     """A 3x3 convolution of stride 2: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C].
 
     `pad_end` (autoencoders) pads only below and on the right: [B, floor(H/2), floor(W/2), C].
+    `out_channels`: D, if it isn't C.
     """
 
-    def __init__(self, channels: int, *, pad_end: bool = False, **policy):
-        self.conv = conv3x3(
-            channels, channels, stride=2, padding=(0, 1) if pad_end else (1, 1), **policy
-        )
+    def __init__(
+        self, channels: int, out_channels: int | None = None, *, pad_end: bool = False, **policy
+    ):
+        padding = (0, 1) if pad_end else (1, 1)
+        self.conv = conv3x3(channels, out_channels or channels, stride=2, padding=padding, **policy)
 
-    def __call__(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+    def __call__(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
         return self.conv(x)
 
 
 class Upsample(nnx.Module):
-    """Nearest upsampling by 2, cropped to the skip's size, and a 3x3 convolution."""
+    """Nearest upsampling by 2, cropped to the skip's size, and a 3x3 convolution, to
+    `out_channels` if they are others.
+    """
 
-    def __init__(self, channels: int, **policy):
-        self.conv = conv3x3(channels, channels, **policy)
+    def __init__(self, channels: int, out_channels: int | None = None, **policy):
+        self.conv = conv3x3(channels, out_channels or channels, **policy)
 
     def __call__(
         self, x: Float[ArrayLike, "B H W C"], size: tuple[int, int] | None = None
-    ) -> Float[Array, "B H2 W2 C"]:
+    ) -> Float[Array, "B H2 W2 D"]:
         return self.conv(upsample_nearest(x, size))

@@ -31,6 +31,7 @@ from contextdiff_jax.models.layers import (
     timestep_embedding,
     torch_frequencies,
 )
+from contextdiff_jax.models.low_resolution import embed_level
 from contextdiff_jax.models.mmdit_config import MMDiTConfig, Stack
 from contextdiff_jax.models.patches import patches, unpatch
 from contextdiff_jax.models.precision import Precision
@@ -120,9 +121,13 @@ class MMDiT(nnx.Module):
         policy = precision.policy(rngs)
         self.config, self.precision = config, precision
         width, patch = config.width, config.patch_size**2
-        self.patch_in = PatchEmbedding(config.in_channels, width, config.patch_size, **policy)
+        channels = config.in_channels * (1 + config.low_resolution)
+        self.patch_in = PatchEmbedding(channels, width, config.patch_size, **policy)
         self.time_embedding = TimestepEmbedding(_TIME_FEATURES, width, **policy)
         self.pooled_embedding = TimestepEmbedding(config.pooled_projection_dim, width, **policy)
+        self.level_embedding = (
+            TimestepEmbedding(_TIME_FEATURES, width, **policy) if config.low_resolution else None
+        )
         self.text_in = linear(config.joint_attention_dim, width, **policy)
         self.stacks = nnx.List(_stack(config, stack, policy) for stack in config.stacks())
         self.modulation = linear(width, 2 * width, zero_init=True, **policy)
@@ -136,7 +141,8 @@ class MMDiT(nnx.Module):
         text_tokens: Float[ArrayLike, "B L E"],
         pooled: Float[ArrayLike, "B P"],
         text_mask: Bool[ArrayLike, "B L"] | None = None,
-    ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], Float[Array, "B H W C"]]:
+        level: Float[ArrayLike, "B"] | None = None,
+    ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], Float[Array, "B H W R"]]:
         """The network's prediction, float32; with a context head the pair (prediction, context).
 
         Args:
@@ -144,8 +150,10 @@ class MMDiT(nnx.Module):
           t: timestep, 0..1000, one a sample or one for all; integer or fractional.
           text_tokens: the text encoders' states. pooled: their pooled text. text_mask: True where a
               token counts; None: all count.
+          level: of an upsampler, the noise's in the low-resolution picture, whose channels follow
+              x's.
         """
-        h, text, time = self.enter(x, t, text_tokens, pooled)
+        h, text, time = self.enter(x, t, text_tokens, pooled, level)
         for stack in self.stacks:
             h, text = stack((h, text), time, text_mask)
         return self.leave(h, time, jnp.shape(x))
@@ -156,6 +164,7 @@ class MMDiT(nnx.Module):
         t: Shaped[ArrayLike, "*B"],
         text_tokens: Float[ArrayLike, "B L E"],
         pooled: Float[ArrayLike, "B P"],
+        level: Float[ArrayLike, "B"] | None = None,
     ) -> tuple[Float[Array, "B N D"], Float[Array, "B L D"], Float[Array, "B D"]]:
         """Both streams' tokens and the time's embedding, as the layers read them."""
         config, dtype = self.config, self.precision.compute
@@ -170,6 +179,8 @@ class MMDiT(nnx.Module):
         t = jnp.broadcast_to(jnp.asarray(t), shape[:1])
         frequencies = torch_frequencies(_TIME_FEATURES // 2)
         temb = self.time_embedding(timestep_embedding(t, _TIME_FEATURES, frequencies=frequencies))
+        if self.level_embedding is not None:
+            temb = temb + self.level_embedding(embed_level(level, _TIME_FEATURES))
         time = jax.nn.silu(temb + self.pooled_embedding(pooled))  # [B, D]
         return h, self.text_in(text_tokens), time
 
@@ -194,7 +205,8 @@ class MMDiT(nnx.Module):
         """The call, of captions, of which the tokens in `seen` count; the picture's `size` is not
         read.
         """
-        return self(x, t, captions.tokens, pooled_text(captions), seen)
+        level = None if captions.low is None else captions.low.level
+        return self(x, t, captions.tokens, pooled_text(captions), seen, level)
 
     def _picture(self, tokens: Float[ArrayLike, "B N P"], shape: tuple[int, ...]) -> Array:
         return unpatch(tokens, self.config.patch_size, shape).astype(self.precision.output)

@@ -27,7 +27,8 @@ class Stack(NamedTuple):
 @no_type_check
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MMDiTConfig:
-    """diffusers' `SD3Transformer2DModel` config (names and defaults) and `context_head`.
+    """diffusers' `SD3Transformer2DModel` config (names and defaults), `context_head` and
+    `low_resolution`.
 
     The width is `num_attention_heads` x `attention_head_dim`. `sample_size` is the side that the
     position's unit belongs to, `pos_embed_max_size` the largest side in patches.
@@ -49,7 +50,8 @@ class MMDiTConfig:
     dual_attention_layers: tuple[int, ...] = ()
     qk_norm: str | None = None  # norm of queries and keys: rms_norm (3.5), or none (3)
     context_head: bool = False  # a second output, the estimate of r
-    OURS: ClassVar = {"context_head": False}  # what diffusers lacks, switched off
+    low_resolution: bool = False  # a low-resolution picture and its noise's level are read, too
+    OURS: ClassVar = {"context_head": False, "low_resolution": False}  # what diffusers lacks, off
 
     def __post_init__(self):
         check_choice("model.qk_norm", self.qk_norm, (None, "rms_norm"))

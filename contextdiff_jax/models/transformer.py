@@ -84,7 +84,10 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Pre-norm self-attention, cross-attention to the text, feed-forward, each with a residual."""
+    """Pre-norm self-attention, cross-attention to the text, feed-forward, each with a residual.
+
+    `only_cross_attention`: the first attends to the text, too; `text_alone`: there is no first.
+    """
 
     def __init__(
         self,
@@ -93,12 +96,14 @@ class TransformerBlock(nnx.Module):
         text_features: int,
         *,
         only_cross_attention: bool = False,
+        text_alone: bool = False,
         **policy: Any,
     ):
-        self.only_cross_attention = only_cross_attention
-        self.norm1 = nnx.LayerNorm(features, epsilon=1e-5, **policy)
-        first = text_features if only_cross_attention else None
-        self.attn1 = Attention(features, num_heads, context_features=first, **policy)
+        self.only_cross_attention, self.text_alone = only_cross_attention, text_alone
+        if not text_alone:
+            self.norm1 = nnx.LayerNorm(features, epsilon=1e-5, **policy)
+            first = text_features if only_cross_attention else None
+            self.attn1 = Attention(features, num_heads, context_features=first, **policy)
         self.norm2 = nnx.LayerNorm(features, epsilon=1e-5, **policy)
         self.attn2 = Attention(features, num_heads, context_features=text_features, **policy)
         self.norm3 = nnx.LayerNorm(features, epsilon=1e-5, **policy)
@@ -110,8 +115,9 @@ class TransformerBlock(nnx.Module):
         text: Float[ArrayLike, "B L E"],
         mask: Bool[ArrayLike, "B L"] | None,
     ) -> Float[Array, "B N D"]:
-        first = (text, mask) if self.only_cross_attention else ()
-        x = x + self.attn1(self.norm1(x), *first)
+        if not self.text_alone:
+            first = (text, mask) if self.only_cross_attention else ()
+            x = x + self.attn1(self.norm1(x), *first)
         x = x + self.attn2(self.norm2(x), text, mask)
         return x + self.ff(self.norm3(x))
 
@@ -136,9 +142,10 @@ class SpatialTransformer(nnx.Module):
         depth: int = 1,
         num_groups: int,
         only_cross_attention: bool = False,
+        text_alone: bool = False,
         **policy: Any,
     ):
-        block = dict(only_cross_attention=only_cross_attention, **policy)
+        block = dict(only_cross_attention=only_cross_attention, text_alone=text_alone, **policy)
         self.norm = GroupNorm(channels, num_groups, eps=1e-6, **policy)
         self.proj_in = linear(channels, channels, **policy)
         self.transformer_blocks = nnx.List(

@@ -6,8 +6,9 @@ The topology, the config's field names and the attribute names are those of diff
 the torch model is the same function. Every size, from two million parameters for a CPU to Stable
 Diffusion's, is a `UNetConfig` of this one class.
 
-Ours: an optional context head, which predicts E[r(x0, c) | x_t, c] from the last features, and
-`patch_size`: the network works on patches of the picture (`models/patches.py`).
+Ours: an optional context head, which predicts E[r(x0, c) | x_t, c] from the last features;
+`patch_size`: the network works on patches of the picture (`models/patches.py`); and
+`low_resolution`: it reads a low-resolution picture after x's channels, and its noise's level.
 """
 
 from __future__ import annotations
@@ -27,32 +28,20 @@ from contextdiff_jax.models.layers import (
     ACTIVATIONS,
     Downsample,
     GroupNorm,
-    ResnetBlock,
     TimestepEmbedding,
     Upsample,
     conv3x3,
     timestep_embedding,
 )
+from contextdiff_jax.models.low_resolution import embed_level
 from contextdiff_jax.models.patches import depth_to_space, space_to_depth
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.transformer import SpatialTransformer
 from contextdiff_jax.models.unet_config import Level, UNetConfig
+from contextdiff_jax.models.unet_parts import ContextHead, resnet_of
 
 # Token states, or (video.VideoText) what an inflated network hands on to its transformers.
 Text = Any
-
-
-def _resnet(config: UNetConfig, in_channels: int, out_channels: int, policy: dict) -> ResnetBlock:
-    return ResnetBlock(
-        in_channels,
-        out_channels,
-        config.time_features,
-        num_groups=config.norm_num_groups,
-        eps=config.norm_eps,
-        act_fn=config.act_fn,
-        time_scale_shift=config.resnet_time_scale_shift,
-        **policy,
-    )
 
 
 def _transformer(
@@ -86,7 +75,7 @@ class DownBlock(nnx.Module):
     ):
         widths = [in_channels] + [level.channels] * level.num_layers
         self.resnets = nnx.List(
-            _resnet(config, a, b, policy) for a, b in itertools.pairwise(widths)
+            resnet_of(config, a, b, policy) for a, b in itertools.pairwise(widths)
         )
         self.attentions = nnx.List(
             _transformer(config, level, policy, level.only_cross_attention)
@@ -128,7 +117,7 @@ class MidBlock(nnx.Module):
         level = config.levels()[-1]
         count = 2 if config.mid_block_type == "UNetMidBlock2DCrossAttn" else 1
         self.resnets = nnx.List(
-            _resnet(config, *[level.channels] * 2, policy) for _ in range(count)
+            resnet_of(config, *[level.channels] * 2, policy) for _ in range(count)
         )
         # diffusers keeps the self-attention here even where `only_cross_attention` drops it
         # elsewhere.
@@ -156,7 +145,7 @@ class UpBlock(nnx.Module):
         upsample: bool,
         **policy,
     ):
-        self.resnets = nnx.List(_resnet(config, c, level.channels, policy) for c in in_channels)
+        self.resnets = nnx.List(resnet_of(config, c, level.channels, policy) for c in in_channels)
         self.attentions = nnx.List(
             _transformer(config, level, policy, level.only_cross_attention)
             for _ in range(len(in_channels) if cross_attention else 0)
@@ -179,29 +168,6 @@ class UpBlock(nnx.Module):
         for upsample in self.upsamplers:
             x = upsample(x, size)  # [B, *size, C]
         return x
-
-
-class ContextHead(nnx.Module):
-    """Own resnet, GroupNorm, activation and zero-initialised convolution: the context estimate
-    starts at 0.
-
-    It reads the trunk's features and doesn't train them: the context is as large as the picture and
-    moves while phi learns, and a head that pulled at the trunk spoiled the denoiser
-    (docs/results/README.md). So its resnet is its own.
-    """
-
-    def __init__(self, config: UNetConfig, **policy: Any):
-        width = config.block_out_channels[0]
-        self.act = ACTIVATIONS[config.act_fn]
-        self.resnet = _resnet(config, width, width, policy)
-        self.norm = GroupNorm(width, config.norm_num_groups, eps=config.norm_eps, **policy)
-        channels = config.patch_size**2 * config.in_channels
-        self.conv = conv3x3(width, channels, zero_init=True, **policy)
-
-    def __call__(
-        self, h: Float[ArrayLike, "B H W C"], temb: Float[ArrayLike, "clips E"]
-    ) -> Float[Array, "B H W I"]:
-        return self.conv(self.act(self.norm(self.resnet(h, temb))))
 
 
 class UNet(nnx.Module):
@@ -229,13 +195,19 @@ class UNet(nnx.Module):
         self.precision = precision
         widths = config.block_out_channels
         pixels = config.patch_size**2
-        self.conv_in = conv3x3(pixels * config.in_channels, widths[0], **policy)
+        channels = pixels * config.in_channels * (1 + config.low_resolution)
+        self.conv_in = conv3x3(channels, widths[0], **policy)
         time_features, act_fn = config.time_features, config.act_fn
         self.time_embedding = TimestepEmbedding(widths[0], time_features, act_fn=act_fn, **policy)
         # diffusers builds this one with its default activation, silu, whatever act_fn is.
         self.add_embedding = (
             TimestepEmbedding(config.projection_class_embeddings_input_dim, time_features, **policy)
             if config.addition_embed_type == "text_time"
+            else None
+        )
+        self.level_embedding = (
+            TimestepEmbedding(widths[0], time_features, act_fn=act_fn, **policy)
+            if config.low_resolution
             else None
         )
         self.down_blocks, skips = _down_blocks(config, policy)
@@ -255,7 +227,7 @@ class UNet(nnx.Module):
         text_mask: Bool[ArrayLike, "B L"] | None = None,
         added: Mapping[str, ArrayLike] | None = None,
         deep: Float[ArrayLike, "B H W K"] | None = None,
-    ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], Float[Array, "B H W C"]]:
+    ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], Float[Array, "B H W R"]]:
         """The network's prediction, float32; with a context head the pair (prediction, context).
 
         Args:
@@ -264,7 +236,7 @@ class UNet(nnx.Module):
           text_tokens: encoder states to attend to. text_mask: True where a token counts; None: all
               count.
           added: for `addition_embed_type="text_time"` (XL) `text_embeds` [B, P] and `time_ids` [B,
-              6].
+              6]; for `low_resolution` the noise's `level` [B].
           deep: `deep_features` of a near x and t: then only the finest level is computed
               (DeepCache, Ma et al., 2024).
         """
@@ -297,8 +269,10 @@ class UNet(nnx.Module):
         return self._coarse(self._fine(x, *text)[-1], *text)
 
     def added(self, captions: Captions, size: tuple[int, int]) -> dict[str, Array] | None:
-        """The conditions of a UNet of the XL kind."""
-        return None if self.add_embedding is None else text_and_size(captions, *size)
+        """The conditions beside time and tokens, if there are any."""
+        added = {} if self.add_embedding is None else text_and_size(captions, *size)
+        level = {} if captions.low is None else {"level": captions.low.level}
+        return added | level or None
 
     def forward(
         self,
@@ -307,7 +281,7 @@ class UNet(nnx.Module):
         text_tokens: Text,
         text_mask: ArrayLike | None,
         deep: Float[ArrayLike, "B H W K"] | None = None,
-    ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], Float[Array, "B H W C"]]:
+    ) -> Float[Array, "B H W O"] | tuple[Float[Array, "B H W O"], Float[Array, "B H W R"]]:
         """The call, with time embedded (`time`): a row of it for each picture, or, where the blocks
         are inflated, for each clip. The text is only handed on to the transformers.
         """
@@ -353,6 +327,9 @@ class UNet(nnx.Module):
         sinusoid = dict(flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
         t = jnp.broadcast_to(jnp.asarray(t), (batch,))
         temb = self.time_embedding(timestep_embedding(t, config.block_out_channels[0], **sinusoid))
+        if self.level_embedding is not None:
+            level = embed_level(added["level"], config.block_out_channels[0])
+            temb = temb + self.level_embedding(level)
         if self.add_embedding is None:
             return temb
         missing = sorted({"text_embeds", "time_ids"} - set(added or ()))

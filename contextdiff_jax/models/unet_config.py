@@ -64,8 +64,8 @@ class Level:
 @no_type_check
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """diffusers' `UNet2DConditionModel` config (names and defaults), and ours: `patch_size` and
-    `context_head`.
+    """diffusers' `UNet2DConditionModel` config (names and defaults), and ours: `patch_size`,
+    `context_head` and `low_resolution`.
 
     A tuple gives one value a level, from the finest. `attention_head_dim` is, for historical
     reasons, the *number* of heads in diffusers; `num_attention_heads` overrides it.
@@ -110,7 +110,9 @@ class UNetConfig:
     time_embedding_dim: int | None = None  # width; None: four times the first level's
     patch_size: int = 1  # pixels a side that become channels before the network
     context_head: bool = False  # a second output, the estimate of r
-    OURS: ClassVar = {"patch_size": 1, "context_head": False}  # what diffusers lacks, switched off
+    low_resolution: bool = False  # a low-resolution picture and its noise's level are read, too
+    # what diffusers lacks, switched off
+    OURS: ClassVar = {"patch_size": 1, "context_head": False, "low_resolution": False}
 
     def __post_init__(self):
         for field, allowed in _CHOICES.items():

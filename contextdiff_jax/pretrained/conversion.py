@@ -41,8 +41,12 @@ Report = Callable[[str], None]
 
 
 def backbone_model(config: BackboneConfig) -> Model:
-    """What is particular about the kind of backbone that this config is of."""
-    return MODELS[kind_of(config)]
+    """What is particular about the kind of backbone that this config is of. ValueError for one
+    that no folder holds.
+    """
+    kind = kind_of(config)
+    check_choice("model.kind", kind, MODELS, "folders")
+    return MODELS[kind]
 
 
 def to_native(

@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 
 from contextdiff_jax.models.backbones import BackboneConfig
-from contextdiff_jax.models.unet import ContextHead, UNet
+from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.unet_config import UNetConfig
+from contextdiff_jax.models.unet_parts import ContextHead
 from contextdiff_jax.pretrained import folder as folders
 from contextdiff_jax.pretrained.kinds import Model, Options
 from contextdiff_jax.pretrained.names import Rules, state_from_torch, state_to_torch

@@ -40,10 +40,14 @@ from contextdiff_jax.settings.distillation import DistillConfig, check_student
 from contextdiff_jax.settings.log import LogConfig
 from contextdiff_jax.settings.process import DiffusionConfig, ShiftConfig, check_process
 from contextdiff_jax.settings.sampling import SampleConfig, check_sampling
+from contextdiff_jax.settings.super_resolution import SuperResolutionConfig, check_upsampler
 from contextdiff_jax.settings.train import TrainConfig
 
 # Fields that `parse` fills in from others.
-DERIVED = {"context": ("in_channels", "text_width", "visual_width"), "model": ("context_head",)}
+DERIVED = {
+    "context": ("in_channels", "text_width", "visual_width"),
+    "model": ("context_head", "low_resolution"),
+}
 # Fields that name what every reader of a run needs; settings have where it is here.
 _NAMES = (("latent", "vae"), ("text", "pretrained"), ("context", "clip"), ("data", "tokenizer"))
 
@@ -77,6 +81,7 @@ class Settings:
     mesh: MeshConfig
     sample: SampleConfig
     latent: LatentConfig
+    super_resolution: SuperResolutionConfig
     distill: DistillConfig
     log: LogConfig
     # model.pretrained: the pipeline, a folder or single file, whose network a new run starts from
@@ -147,6 +152,7 @@ def read_data(values: Mapping[str, Any]) -> DataConfig:
         data,
         "data",
         image_size=1,
+        crop_size=0,
         max_length=2,
         num_scenes=1,
         num_workers=0,
@@ -154,6 +160,10 @@ def read_data(values: Mapping[str, Any]) -> DataConfig:
         bucket_max_ratio=0,
         bucket_step=1,
     )
+    if data.crop_size > data.image_size:
+        raise ValueError(
+            f"data.crop_size={data.crop_size}: must be at most data.image_size={data.image_size}"
+        )
     for field in ("max_broken_fraction", "heldout_fraction", "position_fraction"):
         if not 0 <= getattr(data, field) <= 1:
             raise ValueError(f"data.{field}={getattr(data, field)}: must lie in [0, 1]")
@@ -166,14 +176,18 @@ def parse(config: Mapping[str, Any]) -> Settings:
     Raises ValueError, in one line, for an unknown section or field, or a value that is not allowed.
     """
     # sections that runs of before them lack
-    config = {"latent": {}, "distill": {}, "log": {}} | dict(config)
+    config = {"latent": {}, "super_resolution": {}, "distill": {}, "log": {}} | dict(config)
     check_sections(
         config, [field.name for field in dataclasses.fields(Settings) if field.name != "pretrained"]
     )
     config = _located(config)
     context = strict(ShiftConfig, "context", config["context"])
+    super_resolution = strict(SuperResolutionConfig, "super_resolution", config["super_resolution"])
     # The second head belongs to the estimate: one decision, made in context.estimate.
-    model, pretrained = _read_model(config["model"], context.estimate == "posterior_mean")
+    derived = (context.estimate == "posterior_mean", super_resolution.is_upsampler)
+    model, pretrained = _read_model(
+        config["model"], dict(zip(DERIVED["model"], derived, strict=True))
+    )
     settings = Settings(
         seed=config["seed"],
         train=strict(TrainConfig, "train", config["train"]),
@@ -190,6 +204,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
         mesh=strict(MeshConfig, "mesh", config["mesh"]),
         sample=strict(SampleConfig, "sample", config["sample"]),
         latent=strict(LatentConfig, "latent", config["latent"]),
+        super_resolution=super_resolution,
         distill=strict(DistillConfig, "distill", config["distill"]),
         log=strict(LogConfig, "log", config["log"]),
         pretrained=pretrained,
@@ -201,6 +216,7 @@ def parse(config: Mapping[str, Any]) -> Settings:
     _check_text(settings)
     _check_latents(settings)
     _check_patches(settings)
+    check_upsampler(settings)
     return settings
 
 
@@ -228,8 +244,12 @@ def to_config(settings: Settings) -> dict[str, Any]:
     return json.loads(json.dumps(config))
 
 
-def _read_model(values: Mapping[str, Any], head: bool) -> tuple[BackboneConfig, str]:
-    """The backbone's config and `model.pretrained`; runs that say no kind have a UNet."""
+def _read_model(
+    values: Mapping[str, Any], derived: Mapping[str, bool]
+) -> tuple[BackboneConfig, str]:
+    """The backbone's config, with `derived` fields, and `model.pretrained`; runs that say no kind
+    have a UNet.
+    """
     check_section("model", values)
     fields = dict(values)
     kind = typed("model.kind", fields.pop("kind", "unet"), str)
@@ -238,7 +258,7 @@ def _read_model(values: Mapping[str, Any], head: bool) -> tuple[BackboneConfig, 
     _check_kind(kind, fields)
     config = BACKBONES[kind].config
     check_types(config, "model", fields)
-    return config.from_dict({**fields, "context_head": head}), pretrained
+    return config.from_dict({**fields, **derived}), pretrained
 
 
 def _check_kind(kind: str, fields: Mapping[str, Any]) -> None:
@@ -275,10 +295,10 @@ def _check_text(settings: Settings) -> None:
 
 
 def _check_patches(settings: Settings) -> None:
-    p, side = settings.model.patch_size, settings.shape[0]
-    buckets = settings.data.buckets or settings.data.bucket_max_ratio
-    if not buckets and side % p:
-        raise ValueError(f"model.patch_size={p}: must divide the side of x0, {side}")
+    p, side, data = settings.model.patch_size, settings.shape[0], settings.data
+    crop = data.crop_size * side // data.image_size
+    if not (data.buckets or data.bucket_max_ratio) and (side % p or crop % p):
+        raise ValueError(f"model.patch_size={p}: must divide the side of x0, {crop or side}")
 
 
 def _check_latents(settings: Settings) -> None:

@@ -35,6 +35,7 @@ class SampleConfig:
     set_alpha_to_one: bool = (
         True  # as in diffusers' DDIM: False ends at timestep 0, not at clean data
     )
+    augmentation: float = 0.0  # level of the noise on an upsampler's low-resolution picture
     reuse: int = 1  # the UNet's coarser levels are computed in every so many steps (DeepCache)
 
     def __post_init__(self):
@@ -54,7 +55,11 @@ class SampleConfig:
                 f"guidance_interval={self.guidance_interval}: must be two shares of noise "
                 "b / (a + b), ascending, from 0 (clean) to 1 (noise)"
             )
-        for field, most in (("guidance_rescale", 1), ("dynamic_threshold", 100)):
+        for field, most in (
+            ("guidance_rescale", 1),
+            ("dynamic_threshold", 100),
+            ("augmentation", 1),
+        ):
             if not 0 <= getattr(self, field) <= most:
                 raise ValueError(f"{field}={getattr(self, field)}: must lie in [0, {most}]")
         if self.steps < 1 or self.steps_offset < 0:

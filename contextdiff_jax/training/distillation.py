@@ -19,6 +19,7 @@ from contextdiff_jax.diffusion.process import bcast
 from contextdiff_jax.diffusion.samplers import DenoiseFn
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen, Teacher
 from contextdiff_jax.models.denoising import empty_like, make_denoise, related
+from contextdiff_jax.models.low_resolution import LowResolution
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.settings import Settings
@@ -45,6 +46,7 @@ def load_teacher(settings: Settings, frozen: Frozen) -> Teacher:
         "data.max_length",
         "data.tokenizer",
         "latent.vae",
+        "super_resolution.factor",
         "text.pretrained",
     ):
         section, name = field.split(".")
@@ -98,6 +100,7 @@ def distilled_errors(
     null: dict[str, Array],
     x0: Float[Array, "B H W C"],
     pixels: Float[Array, "B H2 W2 3"] | None,
+    low: LowResolution | None,
     process: diffusion.Process,
     settings: Settings,
 ) -> tuple[Float[Array, "B"], Real[Array, "B"]]:
@@ -117,6 +120,8 @@ def distilled_errors(
         return captions, shown, empty
 
     captions, shown, empty = read(teacher)
+    nothing_said = empty_like(shown, empty)._replace(low=low)
+    captions, shown = (each._replace(low=low) for each in (captions, shown))
     shifted_by = related(process.caption, captions, lambda true: shown)
     r = teacher.relate(x0, shifted_by, schedule.network_time(t), pixels, noise)
     x_t = diffusion.q_sample(schedule, x0, r, t, noise, shift)
@@ -124,7 +129,7 @@ def distilled_errors(
         teacher,
         schedule,
         shown,
-        empty_like(shown, empty),
+        nothing_said,
         prediction_type=model.teacher.prediction_type,
         shift=shift,
         guidance=config.guidance,
@@ -135,6 +140,6 @@ def distilled_errors(
         nothing = jnp.zeros_like(target)
         moved = diffusion.Denoised(target, nothing, nothing)
         target = flow_velocity(schedule, moved, x_t, t, "none")
-    output = model.predict(*schedule.network_input(x_t, t), read(model)[1])
+    output = model.predict(*schedule.network_input(x_t, t), read(model)[1]._replace(low=low))
     error = (output - jax.lax.stop_gradient(target)) ** 2
     return jnp.mean(error, axis=tuple(range(1, error.ndim))), t

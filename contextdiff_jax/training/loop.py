@@ -22,6 +22,7 @@ from contextdiff_jax.data import (
     AnyTokenizer,
     CacheSource,
     Loader,
+    Pieces,
     RandomAccessSource,
     bucket_sizes,
     make_loader,
@@ -171,6 +172,7 @@ def _open_data(settings: Settings, feed: Feed) -> tuple[AnyTokenizer, RandomAcce
         prefetch=data.prefetch,
         rows=feed.rows,
         buckets=bucket_sizes(data),
+        pieces=Pieces(data.crop_size, data.crop == "random", data.seed) if data.crop_size else None,
     )
     return tokenizer, source, loader
 

@@ -6,13 +6,16 @@ import logging
 import pathlib
 import tempfile
 
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import UInt8
 from PIL.Image import Image
 
 from contextdiff_jax.data import AnyTokenizer, DataConfig, make_source
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.inference.pipeline import NotFiniteError
 from contextdiff_jax.models.contextdiff import Frozen
+from contextdiff_jax.models.low_resolution import shrink
 from contextdiff_jax.parallel.processes import is_first
 from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runtime import pictures
@@ -40,7 +43,11 @@ class Reporter:
         self._pipeline = None
         if settings.train.sample_every:
             self._pipeline = of_run(settings, tokenizer, None, frozen=frozen, mesh=mesh)
-            self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
+            self._small = None
+            if settings.super_resolution.is_upsampler:
+                self._prompts, self._small = small_pictures(settings)
+            else:
+                self._prompts = list(settings.sample.prompts) or default_prompts(settings.data)
 
     def __call__(self, state: TrainState, step: int) -> Image | None:
         """The grid of this step, in the first process, if there is one."""
@@ -48,7 +55,12 @@ class Reporter:
         if self._pipeline is not None:
             pipeline = self._pipeline.with_params(state.ema)
             try:
-                images = pipeline.text_to_image(self._prompts, seed=self._settings.seed)
+                seed = self._settings.seed
+                images = (
+                    pipeline.text_to_image(self._prompts, seed=seed)
+                    if self._small is None
+                    else pipeline.upsample(self._prompts, self._small, seed=seed)
+                )
             except NotFiniteError as error:  # no reason to end the training
                 LOGGER.warning("no samples of step %d: %s", step, error)
         if not is_first():
@@ -72,6 +84,20 @@ class Reporter:
                 with replacing(self._workdir / "curves.png") as file:
                     file.write_bytes(drawn.read_bytes())
         return grid
+
+
+def small_pictures(
+    settings: Settings, count: int = 8
+) -> tuple[list[str], UInt8[np.ndarray, "B H W 3"]]:
+    """Captions and low-resolution pictures of the first held-out records, or where there are none
+    of the first training records, for an upsampler's samples.
+    """
+    source = make_source(settings.data, settings.data.kind.splits(settings.data)[-1])
+    records = [source[i] for i in range(min(count, len(source)))]
+    images = np.stack([record["image"] for record in records])
+    return [record["caption"] for record in records], shrink(
+        images, settings.super_resolution.factor
+    )
 
 
 def default_prompts(data: DataConfig, count: int = 16) -> list[str]:

@@ -21,10 +21,12 @@ from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import MOTIONS
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.models.denoising import related
+from contextdiff_jax.models.low_resolution import LowResolution, enlarged, shrink
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.parallel.mesh import tracing_for
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.settings import Settings, ShiftConfig
+from contextdiff_jax.settings.super_resolution import SuperResolutionConfig
 from contextdiff_jax.training.distillation import distilled_errors
 from contextdiff_jax.training.objective import drop, errors
 from contextdiff_jax.training.state import TrainState, apply_gradients
@@ -32,7 +34,7 @@ from contextdiff_jax.training.trainable import split_trainable
 
 Batch = dict[str, Num[Array, "B ..."]]
 # Appending a name leaves the draws of the others as they are.
-RANDOM_USES = ("timestep", "noise", "dropout", "latent")
+RANDOM_USES = ("timestep", "noise", "dropout", "latent", "level", "low_noise")
 
 
 def _keys(key: Array) -> dict[str, Array]:
@@ -54,7 +56,8 @@ def x0_shape(batch: Batch, settings: Settings) -> tuple[int, int, int, int]:
 
 def draw(key: Array, batch: Batch, settings: Settings) -> Batch:
     """Adds a step's randomness to a batch: `t`, `noise`, `dropped` (captions hidden from the
-    denoiser), and for latents `latent_noise` (their place in the autoencoder's Gaussian).
+    denoiser), for latents `latent_noise` (their place in the autoencoder's Gaussian), and for an
+    upsampler `level` and `low_noise`, of its low-resolution pictures.
 
     Drawn for the whole batch at once, so that accumulation and sharding don't change the step.
     """
@@ -66,6 +69,7 @@ def draw(key: Array, batch: Batch, settings: Settings) -> Batch:
     return (
         batch
         | latent
+        | _draw_low(keys, shape, settings.super_resolution)
         | {
             "t": config.make_schedule().time_of_share(
                 diffusion.sample_shares(
@@ -78,6 +82,29 @@ def draw(key: Array, batch: Batch, settings: Settings) -> Batch:
             ),
         }
     )
+
+
+def _draw_low(
+    keys: dict[str, Array], shape: tuple[int, int, int, int], config: SuperResolutionConfig
+) -> Batch:
+    if not config.is_upsampler:
+        return {}
+    B, H, W, C = shape
+    low = B, H // config.factor, W // config.factor, C
+    return {
+        "level": config.max_level * jax.random.uniform(keys["level"], (B,)),
+        "low_noise": jax.random.normal(keys["low_noise"], low),
+    }
+
+
+def low_resolution(
+    model: ContextDiffusion, batch: Batch, config: SuperResolutionConfig
+) -> LowResolution | None:
+    """What an upsampler is given of a batch's pictures: they shrunk, noised, enlarged again."""
+    if not config.is_upsampler:
+        return None
+    small = model.from_pixels(to_unit(shrink(batch["image"], config.factor)))
+    return enlarged(small, config.factor, batch["level"], batch["low_noise"])
 
 
 def clean(
@@ -109,14 +136,15 @@ def loss_fn(
     """
     config, context, schedule = settings.diffusion, settings.context, process.schedule
     x0, pixels = clean(model, batch)
+    low = low_resolution(model, batch, settings.super_resolution)
     if settings.distill.teacher:
-        error, t = distilled_errors(model, batch, null, x0, pixels, process, settings)
+        error, t = distilled_errors(model, batch, null, x0, pixels, low, process, settings)
         return _loss(model, process, settings, error, t)
     t, noise = batch["t"], batch["noise"]
     captions = model.encode(batch["token_ids"], batch["token_mask"])
     empty = model.encode_empty(null["token_ids"], null["token_mask"])
     hide = functools.partial(drop, batch["dropped"], empty)
-    shifted_by = related(context.caption, captions, hide)
+    shifted_by = related(context.caption, captions, hide)._replace(low=low)
 
     def relate(t, noise):
         return model.relate(x0, shifted_by, schedule.network_time(t), pixels, noise)
@@ -126,7 +154,7 @@ def loss_fn(
     else:
         r, rate = relate(t, noise), None
     # After r: the order in which gradients are added is a run's digits.
-    read = hide(captions)._replace(sizes=batch.get("sizes"))
+    read = hide(captions)._replace(sizes=batch.get("sizes"), low=low)
     error, context_loss = errors(
         lambda x, time: model.predict(x, time, read),
         process,
