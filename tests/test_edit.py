@@ -313,6 +313,8 @@ def test_what_an_earlier_edit_wrote_is_removed_and_nothing_else(tmp_path):
         "edits/00.mp4",
         "edits/101.gif",
         "edits/00-seed12.gif",
+        "edits/03.webp",
+        "edits/03.apng",
         "edits/02-seed3/00001.png",
         "edits/00/00000.png",
         "attention/01.png",

@@ -294,8 +294,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     rows = {f"source: {video.prompt}": clip, "reconstruction": edited.reconstruction}
     for row, frames in zip(edited.outputs, edited.clips, strict=True):
-        output.save_gif(frames, folder / f"{row.name}.gif", video.fps)
-        output.save_mp4(frames, folder / f"{row.name}.mp4", video.fps)
+        for form in settings.edit.formats:
+            output.WRITERS[form](frames, folder / f"{row.name}.{form}", video.fps)
         output.save_frames(frames, folder / row.name)
         rows[f"{row.label}: {row.prompt}"] = frames
     output.strip(rows).save(workdir / "strip.png")
@@ -329,7 +329,8 @@ def _report(clip: Clip, edited: Edited, settings: EditSettings, metrics: Mapping
 
 def remove_old(workdir: pathlib.Path) -> None:
     """Removes what an earlier edit, of more prompts or frames, wrote. Other files stay."""
-    written = [p for p in (workdir / "edits").glob("*") if p.suffix in ("", ".gif", ".mp4")]
+    suffixes = {"", *(f".{form}" for form in output.WRITERS)}
+    written = [p for p in (workdir / "edits").glob("*") if p.suffix in suffixes]
     written += (workdir / "attention").glob("*.png")
     for path in written:
         if not re.fullmatch(r"\d+(-seed\d+)?", path.stem):

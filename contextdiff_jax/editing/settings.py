@@ -18,6 +18,7 @@ from contextdiff_jax.runtime.keys import check_seed
 from contextdiff_jax.settings import Settings, parse
 
 CONTROLS = ("none", "replace", "refine")
+FORMATS = ("gif", "mp4", "webp", "apng")
 METHODS = ("inversion", "sdedit", "flowedit")
 INVERSIONS = ("ddim", "exact")
 NEGATIVES = ("source", "empty")
@@ -124,6 +125,7 @@ class EditConfig:
           of the background alone.
       keep_threshold: share of their map's largest value, above which it stays.
       blend_range: when there is blending and keeping.
+      formats: of the edited clips' files, of gif, mp4, webp and apng; frames are always written.
       attention_maps: write those of every word.
       clip: CLIP's folder, for its metrics.
       pickscore: PickScore's folder, for its metric.
@@ -149,6 +151,7 @@ class EditConfig:
     keep: tuple[str, ...] = ()
     keep_threshold: float = 0.3
     blend_range: tuple[float, float] = (0.2, 1.0)
+    formats: tuple[str, ...] = ("gif", "mp4")
     attention_maps: bool = False
     clip: str = ""
     pickscore: str = ""
@@ -160,6 +163,8 @@ class EditConfig:
         check_choice("edit.control", self.control, CONTROLS)
         check_choice("edit.inversion", self.inversion, INVERSIONS)
         check_choice("edit.negative", self.negative, NEGATIVES)
+        for name in self.formats:
+            check_choice("edit.formats", name, FORMATS)
         check_at_least(
             self,
             "edit",
