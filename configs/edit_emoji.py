@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.edit.update(
         method="flowedit",
         steps=20,
-        strength=0.9,
+        strength=(0.9,),
         negative="empty",
         inversion="exact",
         iterations=10,

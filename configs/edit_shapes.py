@@ -48,5 +48,7 @@ def get_config() -> ConfigDict:
         prompt="a large red circle",
         edit_prompts=("a large blue circle", "a large red square"),
     )
-    config.edit.update(steps=20, strength=0.55, negative="empty", inversion="exact", iterations=10)
+    config.edit.update(
+        steps=20, strength=(0.55,), negative="empty", inversion="exact", iterations=10
+    )
     return config

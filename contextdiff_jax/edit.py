@@ -2,8 +2,8 @@
 
 Edit a clip by text. A video model is tuned on the clip (or goes on with the tuning in the workdir);
 then the clip is inverted, and sampled anew by its own prompt and by each of `video.edit_prompts`.
-The workdir gets edits/NN.gif, NN.mp4 and NN/, strip.png, metrics.json, beside the tuning's
-config.json, metrics.jsonl, events/ and checkpoints/.
+The workdir gets edits/NN.gif, NN.mp4 (or the files of edit.formats) and NN/, strip.png,
+metrics.json, report.html, beside the tuning's config.json, metrics.jsonl, events/ and checkpoints/.
 
 Two benchmarks edit many clips whose true edits are known, with and without the context, and score
 them (benchmark.json, benchmark.png): --shapes=50 clips of moving shapes, in colour and in shape;

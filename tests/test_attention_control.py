@@ -41,9 +41,9 @@ def test_refined_words_keep_their_attention_and_the_others_take_the_source_s():
     assert list(found.keep[1]) == [1, 1, 0, 1, 1, 1, 1, 0, 0, 0]
     assert found.mapper[1][2, 3] == found.mapper[1][5, 6] == 1  # jeep, road
     assert list(found.gain[0]) == [1, 1, 1, 1, 1, 1, 1, 2.5, 1, 1] and (found.gain[1] == 1).all()
-    assert list(np.flatnonzero(found.blended[1])) == [6, 7] and list(
-        np.flatnonzero(found.blended[2])
-    ) == [2]
+    # of the source's words, of the edits', and of those that are kept
+    assert not found.watched[0].any() and not found.watched[2].any()
+    assert [list(np.flatnonzero(row)) for row in found.watched[1]] == [[6, 7], [2]]
     assert changed_words("a porsche car drives", "a silver jeep drives") == [1, 2]
 
 
@@ -53,6 +53,7 @@ def test_refined_words_keep_their_attention_and_the_others_take_the_source_s():
         (dict(control="replace"), "has 3 words and the clip's prompt 2"),
         (dict(reweight=(("snow", 2.0),)), "'snow' is in none of the prompts"),
         (dict(blend="dog"), "'dog' is in none of the prompts"),
+        (dict(keep=("red",)), "edit.keep: the word 'red' isn't in the clip's prompt"),
     ],
 )
 def test_words_that_cannot_be_aligned_are_one_line(options, words):
@@ -85,7 +86,7 @@ def test_the_control_replaces_rows_of_the_batch_and_nothing_of_the_source():
     np.testing.assert_allclose(out[1][..., 2], 3 * weights[1][..., 2], rtol=1e-6)
     np.testing.assert_allclose(out[2][..., 2], weights[0][..., 2], rtol=1e-6)  # "b"
     np.testing.assert_allclose(
-        control.mean_map((2, 2))[1].reshape(3, 4), 3 * weights[1][..., 2].mean(0), rtol=1e-5
+        control.mean_map((2, 2))[2].reshape(3, 4), 3 * weights[1][..., 2].mean(0), rtol=1e-5
     )
     selves = jnp.asarray(rng.random((6, 3, 2, 4, 8)), jnp.float32)
     out = control.sparse_causal(selves, (2, 2))
@@ -101,7 +102,35 @@ def test_the_control_replaces_rows_of_the_batch_and_nothing_of_the_source():
 
 
 def test_the_mask_is_that_of_the_source_s_and_of_the_edit_s_words():
-    maps = np.zeros((2, 1, 2, 3), np.float32)
-    maps[0, 0, 0], maps[1, 0, 1] = [1, 0.2, 0], [0, 0, 4]
-    assert blend_mask(jnp.asarray(maps), 0.3)[1, 0, ..., 0].tolist() == [[1, 0, 0], [0, 0, 1]]
-    assert blend_mask(jnp.asarray(maps), 0.1)[0, 0, ..., 0].tolist() == [[1, 1, 0], [0, 0, 0]]
+    maps = np.zeros((6, 1, 2, 3), np.float32)  # of two edits: the source's, their own, what is kept
+    maps[0, 0, 0], maps[2, 0, 1], maps[1, 0, 0] = [1, 0.2, 0], [0, 0, 4], [1, 0.2, 0]
+
+    def mask(**options):
+        return blend_mask(jnp.asarray(maps), EditConfig(**options))[:, 0, ..., 0].tolist()
+
+    assert mask(blend="a", blend_threshold=0.3)[0] == [[1, 0, 0], [0, 0, 1]]
+    assert mask(blend="a", blend_threshold=0.1)[1] == [[1, 1, 0], [0, 0, 0]]
+    maps[4:] = [[[2, 0, 0], [0, 1, 3]]]
+    kept = dict(keep=("a",), keep_threshold=0.5)
+    assert mask(**kept) == [[[0, 1, 1], [1, 1, 0]]] * 2  # the complement of the words' attention
+    assert mask(blend="a", blend_threshold=0.1, **kept)[0] == [[0, 1, 0], [0, 0, 0]]
+
+
+def test_an_edit_is_controlled_and_watched_as_it_is_alone():
+    edit = EditConfig(control="refine", blend="changed", keep=("b",))
+    weights = np.random.default_rng(0).random((3, 2, 3, 4, 5)).astype(np.float32)
+    turned_on = jnp.asarray([1.0, 0.0])
+
+    def by(prompts, rows, on):
+        control = Control(align("a b", prompts, count, 5, edit), on, on, 4)
+        changed = control.cross(jnp.asarray(weights[rows]), (2, 2))
+        selves = jnp.asarray(weights[rows].swapaxes(1, 2))
+        return changed, control.sparse_causal(selves, (2, 2)), control.mean_map((2, 2))
+
+    both = by(["a c", "d b"], [0, 1, 2], turned_on)
+    for i, prompt in enumerate(["a c", "d b"]):
+        alone = by([prompt], [0, 1 + i], turned_on[i])
+        for found, wanted in zip(both[:2], alone[:2], strict=True):
+            np.testing.assert_array_equal(found[1 + i], wanted[1])
+        np.testing.assert_array_equal(both[2][i::2], alone[2])
+    assert both[2][-1].any()

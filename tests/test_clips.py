@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from small_data import film
 
 from contextdiff_jax.data.video import _step, read_clip, resize
-from contextdiff_jax.editing.output import save_frames, save_gif, save_mp4, strip
+from contextdiff_jax.editing.output import WRITERS, save_frames, save_gif, save_mp4, strip
+from contextdiff_jax.editing.settings import FORMATS
 from contextdiff_jax.evaluation import edit_scores as scores
 
 
@@ -131,6 +132,24 @@ def test_an_animations_frames_come_as_often_as_they_are_shown(tmp_path, kind, mi
     clip = read_clip(path, num_frames=0)  # by its content: the name has no suffix
     np.testing.assert_array_equal(clip, np.repeat(flat(10, 90, 200), times, axis=0))
     np.testing.assert_array_equal(read_clip(path, num_frames=2), clip[:2])
+
+
+def test_every_format_has_a_writer():
+    assert tuple(WRITERS) == FORMATS
+
+
+@pytest.mark.parametrize("name, kind", [("webp", "WEBP"), ("apng", "PNG")])
+@pytest.mark.parametrize("levels", [[10, 90, 200], [10, 10, 90, 90], [7, 7, 7], [7]])
+def test_an_animation_has_each_frame_to_the_bit_and_its_time(tmp_path, name, kind, levels):
+    clip, path = flat(*levels), tmp_path / f"a.{name}"
+    clip[:, 3, 5] = (1, 2, 250)
+    WRITERS[name](clip, path, 8)
+    np.testing.assert_array_equal(read_clip(path, num_frames=0), clip)
+    with Image.open(path) as image:
+        assert image.format == kind and getattr(image, "n_frames", 1) == len(levels)
+        if len(levels) > 1:
+            image.load()
+            assert image.info["loop"] == 0 and image.info["duration"] == 125
 
 
 def test_a_png_opens_with_a_picture_that_is_no_frame_and_a_late_fault_hurts_nobody_before(tmp_path):

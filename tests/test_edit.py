@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ON_EIGHT, ONE_LEVEL, ROOT, command, config_dict
+from PIL import Image
 from torch_models import stable_diffusion
 from transformers import CLIPConfig, CLIPModel
 
 from contextdiff_jax.configs.edit_shapes import video_sections
 from contextdiff_jax.data.moving_shapes import frames_of, make_moving_shape
 from contextdiff_jax.data.video import read_clip
-from contextdiff_jax.editing import benchmark, page, tuning
+from contextdiff_jax.editing import benchmark, end_to_end, page, tuning
 from contextdiff_jax.editing.end_to_end import remove_old, run_edit, table
 from contextdiff_jax.editing.output import save_frames
 from contextdiff_jax.editing.settings import parse_edit
@@ -134,7 +135,7 @@ def test_a_stable_diffusion_folder_and_a_clip_folder_go_through_every_path(folde
                 "edit.inversion": "exact",
                 "edit.steps": 20,
                 # two moves of little noise: over more a random network's inversion runs away
-                "edit.strength": 0.1,
+                "edit.strength": (0.1,),
                 "edit.clip": str(folder / "clip_model"),
                 "edit.pickscore": str(folder / "clip_model"),
                 "context.patch_size": 2,
@@ -156,7 +157,7 @@ def test_a_stable_diffusion_folder_and_a_clip_folder_go_through_every_path(folde
 def test_the_page_of_an_edit_has_all_of_it_and_escapes_what_a_user_wrote():
     rng = np.random.default_rng(0)
     source, edited = rng.integers(0, 256, (2, 3, 8, 8, 3)).astype(np.uint8)
-    row = {"prompt": "<b>bold</b>", "psnr": 20.0, "ssim": None}
+    row = {"prompt": "<b>bold</b>", "name": "00-seed7", "psnr": 20.0, "ssim": None}
     metrics = {"reconstruction": {"psnr": 40.0}, "edits": [row], "costs": {"editing": {"s": 1.5}}}
     shown = [page.Shown(p, c, np.ones((3, 8, 8))) for p, c in (("a", source), ("<b>", edited))]
     text = page.make_page(shown[0], source, shown[1:], metrics, {"edit": {"steps": 5}}, 8.0)
@@ -167,6 +168,40 @@ def test_the_page_of_an_edit_has_all_of_it_and_escapes_what_a_user_wrote():
     )
     still = page.make_page(page.Shown("a", source[:1]), source[:1], [], metrics, {}, 8.0)
     assert "data:image/png;base64," in still
+
+
+def test_every_seed_has_its_files_its_metrics_and_its_place_on_the_page(folder, tmp_path):
+    changes = {"edit.method": "flowedit", "edit.seeds": (3, 12), "edit.strength": (0.5, 1.0)}
+    settings = parse_edit(config_of(folder, **changes))
+    clip = read_clip(folder / "clip", num_frames=2)
+    clips = [clip // (2 + i) for i in range(4)]
+    edited = end_to_end.Edited(
+        reconstruction=clip,
+        error=0.0,
+        outputs=settings.outputs,
+        clips=clips,
+        masks=[np.ones(clip.shape[:3], bool)] * 4,
+        maps=np.zeros((5, *clip.shape[:3])),
+    )
+    metrics = end_to_end.measure(clip, edited, settings, end_to_end.Judges((), None))
+    end_to_end.write(clip, edited, settings, metrics | {"costs": {}}, tmp_path)
+    rows = json.loads((tmp_path / "metrics.json").read_text())["edits"]
+    names = ["00-seed3", "00-seed12", "01-seed3", "01-seed12"]
+    assert [row["name"] for row in rows] == names
+    assert [(row["seed"], row["strength"]) for row in rows] == [
+        (3, 0.5),
+        (12, 0.5),
+        (3, 1),
+        (12, 1),
+    ]
+    text = (tmp_path / "report.html").read_text()
+    for i, name in enumerate(names):
+        np.testing.assert_array_equal(read_clip(tmp_path / "edits" / name, num_frames=2), clips[i])
+        assert read_clip(tmp_path / f"edits/{name}.mp4", num_frames=2).shape == clip.shape
+        assert name in table(metrics) and name in text
+    assert "1, seed 12: a red square" in text
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert strip.height > 6 * 64  # a row for the source, its reconstruction, and each
 
 
 @pytest.mark.slow  # minutes of compilation: pytest -m slow tests/test_edit.py
@@ -277,10 +312,20 @@ def test_what_an_earlier_edit_wrote_is_removed_and_nothing_else(tmp_path):
         "edits/00.gif",
         "edits/00.mp4",
         "edits/101.gif",
+        "edits/00-seed12.gif",
+        "edits/03.webp",
+        "edits/03.apng",
+        "edits/02-seed3/00001.png",
         "edits/00/00000.png",
         "attention/01.png",
     ]
-    own = ["edits/best.gif", "edits/01/note.txt", "edits/notes.txt", "attention/mean.png"]
+    own = [
+        "edits/best.gif",
+        "edits/00-seed.gif",
+        "edits/01/note.txt",
+        "edits/notes.txt",
+        "attention/mean.png",
+    ]
     for name in (*old, *own, "edits/01/00007.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")

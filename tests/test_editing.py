@@ -190,7 +190,7 @@ def test_control_blending_and_windows_act_together(tiny):
             "video.window": 3,
             "edit.reweight": (("blue", 2.0),),
             "edit.blend_threshold": 0.9,
-            "edit.strength": 0.6,
+            "edit.strength": (0.6,),
         }
     )
     path, again, clips = edits(*tiny, settings)
@@ -237,8 +237,9 @@ def test_an_edit_without_inversion_leaves_the_source_and_its_own_prompt_as_they_
     x0 = editor.encode(clip)
 
     def run(state, x0):
+        model, key = nnx.merge(graph, state), jax.random.key(0)
         arguments = text, null, None, settings.video, settings.edit
-        return flow_edits(nnx.merge(graph, state), editor.process, x0[None], *arguments)[0]
+        return flow_edits(key, model, editor.process, x0[None], *arguments)[0]
 
     clips = jax.jit(run)(state, x0)
     np.testing.assert_array_equal(clips[0], x0[0])
@@ -275,7 +276,9 @@ def test_an_edit_without_inversion_moves_one_gaussian_onto_another(monkeypatch, 
     text = Captions(jnp.zeros((3, 2, 4)), jnp.ones((3, 2), bool))
     x0 = np.random.default_rng(0).standard_normal((1, 2, 4, 4, 3)).astype(np.float32)
     video = VideoConfig(prompt="a", edit_prompts=("b", "c"))
-    clips, _ = flow_edits(Model(), process, x0[None], text, text, None, video, edit)
+    clips, _ = flow_edits(
+        jax.random.key(0), Model(), process, x0[None], text, text, None, video, edit
+    )
     times = [*edit_timesteps(schedule, edit)[::-1], schedule.t_min]
     wanted, delta = means - means[0], np.zeros(3)
     for t, s in zip(times[:-1], times[1:], strict=True):
@@ -289,10 +292,11 @@ def test_an_edit_without_inversion_moves_one_gaussian_onto_another(monkeypatch, 
 
 def test_a_noised_path_is_the_shifted_process_with_one_noise(tiny):
     editor, clip = tiny
-    settings, x0 = edit_settings(**{"edit.seed": 3}), editor.encode(clip)
+    settings, x0 = edit_settings(), editor.encode(clip)
     source, process = editor.encode_text(["a red circle"]), editor.process
-    path = noised(editor.model, process, x0, source, settings.video, settings.edit)
-    noise = jax.random.normal(jax.random.key(3), x0.shape)
+    key = jax.random.key(3)
+    path = noised(key, editor.model, process, x0, source, settings.video, settings.edit)
+    noise = jax.random.normal(key, x0.shape)
     for x, t in zip(path[1:], edit_timesteps(process.schedule, settings.edit), strict=True):
         t = jnp.full((1,), t)
         r = editor.model.context(x0, source.tokens, source.mask, process.schedule.network_time(t))
@@ -325,9 +329,9 @@ def test_strength_cuts_the_noisiest_steps_off():
         89,
         99,
     ]
-    assert list(edit_timesteps(SCHEDULE, EditConfig(steps=10, strength=0.3))) == [9, 19, 29]
+    assert list(edit_timesteps(SCHEDULE, EditConfig(steps=10, strength=(0.1, 0.3)))) == [9, 19, 29]
     flow = diffusion.make_schedule("flow")
-    times = edit_timesteps(flow, EditConfig(steps=10, strength=0.3))
+    times = edit_timesteps(flow, EditConfig(steps=10, strength=(0.3,)))
     np.testing.assert_allclose(times, [0.1, 0.2, 0.3], rtol=1e-6)
     assert edit_timesteps(flow, EditConfig(steps=2000))[0] > flow.t_min
 
@@ -371,7 +375,10 @@ def test_tuning_moves_only_what_is_chosen_and_lowers_the_loss(tiny):
         ("edit.control", "swap", "one of none, replace, refine"),
         ("edit.method", "magic", "one of inversion, sdedit, flowedit"),
         ("edit.inversion", "null", "one of ddim, exact"),
-        ("edit.strength", 0.1, "leave one of 5 steps"),
+        ("edit.strength", (1.0, 0.1), "leave one of 5 steps"),
+        ("edit.strength", (1.0, 0.5, 0.2), "one number, or one for each of the 2 edit prompts"),
+        ("edit.seeds", (1, 1), "edit.seeds.*at least one, each once"),
+        ("edit.seeds", (0, 1), "'inversion' draws no noise; leave one seed"),
         ("edit.cross_range", (0.5, 0.1), "edit.cross_range"),
         ("edit.reweight", (("snow",),), "edit.reweight"),
         ("edit.guidence", 2.0, "nearest: guidance"),

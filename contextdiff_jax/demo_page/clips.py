@@ -137,7 +137,7 @@ class ClipStudio:
         )
         edit = EditConfig(
             steps=20,
-            strength=wish.strength,
+            strength=(wish.strength,),
             guidance=wish.guidance,
             negative="empty",
             inversion="exact",

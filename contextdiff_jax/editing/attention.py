@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
 
 from contextdiff_jax.editing.settings import CHANGED, DIFFERENCE, EditConfig
 
@@ -26,14 +27,15 @@ class Alignment(NamedTuple):
       mapper: share of each source token's attention that an edit's token takes. keep: 1 where it
           takes it, 0 where the
         token keeps its own. gain: factor of its attention.
-      blended: 1 for the tokens of the words inside whose attention the clip may change; row 0 is
-          the source's.
+      watched: 1 for the tokens of words whose attention is collected, for each edit: the source's
+          and the edit's, inside whose attention the clip may change, and the source's, inside
+          whose attention it stays.
     """
 
     mapper: Float[np.ndarray, "E L L"]
     keep: Float[np.ndarray, "E L"]
     gain: Float[np.ndarray, "E L"]
-    blended: Float[np.ndarray, "P L"]
+    watched: Float[np.ndarray, "3 E L"]
 
 
 def words_of(prompt: str) -> list[str]:
@@ -85,14 +87,16 @@ def align(
     """The alignment that `edit` asks for, `length` tokens wide.
 
     Raises ValueError, one line: a prompt that is too long or can't be aligned, a word that no
-    prompt has.
+    prompt has, or that is to be kept and isn't in the clip's.
     """
     E = len(edits)
     source, spans = words_of(prompt), token_spans(prompt, count_tokens, length)
     mapper, keep = np.zeros((E, length, length), np.float32), np.zeros((E, length), np.float32)
-    gain, blended = np.ones((E, length), np.float32), np.zeros((1 + E, length), np.float32)
+    gain, watched = np.ones((E, length), np.float32), np.zeros((3, E, length), np.float32)
     wanted = [] if edit.blend in ("", CHANGED, DIFFERENCE) else words_of(edit.blend)
     _check_words([*wanted, *(word for word, _ in edit.reweight)], [prompt, *edits])
+    kept = [word.lower() for word in edit.keep]
+    _check_words(kept, [prompt], "edit.keep", "the clip's prompt")
     for e, text in enumerate(edits):
         target, target_spans = words_of(text), token_spans(text, count_tokens, length)
         if edit.control != "none":
@@ -107,26 +111,31 @@ def align(
         changed = edit.blend == CHANGED
         for row, names, places, other in (
             (0, source, spans, text),
-            (e + 1, target, target_spans, prompt),
+            (1, target, target_spans, prompt),
         ):
             own = " ".join(names)
-            for i in (
-                changed_words(own, other)
-                if changed
-                else [i for i, w in enumerate(names) if w in wanted]
-            ):
-                blended[row, places[i]] = 1
-    return Alignment(mapper, keep, gain, blended)
+            for i in changed_words(own, other) if changed else _places(names, wanted):
+                watched[row, e, places[i]] = 1
+        for i in _places(source, kept):
+            watched[2, e, spans[i]] = 1
+    return Alignment(mapper, keep, gain, watched)
 
 
-def _check_words(words: Sequence[str], prompts: Sequence[str]) -> None:
+def _places(words: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    return [i for i, word in enumerate(words) if word in wanted]
+
+
+def _check_words(
+    words: Sequence[str],
+    prompts: Sequence[str],
+    field: str = "edit",
+    where: str = "none of the prompts",
+) -> None:
     known = {word for prompt in prompts for word in words_of(prompt)}
     for word in words:
         if word.lower() not in known:
-            raise ValueError(
-                f"edit: the word {word!r} is in none of the prompts, so its attention can't be "
-                "found"
-            )
+            found = f"is in {where}" if where.startswith("none") else f"isn't in {where}"
+            raise ValueError(f"{field}: the word {word!r} {found}, so its attention can't be found")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,18 +144,18 @@ class Control:
     guidance's other branch].
 
     Attributes:
-      cross_on: 1 while the source's attention to words is taken.
-      self_on: 1 while its attention to frames is.
+      cross_on: 1 while the source's attention to words is taken, for each edit or all.
+      self_on: 1 while its attention to frames is, for each edit or all.
       self_tokens: grids up to this many tokens.
-      maps: collects, a layer (a network of scanned layers) each, where the blended words are looked
-          at: [P, F, H, W].
+      maps: collects, a layer (a network of scanned layers) each, where the watched words are looked
+          at: the three of `Alignment.watched` in turn, an edit each.
     """
 
     alignment: Alignment
-    cross_on: Float[Array, ""]
-    self_on: Float[Array, ""]
+    cross_on: Float[ArrayLike, "*E"]
+    self_on: Float[ArrayLike, "*E"]
     self_tokens: int
-    maps: list[tuple[Float[Array, "P F N"], tuple[int, int]]] = dataclasses.field(
+    maps: list[tuple[Float[Array, "M F N"], tuple[int, int]]] = dataclasses.field(
         default_factory=list
     )
 
@@ -160,18 +169,24 @@ class Control:
 
     def changed(
         self, weights: Float[Array, "R H F N L"]
-    ) -> tuple[Float[Array, "R H F N L"], Float[Array, "P F N"]]:
-        """`cross`, and where the blended words are looked at."""
-        P = len(self.alignment.blended)
+    ) -> tuple[Float[Array, "R H F N L"], Float[Array, "M F N"]]:
+        """`cross`, and where the watched words are looked at."""
+        P = 1 + len(self.alignment.keep)
         source, edits = weights[:1], weights[1:P]
         taken = jnp.einsum("hfnl,elm->ehfnm", source[0], self.alignment.mapper)
-        share = (self.cross_on * self.alignment.keep)[:, None, None, None]  # [E, 1, 1, 1, L]
+        share = _a_row(self.cross_on, 2) * self.alignment.keep
+        share = share[:, None, None, None]  # [E, 1, 1, 1, L]
         edits = (share * taken + (1 - share) * edits) * self.alignment.gain[:, None, None, None]
-        rows = jnp.concatenate([source, edits])
-        looks = jnp.einsum("phfnl,pl->pfn", rows, self.alignment.blended) / weights.shape[1]
-        return jnp.concatenate([rows, weights[P:]]), looks
+        of_source, of_edits, kept = self.alignment.watched
+        looks = [
+            jnp.einsum("hfnl,el->efn", source[0], of_source),
+            jnp.einsum("ehfnl,el->efn", edits, of_edits),
+            jnp.einsum("hfnl,el->efn", source[0], kept),
+        ]
+        looks = jnp.concatenate(looks) / weights.shape[1]
+        return jnp.concatenate([source, edits, weights[P:]]), looks
 
-    def collect(self, looks: Float[Array, "P F N"], grid: tuple[int, int]) -> None:
+    def collect(self, looks: Float[Array, "M F N"], grid: tuple[int, int]) -> None:
         """Adds to the maps."""
         self.maps.append((looks, grid))
 
@@ -179,13 +194,14 @@ class Control:
         self, weights: Float[Array, "R F H N M"], grid: tuple[int, int]
     ) -> Float[Array, "R F H N M"]:
         """The edits' frames attend as the source's do."""
-        P = len(self.alignment.blended)
+        P = 1 + len(self.alignment.keep)
         if weights.shape[3] > self.self_tokens:
             return weights
-        edits = self.self_on * weights[:1] + (1 - self.self_on) * weights[1:P]
+        share = _a_row(self.self_on, 5)
+        edits = share * weights[:1] + (1 - share) * weights[1:P]
         return jnp.concatenate([weights[:1], edits, weights[P:]])
 
-    def mean_map(self, size: tuple[int, int]) -> Float[Array, "P F H W"]:
+    def mean_map(self, size: tuple[int, int]) -> Float[Array, "M F H W"]:
         """The collected maps at `size`, averaged."""
         total = 0.0
         for maps, grid in self.maps:
@@ -194,16 +210,33 @@ class Control:
         return total / max(len(self.maps), 1)
 
 
-def difference_map(estimates: Float[Array, "P F H W C"]) -> Float[Array, "P F H W"]:
-    """How far each row's estimate of x0 is from the source's, the mean over channels: blending's
+def _a_row(values: Float[ArrayLike, "*E"], rank: int) -> Float[Array, "..."]:
+    """One for each row of an array of that rank; a number is for all."""
+    return jnp.reshape(jnp.asarray(values), (-1, *[1] * (rank - 1)))
+
+
+def difference_map(estimates: Float[Array, "P F H W C"]) -> Float[Array, "E F H W"]:
+    """How far each edit's estimate of x0 is from the source's, the mean over channels: blending's
     map where words are not asked.
     """
-    return jnp.abs(estimates - estimates[:1]).mean(-1)
+    return jnp.abs(estimates[1:] - estimates[:1]).mean(-1)
 
 
-def blend_mask(maps: Float[Array, "P F H W"], threshold: float) -> Float[Array, "P F H W 1"]:
-    """1 where the source's or the edit's words are looked at, at least `threshold` of each map's
-    largest value.
+def blend_mask(maps: Float[Array, "M F H W"], edit: EditConfig) -> Float[Array, "E F H W 1"]:
+    """1 where each edit may differ from the source; `maps`: as `Control` collects them.
+
+    With `edit.blend` that is where the source's or the edit's words are looked at, at least
+    `blend_threshold` of each map's largest value. Not where the source's words of `edit.keep` are,
+    at least `keep_threshold` of it.
     """
-    inside = maps > threshold * maps.max((1, 2, 3), keepdims=True)
-    return (inside | inside[:1]).astype(jnp.float32)[..., None]
+    source, own, kept = jnp.split(maps, 3)
+    may = jnp.ones(own.shape, bool)
+    if edit.blend:
+        may = _inside(source, edit.blend_threshold) | _inside(own, edit.blend_threshold)
+    if edit.keep:
+        may &= ~_inside(kept, edit.keep_threshold)
+    return may.astype(jnp.float32)[..., None]
+
+
+def _inside(maps: Float[Array, "E F H W"], threshold: float) -> Bool[Array, "E F H W"]:
+    return maps > threshold * maps.max((1, 2, 3), keepdims=True)

@@ -30,6 +30,7 @@ from contextdiff_jax.evaluation.subject import feature_fns
 from contextdiff_jax.evaluation.true_edits import (
     Answers,
     columns,
+    means,
     paired,
     score_edit,
     score_true_clip,
@@ -42,7 +43,7 @@ Scores = dict[str, float]
 SHOWN = 4  # clips in the strip
 # Other ways from the clip to the edit, by the model with the context, tuned once.
 OTHERS: dict[str, dict[str, Any]] = {
-    "prompt-to-prompt": dict(method="inversion", control="refine", blend="changed"),
+    "prompt-to-prompt": dict(method="inversion", seeds=(0,), control="refine", blend="changed"),
     "sdedit": dict(method="sdedit", control="none", blend=""),
     "flowedit": dict(method="flowedit", control="none", blend=""),
 }
@@ -146,7 +147,9 @@ class Arm:
             edit_timesteps(self.editor.process.schedule, edit)
 
     def __call__(self, case: Case) -> dict[str, tuple[dict[str, Clip], dict[str, Scores]]]:
-        """(clips, scores) by edit, and of the `reconstruction`, of each way."""
+        """(clips, scores) by edit, and of the `reconstruction`, of each way. Of several seeds the
+        first clips and the mean scores.
+        """
         editor, first = self.editor, next(iter(self.programs.values()))
         video = dataclasses.replace(
             self.settings.video, prompt=case.prompt, edit_prompts=tuple(case.edits.values())
@@ -162,8 +165,14 @@ class Arm:
         for name, edit in self.ways.items():
             own = dataclasses.replace(settings, edit=edit)
             edited = edit_clip(editor, model, case.source, x0, own, self.programs[name])
-            clips = dict(zip(case.edits, edited.clips, strict=True))
-            scores = {kind: case.score(kind, clip) for kind, clip in clips.items()}
+            by_kind = {kind: [] for kind in case.edits}
+            for row, clip in zip(edited.outputs, edited.clips, strict=True):
+                by_kind[list(case.edits)[row.number]].append(clip)
+            clips = {kind: seeds[0] for kind, seeds in by_kind.items()}
+            scores = {
+                kind: means([case.score(kind, clip) for clip in seeds])
+                for kind, seeds in by_kind.items()
+            }
             again = {"psnr": min(psnr(edited.reconstruction, case.source), 100.0)}
             found[name] = clips, scores | {"reconstruction": again}
         return found

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import pathlib
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, UInt8
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Shaped, UInt8
 from PIL import Image
 
 from contextdiff_jax.data.video import read_clip
@@ -23,8 +25,9 @@ from contextdiff_jax.editing import output, page
 from contextdiff_jax.editing.attention import align, blend_mask
 from contextdiff_jax.editing.denoise import first_row
 from contextdiff_jax.editing.edits import MOVERS
-from contextdiff_jax.editing.inversion import edit_timesteps, reconstruct
-from contextdiff_jax.editing.settings import EditSettings
+from contextdiff_jax.editing.inversion import edit_timesteps
+from contextdiff_jax.editing.settings import EditSettings, Output
+from contextdiff_jax.editing.stages import make_stages
 from contextdiff_jax.editing.tuning import TUNED_ON, check_workdir, tune
 from contextdiff_jax.editing.video_model import Editor, digest, open_editor
 from contextdiff_jax.evaluation import edit_scores as scores
@@ -74,13 +77,16 @@ class Edited:
     Attributes:
       reconstruction: of the source, by its own prompt. error: mean absolute difference to x0, as
           the networks see it.
-      clips: one an edit prompt.
-      masks: where each edit may differ from the source (all of it without blending).
-      maps: the attention of the changed words, source first; 0 where nothing was asked for.
+      outputs: what each of the edited clips is.
+      clips: one an output.
+      masks: where each of them may differ from the source (all of it without blending).
+      maps: the attention of the changed words, of the source and of each output; 0 where nothing
+          was asked for.
     """
 
     reconstruction: Clip
     error: float
+    outputs: list[Output]
     clips: list[Clip]
     masks: list[np.ndarray]
     maps: Float[np.ndarray, "P F H W"]
@@ -103,39 +109,40 @@ def edit_clip(
         video.prompt, video.edit_prompts, editor.count_tokens, editor.text_length, edit
     )
     graph, state = nnx.split(model)
-    mover = MOVERS[edit.method]
 
-    def inversion(state, x0, source):
-        return mover.make_path(nnx.merge(graph, state), process, x0, source, video, edit)
-
-    def reconstruction(state, x, source):
-        return reconstruct(nnx.merge(graph, state), process, x, source, video, edit)
-
-    def editing(state, path, text, null, alignment):
-        model = nnx.merge(graph, state)
-        return mover.move(model, process, path, text, null, alignment, video, edit)
-
-    path = programs.run("inversion", inversion, state, x0, first_row(text))
-    back = path[0]
-    if not mover.keeps_source:
-        back = programs.run("reconstruction", reconstruction, state, path[-1], first_row(text))
+    stages = make_stages(graph, process, settings)
+    path = programs.run("inversion", stages.inversion, state, x0, first_row(text))
+    back = path[0, 0]
+    if not MOVERS[edit.method].keeps_source:
+        rest = state, path[0, -1], first_row(text)
+        back = programs.run("reconstruction", stages.reconstruction, *rest)
     check_finite(back, "the reconstruction: its values are not finite; lower train.learning_rate")
     again, error = editor.decode(back), float(jnp.abs(back - x0).mean())
     psnr, ssim = scores.psnr(again, clip), scores.ssim(again, clip)
     LOGGER.info("reconstruction: PSNR %.2f dB, SSIM %.4f, mean error of x0 %.1e", psnr, ssim, error)
-    clips, maps = programs.run("editing", editing, state, path, text, null, alignment)
-    for prompt, values in zip(video.edit_prompts, clips[1:], strict=True):
-        check_finite(values, f"the edit {prompt!r}: its values are not finite; lower edit.guidance")
-    frames = [editor.decode(clip[None]) for clip in clips[1:]]
-    full = jax.image.resize(maps, (*maps.shape[:2], *frames[0].shape[1:3]), "linear")
-    inside = blend_mask(full, edit.blend_threshold) if edit.blend else jnp.ones((*full.shape, 1))
+    clips, maps = programs.run("editing", stages.editing, state, path, text, null, alignment)
+    frames = []
+    for row, values in zip(settings.outputs, _by_prompt(clips[:, 1:]), strict=True):
+        check_finite(
+            values, f"the edit {row.prompt!r}: its values are not finite; lower edit.guidance"
+        )
+        frames.append(editor.decode(values[None]))
+    full = jax.vmap(lambda m: jax.image.resize(m, (*m.shape[:2], *clip.shape[1:3]), "linear"))(maps)
+    inside = jax.vmap(lambda m: blend_mask(m, edit))(full)[..., 0]
+    source, own, _ = np.split(np.asarray(full), 3, axis=1)
     return Edited(
         reconstruction=again,
         error=error,
+        outputs=settings.outputs,
         clips=frames,
-        masks=list(np.asarray(inside[1:, ..., 0]) > 0),
-        maps=np.asarray(full),
+        masks=list(np.asarray(_by_prompt(inside)) > 0),
+        maps=np.concatenate([source.max((0, 1))[None], _by_prompt(own)]),
     )
+
+
+def _by_prompt(rows: Shaped[ArrayLike, "S E *D"]) -> Shaped[ArrayLike, "N *D"]:
+    """Rows of each seed and prompt in the order of `EditSettings.outputs`."""
+    return rows.swapaxes(0, 1).reshape(-1, *rows.shape[2:])
 
 
 def check_finite(values: Float[Array, "..."], message: str) -> None:
@@ -212,14 +219,11 @@ def measure(clip: Clip, edited: Edited, settings: EditSettings, judges: Judges) 
     edit may not differ.
     """
     rows = []
-    named = [(settings.video.prompt, edited.reconstruction, None)]
-    named += list(zip(settings.video.edit_prompts, edited.clips, edited.masks, strict=True))
-    for prompt, frames, mask in named:
-        row = {
-            "prompt": prompt,
-            "psnr": scores.psnr(frames, clip),
-            "ssim": scores.ssim(frames, clip),
-        }
+    named = [({"prompt": settings.video.prompt}, edited.reconstruction, None)]
+    named += zip(map(_facts, edited.outputs), edited.clips, edited.masks, strict=True)
+    for facts, frames, mask in named:
+        prompt = facts["prompt"]
+        row = facts | {"psnr": scores.psnr(frames, clip), "ssim": scores.ssim(frames, clip)}
         if mask is not None and not mask.all():
             row |= {
                 "background_psnr": scores.psnr(frames, clip, ~mask),
@@ -242,6 +246,12 @@ def measure(clip: Clip, edited: Edited, settings: EditSettings, judges: Judges) 
     }
 
 
+def _facts(row: Output) -> dict[str, Any]:
+    """What the metrics say an output is."""
+    seed = {} if row.seed is None else {"seed": row.seed}
+    return {"prompt": row.prompt, "name": row.name, "strength": row.strength} | seed
+
+
 def _warping(frames: Clip, clip: Clip) -> dict[str, float]:
     try:
         return {"warping_error": scores.warping_error(frames, clip)}
@@ -253,8 +263,8 @@ def _warping(frames: Clip, clip: Clip) -> dict[str, float]:
 def table(metrics: Mapping[str, Any]) -> str:
     """The metrics as text, one row a clip."""
     rows = [("reconstruction", metrics["reconstruction"])]
-    rows += [(f"{i:02d} {row['prompt']}", row) for i, row in enumerate(metrics["edits"])]
-    columns = list(dict.fromkeys(key for _, row in rows for key in row if key != "prompt"))
+    rows += [(f"{row['name']} {row['prompt']}", row) for row in metrics["edits"]]
+    columns = list(dict.fromkeys(key for _, row in rows for key in row if key not in page.NAMES))
     widths = [max(len(column), 8) for column in columns]
     lines = [
         f"{'clip':40}"
@@ -276,21 +286,18 @@ def write(
     metrics: Mapping[str, Any],
     workdir: pathlib.Path,
 ) -> None:
-    """Writes the files of an edit: edits/NN.gif, NN.mp4, NN/ (frames), strip.png, report.html,
-    attention/.
+    """Writes the files of an edit: edits/NN.gif, NN.mp4, NN/ (frames; NN-seedS of several seeds),
+    strip.png, report.html, attention/.
     """
     video, folder = settings.video, workdir / "edits"
     remove_old(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    for i, frames in enumerate(edited.clips):
-        output.save_gif(frames, folder / f"{i:02d}.gif", video.fps)
-        output.save_mp4(frames, folder / f"{i:02d}.mp4", video.fps)
-        output.save_frames(frames, folder / f"{i:02d}")
     rows = {f"source: {video.prompt}": clip, "reconstruction": edited.reconstruction}
-    rows |= {
-        f"{i}: {prompt}": frames
-        for i, (prompt, frames) in enumerate(zip(video.edit_prompts, edited.clips, strict=True))
-    }
+    for row, frames in zip(edited.outputs, edited.clips, strict=True):
+        for form in settings.edit.formats:
+            output.WRITERS[form](frames, folder / f"{row.name}.{form}", video.fps)
+        output.save_frames(frames, folder / row.name)
+        rows[f"{row.label}: {row.prompt}"] = frames
     output.strip(rows).save(workdir / "strip.png")
     if settings.edit.attention_maps:
         attention = workdir / "attention"
@@ -305,9 +312,12 @@ def write(
 def _report(clip: Clip, edited: Edited, settings: EditSettings, metrics: Mapping[str, Any]) -> str:
     video = settings.video
     shown = [
-        page.Shown(prompt, frames, maps)
-        for prompt, frames, maps in zip(
-            (video.prompt, *video.edit_prompts), (clip, *edited.clips), edited.maps, strict=True
+        page.Shown(prompt, frames, maps, label)
+        for (prompt, label), frames, maps in zip(
+            [(video.prompt, ""), *((row.prompt, row.label) for row in edited.outputs)],
+            (clip, *edited.clips),
+            edited.maps,
+            strict=True,
         )
     ]
     sections = {"video": video, "edit": settings.edit, "train": settings.base.train}
@@ -319,10 +329,11 @@ def _report(clip: Clip, edited: Edited, settings: EditSettings, metrics: Mapping
 
 def remove_old(workdir: pathlib.Path) -> None:
     """Removes what an earlier edit, of more prompts or frames, wrote. Other files stay."""
-    written = [p for p in (workdir / "edits").glob("*") if p.suffix in ("", ".gif", ".mp4")]
+    suffixes = {"", *(f".{form}" for form in output.WRITERS)}
+    written = [p for p in (workdir / "edits").glob("*") if p.suffix in suffixes]
     written += (workdir / "attention").glob("*.png")
     for path in written:
-        if not path.stem.isdecimal():
+        if not re.fullmatch(r"\d+(-seed\d+)?", path.stem):
             continue
         if not path.is_dir():
             path.unlink()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, PRNGKeyArray, Real
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
@@ -17,13 +17,13 @@ from contextdiff_jax.models.video import VideoDiffusion
 
 def edit_timesteps(schedule: diffusion.Schedule, edit: EditConfig) -> Real[np.ndarray, "S"]:
     """The times that an edit visits, ascending from the first above `t_min`, index 0 of a discrete
-    schedule; `strength` cuts the noisiest off.
+    schedule; the largest `strength` cuts the noisiest off.
 
     A clip is read as a sample at `t_min`, so all start and end there.
     """
     with jax.ensure_compile_time_eval():
         ascending = np.asarray(diffusion.time_grid(schedule, edit.steps, "trailing"))[::-1]
-    return ascending[ascending > schedule.t_min][: edit.moves]
+    return ascending[ascending > schedule.t_min][: max(edit.moves)]
 
 
 def invert(
@@ -53,6 +53,7 @@ def invert(
 
 
 def noised(
+    key: PRNGKeyArray,
     model: VideoDiffusion,
     process: Process,
     x0: Float[Array, "1 F H W C"],
@@ -60,9 +61,9 @@ def noised(
     video: VideoConfig,
     edit: EditConfig,
 ) -> Float[Array, "S1 1 F H W C"]:
-    """`invert` without a network's pass: the clip at each time with one noise, `edit.seed`'s."""
+    """`invert` without a network's pass: the clip at each time with one noise, the key's."""
     schedule, times = process.schedule, edit_timesteps(process.schedule, edit)
-    noise = jax.random.normal(jax.random.key(edit.seed), x0.shape)
+    noise = jax.random.normal(key, x0.shape)
 
     def at(t):
         t = jnp.full((1,), t)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import pathlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import BinaryIO
 
@@ -67,6 +68,49 @@ def save_mp4(clip: Clip, path: pathlib.Path, fps: float) -> None:
         for image in clip:
             film.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         film.mux(stream.encode())
+
+
+def save_webp(clip: Clip, path: pathlib.Path, fps: float) -> None:
+    """An endless, lossless WebP animation.
+
+    libwebp's own writer joins equal neighbours into one frame, so the pictures it encodes are put
+    together here (RFC 9649, 2.7).
+    """
+    height, width = clip.shape[1:3]
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return name + len(data).to_bytes(4, "little") + data + b"\0" * (len(data) % 2)
+
+    def numbers(*values: int) -> bytes:
+        return b"".join(value.to_bytes(3, "little") for value in values)
+
+    size = numbers(width - 1, height - 1)
+    chunks = [chunk(b"VP8X", bytes([2, 0, 0, 0]) + size), chunk(b"ANIM", b"\xff" * 4 + b"\0\0")]
+    for frame in clip:
+        file = io.BytesIO()
+        Image.fromarray(frame).save(file, "WEBP", lossless=True)
+        place = numbers(0, 0) + size + numbers(round(1000 / fps)) + bytes([2])  # replaces all
+        chunks.append(chunk(b"ANMF", place + file.getvalue()[len("RIFF....WEBP") :]))
+    path.write_bytes(chunk(b"RIFF", b"WEBP" + b"".join(chunks)))
+
+
+def save_apng(clip: Clip, path: pathlib.Path, fps: float) -> None:
+    """An endless, lossless animated PNG."""
+    first, *rest = map(Image.fromarray, clip)
+    # Two ways to lay an opaque frame over the one before, in turns: Pillow joins equal neighbours
+    # that are laid alike.
+    ways = [i % 2 for i in range(len(clip))]
+    options = dict(save_all=True, append_images=rest, loop=0, blend=ways)
+    first.save(path, "PNG", duration=round(1000 / fps), **options)
+
+
+# What `edit.formats` names; a file has its format's name as suffix.
+WRITERS: dict[str, Callable[[Clip, pathlib.Path, float], None]] = {
+    "gif": save_gif,
+    "mp4": save_mp4,
+    "webp": save_webp,
+    "apng": save_apng,
+}
 
 
 def save_frames(clip: Clip, folder: pathlib.Path) -> None:

@@ -17,6 +17,7 @@ from contextdiff_jax.editing import output
 
 Clip = UInt8[np.ndarray, "F H W 3"]
 _SIDE = 192  # pixels that a frame is shown at, about
+NAMES = ("prompt", "name")  # what a row of the metrics is of
 _AMPLIFIED = 4  # a difference, so that it is seen
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em;
@@ -29,11 +30,14 @@ td:first-child { text-align: left } pre { white-space: pre-wrap; background: #f6
 
 
 class Shown(NamedTuple):
-    """An edit: its prompt, its clip, and where the changed words are looked at, where known."""
+    """An edit: its prompt, its clip, where the changed words are looked at, where known, and what
+    tells it from edits by the same prompt.
+    """
 
     prompt: str
     clip: Clip
     attention: Float[np.ndarray, "F H W"] | None = None
+    label: str = ""
 
 
 def make_page(
@@ -54,11 +58,11 @@ def make_page(
         _figure(reconstruction, "reconstruction, by its own prompt", fps),
         *(_attention(source, "attention of the changed words", fps)),
     ]
-    for i, edit in enumerate(edits):
+    for edit in edits:
         difference = np.abs(edit.clip.astype(int) - source.clip)
         amplified = np.minimum(_AMPLIFIED * difference, 255).astype(np.uint8)
         body += [
-            f"<h2>{i}: {html.escape(edit.prompt)}</h2>",
+            f"<h2>{html.escape(f'{edit.label}: {edit.prompt}')}</h2>",
             _figure(edit.clip, "the edit", fps),
             _figure(amplified, f"its difference to the source, times {_AMPLIFIED}", fps),
             *_attention(edit, "attention of its changed words", fps),
@@ -109,8 +113,8 @@ def _number(value: Any) -> str:
 def _metrics(metrics: Mapping[str, Any]) -> str:
     """A row a clip. What a metric is: docs/video.md."""
     rows = {"reconstruction": metrics["reconstruction"]}
-    rows |= {f"{i}: {row['prompt']}": row for i, row in enumerate(metrics["edits"])}
-    names = list(dict.fromkeys(name for row in rows.values() for name in row if name != "prompt"))
+    rows |= {f"{row['name']}: {row['prompt']}": row for row in metrics["edits"]}
+    names = list(dict.fromkeys(n for row in rows.values() for n in row if n not in NAMES))
     cells = [[label, *(_number(row.get(name)) for name in names)] for label, row in rows.items()]
     return _table([["", *names], *cells])
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from contextdiff_jax.runtime.fields import check_at_least, check_choice, strict
 from contextdiff_jax.runtime.keys import check_seed
 from contextdiff_jax.settings import Settings, parse
 
 CONTROLS = ("none", "replace", "refine")
+FORMATS = ("gif", "mp4", "webp", "apng")
 METHODS = ("inversion", "sdedit", "flowedit")
 INVERSIONS = ("ddim", "exact")
 NEGATIVES = ("source", "empty")
@@ -100,9 +101,10 @@ class EditConfig:
       method: what the edits start from: the clip's `inversion`; the clip and noise (`sdedit`, Meng
           et al. 2022); or the clip itself, moved by the difference of its prompt's and the edit's
           estimates (`flowedit`, Kulikov et al. 2024).
-      seed: of the noise of the last two.
+      seeds: of the noise of the last two, an edited clip for each.
       steps: DDIM steps of the whole process.
-      strength: the share of them that is undone and made anew.
+      strength: the share of them that is undone and made anew: a number, or one for each edit
+          prompt.
       guidance: its scale.
       negative: what guidance leads away from: `source`, the clip's own prompt (negative-prompt
           inversion, Miyake et al. 2023, by which guidance leaves the source as it is), or `empty`.
@@ -119,7 +121,11 @@ class EditConfig:
           "" for no blending; `difference`: outside of where the edit's estimates differ from the
           source's.
       blend_threshold: share of the map's largest value, above which a place may change.
-      blend_range: when there is blending.
+      keep: inside of what these words of the clip's prompt attend to the clip stays, as for an edit
+          of the background alone.
+      keep_threshold: share of their map's largest value, above which it stays.
+      blend_range: when there is blending and keeping.
+      formats: of the edited clips' files, of gif, mp4, webp and apng; frames are always written.
       attention_maps: write those of every word.
       clip: CLIP's folder, for its metrics.
       pickscore: PickScore's folder, for its metric.
@@ -127,9 +133,9 @@ class EditConfig:
     """
 
     method: str = "inversion"
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
     steps: int = 50
-    strength: float = 1.0
+    strength: tuple[float, ...] = (1.0,)
     guidance: float = 3.0
     negative: str = "source"
     inversion: str = "ddim"
@@ -142,7 +148,10 @@ class EditConfig:
     reweight: tuple[tuple[str, float], ...] = ()
     blend: str = ""
     blend_threshold: float = 0.3
+    keep: tuple[str, ...] = ()
+    keep_threshold: float = 0.3
     blend_range: tuple[float, float] = (0.2, 1.0)
+    formats: tuple[str, ...] = ("gif", "mp4")
     attention_maps: bool = False
     clip: str = ""
     pickscore: str = ""
@@ -150,10 +159,12 @@ class EditConfig:
 
     def __post_init__(self):
         check_choice("edit.method", self.method, METHODS)
-        check_seed(self.seed, "edit.seed")
+        self._check_seeds()
         check_choice("edit.control", self.control, CONTROLS)
         check_choice("edit.inversion", self.inversion, INVERSIONS)
         check_choice("edit.negative", self.negative, NEGATIVES)
+        for name in self.formats:
+            check_choice("edit.formats", name, FORMATS)
         check_at_least(
             self,
             "edit",
@@ -163,8 +174,13 @@ class EditConfig:
             tolerance=0,
             self_tokens=0,
             blend_threshold=0,
+            keep_threshold=0,
         )
-        if not 0 < self.strength <= 1 or int(self.steps * self.strength + 1e-6) < 1:
+        if (
+            not self.strength
+            or not all(0 < share <= 1 for share in self.strength)
+            or (min(self.moves) < 1)
+        ):
             raise ValueError(
                 f"edit.strength={self.strength}: must lie in (0, 1] and leave one of {self.steps} "
                 "steps"
@@ -186,10 +202,45 @@ class EditConfig:
                     f"edit.reweight={self.reweight}: must be pairs as in (('snow', 2.0),)"
                 )
 
+    def _check_seeds(self) -> None:
+        for seed in self.seeds:
+            check_seed(seed, "edit.seeds")
+        if not self.seeds or len({*self.seeds}) < len(self.seeds):
+            raise ValueError(f"edit.seeds={self.seeds}: must be at least one, each once")
+        if self.method == "inversion" and len(self.seeds) > 1:
+            raise ValueError(
+                f"edit.seeds={self.seeds}: edit.method='inversion' draws no noise; leave one seed, "
+                "or take another method"
+            )
+
     @property
-    def moves(self) -> int:
-        """Steps that are made."""
-        return int(self.steps * self.strength + 1e-6)
+    def moves(self) -> tuple[int, ...]:
+        """Steps that are made at each strength."""
+        return tuple(int(self.steps * share + 1e-6) for share in self.strength)
+
+    @property
+    def blends(self) -> bool:
+        """Whether the clip stays somewhere."""
+        return bool(self.blend or self.keep)
+
+
+class Output(NamedTuple):
+    """An edited clip: by which of the prompts, strengths and, where there are several, seeds."""
+
+    number: int
+    prompt: str
+    strength: float
+    seed: int | None
+
+    @property
+    def name(self) -> str:
+        """Its files' name."""
+        return f"{self.number:02d}" + ("" if self.seed is None else f"-seed{self.seed}")
+
+    @property
+    def label(self) -> str:
+        """What pictures and tables call it."""
+        return f"{self.number}" + ("" if self.seed is None else f", seed {self.seed}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,6 +250,25 @@ class EditSettings:
     base: Settings
     video: VideoConfig
     edit: EditConfig
+
+    def __post_init__(self):
+        given, count = len(self.edit.strength), len(self.video.edit_prompts)
+        if given not in (1, count):
+            raise ValueError(
+                f"edit.strength={self.edit.strength}: must be one number, or one for each of the "
+                f"{count} edit prompts"
+            )
+
+    @property
+    def outputs(self) -> list[Output]:
+        """The edited clips that come out, prompt by prompt."""
+        edit, prompts = self.edit, self.video.edit_prompts
+        strengths = edit.strength * (1 if len(edit.strength) > 1 else len(prompts))
+        return [
+            Output(i, prompt, strength, seed if len(edit.seeds) > 1 else None)
+            for i, (prompt, strength) in enumerate(zip(prompts, strengths, strict=True))
+            for seed in edit.seeds
+        ]
 
 
 def parse_edit(config: Mapping[str, Any]) -> EditSettings:

@@ -142,3 +142,8 @@ def paired(
 def columns(scores: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     """Rows of scores as columns."""
     return {name: [row[name] for row in scores] for name in scores[0]}
+
+
+def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each score."""
+    return {name: float(np.mean(values)) for name, values in columns(scores).items()}
