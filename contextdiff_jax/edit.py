@@ -42,6 +42,12 @@ OTHERS = flags.DEFINE_list(
     "With --shapes, --benchmark: other ways of editing beside it, as in sdedit,flowedit.",
 )
 cli.list_names("others", {"ways": "contextdiff_jax.editing.benchmark:OTHERS"})
+TUNINGS = flags.DEFINE_integer(
+    "tunings",
+    1,
+    "With --shapes, --benchmark: seeds of the tuning on each clip; scores are their means.",
+    lower_bound=1,
+)
 JUDGE = cli.define_path(
     "judge", "", "With --benchmark: a folder of train_classifier, which says what the frames show."
 )
@@ -69,6 +75,7 @@ def main() -> None:
                 count,
                 BASELINE.value,
                 OTHERS.value,
+                TUNINGS.value,
             )
         print(benchmark.table(report))
         return

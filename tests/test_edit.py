@@ -204,6 +204,24 @@ def test_every_seed_has_its_files_its_metrics_and_its_place_on_the_page(folder, 
         assert strip.height > 6 * 64  # a row for the source, its reconstruction, and each
 
 
+@pytest.mark.slow  # a tuning and an edit are compiled: pytest -m slow tests/test_edit.py
+def test_a_benchmarks_scores_are_the_means_over_the_seeds_of_tuning(folder):
+    changes = {"train.steps": 3, "train.learning_rate": 0.01}
+    settings = parse_edit(config_of(folder, **changes))
+    ways = {"own": settings.edit}
+    arms = [benchmark.Arm(settings, ways, tunings) for tunings in (1, 1, 2)]
+    arms[1].seeds = range(1, 2)
+    case = next(benchmark.shape_cases(1, 2, 16))
+    first, second, both = (arm(case)["own"] for arm in arms)
+    for kind, scores in both[1].items():
+        for name, mean in scores.items():
+            assert mean == pytest.approx((first[1][kind][name] + second[1][kind][name]) / 2)
+    psnrs = [found[1]["colour"]["psnr"] for found in (first, second, both)]
+    assert psnrs[0] != psnrs[1]
+    for kind, clip in both[0].items():
+        np.testing.assert_array_equal(clip, first[0][kind])
+
+
 @pytest.mark.slow  # minutes of compilation: pytest -m slow tests/test_edit.py
 def test_both_benchmarks_score_every_way_against_the_true_edits(folder, tmp_path):
     moving = make_moving_shape(0, 2)

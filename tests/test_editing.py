@@ -351,7 +351,7 @@ def test_tuning_moves_only_what_is_chosen_and_lowers_the_loss(tiny):
     assert all("temporal" in n or "to_q" in n or n.startswith("context") for n in names)
     assert any("attn1/to_q" in n for n in names) and any("temporal/conv" in n for n in names)
     step = jax.jit(make_tuning_step(graph, editor.process, settings.base.train, 0))
-    state = init_tuning(params, settings.base.train, 0)
+    state = init_tuning(params, settings.base.train, jax.random.key(0))
     text, null = editor.encode_text(["a red circle"]), editor.encode_text([""])
     losses = []
     for _ in range(60):

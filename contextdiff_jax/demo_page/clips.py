@@ -31,6 +31,7 @@ from contextdiff_jax.evaluation import edit_scores
 from contextdiff_jax.inference.pipeline import Pipeline
 from contextdiff_jax.models.video import VideoDiffusion
 from contextdiff_jax.parallel.mesh import MeshConfig
+from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings, TrainConfig
 
 Clip = UInt8[np.ndarray, "F H W 3"]
@@ -172,7 +173,7 @@ def _tune(
     graph, params, frozen = nnx.split(editor.model, trainable(video.tune), ...)
     step = make_tuning_step(graph, editor.process, train, video.window)
     step = jax.jit(step, donate_argnums=0)
-    state = init_tuning(params, train, settings.base.seed)
+    state = init_tuning(params, train, make_key(settings.base.seed))
     text, null = editor.encode_text([video.prompt]), editor.encode_text([""])
     report("Compiling the tuning.")
     for i in range(train.steps):

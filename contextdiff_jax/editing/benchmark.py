@@ -137,19 +137,30 @@ def open_answers(folder: str) -> Answers:
 
 
 class Arm:
-    """One model: it is tuned on each clip once, and edits it by each of `ways`."""
+    """One model: it is tuned on each clip, with `tunings` seeds, and edits it by each of `ways`."""
 
-    def __init__(self, settings: EditSettings, ways: Mapping[str, EditConfig]):
+    def __init__(self, settings: EditSettings, ways: Mapping[str, EditConfig], tunings: int = 1):
         self.settings, self.ways, self.editor = settings, ways, open_editor(settings)
+        self.seeds = range(settings.base.seed, settings.base.seed + tunings)
         self.programs = {name: Programs() for name in ways}
         # refuses steps that the model's schedule hasn't, before a clip is tuned on
         for edit in ways.values():
             edit_timesteps(self.editor.process.schedule, edit)
 
     def __call__(self, case: Case) -> dict[str, tuple[dict[str, Clip], dict[str, Scores]]]:
-        """(clips, scores) by edit, and of the `reconstruction`, of each way. Of several seeds the
-        first clips and the mean scores.
+        """(clips, scores) by edit, and of the `reconstruction`, of each way. Of several seeds, of
+        tuning and of editing, the first clips and the mean scores.
         """
+        tunings = [self._tuned(case, seed) for seed in self.seeds]
+        return {
+            way: (
+                clips,
+                {kind: means([found[way][1][kind] for found in tunings]) for kind in scores},
+            )
+            for way, (clips, scores) in tunings[0].items()
+        }
+
+    def _tuned(self, case: Case, seed: int) -> dict[str, tuple[dict[str, Clip], dict[str, Scores]]]:
         editor, first = self.editor, next(iter(self.programs.values()))
         video = dataclasses.replace(
             self.settings.video, prompt=case.prompt, edit_prompts=tuple(case.edits.values())
@@ -160,7 +171,8 @@ class Arm:
             editor.encode_text([case.prompt]),
             editor.encode_text([""]),
         )
-        model = tune_quickly(editor.model, editor.process, x0, text, null, settings, first.run)
+        learnt = editor.model, editor.process, x0, text, null
+        model = tune_quickly(*learnt, settings, seed, first.run)
         found = {}
         for name, edit in self.ways.items():
             own = dataclasses.replace(settings, edit=edit)
@@ -195,10 +207,12 @@ def run_benchmark(
     count: int,
     baseline: str = "",
     others: Sequence[str] = (),
+    tunings: int = 1,
 ) -> dict[str, Any]:
     """`count` cases by the settings' pipeline and by the same one with `context.shift` none;
     `baseline` may name another model for it, one that was trained without. `others`: of `OTHERS`,
-    by the model with context. Writes, anew after each clip, benchmark.json, benchmark.png and
+    by the model with context. `tunings`: seeds of the tuning on a clip, over which its scores are
+    averaged. Writes, anew after each clip, benchmark.json, benchmark.png and
     benchmark.gif: source, edit and true edit of the first clips.
 
     Raises ValueError for settings without a shift, and for fewer than two clips.
@@ -216,7 +230,7 @@ def run_benchmark(
     ways = {"context": settings.edit} | {
         name: dataclasses.replace(settings.edit, **OTHERS[name]) for name in others
     }
-    arms = [Arm(settings, ways), Arm(plain, {"none": plain.edit})]
+    arms = [Arm(settings, ways, tunings), Arm(plain, {"none": plain.edit}, tunings)]
     found: dict[str, list[dict[str, Scores]]] = {}
     rows: dict[str, Clip] = {}
     films: list[list[Clip]] = []
@@ -253,6 +267,7 @@ def _report(
     kinds = found["none"][0]
     return {
         "clips": len(found["none"]),
+        "tunings": len(arms[0].seeds),
         "model": settings.video.model,
         "baseline": plain.video.model,
         "edit": dataclasses.asdict(settings.edit),

@@ -77,14 +77,14 @@ def trainable(which: str) -> Callable[[tuple, Any], bool]:
     return nnx.All(nnx.Param, chosen)
 
 
-def init_tuning(params: PyTree, train: TrainConfig, seed: int) -> TuneState:
+def init_tuning(params: PyTree, train: TrainConfig, key: PRNGKeyArray) -> TuneState:
     """Step 0."""
     return TuneState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
         opt_state=make_optimizer(train).init(params),
-        key=jax.random.key_data(make_key(seed)),
+        key=jax.random.key_data(key),
     )
 
 
@@ -197,22 +197,24 @@ def tune_quickly(
     text: Captions,
     null: Captions,
     settings: EditSettings,
+    seed: int,
     run: Callable[..., Any],
 ) -> VideoDiffusion:
-    """Tunes as `tune` does, in one program that `run(name, function, *arguments)` compiles.
+    """Tunes as `tune` does, in one program that `run(name, function, *arguments)` compiles, for all
+    seeds.
 
     Nothing is written.
     """
     train = settings.base.train
     check_wandb(settings.base.log)
     graph, params, frozen = nnx.split(model, trainable(settings.video.tune), ...)
-    step = make_tuning_step(graph, process, train, settings.video.window)
+    step, key = make_tuning_step(graph, process, train, settings.video.window), make_key(seed)
 
-    def steps(params, *rest):
-        state = init_tuning(params, train, settings.base.seed)
+    def steps(key, params, *rest):
+        state = init_tuning(params, train, key)
         return jax.lax.fori_loop(0, train.steps, lambda _, state: step(state, *rest)[0], state).ema
 
-    return nnx.merge(graph, run("tuning", steps, params, frozen, x0, text, null), frozen)
+    return nnx.merge(graph, run("tuning", steps, key, params, frozen, x0, text, null), frozen)
 
 
 class Tuning(Task[TuneState]):
@@ -262,7 +264,7 @@ def tune(
     """
     train = settings.base.train
     graph, params, frozen = nnx.split(model, trainable(settings.video.tune), ...)
-    state = init_tuning(params, train, settings.base.seed)
+    state = init_tuning(params, train, make_key(settings.base.seed))
     shardings = jax.tree.map(lambda a: a.sharding, state)
     manager, saved, _ = resume(
         workdir, config, state, shardings, train.keep_checkpoints, free=FREE_FIELDS
