@@ -3,7 +3,7 @@
     bash launch/emoji_data.sh data
     python -m contextdiff_jax.train --config=configs/emoji_sr.py --workdir=runs/emoji_sr
 
-8,000 steps take about an hour on one CPU core. docs/cascade.md says what it is and how to use it.
+8,000 steps take about 50 minutes on one CPU core. docs/cascade.md says what it is and how to use it.
 """
 
 from ml_collections import ConfigDict
@@ -35,13 +35,13 @@ def get_config() -> ConfigDict:
         max_length=24,
     )
     config.diffusion.prediction_type = "x0"  # the noise of 48 values wouldn't pass 64 channels
-    config.super_resolution.update(factor=4, max_level=0.3)
+    config.super_resolution.update(factor=4, max_level=0.5)
     config.context.update(kind="low_resolution", max_gain=0.4, patch_size=8)
     config.text.width = 96
     config.model = base.backbone(
         "efficient_unet",
         block_out_channels=(64, 96),
-        layers_per_block=(3, 2),
+        layers_per_block=(2, 1),
         attention=("none", "text"),
         num_attention_heads=4,
         cross_attention_dim=96,
