@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from conftest import TINY_MMDIT
 from flax import nnx
 
+from contextdiff_jax.benchmarks.torch_peer import layouts, make_network
 from contextdiff_jax.models.backbones import BACKBONES, build_backbone
 from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.efficient_unet_config import EfficientUNetConfig
 from contextdiff_jax.models.low_resolution import LowResolution
 from contextdiff_jax.models.undrawn import Undrawn
+from contextdiff_jax.pretrained.conversion import backbone_model
 
 TINY = dict(
     block_out_channels=(8, 16),
@@ -179,6 +181,15 @@ def test_without_attention_to_its_own_pixels_a_piece_is_made_as_in_the_whole():
     middle = slice(20, 28)  # beyond the reach of the borders, 20 pixels
     assert float(jnp.abs(whole[:, middle] - piece[:, middle]).max()) > 1e-3
     np.testing.assert_allclose(twice[:, middle], piece[:, middle], atol=2e-2)
+
+
+def test_diffusers_has_no_such_network():
+    config = EfficientUNetConfig(**TINY)
+    for call in (make_network, layouts):
+        with pytest.raises(ValueError, match="model: diffusers has no efficient_unet"):
+            call(config)
+    with pytest.raises(ValueError, match="model.kind='efficient_unet': unknown for folders"):
+        backbone_model(config)
 
 
 @pytest.mark.parametrize(

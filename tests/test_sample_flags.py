@@ -8,11 +8,13 @@ import command_flags
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 from contextdiff_jax import Pipeline
 from contextdiff_jax.runtime import host
 from contextdiff_jax.runtime.pictures import read_png_metadata
 from contextdiff_jax.settings import SampleConfig
+from contextdiff_jax.settings.super_resolution import SuperResolutionConfig
 
 SAMPLE = ROOT / "contextdiff_jax" / "sample.py"
 
@@ -26,7 +28,11 @@ def test_the_sample_commands_flags_reach_the_request(monkeypatch, tmp_path):
 
         def __init__(self, path, weights, **_):
             self.path, self.guide = path, None
-            self.opened = types.SimpleNamespace(source=path, options=SampleConfig())
+            self.opened = types.SimpleNamespace(
+                source=path,
+                options=SampleConfig(),
+                super_resolution=SuperResolutionConfig(factor=2 * (path == "UPSAMPLER")),
+            )
 
         def guided_by(self, guide):
             self.guide = guide.path
@@ -35,6 +41,10 @@ def test_the_sample_commands_flags_reach_the_request(monkeypatch, tmp_path):
         def text_to_image(self, prompts, **options):
             asked.update(options, guide=self.guide, path=self.path)
             return np.zeros((len(prompts), 8, 8, 3), np.uint8)
+
+        def upsample(self, prompts, images, **options):
+            asked.update(options, enlarged=images.shape)
+            return np.zeros((len(images), 12, 8, 3), np.uint8)
 
     monkeypatch.setattr(Pipeline, "open", Opened)
     monkeypatch.setattr(host, "set_compilation_cache", lambda folder: None)
@@ -65,6 +75,12 @@ def test_the_sample_commands_flags_reach_the_request(monkeypatch, tmp_path):
     assert texts["guidance_interval"] == "(0.2, 0.75)" and texts["autoguidance"] == "SMALL"
     command_flags.run(SAMPLE, [*places, "--workdir=RUN", "--negative=b", "--perpendicular=0.5"])
     assert (asked["negative"], asked["perpendicular"], asked["guide"]) == ("b", 0.5, None)
+    Image.new("RGB", (4, 6)).save(tmp_path / "small.png")
+    enlarge = ["--workdir=UPSAMPLER", f"--image={tmp_path}/small.png", "--augmentation=0.3"]
+    command_flags.run(SAMPLE, [*places, *enlarge, "--num=2"])
+    assert (asked["enlarged"], asked["augmentation"]) == ((2, 6, 4, 3), 0.3)
+    with pytest.raises(ValueError, match="--strength=0.5: an upsampler begins at noise"):
+        command_flags.run(SAMPLE, [*places, *enlarge, "--strength=0.5"])
 
 
 @pytest.mark.parametrize(

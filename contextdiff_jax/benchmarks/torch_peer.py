@@ -64,7 +64,7 @@ KINDS = {
 
 def layouts(config: BackboneConfig) -> tuple[str, ...]:
     """The names in `LAYOUTS` that are to be tried."""
-    return KINDS[kind_of(config)].layouts
+    return KINDS[kind_of(known_to_diffusers(config))].layouts
 
 
 def make_network(config: BackboneConfig) -> torch.nn.Module:

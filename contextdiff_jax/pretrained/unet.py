@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from contextdiff_jax.models.backbones import BackboneConfig
+from contextdiff_jax.models.efficient_unet_config import EfficientUNetConfig
 from contextdiff_jax.models.unet import UNet
 from contextdiff_jax.models.unet_config import UNetConfig
 from contextdiff_jax.models.unet_parts import ContextHead
@@ -38,6 +39,11 @@ def _rules(config: UNetConfig) -> Rules:
 
 def known_to_diffusers(config: BackboneConfig) -> BackboneConfig:
     """The config. ValueError for a network that diffusers doesn't have."""
+    if isinstance(config, EfficientUNetConfig) or config.low_resolution:
+        raise ValueError(
+            "model: diffusers has no efficient_unet, and no network that reads a low-resolution "
+            "picture (super_resolution.factor)"
+        )
     own = config.OURS.get("patch_size", config.patch_size)
     if config.patch_size != own:
         raise ValueError(
