@@ -8,8 +8,8 @@ Measure the speed of one part of the work, as a table. Modes:
     train     our training step against torch's (--compare=torch), and what the context adds to it
               (docs/performance.md)
     sample    the same of the sampling loop
-    aot       a train step or sampling loop compiled for a TPU that isn't here: fits, seconds,
-              collectives (docs/tpu.md)
+    aot       a train step, a sampling loop or a clip's edit compiled for a TPU that isn't here:
+              fits, seconds, collectives (docs/tpu.md)
     roofline  a step's layers against peak and bandwidth, here or (--topology) on a TPU
               (docs/tpu.md)
     facts     the device, and the most that it does
@@ -63,7 +63,11 @@ cli.group("Of --mode=aot and roofline")
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "aot, roofline: chips and their arrangement, as in v5e:4x4."
 )
-PROGRAM = flags.DEFINE_string("program", "train", "aot: train (a step) or sample (the loop).")
+PROGRAM = flags.DEFINE_string(
+    "program",
+    "train",
+    "aot: train (a step), sample (the loop), or, with a config of edit, edit (its parts).",
+)
 BATCH_PER_CHIP = flags.DEFINE_integer(
     "batch_per_chip", 0, "aot, roofline: instead of train.batch_size.", lower_bound=0
 )
@@ -103,17 +107,15 @@ def _data(settings):
 
 
 def _aot(settings):
-    from contextdiff_jax.benchmarks.tpu.aot import AotBenchmark, run
+    from contextdiff_jax.benchmarks.tpu import aot, aot_edit
 
-    return run(
-        settings,
-        AotBenchmark(
-            topology=TOPOLOGY.value,
-            program=PROGRAM.value,
-            batch_per_chip=BATCH_PER_CHIP.value,
-            sweep=SWEEP.value,
-        ),
+    options = aot.AotBenchmark(
+        topology=TOPOLOGY.value,
+        program=PROGRAM.value,
+        batch_per_chip=BATCH_PER_CHIP.value,
+        sweep=SWEEP.value,
     )
+    return (aot_edit if options.program == aot.EDIT else aot).run(settings, options)
 
 
 def _speed(settings):
@@ -240,10 +242,12 @@ def main() -> None:
         host.leave_memory()
     if mode.shares:
         host.one_device_a_core(config["train"]["batch_size"])
+    from contextdiff_jax.editing.settings import parse_edit
     from contextdiff_jax.evaluation.report import machine
     from contextdiff_jax.settings import parse
 
-    result = mode.run(config and parse(config))
+    edits = (MODE.value, PROGRAM.value) == ("aot", "edit")
+    result = mode.run(config and (parse_edit if edits else parse)(config))
     print(result.text)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

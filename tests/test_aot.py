@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE_LEVEL, command, config_dict
+from conftest import ONE_LEVEL, command, config_dict, one_line
+from edit_settings import edit_settings
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from contextdiff_jax.benchmarks.tpu import aot, aot_table, hlo
+from contextdiff_jax.benchmarks.tpu import aot, aot_edit, aot_table, hlo
 from contextdiff_jax.models import flash
 from contextdiff_jax.models.attention import attention
 from contextdiff_jax.models.contextdiff import Frozen
@@ -373,3 +374,31 @@ def test_topologies_and_batches_that_cannot_be_are_refused_in_one_line():
         assert words in str(error.value) and "\n" not in str(error.value)
     done = command("benchmark", "--mode=aot", "--config=configs/base.py", env={"XLA_FLAGS": ""})
     assert done.returncode == 2 and done.stderr.strip().endswith("as in --topology=v5e:4x4")
+
+
+@pytest.mark.slow  # compiles three programs for a TPU: pytest -m slow tests/test_aot.py -k edit
+@pytest.mark.parametrize("topology, sequence", [("v5e:1x1", 1), ("v5e:2x2", 4)])
+def test_an_edits_parts_are_compiled_for_chips_that_share_its_frames(topology, sequence):
+    changes = {"mesh.data": 1, "mesh.sequence": sequence, "edit.strength": (0.8, 0.4)}
+    sizes = {"video.size": (8, 12), "video.num_frames": 4}
+    settings = edit_settings(**changes, **sizes, **{"train.batch_size": 1})
+    result = aot_edit.run(settings, aot.AotBenchmark(topology=topology, program="edit"))
+    assert [row["program"] for row in result.rows] == ["tuning step", "inversion", "editing"]
+    assert [row["trips"] for row in result.rows] == [1, 4, 4]  # 5 steps, of which 0.8
+    for row in result.rows:
+        assert row["fits"] and row["seconds"] > 0 and row["peak_hbm"] > 0
+        assert (row["collective_seconds"] > 0) == (sequence > 1)
+    # three clips, each by its prompt and away from the source's, and each four times
+    flops = [row["flops"] for row in result.rows]
+    assert flops[2] > 4 * flops[1]
+    assert "editing 4 frames of 8x12, 6 at a time, 4 steps" in result.text
+
+
+def test_an_edits_frames_that_chips_cannot_share_are_one_line():
+    options = aot.AotBenchmark(topology="v5e:2x2", program="edit")
+    settings = edit_settings(**{"mesh.data": 1, "mesh.sequence": 4, "video.num_frames": 6})
+    with pytest.raises(ValueError, match="must divide video.num_frames=6") as error:
+        aot_edit.run(settings, options)
+    one_line(error)
+    with pytest.raises(ValueError, match="neither --sweep nor --batch_per_chip"):
+        aot.AotBenchmark(topology="v5e:2x2", program="edit", sweep=True)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import command
@@ -10,6 +11,7 @@ from contextdiff_jax.data import DataConfig
 from contextdiff_jax.evaluation.features import extract
 from contextdiff_jax.evaluation.networks import classifier as c
 from contextdiff_jax.evaluation.subject import classifier_source, feature_fns, splits
+from contextdiff_jax.models.pixels import to_unit
 
 # Without LLVM's optimisations XLA:CPU (jaxlib 0.10.2) gives NaN for some gradients of this network;
 # with them none was seen.
@@ -65,6 +67,19 @@ def test_features_are_what_the_answers_are_made_of_and_have_unit_scale(trained):
     )
     np.testing.assert_allclose(extract(fns["logits"], images), logits, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose((features**2).mean(1), 1, rtol=1e-2)
+
+
+def test_the_distance_of_pictures_is_that_of_their_layers_directions(trained):
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 256, (2, 2, 16, 16, 3)).astype(np.uint8)
+    values, maps = c.feature_distance(trained)(a, b)
+    wanted = []
+    for x, y in zip(*(trained.layers(to_unit(jnp.asarray(p))) for p in (a, b)), strict=True):
+        x, y = (v / np.linalg.norm(v, axis=-1, keepdims=True) for v in map(np.asarray, (x, y)))
+        wanted.append(((x - y) ** 2).sum(-1).mean((1, 2)))
+    np.testing.assert_allclose(values, np.mean(wanted, 0), rtol=1e-4)
+    assert maps.shape == (2, 16, 16) and 0 < maps.min() and maps.max() < 2
+    assert c.feature_distance(trained)(a, a)[1].max() < 1e-9
 
 
 def test_a_saved_classifier_gives_the_same_answers(trained, tmp_path):

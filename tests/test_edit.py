@@ -244,6 +244,8 @@ def test_both_benchmarks_score_every_way_against_the_true_edits(folder, tmp_path
         film = read_clip(tmp_path / name / "benchmark.gif", num_frames=0)
         assert film.shape == (2, rows * (2 * 16 + 8), 3 * (2 * 16 + 8), 3)
         assert "flowedit" in benchmark.table(report) and "reconstruction" in benchmark.table(report)
+        assert report["a_frame"]["flowedit"]["editing"]["megabytes"] > 0
+        assert "megabytes a frame" in benchmark.table(report)
 
 
 def test_a_benchmark_without_true_edits_is_one_line(folder, tmp_path):

@@ -153,6 +153,20 @@ def test_an_edit_that_does_nothing_gains_nothing_and_the_true_one_has_full_marks
         changed_region(source, source)
 
 
+def test_distances_are_scored_where_the_true_edit_differs_and_elsewhere():
+    source, true = hand_made_clips()
+    region = changed_region(source, true)
+
+    def distance(pictures, others):  # of the blue channel
+        maps = np.abs(pictures[..., 2].astype(float) - others[..., 2])
+        return maps.mean((1, 2)), maps
+
+    clip = true.copy()
+    clip[..., 2] = np.where(region, 47, 250)
+    scores = score_true_clip(clip, source, true, None, {"blue": distance})
+    assert (scores["changed_blue"], scores["kept_blue"]) == (7, 5)
+
+
 def test_pairs_without_an_answer_are_left_out():
     row = paired({"a": [1.0, np.nan, 5.0]}, {"a": [0.0, 2.0, 2.0]})["a"]
     assert (row["first"], row["second"], row["difference"]) == (3.0, 1.0, 2.0)

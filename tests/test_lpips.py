@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch_models import clip_model
 
 from contextdiff_jax.editing.end_to_end import Edited, Judges, measure
+from contextdiff_jax.editing.settings import Output
 from contextdiff_jax.evaluation.edit_scores import make_pick_scorer
 from contextdiff_jax.evaluation.networks.clip import load_clip
 from contextdiff_jax.evaluation.networks.lpips import load_lpips
@@ -108,11 +109,12 @@ def test_an_edits_row_has_them_all_and_the_backgrounds(weights):
     edited = Edited(
         reconstruction=source,
         error=0.0,
+        outputs=[Output(0, "b", 1.0, None)],
         clips=[edit],
         masks=[inside],
         maps=np.zeros((2, 2, 41, 64)),
     )
-    settings = SimpleNamespace(video=SimpleNamespace(prompt="a", edit_prompts=("b",)))
+    settings = SimpleNamespace(video=SimpleNamespace(prompt="a"))
     judges = Judges(
         (lambda clip, prompt: {"text_alignment": 1.0}, lambda clip, prompt: {"pickscore": 2.0}),
         distance,

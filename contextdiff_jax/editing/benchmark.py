@@ -25,7 +25,13 @@ from contextdiff_jax.editing.tuning import tune_quickly
 from contextdiff_jax.editing.video_model import open_editor
 from contextdiff_jax.evaluation.edit_scores import psnr
 from contextdiff_jax.evaluation.features import extract
-from contextdiff_jax.evaluation.networks.classifier import load_classifier, split_by_attribute
+from contextdiff_jax.evaluation.networks.classifier import (
+    Classifier,
+    feature_distance,
+    load_classifier,
+    split_by_attribute,
+)
+from contextdiff_jax.evaluation.networks.lpips import load_lpips
 from contextdiff_jax.evaluation.subject import feature_fns
 from contextdiff_jax.evaluation.true_edits import (
     Answers,
@@ -73,9 +79,12 @@ def shape_cases(count: int, frames: int, side: int, first_seed: int = 0) -> Iter
         )
 
 
-def clip_cases(folder: pathlib.Path, count: int, answers: Answers | None = None) -> Iterator[Case]:
+def clip_cases(
+    folder: pathlib.Path, count: int, judge: str = "", lpips: str = ""
+) -> Iterator[Case]:
     """`count` of a folder's edits.jsonl, evenly spread: rows of `source` and `target`, folders of
-    frames, with their `prompt` and `edit_prompt`.
+    frames, with their `prompt` and `edit_prompt`. `judge`, a classifier's folder, and `lpips`, the
+    file of its weights, add the scores that need them.
 
     Raises ValueError for a folder without such rows, or with fewer.
     """
@@ -83,17 +92,22 @@ def clip_cases(folder: pathlib.Path, count: int, answers: Answers | None = None)
     rows = [_checked(path, row) for row in rows_of(path)]
     if len(rows) < count:
         raise ValueError(f"{path}: has {len(rows)} edits, and --benchmark={count}")
+    network = load_classifier(judge) if judge else None
+    answers = make_answers(network) if network else None
+    distances = {"features": feature_distance(network)} if network else {}
     for i in np.linspace(0, len(rows) - 1, count).round().astype(int):
         row = rows[i]
         source, true = (
             read_clip(folder / row[name], num_frames=0) for name in ("source", "target")
         )
+        if lpips and "lpips" not in distances:
+            distances["lpips"] = load_lpips(lpips, *source.shape[1:3])
         yield Case(
             source=source,
             prompt=row["prompt"],
             edits={"edit": row["edit_prompt"]},
             score=lambda _, clip, source=source, true=true: score_true_clip(
-                clip, source, true, answers
+                clip, source, true, answers, distances
             ),
             true={"edit": true},
         )
@@ -107,7 +121,7 @@ def cases_of(settings: EditSettings, shapes: int, clips: int, judge: str = "") -
     if shapes:
         side = video.size[0] or settings.base.data.image_size
         return shape_cases(shapes, video.num_frames, side)
-    return clip_cases(pathlib.Path(video.path), clips, open_answers(judge) if judge else None)
+    return clip_cases(pathlib.Path(video.path), clips, judge, settings.edit.lpips)
 
 
 def _checked(path: pathlib.Path, row: Fields) -> dict[str, str]:
@@ -120,9 +134,8 @@ def _checked(path: pathlib.Path, row: Fields) -> dict[str, str]:
     return row.fields
 
 
-def open_answers(folder: str) -> Answers:
-    """What a classifier of `train_classifier` sees in a clip's frames."""
-    model = load_classifier(folder)
+def make_answers(model: Classifier) -> Answers:
+    """What a classifier sees in a clip's frames."""
     logits = feature_fns(model)["logits"]
 
     def answers(clip):
@@ -248,7 +261,7 @@ def run_benchmark(
                 for film, clip in zip(films[-len(clips) :], clips.values(), strict=True):
                     film.insert(1, clip)  # between the source and the true edit
         if i:
-            report = _report(settings, plain, arms, found)
+            report = _report(settings, plain, arms, found, len(case.source))
             write_json(workdir / "benchmark.json", report)
         output.strip(rows).save(workdir / "benchmark.png")
         output.save_gif(output.mosaic(films), workdir / "benchmark.gif", settings.video.fps)
@@ -260,7 +273,10 @@ def _report(
     plain: EditSettings,
     arms: Sequence[Arm],
     found: Mapping[str, list[dict[str, Scores]]],
+    frames: int,
 ) -> dict[str, Any]:
+    costs = {name: programs.costs for arm in arms for name, programs in arm.programs.items()}
+
     def of(way, kind):
         return columns([scores[kind] for scores in found[way]])
 
@@ -277,7 +293,17 @@ def _report(
             for way in found
             if way not in ("context", "none")
         },
-        "costs": {name: p.costs for arm in arms for name, p in arm.programs.items()},
+        "costs": costs,
+        "a_frame": {
+            name: {
+                stage: {
+                    "seconds": cost["seconds"] / frames,
+                    "megabytes": cost["memory_megabytes"] / frames,
+                }
+                for stage, cost in stages.items()
+            }
+            for name, stages in costs.items()
+        },
         "scores": found,
     }
 
@@ -300,4 +326,8 @@ def table(report: Mapping[str, Any]) -> str:
                     f"{row['standard_error']:15.3f}"
                 )
                 lines.append(f"{kind:15} {name:16} {values}")
+    lines.append(f"{'way':15} {'stage':16} {'seconds a frame':>16} {'megabytes a frame':>18}")
+    for way, stages in report["a_frame"].items():
+        for stage, cost in stages.items():
+            lines.append(f"{way:15} {stage:16} {cost['seconds']:16.3f} {cost['megabytes']:18.1f}")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ real clips the true one is another clip with the same motion.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
@@ -15,6 +16,7 @@ from contextdiff_jax.data.moving_shapes import MovingShape, frames_of, mask_of
 from contextdiff_jax.data.shapes import Object
 from contextdiff_jax.evaluation.composition import CENTRE_TOLERANCE, find_objects
 from contextdiff_jax.evaluation.edit_scores import psnr, ssim, warping_error
+from contextdiff_jax.evaluation.networks.lpips import Distance
 
 Clip = UInt8[np.ndarray, "F S S 3"]
 # What a classifier sees in each frame: {attribute: index of its value}.
@@ -82,14 +84,17 @@ def score_true_clip(
     source: UInt8[np.ndarray, "F H W 3"],
     true: UInt8[np.ndarray, "F H W 3"],
     answers: Answers | None = None,
+    distances: Mapping[str, Distance] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Scores of an edited clip whose true edit is known, in dB, infinite ones as 100.
 
     `psnr`, `ssim`: to the true clip. `changed_psnr`: where that differs from the source, and
     `gain`: how much more than the source itself has there (an edit that does nothing: 0).
     `kept_psnr`: to the source elsewhere. `warping_error`: by the true clip's flow, less the true
-    clip's own. `attribute`: of the attributes in which the true clip differs from the source, by
-    the majority of `answers`, the share that the edit's frames have right (nan if there is none).
+    clip's own. By the name of each of `distances`: `changed_NAME`, the mean distance to the true
+    clip where that differs from the source, and `kept_NAME`, to the source elsewhere. `attribute`:
+    of the attributes in which the true clip differs from the source, by the majority of `answers`,
+    the share that the edit's frames have right (nan if there is none).
     """
     region = changed_region(source, true)
     changed = min(psnr(clip, true, region), 100.0)
@@ -103,6 +108,10 @@ def score_true_clip(
     scores = {name: min(value, 100.0) for name, value in scores.items()}
     if len(clip) > 1:
         scores["warping_error"] = warping_error(clip, true) - warping_error(true)
+    for name, distance in distances.items():
+        (_, to_true), (_, to_source) = distance(clip, true), distance(clip, source)
+        scores[f"changed_{name}"] = float(to_true[region].mean())
+        scores[f"kept_{name}"] = float(to_source[~region].mean())
     if answers is not None:
         scores["attribute"] = _attributes_right(*map(answers, (clip, source, true)))
     return scores

@@ -1,4 +1,5 @@
-"""A train step or a sampling loop compiled for TPUs that aren't here: memory, seconds, traffic.
+"""A train step, a sampling loop or a clip's edit compiled for TPUs that aren't here: memory,
+seconds, traffic.
 
 The compiler is libtpu's own; nothing runs, no parameter is made. Its time is an estimate of the
 program without what waits for other chips, and it takes a Pallas kernel's work for nothing, so to
@@ -52,7 +53,8 @@ from contextdiff_jax.training.compilation import jit_step
 from contextdiff_jax.training.state import init_state
 
 LOGGER = logging.getLogger(__name__)
-PROGRAMS = ("train", "sample")
+EDIT = "edit"
+PROGRAMS = ("train", "sample", EDIT)
 # What a program's parts add up to, of `predicted`.
 ADDITIVE = (
     "seconds",
@@ -73,7 +75,7 @@ class AotBenchmark:
 
     Attributes:
         topology: chips and their arrangement, such as v5e:4x4.
-        program: `train` or `sample`.
+        program: `train`, `sample` or `edit`, whose settings are an edit's.
         batch_per_chip: replaces train.batch_size (0: the config's). For `sample` these are prompts
             (0: one).
         sweep: also other meshes, rematerialisations and batches.
@@ -86,6 +88,8 @@ class AotBenchmark:
 
     def __post_init__(self):
         check_choice("--program", self.program, PROGRAMS)
+        if self.program == EDIT and (self.sweep or self.batch_per_chip):
+            raise ValueError("--program=edit: has neither --sweep nor --batch_per_chip")
         if not self.topology:
             raise ValueError(
                 "--topology: missing; chips and their arrangement, as in --topology=v5e:4x4"
@@ -243,6 +247,16 @@ def compile_row(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) ->
     start = time.perf_counter()
     lowered = lower(settings, program, mesh, frozen)
     row["trace_seconds"] = time.perf_counter() - start
+    row |= tried(lowered, mesh, trips(settings, program), settings.train.batch_size)
+    if row["seconds"] is not None and unrolled.is_looped(settings):
+        row |= _looped(settings, program, mesh, frozen)
+    return row
+
+
+def tried(lowered: jax.stages.Lowered, mesh: Mesh, loop: int, pictures: int) -> dict[str, Any]:
+    """A program's figures; of one that doesn't fit the compiler's reason. `loop`, `pictures`: as
+    `figures` takes them.
+    """
     start = time.perf_counter()
     try:
         compiled = compiled_anew(lowered)
@@ -250,17 +264,10 @@ def compile_row(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) ->
         reason = out_of_memory(str(error))
         if reason is None:
             raise
-        return row | {
-            "fits": False,
-            "seconds": None,
-            "reason": reason,
-            "compile_seconds": time.perf_counter() - start,
-        }
-    row["compile_seconds"] = time.perf_counter() - start
-    row |= figures(compiled, settings, program, mesh, chip)
-    if unrolled.is_looped(settings):
-        row |= _looped(settings, program, mesh, frozen)
-    return row
+        found = {"fits": False, "seconds": None, "reason": reason}
+        return found | {"compile_seconds": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    return figures(compiled, mesh, loop, pictures) | {"compile_seconds": seconds}
 
 
 def _looped(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) -> dict[str, Any]:
@@ -344,13 +351,14 @@ def predicted(
     }
 
 
-def figures(
-    compiled: jax.stages.Compiled, settings: Settings, program: str, mesh: Mesh, chip: Chip
-) -> dict[str, Any]:
-    """Read memory, seconds and traffic of a compiled program."""
+def figures(compiled: jax.stages.Compiled, mesh: Mesh, loop: int, pictures: int) -> dict[str, Any]:
+    """Read memory, seconds and traffic of a compiled program, whose outer loop runs `loop` times
+    and which makes that many pictures.
+    """
+    chip = CHIPS[mesh.devices.flat[0].device_kind].described()
     memory, instructions = compiled.memory_analysis(), hlo.instructions(compiled.as_text())
     traffic = hlo.collectives(instructions, mesh.shape)
-    cost = predicted(compiled, chip, instructions, trips(settings, program))
+    cost = predicted(compiled, chip, instructions, loop)
     return cost | {
         "fits": memory.peak_memory_in_bytes <= chip.hbm,
         "collective_seconds": sum(row.sent_bytes for row in traffic) / chip.link,
@@ -359,7 +367,7 @@ def figures(
         "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "program_bytes": memory.generated_code_size_in_bytes,
-        "pictures_per_second": settings.train.batch_size / cost["seconds"],
+        "pictures_per_second": pictures / cost["seconds"],
         "collectives": [dataclasses.asdict(row) for row in traffic],
         "largest": [
             dict(zip(("array", "bytes", "made_by"), row, strict=True))

@@ -26,6 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
+from contextdiff_jax.evaluation.networks.lpips import Distance, weighed_distance
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.pretrained.folder_files import read_json, save_tensors
 from contextdiff_jax.runtime.files import write_json
@@ -142,10 +143,17 @@ class Classifier(nnx.Module):
         self.hidden_norm = nnx.LayerNorm(features, use_scale=False, use_bias=False, rngs=rngs)
         self.out = nnx.Linear(features, sum(len(a.values) for a in attributes), rngs=rngs)
 
-    def features(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
-        """The penultimate layer, of pictures in [-1, 1]."""
+    def layers(self, x: Float[Array, "B H W 3"]) -> list[Float[Array, "B h w C"]]:
+        """The output of each convolution."""
+        found = []
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = jax.nn.relu(norm(conv(x)))
+            found.append(x)
+        return found
+
+    def features(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        """The penultimate layer, of pictures in [-1, 1]."""
+        x = self.layers(x)[-1]
         pooled = jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], axis=-1)  # [B, 2 C]
         return self.hidden_norm(self.hidden(pooled))
 
@@ -253,6 +261,21 @@ def save_classifier(
     write_json(
         folder / REPORT_FILE, {"image_size": model.image_size, "attributes": attributes, **report}
     )
+
+
+def feature_distance(model: Classifier) -> Distance:
+    """LPIPS's construction in a classifier's features, of pictures and others: no channel counts
+    more than another, and the layers' mean is taken, so that it lies in 0..2. Not LPIPS: that has
+    AlexNet's features and weights learned from people's answers.
+    """
+
+    @nnx.jit
+    def compared(model, pictures, others):
+        layers = [model.layers(to_unit(x)) for x in (pictures, others)]
+        weights = [jnp.full(x.shape[-1], 1 / len(layers[0])) for x in layers[0]]
+        return weighed_distance(*layers, weights, pictures.shape[1:3])
+
+    return lambda pictures, others: tuple(map(np.asarray, compared(model, pictures, others)))
 
 
 def load_classifier(folder: str | pathlib.Path) -> Classifier:

@@ -11,7 +11,7 @@ Weights: the `lpips` package's state, backbone and linear layers together, as sa
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ def _params(tensors: Mapping[str, np.ndarray], path: pathlib.Path) -> Params:
 
 
 def _features(params: Params, x: Float[Array, "N H W 3"]) -> list[Float[Array, "N h w C"]]:
-    """The features of each layer, every pixel's vector at length 1."""
+    """The features of each layer."""
     found = []
     for name, (*_, stride, padding, pooled) in _LAYERS.items():
         if pooled:
@@ -107,7 +107,7 @@ def _features(params: Params, x: Float[Array, "N H W 3"]) -> list[Float[Array, "
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         x = jax.nn.relu(x + params[f"{name}.bias"])
-        found.append(x / (jnp.sqrt(jnp.sum(x**2, -1, keepdims=True)) + 1e-10))
+        found.append(x)
     return found
 
 
@@ -118,9 +118,27 @@ def lpips(
     (bilinearly) to the pictures' size.
     """
     scaled = ((to_unit(x) - jnp.array(_SHIFT)) / jnp.array(_SCALE) for x in (pictures, others))
-    value, total = jnp.zeros(len(pictures)), jnp.zeros(pictures.shape[:3])
-    for i, (a, b) in enumerate(zip(*(_features(params, x) for x in scaled), strict=True)):
-        layer = ((a - b) ** 2) @ params[f"lin{i}.model.1.weight"][0, :, 0, 0]  # [N, h, w]
+    weights = [params[f"lin{i}.model.1.weight"][0, :, 0, 0] for i in range(len(_LAYERS))]
+    features = (_features(params, x) for x in scaled)
+    return weighed_distance(*features, weights, pictures.shape[1:3])
+
+
+def weighed_distance(
+    features: Sequence[Float[Array, "N ..."]],
+    others: Sequence[Float[Array, "N ..."]],
+    weights: Sequence[Float[Array, "..."]],
+    size: tuple[int, int],
+) -> tuple[Float[Array, "N"], Float[Array, "N H W"]]:
+    """LPIPS of the layers' features: every place's vector at length 1, squared differences, each
+    channel by its weight. The sum over the layers of their means, and of them enlarged to `size`.
+    """
+    value, total = jnp.zeros(len(features[0])), jnp.zeros((len(features[0]), *size))
+    for a, b, weight in zip(features, others, weights, strict=True):
+        layer = ((_direction(a) - _direction(b)) ** 2) @ weight  # [N, h, w]
         value += layer.mean((1, 2))
         total += jax.image.resize(layer, total.shape, "linear")
     return value, total
+
+
+def _direction(x: Float[Array, "N h w C"]) -> Float[Array, "N h w C"]:
+    return x / (jnp.sqrt(jnp.sum(x**2, -1, keepdims=True)) + 1e-10)
