@@ -2,7 +2,8 @@
 
 Encode a config's pictures once, for training on their latents. The folder gets the latents (mean
 and standard deviation), token ids and captions (with --text_dtype also what the frozen text encoder
-gives of them, so that training doesn't load it), which --config.data.source=cache
+gives of them, so that training doesn't load it; then of a config without an autoencoder the
+pictures, too), which --config.data.source=cache
 --config.data.path=FOLDER trains on. The config is the one to train with: it names the autoencoder
 (latent.vae, or model.pretrained). A run that was killed goes on with the shards that aren't there;
 processes share the shards.

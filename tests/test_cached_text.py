@@ -241,6 +241,29 @@ def test_more_prompts_are_added_to_a_cache_that_is_complete(cases, tmp_path):
     assert texts == ["", "a red dog"] and arrays["text_states"].shape == (2, 9, 16)
 
 
+def test_a_run_in_pixels_has_a_cache_of_its_pictures_and_states(cases, monkeypatch, tmp_path):
+    case, out = cases("t5"), tmp_path / "cache"
+    pixels = {"latent.vae": "", "model.in_channels": 3, "model.out_channels": 3}
+    settings = case.settings(**pixels)
+    cache, new = write_cache(settings, out, shard_size=4, batch_size=3, text_dtype="float32")
+    assert new == 2 and cache.shape == (16, 16, 3) and cache.vae == {}
+    cached = case.settings(cached=True, **pixels | {"data.path": str(out)})
+    monkeypatch.setattr(frozen_networks, "_read_text", None)
+    (batch, _), (wanted, _) = first_batch(cached), first_batch(settings)
+    assert batch["image"].dtype == np.uint8 and "latent_mean" not in batch
+    for name in wanted:
+        np.testing.assert_array_equal(batch[name], wanted[name])
+    latents = make_source(case.settings(cached=True).data)
+    rows = {latents[i]["caption"]: latents[i]["text_states"] for i in range(len(latents))}
+    for record in (make_source(cached.data)[i] for i in range(len(CAPTIONS))):
+        np.testing.assert_allclose(record["text_states"], rows[record["caption"]], atol=1e-6)
+    assert frozen_for_training(cached).vae is None
+    with pytest.raises(ValueError, match="data.path=.* is another autoencoder's"):
+        first_batch(case.settings(cached=True, **{"data.path": str(out)}))
+    with pytest.raises(ValueError, match="latent.vae='': a cache needs the autoencoder's folder"):
+        write_cache(settings, tmp_path / "x")
+
+
 def test_a_cache_of_another_encoder_is_refused(cases, tmp_path):
     case = cases("clip")
     other = tmp_path / "other"

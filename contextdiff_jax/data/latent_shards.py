@@ -6,8 +6,9 @@ writes it.
     path/latents-00000-of-00008.array_record    records of `encode_record`; so named when complete
 
 A record holds the mean and the standard deviation of q(z | picture), before the scaling factor, so
-that each epoch draws its own latents. A cache with states also holds what a frozen text encoder
-gives of the caption, and of the empty one and `sample.prompts`: training from it reads no encoder.
+that each epoch draws its own latents; of a run in pixels, the picture. A cache with states also
+holds what a frozen text encoder gives of the caption, and of the empty one and `sample.prompts`:
+training from it reads no encoder.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float32, Int32, Shaped
 
 from contextdiff_jax.runtime.errors import one_line
 from contextdiff_jax.runtime.files import replacing, write_json
@@ -43,9 +44,9 @@ class Cache:
 
     Attributes:
         num_records, shard_size: shard k holds records k * shard_size and on.
-        shape: [H, W, Z] of the latents. dtype: of the moments.
+        shape: [H, W, Z] of the latents, or pictures. dtype: of the moments, or uint8.
         image_size, max_length, tokenizer: as in the config's data section.
-        vae: the autoencoder's config, which a run's must equal.
+        vae: the autoencoder's config, which a run's must equal; empty: of pictures as they are.
         source: the data section of the config.
         text: of states: `key` of the text encoder that they are of, `dtype`; None: there are none.
         content: a fingerprint of the records. Empty: the cache is of a version that kept none, so
@@ -119,20 +120,19 @@ def claim_cache(path: pathlib.Path, cache: Cache) -> None:
 
 
 def encode_record(
-    mean: Float[np.ndarray, "H W Z"],
-    std: Float[np.ndarray, "H W Z"],
+    picture: Mapping[str, Shaped[np.ndarray, "H W Z"]],
     token_ids: Int32[np.ndarray, "*E N"],
     token_mask: np.ndarray,
     caption: str,
     sizes: Float32[np.ndarray, "6"] | None = None,
     states: Mapping[str, np.ndarray] | None = None,
 ) -> bytes:
-    """One record: safetensors, the caption as UTF-8 bytes, the picture's sizes and the caption's
-    states (`STATES`) where it has some.
+    """One record: safetensors, `mean` and `std` or the `image` of a picture, the caption as UTF-8
+    bytes, the picture's sizes and the caption's states (`STATES`) where it has some.
     """
     text = np.frombuffer(caption.encode() or b"\0", np.uint8)
     mask = token_mask.astype(np.uint8)
-    values = {"mean": mean, "std": std, "ids": token_ids, "mask": mask, "caption": text}
+    values = {**picture, "ids": token_ids, "mask": mask, "caption": text}
     more = {} if sizes is None else {"sizes": sizes}
     return safetensors.numpy.save(values | more | _packed(states or {}))
 
@@ -185,14 +185,14 @@ def decode_record(record: bytes) -> dict[str, Any]:
     """The inverse, with the names of a batch."""
     values = safetensors.numpy.load(record)
     sizes = {"sizes": values["sizes"]} if "sizes" in values else {}
-    more = sizes | _unpacked(values)
-    return more | {
-        "latent_mean": values["mean"],
-        "latent_std": values["std"],
+    names = {"image": "image", "latent_mean": "mean", "latent_std": "std"}
+    picture = {name: values[stored] for name, stored in names.items() if stored in values}
+    text = {
         "token_ids": values["ids"],
         "token_mask": values["mask"].astype(bool),
         "caption": values["caption"].tobytes().decode().removesuffix("\0"),
     }
+    return sizes | picture | text | _unpacked(values)
 
 
 def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
@@ -208,7 +208,8 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
 class CacheSource:
     """Random access to a complete cache.
 
-    Records: `latent_mean`, `latent_std` [H, W, Z] in the cache's type, `token_ids`, `token_mask`
+    Records: `latent_mean`, `latent_std` [H, W, Z] in the cache's type (or `image`, uint8),
+        `token_ids`, `token_mask`
         [L], `caption`, `sizes` [6] if the pictures' source had them, and `STATES` if the cache has
         those.
     """

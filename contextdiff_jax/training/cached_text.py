@@ -34,8 +34,13 @@ def captions_of(model: ContextDiffusion, batch: dict[str, Num[jax.Array, "B ..."
 
 def check_cache(settings: Settings, cache: Cache) -> None:
     """Raises ValueError for a cache of another autoencoder, or of another text encoder."""
-    path = settings.data.path
-    if cache.vae != json.loads(json.dumps(settings.latent.config.to_dict())):
+    path, vae = settings.data.path, settings.latent.config
+    if vae is None and cache.vae:
+        raise ValueError(
+            f"data.source={settings.data.source!r}: holds latents; latent.vae (or "
+            "model.pretrained) must name their autoencoder"
+        )
+    if cache.vae != json.loads(json.dumps(vae.to_dict() if vae else {})):
         raise ValueError(
             f"latent.vae={settings.latent.vae!r}: the cache in data.path={path!r} is another "
             "autoencoder's"
@@ -59,7 +64,7 @@ def frozen_for_training(
     Raises ValueError for prompts that the cache has no states of.
     """
     text = None
-    if settings.data.kind.holds_latents:
+    if settings.data.kind.is_cache:
         source = make_source(settings.data, "train")
         if isinstance(source, CacheSource) and source.cache.text is not None:
             text = known_texts(settings, source)

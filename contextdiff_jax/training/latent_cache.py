@@ -51,10 +51,12 @@ def write_cache(
     """Writes the shards that aren't there, this process's share of them; (the cache, how many it
     wrote). `text_dtype`: with the captions' states in it, of `text.pretrained`.
 
-    Raises ValueError for settings without an autoencoder (or, with states, without a frozen text
-    encoder), or a folder with another cache.
+    Without an autoencoder the records are pictures, if they have states.
+
+    Raises ValueError for settings with neither an autoencoder nor states to keep, for states
+    without a frozen text encoder, and for a folder with another cache.
     """
-    if not settings.latent.vae:
+    if not settings.latent.vae and not text_dtype:
         raise ValueError(
             "latent.vae='': a cache needs the autoencoder's folder, or model.pretrained"
         )
@@ -71,18 +73,19 @@ def write_cache(
         num_records=len(source),
         shard_size=shard_size,
         shape=settings.shape,
-        dtype=dtype,
+        dtype=dtype if settings.latent.vae else "uint8",
         image_size=data.image_size,
         max_length=data.max_length,
         tokenizer=data.tokenizer,
-        vae=settings.latent.config.to_dict(),
+        vae=settings.latent.config.to_dict() if settings.latent.vae else {},
         source={**dataclasses.asdict(data), "split": split},
         content=content_key(source),
         text=of_text,
     )
     claim_cache(out, cache)
     precision = jnp.dtype(settings.train.precision)
-    encoders = Encoders(load_vae(settings.latent.vae, dtype=precision), tokenizer, dtype)
+    vae = load_vae(settings.latent.vae, dtype=precision) if settings.latent.vae else None
+    encoders = Encoders(vae, tokenizer, dtype)
     if text_dtype:
         text = load_text(settings, dtype=precision)
         encoders = dataclasses.replace(encoders, text=text, text_dtype=text_dtype)
@@ -103,11 +106,11 @@ def write_cache(
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-    """What makes a cache's records. `dtype`: of the moments; `text_dtype`: of the states, if there
-    is a `text`.
+    """What makes a cache's records. `dtype`: of the moments, if there is a `vae`; `text_dtype`: of
+    the states, if there is a `text`.
     """
 
-    vae: VAE
+    vae: VAE | None
     tokenizer: AnyTokenizer
     dtype: str
     text: AnyFrozenText | None = None
@@ -127,18 +130,29 @@ class Encoders:
         for start in range(0, len(rows), batch_size):
             part = [source[i] for i in rows[start : start + batch_size]]
             images = np.stack([record["image"] for record in part])
-            # One shape, one compilation.
-            padding = [(0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)]
-            found = moments(self.vae, np.pad(images, padding))
-            mean, std = (np.asarray(m).astype(self.dtype) for m in found)
+            pictures = self.pictures(images, batch_size)
             captions = [record["caption"] for record in part]
             ids, mask, lost = self.tokenizer.encode_and_cut(captions, max_length)
             cut.add(captions, lost)
             states = self.states(ids, mask, batch_size)
             for row, caption in enumerate(captions):
                 sizes = part[row].get("sizes")
-                own = {name: array[row] for name, array in states.items()}
-                yield encode_record(mean[row], std[row], ids[row], mask[row], caption, sizes, own)
+                picture, own = (
+                    {name: array[row] for name, array in arrays.items()}
+                    for arrays in (pictures, states)
+                )
+                yield encode_record(picture, ids[row], mask[row], caption, sizes, own)
+
+    def pictures(
+        self, images: UInt8[np.ndarray, "B H W 3"], batch_size: int
+    ) -> dict[str, np.ndarray]:
+        """What is kept of up to `batch_size` pictures: their latents' moments, or themselves."""
+        if self.vae is None:
+            return {"image": images}
+        # One shape, one compilation.
+        padding = [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)]
+        found = zip(("mean", "std"), moments(self.vae, np.pad(images, padding)), strict=True)
+        return {name: np.asarray(value).astype(self.dtype) for name, value in found}
 
     def states(self, ids: np.ndarray, mask: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
         """`STATES` of up to `batch_size` texts; none without a text encoder.
