@@ -3,7 +3,7 @@
     bash launch/emoji_data.sh data
     python -m contextdiff_jax.train --config=configs/emoji_sr.py --workdir=runs/emoji_sr
 
-8,000 steps take about 50 minutes on one CPU core. docs/cascade.md says what it is and how to use it.
+6,000 steps take about 40 minutes on one CPU core. What it is and how to use it: docs/cascade.md.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     """
     config = base.get_config()
     config.train.update(
-        steps=8000,
+        steps=6000,
         batch_size=16,
         learning_rate=1e-3,
         warmup_steps=200,

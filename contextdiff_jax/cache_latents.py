@@ -1,7 +1,9 @@
 """python -m contextdiff_jax.cache_latents --config=emoji_latent --out=cache --split=train
 
 Encode a config's pictures once, for training on their latents. The folder gets the latents (mean
-and standard deviation), token ids and captions, which --config.data.source=cache
+and standard deviation), token ids and captions (with --text_dtype also what the frozen text encoder
+gives of them, so that training doesn't load it; then of a config without an autoencoder the
+pictures, too), which --config.data.source=cache
 --config.data.path=FOLDER trains on. The config is the one to train with: it names the autoencoder
 (latent.vae, or model.pretrained). A run that was killed goes on with the shards that aren't there;
 processes share the shards.
@@ -20,6 +22,12 @@ BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 16, "Pictures that are encoded at once.", lower_bound=1
 )
 DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "Of the moments.")
+TEXT_DTYPE = flags.DEFINE_enum(
+    "text_dtype",
+    None,
+    ["float16", "float32"],
+    "Also keep the captions' states by text.pretrained, in this type.",
+)
 
 
 def main() -> None:
@@ -38,6 +46,7 @@ def main() -> None:
         shard_size=SHARD_SIZE.value,
         batch_size=BATCH_SIZE.value,
         dtype=DTYPE.value,
+        text_dtype=TEXT_DTYPE.value or "",
     )
     print(
         f"{OUT.value}: {cache.num_shards} shards, {new} of them written now, {cache.num_records} "

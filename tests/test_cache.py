@@ -186,7 +186,8 @@ def test_a_cache_of_something_else_is_refused_in_one_line(folder, cached, tmp_pa
     with pytest.raises(ValueError, match="holds no cache .no cache.json."):
         read_cache(tmp_path)
     with pytest.raises(ValueError, match="data.source='cache': holds latents; latent.vae"):
-        settings_of(folder, **cache | {"latent.vae": "", "model.in_channels": 3})
+        pixels = {"latent.vae": "", "model.in_channels": 3, "model.out_channels": 3}
+        open_loader(settings_of(folder, **cache | pixels))
     config = json.loads((folder / "vae" / "config.json").read_text())
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 1.0}))

@@ -165,7 +165,7 @@ class Source:
             number above 0; where none are drawn, the config as it is.
         pictures: the config of the pictures that the records were made of, where they hold none.
         is_drawn: whether `others` gives other records.
-        holds_latents: whether the records are latents, and `pictures` gives another config.
+        is_cache: whether the records were made of others, whose config `pictures` gives.
         has_scenes: whether captions and pictures are scenes (data.shapes), which pixels can judge.
     """
 
@@ -183,7 +183,7 @@ class Source:
         return self.others is not _same
 
     @property
-    def holds_latents(self) -> bool:
+    def is_cache(self) -> bool:
         return self.pictures is not _same
 
 

@@ -2,10 +2,13 @@
 writes it.
 
     path/cache.json                             what it was made of (`Cache`), written first
+    path/texts.safetensors                      with states: those of texts that aren't records'
     path/latents-00000-of-00008.array_record    records of `encode_record`; so named when complete
 
 A record holds the mean and the standard deviation of q(z | picture), before the scaling factor, so
-that each epoch draws its own latents.
+that each epoch draws its own latents; of a run in pixels, the picture. A cache with states also
+holds what a frozen text encoder gives of the caption, and of the empty one and `sample.prompts`:
+training from it reads no encoder.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import dataclasses
 import json
 import logging
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -23,13 +26,15 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float32, Int32, Shaped
 
+from contextdiff_jax.runtime.errors import one_line
 from contextdiff_jax.runtime.files import replacing, write_json
 from contextdiff_jax.runtime.texts import parse_json
 
 LOGGER = logging.getLogger(__name__)
-CACHE_FILE = "cache.json"
+CACHE_FILE, TEXTS_FILE = "cache.json", "texts.safetensors"
+STATES = ("text_states", "text_mask", "pooled_text")  # a batch's; the last not of every encoder
 _OPTIONS = "group_size:1"  # records are read one by one, in random order
 
 
@@ -39,10 +44,11 @@ class Cache:
 
     Attributes:
         num_records, shard_size: shard k holds records k * shard_size and on.
-        shape: [H, W, Z] of the latents. dtype: of the moments.
+        shape: [H, W, Z] of the latents, or pictures. dtype: of the moments, or uint8.
         image_size, max_length, tokenizer: as in the config's data section.
-        vae: the autoencoder's config, which a run's must equal.
+        vae: the autoencoder's config, which a run's must equal; empty: of pictures as they are.
         source: the data section of the config.
+        text: of states: `key` of the text encoder that they are of, `dtype`; None: there are none.
         content: a fingerprint of the records. Empty: the cache is of a version that kept none, so
             that records which changed while it was written may be mixed in it.
     """
@@ -57,6 +63,7 @@ class Cache:
     vae: dict[str, Any]
     source: dict[str, Any]
     content: str = ""
+    text: dict[str, Any] | None = None
 
     @property
     def num_shards(self) -> int:
@@ -113,33 +120,79 @@ def claim_cache(path: pathlib.Path, cache: Cache) -> None:
 
 
 def encode_record(
-    mean: Float[np.ndarray, "H W Z"],
-    std: Float[np.ndarray, "H W Z"],
+    picture: Mapping[str, Shaped[np.ndarray, "H W Z"]],
     token_ids: Int32[np.ndarray, "*E N"],
     token_mask: np.ndarray,
     caption: str,
     sizes: Float32[np.ndarray, "6"] | None = None,
+    states: Mapping[str, np.ndarray] | None = None,
 ) -> bytes:
-    """One record: safetensors, the caption as UTF-8 bytes, the picture's sizes where it has
-    some.
+    """One record: safetensors, `mean` and `std` or the `image` of a picture, the caption as UTF-8
+    bytes, the picture's sizes and the caption's states (`STATES`) where it has some.
     """
     text = np.frombuffer(caption.encode() or b"\0", np.uint8)
     mask = token_mask.astype(np.uint8)
-    values = {"mean": mean, "std": std, "ids": token_ids, "mask": mask, "caption": text}
-    return safetensors.numpy.save(values if sizes is None else values | {"sizes": sizes})
+    values = {**picture, "ids": token_ids, "mask": mask, "caption": text}
+    more = {} if sizes is None else {"sizes": sizes}
+    return safetensors.numpy.save(values | more | _packed(states or {}))
+
+
+def _packed(states: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Without types that safetensors lacks."""
+    return {
+        name: array.astype(np.uint8) if array.dtype == bool else np.ascontiguousarray(array)
+        for name, array in states.items()
+    }
+
+
+def _unpacked(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    found = {name: values[name] for name in STATES if name in values}
+    return found | {"text_mask": found["text_mask"].astype(bool)} if found else {}
+
+
+def write_texts(
+    path: pathlib.Path,
+    texts: Sequence[str],
+    arrays: Mapping[str, np.ndarray],
+    facts: Mapping[str, Any],
+) -> None:
+    """Writes texts.safetensors: `token_ids` and `STATES` of the texts, a row each, and `facts` of
+    their encoder.
+    """
+    with replacing(path / TEXTS_FILE) as file:
+        told = {"texts": json.dumps(list(texts)), "facts": json.dumps(dict(facts))}
+        safetensors.numpy.save_file(_packed(arrays), file, metadata=told)
+
+
+def read_texts(
+    path: str | pathlib.Path,
+) -> tuple[list[str], dict[str, np.ndarray], dict[str, Any]]:
+    """What `write_texts` wrote. ValueError where there is none."""
+    file = pathlib.Path(path, TEXTS_FILE)
+    try:
+        with safetensors.safe_open(file, "np") as opened:
+            texts, facts = (json.loads(opened.metadata()[name]) for name in ("texts", "facts"))
+            values = {name: opened.get_tensor(name) for name in opened.keys()}
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: can't be read ({one_line(error)}); the same command of "
+            "contextdiff_jax.cache_latents writes it anew"
+        ) from None
+    return texts, {"token_ids": values["token_ids"]} | _unpacked(values), facts
 
 
 def decode_record(record: bytes) -> dict[str, Any]:
     """The inverse, with the names of a batch."""
     values = safetensors.numpy.load(record)
     sizes = {"sizes": values["sizes"]} if "sizes" in values else {}
-    return sizes | {
-        "latent_mean": values["mean"],
-        "latent_std": values["std"],
+    names = {"image": "image", "latent_mean": "mean", "latent_std": "std"}
+    picture = {name: values[stored] for name, stored in names.items() if stored in values}
+    text = {
         "token_ids": values["ids"],
         "token_mask": values["mask"].astype(bool),
         "caption": values["caption"].tobytes().decode().removesuffix("\0"),
     }
+    return sizes | picture | text | _unpacked(values)
 
 
 def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
@@ -155,8 +208,10 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
 class CacheSource:
     """Random access to a complete cache.
 
-    Records: `latent_mean`, `latent_std` [H, W, Z] in the cache's type, `token_ids`, `token_mask`
-        [L], `caption`, and `sizes` [6] if the pictures' source had them.
+    Records: `latent_mean`, `latent_std` [H, W, Z] in the cache's type (or `image`, uint8),
+        `token_ids`, `token_mask`
+        [L], `caption`, `sizes` [6] if the pictures' source had them, and `STATES` if the cache has
+        those.
     """
 
     def __init__(self, path: str):
@@ -169,7 +224,7 @@ class CacheSource:
                 f"data.path={path!r}: {there} of {len(files)} shards are there; the same command "
                 "as before goes on"
             )
-        self._path = path
+        self.path = path
         if not self.cache.content:
             LOGGER.warning(
                 "%s: is of a version that did not notice records that change while it is written",
@@ -194,6 +249,6 @@ class CacheSource:
         except (RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
             shard = self.cache.shard(index // self.cache.shard_size)
             raise ValueError(
-                f"data.path={self._path!r}: record {index}, in {shard}, is damaged ({error}); "
+                f"data.path={self.path!r}: record {index}, in {shard}, is damaged ({error}); "
                 "remove the shard and make it again with contextdiff_jax.cache_latents"
             ) from None

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.t5 import T5Encoder
 
@@ -175,4 +176,53 @@ class FrozenTextTriple(nnx.Module):
         return jnp.concatenate([first, last], axis=1)
 
 
-AnyFrozenText = FrozenText | FrozenTextPair | FrozenTextTriple | FrozenT5
+class KnownTexts(nnx.Module):
+    """What a text encoder gave of some texts, by their ids, in its place: training from cached
+    states reads the empty caption and its prompts so, without the encoder in memory. States of any
+    other text are nan, which no reader takes for a text.
+    """
+
+    def __init__(
+        self,
+        ids: Int[ArrayLike, "K *E"],
+        captions: Captions,
+        *,
+        reads_padding: bool,
+        zeros_for_empty: bool,
+        pooled_width: int,
+    ):
+        self.ids, self.states = nnx.Param(jnp.asarray(ids)), nnx.Param(jnp.asarray(captions.tokens))
+        self.masks = nnx.Param(jnp.asarray(captions.mask))
+        self.pooled = None if captions.pooled is None else nnx.Param(jnp.asarray(captions.pooled))
+        self.reads_padding, self.zeros_for_empty = reads_padding, zeros_for_empty
+        self.width, self.pooled_width = self.states.shape[-1], pooled_width
+        self.longest = self.states.shape[1]
+
+    def shapes(self, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a text's ids and mask."""
+        return self.ids.shape[1:], self.ids.shape[-1:]
+
+    def __call__(
+        self, token_ids: Int[ArrayLike, "B *E"], token_mask: Bool[ArrayLike, "B L"]
+    ) -> tuple[Float[Array, "B N D"], Bool[Array, "B N"], Float[Array, "B P"] | None]:
+        """States of all tokens, which of them count, and the pooled text of an encoder that has
+        one.
+        """
+        same = jnp.asarray(token_ids)[:, None] == self.ids[...]  # [B, K, *E]
+        same = same.reshape(*same.shape[:2], -1).all(-1)
+        row, known = same.argmax(1), same.any(1)
+        states = jnp.where(known[:, None, None], self.states[...][row], jnp.nan)
+        pooled = None if self.pooled is None else self.pooled[...][row]
+        return states, self.masks[...][row], pooled
+
+
+AnyFrozenText = FrozenText | FrozenTextPair | FrozenTextTriple | FrozenT5 | KnownTexts
+
+
+@nnx.jit
+def encoded(
+    text: AnyFrozenText, token_ids: Int[Array, "B *E"], token_mask: Bool[Array, "B L"]
+) -> Captions:
+    """The captions of ids, compiled."""
+    states = text(token_ids, token_mask)
+    return Captions(*states) if isinstance(states, tuple) else Captions(states, token_mask)

@@ -304,7 +304,7 @@ def _check_patches(settings: Settings) -> None:
 def _check_latents(settings: Settings) -> None:
     vae, train = settings.latent.config, settings.train
     data = settings.data
-    if settings.context.tokens == "clip" and data.kind.holds_latents:
+    if settings.context.tokens == "clip" and data.kind.is_cache and vae is not None:
         raise ValueError(
             f"context.tokens='clip': reads pictures, and data.source={data.source!r} has none; "
             "take the pictures' source"
@@ -320,11 +320,6 @@ def _check_latents(settings: Settings) -> None:
             "train"
         )
     if vae is None:
-        if data.kind.holds_latents:
-            raise ValueError(
-                f"data.source={data.source!r}: holds latents; latent.vae (or model.pretrained) "
-                "must name their autoencoder"
-            )
         return
     for field in ("in_channels", "out_channels"):
         if getattr(settings.model, field) != vae.latent_channels:

@@ -23,6 +23,7 @@ from contextdiff_jax.models.low_resolution import LowResolution
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.runs.reading import load_run
 from contextdiff_jax.settings import Settings
+from contextdiff_jax.training.cached_text import captions_of
 from contextdiff_jax.training.objective import drop
 
 
@@ -114,7 +115,7 @@ def distilled_errors(
     t = times[0]
 
     def read(model):
-        captions = model.encode(batch["token_ids"], batch["token_mask"])
+        captions = captions_of(model, batch)
         empty = model.encode_empty(null["token_ids"], null["token_mask"])
         shown = captions if config.guidance != 1 else drop(batch["dropped"], empty, captions)
         return captions, shown, empty

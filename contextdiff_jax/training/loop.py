@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import pathlib
 from collections.abc import Callable, Mapping
@@ -32,10 +31,10 @@ from contextdiff_jax.data.identity import identity, shared_settings
 from contextdiff_jax.parallel.mesh import Feed, make_mesh, replicated, state_shardings
 from contextdiff_jax.parallel.processes import PeerWatch, agree
 from contextdiff_jax.runs import snapshots
-from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.resuming import resume
 from contextdiff_jax.runs.tokenizer import open_tokenizer
 from contextdiff_jax.settings import Settings
+from contextdiff_jax.training.cached_text import check_cache, frozen_for_training
 from contextdiff_jax.training.compilation import compile_step
 from contextdiff_jax.training.distillation import load_teacher
 from contextdiff_jax.training.first_state import first_state
@@ -65,7 +64,7 @@ def train(settings: Settings, config: Mapping[str, Any], workdir: pathlib.Path) 
     mesh = make_mesh(settings.mesh, every.batch_size, every.accumulation)
     feed = Feed(mesh, every.batch_size, settings.mesh.rules)
     tokenizer, loader = open_data(settings, feed)
-    frozen = load_frozen(
+    frozen = frozen_for_training(
         settings, functools.partial(state_shardings, mesh, rules=settings.mesh.rules)
     )
     if settings.distill.teacher:
@@ -155,13 +154,8 @@ def _open_data(settings: Settings, feed: Feed) -> tuple[AnyTokenizer, RandomAcce
     data = settings.data
     tokenizer = open_tokenizer(settings)
     source = make_source(data, "train")
-    if isinstance(source, CacheSource) and source.cache.vae != json.loads(
-        json.dumps(settings.latent.config.to_dict())
-    ):
-        raise ValueError(
-            f"latent.vae={settings.latent.vae!r}: the cache in data.path={data.path!r} is another "
-            "autoencoder's"
-        )
+    if isinstance(source, CacheSource):
+        check_cache(settings, source.cache)
     loader = make_loader(
         source,
         batch_size=settings.train.batch_size,

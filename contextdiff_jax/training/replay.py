@@ -15,10 +15,10 @@ from jaxtyping import PyTree
 from contextdiff_jax.parallel.mesh import make_mesh, path_name, state_shardings
 from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.runs import checkpoints
-from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.runs.tokenizer import open_tokenizer
 from contextdiff_jax.settings import parse
+from contextdiff_jax.training.cached_text import frozen_for_training
 from contextdiff_jax.training.loop import null_caption
 from contextdiff_jax.training.state import init_state
 from contextdiff_jax.training.step import draw, loss_fn
@@ -65,7 +65,7 @@ def replay(dump: pathlib.Path) -> str:
             has_aux=True,
         )(params)
 
-    (loss, metrics), gradient = run(state.params, load_frozen(settings))
+    (loss, metrics), gradient = run(state.params, frozen_for_training(settings))
     bad = first_nonfinite(batch=batch, parameter=state.params, metric=metrics, gradient=gradient)
     return (
         f"step {step}: loss {float(loss):.6g}, gradient norm "

@@ -21,6 +21,7 @@ from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runtime import pictures
 from contextdiff_jax.runtime.files import replacing
 from contextdiff_jax.settings import Settings
+from contextdiff_jax.training.cached_text import SHOWN
 from contextdiff_jax.training.state import TrainState
 
 LOGGER = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def small_pictures(
     )
 
 
-def default_prompts(data: DataConfig, count: int = 16) -> list[str]:
+def default_prompts(data: DataConfig, count: int = SHOWN) -> list[str]:
     """Captions of the first training records, in the loader's own kind of words."""
     source = make_source(data, "train")
     return [source[i]["caption"] for i in range(min(count, len(source)))]

@@ -27,6 +27,7 @@ from contextdiff_jax.parallel.mesh import tracing_for
 from contextdiff_jax.runs.model import build_model, model_graph
 from contextdiff_jax.settings import Settings, ShiftConfig
 from contextdiff_jax.settings.super_resolution import SuperResolutionConfig
+from contextdiff_jax.training.cached_text import captions_of
 from contextdiff_jax.training.distillation import distilled_errors
 from contextdiff_jax.training.objective import drop, errors
 from contextdiff_jax.training.state import TrainState, apply_gradients
@@ -141,7 +142,7 @@ def loss_fn(
         error, t = distilled_errors(model, batch, null, x0, pixels, low, process, settings)
         return _loss(model, process, settings, error, t)
     t, noise = batch["t"], batch["noise"]
-    captions = model.encode(batch["token_ids"], batch["token_mask"])
+    captions = captions_of(model, batch)
     empty = model.encode_empty(null["token_ids"], null["token_mask"])
     hide = functools.partial(drop, batch["dropped"], empty)
     shifted_by = related(context.caption, captions, hide)._replace(low=low)

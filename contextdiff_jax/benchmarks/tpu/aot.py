@@ -145,7 +145,7 @@ def abstract_batch(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """A training batch's shapes on the mesh, as the loader of `data.source` gives them."""
     (H, W, C), B, size = settings.shape, settings.train.batch_size, settings.data.image_size
-    if settings.data.kind.holds_latents:
+    if settings.data.kind.is_cache and settings.latent.vae:
         arrays = {name: ((B, H, W, C), jnp.float16) for name in ("latent_mean", "latent_std")}
     else:
         arrays = {"image": ((B, size, size, 3 if settings.latent.vae else C), jnp.uint8)}
