@@ -163,6 +163,10 @@ def test_the_page_of_an_edit_has_all_of_it_and_escapes_what_a_user_wrote():
     text = page.make_page(shown[0], source, shown[1:], metrics, {"edit": {"steps": 5}}, 8.0)
     assert text.count("data:image/gif;base64,") == 6  # two clips, two maps, again and difference
     assert "<b>" not in text and "&lt;b&gt;bold" in text and "steps" in text and "1.5" in text
+    choice = {"prompt": "<b>", "strength": 0.8, "reached": False, "fit_of_the_clip": 0.25}
+    chosen = metrics | {"strengths": [choice | {"fits": {"0.3": -0.5, "0.8": 0.125}}]}
+    text = page.make_page(shown[0], source, shown[1:], chosen, {}, 8.0)
+    assert "0.8, the best of none that do" in text and "fit at 0.3" in text and "0.125" in text
     assert "attention" not in page.make_page(
         page.Shown("a", source), source, [], metrics | {"edits": []}, {}, 8.0
     )

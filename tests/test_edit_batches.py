@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import as_users_compile
+from conftest import FEWER, as_users_compile
 from edit_settings import edit_settings
 from flax import nnx
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion import Denoised
 from contextdiff_jax.editing import edits as movers
+from contextdiff_jax.editing import strength
 from contextdiff_jax.editing.attention import Alignment, align
 from contextdiff_jax.editing.edits import MOVERS, for_each_seed
+from contextdiff_jax.editing.end_to_end import Programs, edit_clip
 from contextdiff_jax.editing.settings import EditConfig, VideoConfig
 from contextdiff_jax.editing.video_model import open_editor
 from contextdiff_jax.models.captions import Captions
@@ -26,7 +30,7 @@ L = 4  # the prompts' tokens: the start, and three words
 X0 = np.random.default_rng(0).standard_normal((1, 2, 4, 4, 3)).astype(np.float32)
 
 
-class Model:
+class Model(nnx.Module):
     """Without context."""
 
     def context(self, z, *_):
@@ -50,6 +54,7 @@ def synthetic(monkeypatch):
 
     monkeypatch.setattr(movers, "make_denoise", make_denoise)
     monkeypatch.setattr("contextdiff_jax.editing.inversion.make_denoise", make_denoise)
+    monkeypatch.setattr(strength, "make_denoise", make_denoise)
 
 
 def move(prompts, edit, seed=0):
@@ -74,8 +79,8 @@ def move(prompts, edit, seed=0):
 def test_each_edit_of_a_batch_is_the_one_of_its_strength_alone(synthetic, method, blend):
     common = dict(method=method, steps=10, blend=blend, keep=("a",), keep_threshold=0.9)
     clips, maps = move([0.1, 0.5, -0.4], EditConfig(strength=(0.4, 0.9), **common))
-    for i, (number, strength) in enumerate(((0.5, 0.4), (-0.4, 0.9))):
-        alone, own = move([0.1, number], EditConfig(strength=(strength,), **common))
+    for i, (number, share) in enumerate(((0.5, 0.4), (-0.4, 0.9))):
+        alone, own = move([0.1, number], EditConfig(strength=(share,), **common))
         np.testing.assert_array_equal(clips[0, 1 + i], alone[0, 1])
         np.testing.assert_array_equal(maps[0, i::2], own[0])
         assert np.abs(alone[0, 1] - X0[0]).max() > 0.1
@@ -104,10 +109,67 @@ def test_where_kept_words_are_looked_at_the_clip_stays_to_the_bit(synthetic):
         assert changed[~kept].mean() > 0.1
 
 
+def test_a_clip_fits_the_prompt_by_which_the_model_errs_less(synthetic):
+    settings = edit_settings(**{"video.window": 2, "video.overlap": 1})
+    clips = np.random.default_rng(1).standard_normal((3, 3, 4, 4, 3)).astype(np.float32)
+    numbers = jnp.asarray([0.1, 0.5])[:, None, None]
+    prompts = Captions(jnp.broadcast_to(numbers, (2, L, 4)), jnp.ones((2, L)))
+    graph, state = nnx.split(Model())
+    found = jax.jit(strength.make_fits(graph, PROCESS, settings))(state, clips, prompts)
+    wanted = 0
+    for i, share in enumerate(strength.TIMES):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), clips.shape[1:])
+        t = PROCESS.schedule.time_of_share(jnp.float32(share))
+        a, b = jnp.sqrt(PROCESS.schedule.alpha_bar(t)), PROCESS.schedule.sigma(t)
+        x = a * clips + b * noise
+        d, c = (((0.3 * x + n - clips) ** 2).mean((1, 2, 3, 4)) for n in (0.1, 0.5))
+        wanted += 2 * (d - c) / (d + c) / len(strength.TIMES)
+    np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-6)
+
+
+def test_the_least_strength_that_fits_enough_is_chosen_or_the_best():
+    fits = np.array([-0.2, 0.1, 0.3, 0.25, 0.4, 0.2])
+    enough, best = strength.choose(0.25, fits), strength.choose(0.5, fits)
+    assert (enough["strength"], enough["reached"]) == (0.7, True)
+    assert (best["strength"], best["reached"]) == (0.9, False)
+    assert enough["fits"]["0.3"] == -0.2 and best["fit_of_the_clip"] == 0.5
+
+
+def test_an_edit_of_automatic_strength_is_the_one_of_the_strength_that_is_chosen(synthetic):
+    numbers = {"a": 0.1, "b": 0.5, "c": -1.5, "": 0.0}
+    clip = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3)).astype(np.uint8)
+
+    def encode_text(prompts):
+        values = jnp.asarray([numbers[prompt] for prompt in prompts])[:, None, None]
+        return Captions(jnp.broadcast_to(values, (len(prompts), L, 4)), jnp.ones((len(prompts), L)))
+
+    editor = SimpleNamespace(
+        process=PROCESS,
+        encode_text=encode_text,
+        count_tokens=lambda word: 1,
+        text_length=L,
+        decode=lambda x: np.uint8(np.clip(127 + 60 * x[0], 0, 255)),
+    )
+
+    def edited(at):
+        changes = {"video.prompt": "a", "video.edit_prompts": ("b", "c"), "edit.steps": 10}
+        drawn = {"edit.method": "flowedit", "edit.seeds": (1, 2), "edit.strength": at}
+        settings = edit_settings(**changes, **drawn)
+        return edit_clip(editor, Model(), clip, X0, settings, Programs())
+
+    found = edited(("auto",))
+    assert [choice["prompt"] for choice in found.choices] == ["b", "c"]
+    alone = edited(tuple(choice["strength"] for choice in found.choices))
+    assert found.outputs == alone.outputs and not alone.choices
+    for one, other in zip(found.clips, alone.clips, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(found.maps, alone.maps)
+
+
 @pytest.mark.slow  # compiles five programs: pytest -m slow tests/test_edit_batches.py
 @pytest.mark.parametrize("kind", ["unet", "mmdit"])
 def test_a_network_s_edits_of_two_strengths_are_those_of_one_each(kind, request):
-    if jax.config.jax_disable_most_optimizations:
+    if FEWER:
         as_users_compile(request.node.nodeid)
         return
     options = {"edit.control": "refine", "edit.blend": "changed", "edit.keep": ("circle",)}
@@ -122,8 +184,8 @@ def test_a_network_s_edits_of_two_strengths_are_those_of_one_each(kind, request)
     x0 = editor.encode(rng.integers(0, 256, (2, 16, 16, 3)).astype(np.uint8))
     prompts = ("a blue circle", "a red square")
 
-    def edited(prompts, strength, method="inversion", seeds=(0,)):
-        own = {"edit.method": method, "edit.strength": strength, "edit.seeds": seeds}
+    def edited(prompts, shares, method="inversion", seeds=(0,)):
+        own = {"edit.method": method, "edit.strength": shares, "edit.seeds": seeds}
         settings = edit_settings(kind, **options | own | {"video.edit_prompts": prompts})
         video, edit = settings.video, settings.edit
         counts = editor.count_tokens, editor.text_length
@@ -143,8 +205,8 @@ def test_a_network_s_edits_of_two_strengths_are_those_of_one_each(kind, request)
         return jax.jit(run)(state, x0)
 
     both = edited(prompts, (0.4, 0.8))
-    for i, strength in enumerate((0.4, 0.8)):
-        alone = edited(prompts[i : i + 1], (strength,))
+    for i, share in enumerate((0.4, 0.8)):
+        alone = edited(prompts[i : i + 1], (share,))
         np.testing.assert_array_equal(both[0, 1 + i], alone[0, 1])
     seeds = edited(prompts, (0.8,), "flowedit", (3, 4))
     alone = edited(prompts, (0.8,), "flowedit", (4,))

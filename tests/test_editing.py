@@ -377,6 +377,7 @@ def test_tuning_moves_only_what_is_chosen_and_lowers_the_loss(tiny):
         ("edit.inversion", "null", "one of ddim, exact"),
         ("edit.strength", (1.0, 0.1), "leave one of 5 steps"),
         ("edit.strength", (1.0, 0.5, 0.2), "one number, or one for each of the 2 edit prompts"),
+        ("edit.strength", (0.5, "auto"), "must be numbers, or 'auto' alone"),
         ("edit.seeds", (1, 1), "edit.seeds.*at least one, each once"),
         ("edit.seeds", (0, 1), "'inversion' draws no noise; leave one seed"),
         ("edit.cross_range", (0.5, 0.1), "edit.cross_range"),

@@ -20,7 +20,7 @@ from contextdiff_jax.data.video import read_clip
 from contextdiff_jax.editing import output
 from contextdiff_jax.editing.end_to_end import Programs, edit_clip
 from contextdiff_jax.editing.inversion import edit_timesteps
-from contextdiff_jax.editing.settings import EditConfig, EditSettings
+from contextdiff_jax.editing.settings import AUTO, EditConfig, EditSettings
 from contextdiff_jax.editing.tuning import tune_quickly
 from contextdiff_jax.editing.video_model import open_editor
 from contextdiff_jax.evaluation.edit_scores import psnr
@@ -52,6 +52,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "prompt-to-prompt": dict(method="inversion", seeds=(0,), control="refine", blend="changed"),
     "sdedit": dict(method="sdedit", control="none", blend=""),
     "flowedit": dict(method="flowedit", control="none", blend=""),
+    "automatic": dict(strength=(AUTO,)),
 }
 
 

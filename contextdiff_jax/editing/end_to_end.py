@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import pathlib
@@ -26,8 +27,9 @@ from contextdiff_jax.editing.attention import align, blend_mask
 from contextdiff_jax.editing.denoise import first_row
 from contextdiff_jax.editing.edits import MOVERS
 from contextdiff_jax.editing.inversion import edit_timesteps
-from contextdiff_jax.editing.settings import EditSettings, Output
+from contextdiff_jax.editing.settings import CANDIDATES, EditSettings, Output
 from contextdiff_jax.editing.stages import make_stages
+from contextdiff_jax.editing.strength import at_every_strength, choices, make_fits
 from contextdiff_jax.editing.tuning import TUNED_ON, check_workdir, tune
 from contextdiff_jax.editing.video_model import Editor, digest, open_editor
 from contextdiff_jax.evaluation import edit_scores as scores
@@ -82,6 +84,8 @@ class Edited:
       masks: where each of them may differ from the source (all of it without blending).
       maps: the attention of the changed words, of the source and of each output; 0 where nothing
           was asked for.
+      choices: what was chosen for each edit prompt, and by what (`strength.choose`), where that was
+          asked for.
     """
 
     reconstruction: Clip
@@ -90,6 +94,24 @@ class Edited:
     clips: list[Clip]
     masks: list[np.ndarray]
     maps: Float[np.ndarray, "P F H W"]
+    choices: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def chosen(self, choices: list[dict[str, Any]]) -> Edited:
+        """The outputs of the strengths that were chosen, numbered as the prompts are."""
+        each = len(CANDIDATES)
+        kept = [
+            i
+            for i, row in enumerate(self.outputs)
+            if row.strength == choices[row.number // each]["strength"]
+        ]
+        return dataclasses.replace(
+            self,
+            outputs=[self.outputs[i]._replace(number=self.outputs[i].number // each) for i in kept],
+            clips=[self.clips[i] for i in kept],
+            masks=[self.masks[i] for i in kept],
+            maps=self.maps[[0, *(1 + i for i in kept)]],
+            choices=choices,
+        )
 
 
 def edit_clip(
@@ -103,6 +125,8 @@ def edit_clip(
     """Inversion, reconstruction and all edits of a clip, x0 as the networks see it, by a tuned
     model.
     """
+    automatic = settings.edit.automatic
+    settings = at_every_strength(settings) if automatic else settings
     video, edit, process = settings.video, settings.edit, editor.process
     text, null = editor.encode_text([video.prompt, *video.edit_prompts]), editor.encode_text([""])
     alignment = align(
@@ -130,7 +154,7 @@ def edit_clip(
     full = jax.vmap(lambda m: jax.image.resize(m, (*m.shape[:2], *clip.shape[1:3]), "linear"))(maps)
     inside = jax.vmap(lambda m: blend_mask(m, edit))(full)[..., 0]
     source, own, _ = np.split(np.asarray(full), 3, axis=1)
-    return Edited(
+    edited = Edited(
         reconstruction=again,
         error=error,
         outputs=settings.outputs,
@@ -138,6 +162,11 @@ def edit_clip(
         masks=list(np.asarray(_by_prompt(inside)) > 0),
         maps=np.concatenate([source.max((0, 1))[None], _by_prompt(own)]),
     )
+    if not automatic:
+        return edited
+    fits = make_fits(graph, process, settings)
+    fits = functools.partial(programs.run, "strength of an edit", fits, state)
+    return edited.chosen(choices(fits, clips, text, video.edit_prompts))
 
 
 def _by_prompt(rows: Shaped[ArrayLike, "S E *D"]) -> Shaped[ArrayLike, "N *D"]:
@@ -242,6 +271,7 @@ def measure(clip: Clip, edited: Edited, settings: EditSettings, judges: Judges) 
     return {
         "reconstruction": rows[0] | {"x0_error": edited.error},
         "edits": rows[1:],
+        **({"strengths": edited.choices} if edited.choices else {}),
         "source": _warping(clip, clip),
     }
 

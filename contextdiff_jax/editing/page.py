@@ -67,6 +67,8 @@ def make_page(
             _figure(amplified, f"its difference to the source, times {_AMPLIFIED}", fps),
             *_attention(edit, "attention of its changed words", fps),
         ]
+    if metrics.get("strengths"):
+        body += ["<h2>Strengths</h2>", _strengths(metrics["strengths"])]
     body += ["<h2>Metrics</h2>", _metrics(metrics), "<h2>Stages</h2>", _costs(metrics["costs"])]
     body += [f"<h2>Settings</h2><pre>{html.escape(json.dumps(settings, indent=1))}</pre>"]
     meta = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
@@ -117,6 +119,20 @@ def _metrics(metrics: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(n for row in rows.values() for n in row if n not in NAMES))
     cells = [[label, *(_number(row.get(name)) for name in names)] for label, row in rows.items()]
     return _table([["", *names], *cells])
+
+
+def _strengths(strengths: Sequence[Mapping[str, Any]]) -> str:
+    """A row a prompt: what was chosen, and the fits that it went by (editing/strength.py)."""
+    head = ["", "chosen", "the clip's fit", *(f"fit at {name}" for name in strengths[0]["fits"])]
+    cells = [
+        [
+            row["prompt"],
+            _number(row["strength"]) + ("" if row["reached"] else ", the best of none that do"),
+            *map(_number, (row["fit_of_the_clip"], *row["fits"].values())),
+        ]
+        for row in strengths
+    ]
+    return _table([head, *cells])
 
 
 def _costs(costs: Mapping[str, Mapping[str, float]]) -> str:

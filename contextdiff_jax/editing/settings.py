@@ -18,6 +18,8 @@ from contextdiff_jax.runtime.keys import check_seed
 from contextdiff_jax.settings import Settings, parse
 
 CONTROLS = ("none", "replace", "refine")
+AUTO = "auto"
+CANDIDATES = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)  # the strengths that `auto` tries
 FORMATS = ("gif", "mp4", "webp", "apng")
 METHODS = ("inversion", "sdedit", "flowedit")
 INVERSIONS = ("ddim", "exact")
@@ -103,8 +105,8 @@ class EditConfig:
           estimates (`flowedit`, Kulikov et al. 2024).
       seeds: of the noise of the last two, an edited clip for each.
       steps: DDIM steps of the whole process.
-      strength: the share of them that is undone and made anew: a number, or one for each edit
-          prompt.
+      strength: the share of them that is undone and made anew: a number, one for each edit
+          prompt, or `auto`: chosen for each by the model's own errors (`editing.strength`).
       guidance: its scale.
       negative: what guidance leads away from: `source`, the clip's own prompt (negative-prompt
           inversion, Miyake et al. 2023, by which guidance leaves the source as it is), or `empty`.
@@ -135,7 +137,7 @@ class EditConfig:
     method: str = "inversion"
     seeds: tuple[int, ...] = (0,)
     steps: int = 50
-    strength: tuple[float, ...] = (1.0,)
+    strength: tuple[float | str, ...] = (1.0,)
     guidance: float = 3.0
     negative: str = "source"
     inversion: str = "ddim"
@@ -176,15 +178,7 @@ class EditConfig:
             blend_threshold=0,
             keep_threshold=0,
         )
-        if (
-            not self.strength
-            or not all(0 < share <= 1 for share in self.strength)
-            or (min(self.moves) < 1)
-        ):
-            raise ValueError(
-                f"edit.strength={self.strength}: must lie in (0, 1] and leave one of {self.steps} "
-                "steps"
-            )
+        self._check_strength()
         for field in ("cross_range", "self_range", "blend_range"):
             value = getattr(self, field)
             if len(value) != 2 or not 0 <= value[0] <= value[1] <= 1:
@@ -202,6 +196,17 @@ class EditConfig:
                     f"edit.reweight={self.reweight}: must be pairs as in (('snow', 2.0),)"
                 )
 
+    def _check_strength(self) -> None:
+        words = [share for share in self.strength if isinstance(share, str)]
+        if words and self.strength != (AUTO,):
+            raise ValueError(f"edit.strength={self.strength}: must be numbers, or 'auto' alone")
+        numbers = CANDIDATES if words else self.strength
+        if not numbers or not all(0 < share <= 1 for share in numbers) or min(self.moves) < 1:
+            raise ValueError(
+                f"edit.strength={self.strength}: must lie in (0, 1] and leave one of {self.steps} "
+                "steps"
+            )
+
     def _check_seeds(self) -> None:
         for seed in self.seeds:
             check_seed(seed, "edit.seeds")
@@ -215,8 +220,14 @@ class EditConfig:
 
     @property
     def moves(self) -> tuple[int, ...]:
-        """Steps that are made at each strength."""
-        return tuple(int(self.steps * share + 1e-6) for share in self.strength)
+        """Steps that are made at each strength, or at those that `auto` tries."""
+        numbers = CANDIDATES if self.automatic else self.strength
+        return tuple(int(self.steps * share + 1e-6) for share in numbers)
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the strength is yet to be chosen."""
+        return self.strength == (AUTO,)
 
     @property
     def blends(self) -> bool:
