@@ -88,6 +88,14 @@ cli.list_names("sampler", {"one of": cli.SAMPLERS})
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; default: the run's config.")
 SPACING = flags.DEFINE_string("spacing", None, "Where they are; default: the run's config.")
 cli.list_names("spacing", {"one of": cli.SPACINGS})
+AUGMENTATION = cli.define_float("augmentation", None, "Of an upsampler; default: the run's config.")
+cli.group("Upsamplers")
+BASELINE = cli.define_path(
+    "baseline", "", "Another upsampler's run, to enlarge the same pictures with the same noise."
+)
+AUGMENTATIONS = flags.DEFINE_list(
+    "augmentations", None, "Levels of --metrics=upsampling's curve, as 0,0.1,0.2."
+)
 cli.group("Seed and weights")
 SEED = cli.define_seed("Of the samples' noise, the bound's, and the bootstrap.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", "ema or params.")
@@ -106,8 +114,9 @@ def checked_flags() -> dict[str, Any]:
         raise ValueError(f"--metrics: the list is empty; of {', '.join(KNOWN)}")
     for name in METRICS.value:
         check_choice("--metrics", name, KNOWN)
-    flags_given = {flag.name: flag.value for flag in (SAMPLER, STEPS, SPACING, GUIDANCE)}
-    given = {name: value for name, value in flags_given.items() if value is not None}
+    sampling = (SAMPLER, STEPS, SPACING, GUIDANCE, AUGMENTATION)
+    given = {flag.name: flag.value for flag in sampling if flag.value is not None}
+    read_numbers(AUGMENTATIONS, "augmentation")
     SampleConfig().changed(**given)
     if WORKDIR.value:  # else `load_run` says what is missing
         results_folder()
@@ -124,32 +133,22 @@ def results_folder() -> pathlib.Path:
 
 def _open(run: Run, options: SampleConfig) -> Evaluation:
     """The run's model, on this process's devices, with the flags' options."""
-    from contextdiff_jax.evaluation.features import replicate
-    from contextdiff_jax.evaluation.subject import Evaluation
-    from contextdiff_jax.inference.opening import of_run
-    from contextdiff_jax.parallel.mesh import local_mesh
-    from contextdiff_jax.runs.frozen import load_frozen
-    from contextdiff_jax.runs.model import model_graph
+    from contextdiff_jax.evaluation.opening import open_evaluation
+    from contextdiff_jax.runs.reading import load_run
 
-    params, frozen = replicate(run.params), replicate(load_frozen(run.settings))
-    mesh = local_mesh()  # each process samples its own share
-    pipeline = of_run(
-        run.settings, run.tokenizer, params, options=options, frozen=frozen, mesh=mesh
-    )
-    return Evaluation(
-        settings=run.settings,
-        tokenizer=run.tokenizer,
-        graph=model_graph(run.settings),
-        params=params,
-        generate=lambda captions, first: pipeline.text_to_image(
-            captions, seed=SEED.value, first=first
-        ),
+    read = {"ema_length": EMA_LENGTH.value, "flag": "baseline"}
+    return open_evaluation(
+        run,
+        options,
+        baseline=load_run(BASELINE.value, WEIGHTS.value, **read) if BASELINE.value else None,
+        baseline_name=BASELINE.value,
         features=FEATURES.value or str(pathlib.Path(find(WORKDIR.value), "classifier")),
         clip=CLIP.value,
         num=NUM.value,
         seed=SEED.value,
         reference=count_of(REFERENCE.value),
         bound_timesteps=BOUND_TIMESTEPS.value,
+        augmentations=read_numbers(AUGMENTATIONS, "augmentation"),
     )
 
 
@@ -194,22 +193,28 @@ def compare_folders() -> None:
         write_json(out / "distances.json", {**facts, "features": lookings, **told})
 
 
-def read_scales(default: Sequence[float]) -> list[float]:
-    """The guidance scales of --guidance_scales, or --guidance alone, or the protocol's."""
+def read_numbers(flag: flags.FlagHolder, option: str) -> tuple[float, ...]:
+    """A flag's values of an option of sampling, ascending."""
     from contextdiff_jax.settings import SampleConfig
 
+    try:
+        numbers = sorted({float(text) for text in flag.value or ()})
+        for number in numbers:
+            SampleConfig(**{option: number})
+    except ValueError as error:
+        given = ",".join(flag.value)
+        raise ValueError(f"--{flag.name}={given}: must be numbers ({error})") from None
+    return tuple(numbers)
+
+
+def read_scales(default: Sequence[float]) -> list[float]:
+    """The guidance scales of --guidance_scales, or --guidance alone, or the protocol's."""
     if SCALES.value is None:
         return list(default) if GUIDANCE.value is None else [GUIDANCE.value]
-    try:
-        scales = sorted({float(text) for text in SCALES.value})
-        for scale in scales:
-            SampleConfig(guidance=scale)
-    except ValueError as error:
-        given = ",".join(SCALES.value)
-        raise ValueError(f"--guidance_scales={given}: must be numbers ({error})") from None
+    scales = read_numbers(SCALES, "guidance")
     if GUIDANCE.value is not None or not scales:
         raise ValueError("--guidance_scales: give at least one, and --guidance not beside it")
-    return scales
+    return list(scales)
 
 
 def draw_captions() -> tuple[Protocol, list[Caption], int]:

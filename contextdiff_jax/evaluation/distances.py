@@ -22,6 +22,7 @@ from contextdiff_jax.evaluation.intervals import Estimate, resample_counts, spre
 Features = Float[np.ndarray, "N D"]
 Others = Float[np.ndarray, "M D"]
 Kernel = Callable[[Features, Others], Float[np.ndarray, "N M"]]
+_FEW_FEATURES = 256  # a Frechet distance of 2048 takes a second or more
 _BLOCK = 1024  # rows of a pairwise matrix in memory at once
 
 
@@ -54,6 +55,38 @@ def fid(generated: Features, real: Others, resamples: int = 0, seed: int = 0) ->
         drawn = (a[rng.integers(len(a), size=len(a))] for a in (generated, real))
         replicates.append(frechet_distance(*map(Moments.of, drawn)))
     return spread_interval(value, np.array(replicates))
+
+
+def fid_difference(
+    generated: Features,
+    others: Features,
+    real: Others,
+    resamples: int,
+    seed: int = 0,
+) -> Estimate:
+    """FID of `generated` minus that of `others`, whose rows belong together: a resample takes the
+    same ones of both, and the same real ones.
+    """
+    check_finite(generated=generated, others=others, real=real)
+
+    def difference(rows, columns):
+        moments = Moments.of(real[columns])
+        first, second = (
+            frechet_distance(Moments.of(a[rows]), moments) for a in (generated, others)
+        )
+        return first - second
+
+    rng, whole = np.random.default_rng(seed), slice(None)
+    replicates = [
+        difference(*(rng.integers(len(a), size=len(a)) for a in (generated, real)))
+        for _ in range(resamples)
+    ]
+    return spread_interval(difference(whole, whole), np.array(replicates))
+
+
+def usual_resamples(features: Features) -> int:
+    """How many resamples a Frechet distance can afford."""
+    return 100 if features.shape[1] <= _FEW_FEATURES else 10
 
 
 def polynomial_kernel(x: Features, y: Others) -> Float[np.ndarray, "N M"]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +13,7 @@ from contextdiff_jax.data.folder_tokenizer import warn_of_cut
 from contextdiff_jax.diffusion.process import MOTIONS
 from contextdiff_jax.evaluation import bound as bounds
 from contextdiff_jax.evaluation import distances
+from contextdiff_jax.evaluation import upsampling as upsamplers
 from contextdiff_jax.evaluation.branches import model_branches
 from contextdiff_jax.evaluation.composition import is_main, judge
 from contextdiff_jax.evaluation.features import batches, check_finite
@@ -22,34 +21,24 @@ from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
 from contextdiff_jax.evaluation.likelihood import check_flow, flow_times, model_bits
 from contextdiff_jax.evaluation.networks.classifier import Classifier, correct, read_labels
 from contextdiff_jax.evaluation.networks.inception import Inception
+from contextdiff_jax.evaluation.result import Result, Scores
 from contextdiff_jax.evaluation.shares import gather_rows, join
 from contextdiff_jax.evaluation.subject import Evaluation
 from contextdiff_jax.models.denoising import empty_like
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.runtime.keys import make_key
 
-Scores = dict[str, dict[str, Estimate]]  # {row: {name: estimate}}
 FLOOR = "real pictures instead"
 _BOUND_BATCH = 32
 _BRANCHES = 8  # timesteps
 _FLOW_STEPS = 50
 _NEIGHBOURS = 3  # of precision and recall, the paper's
-_MAX_FOR_MANY_RESAMPLES = 256  # features: a Frechet distance of 2048 takes a second or more
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A metric's scores; `unit` is % (the values are shares), bits/dim, or none."""
-
-    scores: Scores
-    unit: str = ""
-    note: str = ""
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def check(names: Sequence[str], evaluation: Evaluation) -> None:
     """Raises ValueError for a metric that this run can't have, before anything is sampled."""
     settings = evaluation.settings
+    upsamplers.check(names, evaluation)
     for name in names:
         if name == "composition" and not settings.data.kind.has_scenes:
             raise ValueError(
@@ -80,7 +69,7 @@ def check(names: Sequence[str], evaluation: Evaluation) -> None:
             )
         if name in ("cmmd", "clip_score"):
             evaluation.clip_network.check(settings.data.image_size)
-        if name in ("fid", "kid", "precision_recall", "attributes"):
+        if name in ("fid", "kid", "precision_recall", "attributes", "upsampling_features"):
             network = evaluation.network
             if name == "attributes" and not isinstance(network, Classifier):
                 raise ValueError(
@@ -272,8 +261,7 @@ def fid(evaluation: Evaluation) -> Result:
     """Frechet distance of the features."""
 
     def distance(x, y):
-        resamples = 100 if x.shape[1] <= _MAX_FOR_MANY_RESAMPLES else 10
-        return {"fid": distances.fid(x, y, resamples, evaluation.seed)}
+        return {"fid": distances.fid(x, y, distances.usual_resamples(x), evaluation.seed)}
 
     return Result(
         _against_real(evaluation, distance), "", f"{_note(evaluation)}; the lower the better"
@@ -367,6 +355,28 @@ def clip_score(evaluation: Evaluation) -> Result:
     return Result(scores, "", note)
 
 
+def upsampling(evaluation: Evaluation) -> Result:
+    """Held-out pictures, shrunk, as the run and others enlarge them, beside the true ones."""
+    row = upsamplers.held_out(evaluation)
+    found = upsamplers.contest(evaluation, upsamplers.PixelJudge(evaluation, row))
+    note = (
+        f"{upsamplers.note(evaluation)}; psnr (dB) and ssim: the higher the better; sharpness: "
+        "energy of the gradient, a true picture's is 1"
+    )
+    return Result(found[0], "", note, found[1], upsamplers.shown(evaluation))
+
+
+def upsampling_features(evaluation: Evaluation) -> Result:
+    """The same pictures' distances to the true ones in features, and their FID."""
+    row = upsamplers.held_out(evaluation)
+    found = upsamplers.contest(evaluation, upsamplers.FeatureJudge(evaluation, row))
+    note = (
+        f"{upsamplers.note(evaluation)}; {_note(evaluation)}; feature_distance: root mean square "
+        "to the true picture's; both: the lower the better"
+    )
+    return Result(found[0], "", note, found[1])
+
+
 METRICS: dict[str, Callable[[Evaluation], Result]] = {
     "composition": composition,
     "bound": bound,
@@ -378,4 +388,6 @@ METRICS: dict[str, Callable[[Evaluation], Result]] = {
     "attributes": attributes,
     "cmmd": cmmd,
     "clip_score": clip_score,
+    "upsampling": upsampling,
+    "upsampling_features": upsampling_features,
 }

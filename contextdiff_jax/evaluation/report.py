@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from contextdiff_jax.evaluation.intervals import Estimate
-from contextdiff_jax.evaluation.metrics import Result, Scores
+from contextdiff_jax.evaluation.result import Result, Scores
 from contextdiff_jax.runtime import pictures
 from contextdiff_jax.runtime.files import replacing
 
@@ -165,6 +165,24 @@ def plot_curve(points: Mapping[float, Mapping[str, Estimate]], path: pathlib.Pat
         figure.savefig(file, dpi=_DPI, format="png")
 
 
+def plot_levels(curves: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
+    """A panel a score over an upsampler's augmentation, a colour an input; bicubic's is dashed."""
+    by_level = next(iter(curves.values()))["by_level"]
+    names = list(next(iter(by_level.values())))
+    figure = Figure(figsize=(4 * len(names), 3.5), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for i, (kind, found) in enumerate(curves.items()):
+            levels, colour = list(found["by_level"]), f"C{i}"  # matplotlib's
+            value, low, high = np.array([found["by_level"][level][name] for level in levels]).T
+            axis.plot(levels, value, marker="o", color=colour, label=kind)
+            axis.fill_between(levels, low, high, color=colour, alpha=0.15)
+            axis.axhline(found["bicubic"][name].value, color=colour, ls="--", lw=1)
+        axis.set(xlabel="augmentation (dashed: bicubic)", title=name)
+        axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=_DPI)
+
+
 def write_report(
     workdir: pathlib.Path,
     results: Mapping[str, Result],
@@ -235,6 +253,13 @@ def _metric(metric: str, result: Result, folder: pathlib.Path) -> list[str]:
     elif result.unit == "%":
         plot_shares(result.scores, folder / f"{metric}.png")
         body.append(_image(f"{metric}.png", f"{metric} with 95% intervals"))
+    if "curve" in result.details:
+        plot_levels(result.details["curve"], folder / f"{metric}.png")
+        body.append(_image(f"{metric}.png", f"{metric} over the augmentation"))
+    for i, (title, shown) in enumerate(result.shown.items()):
+        grid = pictures.caption_grid(shown.images, shown.captions, columns=shown.columns)
+        grid.save(folder / f"{metric}_{i}.png")
+        body += [f"<h3>{html.escape(title)}</h3>", _image(f"{metric}_{i}.png", title)]
     if "parts" in result.details:
         parts = _html_table(result.details["parts"], result.unit)
         summary = "<summary>by number of objects, and exact by what is asked for</summary>"

@@ -19,9 +19,15 @@ from contextdiff_jax.evaluation.networks.classifier import Classifier, load_clas
 from contextdiff_jax.evaluation.networks.clip import Clip, load_clip
 from contextdiff_jax.evaluation.networks.inception import Inception, load_inception, resize
 from contextdiff_jax.evaluation.shares import share
+from contextdiff_jax.models.low_resolution import shrink
 from contextdiff_jax.models.pixels import to_unit
 from contextdiff_jax.parallel.processes import agree
 from contextdiff_jax.settings import Settings
+
+Pictures = UInt8[np.ndarray, "N H W 3"]
+Small = UInt8[np.ndarray, "N h w 3"]
+# An upsampler: (captions, small pictures, number of the first, level of their noise) to pictures.
+Enlarge = Callable[[Sequence[str], Small, int, float], Pictures]
 
 
 def splits(data: DataConfig) -> dict[str, RandomAccessSource]:
@@ -85,19 +91,26 @@ class Evaluation:
     `num`: samples a split. `reference`: real pictures a split. `bound_timesteps`: strata of the
         bound's sum, 0: every
     timestep.
+    An upsampler's: `enlarge`, instead of `generate`; `augmentation`: the level that it samples at;
+    `augmentations`: those of the curve, ascending; `baseline`: another upsampler, and its name.
     """
 
     settings: Settings
     tokenizer: AnyTokenizer
     graph: nnx.GraphDef
     params: PyTree
-    generate: Callable[[Sequence[str], int], UInt8[np.ndarray, "N H W 3"]]
+    generate: Callable[[Sequence[str], int], Pictures]
     features: str
     clip: str = ""
     num: int = 256
     seed: int = 0
     reference: int = 2048
     bound_timesteps: int = 50
+    enlarge: Enlarge | None = None
+    augmentation: float = 0.0
+    augmentations: tuple[float, ...] = ()
+    baseline: Enlarge | None = None
+    baseline_name: str = ""
 
     @functools.cached_property
     def sources(self) -> dict[str, RandomAccessSource]:
@@ -138,7 +151,8 @@ class Evaluation:
     def _cache(self) -> dict:
         return {}
 
-    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` made when it was first asked for under this key."""
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
@@ -153,7 +167,7 @@ class Evaluation:
 
     def records(self, row: str) -> list[dict[str, Any]]:
         """The records of `numbers`."""
-        return self._once(
+        return self.once(
             ("records", row), lambda: [self.sources[row][i] for i in self.numbers(row)]
         )
 
@@ -161,14 +175,43 @@ class Evaluation:
         """The captions that the samples are made for."""
         return [record["caption"] for record in self.records(row)]
 
-    def samples(self, row: str) -> UInt8[np.ndarray, "N H W 3"]:
-        """One picture a caption."""
-        return self._once(
-            ("samples", row), lambda: self.generate(self.captions(row), self.numbers(row).start)
+    def pictures(self, row: str) -> Pictures:
+        """The pictures of `records`."""
+        return np.stack([record["image"] for record in self.records(row)])
+
+    def small(self, row: str) -> Small:
+        """The pictures of `records`, as an upsampler is given them."""
+        return shrink(self.pictures(row), self.settings.super_resolution.factor)
+
+    def enlarged(
+        self,
+        row: str,
+        small: Small | None = None,
+        level: float | None = None,
+        by: Enlarge | None = None,
+    ) -> Pictures:
+        """`small`, by default the split's own, as `by`, by default the run, enlarges them at the
+        level, by default the run's. The noise is the same for all of them.
+        """
+        return (self.enlarge if by is None else by)(
+            self.captions(row),
+            self.small(row) if small is None else small,
+            self.numbers(row).start,
+            self.augmentation if level is None else level,
         )
 
+    def samples(self, row: str) -> Pictures:
+        """One picture a caption; an upsampler's are of the records' own pictures, shrunk."""
+
+        def make() -> Pictures:
+            if self.settings.super_resolution.is_upsampler:
+                return self.enlarged(row)
+            return self.generate(self.captions(row), self.numbers(row).start)
+
+        return self.once(("samples", row), make)
+
     @property
-    def sampled(self) -> dict[str, UInt8[np.ndarray, "N H W 3"]]:
+    def sampled(self) -> dict[str, Pictures]:
         """The samples made so far, by split."""
         return {row: self.samples(row) for row in self.sources if ("samples", row) in self._cache}
 
@@ -181,7 +224,7 @@ class Evaluation:
 
     def sample_features(self, row: str, kind: str = "features") -> Float[np.ndarray, "N D"]:
         """The samples' features; `kind`: features, logits or clip."""
-        return self._once((kind, row), lambda: self._extract(kind, self.samples(row)))
+        return self.once((kind, row), lambda: self._extract(kind, self.samples(row)))
 
     def real_features(
         self, row: str, start: int, count: int, kind: str = "features"
@@ -189,4 +232,4 @@ class Evaluation:
         """Features of this process's share of `count` real pictures (or all) from `start` on."""
         part = share(min(count, len(self.sources[row]) - start))
         images = _Pictures(self.sources[row], range(start + part.start, start + part.stop))
-        return self._once(("real", kind, row, start, count), lambda: self._extract(kind, images))
+        return self.once(("real", kind, row, start, count), lambda: self._extract(kind, images))

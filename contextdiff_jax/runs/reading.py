@@ -40,24 +40,29 @@ class Run:
 
 
 def load_run(
-    workdir: str, weights: str = "ema", merged: bool = True, ema_length: float | None = None
+    workdir: str,
+    weights: str = "ema",
+    merged: bool = True,
+    ema_length: float | None = None,
+    flag: str = "workdir",
 ) -> Run:
     """Reads DIR/config.json and the newest checkpoint; `weights`: `ema` or `params`; `merged`: LoRA
     into the UNet; `ema_length`: instead of `ema` the average of that length, which the snapshots of
     `train.power_ema` make. Of a model that `Pipeline.save` wrote, its parameters.
 
-    `workdir`: a folder, or a name (`runtime.hub.find`). Raises ValueError for a folder without a
-    run or without a finished checkpoint, and a length that its snapshots don't make.
+    `workdir`: a folder, or a name (`runtime.hub.find`); `flag`: the one that it was given by.
+    Raises ValueError for a folder without a run or without a finished checkpoint, and a length that
+    its snapshots don't make.
     """
     check_choice("--weights", weights, ("ema", "params"))
     if ema_length is not None and weights != "ema":
         raise ValueError(f"--ema_length={ema_length}: can't be given with --weights={weights}")
     if not workdir:
-        raise ValueError("--workdir: missing; name the folder of a trained run")
+        raise ValueError(f"--{flag}: missing; name the folder of a trained run")
     folder = epath.Path(find(workdir))
     if not (folder / "config.json").exists():
         raise ValueError(
-            f"--workdir={workdir}: holds no run (no config.json); train one with "
+            f"--{flag}={workdir}: holds no run (no config.json); train one with "
             "contextdiff_jax.train"
         )
     config = read_json(folder / "config.json", "a run's config")
