@@ -56,9 +56,9 @@ def check_upsampler(settings: Settings) -> None:
             "sample.prompts: an upsampler's samples are of held-out pictures with their captions; "
             "must be ()"
         )
-    if data.kind.holds_latents:
+    if data.kind.is_cache and settings.latent.vae:
         raise ValueError(
-            f"data.source={data.source!r}: holds no pictures, which super_resolution.factor needs"
+            f"data.source={data.source!r}: holds latents; super_resolution.factor needs pictures"
         )
     # of pixels a side that one value of the low-resolution x0 stands for
     unit = config.factor * (settings.latent.config.downscale if settings.latent.vae else 1)
