@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FEWER, as_users_compile
 from edit_settings import edit_settings
 from flax import nnx
 
@@ -85,6 +84,14 @@ def test_each_edit_of_a_batch_is_the_one_of_its_strength_alone(synthetic, method
         np.testing.assert_array_equal(maps[0, i::2], own[0])
         assert np.abs(alone[0, 1] - X0[0]).max() > 0.1
     np.testing.assert_array_equal(clips[0, 0], X0[0])
+
+
+def test_ranges_are_of_the_steps_that_are_made():
+    edit = EditConfig(steps=100, strength=(1.0, 0.5), cross_range=(0.0, 0.5))
+    rows = movers._plan(PROCESS.schedule, edit, 2)  # 100 times, of which the first is the clip's
+    assert rows.started.sum(0).tolist() == [99, 50] and rows.started[0].tolist() == [1, 0]
+    assert rows.cross_on.sum(0).tolist() == [50, 25] and rows.cross_on[49].tolist() == [1, 1]
+    assert (rows.cross_on <= rows.started).all()
 
 
 @pytest.mark.parametrize("method", ["sdedit", "flowedit"])
@@ -168,10 +175,7 @@ def test_an_edit_of_automatic_strength_is_the_one_of_the_strength_that_is_chosen
 
 @pytest.mark.slow  # compiles five programs: pytest -m slow tests/test_edit_batches.py
 @pytest.mark.parametrize("kind", ["unet", "mmdit"])
-def test_a_network_s_edits_of_two_strengths_are_those_of_one_each(kind, request):
-    if FEWER:
-        as_users_compile(request.node.nodeid)
-        return
+def test_a_network_s_edits_of_two_strengths_are_those_of_one_each(kind):
     options = {"edit.control": "refine", "edit.blend": "changed", "edit.keep": ("circle",)}
     editor = open_editor(edit_settings(kind, **options))
     rng = np.random.default_rng(0)
@@ -207,7 +211,8 @@ def test_a_network_s_edits_of_two_strengths_are_those_of_one_each(kind, request)
     both = edited(prompts, (0.4, 0.8))
     for i, share in enumerate((0.4, 0.8)):
         alone = edited(prompts[i : i + 1], (share,))
-        np.testing.assert_array_equal(both[0, 1 + i], alone[0, 1])
+        # a network may round a row differently in a larger batch; all else is equal to the bit
+        np.testing.assert_allclose(both[0, 1 + i], alone[0, 1], atol=1e-4)
     seeds = edited(prompts, (0.8,), "flowedit", (3, 4))
     alone = edited(prompts, (0.8,), "flowedit", (4,))
-    np.testing.assert_allclose(seeds[1], alone[0], atol=1e-5)
+    np.testing.assert_allclose(seeds[1], alone[0], atol=1e-4)

@@ -54,7 +54,8 @@ def _plan(schedule: diffusion.Schedule, edit: EditConfig, edits: int) -> Row:
     starts later; its ranges are of its own steps.
     """
     t = edit_timesteps(schedule, edit)[::-1]
-    moves = np.broadcast_to(edit.moves, (edits,))
+    # a schedule's own first time is not visited: of all its steps one less is made
+    moves = np.minimum(np.broadcast_to(edit.moves, (edits,)), len(t))
     progress = (np.arange(len(t))[:, None] - (len(t) - moves)) / moves
     ranges = (edit.cross_range, edit.self_range, edit.blend_range)
     plan = (_during(progress, limits) for limits in ((0.0, 1.0), *ranges))
