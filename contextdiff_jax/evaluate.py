@@ -124,10 +124,9 @@ def results_folder() -> pathlib.Path:
 
 def _open(run: Run, options: SampleConfig) -> Evaluation:
     """The run's model, on this process's devices, with the flags' options."""
-    from contextdiff_jax.evaluation.features import replicate
     from contextdiff_jax.evaluation.subject import Evaluation
     from contextdiff_jax.inference.opening import of_run
-    from contextdiff_jax.parallel.mesh import local_mesh
+    from contextdiff_jax.parallel.mesh import local_mesh, replicate
     from contextdiff_jax.runs.frozen import load_frozen
     from contextdiff_jax.runs.model import model_graph
 
