@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, Shaped
 from tqdm import tqdm
 
-from contextdiff_jax.parallel.mesh import local_mesh, replicated
+from contextdiff_jax.parallel.mesh import local_mesh, replicate
 
 FeatureFn = Callable[[Shaped[Array, "B ..."]], Float[Array, "B D"]]
 _BLOCK = 4096  # rows in float64 at once
@@ -101,16 +101,6 @@ def check_finite(**sets: Float[np.ndarray, "..."]) -> None:
 def batch_sharding() -> NamedSharding:
     """A batch's rows over the devices of this process; another process has a batch of its own."""
     return NamedSharding(local_mesh(), PartitionSpec("data"))
-
-
-def replicate(tree: PyTree) -> PyTree:
-    """Arrays that every process has whole (numpy's, or replicated over the devices of all), on each
-    of this one's.
-    """
-    sharding = replicated(local_mesh())
-    # Through the host: no array of a job's mesh can be used beside one on the devices of a single
-    # process.
-    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), sharding), tree)
 
 
 def make_feature_fn(network: nnx.Module, method: Callable[[Any, Array], Array]) -> FeatureFn:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from contextdiff_jax.evaluation.features import replicate
 from contextdiff_jax.evaluation.subject import Enlarge, Evaluation
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.inference.pipeline import Pipeline
-from contextdiff_jax.parallel.mesh import local_mesh
+from contextdiff_jax.parallel.mesh import local_mesh, replicate
 from contextdiff_jax.runs.frozen import load_frozen
 from contextdiff_jax.runs.model import model_graph
 from contextdiff_jax.runs.reading import Run

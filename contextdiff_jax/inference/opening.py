@@ -25,7 +25,7 @@ from contextdiff_jax.inference.pipeline import Pipeline
 from contextdiff_jax.inference.sharing import write_folder, write_run
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
-from contextdiff_jax.parallel.mesh import local_mesh, replicated
+from contextdiff_jax.parallel.mesh import local_mesh, replicate, replicated
 from contextdiff_jax.pretrained.pipeline import StableDiffusion, read_pipeline
 from contextdiff_jax.pretrained.pipeline_folder import is_pipeline
 from contextdiff_jax.pretrained.pipeline_sd3 import StableDiffusion3
@@ -63,11 +63,13 @@ def open_folder(
             "(model_index.json)"
         )
     run = load_run(path, weights, ema_length=ema_length)
+    # Of a job's processes each samples by itself, on devices of its own.
+    params = run.params if jax.process_count() == 1 else replicate(run.params)
     which = "" if ema_length is None else f", ema_length {ema_length:g}"
     return of_run(
         run.settings,
         run.tokenizer,
-        run.params,
+        params,
         mesh=local_mesh(),
         programs=programs,
         source=f"step {run.step} of {path}{which}",

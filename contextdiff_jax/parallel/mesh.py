@@ -191,6 +191,16 @@ def place(
     return NamedSharding(mesh, P(*spec))
 
 
+def replicate(tree: PyTree) -> PyTree:
+    """Arrays that every process has whole (numpy's, or replicated over the devices of all), on each
+    of this one's.
+    """
+    sharding = replicated(local_mesh())
+    # Through the host: no array of a job's mesh can be used beside one on the devices of a single
+    # process.
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), sharding), tree)
+
+
 def state_shardings(mesh: Mesh, abstract: PyTree, rules: Mapping[str, str] = RULES) -> PyTree:
     """The place of each array of a tree of parameters, or of a whole training state. Needs only
     shapes.
