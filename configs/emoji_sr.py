@@ -3,7 +3,8 @@
     bash launch/emoji_data.sh data
     python -m contextdiff_jax.train --config=configs/emoji_sr.py --workdir=runs/emoji_sr
 
-8,000 steps take about 50 minutes on one CPU core. docs/cascade.md says what it is and how to use it.
+8,000 steps take about 50 minutes on one CPU core. docs/cascade.md says what it is and how to use
+it.
 """
 
 from ml_collections import ConfigDict
