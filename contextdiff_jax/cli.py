@@ -222,6 +222,40 @@ class _Finite(flags.FloatParser):
         return value
 
 
+class PerStage(list):
+    """The values of a flag for a cascade's stages, one each; None: the stage's own."""
+
+
+class _Stages(flags.ArgumentParser):
+    """One value, or several for the stages of a cascade, which may be left empty."""
+
+    def __init__(self, one: flags.ArgumentParser, between: str):
+        self._one, self._between = one, between
+        self.syntactic_help = one.syntactic_help
+
+    def parse(self, argument: Any) -> Any:
+        if not isinstance(argument, str) or self._between not in argument:
+            return self._one.parse(argument)
+        parts = argument.split(self._between)
+        return PerStage(self._one.parse(part) if part else None for part in parts)
+
+    def flag_type(self) -> str:
+        return self._one.flag_type()
+
+
+def for_stages(flag: flags.FlagHolder, between: str = ",") -> flags.FlagHolder:
+    """The flag, which takes a value for each stage of a cascade too, with `between` between."""
+    defined = flags.FLAGS[flag.name]
+    defined.parser = _Stages(defined.parser, between)
+    return flag
+
+
+def define_count(name: str, default: int | None, help: str) -> flags.FlagHolder:
+    """A flag that is a whole number of at least 1, or one for each stage of a cascade."""
+    # absl's own bounds are checked of the whole value, as a number
+    return flags.DEFINE(_Stages(flags.IntegerParser(lower_bound=1), ","), name, default, help)
+
+
 def define_path(name: str, default: str | None, help: str) -> flags.FlagHolder:
     """A flag that names a file or a folder."""
     return flags.DEFINE(_Path(), name, default, help)

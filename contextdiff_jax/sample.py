@@ -2,12 +2,15 @@
 python -m contextdiff_jax.sample --model=emoji --prompt="woman running, dark skin tone, 3d style"
 python -m contextdiff_jax.sample --model=FOLDER --prompt="a horse" --negative="blurred"
 python -m contextdiff_jax.sample --model=FOLDER --prompts_file=FILE --layout=geneval --images=DIR
+python -m contextdiff_jax.sample --cascade=BASE,UPSAMPLER --prompt="a dog" --steps=50,16
 
 Draw pictures for prompts. The model is a trained run, one that ships with the package, a Stable
 Diffusion folder, or ORG/NAME of the hub. The pictures come as one grid with the prompts under them,
 a run's by its EMA weights. All flags work for all of them; where one isn't given, the
 model's own value counts. From noise; or from a picture, --image=FILE --strength=0.8; or into a hole
-of it, --image=FILE --mask=FILE; an upsampler enlarges --image=FILE. --images=FOLDER writes each
+of it, --image=FILE --mask=FILE; an upsampler enlarges --image=FILE. --cascade draws with its first
+part and enlarges with the others; the flags of steps, guidance and batches then take one value for
+all stages or, with commas between, one for each (empty: its own). --images=FOLDER writes each
 picture alone too, with its prompt, seed, sampler, steps and guidance in the PNG's text. --layout
 writes them alone, as a benchmark reads them, and goes on where it was killed.
 --optimise_spacing=8 prints a grid of 8 steps that is made for the model.
@@ -15,7 +18,6 @@ writes them alone, as a benchmark reads them, and goes on where it was killed.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +27,12 @@ from absl import flags
 from contextdiff_jax import cli
 from contextdiff_jax.runtime import host
 from contextdiff_jax.runtime.fields import check_choice
-from contextdiff_jax.runtime.texts import read_lines
+from contextdiff_jax.runtime.texts import read_prompts
 
 if TYPE_CHECKING:  # JAX starts after the flags are read
     from contextdiff_jax.inference import Pipeline
+    from contextdiff_jax.inference.cascade import Cascade
+    from contextdiff_jax.inference.pipeline import Pictures
 
 cli.group("Model and prompts")
 WORKDIR = cli.define_path("workdir", None, "Folder of a trained run.")
@@ -38,6 +42,11 @@ MODEL = cli.define_path(
     "Not --workdir: a model that ships with the package, by its name; a folder that Pipeline.save "
     "wrote; a Stable Diffusion folder (1.x, 2.x, XL, 3) or single .safetensors file; or "
     "ORG/NAME[@REVISION] of the hub, which is downloaded once.",
+)
+CASCADE = flags.DEFINE_list(
+    "cascade",
+    None,
+    "Not --model: BASE,UPSAMPLER[,UPSAMPLER], each a run's folder or what --model takes.",
 )
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; may be given many times.")
 PROMPTS_FILE = cli.define_path(
@@ -119,8 +128,11 @@ LAYOUT = flags.DEFINE_string(
     "come, and the same command goes on.",
 )
 cli.list_names("layout", {"one of": "contextdiff_jax.inference.layouts:LAYOUTS"})
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures at once.", lower_bound=1)
+BATCH_SIZE = cli.define_count("batch_size", 64, "Pictures at once.")
 COLUMNS = flags.DEFINE_integer("columns", 4, "Pictures a row.", lower_bound=1)
+STAGES = flags.DEFINE_boolean(
+    "stages", False, "With --cascade: the smaller stages' pictures too, in --images/HEIGHTxWIDTH."
+)
 OPTIONS = (
     SAMPLER,
     STEPS,
@@ -135,25 +147,8 @@ OPTIONS = (
     REUSE,
     AUGMENTATION,
 )
-
-
-def read_prompts() -> list[str]:
-    """The captions of --prompt and --prompts_file. ValueError if there are none, or one is blank or
-    no Unicode.
-    """
-    prompts = list(PROMPT.value)
-    if PROMPTS_FILE.value:
-        prompts += read_lines(PROMPTS_FILE.value, "--prompts_file")
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError(
-            "--prompt: the list is empty; give at least one, as in --prompt='a large red circle'"
-        )
-    for prompt in prompts:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
-            raise ValueError(f"--prompt={prompt!a}: is not UTF-8") from None
-    return prompts
+for each in OPTIONS:  # a list of times, and an interval, have commas themselves
+    cli.for_stages(each, "/" if each.name in ("spacing", "guidance_interval") else ",")
 
 
 def read_size() -> tuple[int, int] | None:
@@ -166,14 +161,26 @@ def read_size() -> tuple[int, int] | None:
     return int(size[0]), int(size[1])
 
 
-def read_interval() -> tuple[float, float]:
+def read_interval(given: list[str]) -> tuple[float, float]:
     """The two numbers of --guidance_interval."""
     try:
-        low, high = map(float, GUIDANCE_INTERVAL.value)
+        low, high = map(float, given)
     except ValueError:
-        given = ",".join(GUIDANCE_INTERVAL.value)
-        raise ValueError(f"--guidance_interval={given}: must be LOW,HIGH, as in 0.2,0.8") from None
+        text = ",".join(given)
+        raise ValueError(f"--guidance_interval={text}: must be LOW,HIGH, as in 0.2,0.8") from None
     return low, high
+
+
+def read_options() -> dict[str, Any]:
+    """The sampling options that are given; of a cascade's stages as lists."""
+    options = {flag.name: flag.value for flag in OPTIONS if flag.value is not None}
+    interval = options.get("guidance_interval")
+    if isinstance(interval, cli.PerStage):
+        read = [each and read_interval(each) for each in interval]
+        options["guidance_interval"] = cli.PerStage(read)
+    elif interval is not None:
+        options["guidance_interval"] = read_interval(interval)
+    return options
 
 
 def check_flags() -> dict[str, Any]:
@@ -181,10 +188,12 @@ def check_flags() -> dict[str, Any]:
     from contextdiff_jax.runtime.keys import check_seed
     from contextdiff_jax.settings import SampleConfig
 
-    if MODEL.value and WORKDIR.value:
-        raise ValueError(f"--model={MODEL.value}: can't be given with --workdir={WORKDIR.value}")
-    if not (MODEL.value or WORKDIR.value):
-        raise ValueError("--workdir: missing; name a run's folder, or --model=FOLDER")
+    options = read_options()
+    if CASCADE.value is not None:
+        stages = check_cascade(options)
+    else:
+        check_one_model()
+        stages = [options]
     for flag in (MASK, STRENGTH):
         if flag.value is not None and IMAGE.value is None:
             raise ValueError(f"--{flag.name}={flag.value}: needs --image")
@@ -195,12 +204,38 @@ def check_flags() -> dict[str, Any]:
         raise ValueError(
             f"--negative={NEGATIVE.value}: isn't read with --autoguidance={AUTOGUIDANCE.value}"
         )
-    options = {flag.name: flag.value for flag in OPTIONS if flag.value is not None}
-    if GUIDANCE_INTERVAL.value is not None:
-        options["guidance_interval"] = read_interval()
-    # `reuse` must divide the steps, which only the run may know.
-    SampleConfig(**options | {"reuse": min(options.get("reuse", 1), 1)})
+    for own in stages:  # `reuse` must divide the steps, which only the run may know.
+        SampleConfig(**own | {"reuse": min(own.get("reuse", 1), 1)})
     return options
+
+
+def check_one_model() -> None:
+    """Raises ValueError unless one model is named, and for flags of a cascade."""
+    if MODEL.value and WORKDIR.value:
+        raise ValueError(f"--model={MODEL.value}: can't be given with --workdir={WORKDIR.value}")
+    if not (MODEL.value or WORKDIR.value):
+        raise ValueError("--workdir: missing; name a run's folder, or --model=FOLDER")
+    for flag in (*OPTIONS, BATCH_SIZE):
+        if isinstance(flag.value, cli.PerStage):
+            raise ValueError(f"--{flag.name}: several values are for the stages of --cascade")
+    if STAGES.value:
+        raise ValueError("--stages: needs --cascade")
+
+
+def check_cascade(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The options of each stage. Raises ValueError for flags that aren't of a cascade."""
+    from contextdiff_jax.inference.cascade import split_options
+
+    for flag in (MODEL, WORKDIR, IMAGE, MASK, STRENGTH, AUTOGUIDANCE, OPTIMISE):
+        if flag.value is not None:
+            raise ValueError(f"--{flag.name}={flag.value}: can't be given with --cascade")
+    if STAGES.value and not (IMAGES.value and LAYOUT.value is None):
+        raise ValueError("--stages: needs --images, a folder for the pictures without --layout")
+    if LAYOUT.value is not None and isinstance(BATCH_SIZE.value, cli.PerStage):
+        raise ValueError("--batch_size: with --layout one value for all stages")
+    count = len(CASCADE.value)
+    split_options({"batch_size": BATCH_SIZE.value}, count)
+    return split_options(options, count)
 
 
 def read_pictures(size: tuple[int, int] | None, count: int) -> dict[str, np.ndarray]:
@@ -217,8 +252,10 @@ def read_pictures(size: tuple[int, int] | None, count: int) -> dict[str, np.ndar
     return read
 
 
-def open_pipeline() -> Pipeline:
-    """The model, with its programs kept beside a run, for all else in the user's cache."""
+def open_pipeline() -> Pipeline | Cascade:
+    """The model, or the cascade, with its programs kept beside a run, for all else in the user's
+    cache.
+    """
     from etils import epath
 
     from contextdiff_jax.inference import Pipeline
@@ -228,6 +265,9 @@ def open_pipeline() -> Pipeline:
     kept = epath.Path(WORKDIR.value) if beside else host.user_cache()
     programs = host.set_compilation_cache(kept)
     read = {"weights": WEIGHTS.value, "ema_length": EMA_LENGTH.value}
+    if CASCADE.value is not None:
+        parts = [cli.expand(part, "--cascade") for part in CASCADE.value]
+        return Pipeline.cascade(parts, **read, programs=programs)
     return Pipeline.open(MODEL.value or WORKDIR.value, **read, programs=programs)
 
 
@@ -266,29 +306,34 @@ def fill_layout() -> None:
     from contextdiff_jax.parallel import processes
 
     check_choice("--layout", LAYOUT.value, layouts.LAYOUTS)
-    layout = layouts.LAYOUTS[LAYOUT.value]
-    entries = layout.read(PROMPTS_FILE.value)
+    entries = layouts.LAYOUTS[LAYOUT.value].read(PROMPTS_FILE.value)
     if not entries:
         raise ValueError(f"--prompts_file={PROMPTS_FILE.value}: holds no prompts")
     processes.start(None, None, None, os.environ, processes.TIMEOUT)
     pipeline = guided(open_pipeline())
-    prompts = [entry.prompt for entry in entries]
     options |= of_request() | {"size": size}
-    filling.claim(
-        folder,
-        {
-            "layout": LAYOUT.value,
-            "prompts": filling.text_digest(prompts),
-            "num": NUM.value,
-            **filling.made_of(pipeline, options),
-        },
+    count, new = filling.fill_layout(
+        pipeline, LAYOUT.value, entries, NUM.value, folder, share=share, **options
     )
-    if processes.is_first():
-        layouts.write_metadata(layout, folder, entries)
-    spots = layouts.spots(prompts, NUM.value)
-    files = [folder / layout.picture(spot) for spot in spots]
-    new = filling.fill(pipeline, [spot.prompt for spot in spots], files, share=share, **options)
-    print(f"{len(files)} pictures of {pipeline.opened.source}: {folder} ({new} batches made now)")
+    print(f"{count} pictures of {pipeline.source}: {folder} ({new} batches made now)")
+
+
+def draw(
+    pipeline: Pipeline, prompts: list[str], given: dict[str, np.ndarray], options: dict[str, Any]
+) -> Pictures:
+    """The pictures of one model, from noise or from those `given`."""
+    strength = {"strength": STRENGTH.value}
+    if "masks" in given:
+        way, options = pipeline.inpaint, options | strength
+    elif pipeline.opened.super_resolution.is_upsampler and given:
+        if STRENGTH.value is not None:
+            raise ValueError(f"--strength={STRENGTH.value}: an upsampler begins at noise")
+        way = pipeline.upsample
+    elif given:
+        way, options = pipeline.image_to_image, options | strength
+    else:
+        way, options = pipeline.text_to_image, options | {"size": read_size()}
+    return way(prompts, **given, **options)
 
 
 def main() -> None:
@@ -296,11 +341,13 @@ def main() -> None:
     if LAYOUT.value is not None:
         fill_layout()
         return
-    prompts, size, options = read_prompts(), read_size(), check_flags()
+    prompts = read_prompts(PROMPT.value, PROMPTS_FILE.value)
+    size, options = read_size(), check_flags()
     # Refused now, not when the pictures are made.
     out = cli.output_file("out", OUT.value, cli.PICTURES)
     folder = cli.output_folder("images", IMAGES.value) if IMAGES.value else None
-    given = read_pictures(size, len(prompts) * NUM.value)
+    count = len(prompts) * NUM.value
+    given = read_pictures(size, count)
 
     from contextdiff_jax.runtime import pictures
 
@@ -312,41 +359,31 @@ def main() -> None:
         times = optimised_spacing(pipeline, prompts, OPTIMISE.value, **options)
         print(f"--spacing={','.join(f'{t:.6g}' for t in times)}")
         return
-    pipeline = guided(pipeline)
-    made = dataclasses.asdict(pipeline.options(**options))  # before what isn't of sampling
-    options |= of_request() | {"num": NUM.value}
-    if "masks" in given:
-        way, options = pipeline.inpaint, options | {"strength": STRENGTH.value}
-    elif pipeline.opened.super_resolution.is_upsampler and given:
-        if STRENGTH.value is not None:
-            raise ValueError(f"--strength={STRENGTH.value}: an upsampler begins at noise")
-        way = pipeline.upsample
-    elif given:
-        way, options = pipeline.image_to_image, options | {"strength": STRENGTH.value}
+    captions = [prompt for prompt in prompts for _ in range(NUM.value)]
+    wanted = of_request() | {"num": NUM.value}
+    made = {f.name: f.value for f in (NEGATIVE, PERPENDICULAR, AUTOGUIDANCE) if f.value is not None}
+    made |= {"seed": SEED.value}
+    if CASCADE.value is not None:
+        from contextdiff_jax.inference.cascade import draw_into
+
+        keep = {"folder": folder, "every_stage": STAGES.value, "made": made}
+        images = draw_into(pipeline, prompts, **keep, size=size, **options, **wanted)
     else:
-        way, options = pipeline.text_to_image, options | {"size": size}
-    count = len(prompts) * NUM.value
-    cli.LOGGER.info(
-        "drawing %d pictures in %d steps; what is new is compiled first", count, made["steps"]
-    )
-    images = way(prompts, **given, **options)
+        pipeline = guided(pipeline)
+        chosen = pipeline.options(**options)
+        said = "drawing %d pictures in %d steps; what is new is compiled first"
+        cli.LOGGER.info(said, count, chosen.steps)
+        images = draw(pipeline, prompts, given, options | wanted)
+        if folder is not None:
+            made |= {"source": pipeline.source}
+            made |= {flag.name: getattr(chosen, flag.name) for flag in OPTIONS}
+            pictures.save_each(images, captions, folder, made)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    captions = [prompt for prompt in prompts for _ in range(NUM.value)]
     pictures.caption_grid(images, captions, columns=COLUMNS.value).save(out)
-    print(f"{len(images)} pictures of {pipeline.opened.source}: {out}")
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    made = {flag.name: made[flag.name] for flag in OPTIONS}
-    for flag in (NEGATIVE, PERPENDICULAR, AUTOGUIDANCE):
-        if flag.value is not None:
-            made[flag.name] = flag.value
-    for i, (image, prompt) in enumerate(zip(images, captions, strict=True)):
-        metadata = {"prompt": prompt, "seed": SEED.value, "index": i}
-        metadata |= {"source": pipeline.opened.source, **made}
-        pictures.save_png(image, folder / f"{i:04d}.png", metadata)
-    print(f"each alone: {folder}")
+    print(f"{len(images)} pictures of {pipeline.source}: {out}")
+    if folder is not None:
+        print(f"each alone: {folder}")
 
 
 def command() -> None:

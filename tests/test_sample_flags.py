@@ -27,9 +27,8 @@ def test_the_sample_commands_flags_reach_the_request(monkeypatch, tmp_path):
         options = Pipeline.options
 
         def __init__(self, path, weights, **_):
-            self.path, self.guide = path, None
+            self.path, self.source, self.guide = path, path, None
             self.opened = types.SimpleNamespace(
-                source=path,
                 options=SampleConfig(),
                 super_resolution=SuperResolutionConfig(factor=2 * (path == "UPSAMPLER")),
             )

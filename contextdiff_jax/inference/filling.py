@@ -23,6 +23,8 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from contextdiff_jax.inference import layouts
+from contextdiff_jax.inference.cascade import Cascade
 from contextdiff_jax.inference.opened import Opened
 from contextdiff_jax.inference.pipeline import Pipeline
 from contextdiff_jax.parallel.processes import is_first
@@ -49,14 +51,20 @@ def fingerprint(opened: Opened) -> str:
     return digest.hexdigest()
 
 
-def made_of(pipeline: Pipeline, options: Mapping[str, Any]) -> dict[str, Any]:
+def made_of(pipeline: Pipeline | Cascade, options: Mapping[str, Any]) -> dict[str, Any]:
     """What the pictures of `fill` with these options depend on, beside their prompts."""
     fields = {field.name for field in dataclasses.fields(SampleConfig)}
     of_sampling = {name: value for name, value in options.items() if name in fields}
     others = {name: value for name, value in options.items() if name not in fields}
-    made = dataclasses.asdict(pipeline.options(**of_sampling))
-    del made["prompts"]
-    return {"model": fingerprint(pipeline.opened), **made, **others}
+    if isinstance(pipeline, Cascade):
+        chosen = zip(pipeline.stages, pipeline.options(**of_sampling), strict=True)
+        return {"stages": [_made_by(*each) for each in chosen], **others}
+    return _made_by(pipeline, pipeline.options(**of_sampling)) | others
+
+
+def _made_by(pipeline: Pipeline, options: SampleConfig) -> dict[str, Any]:
+    made = {name: value for name, value in dataclasses.asdict(options).items() if name != "prompts"}
+    return {"model": fingerprint(pipeline.opened), **made}
 
 
 def text_digest(texts: Sequence[str]) -> str:
@@ -83,8 +91,34 @@ def claim(folder: pathlib.Path, about: Mapping[str, Any]) -> None:
         write_json(file, about)
 
 
+def fill_layout(
+    pipeline: Pipeline | Cascade,
+    name: str,
+    entries: Sequence[layouts.Entry],
+    num: int,
+    folder: pathlib.Path,
+    *,
+    share: Share,
+    **options: Any,
+) -> tuple[int, int]:
+    """Draws a benchmark's samples, those that aren't there; many processes share them. How many
+    pictures there are, and how many batches were made.
+
+    Raises ValueError for a folder of other samples.
+    """
+    layout, prompts = layouts.LAYOUTS[name], [entry.prompt for entry in entries]
+    made = made_of(pipeline, options)
+    claim(folder, {"layout": name, "prompts": text_digest(prompts), "num": num, **made})
+    if is_first():
+        layouts.write_metadata(layout, folder, entries)
+    spots = layouts.spots(prompts, num)
+    files = [folder / layout.picture(spot) for spot in spots]
+    new = fill(pipeline, [spot.prompt for spot in spots], files, share=share, **options)
+    return len(files), new
+
+
 def fill(
-    pipeline: Pipeline,
+    pipeline: Pipeline | Cascade,
     prompts: Sequence[str],
     files: Sequence[pathlib.Path],
     *,

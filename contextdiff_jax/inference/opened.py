@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int, PyTree
 
 from contextdiff_jax.diffusion.process import Process
 from contextdiff_jax.diffusion.steps import Steps
+from contextdiff_jax.inference.request import Request
 from contextdiff_jax.inference.sampling import Weaker
 from contextdiff_jax.models.contextdiff import ContextDiffusion
 from contextdiff_jax.settings import SampleConfig
@@ -38,6 +39,7 @@ class Opened:
       zeros_for_empty: without a negative text guidance leads away from zeros, as XL was trained.
       only_inpaints: the network reads a hole.
       super_resolution: by how much it enlarges pictures, if it does.
+      keeps_coarse: whether steps can share its network's coarser levels (`reuse`).
       rounds_strength_up: whether a part of a step that `strength` asks for counts as one.
       text_length: the tokens after which a text is cut; None: as many as there are ids.
       guide: a weaker model in the place of guidance's branch without the prompt (autoguidance).
@@ -64,6 +66,7 @@ class Opened:
     only_inpaints: bool = False
     super_resolution: SuperResolutionConfig = SuperResolutionConfig()
     multiple: int = 1
+    keeps_coarse: bool = True
     rounds_strength_up: bool = False
     text_length: int | None = None
     guide: Opened | None = None
@@ -99,6 +102,23 @@ class Opened:
                 "diffusion"
             )
         return dataclasses.replace(self, guide=guide)
+
+    def check_able(
+        self, request: Request, options: SampleConfig, *, enlarges: bool, fills: bool = False
+    ) -> None:
+        """Raises ValueError for what the model isn't for."""
+        if enlarges and not self.super_resolution.is_upsampler:
+            raise ValueError("the model has super_resolution.factor=0: it doesn't enlarge pictures")
+        if self.super_resolution.is_upsampler and not enlarges:
+            raise ValueError("the model enlarges pictures: it is only for upsample")
+        if self.only_inpaints and not fills:
+            raise ValueError("the model reads a picture with a hole: it is only for inpainting")
+        if self.guide is not None and request.negative is not None:
+            raise ValueError("negative: isn't read with autoguidance, whose guide takes its place")
+        if options.reuse > 1 and not self.keeps_coarse:
+            raise ValueError(
+                f"reuse={options.reuse}: the model has no coarser levels that could be kept; 1"
+            )
 
     @property
     def about(self) -> tuple:

@@ -23,6 +23,7 @@ from contextdiff_jax.diffusion.steps import Steps
 from contextdiff_jax.inference.opened import Opened
 from contextdiff_jax.inference.pipeline import Pipeline
 from contextdiff_jax.inference.sharing import write_folder, write_run
+from contextdiff_jax.models.backbones import BACKBONES, kind_of
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.contextdiff import ContextDiffusion, Frozen
 from contextdiff_jax.parallel.mesh import local_mesh, replicate, replicated
@@ -114,6 +115,7 @@ def of_run(
         factor=settings.data.image_size // settings.shape[0],
         multiple=settings.model.granularity,
         super_resolution=settings.super_resolution,
+        keeps_coarse=BACKBONES[kind_of(settings.model)].network.keeps_coarse,
         options=options,
         identity=settings,
         rules=settings.mesh.rules,
@@ -211,6 +213,7 @@ def of_folder(
         ),
         identity=graph,
         multiple=folder.backbone.config.granularity,
+        keeps_coarse=folder.backbone.keeps_coarse,
         only_inpaints=folder.backbone.config.in_channels != folder.vae.config.latent_channels,
         rounds_strength_up=folder.rounds_strength_up,
         text_length=folder.text_length,

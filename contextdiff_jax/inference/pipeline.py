@@ -15,7 +15,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -31,10 +31,12 @@ from contextdiff_jax.inference import sharing
 from contextdiff_jax.inference.jitted import Listener, jitted
 from contextdiff_jax.inference.opened import Opened
 from contextdiff_jax.inference.programs import kept
-from contextdiff_jax.inference.request import Request
+from contextdiff_jax.inference.request import Plan, Request
 from contextdiff_jax.inference.sampling import Method, Picture, Text
-from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import SampleConfig
+
+if TYPE_CHECKING:
+    from contextdiff_jax.inference.cascade import Cascade
 
 Pictures = UInt8[np.ndarray, "B H W 3"]
 
@@ -79,6 +81,23 @@ class Pipeline:
 
         return open_folder(path, weights, **options)
 
+    @classmethod
+    def cascade(
+        cls, parts: Sequence[str | Path | Pipeline], weights: str = "ema", **options: Any
+    ) -> Cascade:
+        """A base that draws small pictures, and upsamplers that enlarge them, each as `open` reads
+        it or a pipeline that is open.
+
+        Raises ValueError, one line, for a part that doesn't fit the one before.
+        """
+        from contextdiff_jax.inference.cascade import Cascade
+
+        opened = [
+            part if isinstance(part, Pipeline) else cls.open(part, weights, **options)
+            for part in parts
+        ]
+        return Cascade(opened)
+
     def save(self, folder: str | Path, **options: Any) -> None:
         """Writes a new folder that `open` reads, on any machine: `inference.sharing.save`."""
         sharing.save(self.opened, folder, **options)
@@ -86,6 +105,11 @@ class Pipeline:
     def push_to_hub(self, name: str, **options: Any) -> str:
         """Uploads what `save` writes to `ORG/NAME` of the hub: `inference.sharing.push_to_hub`."""
         return sharing.push_to_hub(self.opened, name, **options)
+
+    @property
+    def source(self) -> str:
+        """Where the model came from, for people."""
+        return self.opened.source
 
     def with_params(self, params: PyTree) -> Pipeline:
         """The same model with other parameters of the same shapes; compiled programs are shared."""
@@ -107,9 +131,7 @@ class Pipeline:
         self, prompts: Sequence[str], *, size: tuple[int, int] | None = None, **options: Any
     ) -> Pictures:
         """Pictures of `size` (height, width), by default the model's own, from noise."""
-        request, chosen = self._read(prompts, options)
-        shape = self.latent_shape(size)
-        return self._sample(request, chosen, shape, self._steps(chosen, shape), True)
+        return self._sample(*self.plan(prompts, size=size, **options), True)
 
     def image_to_image(
         self,
@@ -165,17 +187,31 @@ class Pipeline:
         (`super_resolution.factor`). The option `augmentation` is the level of the noise that it is
         to see on them: the higher, the more it makes up itself.
         """
+        images = np.asarray(images)
+        plan = self.plan(prompts, small=images.shape[1:3], **options)
+        plan.request.check_images(images)
+        return self._sample(*plan, True, small=images)
+
+    def plan(
+        self,
+        prompts: Sequence[str],
+        *,
+        size: tuple[int, int] | None = None,
+        small: tuple[int, int] | None = None,
+        **options: Any,
+    ) -> Plan:
+        """What `text_to_image` would draw, or `upsample` for pictures of height and width `small`;
+        nothing is computed. Raises their errors.
+        """
         request, chosen = self._read(prompts, options)
         config = self.opened.super_resolution
-        if not config.is_upsampler:
-            raise ValueError("the model has super_resolution.factor=0: it doesn't enlarge pictures")
-        config.check_level(chosen.augmentation)
-        size = tuple(config.factor * side for side in images.shape[1:3])
-        _check_count(images, request)
+        self.opened.check_able(request, chosen, enlarges=small is not None)
+        if small is not None:
+            config.check_level(chosen.augmentation)
+            size = config.factor * small[0], config.factor * small[1]
         shape = self.latent_shape(size)
-        return self._sample(
-            request, chosen, shape, self._steps(chosen, shape), True, small=np.asarray(images)
-        )
+        request.checked_noise(shape)
+        return Plan(request, chosen, shape, self._steps(chosen, shape))
 
     def options(self, **given: Any) -> SampleConfig:
         """The options of sampling: the given ones; the model's own where one is None."""
@@ -198,15 +234,11 @@ class Pipeline:
     def _read(
         self, prompts: Sequence[str], options: dict[str, Any]
     ) -> tuple[Request, SampleConfig]:
-        given = {name: value for name, value in options.items() if value is not None}
-        names = {field.name for field in dataclasses.fields(Request)}
-        request = Request(
-            prompts=prompts, **{name: given.pop(name) for name in names & given.keys()}
-        )
-        return request, self.options(**given)
+        request, others = Request.split(prompts, options)
+        return request, self.options(**others)
 
     def _shape_of(self, images: Pictures, request: Request) -> tuple[int, int, int]:
-        _check_count(images, request)
+        request.check_images(images)
         return self.latent_shape(images.shape[1:3])
 
     def _steps(
@@ -235,18 +267,14 @@ class Pipeline:
         small: Pictures | None = None,
     ) -> Pictures:
         """Batch after batch; the last is filled up: one shape, one compilation."""
-        if self.opened.super_resolution.is_upsampler and small is None:
-            raise ValueError("the model enlarges pictures: it is only for upsample")
-        if self.opened.only_inpaints and holes is None:
-            raise ValueError("the model reads a picture with a hole: it is only for inpainting")
+        enlarges, fills = small is not None, holes is not None
+        self.opened.check_able(request, options, enlarges=enlarges, fills=fills)
         scale = max(options.guidance, self.opened.least_guidance)
         options = dataclasses.replace(options, guidance=scale)
-        if self.opened.guide is not None and request.negative is not None:
-            raise ValueError("negative: isn't read with autoguidance, whose guide takes its place")
         more = {"tile": request.tile, "perpendicular": request.perpendicular}
         method = method_of(options, from_noise=from_noise, **more)
         texts, noise, made = request.texts, request.checked_noise(shape), []
-        noise_key, sampler_key = jax.random.split(make_key(request.seed))
+        noise_key, sampler_key = jax.random.split(request.key)
         width = min(request.batch_size, len(texts))
         starts = range(0, len(texts), width)
         several = None if len(starts) > 1 else True
@@ -350,13 +378,6 @@ def method_of(options: SampleConfig, **more: Any) -> Method:
         reuse=options.reuse,
         **more,
     )
-
-
-def _check_count(images: Pictures, request: Request) -> None:
-    if len(images) != len(request.texts):
-        raise ValueError(
-            f"images: {len(images)}; one for each of the {len(request.texts)} pictures"
-        )
 
 
 def _check_finite(finite: Bool[np.ndarray, "B"], texts: Sequence[str], guidance: float) -> None:

@@ -88,6 +88,18 @@ def save_png(
     pathlib.Path(path).write_bytes(encode_png(image, metadata))
 
 
+def save_each(
+    images: UInt8[np.ndarray, "N H W 3"],
+    prompts: Sequence[str],
+    folder: pathlib.Path,
+    made: Mapping[str, Any],
+) -> None:
+    """Writes each picture alone, with its prompt, its number and what it was made by."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        save_png(image, folder / f"{i:04d}.png", {"prompt": prompt, "index": i, **made})
+
+
 def read_png_metadata(path: str | pathlib.Path) -> dict[str, str]:
     """The text chunks of a PNG."""
     with Image.open(path) as image:

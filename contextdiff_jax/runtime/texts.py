@@ -11,7 +11,7 @@ import codecs
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 _MARKS = {  # the marks of UTF-32 begin with those of UTF-16: they are asked for first
@@ -146,3 +146,20 @@ def read_object(path: pathlib.Path, expected: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a JSON object; expected {expected}")
     return values
+
+
+def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
+    """The captions of --prompt and --prompts_file. ValueError if there are none, or one is blank or
+    no Unicode.
+    """
+    prompts = [*given, *(read_lines(file, "--prompts_file") if file else [])]
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError(
+            "--prompt: the list is empty; give at least one, as in --prompt='a large red circle'"
+        )
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+            raise ValueError(f"--prompt={prompt!a}: is not UTF-8") from None
+    return prompts
