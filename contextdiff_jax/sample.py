@@ -114,6 +114,7 @@ AUGMENTATION = cli.define_float(
     None,
     "Of an upsampler: level of the noise on --image, 0 (none) to 1; more makes up more.",
 )
+TILE = cli.define_count("tile", None, "Of an upsampler: pixels a side of its network's tiles.")
 STRENGTH = cli.define_float(
     "strength", None, "With --image: share of the steps made; default 0.8, with --mask 1."
 )
@@ -215,7 +216,7 @@ def check_one_model() -> None:
         raise ValueError(f"--model={MODEL.value}: can't be given with --workdir={WORKDIR.value}")
     if not (MODEL.value or WORKDIR.value):
         raise ValueError("--workdir: missing; name a run's folder, or --model=FOLDER")
-    for flag in (*OPTIONS, BATCH_SIZE):
+    for flag in (*OPTIONS, BATCH_SIZE, TILE):
         if isinstance(flag.value, cli.PerStage):
             raise ValueError(f"--{flag.name}: several values are for the stages of --cascade")
     if STAGES.value:
@@ -234,7 +235,7 @@ def check_cascade(options: dict[str, Any]) -> list[dict[str, Any]]:
     if LAYOUT.value is not None and isinstance(BATCH_SIZE.value, cli.PerStage):
         raise ValueError("--batch_size: with --layout one value for all stages")
     count = len(CASCADE.value)
-    split_options({"batch_size": BATCH_SIZE.value}, count)
+    split_options({"batch_size": BATCH_SIZE.value, "tile": TILE.value}, count)
     return split_options(options, count)
 
 
@@ -287,6 +288,7 @@ def of_request() -> dict[str, Any]:
         "perpendicular": PERPENDICULAR.value,
         "seed": SEED.value,
         "batch_size": BATCH_SIZE.value,
+        "tile": TILE.value,
     }
 
 

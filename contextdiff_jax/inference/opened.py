@@ -38,6 +38,7 @@ class Opened:
       least_guidance: a smaller scale is taken as this one.
       zeros_for_empty: without a negative text guidance leads away from zeros, as XL was trained.
       only_inpaints: the network reads a hole.
+      piece: side of x0 in training, if that was of pieces of pictures; else 0.
       super_resolution: by how much it enlarges pictures, if it does.
       keeps_coarse: whether steps can share its network's coarser levels (`reuse`).
       rounds_strength_up: whether a part of a step that `strength` asks for counts as one.
@@ -64,6 +65,7 @@ class Opened:
     least_guidance: float = -math.inf
     zeros_for_empty: bool = False
     only_inpaints: bool = False
+    piece: int = 0
     super_resolution: SuperResolutionConfig = SuperResolutionConfig()
     multiple: int = 1
     keeps_coarse: bool = True
@@ -115,10 +117,28 @@ class Opened:
             raise ValueError("the model reads a picture with a hole: it is only for inpainting")
         if self.guide is not None and request.negative is not None:
             raise ValueError("negative: isn't read with autoguidance, whose guide takes its place")
+        if options.reuse > 1 and enlarges and self.piece_of(request):
+            raise ValueError(f"reuse={options.reuse}: with tile only 1")
         if options.reuse > 1 and not self.keeps_coarse:
             raise ValueError(
                 f"reuse={options.reuse}: the model has no coarser levels that could be kept; 1"
             )
+
+    def piece_of(self, request: Request) -> int:
+        """The side of x0's tiles of an upsampler, for a request's `tile`; 0: all of x0.
+
+        Raises ValueError for a side that the network can't see.
+        """
+        if not (request.tile and self.super_resolution.is_upsampler):
+            return 0
+        if request.tile is True:
+            return self.piece or self.shape[0]
+        step = self.factor * self.multiple
+        if request.tile < 16 * step or request.tile % step:
+            raise ValueError(
+                f"tile={request.tile}: must be a multiple of {step}, at least {16 * step}"
+            )
+        return request.tile // self.factor
 
     @property
     def about(self) -> tuple:

@@ -115,6 +115,7 @@ def of_run(
         factor=settings.data.image_size // settings.shape[0],
         multiple=settings.model.granularity,
         super_resolution=settings.super_resolution,
+        piece=settings.data.crop_size * settings.shape[0] // settings.data.image_size,
         keeps_coarse=BACKBONES[kind_of(settings.model)].network.keeps_coarse,
         options=options,
         identity=settings,

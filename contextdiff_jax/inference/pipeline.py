@@ -208,6 +208,7 @@ class Pipeline:
         self.opened.check_able(request, chosen, enlarges=small is not None)
         if small is not None:
             config.check_level(chosen.augmentation)
+            self.opened.piece_of(request)
             size = config.factor * small[0], config.factor * small[1]
         shape = self.latent_shape(size)
         request.checked_noise(shape)
@@ -271,8 +272,9 @@ class Pipeline:
         self.opened.check_able(request, options, enlarges=enlarges, fills=fills)
         scale = max(options.guidance, self.opened.least_guidance)
         options = dataclasses.replace(options, guidance=scale)
-        more = {"tile": request.tile, "perpendicular": request.perpendicular}
-        method = method_of(options, from_noise=from_noise, **more)
+        tiles = {"tile": bool(request.tile), "piece": self.opened.piece_of(request)}
+        more = {"from_noise": from_noise, "perpendicular": request.perpendicular}
+        method = method_of(options, **tiles, **more)
         texts, noise, made = request.texts, request.checked_noise(shape), []
         noise_key, sampler_key = jax.random.split(request.key)
         width = min(request.batch_size, len(texts))

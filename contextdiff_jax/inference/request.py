@@ -36,7 +36,8 @@ class Request:
       noise: given instead of drawn, [B, H, W, C] in the model's space.
       callback: called as callback(step, x0) with the estimate of x0 after each step.
       batch_size: pictures at once; one shape, one compilation.
-      tile: large pictures go through the autoencoder in tiles.
+      tile: large pictures go through the autoencoder in tiles, and an upsampler's network sees
+        tiles of so many pixels a side (True: of those that it was trained on).
     """
 
     prompts: Sequence[str]
@@ -49,7 +50,7 @@ class Request:
     noise: Float[np.ndarray, "B H W C"] | None = None
     callback: Callback | None = None
     batch_size: int = 64
-    tile: bool = False
+    tile: bool | int = False
 
     def __post_init__(self):
         if isinstance(self.prompts, str) or not len(self.prompts):

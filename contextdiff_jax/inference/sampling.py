@@ -50,6 +50,8 @@ class Method:
         `make_denoise`; the last counts where there is a negative text beside the empty one.
       reuse: the UNet's coarser levels are computed in every so many steps (DeepCache).
       tile: large pictures go through the autoencoder in tiles.
+      piece: side of the tiles in which the network sees x, 0: all of it. r and all that follows the
+        network (thresholds, guidance) are of the whole x.
       from_noise: sampling begins at noise, though there is a picture (whose hole it fills).
     """
 
@@ -63,6 +65,7 @@ class Method:
     perpendicular: float = 0.0
     reuse: int = 1
     tile: bool = False
+    piece: int = 0
     from_noise: bool = True
 
 
@@ -143,7 +146,7 @@ def make_sample(process: Process, method: Method, preview: Preview | None = None
         start = Start.of(model, schedule, shift, method, captions, noise, steps, picture)
         scale = guidance if method.guided else 1.0
         weaker = weaker if method.guided else None
-        guide = Guide.of(weaker, schedule, shift, start.beside, read, low)
+        guide = Guide.of(weaker, schedule, shift, start.beside, read, low, method.piece)
         texts = captions, null, negative
         denoise = guided(model, process, method, texts, scale, schedule, read, start.beside, guide)
         options = {}  # a sampler needs to know those alone that are used
@@ -180,6 +183,7 @@ class Guide(NamedTuple):
         beside: Float[Array, "B H W E"] | None,
         read: ReadFn,
         low: LowResolution | None = None,
+        piece: int = 0,
     ) -> Guide:
         """Both, of the captions alone."""
         if weaker is None:
@@ -187,7 +191,7 @@ class Guide(NamedTuple):
         model = weaker.model
         texts = (model.encode(weaker.ids, weaker.mask)._replace(low=low),)
         rows, kind = Rows.of(texts, beside), weaker.prediction_type
-        estimate = make_estimate(model, schedule, rows, kind, shift, read)
+        estimate = make_estimate(model, schedule, rows, kind, shift, read, piece)
         return cls(estimate, make_keep(model, schedule, texts, beside, read))
 
     def beside(self, keep: KeepFn) -> KeepFn:
@@ -227,6 +231,7 @@ def guided(
         beside=beside,
         read=read,
         caption=process.caption,
+        piece=method.piece,
     )
 
 

@@ -17,6 +17,7 @@ from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.frozen_text import AnyFrozenText
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.text import TextConfig, TextEncoder
+from contextdiff_jax.models.tiling import blended
 from contextdiff_jax.models.vae import VAE
 
 
@@ -140,13 +141,19 @@ class ContextDiffusion(nnx.Module):
         t: Real[ArrayLike, "B"],
         captions: Captions,
         deep: Float[ArrayLike, "B H2 W2 E"] | None = None,
+        piece: int = 0,
     ) -> Array | tuple[Array, Array]:
         """The backbone's output, of x and t as networks read them (`schedule.network_input`);
-        `deep`: its coarser levels' part, from an earlier step.
+        `deep`: its coarser levels' part, from an earlier step; `piece`: the side of tiles that it
+        sees one after another (`tiling.blended`), 0: all of x.
         """
         kept = () if deep is None else (deep,)
         x = self._beside_low(x, captions)
-        return self.backbone.predict(x, t, captions, *self._seen(x, captions), *kept)
+
+        def see(x):
+            return self.backbone.predict(x, t, captions, *self._seen(x, captions), *kept)
+
+        return blended(see, x, piece, self.backbone.config.granularity) if piece else see(x)
 
     def deep_features(
         self, x: Float[ArrayLike, "B H W C"], t: Real[ArrayLike, "B"], captions: Captions

@@ -127,17 +127,18 @@ def make_estimate(
     prediction_type: str,
     shift: str = "quadratic",
     read: ReadFn | None = None,
+    piece: int = 0,
 ) -> DenoiseFn:
     """The denoise function of rows, without guidance or bounds; `model` carries its estimate of r
     (a context head or not). It takes as a fourth argument what `make_keep`'s gave earlier. `read`
-    is in the place of `schedule.network_time`.
+    is in the place of `schedule.network_time`; `piece` as in `ContextDiffusion.predict`.
     """
     read = read or schedule.network_time
 
     def estimate(x, t, s, deep=None):
         def predict(x, t):
             x, _ = schedule.network_input(x, t)
-            return model.predict(rows.widen(x), read(t), rows.text, deep)
+            return model.predict(rows.widen(x), read(t), rows.text, deep, piece)
 
         def relate(x0, t):
             return model.relate(x0, rows.related, read(t))
@@ -176,6 +177,7 @@ def make_denoise(
     beside: Float[ArrayLike, "B H W E"] | None = None,
     read: ReadFn | None = None,
     caption: str = "true",
+    piece: int = 0,
 ) -> DenoiseFn:
     """The reverse process's denoise function for captions, with guidance (`diffusion.guidance`).
 
@@ -184,7 +186,7 @@ def make_denoise(
     as one batch. r reads the true caption in all, as in the forward process, or with `caption`
     `dropped` what the denoiser reads. x0 is bounded to the pictures' range; latents (a model with a
     `vae`) and M of a motion have none. `beside`: channels that a network made for inpainting reads
-    after x's. `read`: as in `make_estimate`.
+    after x's. `read`, `piece`: as in `make_estimate`.
     The function takes as a fourth argument what `make_keep`'s gave in an earlier step.
     """
     by_weaker = weaker is not None
@@ -192,7 +194,7 @@ def make_denoise(
 
     def estimate(*texts):
         rows = Rows.of(texts, beside, caption)
-        return make_estimate(model, schedule, rows, prediction_type, shift, read)
+        return make_estimate(model, schedule, rows, prediction_type, shift, read, piece)
 
     def alone(x, t, s, *kept):  # the branch of the captions, with its own part of what was kept
         own = [k[0] if by_weaker else diffusion.separate(k, len(texts))[0] for k in kept]
