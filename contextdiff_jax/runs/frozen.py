@@ -17,16 +17,23 @@ from contextdiff_jax.pretrained.pipeline_folder import is_pipeline, load_texts
 from contextdiff_jax.settings import Settings
 
 
-def load_frozen(settings: Settings, shardings: Callable[[PyTree], PyTree] | None = None) -> Frozen:
+def load_frozen(
+    settings: Settings,
+    shardings: Callable[[PyTree], PyTree] | None = None,
+    described: bool = False,
+) -> Frozen:
     """The networks of `latent.vae`, `text.pretrained` and `context.clip`, in the types that are
     stored.
 
     Args:
-      shardings: abstract parameters -> where they go, as `pretrained.model.Options`.
+      shardings: abstract parameters -> where they go, as `pretrained.kinds.Options`.
+      described: folders without weights give shapes, as there.
 
     Raises ValueError, one line, for a folder that can't be read or a text encoder that doesn't fit.
     """
-    options = dict(dtype=jnp.dtype(settings.train.precision), shardings=shardings)
+    options = dict(
+        dtype=jnp.dtype(settings.train.precision), shardings=shardings, described=described
+    )
     vae = load_vae(settings.latent.vae, **options) if settings.latent.vae else None
     vision = None
     if settings.context.tokens == "clip":
