@@ -71,6 +71,12 @@ PROGRAM = flags.DEFINE_string(
 BATCH_PER_CHIP = flags.DEFINE_integer(
     "batch_per_chip", 0, "aot, roofline: instead of train.batch_size.", lower_bound=0
 )
+IMAGES = flags.DEFINE_integer(
+    "images",
+    0,
+    "aot: of the whole training, whose days are told; 0: train.steps x train.batch_size.",
+    lower_bound=0,
+)
 SWEEP = flags.DEFINE_boolean(
     "sweep", False, "aot: meshes x rematerialisations x batches, the best that fits first."
 )
@@ -113,6 +119,7 @@ def _aot(settings):
         topology=TOPOLOGY.value,
         program=PROGRAM.value,
         batch_per_chip=BATCH_PER_CHIP.value,
+        images=IMAGES.value,
         sweep=SWEEP.value,
     )
     return (aot_edit if options.program == aot.EDIT else aot).run(settings, options)

@@ -15,8 +15,10 @@ linear in x0, and the plugged in estimate is the posterior mean; g then bounds t
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -38,7 +40,7 @@ class ContextConfig:
 
     `tokens`: what of x0 queries the text, `patches` of x0 or, as in the paper, the patch tokens of
     a frozen `clip` image encoder in the folder `clip`; x0's grid of patches must then be as large
-    as its.
+    as its, or `fit_tokens` resizes its.
     """
 
     kind: str = "cross_attention"  # the relational network, by name
@@ -52,6 +54,7 @@ class ContextConfig:
     in_channels: int = 3  # of x0
     tokens: str = "patches"  # what of x0 queries the text: its patches, or a CLIP encoder's tokens
     clip: str = ""  # folder of that encoder, for tokens=clip
+    fit_tokens: bool = False  # resizes its grid of tokens (bilinear) to that of x0's patches
     visual_width: int = 0  # of CLIP's tokens
 
     def __post_init__(self):
@@ -111,6 +114,14 @@ def position_embedding(height: int, width: int, features: int) -> Float[Array, "
 
     rows, columns = np.repeat(encode(height), width, axis=0), np.tile(encode(width), (height, 1))
     return jnp.asarray(np.concatenate([rows, columns], axis=-1), jnp.float32)
+
+
+def fitted(tokens: Float[ArrayLike, "B N V"], grid: tuple[int, int]) -> Float[Array, "B K V"]:
+    """The tokens of a square grid, bilinear on another grid of rows and columns."""
+    B, N, V = tokens.shape
+    side = math.isqrt(N)
+    square = tokens.reshape(B, side, N // side, V)
+    return jax.image.resize(square, (B, *grid, V), "bilinear").reshape(B, -1, V)
 
 
 @runtime_checkable
@@ -182,11 +193,14 @@ class RelationalNetwork(nnx.Module):
         seen = low if config.network.reads_low else x0
         tokens = patches(seen, p, "context.patch_size")  # [B, N, p*p*C]
         if config.tokens == "clip":
+            grid = x0.shape[1] // p, x0.shape[2] // p
+            if config.fit_tokens and visual is not None:
+                visual = fitted(visual, grid)
             found = None if visual is None else visual.shape[1]
             if found != tokens.shape[1]:
                 raise ValueError(
                     f"context.patch_size={p}: gives {tokens.shape[1]} patches of x0; "
-                    f"CLIP has {found} tokens"
+                    f"CLIP has {found} tokens; context.fit_tokens=True resizes their grid"
                 )
             tokens = visual
         position = position_embedding(x0.shape[1] // p, x0.shape[2] // p, config.width)

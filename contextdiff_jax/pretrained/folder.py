@@ -37,6 +37,8 @@ def load(model: Model, folder: str | Path, options: Options = Options()) -> nnx.
     if native.is_native(folder):
         return native.load(model, folder, options)
     values = _identified(model, folder)
+    if options.described and not any(folder.glob("*.safetensors")):
+        return abstract(model, _config(model, folder, values, ()), options)
     tensors = FolderTensors(folder, model.weights_file)
     config = _config(model, folder, values, tensors.keys())
     module = abstract(model, config, options)

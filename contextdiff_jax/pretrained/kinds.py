@@ -63,6 +63,8 @@ class Options:
           of type `dtype`: a program that uses them needn't hold them twice.
       shardings: the module's abstract parameters -> a tree of shardings like them, for example
         `functools.partial(state_shardings, mesh)`: each tensor goes straight to its shards.
+      described: a folder may hold config.json alone, and then gives the shapes of its parameters:
+        enough to compile for (benchmarks.tpu.aot).
       progress: wraps the loop over the tensors; by default a bar, on a terminal.
     """
 
@@ -70,6 +72,7 @@ class Options:
     param_dtype: jnp.dtype | None = None
     widen: bool = False
     shardings: Callable[[PyTree], PyTree] | None = None
+    described: bool = False
     progress: Callable[[Collection], Iterable] = reading
 
     def held(self, stored: DTypeLike) -> DTypeLike:

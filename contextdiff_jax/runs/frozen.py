@@ -32,17 +32,21 @@ def load_frozen(
     settings: Settings,
     shardings: Callable[[PyTree], PyTree] | None = None,
     text: AnyFrozenText | None = None,
+    described: bool = False,
 ) -> Frozen:
     """The networks of `latent.vae`, `text.pretrained` and `context.clip`, in the types that are
     stored.
 
     Args:
-      shardings: abstract parameters -> where they go, as `pretrained.model.Options`.
+      shardings: abstract parameters -> where they go, as `pretrained.kinds.Options`.
       text: in the place of the encoder of `text.pretrained`, which isn't read then.
+      described: folders without weights give shapes, as in `pretrained.kinds.Options`.
 
     Raises ValueError, one line, for a folder that can't be read or a text encoder that doesn't fit.
     """
-    options = dict(dtype=jnp.dtype(settings.train.precision), shardings=shardings)
+    options = dict(
+        dtype=jnp.dtype(settings.train.precision), shardings=shardings, described=described
+    )
     vae = load_vae(settings.latent.vae, **options) if settings.latent.vae else None
     vision = None
     if settings.context.tokens == "clip":

@@ -78,12 +78,14 @@ class AotBenchmark:
         program: `train`, `sample` or `edit`, whose settings are an edit's.
         batch_per_chip: replaces train.batch_size (0: the config's). For `sample` these are prompts
             (0: one).
+        images: of the whole training, whose days are told; 0: train.steps x train.batch_size.
         sweep: also other meshes, rematerialisations and batches.
     """
 
     topology: str
     program: str = "train"
     batch_per_chip: int = 0
+    images: int = 0
     sweep: bool = False
 
     def __post_init__(self):
@@ -144,7 +146,8 @@ def abstract_batch(
     settings: Settings, feed: Feed, frozen: Frozen = Frozen()
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """A training batch's shapes on the mesh, as the loader of `data.source` gives them."""
-    (H, W, C), B, size = settings.shape, settings.train.batch_size, settings.data.image_size
+    (H, W, C), B = settings.shape, settings.train.batch_size
+    size = settings.data.crop_size or settings.data.image_size
     if settings.data.kind.is_cache and settings.latent.vae:
         arrays = {name: ((B, H, W, C), jnp.float16) for name in ("latent_mean", "latent_std")}
     else:
@@ -181,8 +184,21 @@ def lower(settings: Settings, program: str, mesh: Mesh, frozen: Frozen) -> jax.s
         pipeline.opened.find_steps(settings.sample),
     )
     program = pipeline.program(method_of(settings.sample), settings.shape)
-    weights = pipeline.opened.weights
-    return program.lower(weights, key, integers((B,)), None, text, steps, guidance, key)
+    weights, small = pipeline.opened.weights, _small(settings, mesh)
+    more = None, None, small
+    return program.lower(weights, key, integers((B,)), None, text, steps, guidance, key, *more)
+
+
+def _small(settings: Settings, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...] | None:
+    """The pictures that an upsampler enlarges, and the level of their noise."""
+    factor = settings.super_resolution.factor
+    if not factor:
+        return None
+    side = settings.data.image_size // factor
+    shape = (settings.train.batch_size, side, side, 3)
+    spread = place(mesh, shape, ("batch", None, None, None), settings.mesh.rules)
+    level = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=spread), level
 
 
 def run(settings: Settings, options: AotBenchmark) -> Result:
@@ -195,7 +211,8 @@ def run(settings: Settings, options: AotBenchmark) -> Result:
             "train.accumulation=%d: the loop's seconds are those of its parts together",
             settings.train.accumulation,
         )
-    frozen = load_frozen(settings)
+    frozen = load_frozen(settings, described=True)
+    images = options.images or settings.train.steps * settings.train.batch_size
     candidates = list(_candidates(settings, len(devices))) if options.sweep else [settings]
     rows = []
     for candidate in candidates:
@@ -209,10 +226,21 @@ def run(settings: Settings, options: AotBenchmark) -> Result:
             candidate.mesh, candidate.train.batch_size, candidate.train.accumulation, devices
         )
         rows.append(compile_row(candidate, options.program, mesh, frozen))
+        if options.program == "train" and rows[-1]["seconds"]:
+            rows[-1] |= training_days(rows[-1], images, candidate.train.batch_size)
         LOGGER.info("%s: %s", rows[-1]["name"], "fits" if rows[-1]["fits"] else "doesn't fit")
     rows.sort(key=lambda row: (not row["fits"], -row.get("pictures_per_second", 0)))
     text = table(rows, options.program, options.topology, KERNEL_EFFICIENCY)
     return Result(text, rows)
+
+
+def training_days(row: dict[str, Any], images: int, batch: int) -> dict[str, Any]:
+    """How long a training on so many images takes: where all of a step's collectives are hidden
+    behind its computation, and where none is.
+    """
+    days = images / batch / 86400
+    shown = row["seconds"] + row["collective_seconds"]
+    return {"images": images, "days": days * row["seconds"], "days_nothing_hidden": days * shown}
 
 
 def _candidates(settings: Settings, chips: int) -> Iterator[Settings]:

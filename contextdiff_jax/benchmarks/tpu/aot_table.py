@@ -19,11 +19,20 @@ def table(rows: list[dict[str, Any]], program: str, topology: str, efficiency: f
         f"(libtpu{level}), nothing run on a TPU",
         aligned(head, [_entries(row) for row in rows]),
         *(f"{row['name']}: {row['reason']}" for row in rows if row["seconds"] is None),
+        *(_days(row) for row in rows if "days" in row),
         "s: the compiler's estimate and the attention kernels, whose operations it doesn't see, at "
         f"{efficiency:.0%} of the peak, padding counted; sent in: collectives, not in s, if "
         "nothing hid them",
     ]
     return "\n".join(lines + (_details(rows[0]) if rows[0]["fits"] else []))
+
+
+def _days(row: dict[str, Any]) -> str:
+    """How long the whole training takes."""
+    return (
+        f"{row['name']}: {row['images']:.4g} images take {row['days']:.3g} days, "
+        f"{row['days_nothing_hidden']:.3g} if nothing hid what is sent"
+    )
 
 
 def _entries(row: dict[str, Any]) -> list[str]:

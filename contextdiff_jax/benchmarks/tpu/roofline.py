@@ -32,6 +32,7 @@ from contextdiff_jax.benchmarks.loading import Result
 from contextdiff_jax.benchmarks.paired import Contestant
 from contextdiff_jax.benchmarks.tpu import aot, hlo
 from contextdiff_jax.models.attention import joint_attention
+from contextdiff_jax.models.backbones import kind_of
 from contextdiff_jax.models.joint import Stream
 from contextdiff_jax.models.mmdit import MMDiT
 from contextdiff_jax.models.unet import UNet
@@ -80,6 +81,11 @@ def parts(settings: Settings, batch: int) -> Iterator[Part]:
     """Yield the backbone's layers, the context, and the update."""
     model = nnx.eval_shape(lambda: make_model(settings))
     kinds = {UNet: _unet_parts, MMDiT: _transformer_parts}
+    if type(model.backbone) not in kinds:
+        raise ValueError(
+            f"model.kind={kind_of(settings.model)!r}: its layers aren't taken apart here; unet or "
+            "mmdit"
+        )
     yield from kinds[type(model.backbone)](settings, model.backbone, batch)
     (height, width, C), L, shape = settings.shape, settings.data.max_length, jax.ShapeDtypeStruct
     if not settings.context.network.is_zero:
