@@ -49,5 +49,5 @@ def get_config() -> ConfigDict:
         norm_num_groups=8,
         patch_size=4,
     )
-    config.sample.update(sampler="ddim", steps=16, guidance=1.0)  # augmentation 0: docs/cascade.md#measured
+    config.sample.update(sampler="ddim", steps=16, guidance=1.0)
     return config
