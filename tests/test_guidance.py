@@ -43,7 +43,7 @@ class Formulas(ContextDiffusion):
     def relate(self, x0, captions, t, pixels=None, noise=None):
         return jnp.tanh(caption_mean(captions) * x0)
 
-    def predict(self, x, t, captions, deep=None):
+    def predict(self, x, t, captions, deep=None, piece=None):
         x0 = 0.7 * x + 0.2 * caption_mean(captions)
         x0 = x0 if deep is None else x0 + deep
         return (
