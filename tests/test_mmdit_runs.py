@@ -295,7 +295,7 @@ def test_pictures_are_made_from_noise_from_a_picture_and_into_a_hole(pipeline):
 
 def test_what_a_transformer_cannot_do_is_refused_in_one_line(pipeline):
     for options, words in (
-        ({"reuse": 2}, "reuse: a transformer has no coarser levels .* 1"),
+        ({"reuse": 2}, "reuse=2: the model has no coarser levels that could be kept; 1"),
         ({"size": (64, 64)}, "16 x 16 patches; model.pos_embed_max_size=8 is the most"),
         ({"size": (16, 18)}, "size=.16, 18.: height and width must be multiples of 4"),
     ):
