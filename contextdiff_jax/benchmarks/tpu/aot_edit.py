@@ -31,6 +31,7 @@ from contextdiff_jax.models.video import VideoDiffusion, inflate
 from contextdiff_jax.parallel.chips import CHIPS
 from contextdiff_jax.parallel.mesh import make_mesh, replicated, tracing_for
 from contextdiff_jax.runs.model import make_model
+from contextdiff_jax.runtime.keys import make_key
 
 LOGGER = logging.getLogger(__name__)
 
@@ -122,7 +123,8 @@ def parts(settings: EditSettings, mesh: Mesh) -> Iterator[Part]:
     model = video_networks(settings)
     graph, params, frozen = nnx.split(model, trainable(video.tune), ...)
     step = make_tuning_step(graph, base.process, base.train, video.window)
-    state = jax.eval_shape(lambda params: init_tuning(params, base.train, base.seed), params)
+    key = make_key(base.seed)
+    state = jax.eval_shape(lambda params: init_tuning(params, base.train, key), params)
     arguments = shaped(state), shaped(frozen), x0, captions(1), captions(1)
     # The kernels know one chip's programs; of several the edit command tells them nothing.
     with tracing_for(mesh if mesh.size == 1 else None):
