@@ -321,9 +321,13 @@ def fill_layout() -> None:
 
 
 def draw(
-    pipeline: Pipeline, prompts: list[str], given: dict[str, np.ndarray], options: dict[str, Any]
+    pipeline: Pipeline,
+    prompts: list[str],
+    size: tuple[int, int] | None,
+    given: dict[str, np.ndarray],
+    options: dict[str, Any],
 ) -> Pictures:
-    """The pictures of one model, from noise or from those `given`."""
+    """The pictures of one model, of `size` from noise, or from those `given`."""
     strength = {"strength": STRENGTH.value}
     if "masks" in given:
         way, options = pipeline.inpaint, options | strength
@@ -334,7 +338,7 @@ def draw(
     elif given:
         way, options = pipeline.image_to_image, options | strength
     else:
-        way, options = pipeline.text_to_image, options | {"size": read_size()}
+        way, options = pipeline.text_to_image, options | {"size": size}
     return way(prompts, **given, **options)
 
 
@@ -375,7 +379,7 @@ def main() -> None:
         chosen = pipeline.options(**options)
         said = "drawing %d pictures in %d steps; what is new is compiled first"
         cli.LOGGER.info(said, count, chosen.steps)
-        images = draw(pipeline, prompts, given, options | wanted)
+        images = draw(pipeline, prompts, size, given, options | wanted)
         if folder is not None:
             made |= {"source": pipeline.source}
             made |= {flag.name: getattr(chosen, flag.name) for flag in OPTIONS}

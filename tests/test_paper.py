@@ -161,7 +161,7 @@ def test_r_reads_clips_resized_tokens_only_where_the_config_says_so():
 
 def test_the_days_of_a_training_follow_from_the_seconds_of_a_step():
     row = {"seconds": 0.4, "collective_seconds": 0.1}
-    found = aot.training_days(row, 2_500_000 * 2048, 2048)
+    found = aot_table.training_days(row, 2_500_000 * 2048, 2048)
     assert found["days"] == pytest.approx(2_500_000 * 0.4 / 86400)
     assert found["days_nothing_hidden"] == pytest.approx(2_500_000 * 0.5 / 86400)
     line = aot_table._days(row | found | {"name": "train data=4"})

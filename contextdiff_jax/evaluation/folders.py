@@ -165,17 +165,22 @@ def find_pictures(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(files)
 
 
+def read_picture(file: pathlib.Path) -> Picture:
+    """A file's picture. ValueError for one that can't be decoded."""
+    try:
+        with open_picture(file) as image:
+            return np.asarray(shown(image))
+    except UNDECODABLE as error:
+        raise ValueError(f"{file}: {one_line(error)}") from None
+
+
 def _prepared(
     files: Sequence[pathlib.Path], prepare: Prepare
 ) -> Iterator[list[Float[np.ndarray, "*N"]]]:
     """Batches, decoded by as many threads as there are cores, two batches ahead."""
 
     def read(file):
-        try:
-            with open_picture(file) as image:
-                return prepare(np.asarray(shown(image)))
-        except UNDECODABLE as error:
-            raise ValueError(f"{file}: {one_line(error)}") from None
+        return prepare(read_picture(file))
 
     starts = range(0, len(files), _BATCH)
     with concurrent.futures.ThreadPoolExecutor(num_cores()) as pool:

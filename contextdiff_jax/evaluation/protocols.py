@@ -24,10 +24,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from contextdiff_jax.data.decoding import UNDECODABLE, open_picture, shown
 from contextdiff_jax.evaluation import distances, folders
 from contextdiff_jax.evaluation.captions import Caption
-from contextdiff_jax.evaluation.folders import Looking, Statistics, square
+from contextdiff_jax.evaluation.folders import Looking, Statistics, read_picture, square
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
 from contextdiff_jax.evaluation.networks.clip import Clip
 from contextdiff_jax.evaluation.shares import gather, gather_rows, share
@@ -35,7 +34,6 @@ from contextdiff_jax.inference import filling
 from contextdiff_jax.inference.layouts import LAYOUTS, spots
 from contextdiff_jax.inference.pipeline import Pipeline
 from contextdiff_jax.parallel.processes import is_first
-from contextdiff_jax.runtime.errors import one_line
 from contextdiff_jax.runtime.files import write_json
 from contextdiff_jax.runtime.texts import read_object
 
@@ -76,14 +74,7 @@ class _Files:
         return len(self._files)
 
     def __getitem__(self, part: slice) -> UInt8[np.ndarray, "N H W 3"]:
-        return np.stack([self._read(file) for file in self._files[part]])
-
-    def _read(self, file: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
-        try:
-            with open_picture(file) as image:
-                return square(np.asarray(shown(image)), self._size)
-        except UNDECODABLE as error:
-            raise ValueError(f"{file}: {one_line(error)}") from None
+        return np.stack([square(read_picture(file), self._size) for file in self._files[part]])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Num, UInt8
 from PIL import Image
@@ -22,6 +21,7 @@ from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
 from contextdiff_jax.evaluation.result import Scores, Shown
 from contextdiff_jax.evaluation.shares import gather_rows
 from contextdiff_jax.evaluation.subject import Evaluation
+from contextdiff_jax.models import low_resolution
 from contextdiff_jax.models.pixels import to_uint8, to_unit
 from contextdiff_jax.settings import SampleConfig
 
@@ -84,9 +84,7 @@ def bicubic(small: Small, factor: int) -> Pictures:
     made = []
     for start in range(0, len(small), _BATCH):
         part = to_unit(small[start : start + _BATCH])
-        B, h, w, C = part.shape
-        large = jax.image.resize(part, (B, factor * h, factor * w, C), "bicubic")
-        made.append(np.asarray(to_uint8(large)))
+        made.append(np.asarray(to_uint8(low_resolution.bicubic(part, factor))))
     return np.concatenate(made)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from contextdiff_jax.models.low_resolution import LowResolution
 
@@ -28,6 +29,16 @@ class Captions(NamedTuple):
         """Zeros in the place of the text's states; all else stays."""
         pooled = None if self.pooled is None else jnp.zeros_like(self.pooled)
         return self._replace(tokens=jnp.zeros_like(self.tokens), pooled=pooled)
+
+
+def encode(
+    text: Callable[..., Any], ids: Int[ArrayLike, "B *E L"], mask: Bool[ArrayLike, "B L"]
+) -> Captions:
+    """A text encoder's captions of token ids; the tokens of one that gives its states alone count
+    as the mask says.
+    """
+    states = text(ids, mask)
+    return Captions(*states) if isinstance(states, tuple) else Captions(states, mask)
 
 
 def pool(tokens: Float[ArrayLike, "B L D"], mask: Bool[ArrayLike, "B L"]) -> Float[Array, "B 1 D"]:

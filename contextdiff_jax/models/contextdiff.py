@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from contextdiff_jax.models.backbones import Backbone, BackboneConfig, build_backbone
-from contextdiff_jax.models.captions import Captions
+from contextdiff_jax.models.captions import Captions, encode
 from contextdiff_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPVision
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork
 from contextdiff_jax.models.frozen_text import AnyFrozenText
@@ -104,8 +104,7 @@ class ContextDiffusion(nnx.Module):
 
     def encode(self, ids: Int[ArrayLike, "B *E L"], mask: Bool[ArrayLike, "B L"]) -> Captions:
         """Captions of token ids (of each text encoder, where there are several) and their mask."""
-        states = self.text(ids, mask)
-        return Captions(*states) if isinstance(states, tuple) else Captions(states, mask)
+        return encode(self.text, ids, mask)
 
     def encode_empty(self, ids: Int[ArrayLike, "B *E L"], mask: Bool[ArrayLike, "B L"]) -> Captions:
         """What the denoiser reads in the place of a caption: the empty one, which these ids are of,

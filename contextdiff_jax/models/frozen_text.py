@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from contextdiff_jax.models.captions import Captions
+from contextdiff_jax.models.captions import Captions, encode
 from contextdiff_jax.models.clip import CLIPText
 from contextdiff_jax.models.t5 import T5Encoder
 
@@ -219,10 +219,4 @@ class KnownTexts(nnx.Module):
 AnyFrozenText = FrozenText | FrozenTextPair | FrozenTextTriple | FrozenT5 | KnownTexts
 
 
-@nnx.jit
-def encoded(
-    text: AnyFrozenText, token_ids: Int[Array, "B *E"], token_mask: Bool[Array, "B L"]
-) -> Captions:
-    """The captions of ids, compiled."""
-    states = text(token_ids, token_mask)
-    return Captions(*states) if isinstance(states, tuple) else Captions(states, token_mask)
+encoded = nnx.jit(encode)

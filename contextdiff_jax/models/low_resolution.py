@@ -63,9 +63,13 @@ def enlarged(
     noise: Float[ArrayLike, "B h w C"],
 ) -> LowResolution:
     """`small` as networks read it: noised, then bicubic."""
+    return LowResolution(bicubic(augment(small, level, noise), factor), level)
+
+
+def bicubic(small: Float[ArrayLike, "B h w C"], factor: int) -> Float[Array, "B H W C"]:
+    """Enlarged by a whole factor, without a network."""
     B, h, w, C = small.shape
-    noised = augment(small, level, noise)
-    return LowResolution(jax.image.resize(noised, (B, factor * h, factor * w, C), "bicubic"), level)
+    return jax.image.resize(small, (B, factor * h, factor * w, C), "bicubic")
 
 
 def embed_level(level: Float[ArrayLike, "B"], features: int) -> Float[Array, "B D"]:

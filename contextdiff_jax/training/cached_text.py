@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Num, PyTree
 
 from contextdiff_jax.data import CacheSource, make_source
@@ -27,9 +28,17 @@ def captions_of(model: ContextDiffusion, batch: dict[str, Num[jax.Array, "B ..."
     """A batch's captions: of its cached states, or encoded by the model."""
     if "text_states" not in batch:
         return model.encode(batch["token_ids"], batch["token_mask"])
-    dtype, pooled = model.backbone.precision.compute, batch.get("pooled_text")
-    pooled = None if pooled is None else pooled.astype(dtype)
-    return Captions(batch["text_states"].astype(dtype), batch["text_mask"], pooled)
+    return _cached(batch, model.backbone.precision.compute)
+
+
+def _cached(arrays: Mapping[str, Num[ArrayLike, "B ..."]], dtype: DTypeLike) -> Captions:
+    """The captions of `latent_shards.STATES`."""
+    pooled = arrays.get("pooled_text")
+    return Captions(
+        jnp.asarray(arrays["text_states"], dtype),
+        jnp.asarray(arrays["text_mask"]),
+        None if pooled is None else jnp.asarray(pooled, dtype),
+    )
 
 
 def check_cache(settings: Settings, cache: Cache) -> None:
@@ -90,11 +99,5 @@ def known_texts(settings: Settings, source: CacheSource) -> KnownTexts:
             f"{unknown[0]!r}; cache_latents with these prompts adds them, or train.sample_every=0"
         )
     stacked = {name: np.stack([row[name] for row in rows]) for name in arrays}
-    dtype = jnp.dtype(settings.train.precision)
-    pooled = stacked.get("pooled_text")
-    captions = Captions(
-        jnp.asarray(stacked["text_states"], dtype),
-        jnp.asarray(stacked["text_mask"]),
-        None if pooled is None else jnp.asarray(pooled, dtype),
-    )
+    captions = _cached(stacked, jnp.dtype(settings.train.precision))
     return KnownTexts(stacked["token_ids"], captions, **facts)

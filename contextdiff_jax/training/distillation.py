@@ -118,11 +118,10 @@ def distilled_errors(
         captions = captions_of(model, batch)
         empty = model.encode_empty(null["token_ids"], null["token_mask"])
         shown = captions if config.guidance != 1 else drop(batch["dropped"], empty, captions)
-        return captions, shown, empty
+        texts = captions, shown, empty_like(shown, empty)
+        return [each._replace(low=low) for each in texts]
 
-    captions, shown, empty = read(teacher)
-    nothing_said = empty_like(shown, empty)._replace(low=low)
-    captions, shown = (each._replace(low=low) for each in (captions, shown))
+    captions, shown, nothing_said = read(teacher)
     shifted_by = related(process.caption, captions, lambda true: shown)
     r = teacher.relate(x0, shifted_by, schedule.network_time(t), pixels, noise)
     x_t = diffusion.q_sample(schedule, x0, r, t, noise, shift)
@@ -141,6 +140,6 @@ def distilled_errors(
         nothing = jnp.zeros_like(target)
         moved = diffusion.Denoised(target, nothing, nothing)
         target = flow_velocity(schedule, moved, x_t, t, "none")
-    output = model.predict(*schedule.network_input(x_t, t), read(model)[1]._replace(low=low))
+    output = model.predict(*schedule.network_input(x_t, t), read(model)[1])
     error = (output - jax.lax.stop_gradient(target)) ** 2
     return jnp.mean(error, axis=tuple(range(1, error.ndim))), t

@@ -83,14 +83,9 @@ def write_cache(
         text=of_text,
     )
     claim_cache(out, cache)
-    precision = jnp.dtype(settings.train.precision)
-    vae = load_vae(settings.latent.vae, dtype=precision) if settings.latent.vae else None
-    encoders = Encoders(vae, tokenizer, dtype)
-    if text_dtype:
-        text = load_text(settings, dtype=precision)
-        encoders = dataclasses.replace(encoders, text=text, text_dtype=text_dtype)
-        if jax.process_index() == 0:
-            encoders.write_texts(out, ["", *settings.sample.prompts], data.max_length)
+    encoders = Encoders.of(settings, tokenizer, dtype, text_dtype)
+    if text_dtype and jax.process_index() == 0:
+        encoders.write_texts(out, ["", *settings.sample.prompts], data.max_length)
     mine = range(jax.process_index(), cache.num_shards, jax.process_count())
     cut = CutCaptions(data.max_length)
     missing = [number for number in mine if not (out / cache.shard(number)).exists()]
@@ -115,6 +110,16 @@ class Encoders:
     dtype: str
     text: AnyFrozenText | None = None
     text_dtype: str = ""
+
+    @classmethod
+    def of(
+        cls, settings: Settings, tokenizer: AnyTokenizer, dtype: str, text_dtype: str
+    ) -> Encoders:
+        """Those that the settings name; a text encoder if there is a `text_dtype`."""
+        precision = jnp.dtype(settings.train.precision)
+        vae = load_vae(settings.latent.vae, dtype=precision) if settings.latent.vae else None
+        text = load_text(settings, dtype=precision) if text_dtype else None
+        return cls(vae, tokenizer, dtype, text, text_dtype)
 
     def records(
         self,

@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 
 from contextdiff_jax.benchmarks.loading import Result
 from contextdiff_jax.benchmarks.tpu import hlo, unrolled
-from contextdiff_jax.benchmarks.tpu.aot_table import table
+from contextdiff_jax.benchmarks.tpu.aot_table import table, training_days
 from contextdiff_jax.inference.opening import of_run
 from contextdiff_jax.inference.pipeline import method_of
 from contextdiff_jax.inference.sampling import Text
@@ -232,15 +232,6 @@ def run(settings: Settings, options: AotBenchmark) -> Result:
     rows.sort(key=lambda row: (not row["fits"], -row.get("pictures_per_second", 0)))
     text = table(rows, options.program, options.topology, KERNEL_EFFICIENCY)
     return Result(text, rows)
-
-
-def training_days(row: dict[str, Any], images: int, batch: int) -> dict[str, Any]:
-    """How long a training on so many images takes: where all of a step's collectives are hidden
-    behind its computation, and where none is.
-    """
-    days = images / batch / 86400
-    shown = row["seconds"] + row["collective_seconds"]
-    return {"images": images, "days": days * row["seconds"], "days_nothing_hidden": days * shown}
 
 
 def _candidates(settings: Settings, chips: int) -> Iterator[Settings]:

@@ -27,6 +27,15 @@ def table(rows: list[dict[str, Any]], program: str, topology: str, efficiency: f
     return "\n".join(lines + (_details(rows[0]) if rows[0]["fits"] else []))
 
 
+def training_days(row: dict[str, Any], images: int, batch: int) -> dict[str, Any]:
+    """How long a training on so many images takes: where all of a step's collectives are hidden
+    behind its computation, and where none is.
+    """
+    days = images / batch / 86400
+    shown = row["seconds"] + row["collective_seconds"]
+    return {"images": images, "days": days * row["seconds"], "days_nothing_hidden": days * shown}
+
+
 def _days(row: dict[str, Any]) -> str:
     """How long the whole training takes."""
     return (
