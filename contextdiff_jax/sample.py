@@ -6,14 +6,14 @@ python -m contextdiff_jax.sample --cascade=BASE,UPSAMPLER --prompt="a dog" --ste
 
 Draw pictures for prompts. The model is a trained run, one that ships with the package, a Stable
 Diffusion folder, or ORG/NAME of the hub. The pictures come as one grid with the prompts under them,
-a run's by its EMA weights. All flags work for all of them; where one isn't given, the
-model's own value counts. From noise; or from a picture, --image=FILE --strength=0.8; or into a hole
-of it, --image=FILE --mask=FILE; an upsampler enlarges --image=FILE. --cascade draws with its first
-part and enlarges with the others; the flags of steps, guidance and batches then take one value for
-all stages or, with commas between, one for each (empty: its own). --images=FOLDER writes each
-picture alone too, with its prompt, seed, sampler, steps and guidance in the PNG's text. --layout
-writes them alone, as a benchmark reads them, and goes on where it was killed.
---optimise_spacing=8 prints a grid of 8 steps that is made for the model.
+a run's by its EMA weights. All flags work for all of them; where one isn't given, the model's own
+value counts. From noise; or from a picture, --image=FILE --strength=0.8; or into a hole of it,
+--image=FILE --mask=FILE; an upsampler enlarges --image=FILE. --cascade draws with its first part
+and enlarges with the others; the flags of steps, guidance and batches then take one value for all
+stages or, with commas between, one for each (empty: its own). --images=FOLDER writes each picture
+alone too, with its prompt, seed, sampler, steps and guidance in the PNG's text. --layout writes
+them alone, as a benchmark reads them, and goes on where it was killed. --optimise_spacing=8 prints
+a grid of 8 steps that is made for the model.
 """
 
 from __future__ import annotations
@@ -190,11 +190,7 @@ def check_flags() -> dict[str, Any]:
     from contextdiff_jax.settings import SampleConfig
 
     options = read_options()
-    if CASCADE.value is not None:
-        stages = check_cascade(options)
-    else:
-        check_one_model()
-        stages = [options]
+    stages = (check_one_model if CASCADE.value is None else check_cascade)(options)
     for flag in (MASK, STRENGTH):
         if flag.value is not None and IMAGE.value is None:
             raise ValueError(f"--{flag.name}={flag.value}: needs --image")
@@ -210,8 +206,10 @@ def check_flags() -> dict[str, Any]:
     return options
 
 
-def check_one_model() -> None:
-    """Raises ValueError unless one model is named, and for flags of a cascade."""
+def check_one_model(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The options, as of one stage. Raises ValueError unless one model is named, and for flags of
+    a cascade.
+    """
     if MODEL.value and WORKDIR.value:
         raise ValueError(f"--model={MODEL.value}: can't be given with --workdir={WORKDIR.value}")
     if not (MODEL.value or WORKDIR.value):
@@ -221,6 +219,7 @@ def check_one_model() -> None:
             raise ValueError(f"--{flag.name}: several values are for the stages of --cascade")
     if STAGES.value:
         raise ValueError("--stages: needs --cascade")
+    return [options]
 
 
 def check_cascade(options: dict[str, Any]) -> list[dict[str, Any]]:

@@ -164,7 +164,11 @@ def overrides(fields: Mapping[str, Any]) -> list[str]:
 def command(
     name: str, *arguments: str, tiny: bool = False, **options
 ) -> subprocess.CompletedProcess:
-    """Runs `python -m contextdiff_jax.NAME`, with the tiny config's overrides if asked for."""
+    """Runs `python -m contextdiff_jax.NAME`, with the tiny config's overrides if asked for: of
+    fields that `arguments` don't set, for a tuple that is given twice is both in one.
+    """
+    given = {argument.partition("=")[0] for argument in arguments}
+    small = [each for each in overrides(TINY) if each.partition("=")[0] not in given]
     environment = (
         os.environ
         | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": XLA_FLAGS}
@@ -176,7 +180,7 @@ def command(
             "-m",
             f"contextdiff_jax.{name}",
             *arguments[:1],
-            *(overrides(TINY) if tiny else []),
+            *(small if tiny else []),
             *arguments[1:],
         ],
         cwd=ROOT,

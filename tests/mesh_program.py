@@ -1,7 +1,7 @@
 """Run by test_mesh.py in a process of 8 simulated devices: the losses of 10 steps, and a picture,
 on each mesh.
 
-    python tests/mesh_program.py OUT.json WORKDIR unet|mmdit 1x1x1x1 8x1x1x1 1x2x2x2/2 ...
+    python tests/mesh_program.py OUT.json WORKDIR unet|one_level|mmdit 1x1x1x1 8x1x1x1 1x2x2x2/2 ...
 
 A mesh is the sizes of data, fsdp, tensor, sequence, / the parts that a batch is taken in.
 
@@ -39,7 +39,16 @@ SMALL = {
     "model.up_block_types": "('UpBlock2D','UpBlock2D')",
 }
 STEPS = {"train.steps": 10, "sample.steps": 2}
-CONFIGS = {"unet": config_dict(**SMALL), "mmdit": mmdit_dict(**STEPS)}
+ONE_LEVEL = STEPS | {
+    "model.block_out_channels": "(8,)",
+    "model.down_block_types": "('DownBlock2D',)",
+    "model.up_block_types": "('UpBlock2D',)",
+}
+CONFIGS = {
+    "unet": config_dict(**SMALL),
+    "one_level": config_dict(**ONE_LEVEL),
+    "mmdit": mmdit_dict(**STEPS),
+}
 
 
 def run(

@@ -104,6 +104,7 @@ def test_a_fine_tune_at_gain_zero_samples_what_the_folder_samples(pipe):
         pipeline.latent_shape((18, 16))
 
 
+@pytest.mark.slow  # bash launch/test.sh -m slow tests/test_latent_sd3.py
 def test_a_full_fine_tune_goes_back_to_a_folder_that_diffusers_reads(pipe, tmp_path):
     import diffusers
 

@@ -158,6 +158,7 @@ def test_a_dropped_caption_is_what_guidance_leads_away_from(pipe):
         assert (not np.any(empty.tokens)) == (not np.any(empty.pooled)) == zeros
 
 
+@pytest.mark.slow  # bash launch/test.sh -m slow tests/test_latent_xl.py
 def test_a_fine_tune_at_gain_zero_samples_what_the_folder_samples(pipe):
     config = config_of(pipe[1], **{"sample.steps": 10})
     settings, params = parse(config), start_of(config)
@@ -173,6 +174,7 @@ def test_a_fine_tune_at_gain_zero_samples_what_the_folder_samples(pipe):
     assert (moved != theirs).mean() > 0.1
 
 
+@pytest.mark.slow  # bash launch/test.sh -m slow tests/test_latent_xl.py
 def test_a_full_fine_tune_goes_back_to_a_folder_that_diffusers_reads(pipe, pictures, tmp_path):
     import diffusers
 

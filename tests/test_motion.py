@@ -275,8 +275,13 @@ CSFM = {
 VELOCITY = {"context__estimate": "velocity"}
 
 
-@pytest.mark.parametrize("arm", [CAR_FLOW, CSFM], ids=["car-flow", "csfm"])
+@pytest.mark.parametrize(
+    "arm",
+    [pytest.param(CAR_FLOW, marks=pytest.mark.slow), CSFM],
+    ids=["car-flow", "csfm"],
+)
 def test_sources_of_the_text_are_trained_sampled_and_scored(arm):
+    """The slow one: bash launch/test.sh -m slow tests/test_motion.py"""
     settings = flow_settings(**arm)
     params = random_params(settings, 0.5)
     (batch, null), graph = batch_for(settings), model_graph(settings)

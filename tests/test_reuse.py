@@ -229,6 +229,7 @@ def test_the_shared_part_is_computed_once_a_group(tiny):
     assert fine <= convolutions(2) - convolutions(1) < fine + 3
 
 
+@pytest.mark.slow  # bash launch/test.sh -m slow tests/test_reuse.py
 def test_the_benchmark_tells_the_difference_to_all_steps(tiny_settings, monkeypatch):
     params = random_params(tiny_settings)
     pipeline = of_run(tiny_settings, load_tokenizer(), params, source="step 7 of a run")

@@ -79,6 +79,7 @@ def test_it_makes_the_pictures_of_the_commit_that_trained_it(saved):
         )
 
 
+@pytest.mark.slow  # bash launch/test.sh -m slow tests/test_saved_run.py
 def test_its_bound_is_that_of_the_commit_that_trained_it(saved):
     options = "--metrics=bound", "--num=4", "--bound_timesteps=5", "--seed=3"
     scored = command("evaluate", f"--workdir={saved}", *options)

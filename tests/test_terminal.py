@@ -6,6 +6,8 @@ import io
 import logging
 import re
 import sys
+import threading
+import time
 
 import pytest
 from tqdm import tqdm
@@ -90,3 +92,26 @@ def test_what_is_done_soon_shows_no_bar_and_what_takes_long_does(monkeypatch):
     assert list(terminal.bar([1, 2], "reading")) == [1, 2] and not stderr.getvalue()
     monkeypatch.setattr(terminal, "PATIENCE", 0)
     assert list(terminal.bar([1, 2], "reading")) == [1, 2] and "reading" in stderr.getvalue()
+
+
+def test_while_one_long_call_runs_a_terminal_shows_the_time_that_goes_by(monkeypatch):
+    stderr = Terminal()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(terminal, "PATIENCE", 0.01)
+    with terminal.clock("drawing in 50 steps"):
+        end = time.monotonic() + 60
+        while "drawing in 50 steps, 00:00 so far" not in stderr.getvalue():
+            assert time.monotonic() < end, stderr.getvalue()
+            time.sleep(0.01)
+        assert "clock" in {thread.name for thread in threading.enumerate()}
+    assert "clock" not in {thread.name for thread in threading.enumerate()}
+    assert not stderr.getvalue().rsplit("\r", 2)[-2].strip()  # the line is gone again
+
+
+def test_without_a_terminal_no_time_is_shown_and_errors_go_through(monkeypatch):
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with pytest.raises(KeyError), terminal.clock("drawing in 50 steps"):
+        assert "clock" not in {thread.name for thread in threading.enumerate()}
+        raise KeyError("it")
+    assert not stderr.getvalue()

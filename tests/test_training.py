@@ -148,18 +148,26 @@ def test_a_step_is_the_same_whatever_the_accumulation(smallest, params):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"context.estimate": "posterior_mean"},
+        pytest.param({"context.estimate": "posterior_mean"}, marks=pytest.mark.slow),
         {"context.kind": "text", "context.shift": "prior", "diffusion.prior_kl": 0.1},
         {
             "context.kind": "bilinear",
             "train.precision": "bfloat16",
             "diffusion.weighting": "min_snr",
         },
-        {"context.kind": "none", "context.shift": "none", "diffusion.prediction_type": "epsilon"},
+        pytest.param(
+            {
+                "context.kind": "none",
+                "context.shift": "none",
+                "diffusion.prediction_type": "epsilon",
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["posterior_mean", "text-prior", "bilinear-bf16", "plain-epsilon"],
 )
 def test_the_loss_falls_for_every_kind_of_run(changes):
+    """The slow ones: bash launch/test.sh -m slow tests/test_training.py"""
     settings = parse(
         config_dict(
             **SMALLEST, **changes, **{"train.learning_rate": 3e-3, "train.decay": "constant"}

@@ -33,6 +33,7 @@ from contextdiff_jax.inference.opened import Opened
 from contextdiff_jax.inference.programs import kept
 from contextdiff_jax.inference.request import Plan, Request
 from contextdiff_jax.inference.sampling import Method, Picture, Text
+from contextdiff_jax.runtime.terminal import clock
 from contextdiff_jax.settings import SampleConfig
 
 if TYPE_CHECKING:
@@ -333,8 +334,8 @@ class Pipeline:
         self, request: Request, method: Method, shape: tuple[int, int, int], arguments: tuple
     ) -> tuple[Pictures, Bool[np.ndarray, "B"]]:
         if request.callback is None:
-            made = self._program(method, shape, arguments)(*arguments)
-            return tuple(map(np.asarray, made))
+            with clock(f"drawing in {len(arguments[5].timesteps)} steps"):
+                return tuple(map(np.asarray, self._program(method, shape, arguments)(*arguments)))
         times = np.asarray(arguments[5].timesteps)
         with self._listener.calling(
             lambda t, x0: request.callback(1 + int(np.abs(times - t).argmin()), np.asarray(x0))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from collections.abc import Collection, Iterable
+import threading
+from collections.abc import Collection, Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -23,6 +25,30 @@ def bar(items: Collection[Item], label: str, unit: str = "it") -> Iterable[Item]
 def reading(tensors: Collection[Item]) -> Iterable[Item]:
     """`bar` for the tensors of a folder that is read."""
     return bar(tensors, "reading weights", "tensor")
+
+
+@contextlib.contextmanager
+def clock(label: str) -> Iterator[None]:
+    """The seconds that have gone by beside the label, on a terminal, while the one call inside
+    runs: a compiled program says nothing of how far it is.
+    """
+    shown = "{desc}, {elapsed} so far"
+    with tqdm(desc=label, bar_format=shown, leave=False, disable=None, delay=PATIENCE) as line:
+        done = threading.Event()
+
+        def tick() -> None:
+            while not done.wait(PATIENCE):
+                line.refresh()
+
+        ticking = threading.Thread(target=tick, daemon=True, name="clock")
+        if not line.disable:
+            ticking.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if ticking.is_alive():
+                ticking.join()
 
 
 class LineHandler(logging.Handler):
