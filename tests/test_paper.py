@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from conftest import config_dict
 from flax import nnx
 
-from contextdiff_jax.benchmarks.tpu import aot, aot_table
+from contextdiff_jax.benchmarks.tpu import aot, aot_table, hlo
 from contextdiff_jax.configs import paper_base64, paper_sr256, paper_sr1024
 from contextdiff_jax.models.context import ContextConfig, RelationalNetwork, fitted
 from contextdiff_jax.parallel.mesh import MeshConfig, make_mesh
@@ -97,6 +98,23 @@ def test_the_base_is_compiled_with_clips_image_tokens(clip):
     frozen = load_frozen(settings, described=True)
     assert frozen.vision is not None and frozen.text is not None
     assert pictures_of(aot.lower(settings, "train", mesh, frozen)) == [(2, 16, 16, 3)]
+
+
+def test_frozen_networks_are_gathered_and_no_activations_are_sent(clip):
+    """Sampling by 4 chips that share all parameters: the sums left are of finished pictures."""
+    shared = {"mesh": {"fsdp": 4}, "train": {"batch_size": 8, "remat": "none"}}
+    settings = small(
+        paper_base64, clip, BASE, data={"image_size": 16}, context={"patch_size": 4}, **shared
+    )
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4), devices=aot.described_devices("v5e:2x2"))
+    lowered = aot.lower(settings, "sample", mesh, load_frozen(settings, described=True))
+    sent = hlo.collectives(hlo.instructions(lowered.compile().as_text()), mesh.shape)
+    bytes_of = collections.Counter()
+    for traffic in sent:
+        bytes_of[traffic.kind] += traffic.sent_bytes
+    pictures = 8 * 16 * 16 * 3
+    assert bytes_of["all-gather"] > 1e6  # CLIP's table of tokens is most of it
+    assert sum(bytes_of.values()) - bytes_of["all-gather"] < 2 * pictures
 
 
 def test_the_three_configs_have_imagens_sizes():

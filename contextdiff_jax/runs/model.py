@@ -45,12 +45,12 @@ def model_graph(settings: Settings) -> nnx.GraphDef:
 
 def build_model(graph: nnx.GraphDef, params: PyTree, frozen: Frozen = Frozen()) -> ContextDiffusion:
     """The model of a state's parameters, LoRA's products in the layers that they change, with the
-    frozen networks; on a mesh (`tracing_for`) its parameters are gathered.
+    frozen networks; on a mesh (`tracing_for`) all their parameters are gathered.
     """
     params = merge_lora(params)
     # Merged twice: updating in place would change the caller's variables.
     dtype = nnx.merge(graph, params).backbone.precision.compute
-    return nnx.merge(graph, gathered(params, dtype)).attach(frozen)
+    return nnx.merge(graph, gathered(params, dtype)).attach(gathered(frozen))
 
 
 def init_params(settings: Settings, rngs: nnx.Rngs | None = None) -> nnx.State:
