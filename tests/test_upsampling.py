@@ -137,8 +137,25 @@ def test_features_see_what_is_near_the_true_pictures(evaluation):
     for name, estimate in best[f"{ROW}, bicubic"].items():
         assert gain[name].value == pytest.approx(best[ROW][name].value - estimate.value, abs=1e-6)
         assert gain[name].value < 0
+    assert "layer_distance" not in best[ROW]  # of a classifier alone
     # the other metrics' samples are the same pictures
     assert metrics.fid(evaluation).scores[ROW] == {"fid": noisy[ROW]["fid"]}
+
+
+def test_a_classifiers_layers_compare_each_picture_with_its_true_one(evaluation):
+    def distance(pictures, others):
+        assert len(pictures) <= 16
+        return np.abs(pictures.astype(float) - others).mean((1, 2, 3)), None
+
+    judged = changed(evaluation)
+    judged.__dict__["layer_distance"] = distance
+    scores = metrics.upsampling_features(judged).scores
+    true, theirs = evaluation.pictures(ROW)[:], evaluation.samples(ROW)
+    values = np.abs(theirs.astype(float) - true).mean((1, 2, 3))
+    assert scores[ROW]["layer_distance"].value == pytest.approx(values.mean())
+    bicubics = scores[f"{ROW}, bicubic"]["layer_distance"].value
+    gain = scores[f"{ROW}, minus bicubic"]["layer_distance"]
+    assert gain.value == pytest.approx(values.mean() - bicubics)
 
 
 def test_a_difference_of_fids_resamples_both_alike():

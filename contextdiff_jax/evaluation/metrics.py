@@ -372,7 +372,8 @@ def upsampling_features(evaluation: Evaluation) -> Result:
     found = upsamplers.contest(evaluation, upsamplers.FeatureJudge(evaluation, row))
     note = (
         f"{upsamplers.note(evaluation)}; {_note(evaluation)}; feature_distance: root mean square "
-        "to the true picture's; both: the lower the better"
+        "to the true picture's; layer_distance: as LPIPS, in a classifier's layers; all: the lower "
+        "the better"
     )
     return Result(found[0], "", note, found[1])
 

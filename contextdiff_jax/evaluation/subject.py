@@ -15,9 +15,14 @@ from jaxtyping import Float, PyTree, UInt8
 from contextdiff_jax.data import AnyTokenizer, DataConfig, RandomAccessSource, make_source
 from contextdiff_jax.data.identity import identity
 from contextdiff_jax.evaluation.features import FeatureFn, Rows, extract, make_feature_fn
-from contextdiff_jax.evaluation.networks.classifier import Classifier, load_classifier
+from contextdiff_jax.evaluation.networks.classifier import (
+    Classifier,
+    feature_distance,
+    load_classifier,
+)
 from contextdiff_jax.evaluation.networks.clip import Clip, load_clip
 from contextdiff_jax.evaluation.networks.inception import Inception, load_inception, resize
+from contextdiff_jax.evaluation.networks.lpips import Distance
 from contextdiff_jax.evaluation.shares import share
 from contextdiff_jax.models.low_resolution import shrink
 from contextdiff_jax.models.pixels import to_unit
@@ -160,6 +165,11 @@ class Evaluation:
     @functools.cached_property
     def feature_fns(self) -> dict[str, Callable]:
         return feature_fns(self.network)
+
+    @functools.cached_property
+    def layer_distance(self) -> Distance | None:
+        """Of pictures from others in all layers of a classifier; Inception's are no such layers."""
+        return feature_distance(self.network) if isinstance(self.network, Classifier) else None
 
     def numbers(self, row: str) -> range:
         """This process's share of the split's first `num` records, or of as many as there are."""

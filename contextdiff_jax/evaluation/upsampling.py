@@ -33,7 +33,7 @@ Estimates = dict[str, Estimate]
 BICUBIC, BASELINE, TRUE = "bicubic", "baseline", "true"
 _OWN = ("upsampling", "upsampling_features")  # metrics of upsamplers alone
 _OF_CAPTIONS_ALONE = ("bound", "branches", "likelihood")
-_BATCH = 64
+_BATCH = 16
 _MOST_DB = 100.0  # of pictures that are equal
 _SHOWN, _SHOWN_OF_LEVELS = 8, 3  # pictures
 _JPEG_QUALITY = 30
@@ -145,7 +145,9 @@ class PixelJudge:
 
 
 class FeatureJudge(PixelJudge):
-    """Distances in the features of --features: to each true picture, and of all to all (FID)."""
+    """Distances in the features of --features: to each true picture, in a classifier's layers, too,
+    and of all to all (FID).
+    """
 
     def __init__(self, evaluation: Evaluation, row: str):
         def real(count: int) -> Float[np.ndarray, "N D"]:
@@ -154,14 +156,21 @@ class FeatureJudge(PixelJudge):
 
         self._fn, self._seed = evaluation.feature_fns["features"], evaluation.seed
         self._true, self._reference = real(evaluation.num), real(evaluation.reference)
+        self._pictures, self._distance = evaluation.pictures(row), evaluation.layer_distance
         self._resamples = distances.usual_resamples(self._true)
 
     def look(self, pictures: Pictures) -> Rows:
-        return {"features": extract(self._fn, pictures)}
+        rows = {"features": extract(self._fn, pictures)}
+        if self._distance is None:
+            return rows
+        batches = [slice(i, i + _BATCH) for i in range(0, len(pictures), _BATCH)]
+        values = [self._distance(pictures[b], self._pictures[b])[0] for b in batches]
+        return rows | {"layer_distance": np.concatenate(values)}
 
     def values(self, rows: Rows) -> Rows:
         difference = rows["features"].astype(np.float64) - self._true
-        return {"feature_distance": np.sqrt((difference**2).mean(1))}
+        found = {"feature_distance": np.sqrt((difference**2).mean(1))}
+        return found | {name: rows[name] for name in rows if name != "features"}
 
     def score(self, rows: Rows) -> Estimates:
         options = self._resamples, self._seed
