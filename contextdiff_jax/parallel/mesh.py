@@ -270,10 +270,11 @@ def laid(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, place(target.mesh, x.shape, names, target.rules))
 
 
-def gathered(params: PyTree, dtype: DTypeLike | None = None) -> PyTree:
+def gathered(params: PyTree, dtype: DTypeLike | None = None, *, vectors: bool = True) -> PyTree:
     """Parameters as the network reads them on the current target: whole along the axes that split
     the batch, and kernels in `dtype`, that of the products, so that half the bytes are sent where
-    it is bfloat16. None: in the types that they have.
+    it is bfloat16. None: in the types that they have. Without `vectors` biases and scales, which
+    are a thousandth of it, stay as they lie.
 
     Left to itself XLA's partitioner also multiplies the rows of a kernel that a device holds with
     everybody's examples, and sends activations. That each parameter is gathered before its use is
@@ -291,7 +292,7 @@ def gathered(params: PyTree, dtype: DTypeLike | None = None) -> PyTree:
 
     def one(path, leaf: jax.Array) -> jax.Array:
         name = path_name(path)
-        if is_stacked(name):
+        if is_stacked(name) or not (vectors or leaf.ndim > 1):
             return leaf
         used = leaf.astype(dtype or leaf.dtype) if name.endswith("/kernel") else leaf
         return _gather(

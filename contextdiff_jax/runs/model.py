@@ -50,7 +50,7 @@ def build_model(graph: nnx.GraphDef, params: PyTree, frozen: Frozen = Frozen()) 
     params = merge_lora(params)
     # Merged twice: updating in place would change the caller's variables.
     dtype = nnx.merge(graph, params).backbone.precision.compute
-    return nnx.merge(graph, gathered(params, dtype)).attach(gathered(frozen))
+    return nnx.merge(graph, gathered(params, dtype)).attach(gathered(frozen, vectors=False))
 
 
 def init_params(settings: Settings, rngs: nnx.Rngs | None = None) -> nnx.State:
