@@ -4,12 +4,17 @@ diffusers folder again.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import config_dict, random_params, with_gamma
+from conftest import ON_EIGHT, ROOT, config_dict, random_params, with_gamma
 from flax import nnx
 from latent_runs import PROMPTS, batch_of, config_of, run_of, start_of
 from torch_models import (
@@ -188,6 +193,23 @@ def test_the_frozen_networks_are_read_but_are_not_in_the_state(pipe, runs):
         for f in (frozen, frozen._replace(text=moved.text), frozen._replace(vae=moved.vae))
     ]
     assert len({*losses}) == 3 and np.isfinite(losses).all()
+
+
+@pytest.mark.slow  # three compiled steps: bash launch/test.sh -m slow tests/test_latent.py -k mesh
+def test_frozen_networks_on_a_mesh_give_the_loss_of_one_device(pipe):
+    meshes = "1x1x1", "2x4x1", "1x4x2"
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "latent_mesh_program.py", pipe[1], *meshes],
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        | ON_EIGHT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, *others = json.loads(done.stdout).values()
+    np.testing.assert_allclose(others, one, rtol=1e-5)
+    assert 0.1 < one < 10
 
 
 @pytest.mark.parametrize("trainable", ["full", "lora", "context"])
