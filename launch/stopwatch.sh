@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# How long a newcomer waits: the seconds from `git clone` to the package, a first picture, the web page, and (with --train) a picture of a model trained here.
+# How long a newcomer waits: the seconds from `git clone` to the package, a first picture, the web page, and (with train) a picture of a model trained here.
 # Works in a folder of its own, which it removes; pip's cache stays unread.
-#   bash launch/stopwatch.sh [--train]
+#   bash launch/stopwatch.sh [train]
 set -euo pipefail
 here="$(cd "$(dirname "$0")/.." && pwd)"
 folder="$(mktemp -d)"
@@ -29,6 +29,6 @@ until python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$port/'
   sleep 0.5
 done
 passed "the web page"
-[ "${1:-}" = "--train" ] || exit 0
+[ "${1:-}" = "train" ] || exit 0
 bash launch/quickstart.sh > quickstart.log 2>&1
 passed "a picture of a model trained here (bash launch/quickstart.sh)"

@@ -131,6 +131,7 @@ def open_loader(settings):
     return open_data(settings, Feed(make_mesh(settings.mesh), settings.train.batch_size))
 
 
+@pytest.mark.slow  # bash launch/test.sh -m slow tests/test_cache.py
 def test_the_loss_from_the_cache_is_the_loss_on_the_pictures(folder, cached):
     pixels, latents = (
         settings_of(folder),

@@ -242,13 +242,13 @@ def test_layers_in_one_array_are_split_as_one_layer_is():
 
 
 def in_two_processes(config: str, workdir: pathlib.Path, *flags: str) -> list[float]:
-    """The losses of a run by 2 processes of 4 devices."""
+    """The losses of a run by 2 processes of 2 devices."""
     result = subprocess.run(
         [
             "bash",
             "launch/local.sh",
             "2",
-            "4",
+            "2",
             f"--config={config}",
             f"--workdir={workdir}",
             *flags,
@@ -283,7 +283,7 @@ def test_two_processes_give_the_transformers_losses(mmdit, tmp_path):
 
 
 def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(tmp_path):
-    """2 processes of 4 devices, started as a user does; the checkpoint is read here, on one."""
+    """2 processes of 2 devices, started as a user does; the checkpoint is read here, on one."""
     one = losses_and_pictures(tmp_path / "one.json", tmp_path / "one", ONE, kind="one_level")
     fields = TINY | ONE_LEVEL | {"train.profile_steps": "(3,4)"}
     tmp_path = tmp_path / "two"

@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, config_dict
@@ -124,6 +125,7 @@ def test_wandb_offline_keeps_the_lines_the_pictures_and_the_config(tmp_path, mon
         lines.write(step, {"loss": loss})
         lines.show(step, "samples", PICTURE)
         lines.close()
+        time.sleep(1)  # wandb names a run's folder by the second
     identity = (tmp_path / weights_and_biases.IDENTITY).read_text()
     files = sorted(tmp_path.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb"))
     kept = b"".join(file.read_bytes() for file in files)

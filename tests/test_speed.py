@@ -129,6 +129,7 @@ def test_the_methods_step_in_torch_gives_our_loss_and_parameters(changes):
     ]
 
 
+@pytest.mark.slow  # bash launch/test.sh -m slow tests/test_speed.py
 def test_a_method_that_differs_gives_no_ratio_and_one_that_torch_lacks_is_left_out(
     settings, monkeypatch
 ):
