@@ -10,17 +10,18 @@ page=""
 trap '[ -z "$page" ] || kill "$page" 2> /dev/null || true; rm -rf "$folder"' EXIT
 start=$SECONDS
 passed() { printf '%5d s  %s\n' $((SECONDS - start)) "$1"; }
+quietly() { "$@" > log 2>&1 || { cat log >&2; exit 1; }; }
 
 git clone -q "$here" "$folder/clone"
 cd "$folder/clone"
 python3 -m venv .venv
 source .venv/bin/activate
-pip install -q -e . 2> /dev/null
+quietly pip install -e .
 passed "installed"
-python -m contextdiff_jax.sample --model=emoji --num=4 --out=first.png \
-  --prompt="woman scientist, light skin tone, 3d style" --prompt="grinning face, 3d style" > /dev/null 2>&1
+quietly python -m contextdiff_jax.sample --model=emoji --num=4 --out=first.png \
+  --prompt="woman scientist, light skin tone, 3d style" --prompt="grinning face, 3d style"
 passed "a first picture"
-pip install -q -e ".[demo]" 2> /dev/null
+quietly pip install -e ".[demo]"
 port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 python -m contextdiff_jax.demo --model=emoji --port="$port" > page.log 2>&1 &
 page=$!
@@ -30,5 +31,5 @@ until python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$port/'
 done
 passed "the web page"
 [ "${1:-}" = "train" ] || exit 0
-bash launch/quickstart.sh > quickstart.log 2>&1
+quietly bash launch/quickstart.sh
 passed "a picture of a model trained here (bash launch/quickstart.sh)"

@@ -50,6 +50,7 @@ def build_model(graph: nnx.GraphDef, params: PyTree, frozen: Frozen = Frozen()) 
     params = merge_lora(params)
     # Merged twice: updating in place would change the caller's variables.
     dtype = nnx.merge(graph, params).backbone.precision.compute
+    # jaxlib can't read back what libtpu makes of frozen vectors that are gathered (--mode=aot).
     return nnx.merge(graph, gathered(params, dtype)).attach(gathered(frozen, vectors=False))
 
 
