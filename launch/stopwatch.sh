@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# How long a newcomer waits: the seconds from `git clone` to the package, a first picture, the web page, and (with train) a picture of a model trained here.
+# How long a newcomer waits: the seconds from `git clone` to the package, a first picture, the web
+# page, and (with train) a picture of a model trained here.
 # Works in a folder of its own, which it removes; pip's cache stays unread.
 #   bash launch/stopwatch.sh [train]
 set -euo pipefail
@@ -22,7 +23,7 @@ quietly python -m contextdiff_jax.sample --model=emoji --num=4 --out=first.png \
   --prompt="woman scientist, light skin tone, 3d style" --prompt="grinning face, 3d style"
 passed "a first picture"
 quietly pip install -e ".[demo]"
-port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+port="$(python -c 'import socket as s; print(s.create_server(("", 0)).getsockname()[1])')"
 python -m contextdiff_jax.demo --model=emoji --port="$port" > page.log 2>&1 &
 page=$!
 until python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$port/')" 2> /dev/null; do

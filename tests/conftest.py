@@ -32,6 +32,8 @@ jax.config.update("jax_disable_most_optimizations", FEWER)
 QUICKER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 XLA_FLAGS = QUICKER if FEWER else ""
 ON_EIGHT = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {XLA_FLAGS}".strip()}
+# What a program of the tests, started from a test, needs.
+HERE = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 suit_processor()  # as commands do: the same digits here and there
 _before = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"{_before} {XLA_FLAGS}".strip()

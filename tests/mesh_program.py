@@ -1,7 +1,7 @@
 """Run by test_mesh.py in a process of 8 simulated devices: the losses of 10 steps, and a picture,
 on each mesh.
 
-    python tests/mesh_program.py OUT.json WORKDIR unet|one_level|mmdit 1x1x1x1 8x1x1x1 1x2x2x2/2 ...
+    python tests/mesh_program.py OUT.json WORKDIR unet|smallest|mmdit 1x1x1x1 8x1x1x1 1x2x2x2/2 ...
 
 A mesh is the sizes of data, fsdp, tensor, sequence, / the parts that a batch is taken in.
 
@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 import jax
-from conftest import config_dict, mmdit_dict
+from conftest import SMALLEST_BY_FLAGS, config_dict, mmdit_dict
 
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
 from contextdiff_jax.inference.opening import of_run
@@ -39,14 +39,9 @@ SMALL = {
     "model.up_block_types": "('UpBlock2D','UpBlock2D')",
 }
 STEPS = {"train.steps": 10, "sample.steps": 2}
-ONE_LEVEL = STEPS | {
-    "model.block_out_channels": "(8,)",
-    "model.down_block_types": "('DownBlock2D',)",
-    "model.up_block_types": "('UpBlock2D',)",
-}
 CONFIGS = {
     "unet": config_dict(**SMALL),
-    "one_level": config_dict(**ONE_LEVEL),
+    "smallest": config_dict(**SMALLEST_BY_FLAGS | STEPS),
     "mmdit": mmdit_dict(**STEPS),
 }
 

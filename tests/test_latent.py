@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import ON_EIGHT, ROOT, config_dict, random_params, with_gamma
+from conftest import HERE, ON_EIGHT, ROOT, config_dict, random_params, with_gamma
 from flax import nnx
 from latent_runs import PROMPTS, batch_of, config_of, run_of, start_of
 from torch_models import (
@@ -200,9 +200,7 @@ def test_frozen_networks_on_a_mesh_give_the_loss_of_one_device(pipe):
     meshes = "1x1x1", "2x4x1", "1x4x2"
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "latent_mesh_program.py", pipe[1], *meshes],
-        env=os.environ
-        | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-        | ON_EIGHT,
+        env=os.environ | HERE | ON_EIGHT,
         capture_output=True,
         text=True,
     )

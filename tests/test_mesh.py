@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import (
+    HERE,
     ON_EIGHT,
     ROOT,
+    SMALLEST_BY_FLAGS,
     TINY,
     XLA_FLAGS,
     command,
@@ -25,7 +27,7 @@ from conftest import (
     overrides,
 )
 from jax.sharding import PartitionSpec as P
-from mesh_program import ONE_LEVEL, SMALL, STEPS
+from mesh_program import SMALL, STEPS
 
 from contextdiff_jax.parallel.mesh import (
     AXES,
@@ -40,7 +42,6 @@ from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import init_state
 
-HERE = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 ONE = "1x1x1x1"  # data, fsdp, tensor, sequence
 QUICK = "1x2x2x2/2"
 
@@ -284,22 +285,22 @@ def test_two_processes_give_the_transformers_losses(mmdit, tmp_path):
 
 def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(tmp_path):
     """2 processes of 2 devices, started as a user does; the checkpoint is read here, on one."""
-    one = losses_and_pictures(tmp_path / "one.json", tmp_path / "one", ONE, kind="one_level")
-    fields = TINY | ONE_LEVEL | {"train.profile_steps": "(3,4)"}
-    tmp_path = tmp_path / "two"
-    losses = in_two_processes("configs/base.py", tmp_path, *overrides(fields))
+    one = losses_and_pictures(tmp_path / "one.json", tmp_path / "one", ONE, kind="smallest")
+    fields = TINY | SMALLEST_BY_FLAGS | STEPS | {"train.profile_steps": "(3,4)"}
+    workdir = tmp_path / "two"
+    losses = in_two_processes("configs/base.py", workdir, *overrides(fields))
     np.testing.assert_allclose(losses, one[ONE]["losses"], rtol=1e-4)
     assert (
-        len(list((tmp_path / "samples").iterdir())) == 1
-        and len(list((tmp_path / "events").iterdir())) == 1
+        len(list((workdir / "samples").iterdir())) == 1
+        and len(list((workdir / "events").iterdir())) == 1
     )
-    traces = tmp_path.glob("profile/*/plugins/profile/*/*.xplane.pb")
+    traces = workdir.glob("profile/*/plugins/profile/*/*.xplane.pb")
     assert sorted(trace.parts[-5] for trace in traces) == ["process_0", "process_1"]
-    averages = {path.name: checkpoints.damage(path) for path in (tmp_path / "averages").iterdir()}
+    averages = {path.name: checkpoints.damage(path) for path in (workdir / "averages").iterdir()}
     assert averages == {"4": "", "8": "", "10": ""}
     sample = command(
         "sample",
-        f"--workdir={tmp_path}",
+        f"--workdir={workdir}",
         "--prompt=a large red circle",
         f"--out={tmp_path / 'out.png'}",
     )

@@ -145,7 +145,7 @@ def test_features_see_what_is_near_the_true_pictures(evaluation):
 def test_a_classifiers_layers_compare_each_picture_with_its_true_one(evaluation):
     def distance(pictures, others):
         assert len(pictures) <= 16
-        return np.abs(pictures.astype(float) - others).mean((1, 2, 3)), None
+        return np.abs(np.asarray(pictures, float) - others).mean((1, 2, 3)), None
 
     judged = changed(evaluation)
     judged.__dict__["layer_distance"] = distance

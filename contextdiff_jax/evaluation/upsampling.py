@@ -16,7 +16,7 @@ from PIL import Image
 
 from contextdiff_jax.evaluation import distances
 from contextdiff_jax.evaluation.edit_scores import psnr, ssim
-from contextdiff_jax.evaluation.features import extract
+from contextdiff_jax.evaluation.features import batches, extract
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
 from contextdiff_jax.evaluation.result import Scores, Shown
 from contextdiff_jax.evaluation.shares import gather_rows
@@ -163,8 +163,8 @@ class FeatureJudge(PixelJudge):
         rows = {"features": extract(self._fn, pictures)}
         if self._distance is None:
             return rows
-        batches = [slice(i, i + _BATCH) for i in range(0, len(pictures), _BATCH)]
-        values = [self._distance(pictures[b], self._pictures[b])[0] for b in batches]
+        pairs = batches([pictures, self._pictures], _BATCH, "layer distance")
+        values = [self._distance(*pair)[0][:real] for pair, real in pairs]
         return rows | {"layer_distance": np.concatenate(values)}
 
     def values(self, rows: Rows) -> Rows:

@@ -34,6 +34,9 @@ def clock(label: str) -> Iterator[None]:
     """
     shown = "{desc}, {elapsed} so far"
     with tqdm(desc=label, bar_format=shown, leave=False, disable=None, delay=PATIENCE) as line:
+        if line.disable:
+            yield
+            return
         done = threading.Event()
 
         def tick() -> None:
@@ -41,14 +44,12 @@ def clock(label: str) -> Iterator[None]:
                 line.refresh()
 
         ticking = threading.Thread(target=tick, daemon=True, name="clock")
-        if not line.disable:
-            ticking.start()
+        ticking.start()
         try:
             yield
         finally:
             done.set()
-            if ticking.is_alive():
-                ticking.join()
+            ticking.join()
 
 
 class LineHandler(logging.Handler):
