@@ -116,12 +116,15 @@ def test_the_control_sees_the_weights_and_its_answer_is_used():
     _, video = networks()
     x, t, text, mask = inputs()
     plain = predict(video, x, t, text, mask)
-    seen = []
+    seen, most = [], 96
 
     class Record:
         def cross(self, weights, grid):
             seen.append(("cross", weights.shape, grid))
             return weights
+
+        def changes_frames(self, tokens):
+            return tokens <= most
 
         def sparse_causal(self, weights, grid):
             seen.append(("self", weights.shape, grid))
@@ -134,6 +137,11 @@ def test_the_control_sees_the_weights_and_its_answer_is_used():
         (B, F, 2, 96, 192),
         (8, 12),
     ) in seen
+    seen, most = [], 95  # of that grid no weights are in memory, so that a kernel may take it
+    coarse = nnx.jit(lambda m: m.predict(x, t, Captions(text, mask), Record()))(video)
+    np.testing.assert_allclose(coarse, plain, atol=2e-5 * np.abs(plain).max())
+    assert ("cross", (B, 2, F, 96, L), (8, 12)) in seen
+    assert all(name == "cross" or grid != (8, 12) for name, _, grid in seen)
 
     class Uniform(Record):
         def cross(self, weights, grid):

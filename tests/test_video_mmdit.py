@@ -97,6 +97,9 @@ class Same:
     def changed(self, weights):
         return weights, weights[..., 0].mean(1)
 
+    def changes_frames(self, tokens):
+        return True
+
     def sparse_causal(self, weights, grid):
         return weights
 

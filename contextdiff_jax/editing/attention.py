@@ -190,12 +190,16 @@ class Control:
         """Adds to the maps."""
         self.maps.append((looks, grid))
 
+    def changes_frames(self, tokens: int) -> bool:
+        """Grids up to `self_tokens`."""
+        return tokens <= self.self_tokens
+
     def sparse_causal(
         self, weights: Float[Array, "R F H N M"], grid: tuple[int, int]
     ) -> Float[Array, "R F H N M"]:
         """The edits' frames attend as the source's do."""
         P = 1 + len(self.alignment.keep)
-        if weights.shape[3] > self.self_tokens:
+        if not self.changes_frames(weights.shape[3]):
             return weights
         share = _a_row(self.self_on, 5)
         edits = share * weights[:1] + (1 - share) * weights[1:P]

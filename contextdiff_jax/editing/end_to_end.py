@@ -35,7 +35,7 @@ from contextdiff_jax.editing.video_model import Editor, digest, open_editor
 from contextdiff_jax.evaluation import edit_scores as scores
 from contextdiff_jax.evaluation.networks.lpips import Distance, load_lpips
 from contextdiff_jax.models.video import VideoDiffusion
-from contextdiff_jax.parallel.mesh import make_mesh
+from contextdiff_jax.parallel.mesh import FRAME_RULES, make_mesh, tracing_for
 from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.runtime.errors import RunError
 from contextdiff_jax.runtime.files import write_json
@@ -209,9 +209,10 @@ def run_edit(
     x0 = jax.device_put(editor.encode(clip), NamedSharding(mesh, PartitionSpec(None, "sequence")))
     start = time.perf_counter()
     text, null = editor.encode_text([video.prompt]), editor.encode_text([""])
-    model = tune(editor.model, editor.process, x0, text, null, settings, config, workdir)
-    programs.costs["tuning"] = {"seconds": time.perf_counter() - start}
-    edited = edit_clip(editor, model, clip, x0, settings, programs)
+    with tracing_for(mesh, FRAME_RULES):
+        model = tune(editor.model, editor.process, x0, text, null, settings, config, workdir)
+        programs.costs["tuning"] = {"seconds": time.perf_counter() - start}
+        edited = edit_clip(editor, model, clip, x0, settings, programs)
     metrics = measure(clip, edited, settings, judges) | {
         "context_gain": float(model.context.gain),
         "frames": len(clip),

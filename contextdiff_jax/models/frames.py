@@ -27,6 +27,11 @@ class AttentionControl(Protocol):
     ) -> Float[Array, "B H F N L"]:
         """Weights of the pixels' tokens (N = rows x columns of `grid`) on the text's."""
 
+    def changes_frames(self, tokens: int) -> bool:
+        """Whether `sparse_causal` changes anything where a frame has so many tokens. Where it
+        doesn't, no weights need be in memory.
+        """
+
     def sparse_causal(
         self, weights: Float[ArrayLike, "B F H N M"], grid: tuple[int, int]
     ) -> Float[Array, "B F H N M"]:
@@ -41,6 +46,9 @@ class ScannedControl(Protocol):
         self, weights: Float[ArrayLike, "B H F N L"]
     ) -> tuple[Float[Array, "B H F N L"], Float[Array, "P F N"]]:
         """As `AttentionControl.cross`, and how much what the editor watches is looked at."""
+
+    def changes_frames(self, tokens: int) -> bool:
+        """As `AttentionControl.changes_frames`."""
 
     def sparse_causal(
         self, weights: Float[ArrayLike, "B F H N M"], grid: tuple[int, int]

@@ -57,18 +57,27 @@ class Attention(nnx.Module):
         mask: Bool[ArrayLike, "#B *N M"] | None = None,
         bias: Float[ArrayLike, "H N M"] | None = None,
     ) -> Float[Array, "B N D"]:
-        # Nothing is hidden or weighed: what the kernel computes.
-        whole = context is None and mask is None and bias is None
-        context = x if context is None else context
-        q, k, v = (self._heads(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        if whole:
-            out = self_attention(q, k, v, self.scale, choice=self.self_attention)  # [B, N, H, D/H]
-        else:
-            out = attention(q, k, v, mask, bias=bias, scale=self.scale)
+        if context is None and mask is None and bias is None:
+            return self.among(x, x)
+        q, k, v = self._heads(x, x if context is None else context)
+        out = attention(q, k, v, mask, bias=bias, scale=self.scale)
         return self.to_out(rearrange(out, "B N H D -> B N (H D)"))
 
-    def _heads(self, x: Float[ArrayLike, "B N D"]) -> Float[Array, "B N H D2"]:
-        return rearrange(x, "B N (H D) -> B N H D", H=self.num_heads)
+    def among(
+        self, x: Float[ArrayLike, "B N D"], pictures: Float[ArrayLike, "B M D"]
+    ) -> Float[Array, "B N D"]:
+        """To the tokens of `pictures`, its own or others': nothing is hidden or weighed, which is
+        what the kernels compute.
+        """
+        q, k, v = self._heads(x, pictures)
+        out = self_attention(q, k, v, self.scale, choice=self.self_attention)
+        return self.to_out(rearrange(out, "B N H D -> B N (H D)"))
+
+    def _heads(
+        self, x: Float[ArrayLike, "B N D"], source: Float[ArrayLike, "B M E"]
+    ) -> tuple[Array, Array, Array]:
+        qkv = self.to_q(x), self.to_k(source), self.to_v(source)
+        return tuple(rearrange(y, "B N (H D) -> B N H D", H=self.num_heads) for y in qkv)
 
 
 class FeedForward(nnx.Module):

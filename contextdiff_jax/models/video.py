@@ -161,8 +161,8 @@ class VideoTransformer(nnx.Module):
         module: Attention, x: Float[ArrayLike, "BF N D"], batch: int, control, grid
     ) -> Float[Array, "BF N D"]:
         source = seen_frames(x, batch, own=False)
-        if control is None:
-            return module(x, source)
+        if control is None or not control.changes_frames(x.shape[1]):
+            return module.among(x, source)
 
         def change(weights):  # [B*F, H, N, 2N]
             return control.sparse_causal(frames_of(weights, batch), grid).reshape(weights.shape)

@@ -88,7 +88,8 @@ class FrameAttention:
         """A second attention's, of the pictures alone: all frames' keys count alike."""
         q, k, v = map(_turned, (q, k, v))
         k, v = (seen_frames(y, self.clip.batch, own=True) for y in (k, v))
-        if self.clip.control is None:
+        control = self.clip.control
+        if control is None or not control.changes_frames(q.shape[1]):
             return _turned(self_attention(q, k, v, 1.0, choice=self.choice))
         weights = self._sparse_causal(jax.nn.softmax(_logits(q, k), axis=-1))
         return _turned(_weighed(weights, v))

@@ -48,6 +48,9 @@ RULES = {
     "vocab": "",
 }
 
+# Those of an edit: a clip's frames are the examples, one after the other.
+FRAME_RULES = RULES | {"batch": "data,fsdp,sequence", "rows": ""}
+
 # (pattern in the path, logical names of the last dimensions); the first that matches counts,
 # dimensions before are replicated. What enters a block's inside is split there by columns, what
 # leaves it by rows: one sum a block.

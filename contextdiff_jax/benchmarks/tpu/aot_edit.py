@@ -29,7 +29,7 @@ from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.undrawn import Undrawn
 from contextdiff_jax.models.video import VideoDiffusion, inflate
 from contextdiff_jax.parallel.chips import CHIPS
-from contextdiff_jax.parallel.mesh import make_mesh, replicated, tracing_for
+from contextdiff_jax.parallel.mesh import FRAME_RULES, make_mesh, replicated, tracing_for
 from contextdiff_jax.runs.model import make_model
 from contextdiff_jax.runtime.keys import make_key
 
@@ -126,8 +126,7 @@ def parts(settings: EditSettings, mesh: Mesh) -> Iterator[Part]:
     key = make_key(base.seed)
     state = jax.eval_shape(lambda params: init_tuning(params, base.train, key), params)
     arguments = shaped(state), shaped(frozen), x0, captions(1), captions(1)
-    # The kernels know one chip's programs; of several the edit command tells them nothing.
-    with tracing_for(mesh if mesh.size == 1 else None):
+    with tracing_for(mesh, FRAME_RULES):
         yield Part(
             "tuning step",
             jax.jit(step, donate_argnums=0).lower(*arguments),
