@@ -1,7 +1,7 @@
 """Run by test_mesh.py in a process of 8 simulated devices: the losses of 10 steps, and a picture,
 on each mesh.
 
-    python tests/mesh_program.py OUT.json WORKDIR unet|smallest|mmdit 1x1x1x1 8x1x1x1 1x2x2x2/2 ...
+    python tests/mesh_program.py OUT.json WORKDIR unet|smallest|mmdit|muon 1x1x1x1 1x2x2x2/2 ...
 
 A mesh is the sizes of data, fsdp, tensor, sequence, / the parts that a batch is taken in.
 
@@ -43,6 +43,7 @@ CONFIGS = {
     "unet": config_dict(**SMALL),
     "smallest": config_dict(**SMALLEST_BY_FLAGS | STEPS),
     "mmdit": mmdit_dict(**STEPS),
+    "muon": mmdit_dict(**STEPS | {"train.optimizer": "muon"}),
 }
 
 

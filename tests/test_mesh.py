@@ -232,6 +232,14 @@ def test_the_transformer_too(mmdit, mesh, tmp_path):
     np.testing.assert_allclose(results[mesh]["resumed"], results[ONE]["losses"][5], rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_muon_too(tmp_path):
+    """bash launch/test.sh -m slow tests/test_mesh.py -k muon"""
+    results = losses_and_pictures(tmp_path / "out.json", tmp_path, ONE, QUICK, kind="muon")
+    assert_same(results[QUICK], results[ONE])
+    np.testing.assert_allclose(results[QUICK]["resumed"], results[ONE]["losses"][5], rtol=1e-5)
+
+
 def test_layers_in_one_array_are_split_as_one_layer_is():
     state = jax.eval_shape(lambda: init_state(parse(mmdit_dict())))
     spec = jax.tree.map(lambda s: s.spec, state_shardings(abstract_mesh(fsdp=2, tensor=2), state))

@@ -254,13 +254,15 @@ def test_a_new_network_predicts_zero_and_every_parameter_gets_a_gradient_after_a
         output, context = unet(**values)
         return jnp.mean(jnp.square(output - target)) + jnp.mean(jnp.square(context - 2 * target))
 
-    step = nnx.jit(nnx.value_and_grad(loss))
-    first = None
-    for _ in range(4):  # the zero-initialised layers open one after another
-        value, grads = step(unet, values)
-        first = value if first is None else first
+    @nnx.jit
+    def step(unet, values):
+        value, grads = nnx.value_and_grad(loss)(unet, values)
         nnx.update(unet, jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(unet, nnx.Param), grads))
-    assert value < first
+        return value, grads
+
+    # the zero-initialised layers open one after another
+    (first, _), *_, (last, grads) = [step(unet, values) for _ in range(4)]
+    assert last < first
     dead = [
         path for path, g in nnx.to_flat_state(grads) if not np.abs(np.asarray(g[...])).max() > 0
     ]

@@ -187,6 +187,7 @@ def lacking(settings: Settings) -> str | None:
         "diffusion.prior_kl": (diffusion.prior_kl, 0.0),
         "model.addition_embed_type": (settings.model.addition_embed_type, None),
         "train.accumulation": (settings.train.accumulation, 1),
+        "train.optimizer": (settings.train.optimizer, "adamw"),
         "train.precision": (settings.train.precision, "float32"),
         "device": (torch_device(), "cpu"),
     }

@@ -9,6 +9,7 @@ from contextdiff_jax.models.remat import POLICIES
 from contextdiff_jax.runtime.fields import check_at_least, check_choice
 
 DECAYS = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("float32", "bfloat16")
 PARTS = ("full", "lora", "context")
 PLAIN_MEAN = 12**-0.5  # the length of the mean of all steps, which is the longest average
@@ -38,10 +39,11 @@ class TrainConfig:
     steps: int = 1000  # updates of the parameters
     batch_size: int = 64  # examples a step, of all devices together
     accumulation: int = 1  # equal parts of a batch, one after another
+    optimizer: str = "adamw"  # muon: kernels by Muon, all else by AdamW
     learning_rate: float = 1e-3  # the largest, at the end of the warm-up
     warmup_steps: int = 100  # over which it rises from 0
     decay: str = "cosine"  # after the warm-up, to 0 at `steps`
-    weight_decay: float = 0.0  # of AdamW
+    weight_decay: float = 0.0  # a step's share of the weights, times the learning rate
     b1: float = 0.9  # AdamW's decay of the gradient's mean
     b2: float = 0.99  # AdamW's decay of the mean of its square
     clip_norm: float = 1.0  # longest gradient; a longer one is scaled down to it
@@ -82,6 +84,7 @@ class TrainConfig:
     profile_steps: tuple[int, ...] = ()
 
     def __post_init__(self):
+        check_choice("train.optimizer", self.optimizer, OPTIMIZERS)
         check_choice("train.decay", self.decay, DECAYS)
         check_choice("train.precision", self.precision, PRECISIONS)
         check_choice("train.trainable", self.trainable, PARTS)
