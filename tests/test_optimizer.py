@@ -63,17 +63,20 @@ def adamw(x, gradients, *, nesterov=False):
 
 
 def muon(x, gradients):
-    """Of a matrix: Jordan (2024), five steps of Newton and Schulz on the mean of the gradients with
-    Nesterov's look ahead; its size by Liu et al. (2025).
+    """Of a matrix: Jordan (2024), steps of Newton and Schulz on the mean of the gradients with
+    Nesterov's look ahead; its size by Liu et al. (2025). Boissin et al. (2025) begin with each row
+    over the root of the sum of its products with all, and take four.
     """
     x, m, beta = np.float64(x), 0.0, 0.95
     for n, g in enumerate(map(np.float64, gradients), 1):
         m = beta * m + (1 - beta) * g
         y = beta * m / (1 - beta ** (n + 1)) + (1 - beta) * g / (1 - beta**n)
-        y = y / np.linalg.norm(y)
-        for _ in range(5):
+        y = y.T if y.shape[0] > y.shape[1] else y
+        y = y / np.sqrt(np.abs(y @ y.T).sum(1, keepdims=True))
+        for _ in range(4):
             square = y @ y.T
             y = 3.4445 * y - 4.7750 * square @ y + 2.0315 * square @ square @ y
+        y = y if y.shape == x.shape else y.T
         x = x - RATE * (0.2 * np.sqrt(max(x.shape)) * y + DECAY * x)
     return x
 
