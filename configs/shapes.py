@@ -14,7 +14,7 @@ from contextdiff_jax.configs import shapes_16
 def get_config() -> ConfigDict:
     """shapes_16 on 2x2 patches of pictures twice as large, with the context of docs/results."""
     config = shapes_16.get_config()
-    config.train.update(optimizer="muon", steps=1800, sample_every=900)
+    config.train.update(optimizer="muon", steps=2000, sample_every=1000)
     config.data.image_size = 32
     config.model.patch_size = 2  # the UNet's finest level is 16x16 still
     config.context.update(kind="linear", max_gain=0.4)

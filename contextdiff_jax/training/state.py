@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float32, Int, PRNGKeyArray, PyTree
-from optax.contrib import MuonDimensionNumbers, muon
 
-from contextdiff_jax.parallel.mesh import is_stacked, path_name
 from contextdiff_jax.runs.averages import newest_share, power_of_length
 from contextdiff_jax.runs.model import init_params
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings, TrainConfig
+from contextdiff_jax.training.muon import muon
 from contextdiff_jax.training.trainable import split_trainable
 
 
@@ -38,8 +37,6 @@ class TrainState:
     key: PRNGKeyArray
     metric_sums: dict[str, Array]
 
-
-_ADAMW_RMS = 0.2  # root mean square of AdamW's moves at a learning rate of 1, about
 
 METRICS = ("count", "loss", "denoise_loss", "context_loss", "prior_kl", "context_gain", "grad_norm")
 
@@ -70,49 +67,14 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """`config.optimizer` on clipped gradients; its last link keeps the averages of
     `config.power_ema`.
     """
-    optimizer = {"adamw": _adamw, "muon": _muon}[config.optimizer](config)
+    optimizer = {"adamw": optax.adamw, "muon": muon}[config.optimizer](
+        learning_rate_schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
+    )
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     if config.power_ema:
         optimizer = optax.chain(optimizer, power_averages(config.power_ema))
     return optimizer
-
-
-def _adamw(config: TrainConfig) -> optax.GradientTransformation:
-    return optax.adamw(
-        learning_rate_schedule(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
-    )
-
-
-def _muon(config: TrainConfig) -> optax.GradientTransformation:
-    """Kernels move by the orthogonal matrix next to their gradients' mean (Jordan, 2024), at the
-    size of AdamW's moves (Liu et al., 2025), so that the learning rate means the same for both.
-    Scaled row by row first, four steps of Newton and Schulz do for five (Boissin et al., 2025).
-    """
-    return muon(
-        learning_rate_schedule(config),
-        ns_steps=4,
-        preconditioning="aol",
-        weight_decay=config.weight_decay,
-        adam_b1=config.b1,
-        adam_b2=config.b2,
-        adam_weight_decay=config.weight_decay,
-        muon_weight_dimension_numbers=_matrices,
-        consistent_rms=_ADAMW_RMS,
-    )
-
-
-def _matrices(params: PyTree) -> PyTree:
-    """Of each kernel the sides of its matrix, what is read and what is made; None for the rest."""
-
-    def one(path, leaf) -> MuonDimensionNumbers | None:
-        name = path_name(path)
-        if not name.endswith("/kernel"):
-            return None
-        *read, made = range(int(is_stacked(name)), leaf.ndim)  # each of stacked layers' by itself
-        return MuonDimensionNumbers(tuple(read), made)
-
-    return jax.tree_util.tree_map_with_path(one, params)
 
 
 class PowerAverages(NamedTuple):
