@@ -43,7 +43,7 @@ CONFIGS = {
     "unet": config_dict(**SMALL),
     "smallest": config_dict(**SMALLEST_BY_FLAGS | STEPS),
     "mmdit": mmdit_dict(**STEPS),
-    "muon": mmdit_dict(**STEPS | {"train.optimizer": "muon"}),
+    "muon": mmdit_dict(**STEPS | {"train.optimizer": "muon", "train.learning_rate": 1e-2}),
 }
 
 

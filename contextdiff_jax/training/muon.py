@@ -58,22 +58,22 @@ def orthogonal(kernels: PyTree) -> PyTree:
     groups = collections.defaultdict(list)  # (number of the kernel, its matrices) by their shape
     for number, (path, kernel) in enumerate(leaves):
         layers = len(kernel) if is_stacked(path_name(path)) else 1
-        matrices = _wide(kernel.reshape(layers, -1, kernel.shape[-1]))
-        groups[matrices.shape[1:]].append((number, matrices))
+        matrices = kernel.reshape(layers, -1, kernel.shape[-1])
+        groups[tuple(sorted(matrices.shape[1:]))].append((number, matrices))
     moves = [kernel for _, kernel in leaves]
     for members in groups.values():
-        numbers, batches = zip(*members, strict=True)
-        ends = np.cumsum([len(batch) for batch in batches])[:-1]
-        made = jnp.split(_orthogonal(jnp.concatenate(batches)), ends)
-        for number, matrices in zip(numbers, made, strict=True):
-            *read, made_of = moves[number].shape
-            tall = math.prod(read) // len(matrices) > made_of
-            moves[number] = (matrices.mT if tall else matrices).reshape(moves[number].shape)
+        batch = jnp.concatenate([_wide(matrices) for _, matrices in members])
+        ends = np.cumsum([len(matrices) for _, matrices in members])[:-1]
+        for (number, matrices), move in zip(
+            members, jnp.split(_orthogonal(batch), ends), strict=True
+        ):
+            move = move if move.shape == matrices.shape else move.mT
+            moves[number] = move.reshape(moves[number].shape)
     return jax.tree.unflatten(treedef, moves)
 
 
 def _wide(x: Float[Array, "K M N"]) -> Float[Array, "K A B"]:
-    """Matrices with the shorter side first, of which the products are."""
+    """Matrices with their shorter side first: that of the products."""
     return x.mT if x.shape[1] > x.shape[2] else x
 
 
