@@ -1,16 +1,16 @@
-"""The editing default: a clip of a moving shape, edited by the model that configs/shapes_16.py
+"""The editing default: a clip of a moving shape, edited by the model that configs/shapes.py
 trains; nothing to download.
 
 Where `video.path` does not exist yet, make the clip and its true edits:
 
-    python -m contextdiff_jax.train --config=configs/shapes_16.py --workdir=runs/shapes
+    python -m contextdiff_jax.train --config=configs/shapes.py --workdir=runs/shapes
     python -m contextdiff_jax.draw_clip --out=runs/clip
     python -m contextdiff_jax.edit --config=configs/edit_shapes.py --workdir=runs/edit
 """
 
 from ml_collections import ConfigDict
 
-from contextdiff_jax.configs import shapes_16
+from contextdiff_jax.configs import shapes
 from contextdiff_jax.editing.settings import EditConfig, VideoConfig
 from contextdiff_jax.runtime.fields import defaults
 
@@ -24,6 +24,7 @@ def tuned(config: ConfigDict, steps: int) -> ConfigDict:
     """`config` of a model, with the sections of an edit and a tuning of seconds on one clip."""
     config.update(video_sections())
     config.train.update(
+        optimizer="adamw",
         steps=steps,
         batch_size=1,
         learning_rate=1e-3,
@@ -37,11 +38,11 @@ def tuned(config: ConfigDict, steps: int) -> ConfigDict:
 
 
 def get_config() -> ConfigDict:
-    """shapes_16, tuned for seconds on eight frames. Of strengths 0.5 to 1, guidance 1.5 to 6 and
-    both negatives, these kept the most of twelve other edits exact: with more noise undone the
-    shape is lost, away from the source's prompt the colours.
+    """shapes, tuned for seconds on eight frames. Of strengths 0.5 to 1, guidance 1.5 to 6 and both
+    negatives, these kept the most of twelve other edits exact, by inversion and the model of
+    shapes_16: with more noise undone the shape is lost, away from the source's prompt the colours.
     """
-    config = tuned(shapes_16.get_config(), steps=20)
+    config = tuned(shapes.get_config(), steps=20)
     config.video.update(
         path="runs/clip/source",
         model="runs/shapes",
@@ -49,6 +50,11 @@ def get_config() -> ConfigDict:
         edit_prompts=("a large blue circle", "a large red square"),
     )
     config.edit.update(
-        steps=20, strength=(0.55,), negative="empty", inversion="exact", iterations=10
+        method="flowedit",
+        steps=20,
+        strength=(0.55,),
+        negative="empty",
+        inversion="exact",
+        iterations=10,
     )
     return config

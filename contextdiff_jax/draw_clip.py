@@ -1,4 +1,4 @@
-"""python -m contextdiff_jax.draw_clip --out=DIR --seed=0 --num_frames=8 --size=16
+"""python -m contextdiff_jax.draw_clip --out=DIR --seed=0 --num_frames=8 --size=32
 
 Draw a clip of one moving shape to edit, and its true edits. DIR gets the frames, in source/,
 colour/ and shape/, and clip.json with the prompts.
@@ -13,7 +13,7 @@ from contextdiff_jax import cli
 OUT = cli.define_path("out", None, "Folder of the clip.")
 SEED = cli.define_seed("Of the shape and its way.")
 NUM_FRAMES = flags.DEFINE_integer("num_frames", 8, "Frames of the clip.", lower_bound=1)
-SIZE = flags.DEFINE_integer("size", 16, "Pixels a side.", lower_bound=8)
+SIZE = flags.DEFINE_integer("size", 32, "Pixels a side.", lower_bound=8)
 
 
 def main() -> None:

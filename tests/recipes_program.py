@@ -58,7 +58,7 @@ for command, flag, names in (
     ("sample", "sampler", ["multistep", "adams"]),
     ("evaluate", "sampler", ["multistep", "adams"]),
     ("evaluate", "metrics", ["brightness"]),
-    ("train", "config", ["multistep", "cache, stripes", "gated", "gates", "shapes_mmdit, stripes"]),
+    ("train", "config", ["multistep", "cache, stripes", "gated", "gates", "shapes_two, stripes"]),
 ):
     assert all(name in read_help(command, flag) for name in names), (command, flag)
 refused(
