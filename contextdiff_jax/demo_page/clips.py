@@ -1,6 +1,7 @@
 """A clip edited by text within a visitor's patience: tuning, inversion, sampling.
 
-The settings are those of configs/edit_shapes.py, by exact inversion; a long or careful edit is the command `edit`'s.
+The settings are those of configs/edit_shapes.py, by exact inversion; a long or careful edit is the
+command `edit`'s.
 """
 
 from __future__ import annotations
