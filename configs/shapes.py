@@ -1,6 +1,6 @@
 """The embedded default: captioned scenes of one object at 32x32, nothing to download.
 
-Reaches: see README.md (`bash launch/quickstart.sh`). Takes 10 minutes of training on 2 CPU
+Reaches: see README.md (`bash launch/quickstart.sh`). Takes 8 minutes of training on 2 CPU
 cores. What was tried, and plain diffusion beside it: docs/quickstart.md.
 
     python -m contextdiff_jax.train --config=configs/shapes.py --workdir=runs/shapes
