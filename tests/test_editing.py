@@ -363,6 +363,22 @@ def test_tuning_moves_only_what_is_chosen_and_lowers_the_loss(tiny):
     assert len(changed) > 0.8 * len(names)
 
 
+def test_weights_in_float16_are_tuned_in_float32(tiny):
+    editor, clip = tiny
+    train = edit_settings(**{"train.learning_rate": 1e-3, "train.warmup_steps": 0}).base.train
+    graph, params, frozen = nnx.split(editor.model, trainable("temporal"), ...)
+    half = jax.tree.map(lambda a: a.astype(jnp.float16), params)
+    state = init_tuning(half, train, jax.random.key(0))
+    step = jax.jit(make_tuning_step(graph, editor.process, train, 0))
+    text = editor.encode_text(["a red circle"])
+    for _ in range(3):
+        state, loss = step(state, frozen, editor.encode(clip), text, text)
+        assert np.isfinite(loss)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, half)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1
+    assert {a.dtype for a in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
 @pytest.mark.parametrize(
     "field, value, words",
     [

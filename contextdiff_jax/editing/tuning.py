@@ -78,7 +78,10 @@ def trainable(which: str) -> Callable[[tuple, Any], bool]:
 
 
 def init_tuning(params: PyTree, train: TrainConfig, key: PRNGKeyArray) -> TuneState:
-    """Step 0."""
+    """Step 0, in float32 whatever the folder's weights are in: the squares of gradients, and what
+    AdamW adds to them, are 0 in float16.
+    """
+    params = jax.tree.map(lambda a: a.astype(jnp.float32), params)
     return TuneState(
         step=jnp.zeros((), jnp.int32),
         params=params,
