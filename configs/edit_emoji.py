@@ -23,12 +23,5 @@ def get_config() -> ConfigDict:
         edit_prompts=("man running, dark skin tone, 3d style",),
     )
     # of guidance 1 to 10, strengths 0.7 to 1 and 1 to 20 steps of tuning, on four clips
-    config.edit.update(
-        method="flowedit",
-        steps=20,
-        strength=(0.9,),
-        negative="empty",
-        inversion="exact",
-        iterations=10,
-    )
+    config.edit.strength = (0.9,)
     return config

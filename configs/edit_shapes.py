@@ -21,7 +21,9 @@ def video_sections() -> dict:
 
 
 def tuned(config: ConfigDict, steps: int) -> ConfigDict:
-    """`config` of a model, with the sections of an edit and a tuning of seconds on one clip."""
+    """`config` of a model, with the sections of an edit: a tuning of seconds on one clip, no
+    inversion.
+    """
     config.update(video_sections())
     config.train.update(
         optimizer="adamw",
@@ -33,6 +35,9 @@ def tuned(config: ConfigDict, steps: int) -> ConfigDict:
         ema_decay=0.9,
         log_every=10,
         checkpoint_every=100,
+    )
+    config.edit.update(
+        method="flowedit", steps=20, negative="empty", inversion="exact", iterations=10
     )
     return config
 
@@ -49,12 +54,5 @@ def get_config() -> ConfigDict:
         prompt="a large red circle",
         edit_prompts=("a large blue circle", "a large red square"),
     )
-    config.edit.update(
-        method="flowedit",
-        steps=20,
-        strength=(0.55,),
-        negative="empty",
-        inversion="exact",
-        iterations=10,
-    )
+    config.edit.strength = (0.55,)
     return config
