@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def check_outputs(workdir, metrics, size=(16, 16)):
 
 
 @pytest.mark.slow  # over a minute of compilation: pytest -m slow tests/test_edit.py
-def test_a_new_model_learns_resumes_and_edits_a_clip(folder, tmp_path, monkeypatch):
+def test_a_new_model_learns_resumes_and_edits_a_clip(folder, tmp_path, monkeypatch, caplog):
     config = config_of(
         folder,
         **{
@@ -93,8 +94,12 @@ def test_a_new_model_learns_resumes_and_edits_a_clip(folder, tmp_path, monkeypat
     calls = iter([False, False, True])
     with monkeypatch.context() as stopping:
         stopping.setattr(processes.StopSignal, "__call__", lambda self, step: next(calls))
-        with pytest.raises(RunError, match="stopped at step 3 of 4; run again to go on"):
+        with (
+            pytest.raises(RunError, match="stopped at step 3 of 4; run again to go on"),
+            jax.log_compiles(),
+        ):
             edit(config, tmp_path)
+    assert sum("Compiling jit(step) " in line for line in caplog.messages) == 1
     (tmp_path / "checkpoints" / "9").mkdir()  # copied in part
     metrics = edit(config, tmp_path)
     check_outputs(tmp_path, metrics)

@@ -9,7 +9,7 @@ import pytest
 from conftest import ONE_LEVEL, config_dict
 from flax import nnx
 
-from contextdiff_jax.models.captions import Captions
+from contextdiff_jax.models.captions import Captions, pool
 from contextdiff_jax.models.video import inflate
 from contextdiff_jax.runs.model import make_model
 from contextdiff_jax.settings import parse
@@ -110,6 +110,20 @@ def test_an_affine_context_leaves_the_frames_apart_and_stays_linear_in_each():
     np.testing.assert_array_equal(changed[:, :-1], r[:, :-1])
     assert np.abs(changed[:, -1] - r[:, -1]).max() > 1e-3
     np.testing.assert_allclose(between, 0.25 * r + 0.75 * changed, atol=1e-6)
+
+
+def test_each_frame_of_a_long_clip_reads_the_mean_of_its_caption():
+    """XLA's CPU kernels got it wrong from 17 frames on."""
+    rng = np.random.default_rng(0)
+    text, mask = rng.standard_normal((1, 8, 32), np.float32), np.arange(8)[None] < 5
+
+    @jax.jit
+    def means(text, mask):
+        return pool(*(jnp.repeat(a, 24, axis=0) for a in (text, mask)))[:, 0]
+
+    for _ in range(4):  # what was read lay in memory that others had left
+        expected = np.broadcast_to(text[0, :5].mean(0), (24, 32))
+        np.testing.assert_allclose(means(text, mask), expected, atol=1e-6)
 
 
 def test_the_control_sees_the_weights_and_its_answer_is_used():

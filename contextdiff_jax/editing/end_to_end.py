@@ -210,7 +210,7 @@ def run_edit(
     start = time.perf_counter()
     text, null = editor.encode_text([video.prompt]), editor.encode_text([""])
     with tracing_for(mesh, FRAME_RULES):
-        model = tune(editor.model, editor.process, x0, text, null, settings, config, workdir)
+        model = tune(editor.model, editor.process, x0, text, null, settings, config, workdir, mesh)
         programs.costs["tuning"] = {"seconds": time.perf_counter() - start}
         edited = edit_clip(editor, model, clip, x0, settings, programs)
     metrics = measure(clip, edited, settings, judges) | {

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
@@ -25,6 +26,7 @@ from contextdiff_jax.editing.settings import EditSettings
 from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.denoising import related
 from contextdiff_jax.models.video import VideoDiffusion
+from contextdiff_jax.parallel.mesh import replicated
 from contextdiff_jax.parallel.processes import PeerWatch
 from contextdiff_jax.pretrained.folder_files import read_json
 from contextdiff_jax.runs.resuming import resume
@@ -259,16 +261,20 @@ def tune(
     settings: EditSettings,
     config: Mapping[str, Any],
     workdir: pathlib.Path,
+    mesh: Mesh,
 ) -> VideoDiffusion:
-    """The model tuned on x0 for `train.steps`, with what is in `workdir` as the start.
+    """The model tuned on x0 for `train.steps`, with what is in `workdir` as the start, on the
+    devices of `mesh`, on which x0 lies.
 
     Raises ValueError for a workdir of another tuning, RunError for a loss that is not finite or a
     stop by a signal.
     """
     train = settings.base.train
     graph, params, frozen = nnx.split(model, trainable(settings.video.tune), ...)
-    state = init_tuning(params, train, make_key(settings.base.seed))
-    shardings = jax.tree.map(lambda a: a.sharding, state)
+    # Placed once and for all: a first step with its state elsewhere would be compiled apart.
+    everywhere = replicated(mesh)
+    state = jax.device_put(init_tuning(params, train, make_key(settings.base.seed)), everywhere)
+    shardings = jax.tree.map(lambda _: everywhere, state)
     manager, saved, _ = resume(
         workdir, config, state, shardings, train.keep_checkpoints, free=FREE_FIELDS
     )
@@ -277,7 +283,9 @@ def tune(
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     LOGGER.info("tuning %d parameters, from step %d to %d", count, first, train.steps)
     step_fn = jax.jit(
-        make_tuning_step(graph, process, train, settings.video.window), donate_argnums=0
+        make_tuning_step(graph, process, train, settings.video.window),
+        donate_argnums=0,
+        out_shardings=everywhere,
     )
     task = Tuning(
         lambda state: step_fn(state, frozen, x0, text, null),

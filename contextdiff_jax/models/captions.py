@@ -43,8 +43,11 @@ def encode(
 
 def pool(tokens: Float[ArrayLike, "B L D"], mask: Bool[ArrayLike, "B L"]) -> Float[Array, "B 1 D"]:
     """Mean over the tokens that count."""
-    weight = mask[..., None].astype(tokens.dtype)
-    return (tokens * weight).sum(1, keepdims=True) / jnp.maximum(weight.sum(1, keepdims=True), 1)
+    # A product with the mask here gave nonsense on CPUs, anew at each call, for one caption read by
+    # 17 or more frames: XLA's library of CPU kernels adds up products of two broadcast arrays
+    # wrongly (jaxlib 0.10, github.com/google/XNNPACK/pull/11243).
+    total = jnp.sum(tokens, axis=1, keepdims=True, where=mask[..., None])
+    return total / jnp.maximum(mask.sum(1, dtype=tokens.dtype)[:, None, None], 1)
 
 
 def pooled_text(captions: Captions) -> Float[Array, "B P"]:
