@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.diffusion.process import Process
@@ -28,45 +29,52 @@ def join(first: Captions, second: Captions) -> Captions:
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
 
 
-def window_weights(frames: int, window: int, overlap: int) -> list[tuple[slice, np.ndarray]]:
-    """(frames, weight of each frame) of windows that cover the clip; the weights of a frame sum to
-    1.
+def window_weights(
+    frames: int, window: int, overlap: int
+) -> tuple[Int[np.ndarray, "W"], Float[np.ndarray, "W window"]]:
+    """(first frames, weights of their frames) of windows that cover a longer clip; the weights of a
+    frame sum to 1.
 
     Windows start every window - overlap frames, the last ends with the clip. Inside an overlap one
-    fades into the next. A clip that fits in one window is one window.
+    fades into the next.
     """
-    if not window or frames <= window:
-        return [(slice(0, frames), np.ones(frames, np.float32))]
-    starts = [*range(0, frames - window, window - overlap), frames - window]
+    starts = np.array([*range(0, frames - window, window - overlap), frames - window])
     ramp = np.minimum(np.arange(1, window + 1), overlap + 1) / (overlap + 1)
-    weights = np.zeros((len(starts), frames), np.float32)
-    for row, start in zip(weights, starts, strict=True):
-        row[start : start + window] = np.minimum(ramp, ramp[::-1])
-    weights /= weights.sum(0)
-    return [
-        (slice(s, s + window), row[s : s + window]) for s, row in zip(starts, weights, strict=True)
-    ]
+    weights = np.tile(np.minimum(ramp, ramp[::-1]), (len(starts), 1))
+    of_window = starts[:, None] + np.arange(window)
+    total = np.bincount(of_window.ravel(), weights.ravel())
+    return starts, (weights / total[of_window]).astype(np.float32)
 
 
 def windowed(
     function: Callable[..., Any], frames: int, window: int, overlap: int
 ) -> Callable[..., Any]:
-    """function(x, ...) on windows of x's frames; its results, trees of [B, F, ...], are blended."""
-    parts = window_weights(frames, window, overlap)
-    if len(parts) == 1:
+    """function(x, ...) on windows of x's frames, one after another; its results, trees of
+    [B, F, ...], are blended. A clip that fits in one window is given to `function` as it is.
+    """
+    if not window or frames <= window:
         return function
+    parts = window_weights(frames, window, overlap)
 
     def blended(x, *rest):
-        total = None
-        for part, weight in parts:
+        def seen(start):
+            return function(jax.lax.dynamic_slice_in_dim(x, start, window, axis=1), *rest)
 
-            def place(y, part=part, weight=weight):
-                whole = jnp.zeros((y.shape[0], frames, *y.shape[2:]), y.dtype)
-                return whole.at[:, part].set(y * weight.reshape(1, -1, *[1] * (y.ndim - 2)))
+        def add(total, part):
+            start, weight = part
 
-            out = jax.tree.map(place, function(x[:, part], *rest))
-            total = out if total is None else jax.tree.map(jnp.add, total, out)
-        return total
+            def place(total, y):
+                before = jax.lax.dynamic_slice_in_dim(total, start, window, axis=1)
+                after = before + y * weight.reshape(1, -1, *[1] * (y.ndim - 2))
+                return jax.lax.dynamic_update_slice_in_dim(total, after, start, axis=1)
+
+            return jax.tree.map(place, total, seen(start)), None
+
+        empty = jax.tree.map(
+            lambda y: jnp.zeros((y.shape[0], frames, *y.shape[2:]), y.dtype),
+            jax.eval_shape(seen, parts[0][0]),
+        )
+        return jax.lax.scan(add, empty, parts)[0]
 
     return blended
 
