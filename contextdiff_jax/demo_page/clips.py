@@ -31,7 +31,7 @@ from contextdiff_jax.editing.video_model import Editor, open_editor
 from contextdiff_jax.evaluation import edit_scores
 from contextdiff_jax.inference.pipeline import Pipeline
 from contextdiff_jax.models.video import VideoDiffusion
-from contextdiff_jax.parallel.mesh import MeshConfig
+from contextdiff_jax.parallel.mesh import MeshConfig, tracing_clips_on_one_device
 from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import Settings, TrainConfig
 
@@ -156,9 +156,10 @@ def _edit(clip: Clip, settings: EditSettings, report: Callable[[str], None]) -> 
     counts = editor.count_tokens, editor.text_length
     align(video.prompt, video.edit_prompts, *counts, settings.edit)  # refuses before the tuning
     x0 = editor.encode(clip)
-    model = _tune(editor, x0, settings, report)
-    report("Inverting the clip, and sampling it anew.")
-    edited = edit_clip(editor, model, clip, x0, settings, Programs())
+    with tracing_clips_on_one_device():
+        model = _tune(editor, x0, settings, report)
+        report("Inverting the clip, and sampling it anew.")
+        edited = edit_clip(editor, model, clip, x0, settings, Programs())
     clips = {"the clip": clip, "its reconstruction": edited.reconstruction}
     return EditedClip(
         clips | {video.edit_prompts[0]: edited.clips[0]},
