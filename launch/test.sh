@@ -4,15 +4,19 @@
 # The tests marked slow: bash launch/test.sh -m slow
 # As users compile, with all of LLVM's optimisations (half as long again):
 #   JAX_DISABLE_MOST_OPTIMIZATIONS=0 bash launch/test.sh
-source "$(dirname "$0")/environment.sh" requirements-test.txt
 # The web page is tested in Debian's Chromium; elsewhere it must be there under this name.
+installing=""
 if ! command -v chromium > /dev/null; then
   if ! command -v apt-get > /dev/null || [ "$(id -u)" -ne 0 ]; then
     echo "error: the tests need chromium: install it (on Debian: apt-get install chromium)" >&2
     exit 2
   fi
-  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium libjemalloc2 > /dev/null
+  # beside pip, which takes one core
+  (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium libjemalloc2 > /dev/null) &
+  installing=$!
 fi
+source "$(dirname "$0")/environment.sh" requirements-test.txt
+[ -z "$installing" ] || wait "$installing"
 if [ $# -eq 0 ]; then
   "$PYTHON" -m ruff check .
   "$PYTHON" -m ruff format --check .
