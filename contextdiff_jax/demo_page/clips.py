@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from contextdiff_jax.data.moving_shapes import frames_of, make_moving_shape
@@ -26,13 +26,12 @@ from contextdiff_jax.editing import output
 from contextdiff_jax.editing.attention import align
 from contextdiff_jax.editing.end_to_end import Programs, edit_clip
 from contextdiff_jax.editing.settings import EditConfig, EditSettings, VideoConfig
-from contextdiff_jax.editing.tuning import init_tuning, make_tuning_step, trainable
+from contextdiff_jax.editing.tuning import begin_tuning, trainable
 from contextdiff_jax.editing.video_model import Editor, open_editor
 from contextdiff_jax.evaluation import edit_scores
 from contextdiff_jax.inference.pipeline import Pipeline
 from contextdiff_jax.models.video import VideoDiffusion
-from contextdiff_jax.parallel.mesh import MeshConfig, tracing_clips_on_one_device
-from contextdiff_jax.runtime.keys import make_key
+from contextdiff_jax.parallel.mesh import FRAME_RULES, MeshConfig, local_mesh, tracing_for
 from contextdiff_jax.settings import Settings, TrainConfig
 
 Clip = UInt8[np.ndarray, "F H W 3"]
@@ -156,8 +155,9 @@ def _edit(clip: Clip, settings: EditSettings, report: Callable[[str], None]) -> 
     counts = editor.count_tokens, editor.text_length
     align(video.prompt, video.edit_prompts, *counts, settings.edit)  # refuses before the tuning
     x0 = editor.encode(clip)
-    with tracing_clips_on_one_device():
-        model = _tune(editor, x0, settings, report)
+    mesh = local_mesh()
+    with tracing_for(mesh, FRAME_RULES):
+        model = _tune(editor, x0, settings, mesh, report)
         report("Inverting the clip, and sampling it anew.")
         edited = edit_clip(editor, model, clip, x0, settings, Programs())
     clips = {"the clip": clip, "its reconstruction": edited.reconstruction}
@@ -168,14 +168,12 @@ def _edit(clip: Clip, settings: EditSettings, report: Callable[[str], None]) -> 
 
 
 def _tune(
-    editor: Editor, x0: Any, settings: EditSettings, report: Callable[[str], None]
+    editor: Editor, x0: Any, settings: EditSettings, mesh: Mesh, report: Callable[[str], None]
 ) -> VideoDiffusion:
     """As `tuning.tune`, and nothing is written: visitors can leave at any step."""
     train, video = settings.base.train, settings.video
     graph, params, frozen = nnx.split(editor.model, trainable(video.tune), ...)
-    step = make_tuning_step(graph, editor.process, train, video.window)
-    step = jax.jit(step, donate_argnums=0)
-    state = init_tuning(params, train, make_key(settings.base.seed))
+    state, step = begin_tuning(graph, params, editor.process, settings, mesh)
     text, null = editor.encode_text([video.prompt]), editor.encode_text([""])
     report("Compiling the tuning.")
     for i in range(train.steps):

@@ -41,7 +41,7 @@ from contextdiff_jax.evaluation.true_edits import (
     score_edit,
     score_true_clip,
 )
-from contextdiff_jax.parallel.mesh import tracing_clips_on_one_device
+from contextdiff_jax.parallel.mesh import FRAME_RULES, local_mesh, tracing_for
 from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.files import write_json
 
@@ -187,13 +187,14 @@ class Arm:
             editor.encode_text([""]),
         )
         learnt = editor.model, editor.process, x0, text, null
-        with tracing_clips_on_one_device():
+        edits = {}
+        with tracing_for(local_mesh(), FRAME_RULES):
             model = tune_quickly(*learnt, settings, seed, first.run)
+            for name, edit in self.ways.items():
+                own = dataclasses.replace(settings, edit=edit)
+                edits[name] = edit_clip(editor, model, case.source, x0, own, self.programs[name])
         found = {}
-        for name, edit in self.ways.items():
-            own = dataclasses.replace(settings, edit=edit)
-            with tracing_clips_on_one_device():
-                edited = edit_clip(editor, model, case.source, x0, own, self.programs[name])
+        for name, edited in edits.items():
             by_kind = {kind: [] for kind in case.edits}
             for row, clip in zip(edited.outputs, edited.clips, strict=True):
                 by_kind[list(case.edits)[row.number]].append(clip)

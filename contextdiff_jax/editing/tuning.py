@@ -172,6 +172,20 @@ def make_tuning_step(
     return step
 
 
+def begin_tuning(
+    graph: nnx.GraphDef, params: PyTree, process: Process, settings: EditSettings, mesh: Mesh
+) -> tuple[TuneState, Callable[..., tuple[TuneState, Float[Array, ""]]]]:
+    """Step 0 and the jitted step, which takes the state's memory, on the devices of `mesh`.
+
+    The state is placed there from the start: a first step with it elsewhere would be compiled
+    apart.
+    """
+    everywhere, train = replicated(mesh), settings.base.train
+    state = jax.device_put(init_tuning(params, train, make_key(settings.base.seed)), everywhere)
+    step = make_tuning_step(graph, process, train, settings.video.window)
+    return state, jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+
+
 def check_workdir(workdir: pathlib.Path, config: Mapping[str, Any], settings: EditSettings) -> None:
     """Raises ValueError if `workdir` holds another tuning.
 
@@ -271,10 +285,8 @@ def tune(
     """
     train = settings.base.train
     graph, params, frozen = nnx.split(model, trainable(settings.video.tune), ...)
-    # Placed once and for all: a first step with its state elsewhere would be compiled apart.
-    everywhere = replicated(mesh)
-    state = jax.device_put(init_tuning(params, train, make_key(settings.base.seed)), everywhere)
-    shardings = jax.tree.map(lambda _: everywhere, state)
+    state, step_fn = begin_tuning(graph, params, process, settings, mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, state)
     manager, saved, _ = resume(
         workdir, config, state, shardings, train.keep_checkpoints, free=FREE_FIELDS
     )
@@ -282,11 +294,6 @@ def tune(
     first = int(state.step)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     LOGGER.info("tuning %d parameters, from step %d to %d", count, first, train.steps)
-    step_fn = jax.jit(
-        make_tuning_step(graph, process, train, settings.video.window),
-        donate_argnums=0,
-        out_shardings=everywhere,
-    )
     task = Tuning(
         lambda state: step_fn(state, frozen, x0, text, null),
         lambda params: nnx.merge(graph, params, frozen).context.gain,

@@ -256,13 +256,6 @@ def tracing_for(mesh: Mesh | None, rules: Mapping[str, str] = RULES) -> Iterator
         _TARGET.reset(token)
 
 
-def tracing_clips_on_one_device() -> contextlib.AbstractContextManager[None]:
-    """Makes what is traced inside a program of clips for this process's first device, by its
-    platform's kernels, however many devices there are.
-    """
-    return tracing_for(make_mesh(MeshConfig(), devices=jax.local_devices()[:1]), FRAME_RULES)
-
-
 def current_target() -> Target:
     """The target of the innermost `tracing_for`."""
     return _TARGET.get(Target())
