@@ -4,6 +4,7 @@ and the splash kernel.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 
@@ -336,6 +337,26 @@ def test_a_train_step_compiles_for_chips_that_are_not_here_with_its_state_in_pla
     (reduced, *_) = row["collectives"]
     assert (reduced["kind"], reduced["axes"]) == ("all-reduce", "data")
     assert abs(reduced["sent_bytes"] / (2 * gradient * 3 / 4) - 1) < 0.1
+
+
+def test_chips_share_the_matrices_that_muon_makes_orthogonal(devices):
+    """A training step's, whose update was once traced for no mesh: each chip made all of them."""
+    smallest = {"model.mid_block_type": None, "context.kind": "none"}
+    options = {"train.optimizer": "muon", "train.batch_size": 4}
+    settings = parse(config_dict(**ONE_LEVEL, **smallest, **options))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), devices=devices)
+    text = aot.lower(settings, "train", mesh, Frozen()).as_text()
+    shared = re.findall(r'\[\{"data", "fsdp".*\}, \{\}, \{\}\]> : tensor<(.*)x(.*)x(.*)xf32>', text)
+    wanted = collections.Counter()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        jax.eval_shape(lambda: init_state(settings)).params
+    ):
+        if path_name(path).endswith("/kernel"):
+            sides = leaf.size // leaf.shape[-1], leaf.shape[-1]
+            wanted[min(sides), max(sides)] += 1
+    assert {(int(a), int(b)): int(count) for count, a, b in shared} == {
+        sides: -(-count // 4) * 4 for sides, count in wanted.items()
+    }
 
 
 def test_what_does_not_fit_is_an_answer_in_the_compilers_words():

@@ -279,11 +279,11 @@ def make_train_step(
             metrics, grads = _accumulated(
                 value_and_grad, trained, draw(key, batch, settings), config.accumulation
             )
-        metrics["grad_norm"] = optax.global_norm(grads)
-        averaged, kept = split_trainable(state.ema, config.trainable)
-        trained, averaged, opt_state = apply_gradients(
-            config, grads, trained, averaged, state.opt_state, state.step
-        )
+            metrics["grad_norm"] = optax.global_norm(grads)
+            averaged, kept = split_trainable(state.ema, config.trainable)
+            trained, averaged, opt_state = apply_gradients(
+                config, grads, trained, averaged, state.opt_state, state.step
+            )
         params, ema = nnx.merge_state(trained, rest), nnx.merge_state(averaged, kept)
         sums = jax.tree.map(jnp.add, state.metric_sums, metrics | {"nonfinite": jnp.zeros(())})
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
