@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from contextdiff_jax.benchmarks.tpu import aot, aot_edit, aot_table, hlo
+from contextdiff_jax.configs.vae_emoji import get_config as get_vae_config
 from contextdiff_jax.models import flash
 from contextdiff_jax.models.attention import attention
 from contextdiff_jax.models.contextdiff import Frozen
@@ -36,6 +37,8 @@ from contextdiff_jax.parallel.mesh import (
     tracing_for,
 )
 from contextdiff_jax.settings import parse
+from contextdiff_jax.settings.autoencoder import parse_autoencoder
+from contextdiff_jax.training import autoencoder
 from contextdiff_jax.training.state import init_state
 
 MESH = {"data": 2, "fsdp": 3, "sequence": 1, "tensor": 4}
@@ -345,12 +348,35 @@ def test_chips_share_the_matrices_that_muon_makes_orthogonal(devices):
     options = {"train.optimizer": "muon", "train.batch_size": 4}
     settings = parse(config_dict(**ONE_LEVEL, **smallest, **options))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), devices=devices)
-    text = aot.lower(settings, "train", mesh, Frozen()).as_text()
+    program = aot.lower(settings, "train", mesh, Frozen())
+    check_shared(program, jax.eval_shape(lambda: init_state(settings)).params)
+
+
+def test_chips_share_them_in_an_autoencoders_training_too(devices):
+    config = get_vae_config()
+    config.train.optimizer = "muon"
+    config.vae.update(
+        block_out_channels=(8,),
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    settings = parse_autoencoder(config.to_dict())
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), devices=devices)
+    state = jax.eval_shape(lambda: autoencoder.init_state(settings))
+    spread = NamedSharding(mesh, P(("data", "fsdp")))
+    batch = {"image": jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.uint8, sharding=spread)}
+    step = jax.jit(autoencoder.make_vae_step(settings, mesh))
+    check_shared(step.lower(aot.abstract(state, state_shardings(mesh, state)), batch), state.params)
+
+
+def check_shared(lowered, params):
+    """The kernels' matrices of each shape are one batch, spread over the four chips, filled up."""
+    text = lowered.as_text()
     shared = re.findall(r'\[\{"data", "fsdp".*\}, \{\}, \{\}\]> : tensor<(.*)x(.*)x(.*)xf32>', text)
     wanted = collections.Counter()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-        jax.eval_shape(lambda: init_state(settings)).params
-    ):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if path_name(path).endswith("/kernel"):
             sides = leaf.size // leaf.shape[-1], leaf.shape[-1]
             wanted[min(sides), max(sides)] += 1

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, UInt8
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from contextdiff_jax.data import DataConfig, Loader, RandomAccessSource, make_lo
 from contextdiff_jax.data.identity import identity, shared_settings
 from contextdiff_jax.models.pixels import to_uint8, to_unit
 from contextdiff_jax.models.vae import VAE
-from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings
+from contextdiff_jax.parallel.mesh import Feed, make_mesh, state_shardings, tracing_for
 from contextdiff_jax.parallel.processes import PeerWatch, agree
 from contextdiff_jax.pretrained import save_vae
 from contextdiff_jax.runs import checkpoints
@@ -85,10 +86,10 @@ def init_state(settings: AutoencoderSettings) -> TrainState:
 
 
 def make_vae_step(
-    settings: AutoencoderSettings,
+    settings: AutoencoderSettings, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Mapping[str, Array]], TrainState]:
     """`step(state, batch) -> state`, pure; metrics are summed in the state. To be jitted, state
-    donated.
+    donated; `mesh`: the devices that share the optimizer's work.
     """
     graph = _graph(settings)
 
@@ -98,9 +99,10 @@ def make_vae_step(
             lambda params: loss_fn(nnx.merge(graph, params), batch["image"], key, settings.loss),
             has_aux=True,
         )(state.params)
-        params, ema, opt_state = apply_gradients(
-            settings.train, grads, state.params, state.ema, state.opt_state, state.step
-        )
+        with tracing_for(mesh, settings.mesh.rules):
+            params, ema, opt_state = apply_gradients(
+                settings.train, grads, state.params, state.ema, state.opt_state, state.step
+            )
         metrics = {
             "count": jnp.ones(()),
             "loss": loss,
@@ -171,7 +173,7 @@ def train_autoencoder(
     }
     manager, state, shardings = _open_state(settings, config, workdir, mesh, loader)
     step_fn = jax.jit(
-        make_vae_step(settings),
+        make_vae_step(settings, mesh),
         donate_argnums=0,
         in_shardings=(shardings, place),
         out_shardings=shardings,
@@ -281,7 +283,7 @@ def _open_state(
     settings: AutoencoderSettings,
     config: Mapping[str, Any],
     workdir: pathlib.Path,
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
     loader: Loader,
 ) -> tuple[Any, TrainState, PyTree]:
     """(manager, state, shardings): a new state, or the newest checkpoint of the same run."""
