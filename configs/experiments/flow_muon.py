@@ -1,6 +1,6 @@
 """`flow_one` by the optimizer Muon, which learns the same from half the pictures: more seeds.
 
-Everything below was fixed before the first cell ran. About 6 minutes a cell on one core.
+Everything below was fixed before the first cell ran. About 8 minutes a cell on one core beside another.
 
     taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/flow_muon.py
 """
@@ -29,7 +29,10 @@ def get_plan() -> Plan:
     return dataclasses.replace(
         before,
         title="One object, on a straight path, by Muon",
-        verdict="**No verdict yet.** The plan was fixed before its first training; they run now.",
+        verdict=(
+            "**No verdict yet.** The plan was fixed before its first training. Of 48 the first few "
+            "are finished, one seed of each at most, and seeds differ by more than methods do."
+        ),
         about=(
             "Rectified flow, x_t = (1 - t) x0 + t (1 - t) r + t e, at 16x16. `plain` has no r; "
             "`car-flow` shifts both ends by the text; `csfm` begins at a Gaussian of the text; "
