@@ -1,6 +1,6 @@
 """`flow_one` by the optimizer Muon, which learns the same from half the pictures: more seeds.
 
-Everything below was fixed before the first cell ran. About 8 minutes a cell on one core beside another.
+Everything below was fixed before the first cell ran. About 8 minutes a cell, two at once.
 
     taskset -c 0 python -m contextdiff_jax.experiment --plan=configs/experiments/flow_muon.py
 """
