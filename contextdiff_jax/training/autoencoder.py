@@ -86,7 +86,7 @@ def init_state(settings: AutoencoderSettings) -> TrainState:
 
 
 def make_vae_step(
-    settings: AutoencoderSettings, mesh: Mesh | None = None
+    settings: AutoencoderSettings, mesh: Mesh
 ) -> Callable[[TrainState, Mapping[str, Array]], TrainState]:
     """`step(state, batch) -> state`, pure; metrics are summed in the state. To be jitted, state
     donated; `mesh`: the devices that share the optimizer's work.
