@@ -28,7 +28,8 @@ JAX_COMPILATION_CACHE_DIR="$(mktemp -d)"
 export JAX_COMPILATION_CACHE_DIR
 trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
 # XLA compiles in five sixths of the time where jemalloc is (Debian's libjemalloc2), for memory in small pieces.
-jemalloc="$(ldconfig -p 2> /dev/null | awk '/libjemalloc.so.2/ {print $NF; exit}')"
+# (awk reads to the end: a reader that leaves its pipe early fails this script now and then, by pipefail.)
+jemalloc="$(ldconfig -p 2> /dev/null | awk '/libjemalloc.so.2/ {path = $NF} END {print path}')"
 [ -z "$jemalloc" ] || export LD_PRELOAD="$jemalloc${LD_PRELOAD:+:$LD_PRELOAD}"
 # Compilation takes one core: two files at once, each with what its tests share.
 "$PYTHON" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=20 "$@"

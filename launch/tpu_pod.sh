@@ -20,7 +20,7 @@ if [ "$slices" -gt 1 ]; then many=(--node-count="$slices" --node-prefix="$name")
 run gcloud compute tpus queued-resources create "$name" "${many[@]}" \
   --accelerator-type="$type" --runtime-version="$version" --zone="$zone"
 until [ -n "$dry" ] || gcloud compute tpus queued-resources describe "$name" --zone="$zone" \
-  --format='value(state.state)' | grep -qx ACTIVE; do sleep 30; done
+  --format='value(state.state)' | grep -x ACTIVE > /dev/null; do sleep 30; done
 
 train="cd contextdiff_jax && source launch/environment.sh requirements-tpu.txt && \"\$PYTHON\" -m contextdiff_jax.train $(printf '%q ' "$@")"
 nodes=("$name")

@@ -297,6 +297,11 @@ def test_launch_scripts_are_sound_shell(script):
     check = [shellcheck, "-x", "-P", "SCRIPTDIR", "--shell=bash", script]
     result = subprocess.run(check, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout
+    # Under pipefail a pipe whose reader leaves early fails whenever its writer is not done yet.
+    leaves = re.search(
+        r"\| *(head\b|grep -\w*[qm]|awk [^|]*\bexit\b|sed [^|]*\d+q\b)", script.read_text()
+    )
+    assert not leaves, f"{leaves[0]!r} leaves a pipe before its end"
 
 
 @pytest.mark.parametrize(
