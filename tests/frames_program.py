@@ -1,5 +1,5 @@
-"""Prints, as JSON, how far a tuning step's gradient and an inversion with the frames over 8 devices
-are from those on one.
+"""Prints, as JSON, how far a tuning step's gradient, an inversion and an edit with the frames over
+8 devices are from those on one, and which share of one device's operations each of the 8 has.
 
     python tests/frames_program.py unet|mmdit
 """
@@ -8,16 +8,17 @@ import json
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from edit_settings import edit_settings
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from contextdiff_jax.editing.inversion import invert
+from contextdiff_jax.editing.attention import align
+from contextdiff_jax.editing.stages import make_stages
 from contextdiff_jax.editing.tuning import trainable, tuning_loss
 from contextdiff_jax.editing.video_model import open_editor
+from contextdiff_jax.parallel.mesh import AXES, FRAME_RULES, tracing_for
 
 
 def main(kind: str) -> None:
@@ -37,6 +38,11 @@ def main(kind: str) -> None:
     text, null = editor.encode_text([settings.video.prompt]), editor.encode_text([""])
     graph, params, frozen = nnx.split(editor.model, trainable("temporal"), ...)
 
+    stages = make_stages(nnx.graphdef(editor.model), editor.process, settings)
+    texts = editor.encode_text([settings.video.prompt, *settings.video.edit_prompts])
+    count, length = editor.count_tokens, editor.text_length
+    words = align(settings.video.prompt, settings.video.edit_prompts, count, length, settings.edit)
+
     def run(params, x0):
         def loss_fn(params):
             model = nnx.merge(graph, params, frozen)
@@ -44,21 +50,23 @@ def main(kind: str) -> None:
                 model, editor.process, x0, text, null, jax.random.key(0), settings.base.train, 0
             )
 
-        path = invert(
-            nnx.merge(graph, params, frozen),
-            editor.process,
-            x0,
-            text,
-            settings.video,
-            settings.edit,
-        )
-        return *jax.value_and_grad(loss_fn)(params), path
+        state = nnx.state(nnx.merge(graph, params, frozen))
+        path = stages.inversion(state, x0, text)
+        clips, _ = stages.editing(state, path, texts, null, words)
+        return *jax.value_and_grad(loss_fn)(params), path, clips
 
-    mesh = Mesh(np.array(jax.devices()), ("sequence",))
-    sharded = jax.device_put(x0, NamedSharding(mesh, P(None, "sequence")))
-    one, many = jax.jit(run)(params, x0), jax.jit(run)(params, sharded)
+    def compiled(devices, place):
+        mesh = Mesh(np.array(devices).reshape(1, 1, -1, 1), AXES)
+        x = jax.device_put(x0, NamedSharding(mesh, place))
+        given = jax.device_put(params, NamedSharding(mesh, P()))
+        with tracing_for(mesh, FRAME_RULES):
+            program = jax.jit(run).lower(given, x).compile()
+        return program(given, x), program.cost_analysis()["flops"]
+
+    one, whole = compiled(jax.devices()[:1], P())
+    many, share = compiled(jax.devices(), P(None, "sequence"))
     errors = [
-        float(jnp.abs(a - b).max() / jnp.abs(a).max())
+        float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(a)).max())
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True)
     ]
     split = len(many[2].sharding.device_set)
@@ -69,6 +77,7 @@ def main(kind: str) -> None:
                 "error": max(errors),
                 "values": len(errors),
                 "output_devices": split,
+                "share": share / whole,
             }
         )
     )

@@ -423,6 +423,19 @@ def test_topologies_and_batches_that_cannot_be_are_refused_in_one_line():
     assert done.returncode == 2 and done.stderr.strip().endswith("as in --topology=v5e:4x4")
 
 
+def test_chips_that_share_frames_have_theirs_of_every_clip():
+    changes = {"mesh.data": 1, "mesh.sequence": 4, "video.size": (16, 16), "video.num_frames": 8}
+    settings = edit_settings(**changes, **{"train.batch_size": 1})
+    mesh = make_mesh(settings.base.mesh, 1, 1, aot.described_devices("v5p:2x2x1"))
+    (part,) = (part for part in aot_edit.parts(settings, mesh) if part.name == "editing")
+    assert part.clips == 6  # three prompts, each with guidance's other branch
+    found = aot.tried(part.lowered, mesh, part.trips, part.clips * 8)
+    # The first and the neighbouring frames, and all frames of some places: never those of a clip.
+    kinds = {row["kind"] for row in found["collectives"]}
+    assert kinds == {"all-reduce", "all-to-all", "collective-permute"}
+    assert found["largest"][0]["array"] == f"f32[{6 * 8 // 4},2,256,512]"  # attention's
+
+
 @pytest.mark.slow  # compiles three programs for a TPU: pytest -m slow tests/test_aot.py -k edit
 @pytest.mark.parametrize("topology, sequence", [("v5e:1x1", 1), ("v5e:2x2", 4)])
 def test_an_edits_parts_are_compiled_for_chips_that_share_its_frames(topology, sequence):

@@ -88,10 +88,10 @@ def test_the_control_replaces_rows_of_the_batch_and_nothing_of_the_source():
     np.testing.assert_allclose(
         control.mean_map((2, 2))[2].reshape(3, 4), 3 * weights[1][..., 2].mean(0), rtol=1e-5
     )
-    selves = jnp.asarray(rng.random((6, 3, 2, 4, 8)), jnp.float32)
+    selves = jnp.asarray(rng.random((3, 6, 2, 4, 8)), jnp.float32)  # a frame's clips
     out = control.sparse_causal(selves, (2, 2))
     for row, source in enumerate((0, 0, 0, 3, 4, 5)):
-        np.testing.assert_array_equal(out[row], selves[source])
+        np.testing.assert_array_equal(out[:, row], selves[:, source])
     np.testing.assert_array_equal(Control(found, 1.0, 0.0, 4).sparse_causal(selves, (2, 2)), selves)
     np.testing.assert_array_equal(Control(found, 1.0, 1.0, 3).sparse_causal(selves, (2, 2)), selves)
     np.testing.assert_allclose(
@@ -124,8 +124,9 @@ def test_an_edit_is_controlled_and_watched_as_it_is_alone():
     def by(prompts, rows, on):
         control = Control(align("a b", prompts, count, 5, edit), on, on, 4)
         changed = control.cross(jnp.asarray(weights[rows]), (2, 2))
-        selves = jnp.asarray(weights[rows].swapaxes(1, 2))
-        return changed, control.sparse_causal(selves, (2, 2)), control.mean_map((2, 2))
+        selves = jnp.asarray(np.moveaxis(weights[rows], 2, 0))
+        selves = control.sparse_causal(selves, (2, 2)).swapaxes(0, 1)
+        return changed, selves, control.mean_map((2, 2))
 
     both = by(["a c", "d b"], [0, 1, 2], turned_on)
     for i, prompt in enumerate(["a c", "d b"]):

@@ -99,6 +99,21 @@ def test_trained_temporal_layers_look_at_later_frames_too():
     assert np.abs(r[:, 0]).max() > 1e-4
 
 
+def test_clips_of_a_batch_know_nothing_of_each_other():
+    _, video = networks()
+    noisy(video, seed=5)
+    x, t, text, mask = inputs()
+    together = predict(video, x, t, text, mask), context(video, x, text, mask, t)
+    for i in range(B):
+        own = slice(i, i + 1)
+        alone = (
+            predict(video, x[own], t[own], text[own], mask[own]),
+            context(video, x[own], text[own], mask[own], t[own]),
+        )
+        for several, one in zip(together, alone, strict=True):
+            np.testing.assert_allclose(several[own], one, atol=2e-5 * np.abs(one).max())
+
+
 def test_an_affine_context_leaves_the_frames_apart_and_stays_linear_in_each():
     _, video = networks(**{"context.kind": "affine"})
     noisy(video, seed=5)
@@ -148,7 +163,7 @@ def test_the_control_sees_the_weights_and_its_answer_is_used():
     np.testing.assert_allclose(watched, plain, atol=2e-5 * np.abs(plain).max())
     assert ("cross", (B, 2, F, 96, L), (8, 12)) in seen and (
         "self",
-        (B, F, 2, 96, 192),
+        (F, B, 2, 96, 192),
         (8, 12),
     ) in seen
     seen, most = [], 95  # of that grid no weights are in memory, so that a kernel may take it

@@ -91,6 +91,19 @@ def test_frames_see_none_that_comes_later_before_the_temporal_layers_are_trained
     assert seen_by(trained, 3) == [0, 1, 2, 3]
 
 
+def test_clips_of_a_batch_know_nothing_of_each_other(networks):
+    video = nnx.clone(networks[1])
+    for stack in video.backbone.image.stacks:
+        awake(stack.layers.temporal)
+    x, t, text, mask = inputs()
+    together = predict(video, x, t, text, mask)
+    for i in range(B):
+        own = slice(i, i + 1)
+        alone = predict(video, x[own], t[own], text[own], mask[own])
+        for several, one in zip(together, alone, strict=True):
+            np.testing.assert_allclose(several[own], one, atol=2e-5 * np.abs(one).max())
+
+
 class Same:
     """A control that changes nothing, and watches the first word."""
 
@@ -111,10 +124,10 @@ def test_a_frame_finds_its_own_the_first_and_the_previous_one_a_third_each_and_i
     rng = np.random.default_rng(0)
     N, H, D = 6, 2, 4
     picture, text = (
-        tuple(jnp.asarray(rng.standard_normal((B * F, n, H, D)), jnp.float32) for _ in range(3))
+        tuple(jnp.asarray(rng.standard_normal((F * B, n, H, D)), jnp.float32) for _ in range(3))
         for n in (N, L)
     )
-    mask = jnp.repeat(inputs()[3], F, axis=0)
+    mask = jnp.tile(inputs()[3], (F, 1))  # the first frame of every clip comes first
     found = []
     for control in (None, Same()):
         by = FrameAttention(Clip(B, (2, 3), control), mask, "auto")
@@ -129,20 +142,20 @@ def test_a_frame_finds_its_own_the_first_and_the_previous_one_a_third_each_and_i
         weights = np.exp(np.einsum("nhd,mhd->hnm", q, k) / D**0.5) * share
         return np.einsum("hnm,mhd->nhd", weights / weights.sum(-1, keepdims=True), v)
 
-    q, k, v = (np.asarray(a, np.float64).reshape(B, F, N, H, D) for a in picture)
-    q_text, k_text, v_text = (np.asarray(a, np.float64).reshape(B, F, L, H, D) for a in text)
-    for b, f in np.ndindex(B, F):
+    q, k, v = (np.asarray(a, np.float64).reshape(F, B, N, H, D) for a in picture)
+    q_text, k_text, v_text = (np.asarray(a, np.float64).reshape(F, B, L, H, D) for a in text)
+    for f, b in np.ndindex(F, B):
         frames = [f, 0, max(f - 1, 0)]
-        seen = [np.concatenate([a[b, i] for i in frames]) for a in (k, v)]
-        counts = np.asarray(mask)[b * F].astype(float)
+        seen = [np.concatenate([a[i, b] for i in frames]) for a in (k, v)]
+        counts = np.asarray(mask)[b].astype(float)
         share = np.concatenate([np.full(3 * N, 1 / 3), counts])
-        both = [np.concatenate([s, a[b, f]]) for s, a in zip(seen, (k_text, v_text), strict=True)]
-        joint, read, alone = (a[b * F + f] for a in found[0])
-        np.testing.assert_allclose(joint, attend(q[b, f], *both, share), atol=1e-5)
-        np.testing.assert_allclose(alone, attend(q[b, f], *seen, 1.0), atol=1e-5)
-        own = [np.concatenate([a[b, f], c[b, f]]) for a, c in ((k, k_text), (v, v_text))]
+        both = [np.concatenate([s, a[f, b]]) for s, a in zip(seen, (k_text, v_text), strict=True)]
+        joint, read, alone = (a[f * B + b] for a in found[0])
+        np.testing.assert_allclose(joint, attend(q[f, b], *both, share), atol=1e-5)
+        np.testing.assert_allclose(alone, attend(q[f, b], *seen, 1.0), atol=1e-5)
+        own = [np.concatenate([a[f, b], c[f, b]]) for a, c in ((k, k_text), (v, v_text))]
         share = np.concatenate([np.ones(N), counts])
-        np.testing.assert_allclose(read, attend(q_text[b, f], *own, share), atol=1e-5)
+        np.testing.assert_allclose(read, attend(q_text[f, b], *own, share), atol=1e-5)
 
 
 def test_the_control_sees_each_layer_of_a_scan_and_its_answer_is_used(networks):

@@ -195,15 +195,15 @@ class Control:
         return tokens <= self.self_tokens
 
     def sparse_causal(
-        self, weights: Float[Array, "R F H N M"], grid: tuple[int, int]
-    ) -> Float[Array, "R F H N M"]:
+        self, weights: Float[Array, "F R H N M"], grid: tuple[int, int]
+    ) -> Float[Array, "F R H N M"]:
         """The edits' frames attend as the source's do."""
         P = 1 + len(self.alignment.keep)
         if not self.changes_frames(weights.shape[3]):
             return weights
-        share = _a_row(self.self_on, 5)
-        edits = share * weights[:1] + (1 - share) * weights[1:P]
-        return jnp.concatenate([weights[:1], edits, weights[P:]])
+        source, edits, rest = jnp.split(weights, [1, P], axis=1)
+        share = _a_row(self.self_on, 4)
+        return jnp.concatenate([source, share * source + (1 - share) * edits, rest], axis=1)
 
     def mean_map(self, size: tuple[int, int]) -> Float[Array, "M F H W"]:
         """The collected maps at `size`, averaged."""

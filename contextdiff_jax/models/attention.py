@@ -195,7 +195,7 @@ def joint_attention(
     attend = functools.partial(heads_attention, k=k, v=v, mask=mask, choice=choice)
     if not both:
         return attend(q), None
-    if current_target().splits_rows:  # the picture's queries are; the text's all devices have
+    if current_target().splits("rows"):  # the picture's queries are; the text's all devices have
         return attend(q), attend(q_text)
     out = attend(jnp.concatenate([q, q_text], axis=2))
     return out[:, :, :N], out[:, :, N:]

@@ -1,19 +1,25 @@
-"""Frames of clips beside each other: what the video forms of the networks share."""
+"""Frames of clips beside each other: what the video forms of the networks share.
+
+An image network sees the frames of all clips as one batch [F*B, ...], the clips of the first frame
+first: where devices share the frames, each then has its frames of every clip, and an edit's frames
+lie beside those of its source.
+"""
 
 from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from contextdiff_jax.models.layers import timestep_embedding
 from contextdiff_jax.models.mmdit_config import MMDiTConfig
 from contextdiff_jax.models.transformer import Attention
 from contextdiff_jax.models.unet_config import UNetConfig
+from contextdiff_jax.parallel.mesh import current_target, laid
 
 
 @runtime_checkable
@@ -33,8 +39,8 @@ class AttentionControl(Protocol):
         """
 
     def sparse_causal(
-        self, weights: Float[ArrayLike, "B F H N M"], grid: tuple[int, int]
-    ) -> Float[Array, "B F H N M"]:
+        self, weights: Float[ArrayLike, "F B H N M"], grid: tuple[int, int]
+    ) -> Float[Array, "F B H N M"]:
         """Weights of a frame's tokens on those of the M / N frames that it sees."""
 
 
@@ -51,8 +57,8 @@ class ScannedControl(Protocol):
         """As `AttentionControl.changes_frames`."""
 
     def sparse_causal(
-        self, weights: Float[ArrayLike, "B F H N M"], grid: tuple[int, int]
-    ) -> Float[Array, "B F H N M"]:
+        self, weights: Float[ArrayLike, "F B H N M"], grid: tuple[int, int]
+    ) -> Float[Array, "F B H N M"]:
         """As `AttentionControl.sparse_causal`."""
 
     def collect(self, looks: Float[Array, "P F N"], grid: tuple[int, int]) -> None:
@@ -62,22 +68,56 @@ class ScannedControl(Protocol):
 AnyControl = AttentionControl | ScannedControl
 
 
-def frames_of(x: Float[ArrayLike, "BF *D"], batch: int) -> Float[Array, "B F *D"]:
+def by_frame(clips: Shaped[ArrayLike, "B F *D"]) -> Shaped[Array, "FB *D"]:
+    """The frames of all clips as one batch, which devices share as they share frames."""
+    return flat(rearrange(clips, "B F ... -> F B ..."))
+
+
+def clips_of(x: Shaped[ArrayLike, "FB *D"], batch: int) -> Shaped[Array, "B F *D"]:
+    """Whose frames these are: the inverse of `by_frame`."""
+    return rearrange(x, "(F B) ... -> B F ...", B=batch)
+
+
+def flat(frames: Shaped[ArrayLike, "F B *D"]) -> Shaped[Array, "FB *D"]:
+    """Both axes as one, the inverse of `frames_of`."""
+    return _shared(rearrange(frames, "F B ... -> (F B) ..."))
+
+
+def frames_of(x: Shaped[ArrayLike, "FB *D"], batch: int) -> Shaped[Array, "F B *D"]:
     """The axis of frames apart from that of clips."""
-    return rearrange(x, "(B F) ... -> B F ...", B=batch)
+    return _shared(rearrange(x, "(F B) ... -> F B ...", B=batch))
+
+
+def _shared(x: Shaped[Array, "F *D"]) -> Shaped[Array, "F *D"]:
+    return laid(x, ("batch", *[None] * (x.ndim - 1)))
+
+
+def of_each_frame(x: Shaped[ArrayLike, "B *D"], frames: int) -> Shaped[Array, "FB *D"]:
+    """What is a clip's for each of its frames."""
+    return repeat(jnp.asarray(x), "B ... -> (F B) ...", F=frames)
+
+
+def neighbours(x: Float[ArrayLike, "F B *D"], step: int) -> Float[Array, "F B *D"]:
+    """Each frame's previous (`step` 1) or next one (-1): itself at the clip's end."""
+    F = len(x)
+    if not current_target().splits("batch"):
+        around = jnp.concatenate([x[:1], x, x[-1:]])
+        return around[1 - step : F + 1 - step]
+    # A roll, of which devices send each other one frame; of the above they send four times as much.
+    end = jnp.arange(F) == (0 if step > 0 else F - 1)
+    return jnp.where(end.reshape(F, *[1] * (x.ndim - 1)), x, jnp.roll(x, step, axis=0))
 
 
 def seen_frames(
-    x: Float[ArrayLike, "BF N *D"], batch: int, *, own: bool
-) -> Float[Array, "BF M *D"]:
+    x: Float[ArrayLike, "FB N *D"], batch: int, *, own: bool
+) -> Float[Array, "FB M *D"]:
     """The tokens that each frame sees: with `own` its own, then the first and the previous one's
     (of the first frame itself, where there is no other).
     """
     frames = frames_of(x, batch)
-    first = jnp.broadcast_to(frames[:, :1], frames.shape)
-    previous = jnp.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
-    parts = [frames] * own + [first, previous]
-    return rearrange(jnp.concatenate(parts, axis=2), "B F M ... -> (B F) M ...")
+    first = jnp.broadcast_to(frames[:1], frames.shape)
+    parts = [frames] * own + [first, neighbours(frames, 1)]
+    return flat(jnp.concatenate(parts, axis=2))
 
 
 class VideoNetwork(nnx.Module):
@@ -104,8 +144,12 @@ class TemporalAttention(nnx.Module):
         self.norm = nnx.LayerNorm(features, epsilon=1e-5, **policy)
         self.attention = Attention(features, num_heads, zero_init=True, **policy)
 
-    def __call__(self, x: Float[ArrayLike, "B F N D"]) -> Float[Array, "B F N D"]:
-        B, F, _, D = x.shape
-        h = self.norm(x) + timestep_embedding(jnp.arange(F), D)[:, None].astype(x.dtype)
-        h = self.attention(rearrange(h, "B F N D -> (B N) F D"))
-        return x + rearrange(h, "(B N) F D -> B F N D", B=B)
+    def __call__(self, x: Float[ArrayLike, "F B N D"]) -> Float[Array, "F B N D"]:
+        F, B, _, D = x.shape
+        number = timestep_embedding(jnp.arange(F), D)[:, None, None].astype(x.dtype)
+        # Devices that share frames each take all frames of some places: less is sent so than if
+        # each gathered the keys and values of all.
+        h = _shared(self.norm(x) + number)
+        h = _shared(rearrange(h, "F B N D -> (N B) F D"))
+        h = _shared(self.attention(h))
+        return x + _shared(rearrange(h, "(N B) F D -> F B N D", B=B))

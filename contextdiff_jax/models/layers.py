@@ -201,7 +201,7 @@ def convolve(
     run = functools.partial(
         lax.conv_general_dilated, dimension_numbers=dimension_numbers, **options
     )
-    if not current_target().splits_rows:
+    if not current_target().splits("rows"):
         return run(x, kernel, strides, padding)
     rows = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0)))
     last = rows.shape[1] - kernel.shape[0]  # where the kernel comes to lie at last
@@ -269,19 +269,20 @@ class GroupNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((channels,), param_dtype))
         self.bias = nnx.Param(jnp.zeros((channels,), param_dtype))
 
-    def __call__(self, x: Float[ArrayLike, "B *S C"]) -> Float[Array, "B *S C"]:
-        B, C = x.shape[0], x.shape[-1]
+    def __call__(self, x: Float[ArrayLike, "*S C"], axis: int = 0) -> Float[Array, "*S C"]:
+        """x normalised, each of the B samples along `axis` by itself."""
+        B, C = x.shape[axis], x.shape[-1]
         G = self.num_groups
         x = x.astype(jnp.float32)
-        axes = tuple(range(1, x.ndim - 1))
-        count = math.prod(x.shape[1:-1]) * (C // G)
+        axes = tuple(i for i in range(x.ndim - 1) if i != axis)
+        count = math.prod(x.shape[i] for i in axes) * (C // G)
         mean = x.sum(axes).reshape(B, G, C // G).sum(-1) / count  # [B, G]
         square = jnp.square(x).sum(axes).reshape(B, G, C // G).sum(-1) / count
         rstd = lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + self.eps)
         a = jnp.repeat(rstd, C // G, axis=1) * self.scale[...].astype(jnp.float32)  # [B, C]
         b = self.bias[...].astype(jnp.float32) - jnp.repeat(mean, C // G, axis=1) * a
-        shape = (B,) + (1,) * len(axes) + (C,)
-        return (x * a.reshape(shape) + b.reshape(shape)).astype(self.dtype)
+        a, b = (jnp.expand_dims(y, axes) for y in (a, b))
+        return (x * a + b).astype(self.dtype)
 
 
 class TimestepEmbedding(nnx.Module):

@@ -33,7 +33,12 @@ from contextdiff_jax.models.frames import (
     AttentionControl,
     TemporalAttention,
     VideoNetwork,
+    by_frame,
+    clips_of,
+    flat,
     frames_of,
+    neighbours,
+    of_each_frame,
     seen_frames,
 )
 from contextdiff_jax.models.layers import GroupNorm, ResnetBlock, linear
@@ -90,12 +95,10 @@ class TemporalConv(nnx.Module):
         self.conv = linear(3 * channels, rank, **policy)
         self.out = linear(rank, channels, zero_init=True, **policy)
 
-    def __call__(self, x: Float[ArrayLike, "B F H W C"]) -> Float[Array, "B F H W C"]:
-        h = jax.nn.silu(self.norm(x))
+    def __call__(self, x: Float[ArrayLike, "F B H W C"]) -> Float[Array, "F B H W C"]:
+        h = jax.nn.silu(self.norm(x, axis=1))  # each clip by itself
         # The clip's ends see themselves twice.
-        around = jnp.concatenate([h[:, :1], h, h[:, -1:]], axis=1)
-        F = x.shape[1]
-        h = jnp.concatenate([around[:, i : i + F] for i in range(3)], axis=-1)  # [B, F, H, W, 3C]
+        h = jnp.concatenate([neighbours(h, 1), h, neighbours(h, -1)], axis=-1)  # [F, B, H, W, 3C]
         return x + self.out(self.conv(h))
 
 
@@ -108,14 +111,14 @@ class VideoResnet(nnx.Module):
         self.remat = remat
 
     def __call__(
-        self, x: Float[ArrayLike, "BF H W C"], temb: Float[ArrayLike, "B E"]
-    ) -> Float[Array, "BF H W D"]:
+        self, x: Float[ArrayLike, "FB H W C"], temb: Float[ArrayLike, "B E"]
+    ) -> Float[Array, "FB H W D"]:
         return recomputed(VideoResnet._run, self, x, temb) if self.remat else self._run(x, temb)
 
     def _run(self, x, temb):
         batch = temb.shape[0]
-        h = self.resnet(x, jnp.repeat(temb, x.shape[0] // batch, axis=0))
-        return self.temporal(frames_of(h, batch)).reshape(h.shape)
+        h = self.resnet(x, of_each_frame(temb, x.shape[0] // batch))
+        return flat(self.temporal(frames_of(h, batch)))
 
 
 class VideoTransformer(nnx.Module):
@@ -133,17 +136,17 @@ class VideoTransformer(nnx.Module):
         self.remat = remat
 
     def __call__(
-        self, x: Float[ArrayLike, "BF H W C"], text: VideoText, mask: Bool[ArrayLike, "B L"] | None
-    ) -> Float[Array, "BF H W C"]:
+        self, x: Float[ArrayLike, "FB H W C"], text: VideoText, mask: Bool[ArrayLike, "B L"] | None
+    ) -> Float[Array, "FB H W C"]:
         if self.remat and text.control is None:
             return recomputed(VideoTransformer._run, self, x, text, mask)
         return self._run(x, text, mask)
 
     def _run(self, x, text, mask):
-        BF, H, W, _ = x.shape
+        FB, H, W, _ = x.shape
         B, control = text.tokens.shape[0], text.control
-        F = BF // B
-        h = self.spatial.proj_in(rearrange(self.spatial.norm(x), "BF H W C -> BF (H W) C"))
+        F = FB // B
+        h = self.spatial.proj_in(rearrange(self.spatial.norm(x), "FB H W C -> FB (H W) C"))
         for block, temporal in zip(self.spatial.transformer_blocks, self.temporal, strict=True):
             if block.only_cross_attention:
                 h = h + self._cross(block.attn1, block.norm1(h), text, mask, (H, W))
@@ -153,28 +156,28 @@ class VideoTransformer(nnx.Module):
                 h = h + self._sparse_causal(block.attn1, block.norm1(h), B, control, (H, W))
             h = h + self._cross(block.attn2, block.norm2(h), text, mask, (H, W))
             h = h + block.ff(block.norm3(h))
-            h = rearrange(temporal(frames_of(h, B)), "B F N C -> (B F) N C")
-        return x + rearrange(self.spatial.proj_out(h), "BF (H W) C -> BF H W C", H=H)
+            h = flat(temporal(frames_of(h, B)))
+        return x + rearrange(self.spatial.proj_out(h), "FB (H W) C -> FB H W C", H=H)
 
     @staticmethod
     def _sparse_causal(
-        module: Attention, x: Float[ArrayLike, "BF N D"], batch: int, control, grid
-    ) -> Float[Array, "BF N D"]:
+        module: Attention, x: Float[ArrayLike, "FB N D"], batch: int, control, grid
+    ) -> Float[Array, "FB N D"]:
         source = seen_frames(x, batch, own=False)
         if control is None or not control.changes_frames(x.shape[1]):
             return module.among(x, source)
 
-        def change(weights):  # [B*F, H, N, 2N]
-            return control.sparse_causal(frames_of(weights, batch), grid).reshape(weights.shape)
+        def change(weights):  # [F*B, H, N, 2N]
+            return flat(control.sparse_causal(frames_of(weights, batch), grid))
 
         return _attend(module, x, source, None, change)
 
     @staticmethod
     def _cross(
-        module: Attention, x: Float[ArrayLike, "BF N D"], text: VideoText, mask, grid
-    ) -> Float[Array, "BF N D"]:
+        module: Attention, x: Float[ArrayLike, "FB N D"], text: VideoText, mask, grid
+    ) -> Float[Array, "FB N D"]:
         B, F = text.tokens.shape[0], x.shape[0] // text.tokens.shape[0]
-        x = rearrange(x, "(B F) N D -> B (F N) D", B=B)  # all frames read the clip's one text
+        x = rearrange(x, "(F B) N D -> B (F N) D", B=B)  # all frames read the clip's one text
 
         def change(weights):  # [B, H, F*N, L]
             apart = rearrange(weights, "B H (F N) L -> B H F N L", F=F)
@@ -184,7 +187,7 @@ class VideoTransformer(nnx.Module):
             out = module(x, text.tokens, mask)
         else:
             out = _attend(module, x, text.tokens, mask, change)
-        return rearrange(out, "B (F N) D -> (B F) N D", F=F)
+        return by_frame(rearrange(out, "B (F N) D -> B F N D", F=F))
 
 
 class VideoUNet(VideoNetwork):
@@ -228,11 +231,10 @@ class VideoUNet(VideoNetwork):
         image UNet's.
         """
         B = x.shape[0]
-        flat = rearrange(x, "B F H W C -> (B F) H W C")
         out = self.image.forward(
-            flat, self.image.time(t, B, added), VideoText(text_tokens, control), text_mask
+            by_frame(x), self.image.time(t, B, added), VideoText(text_tokens, control), text_mask
         )
-        return jax.tree.map(lambda y: frames_of(y, B), out)
+        return jax.tree.map(lambda y: clips_of(y, B), out)
 
     def predict(
         self,
@@ -277,18 +279,13 @@ class VideoContext(nnx.Module):
         B, F = x0.shape[:2]
         if self.image.config.network.is_zero:
             return jnp.zeros(x0.shape, jnp.float32)
-        text, mask = (jnp.repeat(a, F, axis=0) for a in (text_tokens, text_mask))
-        t = None if t is None else jnp.repeat(t, F, axis=0)
+        text, mask = (of_each_frame(a, F) for a in (text_tokens, text_mask))
+        t = None if t is None else of_each_frame(t, F)
 
-        def over_frames(tokens):  # [B*F, N, D]
-            return (
-                tokens
-                if self.temporal is None
-                else self.temporal(frames_of(tokens, B)).reshape(tokens.shape)
-            )
+        def over_frames(tokens):  # [F*B, N, D]
+            return tokens if self.temporal is None else flat(self.temporal(frames_of(tokens, B)))
 
-        flat = rearrange(x0, "B F H W C -> (B F) H W C")
-        return frames_of(self.image(flat, text, mask, t, mix=over_frames), B)
+        return clips_of(self.image(by_frame(x0), text, mask, t, mix=over_frames), B)
 
 
 # The video form of each kind of backbone: a module `(backbone, rngs=, remat=)` with the backbone's

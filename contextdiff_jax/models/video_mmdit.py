@@ -35,7 +35,11 @@ from contextdiff_jax.models.frames import (
     ScannedControl,
     TemporalAttention,
     VideoNetwork,
+    by_frame,
+    clips_of,
+    flat,
     frames_of,
+    of_each_frame,
     seen_frames,
 )
 from contextdiff_jax.models.joint import JointBlock
@@ -43,7 +47,7 @@ from contextdiff_jax.models.mmdit import MMDiT
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.stacked import Stacked
 
-Heads = tuple[Array, Array, Array]  # q (scaled), k, v, each [BF, H, N, D]
+Heads = tuple[Array, Array, Array]  # q (scaled), k, v, each [FB, H, N, D]
 
 
 class Clip(NamedTuple):
@@ -59,16 +63,16 @@ class FrameAttention:
     """The attentions of one layer over frames; `looks`: what the control collects in it."""
 
     clip: Clip
-    mask: Bool[ArrayLike, "BF L"] | None
+    mask: Bool[ArrayLike, "FB L"] | None
     choice: str
     looks: Float[Array, "P F N"] | None = None
 
     def joint(
         self, picture: Heads, text: Heads, *, both: bool
-    ) -> tuple[Float[Array, "BF H N D"], Float[Array, "BF H L D"] | None]:
+    ) -> tuple[Float[Array, "FB H N D"], Float[Array, "FB H L D"] | None]:
         """(1) of the picture's queries; the text's find the tokens of their own frame and text."""
         (q, *own), (q_text, *of_text) = (map(_turned, heads) for heads in (picture, text))
-        seen = [seen_frames(y, self.clip.batch, own=True) for y in own]  # [BF, M, H, D]
+        seen = [seen_frames(y, self.clip.batch, own=True) for y in own]  # [FB, M, H, D]
         k, v = (jnp.concatenate(pair, axis=1) for pair in zip(seen, of_text, strict=True))
         bias = self._bias(seen[0], q, q_text)
         if self.clip.control is None:
@@ -84,7 +88,7 @@ class FrameAttention:
         read = self_attention(q_text, k, v, 1.0, mask, choice=self.choice)
         return _turned(found), _turned(read)
 
-    def alone(self, q: Array, k: Array, v: Array) -> Float[Array, "BF H N D"]:
+    def alone(self, q: Array, k: Array, v: Array) -> Float[Array, "FB H N D"]:
         """A second attention's, of the pictures alone: all frames' keys count alike."""
         q, k, v = map(_turned, (q, k, v))
         k, v = (seen_frames(y, self.clip.batch, own=True) for y in (k, v))
@@ -94,7 +98,7 @@ class FrameAttention:
         weights = self._sparse_causal(jax.nn.softmax(_logits(q, k), axis=-1))
         return _turned(_weighed(weights, v))
 
-    def _bias(self, seen: Array, q: Array, q_text: Array) -> Float[Array, "BF M"]:
+    def _bias(self, seen: Array, q: Array, q_text: Array) -> Float[Array, "FB M"]:
         """What is added to the logits of the keys of the frames that are `seen` and of the text."""
         mask = jnp.ones(q_text.shape[:2], bool) if self.mask is None else self.mask
         pictures = jnp.full(seen.shape[:2], -math.log(seen.shape[1] // q.shape[1]))
@@ -102,27 +106,25 @@ class FrameAttention:
 
     def _controlled(
         self, q: Array, k: Array, v: Array, bias: Array, pictures: int
-    ) -> Float[Array, "BF N H D"]:
+    ) -> Float[Array, "FB N H D"]:
         """What the control makes of the weights on the pictures' keys, which are the first, and on
         the text's. Together they sum to 1 again.
         """
         B, logits = self.clip.batch, _logits(q, k) + bias[:, None, None]
         seen, text = jnp.split(jax.nn.softmax(logits, axis=-1), [pictures], axis=-1)
         text, self.looks = self.clip.control.changed(
-            rearrange(text, "(B F) H N L -> B H F N L", B=B)
+            rearrange(text, "(F B) H N L -> B H F N L", B=B)
         )
-        text = rearrange(text, "B H F N L -> (B F) H N L")
+        text = by_frame(rearrange(text, "B H F N L -> B F H N L"))
         weights = jnp.concatenate([self._sparse_causal(seen), text], axis=-1)
         return _weighed(weights / weights.sum(-1, keepdims=True), v)
 
-    def _sparse_causal(self, weights: Float[Array, "BF H N M"]) -> Float[Array, "BF H N M"]:
-        changed = self.clip.control.sparse_causal(
-            frames_of(weights, self.clip.batch), self.clip.grid
-        )
-        return changed.reshape(weights.shape)
+    def _sparse_causal(self, weights: Float[Array, "FB H N M"]) -> Float[Array, "FB H N M"]:
+        weights = frames_of(weights, self.clip.batch)
+        return flat(self.clip.control.sparse_causal(weights, self.clip.grid))
 
 
-def _turned(y: Float[Array, "BF A B D"]) -> Float[Array, "BF B A D"]:
+def _turned(y: Float[Array, "FB A B D"]) -> Float[Array, "FB B A D"]:
     """Heads and tokens in each other's place: frames are gathered along tokens that come first."""
     return jnp.swapaxes(y, 1, 2)
 
@@ -160,11 +162,11 @@ class VideoBlock(nnx.Module):
 
     def __call__(
         self,
-        x: Float[ArrayLike, "BF N D"],
-        text: Float[ArrayLike, "BF L D"],
+        x: Float[ArrayLike, "FB N D"],
+        text: Float[ArrayLike, "FB L D"],
         looks: Float[Array, "P F N"] | None,
-        time: Float[ArrayLike, "BF D"],
-        mask: Bool[ArrayLike, "BF L"] | None,
+        time: Float[ArrayLike, "FB D"],
+        mask: Bool[ArrayLike, "FB L"] | None,
         clip: Clip,
     ) -> tuple[Array, Array, Array | None]:
         if len(x) == clip.batch and clip.control is None:
@@ -173,7 +175,7 @@ class VideoBlock(nnx.Module):
             by = FrameAttention(clip, mask, self.block.self_attention)
             x, text = self.block.through(x, text, time, by.joint, by.alone)
             looks = None if looks is None else looks + by.looks
-        return self.temporal(frames_of(x, clip.batch)).reshape(x.shape), text, looks
+        return flat(self.temporal(frames_of(x, clip.batch))), text, looks
 
 
 class VideoMMDiT(VideoNetwork):
@@ -212,11 +214,11 @@ class VideoMMDiT(VideoNetwork):
         image transformer's.
         """
         (B, F, height, width), p = x.shape[:4], self.config.patch_size
-        flat = rearrange(x, "B F H W C -> (B F) H W C")
+        pictures = by_frame(x)
         t = jnp.broadcast_to(jnp.asarray(t), (B,))
-        t, text_tokens, pooled = (jnp.repeat(a, F, axis=0) for a in (t, text_tokens, pooled))
-        mask = None if text_mask is None else jnp.repeat(text_mask, F, axis=0)
-        h, text, time = self.image.enter(flat, t, text_tokens, pooled)
+        t, text_tokens, pooled = (of_each_frame(a, F) for a in (t, text_tokens, pooled))
+        mask = None if text_mask is None else of_each_frame(text_mask, F)
+        h, text, time = self.image.enter(pictures, t, text_tokens, pooled)
         clip, looks = Clip(B, (height // p, width // p), control), None
         if control is not None:
             weights = (B, self.config.num_attention_heads, F, h.shape[1], text.shape[1])
@@ -226,7 +228,7 @@ class VideoMMDiT(VideoNetwork):
             h, text, looks = stack((h, text, looks), time, mask, clip)
         if control is not None:
             control.collect(looks / self.config.num_layers, clip.grid)
-        return jax.tree.map(lambda y: frames_of(y, B), self.image.leave(h, time, flat.shape))
+        return jax.tree.map(lambda y: clips_of(y, B), self.image.leave(h, time, pictures.shape))
 
     def predict(
         self,

@@ -235,12 +235,11 @@ class Target:
             return self.mesh.devices.flat[0].platform
         return jax.default_backend() if jax.device_count() == 1 else "unknown"
 
-    @property
-    def splits_rows(self) -> bool:
-        """Whether devices share the rows of a picture."""
+    def splits(self, name: str) -> bool:
+        """Whether devices share what has this logical name: a picture's `rows`, the `batch`."""
         if self.mesh is None:
             return False
-        return any(self.mesh.shape[axis] > 1 for axis in _split((RULES | dict(self.rules))["rows"]))
+        return any(self.mesh.shape[axis] > 1 for axis in _split((RULES | dict(self.rules))[name]))
 
 
 _TARGET: contextvars.ContextVar[Target] = contextvars.ContextVar("target")
@@ -268,7 +267,7 @@ def laid(x: jax.Array, names: Sequence[str | None]) -> jax.Array:
     activations which it is made of, and gather those of all devices.
     """
     target = current_target()
-    if target.mesh is None:
+    if target.mesh is None or target.mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, place(target.mesh, x.shape, names, target.rules))
 
