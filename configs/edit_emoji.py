@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
         prompt="man running, light skin tone, 3d style",
         edit_prompts=("man running, dark skin tone, 3d style",),
     )
-    # of guidance 1 to 10, strengths 0.7 to 1 and 1 to 20 steps of tuning, on four clips
-    config.edit.strength = (0.9,)
+    # Guidance finds the tone while there is much noise; later it would overshoot the colours
+    # (docs/video.md has what was tried).
+    config.edit.update(strength=(0.9,), guidance=6.0, guidance_interval=(0.67, 1.0))
     return config

@@ -288,6 +288,50 @@ def test_an_edit_without_inversion_moves_one_gaussian_onto_another(monkeypatch, 
     np.testing.assert_allclose(clips, x0 + delta.reshape(3, 1, 1, 1, 1), atol=2e-4)
 
 
+def test_guidance_acts_inside_its_interval_alone(monkeypatch):
+    """Of estimates that don't depend on x_t, delta has a recursion of its own."""
+    schedule, means = diffusion.make_schedule("flow"), np.array([0.2, -0.4])
+    edit = EditConfig(method="flowedit", steps=8, guidance=3.0, guidance_interval=(0.4, 0.7))
+
+    def make_denoise(*_, guidance, **__):
+        def denoise(x, t, s):
+            x0 = jnp.broadcast_to(guidance * means.reshape(2, 1, 1, 1, 1), x.shape)
+            return Denoised(x0.astype(x.dtype), jnp.zeros_like(x), jnp.zeros_like(x))
+
+        return denoise
+
+    class Model:
+        def context(self, z, *_):
+            return jnp.zeros_like(z)
+
+    monkeypatch.setattr(movers, "make_denoise", make_denoise)
+    process = diffusion.Process(schedule=schedule, prediction_type="x0", shift="none")
+    text = Captions(jnp.zeros((2, 2, 4)), jnp.ones((2, 2), bool))
+    x0, video = np.zeros((1, 2, 4, 4, 3), np.float32), VideoConfig(prompt="a", edit_prompts=("b",))
+    clips, _ = flow_edits(
+        jax.random.key(0), Model(), process, x0[None], text, text, None, video, edit
+    )
+    times = [*edit_timesteps(schedule, edit)[::-1], schedule.t_min]
+    delta, guided = 0.0, 0
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        inside = 0.4 < t <= 0.7  # on the straight path the share of noise is the time
+        rho = s * (1 - t) / ((1 - s) * t)
+        delta = rho * delta + (1 - rho) * (3.0 if inside else 1.0) * (means[1] - means[0])
+        guided += inside
+    assert 0 < guided < len(times) - 1
+    np.testing.assert_allclose(clips[1], delta, atol=1e-5)
+
+
+def test_attention_is_controlled_and_watched_inside_an_interval_too(tiny):
+    changes = {"edit.control": "refine", "edit.blend": "changed", "edit.strength": (0.6,)}
+    always, inside = (
+        edits(*tiny, edit_settings(**changes, **{"edit.guidance_interval": interval}))[2]
+        for interval in (diffusion.ALWAYS, (1e-6, 1.0))
+    )
+    np.testing.assert_allclose(inside, always, atol=1e-5)
+    assert np.abs(inside[1] - inside[0]).max() > 1e-2
+
+
 def test_a_noised_path_is_the_shifted_process_with_one_noise(tiny):
     editor, clip = tiny
     settings, x0 = edit_settings(), editor.encode(clip)
@@ -397,6 +441,7 @@ def test_weights_in_float16_are_tuned_in_float32(tiny):
         ("edit.cross_range", (0.5, 0.1), "edit.cross_range"),
         ("edit.reweight", (("snow",),), "edit.reweight"),
         ("edit.guidence", 2.0, "nearest: guidance"),
+        ("edit.guidance_interval", (0.7, 0.2), "must be two shares of noise .* ascending"),
         ("video.model", "nowhere", None),
     ],
 )

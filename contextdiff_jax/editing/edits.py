@@ -8,6 +8,7 @@ difference delta between edit and source, by the difference of their estimates.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -80,19 +81,27 @@ def _make_estimate(
     copied = edit.control != "none"
     looked_at = bool(edit.keep) or edit.blend not in ("", DIFFERENCE)
 
-    def estimate(x, row):
+    def estimate_by(guidance, row, x, t, s):
         control = None
         if copied or edit.reweight or looked_at:
             on = (row.cross_on * copied, row.self_on * copied)
             control = Control(alignment, *on, edit.self_tokens)
         out = make_denoise(
-            model, process, text, empty_like(text, null), guidance=edit.guidance, control=control
-        )(x, *(jnp.full(x.shape[:1], time) for time in (row.t, row.s)))
+            model, process, text, empty_like(text, null), guidance=guidance, control=control
+        )(x, t, s)
         maps = control.mean_map(x.shape[2:4]) if looked_at else _no_maps(x)
         if edit.blend == DIFFERENCE:
             source, _, kept = jnp.split(maps, 3)
             maps = jnp.concatenate([source, difference_map(out.x0), kept])
         return out, maps
+
+    def estimate(x, row):
+        guided, alone = (
+            functools.partial(estimate_by, guidance, row) for guidance in (edit.guidance, 1.0)
+        )
+        if edit.guidance != 1:
+            guided = diffusion.within(guided, alone, process.schedule, edit.guidance_interval)
+        return guided(x, *(jnp.full(x.shape[:1], time) for time in (row.t, row.s)))
 
     return estimate
 

@@ -13,9 +13,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from contextdiff_jax.diffusion import ALWAYS
 from contextdiff_jax.runtime.fields import check_at_least, check_choice, strict
 from contextdiff_jax.runtime.keys import check_seed
 from contextdiff_jax.settings import Settings, parse
+from contextdiff_jax.settings.sampling import check_interval
 
 CONTROLS = ("none", "replace", "refine")
 AUTO = "auto"
@@ -108,6 +110,8 @@ class EditConfig:
       strength: the share of them that is undone and made anew: a number, one for each edit
           prompt, or `auto`: chosen for each by the model's own errors (`editing.strength`).
       guidance: its scale.
+      guidance_interval: where there is guidance, as in `sample`: shares of noise b / (a + b), from
+          0 (clean) to 1 (noise). Elsewhere the estimates are those of the prompts alone.
       negative: what guidance leads away from: `source`, the clip's own prompt (negative-prompt
           inversion, Miyake et al. 2023, by which guidance leaves the source as it is), or `empty`.
       inversion: `ddim`, or `exact`: solved to `tolerance`.
@@ -139,6 +143,7 @@ class EditConfig:
     steps: int = 50
     strength: tuple[float | str, ...] = (1.0,)
     guidance: float = 3.0
+    guidance_interval: tuple[float, float] = ALWAYS
     negative: str = "source"
     inversion: str = "ddim"
     iterations: int = 30
@@ -179,6 +184,7 @@ class EditConfig:
             keep_threshold=0,
         )
         self._check_strength()
+        check_interval("edit.guidance_interval", self.guidance_interval)
         for field in ("cross_range", "self_range", "blend_range"):
             value = getattr(self, field)
             if len(value) != 2 or not 0 <= value[0] <= value[1] <= 1:

@@ -15,6 +15,15 @@ from contextdiff_jax.diffusion.grids import read_spacing
 from contextdiff_jax.diffusion.samplers import adds_noise, check_eta, check_takes
 
 
+def check_interval(name: str, interval: tuple[float, float]) -> None:
+    """Raises ValueError unless these are two shares of noise (`diffusion.noise_share`)."""
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(
+            f"{name}={interval}: must be two shares of noise b / (a + b), ascending, from 0 "
+            "(clean) to 1 (noise)"
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """Options of the pictures in DIR/samples, and the `sample` command's defaults."""
@@ -48,13 +57,7 @@ class SampleConfig:
         for field in ("guidance", "context_scale"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"{field}={getattr(self, field)}: must be finite and not negative")
-        if len(self.guidance_interval) != 2 or not (
-            0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1
-        ):
-            raise ValueError(
-                f"guidance_interval={self.guidance_interval}: must be two shares of noise "
-                "b / (a + b), ascending, from 0 (clean) to 1 (noise)"
-            )
+        check_interval("guidance_interval", self.guidance_interval)
         for field, most in (
             ("guidance_rescale", 1),
             ("dynamic_threshold", 100),
