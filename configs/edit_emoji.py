@@ -24,5 +24,5 @@ def get_config() -> ConfigDict:
     )
     # Guidance finds the tone while there is much noise; later it would overshoot the colours
     # (docs/video.md has what was tried).
-    config.edit.update(strength=(0.9,), guidance=6.0, guidance_interval=(0.67, 1.0))
+    config.edit.update(strength=(0.95,), guidance=4.0, guidance_interval=(0.67, 1.0))
     return config
