@@ -17,10 +17,10 @@ def get_config() -> ConfigDict:
     """The model that ships with the package, tuned for a second on eight frames."""
     config = tuned(emoji3d.get_config(), steps=5)
     config.video.update(
-        path="data/emoji3d/clips/1f3c3-1f3fb-200d-2642-fe0f",
+        path="data/emoji3d/clips/1f469-1f3ff-200d-2695-fe0f",
         model="emoji",
-        prompt="man running, light skin tone, 3d style",
-        edit_prompts=("man running, dark skin tone, 3d style",),
+        prompt="woman health worker, dark skin tone, 3d style",
+        edit_prompts=("woman health worker, medium-light skin tone, 3d style",),
     )
     # Guidance finds the tone while there is much noise; later it would overshoot the colours
     # (docs/video.md has what was tried).
