@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ON_EIGHT, ROOT
 from PIL import Image
 from torch_models import nchw
 
@@ -61,6 +65,20 @@ def test_an_autoencoder_learns_resumes_and_is_a_diffusers_folder_with_unit_laten
         q = theirs.encode(nchw(pixels)).latent_dist
     std = float((q.mean.var() + q.var.mean()).sqrt()) * theirs.config.scaling_factor
     assert abs(std - 1) < 0.02
+
+
+def test_devices_that_share_rows_and_channels_take_the_step_that_one_takes():
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "autoencoder_mesh_program.py"],
+        env=os.environ | ON_EIGHT | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["devices"] == 8
+    np.testing.assert_allclose(found["many"], found["one"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -89,17 +89,19 @@ def make_vae_step(
     settings: AutoencoderSettings, mesh: Mesh
 ) -> Callable[[TrainState, Mapping[str, Array]], TrainState]:
     """`step(state, batch) -> state`, pure; metrics are summed in the state. To be jitted, state
-    donated; `mesh`: the devices that share the optimizer's work.
+    donated; `mesh`: the devices that it is compiled for.
     """
     graph = _graph(settings)
 
     def step(state: TrainState, batch: Mapping[str, Array]) -> TrainState:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        (loss, terms), grads = jax.value_and_grad(
-            lambda params: loss_fn(nnx.merge(graph, params), batch["image"], key, settings.loss),
-            has_aux=True,
-        )(state.params)
         with tracing_for(mesh, settings.mesh.rules):
+            (loss, terms), grads = jax.value_and_grad(
+                lambda params: loss_fn(
+                    nnx.merge(graph, params), batch["image"], key, settings.loss
+                ),
+                has_aux=True,
+            )(state.params)
             params, ema, opt_state = apply_gradients(
                 settings.train, grads, state.params, state.ema, state.opt_state, state.step
             )
