@@ -30,8 +30,9 @@ def get_plan() -> Plan:
         before,
         title="One object, on a straight path, by Muon",
         verdict=(
-            "**No verdict yet.** The plan was fixed before its first training. Of 48 the first few "
-            "are finished, one seed of each at most, and seeds differ by more than methods do."
+            "**No verdict yet.** The plan was fixed before its first training. Three of its eight "
+            "seeds are finished, and by what is asked first no method differs from another by more "
+            "than seeds do."
         ),
         about=(
             "Rectified flow, x_t = (1 - t) x0 + t (1 - t) r + t e, at 16x16. `plain` has no r; "
