@@ -31,8 +31,8 @@ def get_plan() -> Plan:
         title="One object, on a straight path, by Muon",
         verdict=(
             "**No verdict yet.** The plan was fixed before its first training. Three of its eight "
-            "seeds are finished, and by what is asked first no method differs from another by more "
-            "than seeds do."
+            "seeds are finished. By what is asked first one difference counts so far: `velocity` "
+            "is worse than `plain` at guidance 1."
         ),
         about=(
             "Rectified flow, x_t = (1 - t) x0 + t (1 - t) r + t e, at 16x16. `plain` has no r; "
