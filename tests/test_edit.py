@@ -79,7 +79,7 @@ def check_outputs(workdir, metrics, size=(16, 16)):
     assert "a blue circle" in table(metrics) and "psnr" in table(metrics)
 
 
-@pytest.mark.slow  # half a minute of compilation each: pytest -m slow tests/test_edit.py
+@pytest.mark.slow  # over a minute of compilation: pytest -m slow tests/test_edit.py
 def test_a_new_model_learns_resumes_and_edits_a_clip(folder, tmp_path, monkeypatch, caplog):
     config = config_of(
         folder,
@@ -113,7 +113,7 @@ def test_a_new_model_learns_resumes_and_edits_a_clip(folder, tmp_path, monkeypat
         edit(config_of(folder, **{"video.tune": "all", "video.prompt": "a green cross"}), tmp_path)
 
 
-@pytest.mark.slow  # half a minute of compilation each: pytest -m slow tests/test_edit.py
+@pytest.mark.slow  # over a minute of compilation: pytest -m slow tests/test_edit.py
 def test_a_stable_diffusion_folder_and_a_clip_folder_go_through_every_path(folder, tmp_path):
     pipeline = stable_diffusion(folder / "words")
     pipeline.save_pretrained(folder / "sd")
