@@ -8,30 +8,15 @@ import json
 
 import jax
 import numpy as np
+from autoencoder_settings import autoencoder_settings
 
-from contextdiff_jax.configs.vae_emoji import get_config
 from contextdiff_jax.parallel.mesh import Feed, MeshConfig, make_mesh, state_shardings
-from contextdiff_jax.settings.autoencoder import AutoencoderSettings, parse_autoencoder
 from contextdiff_jax.training.autoencoder import init_state, make_vae_step
-
-
-def settings() -> AutoencoderSettings:
-    """A tiny autoencoder's."""
-    config = get_config()
-    config.train.batch_size = 4
-    config.vae.update(
-        block_out_channels=(8,),
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
-    return parse_autoencoder(config.to_dict())
 
 
 def main() -> None:
     """The same step on both meshes."""
-    autoencoder = settings()
+    autoencoder = autoencoder_settings()
     start = jax.device_get(init_state(autoencoder))
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3)).astype(np.uint8)
 

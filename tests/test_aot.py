@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from autoencoder_settings import autoencoder_settings
 from conftest import ONE_LEVEL, command, config_dict, one_line
 from edit_settings import edit_settings
 from flax import nnx
@@ -19,7 +20,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from contextdiff_jax.benchmarks.tpu import aot, aot_edit, aot_table, hlo
-from contextdiff_jax.configs.vae_emoji import get_config as get_vae_config
 from contextdiff_jax.models import flash
 from contextdiff_jax.models.attention import attention
 from contextdiff_jax.models.contextdiff import Frozen
@@ -37,7 +37,6 @@ from contextdiff_jax.parallel.mesh import (
     tracing_for,
 )
 from contextdiff_jax.settings import parse
-from contextdiff_jax.settings.autoencoder import parse_autoencoder
 from contextdiff_jax.training import autoencoder
 from contextdiff_jax.training.state import init_state
 
@@ -353,16 +352,7 @@ def test_chips_share_the_matrices_that_muon_makes_orthogonal(devices):
 
 
 def test_chips_share_them_in_an_autoencoders_training_too(devices):
-    config = get_vae_config()
-    config.train.optimizer = "muon"
-    config.vae.update(
-        block_out_channels=(8,),
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
-    settings = parse_autoencoder(config.to_dict())
+    settings = autoencoder_settings(optimizer="muon")
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), devices=devices)
     state = jax.eval_shape(lambda: autoencoder.init_state(settings))
     spread = NamedSharding(mesh, P(("data", "fsdp")))

@@ -247,6 +247,30 @@ def test_an_edit_without_inversion_leaves_the_source_and_its_own_prompt_as_they_
     assert np.abs(clips[1] - x0[0]).mean() > 1e-3
 
 
+def flow_edits_by(monkeypatch, denoise, schedule, edit, x0, rows):
+    """The clips of `rows` prompts, the source's first, by a plain network whose estimates under a
+    guidance are `denoise(x, t, guidance)`.
+    """
+
+    def make_denoise(*_, guidance, **__):
+        def estimate(x, t, s):
+            return Denoised(denoise(x, t, guidance), jnp.zeros_like(x), jnp.zeros_like(x))
+
+        return estimate
+
+    class Model:
+        def context(self, z, *_):
+            return jnp.zeros_like(z)
+
+    monkeypatch.setattr(movers, "make_denoise", make_denoise)
+    process = diffusion.Process(schedule=schedule, prediction_type="x0", shift="none")
+    text = Captions(jnp.zeros((rows, 2, 4)), jnp.ones((rows, 2), bool))
+    video = VideoConfig(prompt="a", edit_prompts=("b", "c")[: rows - 1])
+    return flow_edits(jax.random.key(0), Model(), process, x0[None], text, text, None, video, edit)[
+        0
+    ]
+
+
 @pytest.mark.parametrize("name", ["cosine", "flow"])
 def test_an_edit_without_inversion_moves_one_gaussian_onto_another(monkeypatch, name):
     """Of N(m, 0.5^2) D is linear in x_t: the noise cancels, delta has a recursion of its own."""
@@ -256,27 +280,13 @@ def test_an_edit_without_inversion_moves_one_gaussian_onto_another(monkeypatch, 
     def signal_and_noise(t):
         return jnp.sqrt(schedule.alpha_bar(t)), schedule.sigma(t)
 
-    def make_denoise(*_, **__):
-        def denoise(x, t, s):
-            a, b = (v.reshape(-1, *[1] * (x.ndim - 1)) for v in signal_and_noise(t))
-            m = means.reshape(-1, *[1] * (x.ndim - 1)).astype(np.float32)
-            x0 = m + a * 0.25 / (a**2 * 0.25 + b**2) * (x - a * m)
-            return Denoised(x0, jnp.zeros_like(x), jnp.zeros_like(x))
+    def denoise(x, t, _):
+        a, b = (v.reshape(-1, *[1] * (x.ndim - 1)) for v in signal_and_noise(t))
+        m = means.reshape(-1, *[1] * (x.ndim - 1)).astype(np.float32)
+        return m + a * 0.25 / (a**2 * 0.25 + b**2) * (x - a * m)
 
-        return denoise
-
-    class Model:
-        def context(self, z, *_):
-            return jnp.zeros_like(z)
-
-    monkeypatch.setattr(movers, "make_denoise", make_denoise)
-    process = diffusion.Process(schedule=schedule, prediction_type="x0", shift="none")
-    text = Captions(jnp.zeros((3, 2, 4)), jnp.ones((3, 2), bool))
     x0 = np.random.default_rng(0).standard_normal((1, 2, 4, 4, 3)).astype(np.float32)
-    video = VideoConfig(prompt="a", edit_prompts=("b", "c"))
-    clips, _ = flow_edits(
-        jax.random.key(0), Model(), process, x0[None], text, text, None, video, edit
-    )
+    clips = flow_edits_by(monkeypatch, denoise, schedule, edit, x0, 3)
     times = [*edit_timesteps(schedule, edit)[::-1], schedule.t_min]
     wanted, delta = means - means[0], np.zeros(3)
     for t, s in zip(times[:-1], times[1:], strict=True):
@@ -293,24 +303,12 @@ def test_guidance_acts_inside_its_interval_alone(monkeypatch):
     schedule, means = diffusion.make_schedule("flow"), np.array([0.2, -0.4])
     edit = EditConfig(method="flowedit", steps=8, guidance=3.0, guidance_interval=(0.4, 0.7))
 
-    def make_denoise(*_, guidance, **__):
-        def denoise(x, t, s):
-            x0 = jnp.broadcast_to(guidance * means.reshape(2, 1, 1, 1, 1), x.shape)
-            return Denoised(x0.astype(x.dtype), jnp.zeros_like(x), jnp.zeros_like(x))
+    def denoise(x, _, guidance):
+        x0 = guidance * means.reshape(2, 1, 1, 1, 1)
+        return jnp.broadcast_to(x0, x.shape).astype(x.dtype)
 
-        return denoise
-
-    class Model:
-        def context(self, z, *_):
-            return jnp.zeros_like(z)
-
-    monkeypatch.setattr(movers, "make_denoise", make_denoise)
-    process = diffusion.Process(schedule=schedule, prediction_type="x0", shift="none")
-    text = Captions(jnp.zeros((2, 2, 4)), jnp.ones((2, 2), bool))
-    x0, video = np.zeros((1, 2, 4, 4, 3), np.float32), VideoConfig(prompt="a", edit_prompts=("b",))
-    clips, _ = flow_edits(
-        jax.random.key(0), Model(), process, x0[None], text, text, None, video, edit
-    )
+    x0 = np.zeros((1, 2, 4, 4, 3), np.float32)
+    clips = flow_edits_by(monkeypatch, denoise, schedule, edit, x0, 2)
     times = [*edit_timesteps(schedule, edit)[::-1], schedule.t_min]
     delta, guided = 0.0, 0
     for t, s in zip(times[:-1], times[1:], strict=True):
