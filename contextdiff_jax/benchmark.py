@@ -89,6 +89,9 @@ SUBJECTS = flags.DEFINE_list(
     ["network", "method"],
     "train, sample: the network alone, and the whole method with and without its context.",
 )
+PROFILE = cli.define_path(
+    "profile", "", "train, sample: folder for a profile of our network; its kernels are told."
+)
 PREDICTION = cli.define_path("prediction", "", "predicted: what --mode=aot --json wrote.")
 SIDE = flags.DEFINE_enum("side", "ours", ["ours", "torch"], "largest: whose step.")
 PLOT = cli.define_path("plot", "", "roofline: file for the plot, a PNG.")
@@ -135,6 +138,7 @@ def _speed(settings):
             compare=COMPARE.value,
             rounds=REPEATS.value,
             subjects=tuple(SUBJECTS.value),
+            profile=PROFILE.value,
         ),
     )
 
@@ -249,10 +253,12 @@ def main() -> None:
         host.leave_memory()
     if mode.shares:
         host.one_device_a_core(config["train"]["batch_size"])
+    from contextdiff_jax.benchmarks import turns
     from contextdiff_jax.editing.settings import parse_edit
     from contextdiff_jax.evaluation.report import machine
     from contextdiff_jax.settings import parse
 
+    turns.begin()
     edits = (MODE.value, PROGRAM.value) == ("aot", "edit")
     result = mode.run(config and (parse_edit if edits else parse)(config))
     print(result.text)

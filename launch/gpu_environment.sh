@@ -1,5 +1,6 @@
 # Sourced before a command on NVIDIA GPUs: what XLA is told, each with its reason. Your own flags, in
-# XLA_FLAGS, stand last and win. Timed nowhere yet: `--mode=accelerator` with and without it tells.
+# XLA_FLAGS, stand last and win. docs/accelerators.md has what an H200 does with them; what each is
+# worth is timed nowhere yet.
 #   source launch/gpu_environment.sh && python -m contextdiff_jax.train --config=... --workdir=...
 flags=(
   # collectives of a sharded step start early and end late, with other layers' products between

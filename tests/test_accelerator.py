@@ -7,8 +7,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +26,13 @@ from contextdiff_jax.benchmarks import (
     kernels,
     largest,
     predicted,
+    profiled,
+    turns,
     upkeep,
 )
-from contextdiff_jax.benchmarks.accelerator import AcceleratorBenchmark, Part, parts
+from contextdiff_jax.benchmarks.accelerator import AcceleratorBenchmark, Part, groups
 from contextdiff_jax.benchmarks.accelerator_page import page
-from contextdiff_jax.models import flash
+from contextdiff_jax.models import attention, flash, layers
 from contextdiff_jax.parallel.mesh import Target
 from contextdiff_jax.settings import parse
 
@@ -43,24 +48,24 @@ def python(code, environment):
 
 
 def test_the_most_telling_come_first_and_peers_only_where_they_are():
-    names = [part.name for part in parts(tiny=False, compare=True)]
-    assert names[:3] == ["the device", "train: UNet", "sample: UNet"]
-    assert names[-1] == "largest batch: torch"
-    alone = parts(tiny=True, compare=False)
+    names = [[part.name for part in group] for group in groups(False, True, pathlib.Path("p"))]
+    assert names[:2] == [["the device"], ["train: UNet", "sample: transformer"]]
+    assert names[-1] == ["largest batch: torch"]
+    alone = [part for group in groups(True, False, pathlib.Path("p")) for part in group]
     assert not any("torch" in flag for part in alone for flag in part.flags)
     assert "configs/benchmark_gpu.py:tiny-unet" in alone[1].flags[1]
 
 
 def test_each_result_is_written_as_it_comes_and_a_failure_costs_its_own(tmp_path, monkeypatch):
     jobs = [Part("first", ("good",)), Part("second", ("bad",)), Part("third", ("slow",))]
-    monkeypatch.setattr(accelerator, "parts", lambda tiny, compare: jobs)
+    monkeypatch.setattr(accelerator, "groups", lambda *_: [[job] for job in jobs])
     monkeypatch.setattr(accelerator, "upkeep", lambda left, tiny: {"error": "not here"})
     file, seen = tmp_path / "a.json", []
 
     def run(command, **_):
         seen.append(json.loads(file.read_text())["parts"] if file.exists() else {})
         if "slow" in command:
-            raise subprocess.TimeoutExpired(command, 1)
+            raise subprocess.TimeoutExpired(command, 1, stderr=b"a line\nmeasuring")
         if "bad" in command:
             return subprocess.CompletedProcess(command, 1, "", "a trace\nerror: what failed")
         rows = next(flag for flag in command if flag.startswith("--json=")).split("=")[1]
@@ -74,7 +79,7 @@ def test_each_result_is_written_as_it_comes_and_a_failure_costs_its_own(tmp_path
     found = json.loads(file.read_text())["parts"]
     assert [len(parts) for parts in seen] == [0, 1, 2]
     assert found["second"]["error"] == "error: what failed"
-    assert found["third"]["error"].startswith("not finished in")
+    assert re.fullmatch("not finished in [0-9]+ s: measuring", found["third"]["error"])
     assert result.text.startswith("1 of 4 parts")
     text = file.with_suffix(".md").read_text()
     assert "| first | bfloat16, 8 | 4.00 | torch channels_last | 1.50 [1.40, 1.60] |" in text
@@ -124,10 +129,108 @@ def test_cudnn_is_given_the_mask_and_the_scale_and_refuses_float32(monkeypatch):
     found = flash.cudnn_attention(q, k, v, 0.3, mask, target=Target())
     wanted = true(q[1:], k[1:, :4], v[1:, :4], scale=0.3)
     np.testing.assert_allclose(found[1:].astype(float), wanted.astype(float), atol=2e-2)
-    assert called["implementation"] == "cudnn" and called["mask"].shape == (2, 1, 1, 6)
+    assert called["implementation"] == "cudnn" and called["mask"].shape == (2, 1, 6, 6)
     with pytest.raises(ValueError, match="train.attention='cudnn': computes in bfloat16"):
         flash.cudnn_attention(*(x.astype(jnp.float32) for x in (q, k, v)), 1.0, target=Target())
-    assert flash.formulation("auto", 4096, Target()) != "cudnn"
+
+
+@pytest.mark.parametrize("queries, keys", [(6, 6), (6, 5), (5, 6), (5, 5)])
+def test_cudnn_has_even_numbers_of_queries_and_keys_and_finds_the_same(monkeypatch, queries, keys):
+    """With odd ones it refuses to train."""
+    seen, true = [], jax.nn.dot_product_attention
+
+    def dot_product_attention(q, k, v, *, implementation, **options):
+        seen.append((q.shape[1], k.shape[1]))
+        return true(q, k, v, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", dot_product_attention)
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 6, 2, 8), jnp.bfloat16)
+    q, k, v = q[:, :queries], k[:, :keys], v[:, :keys]
+    found = flash.cudnn_attention(q, k, v, 0.3, target=Target())
+    assert seen == [(6, 6)] and found.shape == q.shape
+    wanted = true(q, k, v, scale=0.3)
+    np.testing.assert_allclose(found.astype(float), wanted.astype(float), atol=1e-2)
+
+
+def test_auto_is_cudnn_on_a_gpu_where_it_can_be_had_and_wins(monkeypatch):
+    monkeypatch.setattr(Target, "platform", "gpu")
+
+    def choice(queries, keys, width=64, dtype=jnp.bfloat16):
+        q, k = (jnp.zeros((1, n, 1, width), dtype) for n in (queries, keys))
+        return flash.formulation("auto", q, k, Target())
+
+    assert choice(4096, 4096) == choice(4096, 77, 40) == choice(256, 256) == "cudnn"
+    assert choice(64, 64) == choice(64, 77) == "xla"
+    for refused in (dict(dtype=jnp.float32), dict(width=160), dict(width=60)):
+        assert choice(4096, 4096, **refused) == "xla"
+
+
+def test_the_forms_for_a_gpu_compute_the_same(monkeypatch):
+    """Without the order of products and the barriers that a CPU is fast by."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 6, 2, 8))
+    x, kernel = jax.random.normal(jax.random.key(1), (5, 8)), jnp.eye(8, 3)
+
+    def both():
+        def loss(q, x, kernel):
+            return attention.attention(q, k, v).sum() + jnp.sin(layers.matmul(x, kernel)).sum()
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, x, kernel)
+
+    here = both()
+    monkeypatch.setattr(Target, "platform", "gpu")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), both(), here)
+
+
+def test_processes_measure_in_turns_while_none_compiles(tmp_path, monkeypatch):
+    """Each is at work beside the other until it measures, and then alone."""
+    code = (
+        "import sys, time; from contextdiff_jax.benchmarks import turns\n"
+        "def say(what): print(time.monotonic(), what, flush=True)\n"
+        "turns.begin(); say('begin'); time.sleep(float(sys.argv[1]))\n"
+        "with turns.alone():\n    say('in'); time.sleep(0.3); say('out')"
+    )
+    own = os.environ | {turns.FILE: str(tmp_path / "turns"), "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, seconds], env=own, stdout=subprocess.PIPE, text=True
+        )
+        for seconds in ("1", "2")
+    ]
+    lines = [line.split() for process in processes for line in process.communicate()[0].split("\n")]
+    events = [what for _, what in sorted((float(t), what) for t, what in filter(None, lines))]
+    assert events == ["begin", "begin", "in", "out", "in", "out"]
+
+
+def test_a_profile_of_an_accelerator_is_summed_by_kernel(monkeypatch):
+    """A CPU's has threads alone, and is refused."""
+    event = dict(start_ns=0.0, end_ns=2e6, duration_ns=2e6, stats=(("hlo_op", "dot.1"),))
+    events = [
+        SimpleNamespace(name="gemm", **event),
+        SimpleNamespace(name="gemm", **event | dict(start_ns=3e6, end_ns=5e6)),
+        SimpleNamespace(name="copy", **event | dict(start_ns=4e6, end_ns=6e6)),
+    ]
+    line = SimpleNamespace(name="Stream #1(Compute)", events=events)
+    host = SimpleNamespace(name="/host:CPU", lines=[line])
+    planes = [SimpleNamespace(name="/device:GPU:0", lines=[line]), host]
+    read = lambda _: SimpleNamespace(planes=planes)  # noqa: E731
+    monkeypatch.setattr(jax.profiler.ProfileData, "from_serialized_xspace", read)
+    found = profiled.summed(b"")
+    assert found.seconds == pytest.approx(6e-3 / profiled.CALLS)
+    assert found.idle == pytest.approx(1e-3 / profiled.CALLS)
+    assert [(row["kernel"], row["times"]) for row in found.rows] == [
+        ("gemm", 2 / profiled.CALLS),
+        ("copy", 1 / profiled.CALLS),
+    ]
+    assert "17% of them idle" in profiled.table(found)
+    planes.pop(0)
+    with pytest.raises(ValueError, match="an accelerator's does"):
+        profiled.summed(b"")
+
+
+def test_a_program_is_recorded(tmp_path):
+    double = jax.jit(lambda x: 2 * x)
+    file = profiled.record(lambda: double(jnp.ones(3)).block_until_ready(), tmp_path)
+    assert file.is_relative_to(tmp_path) and file.stat().st_size > 0
 
 
 def test_collectives_are_timed_over_all_devices_and_one_device_has_none():

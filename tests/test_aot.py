@@ -156,18 +156,14 @@ def test_auto_takes_the_kernel_for_long_sequences_on_the_platform_that_is_compil
         Target(make_mesh(MeshConfig(), devices=devices)),
         Target(make_mesh(MeshConfig(), devices=jax.devices()[:1])),
     )
-    assert (
-        flash.formulation("auto", 4096, tpu) == "splash"
-        and flash.formulation("auto", 256, tpu) == "xla"
-    )
-    assert (
-        flash.formulation("auto", 4096, here) == "tiles"
-        and flash.formulation("auto", 64, here) == "xla"
-    )
-    assert (
-        flash.formulation("splash", 64, here) == "splash"
-        and flash.formulation("xla", 4096, tpu) == "xla"
-    )
+
+    def formulation(choice, tokens, target):
+        x = jnp.zeros((1, tokens, 2, 8))
+        return flash.formulation(choice, x, x, target)
+
+    assert formulation("auto", 4096, tpu) == "splash" and formulation("auto", 256, tpu) == "xla"
+    assert formulation("auto", 4096, here) == "tiles" and formulation("auto", 64, here) == "xla"
+    assert formulation("splash", 64, here) == "splash" and formulation("xla", 4096, tpu) == "xla"
 
 
 class Blocks(nnx.Module):

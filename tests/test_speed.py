@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -60,11 +61,11 @@ def test_the_better_of_torchs_layouts_is_the_baseline(monkeypatch):
     seconds = {"unet": 2.0, "torch channels_last": 3.0, "torch NCHW": 5.0}
     contestants = [Contestant(name, lambda: None) for name in seconds]
     times = {name: Times([s, s, s], [2 * s] * 3) for name, s in seconds.items()}
-    rows = speed._rows(contestants, times, flops=8e9, peak=16e9)
+    rows = speed._rows(contestants, times, flops=8e9)
     assert (
         rows[0]["peer"] == "torch channels_last" and rows[0]["ratio"] == rows[0]["cpu_ratio"] == 1.5
     )
-    assert rows[0]["flops_per_second"] == 4e9 and rows[0]["share_of_peak"] == 0.25
+    assert rows[0]["flops_per_second"] == 4e9
     assert [row["name"] for row in rows if "ratio" in row] == ["unet"]
 
 
@@ -96,12 +97,27 @@ def test_torch_must_have_the_gpu_that_jax_has(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(torch_peer.torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="JAX has a GPU and this torch has none"):
-        torch_peer.contestants(None)
-    monkeypatch.setattr(torch_peer.torch.cuda, "is_available", lambda: True)
-    assert list(torch_peer.contestants(UNetConfig())) == [
-        "torch channels_last",
-        "torch channels_last compiled",
-    ]
+        torch_peer.torch_device()
+
+
+def test_on_a_gpu_torch_is_compiled_too_with_the_same_weights(settings, monkeypatch):
+    """Its first loss is compared with what the uncompiled network has then, after two steps."""
+    monkeypatch.setattr(torch_peer, "torch_device", lambda: "cuda")
+    monkeypatch.setattr(torch_peer.TorchNetwork, "__init__", lambda *_: None)
+    monkeypatch.setattr(torch_peer.TorchNetwork, "compiled", lambda self: (self, "compiled"))
+    found = torch_peer.peers(SimpleNamespace(config=UNetConfig()), settings)
+    assert list(found) == ["torch channels_last", "torch channels_last compiled"]
+    assert found["torch channels_last compiled"] == (found["torch channels_last"], "compiled")
+
+
+def test_a_compiled_peer_steps_the_weights_of_the_one_that_it_was_made_of(settings, monkeypatch):
+    monkeypatch.setattr(torch_peer.torch, "compile", lambda module: module.forward)
+    eager = torch_peer.TorchNetwork(network.random_network(settings), settings, "NCHW")
+    inputs = network.make_inputs(settings, 2)
+    first = speed._first_steps(eager, inputs, exact=False)
+    second = speed._first_steps(eager.compiled(), inputs, exact=False)
+    assert len(first.losses) == 2 and second.expected == second.losses
+    assert second.losses[0] < first.losses[1] < first.losses[0]
 
 
 @pytest.mark.parametrize("program", speed.PROGRAMS)
@@ -231,6 +247,8 @@ def test_the_command_prints_ratio_and_share_of_the_context_and_writes_json(tmp_p
     assert rows["unet"]["devices"] == (
         num_cores() if SMALL["train.batch_size"] % num_cores() == 0 else 1
     )
+    peak = rows["unet"]["matmul_peak_flops_per_second"]
+    assert rows["unet"]["share_of_peak"] == rows["unet"]["flops_per_second"] / peak
     assert -1 < rows["method, with context"]["context_share"] < 1
     assert (
         all(name in done.stdout for name in rows)

@@ -27,7 +27,8 @@ def run() -> Result:
     lines = [
         f"{row['devices']}, {row['cpu']}; jax {row['jax']}, torch {row['torch']}",
         f"memory {memory / 2**30:.1f} GiB" if memory else "memory: the host's",
-        f"matrix products: {row['float32_flops_per_second'] / 1e12:.2f} TFLOP/s in float32, "
+        f"matrix products: {row['float32_flops_per_second'] / 1e12:.2f} TFLOP/s in float32"
+        f"{' (TF32)' * (device.platform == 'gpu')}, "
         f"{row['bfloat16_flops_per_second'] / 1e12:.2f} in bfloat16; "
         f"a copy {row['bytes_per_second'] / 1e9:.0f} GB/s",
     ]

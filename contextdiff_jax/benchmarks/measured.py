@@ -4,6 +4,7 @@ given.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import time
 from collections.abc import Callable, Mapping
@@ -23,15 +24,17 @@ from contextdiff_jax.parallel.mesh import (
     tracing_for,
 )
 from contextdiff_jax.runtime.errors import RunError
+from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import Settings
 from contextdiff_jax.training.operations import count_operations
 
 # Largest differences, of the largest value: of an output as in the parity tests. Of a tensor's
 # change by a step, in root mean square: AdamW's first change is the learning rate times the
-# gradient's sign, so that rounding may turn one near 0 about: in bfloat16, whose rounding is 2^-8,
-# it does, and parameters aren't compared.
+# gradient's sign, so that rounding may turn one near 0 about. In bfloat16, whose rounding is 2^-8,
+# it does, so that parameters aren't compared, and of all else the root mean square is: a random
+# network multiplies rounding, guidance multiplies it again. Two unrelated samples differ by 1.4.
 TOLERANCES = {"output": 2e-5, "loss": 1e-5, "parameters": 0.02, "samples": 1e-4}
-BFLOAT16_TOLERANCES = {"output": 5e-2, "loss": 2e-2, "parameters": None, "samples": 1e-1}
+BFLOAT16_TOLERANCES = {"output": 5e-2, "loss": 2e-2, "parameters": None, "samples": 0.25}
 Inputs = dict[str, np.ndarray]
 
 
@@ -40,12 +43,22 @@ def tolerances(precision: str) -> dict[str, float | None]:
     return {"float32": TOLERANCES, "bfloat16": BFLOAT16_TOLERANCES}[precision]
 
 
+def _largest(x: np.ndarray) -> float:
+    return np.abs(x).max()
+
+
+def _root_mean_square(x: np.ndarray) -> float:
+    return np.sqrt(np.mean(np.square(x, dtype=np.float64)))
+
+
+SIZES = {"float32": _largest, "bfloat16": _root_mean_square}
+
+
 def randomised(params: nnx.State, seed: int) -> nnx.State:
     """Parameters of about unit gain, none at 0."""
-    rng = np.random.default_rng(seed)
 
-    def drawn(path, leaf):
-        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+    def drawn(number, path, leaf):
+        noise = np.random.default_rng((seed, number)).standard_normal(leaf.shape, np.float32)
         shape = leaf.shape[is_stacked("/".join(map(str, path))) :]  # of one layer
         value = (
             noise / np.sqrt(np.prod(shape[:-1]))
@@ -54,18 +67,23 @@ def randomised(params: nnx.State, seed: int) -> nnx.State:
         )
         return leaf.replace(jnp.asarray(value, jnp.float32))
 
-    return nnx.from_flat_state(
-        [(path, drawn(path, leaf)) for path, leaf in nnx.to_flat_state(params)]
-    )
+    leaves = list(nnx.to_flat_state(params))
+    with concurrent.futures.ThreadPoolExecutor(num_cores()) as pool:  # billions of numbers
+        values = pool.map(drawn, range(len(leaves)), *zip(*leaves, strict=True))
+        return nnx.from_flat_state(
+            [(path, value) for (path, _), value in zip(leaves, values, strict=True)]
+        )
 
 
-def check(what: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
-    """Raises RunError if the largest difference is over `tolerance` of the largest value, or
-    anything is not finite.
+def check(what: str, ours: np.ndarray, theirs: np.ndarray, precision: str, *, of: str) -> None:
+    """Raises RunError if the difference is over the tolerance named `of`, or anything is not
+    finite.
     """
-    error = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+    size, tolerance = SIZES[precision], tolerances(precision)[of]
+    error = size(np.asarray(ours, np.float32) - theirs) / size(theirs)
     if not error <= tolerance:
-        found = f"differ by {error:.2g} of the largest value, allowed {tolerance}"
+        name = size.__name__.strip("_").replace("_", " ")
+        found = f"differ by {error:.2g} of the {name} value, allowed {tolerance}"
         raise RunError(f"--compare: {what}: ours and torch's {found}: no ratio")
 
 

@@ -11,21 +11,24 @@ for the configs that it has); its sampling loop only with and without.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
+import logging
 import statistics
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
-from contextdiff_jax.benchmarks import paired
+from contextdiff_jax.benchmarks import paired, profiled, turns
 from contextdiff_jax.benchmarks.loading import Result
 from contextdiff_jax.benchmarks.measured import (
     Devices,
+    Inputs,
     Stepper,
     check,
     check_change,
@@ -50,6 +53,10 @@ from contextdiff_jax.runtime.fields import check_choice
 from contextdiff_jax.runtime.host import num_cores
 from contextdiff_jax.settings import Settings
 
+if TYPE_CHECKING:
+    from contextdiff_jax.benchmarks.torch_peer import TorchNetwork
+
+LOGGER = logging.getLogger(__name__)
 PEERS = ("torch",)
 SUBJECTS = ("network", "method")
 PACKAGES = ("torch", "diffusers")
@@ -58,13 +65,15 @@ PACKAGES = ("torch", "diffusers")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpeedBenchmark:
     """`program`: of `PROGRAMS`. `compare`: of `PEERS`, or empty for ours alone. `rounds`: of each
-    contestant. `subjects`: of `SUBJECTS`, the network alone and the whole method.
+    contestant. `subjects`: of `SUBJECTS`, the network alone and the whole method. `profile`: folder
+    for a profile of our network's program, whose kernels are told.
     """
 
     program: str = "train"
     compare: str = ""
     rounds: int = 5
     subjects: tuple[str, ...] = ("network", "method")
+    profile: str = ""
 
     def __post_init__(self):
         for subject in self.subjects:
@@ -86,15 +95,12 @@ class SpeedBenchmark:
             )
 
 
-def _peers(network: Backbone, settings: Settings, compare: str) -> dict[str, Any]:
+def _peers(network: Backbone, settings: Settings, compare: str) -> dict[str, TorchNetwork]:
     if not compare:
         return {}
-    from contextdiff_jax.benchmarks.torch_peer import TorchNetwork, contestants
+    from contextdiff_jax.benchmarks import torch_peer
 
-    return {
-        name: TorchNetwork(network, settings, *how)
-        for name, how in contestants(network.config).items()
-    }
+    return torch_peer.peers(network, settings)
 
 
 def _compiled_peak(program: Any) -> Callable[[Callable[[], Any]], int | None]:
@@ -105,41 +111,78 @@ def _compiled_peak(program: Any) -> Callable[[Callable[[], Any]], int | None]:
 
 def _train(settings: Settings, options: SpeedBenchmark) -> tuple[list[Contestant], float]:
     """The network's training steps, checked against each other, and the operations of one."""
-    model, inputs, train = (
-        random_network(settings),
-        make_inputs(settings, settings.train.batch_size),
-        settings.train,
-    )
+    train = settings.train
+    LOGGER.info("drawing the weights")
+    model, inputs = random_network(settings), make_inputs(settings, train.batch_size)
     peers = _peers(model, settings, options.compare)
-    before = to_torch(model)
+    precision = train.precision
+    exact = tolerances(precision)["parameters"] is not None
+    before = to_torch(model) if peers and exact else {}
     devices, (graph, params) = Devices(settings), nnx.split(model)
     placed, params = devices.batch(inputs), devices.parameters(params)
-    forward = jax.jit(
-        lambda params, inputs: predict(nnx.merge(graph, params), inputs["x"], inputs["t"], inputs)
-    )
     optimizer = make_adamw(train)
-    with devices.tracing():
-        output = np.asarray(forward(params, placed))
-        opt_state = devices.parameters(jax.jit(optimizer.init)(params))
-        ours = Stepper(training_step(graph, optimizer), params, opt_state, rest=(placed,))
-    loss = float(ours())
-    after = to_torch(nnx.merge(graph, ours.state[0]))
+
+    def compiled() -> tuple[np.ndarray | None, Stepper]:
+        with devices.tracing():
+            output = np.asarray(jax.jit(forward)(params, placed)) if exact else None
+            opt_state = devices.parameters(jax.jit(optimizer.init)(params))
+            step = Stepper(training_step(graph, optimizer), params, opt_state, rest=(placed,))
+            LOGGER.info("compiled our step in %.0f s", step.compile_seconds)
+            return output, step
+
+    def forward(params, inputs):
+        return predict(nnx.merge(graph, params), inputs["x"], inputs["t"], inputs)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA compiles beside torch
+        begun = pool.submit(compiled)
+        firsts = {name: _first_steps(peer, inputs, exact) for name, peer in peers.items()}
+        output, ours = begun.result()
+    losses = [float(ours())]
+    after = to_torch(nnx.merge(graph, ours.state[0])) if before else {}
+    if not exact:
+        losses.append(float(ours()))
     peak = _compiled_peak(ours.program)
     contestants = [Contestant(model.name, ours, ours.compile_seconds, peak)]
-    allowed = tolerances(train.precision)
-    for name, peer in peers.items():
-        tensors = peer.tensors(inputs)
-        check(f"{name}, output", output, peer.forward(tensors), allowed["output"])
-        check(f"{name}, loss", np.array(loss), np.array(peer.step(tensors)), allowed["loss"])
-        if allowed["parameters"] is not None:
-            check_change(f"{name}, parameters", before, after, peer.parameters())
-        step = functools.partial(peer.step, tensors)
-        contestants.append(Contestant(name, step, peak_bytes=peer.peak_bytes))
+    for name, first in firsts.items():
+        expected = losses if first.expected is None else first.expected
+        check(f"{name}, losses", expected, first.losses, precision, of="loss")
+        if exact and first.output is not None:
+            check(f"{name}, output", output, first.output, precision, of="output")
+            check_change(f"{name}, parameters", before, after, first.parameters)
+        contestants.append(Contestant(name, first.step, peak_bytes=peers[name].peak_bytes))
     return contestants, ours.flops
+
+
+class _First(NamedTuple):
+    """A peer's step and what it gave at first: the loss, with the output before it and the
+    parameters after it, or, where these aren't compared, the losses of two steps. `expected`: of a
+    compiled one, the losses without.
+    """
+
+    step: Callable[[], float]
+    losses: list[float]
+    output: np.ndarray | None = None
+    parameters: Mapping[str, np.ndarray] | None = None
+    expected: list[float] | None = None
+
+
+def _first_steps(peer: TorchNetwork, inputs: Inputs, exact: bool) -> _First:
+    LOGGER.info("first steps of torch's%s", ", compiled" * (peer.eager is not None))
+    tensors = peer.tensors(inputs)
+    step = functools.partial(peer.step, tensors)
+    if peer.eager is not None:  # with the same weights, which have had their first steps
+        expected = peer.eager.loss(tensors)
+        return _First(step, [step()], expected=[expected])
+    output = peer.forward(tensors) if exact else None
+    loss = step()
+    if exact:
+        return _First(step, [loss], output, peer.parameters())
+    return _First(step, [loss, step()])
 
 
 def _sample(settings: Settings, options: SpeedBenchmark) -> tuple[list[Contestant], float]:
     """The network's sampling loops, checked against each other, and the operations of one."""
+    LOGGER.info("drawing the weights")
     model, batch = random_network(settings), settings.train.batch_size
     peers = _peers(model, settings, options.compare)
     inputs = make_inputs(settings, 2 * batch) | {"x": make_inputs(settings, batch)["x"]}
@@ -148,22 +191,28 @@ def _sample(settings: Settings, options: SpeedBenchmark) -> tuple[list[Contestan
     dtype = precision_of(settings).compute
     params = jax.tree.map(lambda p: p.astype(dtype), params)  # as torch's weights are when sampling
     arguments = devices.parameters(params), devices.batch(inputs)
-    with devices.tracing():
-        program, compile_seconds, flops = compile_timed(sampling_loop(graph, settings), *arguments)
+
+    def compiled() -> tuple[Callable, float, float]:
+        with devices.tracing():
+            found = compile_timed(sampling_loop(graph, settings), *arguments)
+        LOGGER.info("compiled our loop in %.0f s", found[1])
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA compiles beside torch
+        begun = pool.submit(compiled)
+        runs = {name: peer.sampler(inputs, settings) for name, peer in peers.items()}
+        LOGGER.info("first pictures of torch's")
+        theirs = {name: run() for name, run in runs.items()}
+        program, compile_seconds, flops = begun.result()
 
     def call() -> jax.Array:
         return jax.block_until_ready(program(*arguments))
 
     ours = Contestant(model.name, call, compile_seconds, _compiled_peak(program))
     contestants, images = [ours], np.asarray(call())
-    for name, peer in peers.items():
-        from contextdiff_jax.benchmarks.torch_peer import make_scheduler
-
-        run = functools.partial(
-            peer.sample, peer.tensors(inputs), make_scheduler(settings), settings.sample.guidance
-        )
-        check(f"{name}, samples", images, run(), tolerances(settings.train.precision)["samples"])
-        contestants.append(Contestant(name, run, peak_bytes=peer.peak_bytes))
+    for name, run in runs.items():
+        check(f"{name}, samples", images, theirs[name], settings.train.precision, of="samples")
+        contestants.append(Contestant(name, run, peak_bytes=peers[name].peak_bytes))
     return contestants, flops
 
 
@@ -189,14 +238,23 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
                 f"{field}={value!r}: --mode={options.program} measures networks of random "
                 "weights; must be empty"
             )
-    peak = paired.matmul_peak(dtype=precision_of(settings).compute)
-    rows = []
+    rows, kernels = [], None
     if "network" in options.subjects:
         contestants, flops = NETWORK[options.program](settings, options)
-        rows += _rows(contestants, paired.measure(contestants, options.rounds), flops, peak)
+        LOGGER.info("waiting for the device")
+        with turns.alone():
+            LOGGER.info("measuring")
+            rows += _rows(contestants, paired.measure(contestants, options.rounds), flops)
+            if options.profile:
+                kernels = profiled.summed(
+                    profiled.record(contestants[0].call, options.profile).read_bytes()
+                )
+                rows[0]["kernels"] = kernels.rows
         del contestants  # the peers' memory and ours
     if "method" in options.subjects:
-        rows += _method_rows(settings, options, peak)
+        rows += _method_rows(settings, options)
+    with turns.alone():
+        peak = paired.matmul_peak(dtype=precision_of(settings).compute)
     facts = {
         "program": options.program,
         "precision": settings.train.precision,
@@ -207,14 +265,21 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
         "rounds": options.rounds,
     }
     rows = [row | facts for row in rows]
-    return Result(_table(rows, options.program), rows)
+    for row in rows:
+        if "flops" in row:
+            row["share_of_peak"] = row["flops_per_second"] / peak
+    text = _table(rows, options.program)
+    if kernels is not None:
+        text += "\n" + profiled.table(kernels)
+    return Result(text, rows)
 
 
-def _method_rows(settings: Settings, options: SpeedBenchmark, peak: float) -> list[dict[str, Any]]:
+def _method_rows(settings: Settings, options: SpeedBenchmark) -> list[dict[str, Any]]:
     """The whole method's, the first with what the context's share of the time is."""
     contestants = contestants_of_method(settings, options.program, options.compare)
-    times = paired.measure(contestants, options.rounds)
-    rows = _rows(contestants, times, 0.0, peak)
+    with turns.alone():
+        times = paired.measure(contestants, options.rounds)
+        rows = _rows(contestants, times, 0.0)
     if WITH_CONTEXT in times:
         with_context, without = times[WITH_CONTEXT].wall, times[WITHOUT_CONTEXT].wall
         differences = [a - b for a, b in zip(with_context, without, strict=True)]
@@ -227,7 +292,7 @@ def _method_rows(settings: Settings, options: SpeedBenchmark, peak: float) -> li
 
 
 def _rows(
-    contestants: list[Contestant], times: Mapping[str, Times], flops: float, peak: float
+    contestants: list[Contestant], times: Mapping[str, Times], flops: float
 ) -> list[dict[str, Any]]:
     """A row a contestant. The first's is compared with the best of the others where they are
     torch's.
@@ -246,11 +311,7 @@ def _rows(
             "peak_bytes": peak_bytes(call) if peak_bytes else None,
         }
         if flops:
-            row |= {
-                "flops": flops,
-                "flops_per_second": flops / seconds,
-                "share_of_peak": flops / seconds / peak,
-            }
+            row |= {"flops": flops, "flops_per_second": flops / seconds}
         rows.append(row)
     peers = [row for row in rows if row["name"].startswith("torch")]
     if peers:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -86,6 +85,7 @@ def make_optimizer(
         betas=(train.b1, train.b2),
         eps=1e-8,
         weight_decay=train.weight_decay,
+        fused=torch_device() == "cuda",
     )
 
 
@@ -103,36 +103,47 @@ def torch_device() -> str:
     return "cuda"
 
 
-def contestants(config: BackboneConfig) -> dict[str, tuple[str, bool]]:
-    """What a team might run, by name: (layout, whether torch.compile has it). On a GPU the layout
-    is channels_last where pictures have one, eager and compiled; on a CPU, where torch.compile
-    needs a C++ compiler that a machine may lack, each layout, eager.
+def peers(network: Backbone, settings: Settings) -> dict[str, TorchNetwork]:
+    """What a team might run, by name. On a GPU the layout is channels_last where pictures have one,
+    eager and through torch.compile, which has the same weights and moments (billions of them fit
+    once); on a CPU, where torch.compile needs a C++ compiler that a machine may lack, each layout,
+    eager.
     """
-    if torch_device() == "cuda":
-        tried = itertools.product(layouts(config)[:1], (False, True))
-    else:
-        tried = itertools.product(layouts(config), (False,))
-    return {f"torch {layout}{' compiled' * last}": (layout, last) for layout, last in tried}
+    config = network.config
+    if torch_device() == "cpu":
+        return {f"torch {one}": TorchNetwork(network, settings, one) for one in layouts(config)}
+    layout = layouts(config)[0]
+    eager = TorchNetwork(network, settings, layout)
+    return {f"torch {layout}": eager, f"torch {layout} compiled": eager.compiled()}
 
 
 class TorchNetwork:
-    """diffusers' network in one of `LAYOUTS`, eager or `compiled`, on `torch_device()`, in the
-    precision of `train.precision` by autocast; on a CPU with as many threads as this process has
-    cores.
+    """diffusers' network in one of `LAYOUTS` on `torch_device()`, in the precision of
+    `train.precision` by autocast; on a CPU with as many threads as this process has cores.
+    `eager`: of a compiled one, what was compiled.
     """
 
-    def __init__(self, network: Backbone, settings: Settings, layout: str, compiled: bool = False):
+    eager: TorchNetwork | None = None
+
+    def __init__(self, network: Backbone, settings: Settings, layout: str):
         torch.set_num_threads(num_cores())
         self._device, self._format = torch_device(), LAYOUTS[layout]
         self._dtype = PRECISIONS[settings.train.precision]
         self._call = KINDS[kind_of(network.config)].call
-        self._network = make_network(network.config)
+        with torch.device(self._device):  # which draws what is replaced
+            self._network = make_network(network.config)
         self._network.load_state_dict(
             {name: torch.tensor(array) for name, array in to_torch(network).items()}
         )
         self._network.to(self._device, memory_format=self._format)
-        self._run = torch.compile(self._network) if compiled else self._network
+        self._run = self._network
         self._optimizer = make_optimizer(self._network.parameters(), settings.train)
+
+    def compiled(self) -> TorchNetwork:
+        """This network, its optimizer too, through torch.compile."""
+        other = copy.copy(self)
+        other.eager, other._run = self, torch.compile(self._network)
+        return other
 
     def tensors(self, inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """NHWC arrays as NCHW tensors in this layout, the others as they are."""
@@ -154,12 +165,19 @@ class TorchNetwork:
         """The prediction, NHWC."""
         return self._predict(inputs["x"], inputs["t"], inputs).permute(0, 2, 3, 1).cpu().numpy()
 
+    def _loss(self, inputs: Tensors) -> torch.Tensor:
+        output = self._predict(inputs["x"], inputs["t"], inputs)
+        return torch.nn.functional.mse_loss(output, inputs["target"])
+
+    @torch.no_grad()
+    def loss(self, inputs: Tensors) -> float:
+        """The mean squared error."""
+        return self._loss(inputs).item()
+
     def step(self, inputs: Tensors) -> float:
         """One step of AdamW on the mean squared error; the loss before it."""
         self._optimizer.zero_grad()
-        loss = torch.nn.functional.mse_loss(
-            self._predict(inputs["x"], inputs["t"], inputs), inputs["target"]
-        )
+        loss = self._loss(inputs)
         loss.backward()
         self._optimizer.step()
         return loss.item()
@@ -177,12 +195,20 @@ class TorchNetwork:
         parameters = self._network.named_parameters()
         return {name: p.detach().cpu().numpy().copy() for name, p in parameters}
 
+    def sampler(
+        self, inputs: Mapping[str, np.ndarray], settings: Settings
+    ) -> Callable[[], np.ndarray]:
+        """`sample` of these inputs by the config."""
+        scheduler, guidance = make_scheduler(settings), settings.sample.guidance
+        return functools.partial(self.sample, self.tensors(inputs), scheduler, guidance)
+
     @torch.no_grad()
     def sample(self, inputs: Tensors, scheduler: Scheduler, guidance: float) -> np.ndarray:
         """Run the loop of diffusers' pipelines, both branches in one batch, the weights in the
         precision of the products. NHWC.
         """
-        self._network.to(self._dtype)
+        if next(self._network.parameters()).dtype != self._dtype:
+            self._network.to(self._dtype)
         x, scheduler = inputs["x"], copy.copy(scheduler)  # it counts its steps
         for t in scheduler.timesteps:
             without, with_text = self._predict(torch.cat([x, x]), t, inputs).chunk(2)

@@ -48,7 +48,7 @@ def upkeep(seconds: float, tiny: bool) -> dict[str, Any]:
     """
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name, "run")
+        folder, told = pathlib.Path(name, "run"), pathlib.Path(name, "stderr")
         command = [
             *(sys.executable, "-m", "contextdiff_jax.train", f"--config={CONFIG}"),
             *(f"--workdir={folder}", "--config.train.log_every=10"),
@@ -57,15 +57,16 @@ def upkeep(seconds: float, tiny: bool) -> dict[str, Any]:
         ]
 
         def start() -> subprocess.Popen:
-            pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            return subprocess.Popen(command, **pipes)
+            # Into a file: a pipe that nobody reads is full after some thousand steps.
+            with told.open("w") as lines:
+                return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=lines)
 
         process = start()
         try:
             reached = _wait(process, lambda: len(_lines(folder)) >= 2, end)
             _wait(process, lambda: False, min(time.monotonic() + _SHARE * seconds / 2, end - 10))
             if not reached or process.poll() is not None:
-                return {"error": f"no 20 steps in {seconds:.0f} s: {_last(process)}"}
+                return {"error": f"no 20 steps in {seconds:.0f} s: {_last(told)}"}
             began = time.monotonic()
             process.send_signal(signal.SIGTERM)
             process.wait(max(end - began, 1))
@@ -73,13 +74,13 @@ def upkeep(seconds: float, tiny: bool) -> dict[str, Any]:
             began, process = time.monotonic(), start()
             wanted = len(before) + _AFTER
             if not _wait(process, lambda: len(_lines(folder)) >= wanted, end):
-                return {"error": f"not taken up in the time left: {_last(process)}"}
+                return {"error": f"not taken up in the time left: {_last(told)}"}
             resumed, after = time.monotonic() - began, _lines(folder)
         except subprocess.TimeoutExpired:
             return {"error": "not stopped by SIGTERM in the time left"}
         finally:
             process.kill()
-            process.communicate()
+            process.wait()
     steps = [line["step"] for line in after]
     row = {
         "images_per_second": before[-1]["images_per_second"],
@@ -99,7 +100,6 @@ def upkeep(seconds: float, tiny: bool) -> dict[str, Any]:
     return {"text": text, "rows": [row]}
 
 
-def _last(process: subprocess.Popen) -> str:
-    process.kill()
-    lines = process.communicate()[1].strip().splitlines()
+def _last(file: pathlib.Path) -> str:
+    lines = file.read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "no message"

@@ -40,7 +40,9 @@ def attention(
     GFLOP/s, one core), which without the barriers it would turn about again.
     """
     q = jnp.swapaxes(q, 1, 2)  # [B, H, N, D]
-    k, v = (jax.lax.optimization_barrier(jnp.moveaxis(y, 1, 3)) for y in (k, v))  # [B, H, D, M]
+    k, v = (jnp.moveaxis(y, 1, 3) for y in (k, v))  # [B, H, D, M]
+    if current_target().platform != "gpu":
+        k, v = jax.lax.optimization_barrier((k, v))
     logits = jnp.einsum("bhnd,bhdm->bhnm", q, k, preferred_element_type=jnp.float32)
     logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
@@ -135,11 +137,11 @@ def self_attention(
     *,
     choice: str,
 ) -> Float[Array, "B N H D"]:
-    """`attention` of tokens to themselves, or of some of them to all, as `choice` of
-    `flash.CHOICES` says or its `auto` finds.
+    """`attention` of tokens to themselves or to others, as `choice` of `flash.CHOICES` says or its
+    `auto` finds.
     """
     target, scale = current_target(), q.shape[-1] ** -0.5 if scale is None else scale
-    how = flash.formulation(choice, k.shape[1], target)
+    how = flash.formulation(choice, q, k, target)
     if kernel := {"splash": flash.splash_attention, "cudnn": flash.cudnn_attention}.get(how):
         return kernel(q, k, v, scale, mask, target=target)
     if how == "tiles":

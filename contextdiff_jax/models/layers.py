@@ -142,7 +142,7 @@ def _matmul_fwd(x: ArrayLike, kernel: ArrayLike) -> tuple[Array, tuple[Array, Ar
 def _matmul_bwd(saved: tuple[Array, Array], g: ArrayLike) -> tuple[Array, Array]:
     x, kernel = saved
     rows = tuple(range(x.ndim - 1))
-    narrows = x.shape[-1] > g.shape[-1]
+    narrows = x.shape[-1] > g.shape[-1] and current_target().platform != "gpu"
     product = lax.dot_general(*((g, x) if narrows else (x, g)), ((rows, rows), ((), ())))
     return g @ kernel.T, lax.optimization_barrier(product).T if narrows else product
 

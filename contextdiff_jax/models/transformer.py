@@ -23,7 +23,7 @@ class Attention(nnx.Module):
 
     The heads are `features` wide together, unless `head_features` gives the width of each (T5).
     `scale`: of the logits, 1 / sqrt(head width) unless given. `self_attention`: what computes it
-    (models.flash).
+    (models.flash); attention to others is `xla` with it, else what suits the platform.
     """
 
     self_attention = "auto"
@@ -60,7 +60,11 @@ class Attention(nnx.Module):
         if context is None and mask is None and bias is None:
             return self.among(x, x)
         q, k, v = self._heads(x, x if context is None else context)
-        out = attention(q, k, v, mask, bias=bias, scale=self.scale)
+        if bias is None and (mask is None or mask.shape == k.shape[:2]):
+            choice = "xla" if self.self_attention == "xla" else "auto"
+            out = self_attention(q, k, v, self.scale, mask, choice=choice)
+        else:
+            out = attention(q, k, v, mask, bias=bias, scale=self.scale)
         return self.to_out(rearrange(out, "B N H D -> B N (H D)"))
 
     def among(

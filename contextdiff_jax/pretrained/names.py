@@ -188,12 +188,16 @@ def state_to_torch(module: nnx.Module, rules: Rules) -> dict[str, np.ndarray]:
         path: np.asarray(jax.device_get(leaf[...]))
         for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))
     }
-    tensors, entries = {}, name_map(module, rules)
-    for name in bar(entries, "writing weights", "tensor"):
-        entry = entries[name]
+    entries = name_map(module, rules)
+
+    def turned(entry: Entry) -> np.ndarray:
         array = params[entry.path]
         array = array if entry.layer is None else array[entry.layer]
-        tensors[name] = np.ascontiguousarray(entry.to_torch(array))
+        return np.ascontiguousarray(entry.to_torch(array))
+
+    with ThreadPoolExecutor(host.num_cores()) as pool:  # copies, without Python's lock
+        arrays = pool.map(turned, entries.values())
+        tensors = dict(zip(bar(entries, "writing weights", "tensor"), arrays, strict=True))
     stored = next(iter(tensors.values())).dtype
     constants = {name: make().astype(stored) for name, make in rules.constants.items()}
     return tensors | constants
