@@ -49,7 +49,7 @@ def python(code, environment):
 
 def test_the_most_telling_come_first_and_peers_only_where_they_are():
     names = [[part.name for part in group] for group in groups(False, True, pathlib.Path("p"))]
-    assert names[:2] == [["the device"], ["train: UNet", "sample: transformer"]]
+    assert names[:2] == [["the device"], ["train: UNet", "agreement with the CPU"]]
     assert names[-1] == ["largest batch: torch"]
     alone = [part for group in groups(True, False, pathlib.Path("p")) for part in group]
     assert not any("torch" in flag for part in alone for flag in part.flags)

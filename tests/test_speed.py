@@ -110,6 +110,30 @@ def test_on_a_gpu_torch_is_compiled_too_with_the_same_weights(settings, monkeypa
     assert found["torch channels_last compiled"] == (found["torch channels_last"], "compiled")
 
 
+def test_where_both_do_not_fit_torch_is_measured_first_and_gives_its_memory_back(
+    settings, monkeypatch
+):
+    needed, released = [], []
+    monkeypatch.setattr(torch_peer.TorchNetwork, "leaves", lambda _, n: needed.append(n))
+    true = torch_peer.TorchNetwork.release
+
+    def release(self):
+        true(self)
+        released.append(self)
+
+    monkeypatch.setattr(torch_peer.TorchNetwork, "release", release)
+    contestants, flops = speed.NETWORK["train"](settings, SpeedBenchmark(compare="torch"))
+    assert needed[0] > 0 and len(released) == 2 and released[0]._network is None
+    assert [contestant.times is None for contestant in contestants] == [True, False, False]
+    times = paired.measure(contestants, 5)
+    rows = speed._rows(contestants, times, flops)
+    assert [row["apart"] for row in rows] == [False, True, True] and rows[0]["ratio"] > 0
+    facts = dict(cores=1, devices=1, precision="float32", rounds=5, share_of_peak=0.1)
+    facts["matmul_peak_flops_per_second"] = 1e9
+    table = speed._table([row | facts for row in rows], "train")
+    assert table.endswith("torch was measured before ours, for both don't fit at once")
+
+
 def test_a_compiled_peer_steps_the_weights_of_the_one_that_it_was_made_of(settings, monkeypatch):
     monkeypatch.setattr(torch_peer.torch, "compile", lambda module: module.forward)
     eager = torch_peer.TorchNetwork(network.random_network(settings), settings, "NCHW")

@@ -72,19 +72,19 @@ def groups(tiny: bool, compare: bool, folder: pathlib.Path) -> list[list[Part]]:
         profile = () if tiny else (f"--profile={folder / f'{mode}_{network}'}",)
         return Part(f"{mode}: {name}", (*flags, *profile))
 
+    agree = ("--mode=agree", f"{CONFIG}tiny-unet", "--config.train.precision=float32")
+    context = ("--mode=train", CONFIG + unet, "--subjects=method")
     first, second = ("UNet", unet), ("transformer", mmdit)
     found = [
         [Part("the device", ("--mode=facts",))],
-        [part("train", *first), part("sample", *second)],
-        [part("train", *second), part("sample", *first)],
-    ]
-    agree = ("--mode=agree", f"{CONFIG}tiny-unet", "--config.train.precision=float32")
-    found += [
+        [part("train", *first), Part("agreement with the CPU", agree)],
+        [part("train", *second)],
         [
+            part("sample", *first),
+            part("sample", *second),
             Part("kernels", ("--mode=kernels", *small)),
-            Part("agreement with the CPU", agree),
-            Part("the context's cost: UNet", ("--mode=train", CONFIG + unet, "--subjects=method")),
         ],
+        [Part("the context's cost: UNet", context)],
         [Part("feeding", ("--mode=data", CONFIG + unet, "--config.data.source=shapes", *shapes))],
     ]
     for side in ("ours", *(["torch"] if compare else [])):

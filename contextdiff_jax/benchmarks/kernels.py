@@ -126,7 +126,7 @@ def _contestants(case: Case) -> tuple[list[paired.Contestant], dict[str, str]]:
                 failed[form] = one_line(error)
                 break
             name = f"{form} {part}"
-            contestants.append(paired.Contestant.of(name, program, *case.arguments, times=_CALLS))
+            contestants.append(paired.Contestant.of(name, program, *case.arguments, calls=_CALLS))
     return contestants, failed
 
 

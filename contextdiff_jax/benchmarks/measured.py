@@ -149,6 +149,14 @@ class Devices:
     def parameters(self, tree: Any) -> Any:
         return jax.device_put(tree, state_shardings(self.mesh, tree, self.rules))
 
+    def described(self, shapes: Any) -> Any:
+        """Parameters that aren't there yet: their shapes with where they will lie."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            state_shardings(self.mesh, shapes, self.rules),
+        )
+
     def batch(self, inputs: Inputs) -> dict[str, Array]:
         return {
             k: jax.device_put(v, Feed(self.mesh, len(v), self.rules).sharding(v.shape))
@@ -160,7 +168,9 @@ class Devices:
 
 
 class Stepper:
-    """A training step's program with its state: a call is a step, its result the loss."""
+    """A training step's program with its state, of which shapes are enough to compile it: a call is
+    a step, its result the loss.
+    """
 
     def __init__(self, step: Callable, *state: Any, rest: tuple):
         self._rest, self.state = rest, state

@@ -25,24 +25,26 @@ _WARM_UP = 3  # rounds that don't count: the process's heap grows in the first o
 
 class Contestant(NamedTuple):
     """`call` does the work once and waits for its end. `peak_bytes(call)`: the most memory that a
-    call takes on an accelerator, None where it has none of its own.
+    call takes on an accelerator, None where it has none of its own. `times`: of one that was
+    measured before, and isn't called any more.
     """
 
     name: str
     call: Callable[[], Any]
     compile_seconds: float = 0.0
     peak_bytes: Callable[[Callable[[], Any]], int | None] | None = None
+    times: Times | None = None
 
     @classmethod
     def of(
-        cls, name: str, program: Callable[..., Any], *arguments: Any, times: int = 1
+        cls, name: str, program: Callable[..., Any], *arguments: Any, calls: int = 1
     ) -> Contestant:
-        """A program of JAX's on the same arguments each time, `times` at once: a device begins the
+        """A program of JAX's on the same arguments, `calls` of them at once: a device begins the
         next without waiting for this process.
         """
 
         def call() -> None:
-            for _ in range(times):
+            for _ in range(calls):
                 result = program(*arguments)
             jax.block_until_ready(result)
 
@@ -68,6 +70,8 @@ def measure(contestants: Sequence[Contestant], rounds: int) -> dict[str, Times]:
     """Each contestant's `rounds`, in turns whose order is reversed every other round, after
     `_WARM_UP` more.
     """
+    before = {one.name: one.times for one in contestants if one.times is not None}
+    contestants = [one for one in contestants if one.times is None]
     times = {contestant.name: Times([], []) for contestant in contestants}
     for number in range(_WARM_UP + rounds):
         for contestant in contestants if number % 2 else contestants[::-1]:
@@ -75,7 +79,8 @@ def measure(contestants: Sequence[Contestant], rounds: int) -> dict[str, Times]:
             contestant.call()
             times[contestant.name].wall.append(time.perf_counter() - wall)
             times[contestant.name].cpu.append(time.process_time() - cpu)
-    return {name: Times(*(seconds[_WARM_UP:] for seconds in both)) for name, both in times.items()}
+    found = {name: Times(*(seconds[_WARM_UP:] for seconds in both)) for name, both in times.items()}
+    return found | before
 
 
 def ratio(peer: Sequence[float], ours: Sequence[float]) -> Ratio:

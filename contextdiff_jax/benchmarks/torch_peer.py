@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -181,6 +182,20 @@ class TorchNetwork:
         loss.backward()
         self._optimizer.step()
         return loss.item()
+
+    def leaves(self, needed: int) -> bool:
+        """Whether the device has as many bytes beside what torch holds of it; a CPU's memory is
+        never asked.
+        """
+        return self._device == "cpu" or torch.cuda.mem_get_info()[0] > 1.1 * needed
+
+    def release(self) -> None:
+        """Give all memory back; there are no calls after it."""
+        self._network = self._run = self._optimizer = None
+        torch.compiler.reset()
+        gc.collect()
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
         """The most that a call has allocated on the GPU; None on a CPU."""
