@@ -114,7 +114,7 @@ def test_where_both_do_not_fit_torch_is_measured_first_and_gives_its_memory_back
     settings, monkeypatch
 ):
     needed, released = [], []
-    monkeypatch.setattr(torch_peer.TorchNetwork, "leaves", lambda _, n: needed.append(n))
+    monkeypatch.setattr(torch_peer.TorchNetwork, "has_room_for", lambda _, n: needed.append(n))
     true = torch_peer.TorchNetwork.release
 
     def release(self):

@@ -94,22 +94,26 @@ def matmul_peak(repeats: int = 10, dtype: DTypeLike = jnp.float32) -> float:
     side = _PEAK_SIDE if jax.default_backend() == "cpu" else _ACCELERATORS_SIDE
     # Not of ones: a GPU's clock is higher where few bits change.
     a = jax.random.normal(jax.random.key(0), (side, side), dtype) / side**0.5
-    return 2 * side**3 / _fastest(lambda x: a @ x, a, repeats)
+    return 2 * side**3 / _fastest(lambda x, a: a @ x, repeats, a, a)
 
 
 def memory_bandwidth(repeats: int = 10) -> float:
     """Bytes a second, read and written, of the fastest of some copies."""
     x = jnp.ones(_COPIED, jnp.float32)
-    return 2 * x.nbytes / _fastest(lambda x: 0.5 * x + 1, x, repeats)
+    return 2 * x.nbytes / _fastest(lambda x: 0.5 * x + 1, repeats, x)
 
 
-def _fastest(function: Callable[[Array], Array], x: Array, repeats: int) -> float:
-    """Seconds of a call of it; on an accelerator in a program of `_CHAINED`, one on the other's
-    result, for starting a GPU's program and hearing of its end takes 0.2 ms.
+def _fastest(function: Callable[..., Array], repeats: int, x: Array, *rest: Array) -> float:
+    """Seconds of a call `function(x, *rest)`; on an accelerator in a program of `_CHAINED`, one on
+    the other's result as x, for starting a GPU's program and hearing of its end takes 0.2 ms.
     """
     count = 1 if jax.default_backend() == "cpu" else _CHAINED
-    chained = jax.jit(lambda x: jax.lax.fori_loop(0, count, lambda _, x: function(x), x))
-    contestant = Contestant.of("function", chained, x)
+
+    @jax.jit
+    def chained(x: Array, *rest: Array) -> Array:
+        return jax.lax.fori_loop(0, count, lambda _, x: function(x, *rest), x)
+
+    contestant = Contestant.of("function", chained, x, *rest)
     return min(measure([contestant], repeats)["function"].wall) / count
 
 

@@ -139,7 +139,7 @@ def _train(settings: Settings, options: SpeedBenchmark) -> tuple[list[Contestant
         output, ours = begun.result()
     theirs = [Contestant(n, f.step, peak_bytes=peers[n].peak_bytes) for n, f in firsts.items()]
     needed = program_bytes(ours.program) - sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    if peers and not next(iter(peers.values())).leaves(needed):
+    if peers and not next(iter(peers.values())).has_room_for(needed):
         theirs = _measured_apart(theirs, options.rounds)
         for peer in peers.values():
             peer.release()

@@ -183,7 +183,7 @@ class TorchNetwork:
         self._optimizer.step()
         return loss.item()
 
-    def leaves(self, needed: int) -> bool:
+    def has_room_for(self, needed: int) -> bool:
         """Whether the device has as many bytes beside what torch holds of it; a CPU's memory is
         never asked.
         """
