@@ -30,13 +30,13 @@ def get_plan() -> Plan:
         before,
         title="One object, on a straight path, by Muon",
         verdict=(
-            "**By what was asked first no variant obeys more held-out captions than plain flow:** "
-            "with 8 evaluations none differs from it by more than chance, but for `velocity`, which "
-            "obeys 5 points fewer at guidance 1. By the other questions `linear-gain0.4` obeys 8 points more "
-            "without guidance, with 4 evaluations and with 25; it, `plugin` and `csfm` obey 6 to 7 "
-            "points more of the seen captions; and with a context the flow gives pictures a higher "
-            "likelihood, by 0.14 to 0.28 bits a value. 50 differences were looked at: two or three "
-            "would count by chance."
+            "**By what was asked first no variant obeys more held-out captions than plain "
+            "flow:** with 8 evaluations none differs from it by more than chance, but for "
+            "`velocity`, which obeys 5 points fewer at guidance 1. By the other questions "
+            "`linear-gain0.4` obeys 8 points more without guidance, with 4 evaluations and with"
+            " 25; it, `plugin` and `csfm` obey 6 to 7 points more of the seen captions; and "
+            "with a context the flow gives pictures a higher likelihood, by 0.14 to 0.28 bits a"
+            " value. 50 differences were looked at: two or three would count by chance."
         ),
         about=(
             "Rectified flow, x_t = (1 - t) x0 + t (1 - t) r + t e, at 16x16. `plain` has no r; "
