@@ -40,9 +40,7 @@ def attention(
     GFLOP/s, one core), which without the barriers it would turn about again.
     """
     q = jnp.swapaxes(q, 1, 2)  # [B, H, N, D]
-    k, v = (jnp.moveaxis(y, 1, 3) for y in (k, v))  # [B, H, D, M]
-    if current_target().platform != "gpu":
-        k, v = jax.lax.optimization_barrier((k, v))
+    k, v = (_across(jnp.moveaxis(y, 1, 3)) for y in (k, v))  # [B, H, D, M]
     logits = jnp.einsum("bhnd,bhdm->bhnm", q, k, preferred_element_type=jnp.float32)
     logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
@@ -56,6 +54,11 @@ def attention(
     )
     out = (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
     return jnp.swapaxes(out, 1, 2)  # [B, N, H, D]
+
+
+def _across(y: Float[Array, "B H D M"]) -> Float[Array, "B H D M"]:
+    """y, which stays as it lies; on a GPU XLA may turn it about as its products like it."""
+    return y if current_target().platform == "gpu" else jax.lax.optimization_barrier(y)
 
 
 def tiled_attention(
