@@ -157,6 +157,28 @@ def test_a_context_that_depends_on_time_is_followed(path, name):
     assert errors[1] < 0.25 * error(path, "ddim", 40, moving_context)
 
 
+def test_heun_is_better_than_ddim_where_the_grid_begins_at_almost_no_signal():
+    """The discrete cosine schedule's last b / a is 20,000. Data of one Gaussian: x_t keeps its
+    place among all.
+    """
+    schedule, v = diffusion.make_schedule("cosine"), 0.25
+
+    def denoise(x, t, s):
+        a, b = schedule.alpha(t[0]), schedule.sigma(t[0])
+        return diffusion.Denoised(a * v * x / (a**2 * v + b**2), 0 * x, 0 * x)
+
+    x_T = jnp.linspace(-2, 2, 9)[:, None]
+    times = diffusion.time_grid(schedule, 10, "trailing")
+    spread = math.sqrt(schedule.alpha(times[0]) ** 2 * v + schedule.sigma(times[0]) ** 2)
+    exact = math.sqrt(v) * np.asarray(x_T, np.float64) / spread
+    found = {
+        name: diffusion.get_sampler(name)(denoise, x_T, schedule, times, shift="none")
+        for name in ("ddim", "heun")
+    }
+    errors = {name: np.abs(np.asarray(x) - exact).max() for name, x in found.items()}
+    assert errors["heun"] < 0.5 * errors["ddim"] < 0.1
+
+
 @pytest.mark.parametrize("name", [*FIRST, *SECOND, "dpmpp_2m_sde", "ddpm"])
 def test_grids_that_begin_without_signal_and_end_at_clean_data_give_numbers(name):
     """a = 0 at t = 1 of a path, and at the last index of a schedule with zero terminal SNR."""
