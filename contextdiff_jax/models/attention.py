@@ -136,7 +136,7 @@ def self_attention(
     k: Float[Array, "B M H D"],
     v: Float[Array, "B M H D"],
     scale: float | None = None,
-    mask: Bool[Array, "B M"] | None = None,
+    mask: Bool[ArrayLike, "B M"] | None = None,
     *,
     choice: str,
 ) -> Float[Array, "B N H D"]:
@@ -170,7 +170,7 @@ def heads_attention(
     q: Float[Array, "B H N D"],
     k: Float[Array, "B H M D"],
     v: Float[Array, "B H M D"],
-    mask: Bool[Array, "B M"] | None = None,
+    mask: Bool[ArrayLike, "B M"] | None = None,
     *,
     choice: str,
 ) -> Float[Array, "B H N D"]:

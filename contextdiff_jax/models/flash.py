@@ -68,7 +68,7 @@ def cudnn_attention(
     k: Float[Array, "B M H D"],
     v: Float[Array, "B M H D"],
     scale: float,
-    mask: Bool[Array, "B M"] | None = None,
+    mask: Bool[ArrayLike, "B M"] | None = None,
     *,
     target: Target | None = None,
 ) -> Float[Array, "B N H D"]:
@@ -106,7 +106,7 @@ def on_each_device(
     k: Float[Array, "B M H D"],
     v: Float[Array, "B M H E"],
     target: Target,
-    mask: Bool[Array, "B M"] | None = None,
+    mask: Bool[ArrayLike, "B M"] | None = None,
 ) -> Float[Array, "B N H E"]:
     """`kernel(q, k, v)`, with the mask where there is one, by each of the target's devices for its
     own examples, heads and rows: a program of one device, which XLA's partitioner can't split.
@@ -133,7 +133,7 @@ def splash_attention(
     k: Float[Array, "B M H D"],
     v: Float[Array, "B M H D"],
     scale: float,
-    mask: Bool[Array, "B M"] | None = None,
+    mask: Bool[ArrayLike, "B M"] | None = None,
     *,
     target: Target | None = None,
 ) -> Float[Array, "B N H D"]:
