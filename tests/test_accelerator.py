@@ -181,7 +181,7 @@ def test_the_forms_for_a_gpu_compute_the_same(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), both(), here)
 
 
-def test_processes_measure_in_turns_while_none_compiles(tmp_path, monkeypatch):
+def test_processes_measure_in_turns_while_none_compiles(tmp_path):
     """Each is at work beside the other until it measures, and then alone."""
     code = (
         "import sys, time; from contextdiff_jax.benchmarks import turns\n"

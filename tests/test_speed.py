@@ -63,11 +63,11 @@ def test_the_better_of_torchs_layouts_is_the_baseline(monkeypatch):
     seconds = {"unet": 2.0, "torch channels_last": 3.0, "torch NCHW": 5.0}
     contestants = [Contestant(name, lambda: None) for name in seconds]
     times = {name: Times([s, s, s], [2 * s] * 3) for name, s in seconds.items()}
-    rows = speed._rows(contestants, times, flops=8e9)
+    rows = speed._rows(contestants, times, flops=8e9, peak=16e9)
     assert (
         rows[0]["peer"] == "torch channels_last" and rows[0]["ratio"] == rows[0]["cpu_ratio"] == 1.5
     )
-    assert rows[0]["flops_per_second"] == 4e9
+    assert rows[0]["flops_per_second"] == 4e9 and rows[0]["share_of_peak"] == 0.25
     assert [row["name"] for row in rows if "ratio" in row] == ["unet"]
 
 
@@ -125,10 +125,9 @@ def test_where_both_do_not_fit_torch_is_measured_first_and_gives_its_memory_back
     assert [one.name for one in contestants] == ["unet", *TORCHS] and flops > 1e6
     assert needed[0] > 0 and len(released) == 2 and released[0]._network is None
     assert [contestant.times is None for contestant in contestants] == [True, False, False]
-    rows = speed._rows(contestants, paired.measure(contestants, 5), flops)
+    rows = speed._rows(contestants, paired.measure(contestants, 5), flops, 1e9)
     assert [row["apart"] for row in rows] == [False, True, True] and rows[0]["ratio"] > 0
-    facts = dict(cores=1, devices=1, precision="float32", rounds=5, share_of_peak=0.1)
-    facts["matmul_peak_flops_per_second"] = 1e9
+    facts = dict(cores=1, devices=1, precision="float32", rounds=5)
     table = speed._table([row | facts for row in rows], "train")
     assert table.endswith("torch was measured before ours, for both don't fit at once")
 

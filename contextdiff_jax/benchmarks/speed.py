@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from contextdiff_jax.benchmarks import paired, profiled, turns
 from contextdiff_jax.benchmarks.loading import Result
@@ -256,13 +257,18 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
                 f"{field}={value!r}: --mode={options.program} measures networks of random "
                 "weights; must be empty"
             )
+    dtype = precision_of(settings).compute
     rows, kernels = [], None
     if "network" in options.subjects:
         contestants, flops = NETWORK[options.program](settings, options)
         LOGGER.info("waiting for the device")
         with turns.alone():
             LOGGER.info("measuring")
-            rows += _rows(contestants, paired.measure(contestants, options.rounds), flops)
+            times, peak = (
+                paired.measure(contestants, options.rounds),
+                paired.matmul_peak(dtype=dtype),
+            )
+            rows += _rows(contestants, times, flops, peak)
             if options.profile:
                 kernels = profiled.summed(
                     profiled.record(contestants[0].call, options.profile).read_bytes()
@@ -270,34 +276,30 @@ def run(settings: Settings, options: SpeedBenchmark) -> Result:
                 rows[0]["kernels"] = kernels.rows
         del contestants  # the peers' memory and ours
     if "method" in options.subjects:
-        rows += _method_rows(settings, options)
-    with turns.alone():
-        peak = paired.matmul_peak(dtype=precision_of(settings).compute)
+        rows += _method_rows(settings, options, dtype)
     facts = {
         "program": options.program,
         "precision": settings.train.precision,
         "batch": settings.train.batch_size,
         "cores": num_cores(),
         "devices": jax.device_count(),
-        "matmul_peak_flops_per_second": peak,
         "rounds": options.rounds,
     }
     rows = [row | facts for row in rows]
-    for row in rows:
-        if "flops" in row:
-            row["share_of_peak"] = row["flops_per_second"] / peak
     text = _table(rows, options.program)
     if kernels is not None:
         text += "\n" + profiled.table(kernels)
     return Result(text, rows)
 
 
-def _method_rows(settings: Settings, options: SpeedBenchmark) -> list[dict[str, Any]]:
+def _method_rows(
+    settings: Settings, options: SpeedBenchmark, dtype: DTypeLike
+) -> list[dict[str, Any]]:
     """The whole method's, the first with what the context's share of the time is."""
     contestants = contestants_of_method(settings, options.program, options.compare)
     with turns.alone():
-        times = paired.measure(contestants, options.rounds)
-        rows = _rows(contestants, times, 0.0)
+        times, peak = paired.measure(contestants, options.rounds), paired.matmul_peak(dtype=dtype)
+        rows = _rows(contestants, times, 0.0, peak)
     if WITH_CONTEXT in times:
         with_context, without = times[WITH_CONTEXT].wall, times[WITHOUT_CONTEXT].wall
         differences = [a - b for a, b in zip(with_context, without, strict=True)]
@@ -310,7 +312,7 @@ def _method_rows(settings: Settings, options: SpeedBenchmark) -> list[dict[str, 
 
 
 def _rows(
-    contestants: list[Contestant], times: Mapping[str, Times], flops: float
+    contestants: list[Contestant], times: Mapping[str, Times], flops: float, peak: float
 ) -> list[dict[str, Any]]:
     """A row a contestant. The first's is compared with the best of the others where they are
     torch's.
@@ -327,10 +329,15 @@ def _rows(
             "compile_seconds": compile_seconds,
             "extra_memory_bytes": None if before else paired.extra_memory(call),
             "apart": before is not None,
+            "matmul_peak_flops_per_second": peak,
             "peak_bytes": peak_bytes(call) if peak_bytes else None,
         }
         if flops:
-            row |= {"flops": flops, "flops_per_second": flops / seconds}
+            row |= {
+                "flops": flops,
+                "flops_per_second": flops / seconds,
+                "share_of_peak": flops / seconds / peak,
+            }
         rows.append(row)
     peers = [row for row in rows if row["name"].startswith("torch")]
     if peers:
