@@ -48,6 +48,7 @@ from contextdiff_jax.diffusion.schedule import Schedule
 
 PerStep = Float[Array, "S"]
 Weights = tuple[PerStep, ...]  # of the estimates in this step, the last, the one before it
+_FAR = 1000.0  # b / a, from which on Heun's step is Euler's: `cosine` ends at 20,000, a = 0 at inf
 
 
 class Grid(NamedTuple):
@@ -328,9 +329,6 @@ def dpmpp_2s(grid: Grid) -> Plan:
     return Plan(grid.t, grid.s, rows, **_again(second, rows))
 
 
-_FAR = 1000.0  # b / a, from which on Heun's step is Euler's
-
-
 @linear
 def _heun(grid: Grid) -> Plan:
     # Each step is two, Euler's to s and, with M there too, again to s; the last is Euler's alone.
@@ -338,9 +336,7 @@ def _heun(grid: Grid) -> Plan:
     t, s = (jnp.repeat(times, 2)[:-1] for times in (grid.t, grid.s))
     second = jnp.asarray(np.arange(2 * S - 1) % 2 == 1)
     ratio = [schedule.sigma(u) / schedule.scale(u) for u in (t, s)]
-    # The mean of dy / dtau at both ends, (14), in the form (13). At a = 0 y is infinite, and almost
-    # so at the end of `cosine`, where b / a is 20,000: half of that is what the step would multiply
-    # the slope's error at its other end with.
+    # The mean of dy / dtau at both ends, (14), in the form (13): half of b / a times s's error.
     second_order = second & (jnp.maximum(*ratio) < _FAR)
     w = jnp.where(second_order, 0.5 * ratio[0] / ratio[1], 0.0)
     w_now, at = jnp.where(second, w, 1.0), jnp.where(second, s, t)
