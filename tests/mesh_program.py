@@ -6,7 +6,7 @@ on each mesh.
 A mesh is the sizes of data, fsdp, tensor, sequence, / the parts that a batch is taken in.
 
 The first mesh to come initialises the model and saves its state after step 5 in WORKDIR; the
-others take its start, and also do step 6 from what it saved.
+others take its start, and also do step 6 from what it saved. `smallest`: the losses alone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ CONFIGS = {
 
 
 def run(
-    settings: Settings, name: str, workdir: pathlib.Path, starts: list[TrainState]
+    settings: Settings,
+    name: str,
+    workdir: pathlib.Path,
+    starts: list[TrainState],
+    losses_alone: bool,
 ) -> dict[str, Any]:
     """Trains on the mesh `name` of the first devices, from `starts[0]`, if it is there already:
     to compile an initialisation takes half as long as a step.
@@ -87,7 +91,7 @@ def run(
     for number in range(settings.train.steps):
         state, loss = next_loss(state)
         losses.append(loss)
-        if number == 4 and not resumed:
+        if number == 4 and not resumed and not losses_alone:
             manager = checkpoints.open_manager(workdir)
             with checkpoints.closing(manager, workdir):
                 checkpoints.save(manager, state, loader.get_state())
@@ -98,6 +102,8 @@ def run(
         loader.set_state(place)
         resumed = next_loss(other)[1]
     loader.close()
+    if losses_alone:
+        return {"losses": losses}
     pipeline = of_run(settings, tokenizer, state.ema, mesh=mesh, programs=workdir / "programs")
     image = pipeline.text_to_image(["a large red circle"] * 8, seed=0)
     largest = max(jax.tree.leaves(state.opt_state), key=lambda leaf: leaf.size)
@@ -112,8 +118,7 @@ def run(
 if __name__ == "__main__":
     starts: list[TrainState] = []
     out, workdir, kind, *meshes = sys.argv[1:]
-    results = {
-        name: run(parse(CONFIGS[kind]), name, pathlib.Path(workdir), starts) for name in meshes
-    }
+    settings, alone = parse(CONFIGS[kind]), kind == "smallest"
+    results = {name: run(settings, name, pathlib.Path(workdir), starts, alone) for name in meshes}
     with open(out, "w") as file:
         json.dump(results, file)
