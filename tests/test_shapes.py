@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from contextdiff_jax.data import (
+    DataConfig,
     ShapesConfig,
     ShapesSource,
 )
@@ -27,6 +28,7 @@ from contextdiff_jax.data.shapes import (
     render,
     template,
 )
+from contextdiff_jax.evaluation.subject import splits
 
 TRIPLES = set(itertools.product(SHAPES, COLOURS, SIZES))
 
@@ -140,6 +142,29 @@ def test_the_share_of_captions_that_state_a_place_is_as_asked_and_changes_no_sce
     assert all(text.startswith(plain) for plain, text in zip(captions[0], captions[2], strict=True))
     for i in range(20):
         np.testing.assert_array_equal(sources[0][i]["image"], sources[2][i]["image"])
+
+
+def test_captions_in_reading_order_are_as_many_as_asked_and_the_pictures_stay():
+    sources = [
+        ShapesSource(ShapesConfig(num_objects=(2, 2), reading_order=f)) for f in (0.0, 0.8, 1.0)
+    ]
+    shares = []
+    for source in sources:
+        scenes = [source.scene(i) for i in range(400)]
+        shares.append(np.mean([s.relation in ("left of", "above") for s in scenes]))
+        for scene in scenes:
+            assert scene.relation == relation_of(*(o.centre for o in scene.objects))
+    np.testing.assert_allclose(shares, [0.5, 0.9, 1.0], atol=0.06)
+    assert shares[2] == 1
+    for i in range(20):
+        np.testing.assert_array_equal(sources[0][i]["image"], sources[2][i]["image"])
+
+
+def test_what_is_judged_has_both_orders_however_the_training_was():
+    config = DataConfig(num_objects=(2, 2), reading_order=1.0)
+    for source in splits(config).values():
+        scenes = [source.scene(i) for i in range(200)]
+        assert 0.35 < np.mean([s.relation in ("left of", "above") for s in scenes]) < 0.65
 
 
 def test_parsing_inverts_captions():

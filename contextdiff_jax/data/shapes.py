@@ -118,6 +118,8 @@ class ShapesConfig:
             [0, 0.5].
         backgrounds: names in `BACKGROUNDS`, drawn uniformly.
         position_fraction: share of the captions of one object that also state its place.
+        reading_order: share of the captions of two objects that are turned, if need be, so as to
+            begin with the left or the upper one, as people do; the others begin with either.
     """
 
     num_objects: tuple[int, int] = (1, 3)
@@ -128,6 +130,7 @@ class ShapesConfig:
     heldout_fraction: float = 0.125
     backgrounds: tuple[str, ...] = ("dark",)
     position_fraction: float = 0.5
+    reading_order: float = 0.0
 
     def __post_init__(self):
         low, high = self.num_objects
@@ -146,8 +149,9 @@ class ShapesConfig:
             raise ValueError(
                 f"heldout_fraction={self.heldout_fraction}: holds out nothing for split='heldout'"
             )
-        if not 0 <= self.position_fraction <= 1:
-            raise ValueError(f"position_fraction={self.position_fraction}: must lie in [0, 1]")
+        for name in ("position_fraction", "reading_order"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must lie in [0, 1]")
         unknown = set(self.backgrounds) - set(BACKGROUNDS)
         if unknown or not self.backgrounds:
             raise ValueError(
@@ -294,6 +298,8 @@ def sample_scene(rng: np.random.Generator, config: ShapesConfig) -> Scene:
         for (shape, colour, size_name), centre in zip(triples, centres, strict=True)
     )
     relation = relation_of(*centres) if len(objects) == 2 else None
+    if relation in ("right of", "below") and rng.random() < config.reading_order:
+        objects, relation = objects[::-1], relation_of(*centres[::-1])
     stated = len(objects) == 1 and rng.random() < config.position_fraction
     position = objects[0].position if stated else None
     return Scene(objects=objects, relation=relation, position=position, background=background)

@@ -7,10 +7,12 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from contextdiff_jax.models.attention import HIDDEN
 from contextdiff_jax.models.precision import Precision
 from contextdiff_jax.models.transformer import Attention, FeedForward
 
@@ -27,6 +29,7 @@ class TextConfig:
     width: int = 128  # of the token states
     num_layers: int = 2  # transformer blocks
     num_heads: int = 4  # heads of their attention
+    directed: bool = False  # half of the heads read what precedes a word, half what follows
     t5_length: int = 256  # of a text in a Stable Diffusion 3 pipeline, the tokens that T5 reads
 
     def __post_init__(self):
@@ -38,20 +41,45 @@ class TextConfig:
             raise ValueError(
                 f"text.width={self.width}: must be a multiple of num_heads={self.num_heads}"
             )
+        if self.directed and self.num_heads % 2:
+            raise ValueError(
+                f"text.num_heads={self.num_heads}: must be even with text.directed, whose heads "
+                "read half in one direction, half in the other"
+            )
+
+
+def directions(num_heads: int, length: int) -> Float[Array, "H L L"]:
+    """The bias of attention whose heads read in one direction each: the first half a word and what
+    precedes it, the other half what follows. A word d places away loses slope * d, with slopes of
+    1, 1/4, 1/16, ... in each half (Press et al. 2022, arXiv 2108.12409).
+
+    So what a word may learn from its order ("circle" *before* "left of") is there from the first
+    step; by positions alone no gradient points to it (Shen et al. 2018, arXiv 1709.04696).
+    """
+    half = num_heads // 2
+    place = jnp.arange(length)
+    distance = place[:, None] - place  # to what precedes a word: 0 and more
+    slopes = 0.25 ** jnp.arange(half, dtype=jnp.float32)[:, None, None]
+    before = jnp.where(distance >= 0, -slopes * distance, HIDDEN)
+    return jnp.concatenate([before, jnp.swapaxes(before, 1, 2)])
 
 
 class TextBlock(nnx.Module):
     """Pre-norm self-attention and feed-forward."""
 
     def __init__(self, config: TextConfig, **policy):
+        self.directed = config.directed
         self.norm1, self.norm2 = (nnx.LayerNorm(config.width, **policy) for _ in range(2))
-        self.attention = Attention(config.width, config.num_heads, zero_init=True, **policy)
+        self.attention = Attention(
+            config.width, config.num_heads, zero_init=not config.directed, **policy
+        )
         self.ff = FeedForward(config.width, zero_init=True, **policy)
 
     def __call__(
         self, x: Float[ArrayLike, "B L D"], mask: Bool[ArrayLike, "B L"]
     ) -> Float[Array, "B L D"]:
-        x = x + self.attention(self.norm1(x), mask=mask)
+        bias = directions(self.attention.num_heads, x.shape[1]) if self.directed else None
+        x = x + self.attention(self.norm1(x), mask=mask, bias=bias)
         return x + self.ff(self.norm2(x))
 
 

@@ -164,7 +164,7 @@ def read_data(values: Mapping[str, Any]) -> DataConfig:
         raise ValueError(
             f"data.crop_size={data.crop_size}: must be at most data.image_size={data.image_size}"
         )
-    for field in ("max_broken_fraction", "heldout_fraction", "position_fraction"):
+    for field in ("max_broken_fraction", "heldout_fraction", "position_fraction", "reading_order"):
         if not 0 <= getattr(data, field) <= 1:
             raise ValueError(f"data.{field}={getattr(data, field)}: must lie in [0, 1]")
     return data
