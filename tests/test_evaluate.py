@@ -165,7 +165,7 @@ def test_bound_with_all_timesteps_is_vlb_of_the_model_by_hand(evaluation):
     np.testing.assert_allclose(result.details["kl_by_t"][row], terms["kl"][1:].mean(1), rtol=1e-3)
 
 
-def test_branches_are_x0_hat_with_and_without_the_caption(evaluation):
+def test_branches_are_x0_hat_with_the_caption_without_it_and_with_its_words_reversed(evaluation):
     settings, row, t = (
         evaluation.settings,
         "held-out combinations",
@@ -189,22 +189,27 @@ def test_branches_are_x0_hat_with_and_without_the_caption(evaluation):
         ids, mask = evaluation.tokenizer.encode(captions, settings.data.max_length)
         return jax.jit(model.encode)(ids, mask)
 
-    captions = texts(few.captions(row))
-    r = jax.jit(model.relate)(x0, captions, ts)
-    x_t = diffusion.q_sample(schedule, x0, r, ts, noise, settings.context.shift)
-    predict = jax.jit(model.predict)
-    with_caption, without = (
-        np.asarray(
+    relate, predict = jax.jit(model.relate), jax.jit(model.predict)
+
+    def estimate(caption, text):
+        """x0_hat of `text`, where x_t is shifted by `caption`."""
+        x_t = diffusion.q_sample(
+            schedule, x0, relate(x0, caption, ts), ts, noise, settings.context.shift
+        )
+        return np.asarray(
             diffusion.predict_x0(
                 schedule, predict(x_t, ts, text), x_t, ts, settings.diffusion.prediction_type
             )
         )
-        for text in (captions, texts([""] * 3))
-    )
+
+    captions = texts(few.captions(row))
+    turned = texts([" ".join(reversed(caption.split())) for caption in few.captions(row)])
+    with_caption, without = estimate(captions, captions), estimate(captions, texts([""] * 3))
     for name, difference in {
         "with": with_caption - x0,
         "without": without - x0,
         "apart": with_caption - without,
+        "reversed": estimate(turned, turned) - x0,
     }.items():
         expected = np.mean([np.sqrt(np.mean(d.astype(np.float64) ** 2)) for d in difference])
         assert expected > 0 and found[name].value == pytest.approx(expected, rel=1e-4)

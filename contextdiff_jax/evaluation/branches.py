@@ -17,6 +17,11 @@ from contextdiff_jax.models.captions import Captions
 from contextdiff_jax.models.contextdiff import ContextDiffusion
 
 
+def in_reverse(caption: str) -> str:
+    """The caption's words, the last one first."""
+    return " ".join(caption.split()[::-1])
+
+
 def model_branches(
     model: ContextDiffusion,
     process: Process,

@@ -14,7 +14,7 @@ from contextdiff_jax.diffusion.process import MOTIONS
 from contextdiff_jax.evaluation import bound as bounds
 from contextdiff_jax.evaluation import distances
 from contextdiff_jax.evaluation import upsampling as upsamplers
-from contextdiff_jax.evaluation.branches import model_branches
+from contextdiff_jax.evaluation.branches import in_reverse, model_branches
 from contextdiff_jax.evaluation.composition import is_main, judge
 from contextdiff_jax.evaluation.features import batches, check_finite
 from contextdiff_jax.evaluation.intervals import Estimate, mean_interval
@@ -129,14 +129,19 @@ def _compiled(evaluation: Evaluation, function: PictureFn) -> PictureFn:
 
 
 def _on_pictures(
-    evaluation: Evaluation, row: str, function: PictureFn, steps: np.ndarray, name: str
+    evaluation: Evaluation,
+    row: str,
+    function: PictureFn,
+    steps: np.ndarray,
+    name: str,
+    words: Callable[[str], str] = str,
 ) -> dict[str, np.ndarray]:
-    """Values of a `_compiled` function for a split's real pictures and captions, a column a
-    picture.
+    """Values, a column a picture, of a `_compiled` function for real pictures and what `words`
+    makes of their captions.
     """
     tokenizer, length = evaluation.tokenizer, evaluation.settings.data.max_length
     records, null = evaluation.records(row), tokenizer.encode([""], length)
-    captions = [record["caption"] for record in records]
+    captions = [words(record["caption"]) for record in records]
     ids, mask, lost = tokenizer.encode_and_cut(captions, length)
     warn_of_cut(captions, lost, length, "caption")
     images = np.stack([record["image"] for record in records])
@@ -176,10 +181,8 @@ def bound(evaluation: Evaluation) -> Result:
             result.standard_error,
         )
     count = len(edges) - 1
-    note = (
-        f"upper bound, the lower the better; {count} of {num_timesteps - 1} KL terms a "
-        "picture, guidance 1"
-    )
+    counted = f"{count} of {num_timesteps - 1} KL terms a picture"
+    note = f"upper bound, the lower the better; {counted}, guidance 1"
     return Result(scores, "bits/dim", note, details)
 
 
@@ -202,8 +205,8 @@ def likelihood(evaluation: Evaluation) -> Result:
 
 
 def branches(evaluation: Evaluation) -> Result:
-    """The denoiser with the caption and without it on `num` real pictures a split, noised, by
-    timestep.
+    """The denoiser with the caption, without it, and with its words in reverse order, by timestep,
+    on `num` real pictures a split, noised.
     """
     process = evaluation.settings.process
 
@@ -215,13 +218,15 @@ def branches(evaluation: Evaluation) -> Result:
     scores = {}
     for row in evaluation.sources:
         found = _on_pictures(evaluation, row, run, timesteps, "branches")
+        reverse = _on_pictures(evaluation, row, run, timesteps, "words reversed", in_reverse)
+        found["reversed"] = reverse["with"]
         for i, t in enumerate(timesteps):
             scores[f"{row}, t = {t}"] = {
                 name: mean_interval(values[i]) for name, values in found.items()
             }
     note = (
         "root mean squares: errors of x0_hat with the caption and without it, and how far apart "
-        "the two are"
+        "the two are; reversed: with the words in reverse order, no worse if that isn't read"
     )
     return Result(scores, "", note)
 
