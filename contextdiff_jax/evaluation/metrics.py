@@ -140,11 +140,11 @@ def _on_pictures(
     makes of their captions.
     """
     tokenizer, length = evaluation.tokenizer, evaluation.settings.data.max_length
-    records, null = evaluation.records(row), tokenizer.encode([""], length)
-    captions = [words(record["caption"]) for record in records]
+    null = tokenizer.encode([""], length)
+    captions = [words(caption) for caption in evaluation.captions(row)]
     ids, mask, lost = tokenizer.encode_and_cut(captions, length)
     warn_of_cut(captions, lost, length, "caption")
-    images = np.stack([record["image"] for record in records])
+    images = evaluation.pictures(row)
     key, parts, number = make_key(evaluation.seed), [], evaluation.numbers(row).start
     for batch, real in batches((images, ids, mask), _BOUND_BATCH, name):
         # By the first record's number: no two batches, of any process, have the same noise.

@@ -68,7 +68,6 @@ class TextBlock(nnx.Module):
     """Pre-norm self-attention and feed-forward."""
 
     def __init__(self, config: TextConfig, **policy):
-        self.directed = config.directed
         self.norm1, self.norm2 = (nnx.LayerNorm(config.width, **policy) for _ in range(2))
         self.attention = Attention(
             config.width, config.num_heads, zero_init=not config.directed, **policy
@@ -76,9 +75,11 @@ class TextBlock(nnx.Module):
         self.ff = FeedForward(config.width, zero_init=True, **policy)
 
     def __call__(
-        self, x: Float[ArrayLike, "B L D"], mask: Bool[ArrayLike, "B L"]
+        self,
+        x: Float[ArrayLike, "B L D"],
+        mask: Bool[ArrayLike, "B L"],
+        bias: Float[ArrayLike, "H L L"] | None = None,
     ) -> Float[Array, "B L D"]:
-        bias = directions(self.attention.num_heads, x.shape[1]) if self.directed else None
         x = x + self.attention(self.norm1(x), mask=mask, bias=bias)
         return x + self.ff(self.norm2(x))
 
@@ -96,6 +97,7 @@ class TextEncoder(nnx.Module):
         precision: Precision = Precision(),
     ):
         policy = precision.policy(rngs)
+        self.config = config
         # With blocks that start as nothing and embeddings of unit size the encoder starts as a
         # lookup of its words. With 0.02 and random blocks, trained runs mapped "top left" and
         # "bottom right" to nearly one state.
@@ -111,8 +113,10 @@ class TextEncoder(nnx.Module):
         self, token_ids: Int[ArrayLike, "B L"], token_mask: Bool[ArrayLike, "B L"]
     ) -> Float[Array, "B L D"]:
         """States of the tokens; those of padding are meaningless and masked by every reader."""
+        length = token_ids.shape[1]
         x = self.tokens(token_ids)
-        x = x + self.positions[: token_ids.shape[1]].astype(x.dtype)
+        x = x + self.positions[:length].astype(x.dtype)
+        bias = directions(self.config.num_heads, length) if self.config.directed else None
         for block in self.blocks:
-            x = block(x, token_mask)
+            x = block(x, token_mask, bias)
         return self.norm(x)
