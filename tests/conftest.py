@@ -109,6 +109,9 @@ ONE_LEVEL = {
 SMALLEST = ONE_LEVEL | {"model.up_block_types": "('UpBlock2D',)", "model.mid_block_type": None}
 # The same for a command: no flag says None.
 SMALLEST_BY_FLAGS = SMALLEST | {"model.mid_block_type": "UNetMidBlock2D"}
+# Without attention in the UNet, the text is read by the context alone: two thirds of `SMALLEST`'s
+# compilation, for tests of what surrounds a step, whatever it computes.
+NO_ATTENTION = SMALLEST | {"model.down_block_types": "('DownBlock2D',)"}
 
 
 def config_dict(**changes):
@@ -161,6 +164,15 @@ def mmdit_dict(**changes):
 def overrides(fields: Mapping[str, Any]) -> list[str]:
     """A command's flags for fields of a config."""
     return [f"--config.{field}={value}" for field, value in fields.items()]
+
+
+def config_file(path: pathlib.Path, config: dict[str, Any]) -> pathlib.Path:
+    """A config file of these values for a command, which no flag has to repeat."""
+    path.write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({config!r})\n"
+    )
+    return path
 
 
 def command(

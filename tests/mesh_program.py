@@ -1,12 +1,12 @@
 """Run by test_mesh.py in a process of 8 simulated devices: the losses of 10 steps, and a picture,
 on each mesh.
 
-    python tests/mesh_program.py OUT.json WORKDIR unet|smallest|mmdit|muon 1x1x1x1 1x2x2x2/2 ...
+    python tests/mesh_program.py OUT.json WORKDIR CONFIG.json 1x1x1x1 1x2x2x2/2 ...
 
 A mesh is the sizes of data, fsdp, tensor, sequence, / the parts that a batch is taken in.
 
 The first mesh to come initialises the model and saves its state after step 5 in WORKDIR; the
-others take its start, and also do step 6 from what it saved. `smallest`: the losses alone.
+others take its start, and also do step 6 from what it saved. For one mesh: the losses alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import sys
 from typing import Any
 
 import jax
-from conftest import SMALLEST_BY_FLAGS, config_dict, mmdit_dict
 
 from contextdiff_jax.data import load_tokenizer, make_loader, make_source
 from contextdiff_jax.inference.opening import of_run
@@ -29,22 +28,6 @@ from contextdiff_jax.settings import Settings, parse
 from contextdiff_jax.training.loop import null_caption, to_devices
 from contextdiff_jax.training.state import TrainState, init_state
 from contextdiff_jax.training.step import make_train_step
-
-# Attention in the middle only: a program for each mesh is compiled, and that is what the test
-# costs.
-SMALL = {
-    "train.steps": 10,
-    "sample.steps": 2,
-    "model.down_block_types": "('DownBlock2D','DownBlock2D')",
-    "model.up_block_types": "('UpBlock2D','UpBlock2D')",
-}
-STEPS = {"train.steps": 10, "sample.steps": 2}
-CONFIGS = {
-    "unet": config_dict(**SMALL),
-    "smallest": config_dict(**SMALLEST_BY_FLAGS | STEPS),
-    "mmdit": mmdit_dict(**STEPS),
-    "muon": mmdit_dict(**STEPS | {"train.optimizer": "muon", "train.learning_rate": 1e-2}),
-}
 
 
 def run(
@@ -117,8 +100,8 @@ def run(
 
 if __name__ == "__main__":
     starts: list[TrainState] = []
-    out, workdir, kind, *meshes = sys.argv[1:]
-    settings, alone = parse(CONFIGS[kind]), kind == "smallest"
+    out, workdir, config, *meshes = sys.argv[1:]
+    settings, alone = parse(json.loads(pathlib.Path(config).read_text())), len(meshes) == 1
     results = {name: run(settings, name, pathlib.Path(workdir), starts, alone) for name in meshes}
     with open(out, "w") as file:
         json.dump(results, file)

@@ -140,7 +140,7 @@ def test_the_splash_kernel_is_attention_forward_and_backward(tokens, width):
     )
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
     kernel, plain = (
-        jax.vjp(f, *inputs)
+        jax.vjp(jax.jit(f), *inputs)
         for f in (
             lambda *qkv: flash.splash_attention(*qkv, width**-0.5, target=Target(mesh)),
             attention,

@@ -152,11 +152,11 @@ def test_bound_agrees_with_monte_carlo_over_whole_chains():
 def test_every_timestep_a_stratum_is_diffusion_vlb():
     x0 = jnp.asarray(np.random.default_rng(2).uniform(-1, 1, size=(5, 8)), jnp.float32)
     key = jax.random.key(3)
-    whole = diffusion.vlb(nonlinear_denoise, x0, nonlinear_context, SCHEDULE, key)
+    functions = nonlinear_denoise, x0, nonlinear_context, SCHEDULE, key
+    whole = jax.jit(lambda: diffusion.vlb(*functions))()
     edges = bounds.make_strata(40)
-    result = bounds.collect(
-        [bounds.bound_terms(nonlinear_denoise, x0, nonlinear_context, SCHEDULE, key, edges)], edges
-    )
+    terms = jax.jit(lambda: bounds.bound_terms(*functions, edges))()
+    result = bounds.collect([terms], edges)
     np.testing.assert_allclose(result.total, whole["total"], rtol=1e-5)
     np.testing.assert_allclose(result.kl, whole["kl"].sum(0), rtol=1e-5)
     np.testing.assert_allclose(result.kl_by_t, whole["kl"][1:].mean(1), rtol=1e-5)

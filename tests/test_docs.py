@@ -15,7 +15,7 @@ import sys
 
 import pytest
 from command_flags import flags_of, parse
-from conftest import ONE_LEVEL, ROOT, TINY
+from conftest import ROOT, SMALLEST, TINY
 
 from contextdiff_jax import diffusion
 from contextdiff_jax.__main__ import COMMANDS
@@ -186,7 +186,7 @@ def test_the_recipes_of_the_docs_work_as_they_stand(tmp_path):
     assert len(followed) == 7, followed
     tiny = {
         field: ast.literal_eval(value) if isinstance(value, str) else value
-        for field, value in (TINY | ONE_LEVEL).items()
+        for field, value in (TINY | SMALLEST).items()
     }
     done = subprocess.run(
         [sys.executable, ROOT / "tests/recipes_program.py", tmp_path, json.dumps(tiny)],

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ON_EIGHT, ONE_LEVEL, ROOT, command, config_dict
+from conftest import ON_EIGHT, ROOT, SMALLEST, command, config_dict
 from PIL import Image
 from torch_models import stable_diffusion
 from transformers import CLIPConfig, CLIPModel
@@ -39,7 +39,7 @@ def config_of(folder, **changes):
         for name, value in changes.items()
         if name.split(".")[0] not in ("video", "edit")
     }
-    small = ONE_LEVEL | {"train.batch_size": 1, "train.steps": 4, "train.checkpoint_every": 2}
+    small = SMALLEST | {"train.batch_size": 1, "train.steps": 4, "train.checkpoint_every": 2}
     config = config_dict(**small | own) | video_sections()
     config["video"] |= dict(
         path=str(folder / "clip"),

@@ -13,15 +13,15 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, config_dict
-from mesh_program import SMALL
+from conftest import NO_ATTENTION, ROOT, config_dict, config_file
 
 from contextdiff_jax.runs import checkpoints
 from contextdiff_jax.settings import parse
 from contextdiff_jax.training.state import init_state
 
 KILLS = 20
-FIELDS = TINY | SMALL | {"train.steps": 24, "train.checkpoint_every": 2, "train.sample_every": 0}
+STEPS = 24
+CONFIG = config_dict(**NO_ATTENTION | {"train.steps": STEPS, "train.checkpoint_every": 2})
 
 
 def start(workdir, cache) -> subprocess.Popen:
@@ -32,15 +32,13 @@ def start(workdir, cache) -> subprocess.Popen:
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    overrides = [f"--config.{field}={value}" for field, value in FIELDS.items()]
     return subprocess.Popen(
         [
             sys.executable,
             "-m",
             "contextdiff_jax.train",
-            "--config=configs/base.py",
+            f"--config={config_file(cache.with_suffix('.py'), CONFIG)}",
             f"--workdir={workdir}",
-            *overrides,
         ],
         cwd=ROOT,
         env=environment,
@@ -52,9 +50,9 @@ def start(workdir, cache) -> subprocess.Popen:
 
 def finished(workdir):
     state, data, step = checkpoints.restore_newest(
-        workdir, jax.eval_shape(lambda: init_state(parse(config_dict(**FIELDS))))
+        workdir, jax.eval_shape(lambda: init_state(parse(CONFIG)))
     )
-    assert step == FIELDS["train.steps"] and data["next_batch"] == step
+    assert step == STEPS and data["next_batch"] == step
     return state
 
 
@@ -85,7 +83,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     assert process.returncode == 0, output[-2000:]
     jax.tree.map(np.testing.assert_array_equal, finished(killed), finished(whole))
     assert logged(killed) == logged(whole)
-    assert [step for step, *_ in logged(killed)] == list(range(1, FIELDS["train.steps"] + 1))
+    assert [step for step, *_ in logged(killed)] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow

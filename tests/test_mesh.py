@@ -16,18 +16,17 @@ import numpy as np
 import pytest
 from conftest import (
     HERE,
+    NO_ATTENTION,
     ON_EIGHT,
     ROOT,
-    SMALLEST_BY_FLAGS,
-    TINY,
+    SMALLEST,
     XLA_FLAGS,
     command,
     config_dict,
+    config_file,
     mmdit_dict,
-    overrides,
 )
 from jax.sharding import PartitionSpec as P
-from mesh_program import SMALL, STEPS
 
 from contextdiff_jax.parallel.mesh import (
     AXES,
@@ -44,6 +43,17 @@ from contextdiff_jax.training.state import init_state
 
 ONE = "1x1x1x1"  # data, fsdp, tensor, sequence
 QUICK = "1x2x2x2/2"
+STEPS = {"train.steps": 10, "sample.steps": 2}
+# A program for each mesh is compiled, and that is what these tests cost: one level, with attention
+# of pictures and text. The slow ones have two, with attention in the middle.
+ONE_LEVEL = config_dict(**SMALLEST | STEPS)
+TWO_LEVELS = config_dict(
+    **STEPS,
+    **{
+        "model.down_block_types": "('DownBlock2D','DownBlock2D')",
+        "model.up_block_types": "('UpBlock2D','UpBlock2D')",
+    },
+)
 
 
 class Device:
@@ -141,103 +151,73 @@ def test_a_process_reads_the_rows_of_its_devices():
     assert jnp.asarray(batch["token_ids"]).shape == (4, 5)
 
 
-def losses_and_pictures(path, workdir, *meshes: str, kind: str = "unet") -> dict:
+def losses_and_pictures(folder: pathlib.Path, config: dict, *meshes: str) -> dict:
+    """What mesh_program.py finds, whose files go into `folder`."""
+    out, given = folder / "out.json", folder / "given.json"
+    given.write_text(json.dumps(config))
     result = subprocess.run(
-        [sys.executable, ROOT / "tests" / "mesh_program.py", path, workdir, kind, *meshes],
+        [sys.executable, ROOT / "tests" / "mesh_program.py", out, folder / "run", given, *meshes],
         cwd=ROOT,
         env=os.environ | HERE | ON_EIGHT,
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(path.read_text())
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """The folder where the one device's run leaves its checkpoint."""
-    return tmp_path_factory.mktemp("one")
-
-
-@pytest.fixture(scope="module")
-def results(workdir):
-    """Of one device and of `QUICK`, by one program."""
-    return losses_and_pictures(workdir / "out.json", workdir, ONE, QUICK)
-
-
-@pytest.fixture(scope="module")
-def one_device(results):
-    return results[ONE]
+    return json.loads(out.read_text())
 
 
 def assert_same(result: dict, one: dict) -> None:
     np.testing.assert_allclose(result["losses"], one["losses"], rtol=1e-4)
-    assert len(result["losses"]) == SMALL["train.steps"]
+    assert len(result["losses"]) == STEPS["train.steps"]
     assert abs(result["losses"][0] / result["losses"][-1] - 1) > 0.01
     # Of 255: a rounding may tip over.
     assert np.abs(np.array(result["image"]) - np.array(one["image"])).max() <= 1
+    np.testing.assert_allclose(result["resumed"], one["losses"][5], rtol=1e-5)
+
+
+def slow(*values: object):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-    "mesh, share",
+    "config, mesh, share",
     [
-        (QUICK, 1 / 2),
-        pytest.param("2x2x2x1", 1 / 2, marks=pytest.mark.slow),
-        pytest.param("2x2x1x2", 1 / 2, marks=pytest.mark.slow),
-        pytest.param("8x1x1x1", 1, marks=pytest.mark.slow),
-        pytest.param("1x8x1x1", 1 / 8, marks=pytest.mark.slow),
-        pytest.param("1x1x1x8", 1, marks=pytest.mark.slow),
+        (ONE_LEVEL, QUICK, 1 / 2),
+        slow(TWO_LEVELS, QUICK, 1 / 2),
+        slow(TWO_LEVELS, "2x2x2x1", 1 / 2),
+        slow(TWO_LEVELS, "2x2x1x2", 1 / 2),
+        slow(TWO_LEVELS, "8x1x1x1", 1),
+        slow(TWO_LEVELS, "1x8x1x1", 1 / 8),
+        slow(TWO_LEVELS, "1x1x1x8", 1),
     ],
 )
 def test_every_mesh_gives_the_losses_and_the_picture_of_one_device_and_reads_its_checkpoint(
-    results, one_device, workdir, mesh, share, tmp_path
+    config, mesh, share, tmp_path
 ):
     """10 steps, and step 6 from what the one device saved.
 
     The slow ones are a program each: bash launch/test.sh -m slow tests/test_mesh.py
     """
-    other = {} if mesh in results else losses_and_pictures(tmp_path / "out.json", workdir, mesh)
-    result = (results | other)[mesh]
-    assert_same(result, one_device)
-    np.testing.assert_allclose(result["resumed"], one_device["losses"][5], rtol=1e-5)
-    assert result["opt_share"] == share  # of the largest moment on each device
-
-
-@pytest.fixture(scope="module")
-def mmdit(tmp_path_factory):
-    """The folder of the transformer's run on one device, and what it and the mesh of all axes
-    gave.
-    """
-    folder = tmp_path_factory.mktemp("mmdit")
-    return folder, losses_and_pictures(folder / "out.json", folder, ONE, QUICK, kind="mmdit")
+    results = losses_and_pictures(tmp_path, config, ONE, mesh)
+    assert_same(results[mesh], results[ONE])
+    assert results[mesh]["opt_share"] == share  # of the largest moment on each device
 
 
 @pytest.mark.parametrize(
-    "mesh",
-    [
-        QUICK,
-        *(
-            pytest.param(mesh, marks=pytest.mark.slow)
-            for mesh in ("2x2x2x1", "2x2x1x2", "8x1x1x1", "1x8x1x1", "1x1x1x4")
-        ),
-    ],
+    "mesh", [QUICK, *map(slow, ("2x2x2x1", "2x2x1x2", "8x1x1x1", "1x8x1x1", "1x1x1x4"))]
 )
-def test_the_transformer_too(mmdit, mesh, tmp_path):
+def test_the_transformer_too(mesh, tmp_path):
     """The slow ones are a program each: bash launch/test.sh -m slow tests/test_mesh.py"""
-    folder, results = mmdit
-    if mesh not in results:
-        path = tmp_path / "out.json"
-        results = results | losses_and_pictures(path, folder, mesh, kind="mmdit")
+    results = losses_and_pictures(tmp_path, mmdit_dict(**STEPS), ONE, mesh)
     assert_same(results[mesh], results[ONE])
-    np.testing.assert_allclose(results[mesh]["resumed"], results[ONE]["losses"][5], rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_muon_too(tmp_path):
     """bash launch/test.sh -m slow tests/test_mesh.py -k muon"""
-    results = losses_and_pictures(tmp_path / "out.json", tmp_path, ONE, QUICK, kind="muon")
+    muon = {"train.optimizer": "muon", "train.learning_rate": 1e-2}
+    results = losses_and_pictures(tmp_path, mmdit_dict(**STEPS | muon), ONE, QUICK)
     assert_same(results[QUICK], results[ONE])
-    np.testing.assert_allclose(results[QUICK]["resumed"], results[ONE]["losses"][5], rtol=1e-5)
 
 
 def test_layers_in_one_array_are_split_as_one_layer_is():
@@ -250,15 +230,16 @@ def test_layers_in_one_array_are_split_as_one_layer_is():
     assert layers["attn"]["norm_q"]["scale"].get_value() == P(None, ("fsdp",))
 
 
-def in_two_processes(config: str, workdir: pathlib.Path, *flags: str) -> list[float]:
-    """The losses of a run by 2 processes of 2 devices."""
+def in_two_processes(config: dict, workdir: pathlib.Path, *flags: str) -> list[float]:
+    """The losses of a run by 2 processes of 2 devices, started as a user does."""
+    path = config_file(workdir.with_suffix(".py"), config)
     result = subprocess.run(
         [
             "bash",
             "launch/local.sh",
             "2",
             "2",
-            f"--config={config}",
+            f"--config={path}",
             f"--workdir={workdir}",
             *flags,
             "--config.train.checkpoint_every=7",
@@ -280,24 +261,20 @@ def in_two_processes(config: str, workdir: pathlib.Path, *flags: str) -> list[fl
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_transformers_losses(mmdit, tmp_path):
+def test_two_processes_give_the_transformers_losses(tmp_path):
     """bash launch/test.sh -m slow tests/test_mesh.py"""
-    config = tmp_path / "config.py"
-    config.write_text(
-        "from ml_collections import ConfigDict\n\n\n"
-        f"def get_config():\n    return ConfigDict({mmdit_dict(**STEPS)!r})\n"
-    )
-    losses = in_two_processes(config, tmp_path / "run")
-    np.testing.assert_allclose(losses, mmdit[1][ONE]["losses"], rtol=1e-4)
+    config = mmdit_dict(**STEPS)
+    losses = in_two_processes(config, tmp_path / "two")
+    one = losses_and_pictures(tmp_path, config, ONE)[ONE]
+    np.testing.assert_allclose(losses, one["losses"], rtol=1e-4)
 
 
 def test_two_processes_give_the_losses_of_one_device_and_the_first_alone_writes(tmp_path):
-    """2 processes of 2 devices, started as a user does; the checkpoint is read here, on one."""
-    one = losses_and_pictures(tmp_path / "one.json", tmp_path / "one", ONE, kind="smallest")
-    fields = TINY | SMALLEST_BY_FLAGS | STEPS | {"train.profile_steps": "(3,4)"}
-    workdir = tmp_path / "two"
-    losses = in_two_processes("configs/base.py", workdir, *overrides(fields))
-    np.testing.assert_allclose(losses, one[ONE]["losses"], rtol=1e-4)
+    """The checkpoint of the two is read here, on one device."""
+    config, workdir = config_dict(**NO_ATTENTION | STEPS), tmp_path / "two"
+    losses = in_two_processes(config, workdir, "--config.train.profile_steps=(3,4)")
+    one = losses_and_pictures(tmp_path, config, ONE)[ONE]
+    np.testing.assert_allclose(losses, one["losses"], rtol=1e-4)
     assert (
         len(list((workdir / "samples").iterdir())) == 1
         and len(list((workdir / "events").iterdir())) == 1
@@ -333,7 +310,7 @@ def test_a_batch_that_the_devices_cannot_divide_is_refused_in_one_line(tmp_path)
 @pytest.mark.slow
 def test_saved_on_data_8_and_read_on_fsdp_4_by_tensor_2_and_on_one_device(tmp_path):
     """Three programs: bash launch/test.sh -m slow tests/test_mesh.py"""
-    results = losses_and_pictures(tmp_path / "out.json", tmp_path, "8x1x1x1", "1x4x2x1", ONE)
+    results = losses_and_pictures(tmp_path, TWO_LEVELS, "8x1x1x1", "1x4x2x1", ONE)
     for mesh in ("1x4x2x1", ONE):
         np.testing.assert_allclose(
             results[mesh]["resumed"], results["8x1x1x1"]["losses"][5], rtol=1e-5

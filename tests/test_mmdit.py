@@ -77,11 +77,15 @@ def pair(request, tmp_path_factory):
 
 
 def random_ours(**changes):
-    network = MMDiT(MMDiTConfig(**SIZES | changes), rngs=nnx.Rngs(0))
-    graph, state = nnx.split(network)
-    key = jax.random.key(1)
-    state = jax.tree.map(lambda a: a + 0.2 * jax.random.normal(key, a.shape), state)
-    return nnx.merge(graph, state)
+    config = MMDiTConfig(**SIZES | changes)
+    graph, state = nnx.split(nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(1)  # numpy's: XLA would compile a program for each shape
+
+    def drawn(path, leaf):
+        around = float("scale" in jax.tree_util.keystr(path))
+        return jnp.asarray(around + 0.25 * rng.standard_normal(leaf.shape, np.float32))
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(drawn, state))
 
 
 def test_outputs_are_diffusers(pair):
@@ -110,12 +114,12 @@ def test_a_token_that_does_not_count_is_read_by_nobody():
     network = random_ours(qk_norm="rms_norm", dual_attention_layers=(1,))
     x, t, text, pooled = inputs()
     mask = jnp.arange(L) < jnp.array([[L], [4]])
-    run = nnx.jit(lambda network, text, mask: network(x, t, text, pooled, mask))
+    run = nnx.jit(lambda network, *inputs: network(*inputs))
     changed = jnp.where(mask[..., None], text, 100.0)
-    masked = run(network, text, mask)
-    np.testing.assert_array_equal(masked, run(network, changed, mask))
+    masked = run(network, x, t, text, pooled, mask)
+    np.testing.assert_array_equal(masked, run(network, x, t, changed, pooled, mask))
     # short captions in a batch are as alone, without the padding
-    alone = network(x[1:], t[1:], text[1:, :4], pooled[1:])
+    alone = run(network, x[1:], t[1:], text[1:, :4], pooled[1:])
     np.testing.assert_allclose(masked[1:], alone, atol=2e-5 * np.abs(alone).max())
 
 
@@ -155,10 +159,11 @@ def test_every_attention_over_both_streams_is_the_plain_one(choice, masked):
 def test_a_new_network_returns_zero_and_its_head_does_not_train_the_trunk():
     config = MMDiTConfig(**SIZES | {"context_head": True})
     x, t, text, pooled = inputs()
-    out, context = MMDiT(config, rngs=nnx.Rngs(0))(x, t, text, pooled)
+    out, context = jax.jit(lambda: MMDiT(config, rngs=nnx.Rngs(0))(x, t, text, pooled))()
     assert not out.any() and not context.any() and context.shape == x.shape
     graph, params = nnx.split(random_ours(context_head=True), nnx.Param)
-    grads = jax.grad(lambda p: nnx.merge(graph, p)(x, t, text, pooled)[1].sum())(params)
+    total = jax.jit(lambda p: nnx.merge(graph, p)(x, t, text, pooled)[1].sum())
+    grads = jax.grad(total)(params)
     moved = {path[0] for path, g in nnx.to_flat_state(grads) if g[...].any()}
     assert moved == {"context_head"}
 

@@ -147,6 +147,7 @@ def test_the_rate_of_a_context_is_its_derivative_through_layers_without_a_forwar
         for n, shape in ((192, (8, 8, 3)), (30, (5, 6)))
     )
 
+    @jax.jit
     def r(params, time):
         return nnx.merge(graph, params)(x0, text, jnp.ones((2, 5), bool), 1000 * time)
 

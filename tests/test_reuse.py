@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE_LEVEL, config_dict, random_params
+from conftest import ONE_LEVEL, SMALLEST, config_dict, random_params
 from flax import nnx
 
 from contextdiff_jax import diffusion
@@ -158,7 +158,7 @@ def test_an_interval_that_does_not_divide_the_steps_is_refused(tiny):
 
 def test_a_training_step_and_a_sampling_program_are_traced_once():
     """Whatever comes in later, the first step's own state above all, looks like what came first."""
-    settings = parse(config_dict(**ONE_LEVEL))
+    settings = parse(config_dict(**SMALLEST))
     state, length = jax.eval_shape(lambda: init_state(settings)), settings.data.max_length
 
     def captions(batch):
@@ -187,7 +187,7 @@ def test_a_training_step_and_a_sampling_program_are_traced_once():
 
 def test_a_second_trace_gives_the_same_programs():
     """Tracing leaves nothing behind in Python: no count, key or cache that a program depends on."""
-    settings = parse(config_dict(**ONE_LEVEL))
+    settings = parse(config_dict(**SMALLEST))
     state, length = jax.eval_shape(lambda: init_state(settings)), settings.data.max_length
     image = jax.ShapeDtypeStruct((8, 16, 16, 3), np.uint8)
     step, graph, run = make_train_step(settings), model_graph(settings), program(settings, 2.0)

@@ -40,7 +40,7 @@ SMALL = SMALLEST | FEW
 
 @pytest.fixture(scope="module")
 def settings():
-    return parse(config_dict(**ONE_LEVEL | FEW))
+    return parse(config_dict(**SMALL))
 
 
 def test_rounds_take_turns_and_ratios_are_of_pairs(monkeypatch):

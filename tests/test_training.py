@@ -13,11 +13,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from conftest import (
+    NO_ATTENTION,
     SMALLEST,
-    SMALLEST_BY_FLAGS,
     command,
     config_dict,
-    overrides,
+    config_file,
     random_params,
     with_gamma,
 )
@@ -122,14 +122,19 @@ def test_the_shift_sees_the_true_caption_where_the_denoiser_does_not(smallest, l
     assert loss_of(batch, null, 1.0) != loss_of(other, null, 1.0)  # but the context still reads it
 
 
-def test_a_step_is_the_same_whatever_the_accumulation(smallest, params):
-    batch, null = batch_of(smallest)
-    shapes = jax.eval_shape(functools.partial(init_state, smallest))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    state = dataclasses.replace(zeros, params=params, ema=params)
-    states = []
+def started(settings):
+    """A state of random weights: numpy makes it sooner than XLA compiles an initialisation."""
+    shapes = jax.eval_shape(functools.partial(init_state, settings))
+    zeros = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), shapes)
+    params = random_params(settings)
+    return dataclasses.replace(zeros, params=params, ema=params)
+
+
+def test_a_step_is_the_same_whatever_the_accumulation():
+    settings = parse(config_dict(**NO_ATTENTION))
+    state, (batch, null), states = started(settings), batch_of(settings), []
     for parts in (1, 4):
-        settings = parse(config_dict(**SMALLEST, **{"train.accumulation": parts}))
+        settings = parse(config_dict(**NO_ATTENTION, **{"train.accumulation": parts}))
         states.append(jax.jit(make_train_step(settings))(state, batch, null)[0])
     np.testing.assert_allclose(
         states[0].metric_sums["loss"], states[1].metric_sums["loss"], rtol=1e-5
@@ -170,7 +175,7 @@ def test_the_loss_falls_for_every_kind_of_run(changes):
     """The slow ones: bash launch/test.sh -m slow tests/test_training.py"""
     settings = parse(
         config_dict(
-            **SMALLEST, **changes, **{"train.learning_rate": 3e-3, "train.decay": "constant"}
+            **NO_ATTENTION, **changes, **{"train.learning_rate": 3e-3, "train.decay": "constant"}
         )
     )
     batch, null = batch_of(settings)
@@ -202,7 +207,7 @@ def restored_snapshot(workdir, step):
 def test_a_killed_run_resumes_to_the_uninterrupted_losses_and_averages_bit_for_bit(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     averages = {"train.power_ema": (0.05, 0.1), "train.power_ema_every": 7}
-    config = config_dict(**SMALLEST, **averages, **{"train.log_every": 2})
+    config = config_dict(**NO_ATTENTION, **averages, **{"train.log_every": 2})
     train(parse(config), config, whole)
 
     class Killed(BaseException):
@@ -246,7 +251,7 @@ def test_non_finite_steps_are_skipped_up_to_a_limit_and_then_dumped_and_what_is_
 ):
     """A learning rate that throws the weights away: no step after it has a finite loss."""
     config = config_dict(
-        **SMALLEST,
+        **NO_ATTENTION,
         **{
             "train.learning_rate": 1e30,
             "train.warmup_steps": 0,
@@ -302,6 +307,8 @@ def test_what_surrounds_a_step_moves_between_host_and_devices_only_what_is_meant
 def finished(tmp_path_factory):
     """(workdir, the command that trained it) of a run of three steps."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
+    averages = {"train.power_ema": (0.05, 0.1), "train.power_ema_every": 1}
+    config_file(workdir.with_suffix(".py"), config_dict(**NO_ATTENTION | averages))
     trained = train_command(
         workdir,
         "--config.train.steps=3",
@@ -312,9 +319,8 @@ def finished(tmp_path_factory):
 
 
 def train_command(workdir, *flags):
-    averages = "--config.train.power_ema=(0.05,0.1)", "--config.train.power_ema_every=1"
-    config = ("--config=configs/base.py", f"--workdir={workdir}", *overrides(SMALLEST_BY_FLAGS))
-    return command("train", *config, *averages, *flags, tiny=True)
+    config = workdir.with_suffix(".py")
+    return command("train", f"--config={config}", f"--workdir={workdir}", *flags)
 
 
 def test_a_run_writes_its_folder_and_is_not_trained_again(finished):

@@ -133,7 +133,9 @@ def test_a_frame_finds_its_own_the_first_and_the_previous_one_a_third_each_and_i
         by = FrameAttention(Clip(B, (2, 3), control), mask, "auto")
         heads = [tuple(jnp.swapaxes(a, 1, 2) for a in each) for each in (picture, text)]
         heads = [(q * D**-0.5, k, v) for q, k, v in heads]  # as the projections give them
-        got = (*by.joint(*heads, both=True), by.alone(*heads[0]))
+        got = jax.jit(lambda *heads, by=by: (*by.joint(*heads, both=True), by.alone(*heads[0])))(
+            *heads
+        )
         found.append([jnp.swapaxes(a, 1, 2) for a in got])
     for plain, controlled in zip(*found, strict=True):
         np.testing.assert_allclose(controlled, plain, atol=1e-5)

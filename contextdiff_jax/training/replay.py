@@ -30,7 +30,8 @@ def first_nonfinite(**trees: PyTree) -> str:
     """
     for kind, tree in trees.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            bad = int(jnp.sum(~jnp.isfinite(leaf)))
+            # On the host: each shape would be a program of its own.
+            bad = np.count_nonzero(~np.isfinite(jax.device_get(leaf)))
             if bad:
                 return f"{kind} {path_name(path)}: {bad} of {leaf.size} values"
     return "none"
@@ -58,16 +59,17 @@ def replay(dump: pathlib.Path) -> str:
 
     @jax.jit
     def run(params, frozen):
-        return jax.value_and_grad(
+        (loss, metrics), gradient = jax.value_and_grad(
             lambda params: loss_fn(
                 build_model(graph, params, frozen), batch, null, process, settings
             ),
             has_aux=True,
         )(params)
+        return loss, metrics, gradient, optax.global_norm(gradient)
 
-    (loss, metrics), gradient = run(state.params, frozen_for_training(settings))
+    loss, metrics, gradient, norm = run(state.params, frozen_for_training(settings))
     bad = first_nonfinite(batch=batch, parameter=state.params, metric=metrics, gradient=gradient)
     return (
-        f"step {step}: loss {float(loss):.6g}, gradient norm "
-        f"{float(optax.global_norm(gradient)):.6g}\nfirst that is not finite: {bad}"
+        f"step {step}: loss {float(loss):.6g}, gradient norm {float(norm):.6g}\n"
+        f"first that is not finite: {bad}"
     )
