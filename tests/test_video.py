@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE_LEVEL, config_dict
+from conftest import SMALLEST, config_dict
 from flax import nnx
 
 from contextdiff_jax.models.captions import Captions, pool
@@ -37,7 +37,7 @@ def noisy(module: nnx.Module, seed: int = 0) -> None:
 
 def networks(remat: bool = False, **changes):
     """(image model, its inflation), equal weights."""
-    image = make_model(parse(config_dict(**ONE_LEVEL | changes)))
+    image = make_model(parse(config_dict(**SMALLEST | changes)))
     noisy(image)
     copy = nnx.clone(image)
     return image, inflate(copy.unet, copy.context, remat=remat)
