@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import SMALLEST, config_dict, random_params
 from flax import nnx
 
 from contextdiff_jax.data import load_tokenizer
@@ -18,6 +18,7 @@ from contextdiff_jax.inference.pipeline import NotFiniteError
 from contextdiff_jax.inference.programs import kept
 from contextdiff_jax.models.vae import VAE, VAEConfig
 from contextdiff_jax.parallel.mesh import local_mesh
+from contextdiff_jax.settings import parse
 
 
 def never():
@@ -76,13 +77,12 @@ def test_a_folder_that_cannot_be_written_is_told_and_the_program_runs(tmp_path, 
     assert "can't be written" in caplog.text
 
 
-def test_a_second_pipeline_reads_the_program_and_makes_the_same_pictures(
-    tiny_settings, tmp_path, monkeypatch
-):
-    params, tokenizer = random_params(tiny_settings), load_tokenizer()
+def test_a_second_pipeline_reads_the_program_and_makes_the_same_pictures(tmp_path, monkeypatch):
+    settings, tokenizer = parse(config_dict(**SMALLEST)), load_tokenizer()
+    params = random_params(settings)
 
     def sample(count, params=params, seed=0, **options):
-        pipeline = of_run(tiny_settings, tokenizer, params, mesh=local_mesh(), **options)
+        pipeline = of_run(settings, tokenizer, params, mesh=local_mesh(), **options)
         return pipeline.text_to_image(["a large red circle"] * count, seed=seed, steps=2)
 
     plain, first = sample(2), sample(2, programs=tmp_path)

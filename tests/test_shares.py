@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, config_dict
+from conftest import ROOT, SMALLEST, XLA_FLAGS, config_dict
 from flax import nnx
 from PIL import Image
 from two_processes import evaluate_share
@@ -42,7 +42,7 @@ def test_a_name_that_a_part_lacks_is_nan_there():
 def workdir(tmp_path_factory):
     """A run, as the metrics of pictures read it: its config and a classifier."""
     folder = tmp_path_factory.mktemp("run")
-    config = config_dict(**{"data.num_objects": "(1,2)"})
+    config = config_dict(**SMALLEST, **{"data.num_objects": "(1,2)"})
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "pictures").mkdir()
     for i in range(5):
@@ -63,6 +63,7 @@ def test_two_processes_with_a_share_each_have_the_figures_of_one(workdir):
         port = free.getsockname()[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": XLA_FLAGS,
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
     }
     program = [sys.executable, str(ROOT / "tests/two_processes.py"), str(port)]
