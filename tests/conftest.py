@@ -30,7 +30,9 @@ jax.config.update("jax_disable_most_optimizations", FEWER)
 # tests load, dies of the flags: XLA reads them here; commands, which don't load libtpu, get them
 # again.
 QUICKER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-XLA_FLAGS = QUICKER if FEWER else ""
+# Commands ask for it themselves (host.suit_processor), programs of the tests don't.
+ONE_PASS = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
+XLA_FLAGS = f"{QUICKER} {ONE_PASS}" if FEWER else ONE_PASS
 ON_EIGHT = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {XLA_FLAGS}".strip()}
 # What a program of the tests, started from a test, needs.
 HERE = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
