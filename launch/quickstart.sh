@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Environment, training of the embedded default on captioned shapes, a grid of samples, and how many obey their caption.
-# Nine minutes on 2 CPU cores, environment and all. Overrides are passed on to the trainer:
+# Ten minutes on 2 CPU cores, environment and all. Overrides are passed on to the trainer:
 #   bash launch/quickstart.sh [--config.train.steps=500]
 source "$(dirname "$0")/environment.sh" requirements.txt
 out="${QUICKSTART_DIR:-quickstart}"

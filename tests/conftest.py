@@ -25,14 +25,16 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 FEWER = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] not in ("0", "false")
 jax.config.update("jax_disable_most_optimizations", FEWER)
-# XLA's older CPU kernels compile in three quarters of the time, and a program that isn't split into
-# parts for many cores in five sixths: as many files as cores are tested at once. libtpu, which some
-# tests load, dies of the flags: XLA reads them here; commands, which don't load libtpu, get them
-# again.
-QUICKER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-# Commands ask for it themselves (host.suit_processor), programs of the tests don't.
-ONE_PASS = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
-XLA_FLAGS = f"{QUICKER} {ONE_PASS}" if FEWER else ONE_PASS
+# XLA's older CPU kernels compile in three quarters of the time, a program that isn't split into
+# parts for many cores in five sixths (as many files as cores are tested at once), and one kernel
+# for results of the same arrays, AdamW's for example, in four fifths. Only with the older kernels
+# is that right (docs/performance.md). libtpu, which some tests load, dies of the flags: XLA reads
+# them here; commands, which don't load libtpu, get them again.
+QUICKER = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
+)
+XLA_FLAGS = QUICKER if FEWER else ""
 ON_EIGHT = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {XLA_FLAGS}".strip()}
 # What a program of the tests, started from a test, needs.
 HERE = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

@@ -113,29 +113,16 @@ def test_freed_memory_is_not_paid_for_again(kept):
     assert (int(done.stdout) < 1000) == kept, done.stdout
 
 
-ONE_PASS = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
-WIDE = "--xla_cpu_prefer_vector_width=512"
-
-
 @pytest.mark.parametrize(
     "processor, own, flags",
     [
-        ("GenuineIntel", "", f"{ONE_PASS} {WIDE}"),
-        ("GenuineIntel", "--xla_a=1", f"{ONE_PASS} {WIDE} --xla_a=1"),
-        (
-            "GenuineIntel",
-            "--xla_cpu_prefer_vector_width=256",
-            f"{ONE_PASS} --xla_cpu_prefer_vector_width=256",
-        ),
-        ("AuthenticAMD", "", ONE_PASS),
-        (
-            "AuthenticAMD",
-            "--xla_backend_extra_options=xla_b=1",
-            "--xla_backend_extra_options=xla_b=1",
-        ),
+        ("GenuineIntel", "", "--xla_cpu_prefer_vector_width=512"),
+        ("GenuineIntel", "--xla_a=1", "--xla_cpu_prefer_vector_width=512 --xla_a=1"),
+        ("GenuineIntel", "--xla_cpu_prefer_vector_width=256", "--xla_cpu_prefer_vector_width=256"),
+        ("AuthenticAMD", "", ""),
     ],
 )
-def test_xla_gets_what_suits_the_processor_unless_the_user_says_otherwise(
+def test_xla_gets_intels_wide_vectors_unless_the_user_says_otherwise(
     monkeypatch, processor, own, flags
 ):
     monkeypatch.setenv("XLA_FLAGS", own)
@@ -145,24 +132,17 @@ def test_xla_gets_what_suits_the_processor_unless_the_user_says_otherwise(
     assert os.environ["XLA_FLAGS"] == flags
 
 
-def test_xla_knows_its_options_and_fuses_what_reads_the_same_arrays():
-    """Three results of two arrays: one kernel, where XLA by itself makes three."""
+def test_xla_knows_the_option_of_wide_vectors():
     code = (
         "import jax; from contextdiff_jax.runtime import host\n"
-        "if OURS: host.suit_processor('GenuineIntel avx512f')\n"
-        "f = jax.jit(lambda x, y: (x * y, x - y, x * (x + y)))\n"
-        "text = f.lower(*jax.numpy.ones((2, 64))).compile().as_text()\n"
-        "print(text[text.index('ENTRY'):].count(' fusion('))\n"
+        "host.suit_processor('GenuineIntel avx512f')\n"
+        "print(jax.jit(lambda x: x + 1)(1))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-    kernels = []
-    for ours in ("0", "1"):
-        program = [sys.executable, "-c", code.replace("OURS", ours)]
-        done = subprocess.run(program, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr  # an unknown one ends the process
-        kernels.append(int(done.stdout))
-    assert kernels[1] == 1 < kernels[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "2\n", done.stderr  # an unknown one ends the process
 
 
 def test_compiled_programs_are_kept_by_the_number_of_cores(monkeypatch, tmp_path):

@@ -113,15 +113,11 @@ def pages(shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
 
 def suit_processor(cpuinfo: str | None = None) -> None:
     """XLA's options for this processor, which it reads when it first computes. A user's XLA_FLAGS
-    have the last word. docs/performance.md has the measurements.
-
-    On every CPU one kernel computes all that is made of the same inputs. So AdamW's moments, the
-    parameter and its average take one pass over them instead of four: a training step takes 0.95
-    of the time, and its compilation 0.8.
+    have the last word.
 
     On an Intel processor with AVX-512 LLVM is told to use all 512 bits, which by itself it holds
     for too hot there: training ran at 0.85 of torch's pace, without at 0.79. An AMD Zen 4 has
-    AVX-512 too; its training steps take as long either way.
+    AVX-512 too; its training steps take as long either way (docs/performance.md).
 
     Args:
       cpuinfo: what Linux says of the processor; None: /proc/cpuinfo, where there is one.
@@ -129,12 +125,10 @@ def suit_processor(cpuinfo: str | None = None) -> None:
     if cpuinfo is None:
         file = pathlib.Path("/proc/cpuinfo")
         cpuinfo = file.read_text(errors="replace") if file.exists() else ""
-    suited = {"xla_backend_extra_options": "xla_cpu_use_multi_output_fusion"}
-    if "GenuineIntel" in cpuinfo and "avx512f" in cpuinfo.split():
-        suited["xla_cpu_prefer_vector_width"] = "512"
     own = os.environ.get("XLA_FLAGS", "")
-    ours = [f"--{name}={value}" for name, value in suited.items() if name not in own]
-    os.environ["XLA_FLAGS"] = " ".join([*ours, own]).strip()
+    wide = "GenuineIntel" in cpuinfo and "avx512f" in cpuinfo.split()
+    if wide and "xla_cpu_prefer_vector_width" not in own:
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {own}".strip()
 
 
 def keep_freed_memory() -> None:
