@@ -77,15 +77,11 @@ def pair(request, tmp_path_factory):
 
 
 def random_ours(**changes):
-    config = MMDiTConfig(**SIZES | changes)
-    graph, state = nnx.split(nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(1)  # numpy's: XLA would compile a program for each shape
-
-    def drawn(path, leaf):
-        around = float("scale" in jax.tree_util.keystr(path))
-        return jnp.asarray(around + 0.25 * rng.standard_normal(leaf.shape, np.float32))
-
-    return nnx.merge(graph, jax.tree_util.tree_map_with_path(drawn, state))
+    network = MMDiT(MMDiTConfig(**SIZES | changes), rngs=nnx.Rngs(0))
+    graph, state = nnx.split(network)
+    key = jax.random.key(1)
+    state = jax.tree.map(lambda a: a + 0.2 * jax.random.normal(key, a.shape), state)
+    return nnx.merge(graph, state)
 
 
 def test_outputs_are_diffusers(pair):
@@ -186,7 +182,7 @@ def test_layers_written_out_and_recomputed_are_the_same():
     expected = gradient()
     for attributes in ({"unroll": True}, {"remat": "products"}, {"remat": "blocks"}):
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max()),
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
             gradient(**attributes),
             expected,
         )
