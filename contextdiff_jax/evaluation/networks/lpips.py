@@ -117,9 +117,10 @@ def lpips(
     """Sum over the layers of the weighted squared differences: their means, and enlarged
     (bilinearly) to the pictures' size.
     """
-    scaled = ((to_unit(x) - jnp.array(_SHIFT)) / jnp.array(_SCALE) for x in (pictures, others))
+    both = to_unit(jnp.concatenate([pictures, others]))
+    scaled = (both - jnp.array(_SHIFT)) / jnp.array(_SCALE)
     weights = [params[f"lin{i}.model.1.weight"][0, :, 0, 0] for i in range(len(_LAYERS))]
-    features = (_features(params, x) for x in scaled)
+    features = zip(*(jnp.split(x, 2) for x in _features(params, scaled)), strict=True)
     return weighed_distance(*features, weights, pictures.shape[1:3])
 
 
