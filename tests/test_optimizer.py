@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import HERE
 
 from contextdiff_jax.settings.train import TrainConfig
-from contextdiff_jax.training.state import make_optimizer
+from contextdiff_jax.training import state as state_module
+from contextdiff_jax.training.state import make_optimizer, take_if
 
 RATE, B1, B2, DECAY = 0.1, 0.8, 0.9, 0.3
 STEPS = 3
@@ -113,3 +121,59 @@ def _leaf(tree, path):
     for name in path:
         tree = tree[name]
     return tree
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("good", [True, False])
+def test_a_state_is_taken_whole_or_not_at_all(monkeypatch, platform, good):
+    monkeypatch.setattr(state_module, "current_target", lambda: SimpleNamespace(platform=platform))
+    old = {"x": jnp.arange(3.0), "step": jnp.int32(1)}
+
+    @jax.jit
+    def taken(good, old, divisor):
+        new = {"x": old["x"] / divisor, "step": old["step"] + 1}
+        return take_if(good, lambda: new, old)
+
+    divisor = 2.0 if good else 0.0  # of the bad one nothing is seen
+    found = taken(jnp.bool_(good), old, divisor)
+    expected = {"x": [0, 0.5, 1], "step": 2} if good else {"x": [0, 1, 2], "step": 1}
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+# With users' compilation: that of the tests (conftest.py) copies nothing either way.
+STEP = """
+import re
+import jax, jax.numpy as jnp, optax
+from contextdiff_jax.settings.train import TrainConfig
+from contextdiff_jax.training.state import apply_gradients, make_optimizer, take_if
+
+config = TrainConfig()
+params = {f"layer{i}": jnp.ones((64, 96)) for i in range(4)}
+
+def step(state, x, number):
+    params, ema, moments = state
+    def loss(params):
+        y = x
+        for kernel in params.values():
+            y = jnp.tanh(y @ kernel @ kernel.T)
+        return jnp.sum(y**2)
+    grads = jax.grad(loss)(params)
+    good = jnp.isfinite(optax.tree.norm(grads))
+    return take_if(
+        good, lambda: apply_gradients(config, grads, params, ema, moments, number), state
+    )
+
+state = params, params, make_optimizer(config).init(params)
+program = jax.jit(step, donate_argnums=0).lower(state, jnp.ones((8, 64)), 0).compile().as_text()
+assert "f32[64,96]" in program
+print(len(re.findall(r"= f32\\[64,96\\]\\S* copy\\(", program)))
+"""
+
+
+def test_a_step_on_a_cpu_copies_none_of_the_state():
+    environment = os.environ | HERE | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", STEP], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "0\n", done.stdout + done.stderr[-2000:]

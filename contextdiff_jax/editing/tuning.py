@@ -37,7 +37,7 @@ from contextdiff_jax.runtime.keys import make_key
 from contextdiff_jax.settings import TrainConfig
 from contextdiff_jax.training.objective import drop, errors
 from contextdiff_jax.training.run_steps import Task, run_steps
-from contextdiff_jax.training.state import apply_gradients, make_optimizer
+from contextdiff_jax.training.state import apply_gradients, make_optimizer, take_if
 from contextdiff_jax.training.weights_and_biases import check_wandb
 
 LOGGER = logging.getLogger(__name__)
@@ -160,14 +160,15 @@ def make_tuning_step(
             )
 
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
-        params, ema, opt_state = apply_gradients(
-            train, grads, state.params, state.ema, state.opt_state, state.step
-        )
-        new = TuneState(state.step + 1, params, ema, opt_state, state.key)
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), jnp.where(
-            finite, loss, jnp.nan
-        )
+
+        def updated() -> TuneState:
+            params, ema, opt_state = apply_gradients(
+                train, grads, state.params, state.ema, state.opt_state, state.step
+            )
+            return TuneState(state.step + 1, params, ema, opt_state, state.key)
+
+        return take_if(finite, updated, state), jnp.where(finite, loss, jnp.nan)
 
     return step
 

@@ -30,7 +30,7 @@ from contextdiff_jax.settings.super_resolution import SuperResolutionConfig
 from contextdiff_jax.training.cached_text import captions_of
 from contextdiff_jax.training.distillation import distilled_errors
 from contextdiff_jax.training.objective import drop, errors
-from contextdiff_jax.training.state import TrainState, apply_gradients
+from contextdiff_jax.training.state import TrainState, apply_gradients, take_if
 from contextdiff_jax.training.trainable import split_trainable
 
 Batch = dict[str, Num[Array, "B ..."]]
@@ -281,24 +281,26 @@ def make_train_step(
             )
             metrics["grad_norm"] = optax.global_norm(grads)
             averaged, kept = split_trainable(state.ema, config.trainable)
-            trained, averaged, opt_state = apply_gradients(
-                config, grads, trained, averaged, state.opt_state, state.step
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            nonfinite = state.metric_sums["nonfinite"]
+            over = nonfinite > config.max_nonfinite
+
+            def updated() -> TrainState:
+                params, ema, opt_state = apply_gradients(
+                    config, grads, trained, averaged, state.opt_state, state.step
+                )
+                params, ema = nnx.merge_state(params, rest), nnx.merge_state(ema, kept)
+                added = metrics | {"nonfinite": jnp.zeros(())}
+                sums = jax.tree.map(jnp.add, state.metric_sums, added)
+                return TrainState(state.step + 1, params, ema, opt_state, state.key, sums)
+
+            one = jnp.where(over, 0, 1)
+            skipped = dataclasses.replace(
+                state,
+                step=state.step + one,
+                metric_sums=state.metric_sums | {"nonfinite": nonfinite + one},
             )
-        params, ema = nnx.merge_state(trained, rest), nnx.merge_state(averaged, kept)
-        sums = jax.tree.map(jnp.add, state.metric_sums, metrics | {"nonfinite": jnp.zeros(())})
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        new = TrainState(state.step + 1, params, ema, opt_state, state.key, sums)
-        nonfinite = state.metric_sums["nonfinite"]
-        over = nonfinite > config.max_nonfinite
-        one = jnp.where(over, 0, 1)
-        skipped = dataclasses.replace(
-            state,
-            step=state.step + one,
-            metric_sums=state.metric_sums | {"nonfinite": nonfinite + one},
-        )
-        new = jax.tree.map(
-            lambda new, skipped: jnp.where(finite & ~over, new, skipped), new, skipped
-        )
+            new = take_if(finite & ~over, updated, skipped)
         return new, new.metric_sums["nonfinite"]
 
     return step
