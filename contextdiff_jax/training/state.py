@@ -143,8 +143,8 @@ def take_if(good: Bool[Array, ""], new: Callable[[], State], old: State) -> Stat
 
     On a CPU by a branch. If values were chosen one by one there, XLA would make the moments once
     for the state and once more for the update, and copy the state first, for that reads the old
-    ones: a third of an optimizer's time. Elsewhere one kernel makes all of it, and a GPU's host
-    would wait for the branch.
+    ones (docs/performance.md). Elsewhere one kernel makes all of it, and a GPU's host would wait
+    for the branch.
     """
     if current_target().platform == "cpu":
         return jax.lax.cond(good, new, lambda: old)
