@@ -1,4 +1,6 @@
-"""`train.optimizer`: its moves against the papers' formulas in float64."""
+"""`train.optimizer`: its moves against the papers' formulas in float64; and a state that is taken
+whole or not at all.
+"""
 
 from __future__ import annotations
 
